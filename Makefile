@@ -1,0 +1,79 @@
+# mamba.c: `make` builds ./mamba with what this machine has; `make help` lists the rest.
+# Any C11 compiler will do: `cc -O2 mamba.c -lm` is a complete build, without threads.
+
+CC       ?= cc
+CFLAGS   ?= -O3
+WARNINGS  = -Wall -Wextra
+# -ffp-contract=fast lets a*b+c be one fused instruction. -ffast-math stays out: with it a NaN passes every check.
+FLAGS     = -std=gnu11 $(CFLAGS) $(WARNINGS) -ffp-contract=fast $(ARCH) $(OPENMP)
+SOURCES   = mamba.c tokenizer.c
+
+# try FLAGS: the flags if a program that includes <HEADER> compiles and links with them, else nothing
+try = $(shell printf '\043include <$(2)>\nint main(void) { return 0; }\n' | \
+        $(CC) $(1) -Werror -x c - -o /dev/null >/dev/null 2>&1 && echo '$(1)')
+
+# The processor's own instructions; `make portable`, or ARCH= on the command line, leaves them out.
+ARCH   := $(call try,-march=native,stdio.h)
+ifeq ($(ARCH),)
+ARCH   := $(call try,-mcpu=native,stdio.h)
+endif
+# Threads; OPENMP= on the command line builds without.
+OPENMP := $(call try,-fopenmp,omp.h)
+ifeq ($(OPENMP),)
+OPENMP := $(call try,-Xpreprocessor -fopenmp -lomp,omp.h)
+endif
+
+.PHONY: all run test test-all test-export debug portable bench clean help findings
+
+all: findings mamba          ## build ./mamba
+
+findings:
+	@echo "compiler     $(CC)"
+	@echo "processor    $(if $(ARCH),$(ARCH),any (no processor-specific instructions))"
+	@echo "threads      $(if $(OPENMP),$(OPENMP),none: no OpenMP found)"
+
+# .flags changes whenever the compiler or a flag does, so that `make portable` after `make` rebuilds.
+.flags: FORCE
+	@echo '$(CC) $(FLAGS)' | cmp -s - $@ || echo '$(CC) $(FLAGS)' > $@
+FORCE:
+
+mamba: $(SOURCES) .flags
+	$(CC) $(FLAGS) mamba.c -o $@ -lm
+
+tests/test_all: test_all.c $(SOURCES) .flags
+	$(CC) $(FLAGS) test_all.c -o $@ -lm
+
+run: all                     ## build, then let the model in the repository tell a story
+	./mamba models/tales.bin "Once upon a time" -n 200
+
+test: all tests/test_all     ## a fixed sample of every test, under 2 minutes
+	./tests/test_all
+	sh tests/test_cli.sh ./mamba
+
+test-all: all tests/test_all ## everything: 10,000 damaged files, a million tokens of prompt
+	./tests/test_all all
+	sh tests/test_cli.sh ./mamba all
+
+PYTHON ?= python3
+test-export: all             ## tests of export.py and of the tokenizer against the libraries, in PYTHON
+	$(PYTHON) tests/test_export.py
+	$(PYTHON) tests/test_tokenizer.py ./mamba
+
+SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
+debug: $(SOURCES) test_all.c ## mamba-debug and tests/test_all-debug, with address and undefined sanitizers
+	$(CC) $(FLAGS) $(SANITIZE) mamba.c -o mamba-debug -lm
+	$(CC) $(FLAGS) $(SANITIZE) test_all.c -o tests/test_all-debug -lm
+
+portable:                    ## ./mamba for any processor of this kind: no -march=native
+	$(MAKE) ARCH= all
+
+bench: all                   ## speed on random 130m weights, beside what the machine can do
+	./mamba bench --shape 130m
+	./mamba bench --shape 130m --dtype bf16
+	./mamba bench --scan 1,32,65536
+
+clean:                       ## remove what was built
+	rm -f mamba mamba-debug tests/test_all tests/test_all-debug .flags
+
+help:                        ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */make \1\t/' | expand -t 20

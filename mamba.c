@@ -1,0 +1,2479 @@
+/* mamba.c - Mamba, the selective state-space language model, in one C file.
+
+   What it is: load a trained Mamba (Gu & Dao 2023, arXiv 2312.00752), read a prompt with matrix products and a
+   parallel scan, write text with a recurrence whose time and memory per token never grow. Everything between the
+   file and the next token is here; the tokenizer is in tokenizer.c. `cc -O2 mamba.c -lm` is a complete build.
+   What it is not: a framework. There is one model, one pass over it in each direction, and no graph.
+
+   GLOSSARY. A capital letter is a size, its lower-case letter the index over it. Arrays are row-major, the shape is
+   in parentheses, and everything computed is float32 whatever the weights are stored as.
+     L  sequence length, index t      D  d_model, width of the residual stream     E  d_inner, channels of the SSM
+     N  d_state, states a channel     K  d_conv, taps of the convolution           R  dt_rank, rank of delta's input
+     P  = R + 2N                      V  vocabulary, rows of the embedding         n_layer, index `layer`
+     res (L,D)   residual stream              xn (L,D)     res after RMSNorm
+     xz (L,2E)   in_proj's output: [x | z], x goes into the SSM, z is the gate
+     u (L,E)     silu(conv(x)), the SSM's input
+     xdb (L,P)   x_proj's output: [dt_low (R) | B_ssm (N) | C_ssm (N)], the selection: all three depend on the token
+     delta (L,E) softplus(dt_proj(dt_low) + dt_bias), the step size: how far this token is let into the state
+     A_log (E,N) as stored;  A_neg = -exp(A_log), kept as (N,E)
+     decay       exp(delta * A_neg), the paper's A-bar: what the state keeps
+     inject      delta * B_ssm * u, the paper's B-bar x: what the token adds
+     h (N,E)     the SSM state, and nothing else is called h. Channels are innermost, in memory and in files, because
+                 VL channels side by side fill one vector register and no sum across lanes is ever needed
+     y (L,E)     sum over n of C_ssm h, plus D_skip u        g (L,E)  y * silu(z)
+
+   CONTENTS
+     1 errors, checked sizes, bytes      6 the scan: definition, parallel, step
+     2 vectors: VL floats at a time      7 model: block, prefill, step
+     3 config, model.bin, TENSORS        8 state: save, load, copy
+     4 load                              9 sampling
+     5 kernels: embedding, rmsnorm,     10 command line: generate, interactive, info, tokenize,
+       matmul, conv1d + silu, gate         eval, logits, bench
+
+   THREADS. A kernel is called by every thread of a team and shares its loop by `omp for`; the team is opened once a
+   pass, in mamba_prefill and mamba_step. A thread owns output elements and every sum has one fixed order, so the
+   bits do not depend on the number of threads. Without OpenMP the pragmas vanish and the code is the same.
+
+   API (compile with -DMAMBA_NO_MAIN, declare what you use): mamba_error, mamba_load, mamba_free, mamba_acts_new,
+   mamba_acts_free, mamba_state_new, mamba_state_copy, mamba_state_reset, mamba_state_save, mamba_state_load,
+   mamba_state_free, mamba_encode, mamba_decode, mamba_prefill, mamba_step, mamba_sample. Functions that can fail
+   return NULL or -1 and leave a sentence in mamba_error(). */
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE // mmap, getrusage, fileno, fsync under any -std
+#endif
+#include <assert.h>
+#include <errno.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#if defined(__unix__) || defined(__APPLE__)
+#define MAMBA_POSIX 1
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define MAMBA_VERSION "0.1"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 1 Errors, checked sizes, bytes
+// A failing function says why with fail() and returns; only main exits. Sizes that come from a file saturate instead of
+// wrapping, so one comparison with the file's length catches every overflow. Files are read byte by byte: any machine
+// reads the same little-endian file.
+
+static char error_text[512];
+
+static int fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(error_text, sizeof error_text, format, args);
+    va_end(args);
+    return -1;
+}
+
+// The last error again, with the name of the file or argument that it came from before it.
+static int fail_in(const char *where) {
+    char why[sizeof error_text];
+    memcpy(why, error_text, sizeof why);
+    return fail("%.200s: %.300s", where, why);
+}
+
+// Why the last call failed: one sentence, no newline.
+const char *mamba_error(void) { return error_text; }
+
+static size_t size_mul(size_t a, size_t b) { return a && b > SIZE_MAX / a ? SIZE_MAX : a * b; }
+static size_t size_add(size_t a, size_t b) { return b > SIZE_MAX - a ? SIZE_MAX : a + b; }
+
+// Zeroed memory aligned for vectors and cache lines; NULL after fail(). Freed by free_aligned().
+static void *alloc_aligned(size_t bytes) {
+    const size_t align = 64;
+    char *base = bytes > SIZE_MAX - 2 * align ? NULL : calloc(1, bytes + 2 * align);
+    if (!base) {
+        fail("out of memory: could not get %zu bytes", bytes);
+        return NULL;
+    }
+    char *p = base + align - ((uintptr_t)base % align) + align; // room for the base pointer just below
+    memcpy(p - sizeof base, &base, sizeof base);
+    return p;
+}
+
+static void free_aligned(void *p) {
+    char *base;
+    if (!p) return;
+    memcpy(&base, (char *)p - sizeof base, sizeof base);
+    free(base);
+}
+
+static uint32_t u32_at(const unsigned char *p) {
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+static uint64_t u64_at(const unsigned char *p) { return u32_at(p) | (uint64_t)u32_at(p + 4) << 32; }
+static float f32_at(const unsigned char *p) {
+    uint32_t bits = u32_at(p);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+static void put_u32(unsigned char *p, uint32_t value) {
+    for (int i = 0; i < 4; i++) p[i] = (unsigned char)(value >> (8 * i));
+}
+static void put_u64(unsigned char *p, uint64_t value) {
+    put_u32(p, (uint32_t)value);
+    put_u32(p + 4, (uint32_t)(value >> 32));
+}
+
+static bool host_is_little_endian(void) {
+    const uint16_t one = 1;
+    unsigned char first;
+    memcpy(&first, &one, 1);
+    return first == 1;
+}
+
+// Reverses the bytes of every `width`-byte element on a big-endian host; nothing on a little-endian one.
+static void fix_endian(void *data, size_t bytes, size_t width) {
+    if (host_is_little_endian()) return;
+    unsigned char *p = data;
+    for (size_t i = 0; i + width <= bytes; i += width)
+        for (size_t lo = 0, hi = width - 1; lo < hi; lo++, hi--) {
+            unsigned char swap = p[i + lo];
+            p[i + lo] = p[i + hi];
+            p[i + hi] = swap;
+        }
+}
+
+// CRC-32 (polynomial 0xEDB88320, zlib's), eight bytes a step: start with crc = 0 and feed pieces in order.
+static uint32_t crc32_of(uint32_t crc, const void *data, size_t bytes) {
+    static uint32_t table[8][256];
+    if (!table[7][255]) { // row 0 is the bytewise table, row k is row 0 applied k more times
+        for (int i = 0; i < 256; i++) {
+            uint32_t c = (uint32_t)i;
+            for (int bit = 0; bit < 8; bit++) c = c & 1 ? 0xEDB88320u ^ (c >> 1) : c >> 1;
+            table[0][i] = c;
+        }
+        for (int k = 1; k < 8; k++)
+            for (int i = 0; i < 256; i++) table[k][i] = table[0][table[k - 1][i] & 255] ^ (table[k - 1][i] >> 8);
+    }
+    const unsigned char *p = data;
+    crc = ~crc;
+    for (; bytes >= 8; bytes -= 8, p += 8) {
+        uint32_t lo = crc ^ u32_at(p), hi = u32_at(p + 4);
+        crc = table[7][lo & 255] ^ table[6][lo >> 8 & 255] ^ table[5][lo >> 16 & 255] ^ table[4][lo >> 24] ^
+              table[3][hi & 255] ^ table[2][hi >> 8 & 255] ^ table[1][hi >> 16 & 255] ^ table[0][hi >> 24];
+    }
+    for (; bytes; bytes--) crc = table[0][(crc ^ *p++) & 255] ^ (crc >> 8);
+    return ~crc;
+}
+
+// SplitMix64 (Steele, Lea & Flood 2014): one 64-bit word of state, the same stream on every machine.
+static uint64_t random_u64(uint64_t *state) {
+    uint64_t x = *state += 0x9E3779B97F4A7C15u;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+static double random_unit(uint64_t *state) { return (double)(random_u64(state) >> 11) * 0x1p-53; } // [0, 1)
+
+static double seconds(void) {
+    struct timespec now;
+    timespec_get(&now, TIME_UTC);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+#include "tokenizer.c"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2 Vectors: VL floats at a time
+// gcc's and clang's vector extensions: ordinary arithmetic on VL lanes, on any processor. Another compiler gets VL = 1,
+// where `vec` is a float and the same lines are plain C.
+// Cost and accuracy (checked in test_all.c over every binade): exp 1.5 ulp, softplus 3 ulp, silu 3 ulp; a NaN stays NaN.
+
+#if defined(__GNUC__) && (defined(__SSE2__) || defined(__ARM_NEON) || defined(__VSX__) || defined(__riscv_vector))
+#if defined(__AVX512F__)
+#define VL 16
+#elif defined(__AVX__)
+#define VL 8
+#else
+#define VL 4
+#endif
+typedef float vec __attribute__((vector_size(4 * VL)));
+typedef int32_t ivec __attribute__((vector_size(4 * VL)));
+typedef uint32_t uvec __attribute__((vector_size(4 * VL)));
+typedef uint16_t hvec __attribute__((vector_size(2 * VL)));
+#define LANES_OF(type, v) __builtin_convertvector(v, type)
+#define MASK(condition) ((ivec)(condition)) // 0 or -1 in each lane
+#else
+#define VL 1
+typedef float vec;
+typedef int32_t ivec;
+typedef uint32_t uvec;
+typedef uint16_t hvec;
+#define LANES_OF(type, v) ((type)(v))
+#define MASK(condition) (-(ivec)(condition))
+#endif
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+INLINE vec splat(float x) { return x - (vec){0}; }
+INLINE vec load(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+// The first n lanes; the others are zero, or are left as they were in memory.
+INLINE vec load_n(const float *p, int n) {
+    if (n == VL) return load(p);
+    vec v = splat(0);
+    memcpy(&v, p, (size_t)n * sizeof(float));
+    return v;
+}
+INLINE void store_n(float *p, vec v, int n) {
+    if (n == VL) store(p, v);
+    else memcpy(p, &v, (size_t)n * sizeof(float));
+}
+INLINE float sum_lanes(vec v) {
+    float lane[VL], sum = 0;
+    memcpy(lane, &v, sizeof v);
+    for (int i = 0; i < VL; i++) sum += lane[i];
+    return sum;
+}
+INLINE ivec as_int(vec v) {
+    ivec bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits;
+}
+INLINE vec as_float(ivec bits) {
+    vec v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+INLINE vec choose(ivec mask, vec yes, vec no) { return as_float((as_int(yes) & mask) | (as_int(no) & ~mask)); }
+INLINE int lanes_left(int e, int E) { return E - e < VL ? E - e : VL; }
+
+// e^x = 2^n e^r, |r| <= ln2/2. Below -86 the answer is e^-86 (4e-38), above 88 e^88, so that 2^n stays a normal float.
+// Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low bits, ready to be moved to the exponent.
+INLINE vec exp_vec(vec x) {
+    x = choose(MASK(x < -86.0f), splat(-86.0f), choose(MASK(x > 88.0f), splat(88.0f), x));
+    vec n = x * 1.44269504f + 12582912.0f;
+    ivec exponent = (ivec)((uvec)as_int(n) << 23);
+    n = n - 12582912.0f;
+    vec r = x - n * 0.693145752f - n * 1.42860677e-6f; // ln2 in two parts: the first product is exact
+    vec p = 0.0083687101f + r * 0.00138146128f;        // minimax on [-ln2/2, ln2/2], relative error 3e-9
+    p = 0.0416683890f + r * p;
+    p = 0.166665211f + r * p;
+    p = 0.499999940f + r * p;
+    p = 1.0f + (r + r * r * p);
+    return as_float((ivec)((uvec)as_int(p) + (uvec)exponent));
+}
+
+INLINE vec silu_vec(vec x) { return x / (1.0f + exp_vec(-x)); }
+
+// softplus(x) = log(1 + e^x) = max(x, 0) + log1p(e^-|x|), which never overflows. log1p(e) = 2 atanh(e / (2 + e)) keeps
+// full relative accuracy where e is tiny, and that is where a trained delta lives (0.001 to 0.1).
+INLINE vec softplus_vec(vec x) {
+    vec e = exp_vec(as_float(as_int(x) | INT32_MIN));
+    vec s = e / (2.0f + e), z = s * s;
+    vec p = 0.28001806f + z * 0.28011987f; // minimax for z in [0, 1/9], relative error 4e-9
+    p = 0.400215268f + z * p;
+    p = 0.666664183f + z * p;
+    vec log1p = s * 2.0f + s * (z * p);
+    return choose(MASK(x > 0.0f), x, splat(0)) + log1p;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 3 Config, model.bin, TENSORS
+// One list says everything about a tensor; the struct, the file's layout and the initialisation are made from it. The
+// format is described field by field in the README.
+
+typedef enum { F32, F16, BF16, N_TYPES } Type; // how matrices are stored; room for q8 and q4 after these
+
+enum { FLAG_TIED = 1, FLAG_PROJ_BIAS = 2, FLAG_CONV_BIAS = 4, FLAG_MIXER_NORM = 8 };
+enum { ARCH_MAMBA = 0, ARCH_FALCON_MAMBA = 1 };
+enum { HEADER_BYTES = 256, FILE_VERSION = 1, ALIGN = 64, N_MAX = 1024 };
+static const char MODEL_MAGIC[8] = {'m', 'a', 'm', 'b', 'a', '.', 'c', '\n'};
+
+typedef struct {
+    int arch, flags;
+    Type type;
+    int D, n_layer, V, E, N, K, R;
+    float norm_eps, mixer_eps;
+    int bos, pad, eos[4]; // token ids, -1 = none
+} Config;
+
+typedef struct { // (rows, cols), row-major; a vector has one column
+    const void *data;
+    int rows, cols;
+    Type type;
+} Tensor;
+
+typedef enum { INIT_ONES, INIT_ZEROS, INIT_NORMAL, INIT_LINEAR, INIT_OUT, INIT_CONV, INIT_DT, INIT_DT_BIAS, INIT_A_LOG } Init;
+
+//    name       rows           cols   stored   initialised    present when
+#define TENSORS_FIRST(X) \
+    X(embedding, c->V,          c->D,  c->type, INIT_NORMAL,   true)
+#define TENSORS_LAYER(X) \
+    X(norm,      c->D,          1,     F32,     INIT_ONES,     true) \
+    X(in_proj,   2 * c->E,      c->D,  c->type, INIT_LINEAR,   true) \
+    X(in_bias,   2 * c->E,      1,     F32,     INIT_ZEROS,    c->flags & FLAG_PROJ_BIAS) \
+    X(conv,      c->E,          c->K,  F32,     INIT_CONV,     true) \
+    X(conv_bias, c->E,          1,     F32,     INIT_CONV,     c->flags & FLAG_CONV_BIAS) \
+    X(x_proj,    c->R + 2*c->N, c->E,  c->type, INIT_LINEAR,   true) \
+    X(dt_proj,   c->E,          c->R,  c->type, INIT_DT,       true) \
+    X(dt_bias,   c->E,          1,     F32,     INIT_DT_BIAS,  true) \
+    X(A_log,     c->E,          c->N,  F32,     INIT_A_LOG,    true) \
+    X(D_skip,    c->E,          1,     F32,     INIT_ONES,     true) \
+    X(out_proj,  c->D,          c->E,  c->type, INIT_OUT,      true) \
+    X(out_bias,  c->D,          1,     F32,     INIT_ZEROS,    c->flags & FLAG_PROJ_BIAS)
+#define TENSORS_LAST(X) \
+    X(norm_f,    c->D,          1,     F32,     INIT_ONES,     true) \
+    X(head,      c->V,          c->D,  c->type, INIT_NORMAL,   !(c->flags & FLAG_TIED))
+
+#define DECLARE(name, rows, cols, type, init, present) Tensor name;
+typedef struct {
+    TENSORS_LAYER(DECLARE)
+    const float *A_neg;  // (N,E) derived: -exp(A_log), transposed
+    const float *conv_t; // (K,E) derived: conv, transposed
+} Layer;
+
+typedef struct Model {
+    Config config;
+    Tokenizer *tokenizer; // NULL for random weights
+    TENSORS_FIRST(DECLARE)
+    Layer *layer;
+    TENSORS_LAST(DECLARE)
+    float *derived; // arena of A_neg and conv_t
+    uint32_t id;    // tells models apart: mixes the checksums of header and tensors
+    uint32_t tensors_crc;
+    size_t tensors_offset, tensors_bytes, tokenizer_bytes, n_params;
+    unsigned char *file; // the whole of model.bin, mapped or read
+    size_t file_bytes;
+    bool mapped;
+    void *weights; // allocated instead of mapped: random weights
+} Model;
+#undef DECLARE
+
+static size_t type_bytes(Type type) { return type == F32 ? 4 : 2; }
+static const char *type_name(Type type) { return type == F32 ? "f32" : type == F16 ? "f16" : "bf16"; }
+static size_t tensor_elements(const Tensor *w) { return size_mul((size_t)w->rows, (size_t)w->cols); }
+static size_t tensor_bytes(const Tensor *w) { return size_mul(tensor_elements(w), type_bytes(w->type)); }
+static const float *f32(const Tensor *w) { return w->data; } // NULL for an absent bias
+
+// Visits every tensor in the file's order: visit(context, name, layer or -1, tensor, init).
+typedef void TensorVisitor(void *context, const char *name, int layer, Tensor *w, Init init);
+
+static void each_tensor(Model *m, TensorVisitor *visit, void *context) {
+    const Config *c = &m->config;
+#define VISIT(owner, index, name, r, k, t, init, present) \
+    if (present) { \
+        (owner)->name.rows = (r), (owner)->name.cols = (k), (owner)->name.type = (t); \
+        visit(context, #name, index, &(owner)->name, init); \
+    }
+#define VISIT_MODEL(name, r, k, t, init, present) VISIT(m, -1, name, r, k, t, init, present)
+#define VISIT_LAYER(name, r, k, t, init, present) VISIT(&m->layer[layer], layer, name, r, k, t, init, present)
+    TENSORS_FIRST(VISIT_MODEL)
+    for (int layer = 0; layer < c->n_layer; layer++) {
+        TENSORS_LAYER(VISIT_LAYER)
+    }
+    TENSORS_LAST(VISIT_MODEL)
+#undef VISIT
+#undef VISIT_MODEL
+#undef VISIT_LAYER
+}
+
+typedef struct {
+    unsigned char *base; // NULL: only measure
+    size_t offset, n_params;
+} Layout;
+
+static void layout_tensor(void *context, const char *name, int layer, Tensor *w, Init init) {
+    Layout *at = context;
+    (void)name, (void)layer, (void)init;
+    at->offset = size_add(at->offset, (ALIGN - at->offset % ALIGN) % ALIGN);
+    if (at->base) {
+        w->data = at->base + at->offset;
+        fix_endian(at->base + at->offset, tensor_bytes(w), type_bytes(w->type));
+    }
+    at->offset = size_add(at->offset, tensor_bytes(w));
+    at->n_params += tensor_elements(w);
+}
+
+// Bytes from the first tensor to the end of the last; SIZE_MAX when the config asks for more than a size_t. n_layer may
+// still be a lie here, so nothing of its size is allocated: layers start aligned, so each adds what the second one adds.
+static size_t config_tensor_bytes(const Config *config) {
+    Layer layers[2];
+    Model probe = {.config = *config, .layer = layers};
+    size_t total[3] = {0};
+    for (int n_layer = 1; n_layer <= 2; n_layer++) {
+        Layout at = {0};
+        probe.config.n_layer = n_layer;
+        each_tensor(&probe, layout_tensor, &at);
+        total[n_layer] = at.offset;
+    }
+    if (total[2] == SIZE_MAX) return SIZE_MAX;
+    return size_add(total[1], size_mul(total[2] - total[1], (size_t)config->n_layer - 1));
+}
+
+// A_neg and conv_t for every layer, made once the tensors are in place. 0, or -1 after fail().
+static int make_derived(Model *m) {
+    const Config *c = &m->config;
+    size_t per_layer = size_mul((size_t)c->N + (size_t)c->K, (size_t)c->E);
+    m->derived = alloc_aligned(size_mul(size_mul(per_layer, (size_t)c->n_layer), sizeof(float)));
+    if (!m->derived) return -1;
+    for (int layer = 0; layer < c->n_layer; layer++) {
+        Layer *w = &m->layer[layer];
+        float *A_neg = m->derived + per_layer * (size_t)layer, *conv_t = A_neg + (size_t)c->N * c->E;
+        for (int e = 0; e < c->E; e++) {
+            for (int n = 0; n < c->N; n++) A_neg[(size_t)n * c->E + e] = -expf(f32(&w->A_log)[(size_t)e * c->N + n]);
+            for (int k = 0; k < c->K; k++) conv_t[(size_t)k * c->E + e] = f32(&w->conv)[(size_t)e * c->K + k];
+        }
+        w->A_neg = A_neg, w->conv_t = conv_t;
+    }
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4 Load
+// The header is believed only as far as the file's length bears it out: every field has a range, and the bytes that the
+// config asks for must be the bytes that are there, before any pointer is made.
+
+// A file in memory: mapped where the platform can (and writable privately, for fix_endian), else read.
+static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
+    *mapped = false;
+#ifdef MAMBA_POSIX
+    int fd = open(path, O_RDONLY);
+    struct stat info;
+    if (fd < 0) return fail("%s: %s", path, strerror(errno)), NULL;
+    if (fstat(fd, &info) || !S_ISREG(info.st_mode)) {
+        close(fd);
+        return fail("%s: not a regular file", path), NULL;
+    }
+    *bytes = (size_t)info.st_size;
+    if ((uintmax_t)info.st_size < SIZE_MAX && *bytes > 0 && host_is_little_endian()) {
+        void *p = mmap(NULL, *bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+        if (p != MAP_FAILED) {
+            close(fd);
+            *mapped = true;
+            return p;
+        }
+    }
+    close(fd);
+#endif
+    FILE *f = fopen(path, "rb");
+    if (!f) return fail("%s: %s", path, strerror(errno)), NULL;
+    unsigned char *data = NULL;
+    long length = fseek(f, 0, SEEK_END) ? -1 : ftell(f);
+    if (length < 0) fail("%s: cannot find its length", path);
+    else if ((data = alloc_aligned((size_t)length))) {
+        rewind(f);
+        if (fread(data, 1, (size_t)length, f) != (size_t)length) {
+            fail("%s: read error", path);
+            free_aligned(data);
+            data = NULL;
+        }
+        *bytes = (size_t)length;
+    }
+    fclose(f);
+    return data;
+}
+
+static void file_unmap(unsigned char *data, size_t bytes, bool mapped) {
+#ifdef MAMBA_POSIX
+    if (mapped) {
+        munmap(data, bytes);
+        return;
+    }
+#endif
+    (void)bytes, (void)mapped;
+    free_aligned(data);
+}
+
+static int check_token_id(const char *path, const char *name, int32_t id, int V) {
+    if (id >= -1 && id < V) return 0;
+    return fail("%s: %s token id %d is not in the vocabulary of %d", path, name, id, V);
+}
+
+// Header bytes -> config. Each field by itself; how they fit the file is mamba_load's business.
+static int read_config(const char *path, const unsigned char *h, Config *c) {
+    const struct { const char *name; int offset; uint32_t lowest, highest; int *value; } field[] = {
+        {"arch", 16, 0, 1, &c->arch},           {"flags", 24, 0, 15, &c->flags},
+        {"d_model", 28, 1, 1 << 20, &c->D},     {"n_layer", 32, 1, 1 << 16, &c->n_layer},
+        {"vocab_size", 36, 1, 1 << 26, &c->V},  {"d_inner", 40, 1, 1 << 20, &c->E},
+        {"d_state", 44, 1, N_MAX, &c->N},       {"d_conv", 48, 1, 1 << 12, &c->K},
+        {"dt_rank", 52, 1, 1 << 20, &c->R},
+    };
+    for (size_t i = 0; i < sizeof field / sizeof *field; i++) {
+        uint32_t value = u32_at(h + field[i].offset);
+        if (value < field[i].lowest || value > field[i].highest)
+            return fail("%s: header field %s is %u, outside %u..%u: the file is damaged or not a model.bin", path,
+                        field[i].name, value, field[i].lowest, field[i].highest);
+        *field[i].value = (int)value;
+    }
+    if (u32_at(h + 20) >= N_TYPES)
+        return fail("%s: weight type %u is not known to this version (0 f32, 1 f16, 2 bf16)", path, u32_at(h + 20));
+    c->type = (Type)u32_at(h + 20);
+    c->norm_eps = f32_at(h + 56), c->mixer_eps = f32_at(h + 60);
+    if (!(c->norm_eps >= 0 && c->norm_eps < 1)) return fail("%s: header field norm_eps is not in [0, 1)", path);
+    if (!(c->mixer_eps >= 0 && c->mixer_eps < 1)) return fail("%s: header field mixer_eps is not in [0, 1)", path);
+    c->bos = (int32_t)u32_at(h + 64), c->pad = (int32_t)u32_at(h + 68);
+    if (check_token_id(path, "bos", c->bos, c->V) || check_token_id(path, "pad", c->pad, c->V)) return -1;
+    for (int i = 0; i < 4; i++) {
+        c->eos[i] = (int32_t)u32_at(h + 72 + 4 * i);
+        if (check_token_id(path, "eos", c->eos[i], c->V)) return -1;
+    }
+    return 0;
+}
+
+static int read_header(Model *m, const char *path) {
+    const unsigned char *h = m->file;
+    if (m->file_bytes < HEADER_BYTES || memcmp(h, MODEL_MAGIC, sizeof MODEL_MAGIC))
+        return fail("%s: not a model.bin (make one with export.py)", path);
+    if (u32_at(h + 8) != FILE_VERSION || u32_at(h + 12) != HEADER_BYTES)
+        return fail("%s: format version %u with a header of %u bytes, this program reads version %d with %d", path,
+                    u32_at(h + 8), u32_at(h + 12), FILE_VERSION, HEADER_BYTES);
+    if (read_config(path, h, &m->config)) return -1;
+    uint64_t tok_offset = u64_at(h + 88), tok_bytes = u64_at(h + 96), offset = u64_at(h + 104), bytes = u64_at(h + 112);
+    uint64_t size = m->file_bytes;
+    if (offset > size || bytes > size - offset || offset % ALIGN || tok_offset != HEADER_BYTES ||
+        tok_bytes > offset - (offset < HEADER_BYTES ? offset : HEADER_BYTES) || offset < HEADER_BYTES)
+        return fail("%s: tokenizer or tensors lie outside the file of %zu bytes: it is truncated or damaged", path,
+                    m->file_bytes);
+    size_t needed = config_tensor_bytes(&m->config);
+    if (bytes != size - offset || bytes != needed)
+        return fail("%s: the header's config needs %zu bytes of tensors, the file has %zu: it is truncated or damaged",
+                    path, needed, (size_t)(size - offset));
+    if (crc32_of(0, h, HEADER_BYTES - 4) != u32_at(h + HEADER_BYTES - 4))
+        return fail("%s: the header's checksum does not match: the file is damaged", path);
+    if (crc32_of(0, h + tok_offset, (size_t)tok_bytes) != u32_at(h + 120))
+        return fail("%s: the tokenizer's checksum does not match: the file is damaged", path);
+    m->tokenizer_bytes = (size_t)tok_bytes, m->tensors_offset = (size_t)offset, m->tensors_bytes = (size_t)bytes;
+    m->tensors_crc = u32_at(h + 124);
+    m->id = crc32_of(0, h, HEADER_BYTES);
+    return 0;
+}
+
+void mamba_free(Model *m) {
+    if (!m) return;
+    if (m->tokenizer) tokenizer_close(m->tokenizer);
+    if (m->file) file_unmap(m->file, m->file_bytes, m->mapped);
+    free_aligned(m->weights);
+    free_aligned(m->derived);
+    free(m->layer);
+    free(m);
+}
+
+static int open_model(Model *m, const char *path) {
+    m->file = file_map(path, &m->file_bytes, &m->mapped);
+    if (!m->file || read_header(m, path)) return -1;
+    m->tokenizer = tokenizer_open(m->file + HEADER_BYTES, m->tokenizer_bytes);
+    if (!m->tokenizer) return fail_in(path);
+    if (tokenizer_size(m->tokenizer) > m->config.V)
+        return fail("%s: the tokenizer has %d ids, the model only %d", path, tokenizer_size(m->tokenizer), m->config.V);
+    m->layer = calloc((size_t)m->config.n_layer, sizeof *m->layer);
+    if (!m->layer) return fail("out of memory: %d layers", m->config.n_layer);
+    Layout at = {.base = m->file, .offset = m->tensors_offset};
+    each_tensor(m, layout_tensor, &at);
+    assert(at.offset == m->file_bytes);
+    m->n_params = at.n_params;
+    if (m->config.flags & FLAG_TIED) m->head = m->embedding;
+    return make_derived(m);
+}
+
+// A model.bin, ready to run; NULL after fail().
+Model *mamba_load(const char *path) {
+    Model *m = calloc(1, sizeof *m);
+    if (!m) return fail("out of memory"), NULL;
+    if (open_model(m, path)) {
+        mamba_free(m);
+        return NULL;
+    }
+    return m;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 5 Kernels
+// Outputs first, then inputs, weights, sizes. Called by every thread of a team (see THREADS above).
+
+// xn (L,D) = x / rms(x) * weight. weight NULL: FalconMamba's weightless norm. x and xn may be the same array; ld is the
+// distance between rows of both.
+static void rmsnorm(float *xn, const float *x, const float *weight, float eps, int L, int D, size_t ld) {
+#pragma omp for
+    for (int t = 0; t < L; t++) {
+        const float *row = x + (size_t)t * ld;
+        vec squares = splat(0);
+        for (int d = 0; d < D; d += VL) {
+            vec v = load_n(row + d, lanes_left(d, D));
+            squares += v * v;
+        }
+        float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)D + eps);
+        for (int d = 0; d < D; d += VL) {
+            int n = lanes_left(d, D);
+            vec v = load_n(row + d, n) * scale;
+            store_n(xn + (size_t)t * ld + d, weight ? v * load_n(weight + d, n) : v, n);
+        }
+    }
+}
+
+// out[i] += in[i]: the residual connection.
+static void add_to(float *out, const float *in, int L, int D) {
+#pragma omp for
+    for (int t = 0; t < L; t++)
+        for (int d = 0; d < D; d += VL) {
+            size_t i = (size_t)t * D + d;
+            int n = lanes_left(d, D);
+            store_n(out + i, load_n(out + i, n) + load_n(in + i, n), n);
+        }
+}
+
+// --- storage types: VL weights to float32. A new type adds its reader and a line in TYPE_KERNELS; nothing else changes.
+
+typedef uint16_t half;
+
+INLINE vec read_f32(const float *p) { return load(p); }
+INLINE vec read_bf16(const half *p) { // a bf16 is the upper half of a float32
+    hvec bits;
+    memcpy(&bits, p, sizeof bits);
+    return as_float((ivec)(LANES_OF(uvec, bits) << 16));
+}
+// f16: put exponent and mantissa where float32 has them, then multiply by 2^(127-15), which mends the exponent's bias and
+// makes subnormals come out exact. Infinities do not occur: export.py refuses weights beyond f16's range.
+INLINE vec read_f16(const half *p) {
+    hvec bits;
+    memcpy(&bits, p, sizeof bits);
+    uvec wide = LANES_OF(uvec, bits);
+    vec magnitude = as_float((ivec)((wide & 0x7FFF) << 13)) * 0x1p112f;
+    return as_float(as_int(magnitude) | (ivec)((wide & 0x8000) << 16));
+}
+
+// For one storage type: dot4 gives the products of four rows of weights with x (n), widen turns n weights into float32.
+// Four rows at once share the loads of x and give the adder four independent chains. The tail of a row that is no
+// multiple of VL goes through a zero-padded copy.
+#define KERNELS_OF(name, stored) \
+    static void dot4_##name(float out[4], const void *const row[4], const float *x, int n) { \
+        const stored *w[4] = {row[0], row[1], row[2], row[3]}; \
+        vec sum[4] = {splat(0), splat(0), splat(0), splat(0)}; \
+        int i = 0; \
+        for (; i + VL <= n; i += VL) { \
+            vec xi = load(x + i); \
+            for (int r = 0; r < 4; r++) sum[r] += read_##name(w[r] + i) * xi; \
+        } \
+        if (i < n) { \
+            vec xi = load_n(x + i, n - i); \
+            for (int r = 0; r < 4; r++) { \
+                stored tail[VL] = {0}; \
+                memcpy(tail, w[r] + i, (size_t)(n - i) * sizeof(stored)); \
+                sum[r] += read_##name(tail) * xi; \
+            } \
+        } \
+        for (int r = 0; r < 4; r++) out[r] = sum_lanes(sum[r]); \
+    } \
+    static void widen_##name(float *out, const void *row, int from, int n) { \
+        const stored *w = (const stored *)row + from; \
+        int i = 0; \
+        for (; i + VL <= n; i += VL) store(out + i, read_##name(w + i)); \
+        if (i < n) { \
+            stored tail[VL] = {0}; \
+            memcpy(tail, w + i, (size_t)(n - i) * sizeof(stored)); \
+            store_n(out + i, read_##name(tail), n - i); \
+        } \
+    }
+KERNELS_OF(f32, float)
+KERNELS_OF(f16, half)
+KERNELS_OF(bf16, half)
+
+static const struct {
+    void (*dot4)(float out[4], const void *const row[4], const float *x, int n);
+    void (*widen)(float *out, const void *row, int from, int n);
+} TYPE_KERNELS[N_TYPES] = {{dot4_f32, widen_f32}, {dot4_f16, widen_f16}, {dot4_bf16, widen_bf16}};
+
+static const void *tensor_row(const Tensor *w, int row) {
+    return (const char *)w->data + (size_t)row * (size_t)w->cols * type_bytes(w->type);
+}
+
+// res (L,D) = the rows of embedding (V,D) named by ids (L).
+static void embed(float *res, const int32_t *ids, const Tensor *embedding, int L) {
+    int D = embedding->cols;
+#pragma omp for
+    for (int t = 0; t < L; t++)
+        TYPE_KERNELS[embedding->type].widen(res + (size_t)t * D, tensor_row(embedding, ids[t]), 0, D);
+}
+
+// --- matmul: out (L,O) = x (L,I) W^T (+ bias), W (O,I) of any storage type; rows of x are ldx apart.
+// The one entry for every product in the model. Few rows (a token being generated): every weight is used once, so the
+// product runs at the speed of memory; each thread streams its own rows of W through dot4. Many rows: the blocked product.
+//
+//        o0..o0+NR
+//       +---------+        A task is NR outputs (a panel of W) times a block of rows of x. For KC inputs at a time the
+//    KC | panel   |        thread widens its panel of W to float32, transposed, so that NR outputs are side by side (L1
+//       +---------+        cache). Then for every MR rows of x, packed the same way beforehand: load NR weights, multiply
+//   MR |  tile    |        by MR single inputs, add into MR x NR sums that never leave the registers until KC is done.
+//       +---------+        Per step MR*NR multiply-adds need only NR/VL + MR loads, so the FMA units are the limit.
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define MR 12 // 12 x 2 sums + 2 weights + 1 input of 32 registers
+#else
+#define MR 6 // 6 x 2 sums + 2 + 1 of 16
+#endif
+#define NR (2 * VL)
+#define KC 512
+#define ROWS_BLOCK (8 * MR)
+#define MATMUL_FEW 4 // below this many rows, packing costs more than it saves
+
+static void matmul_few(float *out, const float *x, size_t ldx, const Tensor *w, const float *bias, int L) {
+    int O = w->rows, I = w->cols;
+#pragma omp for
+    for (int block = 0; block < (O + 3) / 4; block++) {
+        int o = block * 4, n = O - o < 4 ? O - o : 4;
+        const void *row[4];
+        for (int r = 0; r < 4; r++) row[r] = tensor_row(w, r < n ? o + r : o);
+        for (int t = 0; t < L; t++) {
+            float sum[4];
+            TYPE_KERNELS[w->type].dot4(sum, row, x + (size_t)t * ldx, I);
+            for (int r = 0; r < n; r++) out[(size_t)t * O + o + r] = sum[r] + (bias ? bias[o + r] : 0);
+        }
+    }
+}
+
+// packed: panels of MR rows of x, input-major: packed[panel][i][row]. Missing rows of the last panel are zero.
+static void pack_rows(float *packed, const float *x, size_t ldx, int L, int I) {
+#pragma omp for
+    for (int panel = 0; panel < (L + MR - 1) / MR; panel++) {
+        float *to = packed + (size_t)panel * MR * I;
+        for (int r = 0; r < MR; r++) {
+            int t = panel * MR + r;
+            const float *from = x + (size_t)(t < L ? t : 0) * ldx;
+            for (int i = 0; i < I; i++) to[(size_t)i * MR + r] = t < L ? from[i] : 0;
+        }
+    }
+}
+
+// panel[k][j] = W[o0 + j][k0 + k], float32; missing outputs are zero.
+static void pack_weights(float *panel, const Tensor *w, int o0, int k0, int kc) {
+    float row[KC];
+    for (int j = 0; j < NR; j++) {
+        if (o0 + j < w->rows) TYPE_KERNELS[w->type].widen(row, tensor_row(w, o0 + j), k0, kc);
+        else memset(row, 0, sizeof row);
+        for (int k = 0; k < kc; k++) panel[k * NR + j] = row[k];
+    }
+}
+
+// tile (MR,NR) = a (kc,MR)^T b (kc,NR): the loop where prefill spends its time.
+static void micro_kernel(float *tile, const float *a, const float *b, int kc) {
+    vec sum[MR][2];
+    for (int r = 0; r < MR; r++) sum[r][0] = sum[r][1] = splat(0);
+    for (int k = 0; k < kc; k++, a += MR, b += NR) {
+        vec b0 = load(b), b1 = load(b + VL);
+        for (int r = 0; r < MR; r++) {
+            sum[r][0] += a[r] * b0;
+            sum[r][1] += a[r] * b1;
+        }
+    }
+    for (int r = 0; r < MR; r++) {
+        store(tile + r * NR, sum[r][0]);
+        store(tile + r * NR + VL, sum[r][1]);
+    }
+}
+
+// One task: outputs o0.. of rows t0..t1, all inputs.
+static void matmul_task(float *out, const float *packed, const Tensor *w, const float *bias, int o0, int t0, int t1) {
+    float panel[KC * NR], tile[MR * NR];
+    int O = w->rows, I = w->cols, width = O - o0 < NR ? O - o0 : NR;
+    for (int k0 = 0; k0 < I; k0 += KC) {
+        int kc = I - k0 < KC ? I - k0 : KC;
+        pack_weights(panel, w, o0, k0, kc);
+        for (int t = t0; t < t1; t += MR) {
+            micro_kernel(tile, packed + (size_t)t * I + (size_t)k0 * MR, panel, kc);
+            for (int r = 0; r < MR && t + r < t1; r++) {
+                float *to = out + (size_t)(t + r) * O + o0;
+                for (int j = 0; j < width; j++) to[j] = tile[r * NR + j] + (k0 ? to[j] : bias ? bias[o0 + j] : 0);
+            }
+        }
+    }
+}
+
+// packed: room for (L rounded up to MR) * I floats.
+static void matmul(float *out, const float *x, size_t ldx, const Tensor *w, const float *bias, int L, float *packed) {
+    if (L < MATMUL_FEW) {
+        matmul_few(out, x, ldx, w, bias, L);
+        return;
+    }
+    pack_rows(packed, x, ldx, L, w->cols);
+    int panels = (w->rows + NR - 1) / NR;
+    int rows = panels >= 32 ? (L + MR - 1) / MR * MR : ROWS_BLOCK; // few panels: cut the rows too, for enough tasks
+    int blocks = (L + rows - 1) / rows;
+#pragma omp for
+    for (int task = 0; task < panels * blocks; task++) {
+        int t0 = task % blocks * rows, t1 = t0 + rows < L ? t0 + rows : L;
+        matmul_task(out, packed, w, bias, task / blocks * NR, t0, t1);
+    }
+}
+
+// --- conv1d + SiLU: u_t = silu(bias + sum over k of conv[k] x_{t-K+1+k}), each channel by itself, causal: the last tap
+// meets the current input. window (K-1,E) holds the inputs before t = 0 and becomes the last K-1 inputs of this piece.
+// x has rows 2E apart (it is the first half of xz). Time-major rows are read whole, so t is what threads share.
+static const float *conv_input(const float *xz, const float *window, int t, int E, int K) {
+    return t >= 0 ? xz + (size_t)t * 2 * E : window + (size_t)(K - 1 + t) * E;
+}
+
+static void conv1d_silu(float *u, float *window, const float *xz, const float *conv_t, const float *bias, int L, int E,
+                        int K) {
+#pragma omp for
+    for (int t = 0; t < L; t++)
+        for (int e = 0; e < E; e += VL) {
+            int n = lanes_left(e, E);
+            vec sum = bias ? load_n(bias + e, n) : splat(0);
+            for (int k = 0; k < K; k++)
+                sum += load_n(conv_t + (size_t)k * E + e, n) * load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
+            store_n(u + (size_t)t * E + e, silu_vec(sum), n);
+        }
+#pragma omp single
+    for (int j = 0; j < K - 1; j++) // forward in j: a piece shorter than the window only moves rows down
+        memmove(window + (size_t)j * E, conv_input(xz, window, L - K + 1 + j, E, K), (size_t)E * sizeof(float));
+}
+
+// The same for one token: u (E) from x (E).
+static void conv1d_silu_step(float *u, float *window, const float *x, const float *conv_t, const float *bias, int E, int K) {
+#pragma omp for
+    for (int block = 0; block < (E + VL - 1) / VL; block++) {
+        int e = block * VL, n = lanes_left(e, E);
+        vec now = load_n(x + e, n), sum = now * load_n(conv_t + (size_t)(K - 1) * E + e, n);
+        if (bias) sum += load_n(bias + e, n);
+        for (int k = 0; k < K - 1; k++) {
+            vec past = load_n(window + (size_t)k * E + e, n);
+            sum += load_n(conv_t + (size_t)k * E + e, n) * past;
+            if (k) store_n(window + (size_t)(k - 1) * E + e, past, n);
+        }
+        if (K > 1) store_n(window + (size_t)(K - 2) * E + e, now, n);
+        store_n(u + e, silu_vec(sum), n);
+    }
+}
+
+// delta = softplus(dt + dt_bias), in place.
+static void softplus_bias(float *delta, const float *dt_bias, int L, int E) {
+#pragma omp for
+    for (int t = 0; t < L; t++)
+        for (int e = 0; e < E; e += VL) {
+            int n = lanes_left(e, E);
+            float *p = delta + (size_t)t * E + e;
+            store_n(p, softplus_vec(load_n(p, n) + load_n(dt_bias + e, n)), n);
+        }
+}
+
+// g = y * silu(z), in place of y; z is the second half of xz.
+static void gate(float *y, const float *xz, int L, int E) {
+#pragma omp for
+    for (int t = 0; t < L; t++)
+        for (int e = 0; e < E; e += VL) {
+            int n = lanes_left(e, E);
+            float *p = y + (size_t)t * E + e;
+            store_n(p, load_n(p, n) * silu_vec(load_n(xz + ((size_t)t * 2 + 1) * E + e, n)), n);
+        }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 6 The scan
+// A continuous system h' = A h + B u, sampled with a step delta. Where A is diagonal, holding the input for the step
+// gives exactly  h_t = exp(delta A) h_{t-1} + (exp(delta A) - 1)/A B u_t.  Mamba keeps the first factor and replaces the
+// second by its first-order value delta B (as delta -> 0 they agree; the model trains with it, so it is the model):
+//
+//     h_t = decay_t h_{t-1} + inject_t        decay_t = exp(delta_t A)    inject_t = delta_t B_t u_t
+//     y_t = C_t h_t + D u_t
+//
+// for each channel e and state n by itself; only the sum in y mixes states. What is *selective*: delta, B and C come from
+// the token. delta near 0 skips the token (decay 1, inject 0), a large delta forgets the past and takes the token in.
+//
+// One step is the map h -> a h + b. Two steps, (a1,b1) first, are again such a map:
+//
+//     (a1, b1) * (a2, b2) = (a1 a2, a2 b1 + b2)
+//
+// and composing maps is associative, so the prefix products over time can be taken in any grouping: a parallel scan.
+// Example, from h = 0, a = 1/2 1/2 1/2 1/2 and b = 1 2 3 4:  h = 1, 2.5, 4.25, 6.125.  In two halves at once:
+// (1/4, 2.5) and (1/4, 5.5); joined: 1/4 * 2.5 + 5.5 = 6.125. The order matters: swapped they give 1/4 * 5.5 + 2.5.
+//
+// The expanded (L,E,N) states never exist in memory: h lives in registers or L1 while a block of channels walks through
+// time. Shapes below: y, u, delta (L,E); A_neg, h (N,E); B_ssm, C_ssm rows of N, ld_bc apart; D_skip (E). h is the state
+// before t = 0 on entry and after the last token on return.
+
+// The definition, by one thread: read this one. Tests hold the others to it.
+static void scan_sequential(float *y, float *h, const float *u, const float *delta, const float *A_neg, const float *B_ssm,
+                            const float *C_ssm, size_t ld_bc, const float *D_skip, int L, int E, int N) {
+#pragma omp single
+    for (int t = 0; t < L; t++)
+        for (int e = 0; e < E; e++) {
+            size_t te = (size_t)t * E + e;
+            float sum = 0;
+            for (int n = 0; n < N; n++) {
+                float *state = &h[(size_t)n * E + e];
+                float decay = expf(delta[te] * A_neg[(size_t)n * E + e]);
+                float inject = delta[te] * B_ssm[t * ld_bc + n] * u[te];
+                *state = decay * *state + inject;
+                sum += C_ssm[t * ld_bc + n] * *state;
+            }
+            y[te] = sum + D_skip[e] * u[te];
+        }
+}
+
+// The same for VL channels side by side, from h_in (NULL: zeros) to h_out (NULL: not wanted). y NULL: only the final state
+// is wanted, and delta_sum gets the sum of delta, because the product of all decays is exp(A * sum of delta).
+INLINE void scan_channels(float *y, float *h_out, float *delta_sum, const float *h_in, const float *u, const float *delta,
+                          const float *A_neg, const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip,
+                          int L, int E, int N, int lanes) {
+    vec h[N_MAX], A[N_MAX], skip = load_n(D_skip, lanes), elapsed = splat(0);
+    for (int n = 0; n < N; n++) {
+        h[n] = h_in ? load_n(h_in + (size_t)n * E, lanes) : splat(0);
+        A[n] = load_n(A_neg + (size_t)n * E, lanes);
+    }
+    for (int t = 0; t < L; t++) {
+        vec dt = load_n(delta + (size_t)t * E, lanes), ut = load_n(u + (size_t)t * E, lanes), dt_u = dt * ut;
+        const float *B = B_ssm + t * ld_bc, *C = C_ssm + t * ld_bc;
+        vec sum = skip * ut;
+        for (int n = 0; n < N; n++) {
+            h[n] = exp_vec(dt * A[n]) * h[n] + dt_u * B[n];
+            sum += h[n] * C[n];
+        }
+        if (y) store_n(y + (size_t)t * E, sum, lanes);
+        else elapsed += dt;
+    }
+    for (int n = 0; n < N && h_out; n++) store_n(h_out + (size_t)n * E, h[n], lanes);
+    if (delta_sum) store_n(delta_sum, elapsed, lanes);
+}
+
+// Pieces of time that scan_parallel cuts L tokens into. Channels are independent and cost nothing extra to share, so
+// time is cut only where they run out (E/VL_REF blocks of channels for SCAN_TASKS threads): cutting makes every piece
+// but one walk twice. Shapes alone decide, never the number of threads or the machine, so the bits stay the same.
+enum { SCAN_TASKS = 16, SCAN_PIECE = 32, SCAN_LANES = 16 };
+static int scan_pieces(int L, int E) {
+    int blocks = (E + SCAN_LANES - 1) / SCAN_LANES, pieces = SCAN_TASKS / blocks;
+    if (pieces > L / SCAN_PIECE) pieces = L / SCAN_PIECE;
+    return pieces >= 4 ? pieces : 1; // with c pieces a task walks 2/c of the time: below 4 little is won
+}
+
+static size_t scan_carry_floats(int E, int N) { return (size_t)SCAN_TASKS * (size_t)(N + 1) * (size_t)E; }
+
+// carry: scan_carry_floats of scratch. Three passes: every piece from zero for its (product of a, b); the operator joins
+// them into the state before each piece; every piece again, from that state, for y.
+static void scan_parallel(float *y, float *h, const float *u, const float *delta, const float *A_neg, const float *B_ssm,
+                          const float *C_ssm, size_t ld_bc, const float *D_skip, int L, int E, int N, int pieces,
+                          float *carry) {
+    int blocks = (E + VL - 1) / VL;
+    size_t per_piece = (size_t)(N + 1) * E; // b (N,E), sum of delta (E)
+    float *last = carry + per_piece * (pieces - 1);
+    assert(pieces >= 1 && pieces <= SCAN_TASKS);
+    if (pieces > 1) {
+#pragma omp for
+        for (int task = 0; task < blocks * (pieces - 1); task++) {
+            int piece = task / blocks, e = task % blocks * VL;
+            size_t t0 = (size_t)L * piece / pieces, t1 = (size_t)L * (piece + 1) / pieces;
+            float *b = carry + per_piece * piece;
+            scan_channels(NULL, b + e, b + (size_t)N * E + e, NULL, u + t0 * E + e, delta + t0 * E + e, A_neg + e,
+                          B_ssm + t0 * ld_bc, C_ssm + t0 * ld_bc, ld_bc, D_skip + e, (int)(t1 - t0), E, N,
+                          lanes_left(e, E));
+        }
+#pragma omp for
+        for (int n = 0; n < N; n++)
+            for (int piece = 0; piece < pieces - 1; piece++)
+                for (int e = 0; e < E; e++) { // after this, b of a piece is the state at its end
+                    size_t ne = (size_t)n * E + e;
+                    float *b = carry + per_piece * piece, *before = piece ? b - per_piece : h;
+                    b[ne] += expf(A_neg[ne] * b[(size_t)N * E + e]) * before[ne];
+                }
+    }
+#pragma omp for
+    for (int task = 0; task < blocks * pieces; task++) {
+        int piece = task / blocks, e = task % blocks * VL, lanes = lanes_left(e, E);
+        size_t t0 = (size_t)L * piece / pieces, t1 = (size_t)L * (piece + 1) / pieces;
+        float *end = piece < pieces - 1 ? NULL : pieces == 1 ? h + e : last + e; // h is still being read by piece 0
+        const float *start = piece ? carry + per_piece * (piece - 1) : h;
+        scan_channels(y + t0 * E + e, end, NULL, start + e, u + t0 * E + e, delta + t0 * E + e, A_neg + e,
+                      B_ssm + t0 * ld_bc, C_ssm + t0 * ld_bc, ld_bc, D_skip + e, (int)(t1 - t0), E, N, lanes);
+    }
+    if (pieces > 1) {
+#pragma omp single
+        memcpy(h, last, (size_t)N * E * sizeof(float));
+    }
+}
+
+// One token of one sequence: the recurrence that generates text, in constant time and memory. y, u, delta (E),
+// B_ssm, C_ssm (N).
+static void scan_step(float *y, float *h, const float *u, const float *delta, const float *A_neg, const float *B_ssm,
+                      const float *C_ssm, const float *D_skip, int E, int N) {
+#pragma omp for
+    for (int block = 0; block < (E + VL - 1) / VL; block++) {
+        int e = block * VL, lanes = lanes_left(e, E);
+        vec dt = load_n(delta + e, lanes), ut = load_n(u + e, lanes), dt_u = dt * ut;
+        vec sum = load_n(D_skip + e, lanes) * ut;
+        for (int n = 0; n < N; n++) {
+            float *state = h + (size_t)n * E + e;
+            vec decay = exp_vec(dt * load_n(A_neg + (size_t)n * E + e, lanes));
+            vec now = decay * load_n(state, lanes) + dt_u * B_ssm[n];
+            store_n(state, now, lanes);
+            sum += now * C_ssm[n];
+        }
+        store_n(y + e, sum, lanes);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 7 Model: block, prefill, step
+// A block is  res += out_proj(g)  with  g = scan(silu(conv(x)), selection) * silu(z)  and  [x | z] = in_proj(rmsnorm(res)).
+// Three arenas: the weights (mapped), the activations of one piece of text (Acts), and the state, which is all that a
+// sequence remembers.
+
+enum { RECENT = 64, PENDING = 4 }; // tokens that the repeat penalty looks back over; bytes of an unfinished character
+
+typedef struct State { // one sequence at one moment; a single allocation, made of plain numbers
+    uint64_t position; // tokens read
+    uint64_t random;   // state of the sampler's generator
+    uint64_t floats;   // how many numbers follow
+    int32_t recent[RECENT], n_recent;
+    Utf8Pending pending;
+    float *logits, *conv, *h; // (V), after the last token; (n_layer, K-1, E); (n_layer, N, E)
+    float data[];
+} State;
+
+// Tokens that prefill takes at a time, so that memory does not depend on the prompt's length. Large, because the weights
+// are read and packed once a piece; bounded for wide models so that a piece stays within some hundred megabytes.
+enum { PIECE_MAX = 512, PIECE_MIN = 32, LOGIT_ROWS = 32 };
+
+typedef struct Acts {
+    int threads, piece; // team size; rows that the arrays below have room for
+    float *res, *xn, *xz, *u, *xdb, *delta, *y, *packed, *carry, *logits; // logits (LOGIT_ROWS, V), for evaluation
+    float *probs;                                                        // (V) and
+    int32_t *order;                                                      // (V): the sampler's scratch
+} Acts;
+
+static size_t activation_row_floats(const Config *c) { // floats a token in the arrays below, without packed
+    return 2 * (size_t)c->D + 5 * (size_t)c->E + (size_t)(c->R + 2 * c->N);
+}
+
+// Default number of threads: the processors there are, but half of many, since those are often two to a core.
+static int default_threads(void) {
+#ifdef _OPENMP
+    int n = omp_get_num_procs();
+    return n <= 8 ? n : n <= 16 ? 8 : n <= 64 ? n / 2 : 32;
+#else
+    return 1;
+#endif
+}
+
+void mamba_acts_free(Acts *a) { free_aligned(a); }
+
+// Scratch for one pass at a time over one model; threads 0 = default. NULL after fail().
+Acts *mamba_acts_new(const Model *m, int threads) {
+    const Config *c = &m->config;
+    size_t D = (size_t)c->D, E = (size_t)c->E, P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V;
+    size_t piece = ((size_t)1 << 25) / activation_row_floats(c); // 128 MB at the most, unless PIECE_MIN needs more
+    piece = piece > PIECE_MAX ? PIECE_MAX : piece < PIECE_MIN ? PIECE_MIN : piece;
+    size_t widest = E > D ? E : D, rows = (piece + MR - 1) / MR * MR;
+    if (widest < (size_t)c->R) widest = (size_t)c->R;
+    const size_t floats[] = {piece * D, piece * D,     piece * 2 * E, piece * E, piece * P, piece * E,
+                             piece * E, rows * widest, scan_carry_floats(c->E, c->N), LOGIT_ROWS * V, V, V};
+    float **member[12], *at;
+    size_t total = size_add(sizeof(Acts), ALIGN);
+    for (size_t i = 0; i < 12; i++) total = size_add(total, size_mul(floats[i] + 16, sizeof(float)));
+    Acts *a = alloc_aligned(total);
+    if (!a) return NULL;
+    float *order;
+    memcpy(member, (float **[]){&a->res, &a->xn, &a->xz, &a->u, &a->xdb, &a->delta, &a->y, &a->packed, &a->carry, &a->logits,
+                                &a->probs, &order}, sizeof member);
+    at = (float *)((char *)a + (sizeof *a + ALIGN - 1) / ALIGN * ALIGN);
+    for (size_t i = 0; i < 12; i++) *member[i] = at, at += (floats[i] + 15) / 16 * 16;
+    a->order = (int32_t *)(void *)order;
+    a->threads = threads > 0 ? threads : default_threads();
+    a->piece = (int)piece;
+    return a;
+}
+
+// Layer `layer` applied to L tokens whose residual stream is a->res; conv and h are this layer's part of the state.
+static void block(const Model *m, int layer, State *s, Acts *a, int L) {
+    const Config *c = &m->config;
+    const Layer *w = &m->layer[layer];
+    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N;
+    float *window = s->conv + (size_t)layer * (K - 1) * E, *h = s->h + (size_t)layer * N * E;
+    float *dt_low = a->xdb, *B_ssm = a->xdb + R, *C_ssm = a->xdb + R + N; // columns of xdb (L,P)
+
+    rmsnorm(a->xn, a->res, f32(&w->norm), c->norm_eps, L, D, (size_t)D);
+    matmul(a->xz, a->xn, (size_t)D, &w->in_proj, f32(&w->in_bias), L, a->packed);
+    if (L == 1) conv1d_silu_step(a->u, window, a->xz, w->conv_t, f32(&w->conv_bias), E, K);
+    else conv1d_silu(a->u, window, a->xz, w->conv_t, f32(&w->conv_bias), L, E, K);
+    matmul(a->xdb, a->u, (size_t)E, &w->x_proj, NULL, L, a->packed);
+    if (c->flags & FLAG_MIXER_NORM) { // FalconMamba, which trains at sizes where unnormed selection becomes unstable
+        rmsnorm(dt_low, dt_low, NULL, c->mixer_eps, L, R, (size_t)P);
+        rmsnorm(B_ssm, B_ssm, NULL, c->mixer_eps, L, N, (size_t)P);
+        rmsnorm(C_ssm, C_ssm, NULL, c->mixer_eps, L, N, (size_t)P);
+    }
+    matmul(a->delta, dt_low, (size_t)P, &w->dt_proj, NULL, L, a->packed);
+    softplus_bias(a->delta, f32(&w->dt_bias), L, E);
+    if (L == 1) scan_step(a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm, f32(&w->D_skip), E, N);
+    else
+        scan_parallel(a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm, (size_t)P, f32(&w->D_skip), L, E, N, scan_pieces(L, E),
+                      a->carry);
+    gate(a->y, a->xz, L, E);
+    matmul(a->xn, a->y, (size_t)E, &w->out_proj, f32(&w->out_bias), L, a->packed);
+    add_to(a->res, a->xn, L, D);
+}
+
+// What to do with the logits (V) of each position in turn; NULL: only the last position's are computed.
+typedef void LogitsVisitor(void *context, const float *logits);
+
+// One piece of at most a->piece tokens, by a team of threads; s->logits becomes those after the last.
+static void forward(const Model *m, Acts *a, State *s, const int32_t *ids, int L, LogitsVisitor *visit, void *context) {
+    const Config *c = &m->config;
+    int D = c->D, V = c->V;
+    // A team costs some microseconds a layer; a pass with less work than that runs alone, and gives the same bits.
+    int team = (double)m->n_params * L < 3e5 ? 1 : a->threads;
+    (void)team;
+#pragma omp parallel num_threads(team)
+    {
+        embed(a->res, ids, &m->embedding, L);
+        for (int layer = 0; layer < c->n_layer; layer++) block(m, layer, s, a, L);
+        if (visit) {
+            rmsnorm(a->xn, a->res, f32(&m->norm_f), c->norm_eps, L, D, (size_t)D);
+            for (int t = 0; t < L; t += LOGIT_ROWS) {
+                int rows = L - t < LOGIT_ROWS ? L - t : LOGIT_ROWS;
+                matmul(a->logits, a->xn + (size_t)t * D, (size_t)D, &m->head, NULL, rows, a->packed);
+#pragma omp single
+                for (int r = 0; r < rows; r++) visit(context, a->logits + (size_t)r * V);
+            }
+#pragma omp single
+            memcpy(s->logits, a->logits + (size_t)((L - 1) % LOGIT_ROWS) * V, (size_t)V * sizeof(float));
+        } else {
+            rmsnorm(a->xn, a->res + (size_t)(L - 1) * D, f32(&m->norm_f), c->norm_eps, 1, D, (size_t)D);
+            matmul(s->logits, a->xn, (size_t)D, &m->head, NULL, 1, a->packed);
+        }
+    }
+    for (int t = 0; t < L; t++) s->recent[(s->position + (uint64_t)t) % RECENT] = ids[t];
+    s->position += (uint64_t)L;
+    s->n_recent = s->position < RECENT ? (int32_t)s->position : RECENT;
+}
+
+static int check_ids(const Model *m, const int32_t *ids, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= m->config.V)
+            return fail("token id %d at position %zu is not in the vocabulary of %d", ids[i], i, m->config.V);
+    return 0;
+}
+
+// Reads n tokens into the state: any number, in memory that does not grow with it. Leaves the logits after the last one
+// in the state, and hands every position's to visit where that is not NULL. 0, or -1 after fail(), the state untouched.
+int mamba_prefill(const Model *m, Acts *a, State *s, const int32_t *ids, size_t n, LogitsVisitor *visit, void *context) {
+    if (check_ids(m, ids, n)) return -1;
+    for (size_t done = 0; done < n;) {
+        int L = n - done < (size_t)a->piece ? (int)(n - done) : a->piece;
+        forward(m, a, s, ids + done, L, visit, context);
+        done += (size_t)L;
+    }
+    return 0;
+}
+
+// Reads one token: the recurrence. 0, or -1 after fail().
+int mamba_step(const Model *m, Acts *a, State *s, int32_t id) { return mamba_prefill(m, a, s, &id, 1, NULL, NULL); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 8 State: save, load, copy
+// A sequence's whole past in some megabytes, whatever its length. The file: 512 bytes of little-endian header, then the
+// numbers of State.data; the README has the fields.
+
+enum { STATE_HEADER = 512, STATE_VERSION = 1 };
+static const char STATE_MAGIC[8] = {'m', 'a', 'm', 'b', 'a', '.', 's', '\n'};
+
+static size_t state_floats(const Config *c) {
+    return size_add((size_t)c->V, size_mul((size_t)c->n_layer * (size_t)(c->N + c->K - 1), (size_t)c->E));
+}
+
+void mamba_state_free(State *s) { free_aligned(s); }
+
+static void state_point(State *s, const Config *c) {
+    s->logits = s->data;
+    s->conv = s->logits + c->V;
+    s->h = s->conv + (size_t)c->n_layer * (size_t)(c->K - 1) * (size_t)c->E;
+}
+
+// The start of a text: all zeros, nothing read. NULL after fail().
+State *mamba_state_new(const Model *m) {
+    size_t floats = state_floats(&m->config);
+    State *s = alloc_aligned(size_add(sizeof *s, size_mul(floats, sizeof(float))));
+    if (!s) return NULL;
+    s->floats = floats;
+    state_point(s, &m->config);
+    return s;
+}
+
+// to becomes equal to from; both states of the same model.
+void mamba_state_copy(const Model *m, State *to, const State *from) {
+    assert(to->floats == from->floats);
+    memcpy(to, from, sizeof *to + from->floats * sizeof(float));
+    state_point(to, &m->config);
+}
+
+// Back to the start of a text; the random generator goes on.
+void mamba_state_reset(const Model *m, State *s) {
+    uint64_t random = s->random, floats = s->floats;
+    memset(s, 0, sizeof *s + floats * sizeof(float));
+    s->random = random, s->floats = floats;
+    state_point(s, &m->config);
+}
+
+static void state_header(unsigned char *h, const Model *m, const State *s, uint32_t data_crc) {
+    const Config *c = &m->config;
+    const int sizes[] = {c->V, c->n_layer, c->E, c->N, c->K};
+    memset(h, 0, STATE_HEADER);
+    memcpy(h, STATE_MAGIC, sizeof STATE_MAGIC);
+    put_u32(h + 8, STATE_VERSION), put_u32(h + 12, STATE_HEADER);
+    for (int i = 0; i < 5; i++) put_u32(h + 16 + 4 * i, (uint32_t)sizes[i]);
+    put_u32(h + 36, m->id);
+    put_u64(h + 40, s->position), put_u64(h + 48, s->random), put_u64(h + 56, s->floats);
+    put_u32(h + 64, (uint32_t)s->n_recent);
+    for (int i = 0; i < RECENT; i++) put_u32(h + 68 + 4 * i, (uint32_t)s->recent[i]);
+    put_u32(h + 324, (uint32_t)s->pending.n);
+    memcpy(h + 328, s->pending.bytes, PENDING);
+    put_u32(h + 332, data_crc);
+    put_u32(h + STATE_HEADER - 4, crc32_of(0, h, STATE_HEADER - 4));
+}
+
+// Flushes f to the disk itself and closes it: 0, or -1 with errno set.
+static int close_synced(FILE *f) {
+    int bad = fflush(f) || ferror(f);
+#ifdef MAMBA_POSIX
+    bad = bad || fsync(fileno(f));
+#endif
+    return fclose(f) || bad ? -1 : 0;
+}
+
+// Writes beside the target and renames, so that a failure leaves an older file whole. 0, or -1 after fail().
+int mamba_state_save(const Model *m, const State *s, const char *path) {
+    size_t bytes = s->floats * sizeof(float);
+    char *temporary = malloc(strlen(path) + 5);
+    float *data = malloc(bytes);
+    int result = -1;
+    if (!temporary || !data) fail("out of memory: saving a state of %zu bytes", bytes);
+    else {
+        unsigned char header[STATE_HEADER];
+        memcpy(data, s->data, bytes);
+        fix_endian(data, bytes, sizeof(float));
+        state_header(header, m, s, crc32_of(0, data, bytes));
+        sprintf(temporary, "%s.tmp", path);
+        FILE *f = fopen(temporary, "wb");
+        if (!f) fail("cannot write state %s: %s", temporary, strerror(errno));
+        else {
+            fwrite(header, 1, sizeof header, f);
+            fwrite(data, 1, bytes, f);
+            if (close_synced(f) || rename(temporary, path)) {
+                fail("cannot write state %s: %s", path, strerror(errno));
+                remove(temporary);
+            } else result = 0;
+        }
+    }
+    free(temporary);
+    free(data);
+    return result;
+}
+
+static int read_state(const Model *m, State *s, const unsigned char *h, size_t bytes, const char *path) {
+    const Config *c = &m->config;
+    const int sizes[] = {c->V, c->n_layer, c->E, c->N, c->K};
+    if (bytes < STATE_HEADER || memcmp(h, STATE_MAGIC, sizeof STATE_MAGIC)) return fail("%s: not a state file", path);
+    if (u32_at(h + 8) != STATE_VERSION || u32_at(h + 12) != STATE_HEADER)
+        return fail("%s: state version %u, this program reads version %d", path, u32_at(h + 8), STATE_VERSION);
+    if (crc32_of(0, h, STATE_HEADER - 4) != u32_at(h + STATE_HEADER - 4))
+        return fail("%s: the header's checksum does not match: the state file is damaged", path);
+    for (int i = 0; i < 5; i++)
+        if (u32_at(h + 16 + 4 * i) != (uint32_t)sizes[i])
+            return fail("%s: the state was saved with a model of another shape", path);
+    if (u32_at(h + 36) != m->id) return fail("%s: the state was saved with another model", path);
+    if (u64_at(h + 56) != s->floats || bytes - STATE_HEADER != s->floats * sizeof(float))
+        return fail("%s: %zu bytes where %zu are needed: the state file is truncated or damaged", path, bytes,
+                    STATE_HEADER + (size_t)s->floats * sizeof(float));
+    if (crc32_of(0, h + STATE_HEADER, bytes - STATE_HEADER) != u32_at(h + 332))
+        return fail("%s: the checksum does not match: the state file is damaged", path);
+    uint32_t n_recent = u32_at(h + 64), n_pending = u32_at(h + 324);
+    bool good = n_recent == (u64_at(h + 40) < RECENT ? u64_at(h + 40) : RECENT) && n_pending <= 3;
+    for (uint32_t i = 0; i < RECENT; i++) good = good && u32_at(h + 68 + 4 * i) < (uint32_t)c->V;
+    if (!good) return fail("%s: a header field is out of range: the state file is damaged", path);
+    s->position = u64_at(h + 40), s->random = u64_at(h + 48), s->n_recent = (int32_t)n_recent;
+    for (int i = 0; i < RECENT; i++) s->recent[i] = (int32_t)u32_at(h + 68 + 4 * i);
+    s->pending.n = (int)n_pending;
+    memcpy(s->pending.bytes, h + 328, PENDING);
+    memcpy(s->data, h + STATE_HEADER, bytes - STATE_HEADER);
+    fix_endian(s->data, bytes - STATE_HEADER, sizeof(float));
+    return 0;
+}
+
+// Replaces s by what mamba_state_save wrote with the same model. 0, or -1 after fail(), s untouched.
+int mamba_state_load(const Model *m, State *s, const char *path) {
+    size_t bytes;
+    bool mapped;
+    unsigned char *data = file_map(path, &bytes, &mapped);
+    int result = data ? read_state(m, s, data, bytes, path) : -1;
+    if (data) file_unmap(data, bytes, mapped);
+    return result;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 9 Sampling
+// In this order: repeat penalty, temperature, top-k, top-p, min-p, then one draw. Ids that the tokenizer does not know
+// (the padding of a vocabulary) are never drawn. Candidates leave a heap one by one, the likeliest first, so nothing is
+// sorted that will not be used.
+
+typedef struct {
+    float temperature; // 0: the likeliest token
+    float top_p;       // keep the likeliest that together reach this probability; 1: all
+    int top_k;         // keep this many; 0: all
+    float min_p;       // drop what is less likely than this times the likeliest; 0: none
+    float repeat_penalty; // divides positive and multiplies negative logits of the last RECENT tokens; 1: none
+} Sampling;
+
+static void heap_down(int32_t *heap, int n, int i, const float *probs) {
+    for (int child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && probs[heap[child + 1]] > probs[heap[child]]) child++;
+        if (!(probs[heap[child]] > probs[heap[i]])) return;
+        int32_t swap = heap[i];
+        heap[i] = heap[child], heap[child] = swap;
+    }
+}
+
+// Moves the likeliest of order[0..n) to its end, keeping the rest a heap.
+static void heap_pop(int32_t *order, int n, const float *probs) {
+    int32_t best = order[0];
+    order[0] = order[n - 1], order[n - 1] = best;
+    heap_down(order, n - 1, 0, probs);
+}
+
+static void penalise_recent(const State *s, float *logits, float penalty) {
+    for (int i = 0; i < s->n_recent; i++) {
+        bool seen = false; // a token is penalised once, however often it occurs
+        for (int j = 0; j < i && !seen; j++) seen = s->recent[j] == s->recent[i];
+        float *x = &logits[s->recent[i]];
+        if (!seen) *x = *x > 0 ? *x / penalty : *x * penalty;
+    }
+}
+
+// Candidates by probability: order[n-1] the likeliest, order[n-2] the next ... Returns how many are kept.
+static int keep_likeliest(int32_t *order, int n, const float *probs, const Sampling *how, double *mass) {
+    for (int i = n / 2 - 1; i >= 0; i--) heap_down(order, n, i, probs);
+    int limit = how->top_k > 0 && how->top_k < n ? how->top_k : n, popped = 0, kept = 0;
+    double whole = 0, sum = 0;
+    if (limit < n)
+        for (; popped < limit; popped++) heap_pop(order, n - popped, probs), whole += probs[order[n - 1 - popped]];
+    else
+        for (int i = 0; i < n; i++) whole += probs[order[i]];
+    while (kept < limit && !(kept && sum >= how->top_p * whole)) {
+        if (kept >= popped) heap_pop(order, n - popped, probs), popped++;
+        float p = probs[order[n - 1 - kept]];
+        if (kept && p < how->min_p * probs[order[n - 1]]) break;
+        sum += p, kept++;
+    }
+    *mass = sum;
+    return kept;
+}
+
+// The next token, drawn from the logits in s with s's random generator; -1 after fail().
+int32_t mamba_sample(const Model *m, Acts *a, State *s, const Sampling *how) {
+    int V = m->config.V, n = 0;
+    float *logits = a->probs, highest = -INFINITY;
+    if (s->position == 0) return fail("nothing to continue: the state has read no token");
+    memcpy(logits, s->logits, (size_t)V * sizeof(float));
+    for (int v = 0; v < V; v++) // NaN and infinity both make x - x something else than 0
+        if (logits[v] - logits[v] != 0) return fail("the logit of token %d is not finite: run `info --verify`", v);
+    if (how->repeat_penalty != 1) penalise_recent(s, logits, how->repeat_penalty);
+    int32_t likeliest = -1;
+    for (int v = 0; v < V; v++) {
+        if (m->tokenizer && !tokenizer_has(m->tokenizer, v)) continue;
+        a->order[n++] = v;
+        if (logits[v] > highest) highest = logits[v], likeliest = v;
+    }
+    if (likeliest < 0) return fail("no token can be drawn: the tokenizer knows none, or the logits overflow");
+    if (how->temperature == 0) return likeliest;
+    double whole = 0;
+    for (int i = 0; i < n; i++) { // softmax without its denominator, which the draw divides out
+        float *x = &logits[a->order[i]];
+        whole += *x = expf((*x - highest) / how->temperature);
+    }
+    bool all = how->top_p >= 1 && how->min_p <= 0 && (how->top_k <= 0 || how->top_k >= n);
+    int kept = all ? n : keep_likeliest(a->order, n, a->probs, how, &whole);
+    double point = random_unit(&s->random) * whole;
+    for (int i = n - 1; i > n - kept; i--) {
+        point -= a->probs[a->order[i]];
+        if (point < 0) return a->order[i];
+    }
+    return a->order[n - kept];
+}
+
+// Text to token ids, malloc'd; 0, or -1 after fail(). Token ids to raw bytes: the bytes of one id, NULL for none.
+int mamba_encode(const Model *m, const char *text, size_t bytes, int32_t **ids, size_t *n) {
+    if (!m->tokenizer) return fail("this model has no tokenizer");
+    return tokenizer_encode(m->tokenizer, text, bytes, ids, n);
+}
+const unsigned char *mamba_decode(const Model *m, int32_t id, size_t *bytes) {
+    return m->tokenizer && tokenizer_has(m->tokenizer, id) ? tokenizer_token(m->tokenizer, id, bytes) : NULL;
+}
+
+#ifndef MAMBA_NO_MAIN
+// ---------------------------------------------------------------------------------------------------------------------
+// 10 Command line
+// Text goes to stdout, everything about it to stderr. Options are described by a table, which parses them, checks their
+// ranges and prints the help with the defaults.
+
+typedef enum { OPT_SWITCH, OPT_INT, OPT_REAL, OPT_TEXT, OPT_LIST } OptionKind;
+enum { LIST_MAX = 16 };
+typedef struct {
+    int n;
+    const char *item[LIST_MAX];
+} TextList;
+
+typedef struct {
+    const char *name, *argument, *help;
+    OptionKind kind;
+    void *value; // bool, long, double, const char * or TextList, holding the default
+    double lowest, highest;
+} Option;
+
+static int parse_value(const Option *o, const char *text) {
+    char *end = NULL;
+    errno = 0;
+    if (o->kind == OPT_TEXT) {
+        *(const char **)o->value = text;
+    } else if (o->kind == OPT_LIST) {
+        TextList *list = o->value;
+        if (list->n == LIST_MAX) return fail("%s was given more than %d times", o->name, LIST_MAX);
+        if (!*text) return fail("%s needs a text that is not empty", o->name);
+        list->item[list->n++] = text;
+    } else {
+        double x = o->kind == OPT_INT ? (double)strtoll(text, &end, 10) : strtod(text, &end);
+        if (end == text || *end || errno == ERANGE || x != x)
+            return fail("%s needs %s, not '%s'", o->name, o->kind == OPT_INT ? "a whole number" : "a number", text);
+        if (!(x >= o->lowest && x <= o->highest))
+            return fail("%s %s is out of range: %.10g to %.10g", o->name, text, o->lowest, o->highest);
+        if (o->kind == OPT_INT) *(long *)o->value = strtol(text, NULL, 10);
+        else *(double *)o->value = x;
+    }
+    return 0;
+}
+
+// Takes options out of argv[1..argc) and leaves the others, in order, in rest (room for max). Returns how many of those
+// there are, -1 after fail(). After `--` nothing is an option; `-` alone and numbers such as -1 after a flag never are.
+static int parse_options(int argc, char **argv, const Option *options, int n_options, const char **rest, int max) {
+    int n_rest = 0;
+    bool only_rest = false;
+    for (int i = 1; i < argc; i++) {
+        const char *arg = argv[i];
+        if (!only_rest && !strcmp(arg, "--")) {
+            only_rest = true;
+        } else if (only_rest || arg[0] != '-' || !arg[1]) {
+            if (n_rest == max) return fail("one argument too many: '%s' (a prompt with spaces needs quotes)", arg);
+            rest[n_rest++] = arg;
+        } else {
+            const Option *o = NULL;
+            for (int k = 0; k < n_options && !o; k++)
+                if (!strcmp(arg, options[k].name)) o = &options[k];
+            if (!o) return fail("unknown option '%s' (put -- before a prompt that starts with a dash)", arg);
+            if (o->kind == OPT_SWITCH) *(bool *)o->value = true;
+            else if (i + 1 == argc) return fail("%s needs a value: %s", o->name, o->argument);
+            else if (parse_value(o, argv[++i])) return -1;
+        }
+    }
+    return n_rest;
+}
+
+static void print_help(const char *usage, const Option *options, int n_options) {
+    printf("%s", usage);
+    if (n_options) printf("\nOptions:\n");
+    for (int i = 0; i < n_options; i++) {
+        const Option *o = &options[i];
+        int width = printf("  %s %s", o->name, o->argument);
+        printf("%*s%s", width < 22 ? 22 - width : 1, "", o->help);
+        if (o->kind == OPT_INT && *(long *)o->value != LONG_MIN) printf(" (default %ld)", *(long *)o->value);
+        if (o->kind == OPT_REAL) printf(" (default %g)", *(double *)o->value);
+        if (o->kind == OPT_TEXT && *(const char **)o->value) printf(" (default %s)", *(const char **)o->value);
+        printf("\n");
+    }
+}
+
+#define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
+
+static bool wants_help(int argc, char **argv) {
+    for (int i = 1; i < argc && strcmp(argv[i], "--"); i++)
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return true;
+    return false;
+}
+
+// A whole file, or stdin for "-", with a NUL after it; free() it. NULL after fail().
+static char *read_text(const char *path, size_t *bytes) {
+    FILE *f = !strcmp(path, "-") ? stdin : fopen(path, "rb");
+    if (!f) return fail("%s: %s", path, strerror(errno)), NULL;
+    size_t room = 1 << 16, n = 0;
+    char *text = malloc(room);
+    while (text) {
+        size_t got = fread(text + n, 1, room - 1 - n, f);
+        n += got;
+        if (n < room - 1) break; // end of file or error
+        char *larger = room > SIZE_MAX / 2 ? NULL : realloc(text, room * 2);
+        if (!larger) free(text);
+        text = larger, room *= 2;
+    }
+    bool bad = ferror(f) != 0;
+    if (f != stdin) fclose(f);
+    if (!text) return fail("%s: out of memory after %zu bytes", path, n), NULL;
+    if (bad) {
+        free(text);
+        return fail("%s: %s", path, strerror(errno)), NULL;
+    }
+    char *fitted = realloc(text, n + 1); // the text may live beside a million tokens
+    if (fitted) text = fitted;
+    text[n] = 0;
+    *bytes = n;
+    return text;
+}
+
+static double peak_megabytes(void) { // 0 where the platform does not say
+#ifdef MAMBA_POSIX
+    struct rusage usage;
+    if (!getrusage(RUSAGE_SELF, &usage))
+#ifdef __APPLE__
+        return (double)usage.ru_maxrss / 1e6;
+#else
+        return (double)usage.ru_maxrss * 1024 / 1e6;
+#endif
+#endif
+    return 0;
+}
+
+static volatile sig_atomic_t interrupted;
+static void on_interrupt(int number) {
+    interrupted = 1;
+    signal(number, SIG_DFL); // a second Ctrl-C ends the program at once
+}
+static void catch_interrupt(void) {
+    interrupted = 0;
+    signal(SIGINT, on_interrupt);
+}
+
+// --- generate
+
+typedef struct {
+    const char *model_path, *save, *load;
+    long n, top_k, seed, threads;
+    double temperature, top_p, min_p, repeat_penalty;
+    TextList stop;
+    bool ignore_eos, no_echo;
+} GenerateOptions;
+
+// The text on its way to stdout: what might be the start of a stop string is held back until it is clear that it is not.
+typedef struct {
+    const TextList *stop;
+    char *held;
+    size_t n, room;
+} Output;
+
+static void output_flush(Output *out) {
+    fwrite(out->held, 1, out->n, stdout);
+    fflush(stdout);
+    out->n = 0;
+}
+
+// Length of the longest end of text that begins some stop string: the part that cannot be printed yet.
+static size_t held_back(const TextList *stop, const char *text, size_t n) {
+    size_t most = 0;
+    for (int i = 0; i < stop->n; i++) {
+        size_t length = strlen(stop->item[i]);
+        for (size_t k = length - 1 < n ? length - 1 : n; k > most; k--)
+            if (!memcmp(text + n - k, stop->item[i], k)) most = k;
+    }
+    return most;
+}
+
+// Adds bytes, prints what is safe. 1: a stop string appeared; it and what follows it are dropped. -1 after fail().
+static int output_add(Output *out, const unsigned char *bytes, size_t n) {
+    if (out->n + n > out->room) {
+        char *larger = realloc(out->held, (out->n + n) * 2);
+        if (!larger) return fail("out of memory: holding back output");
+        out->held = larger, out->room = (out->n + n) * 2;
+    }
+    memcpy(out->held + out->n, bytes, n);
+    out->n += n;
+    size_t cut = SIZE_MAX;
+    for (int i = 0; i < out->stop->n; i++) {
+        size_t length = strlen(out->stop->item[i]);
+        for (size_t at = 0; at + length <= out->n && at < cut; at++)
+            if (!memcmp(out->held + at, out->stop->item[i], length)) cut = at;
+    }
+    size_t keep = cut == SIZE_MAX ? held_back(out->stop, out->held, out->n) : 0;
+    size_t print = cut == SIZE_MAX ? out->n - keep : cut;
+    fwrite(out->held, 1, print, stdout);
+    fflush(stdout);
+    memmove(out->held, out->held + print, keep);
+    out->n = keep;
+    return cut != SIZE_MAX;
+}
+
+typedef struct { // what a command that runs the model needs
+    Model *model;
+    Acts *acts;
+    State *state;
+    double load_seconds;
+} Session;
+
+static void session_close(Session *x) {
+    mamba_state_free(x->state);
+    mamba_acts_free(x->acts);
+    mamba_free(x->model);
+}
+
+static int session_open(Session *x, const char *path, long threads) {
+    double start = seconds();
+    memset(x, 0, sizeof *x);
+    x->model = mamba_load(path);
+    if (x->model) x->acts = mamba_acts_new(x->model, (int)threads);
+    if (x->acts) x->state = mamba_state_new(x->model);
+    x->load_seconds = seconds() - start;
+    if (x->state) return 0;
+    session_close(x);
+    return -1;
+}
+
+typedef struct {
+    size_t n_read, n_written;
+    double read_seconds, write_seconds;
+    const char *ended; // why writing ended
+} Report;
+
+static bool is_eos(const Config *c, int32_t id) {
+    for (int i = 0; i < 4; i++)
+        if (c->eos[i] == id) return true;
+    return false;
+}
+
+// The token that an empty text starts from: end of text, which precedes every text in training.
+static int32_t start_token(const Config *c) { return c->eos[0] >= 0 ? c->eos[0] : c->bos; }
+
+// Reads ids piece by piece, so that Ctrl-C is heard within one.
+static int read_prompt(Session *x, const int32_t *ids, size_t n, Report *report) {
+    double start = seconds();
+    size_t done = 0;
+    while (done < n && !interrupted) {
+        size_t piece = n - done < (size_t)x->acts->piece ? n - done : (size_t)x->acts->piece;
+        if (mamba_prefill(x->model, x->acts, x->state, ids + done, piece, NULL, NULL)) return -1;
+        done += piece;
+    }
+    report->n_read = done;
+    report->read_seconds = seconds() - start;
+    if (done < n) fprintf(stderr, "interrupted after %zu of %zu prompt tokens\n", done, n);
+    return 0;
+}
+
+// Writes up to o->n tokens from the state. keep_pending: an unfinished character stays in the state for later.
+static int write_tokens(Session *x, const GenerateOptions *o, bool keep_pending, Report *report) {
+    const Sampling how = {(float)o->temperature, (float)o->top_p, (int)o->top_k, (float)o->min_p, (float)o->repeat_penalty};
+    const Config *c = &x->model->config;
+    State *s = x->state;
+    Output out = {.stop = &o->stop};
+    unsigned char *text = NULL;
+    size_t room = 0;
+    int result = 0;
+    double start = seconds();
+    report->ended = "length";
+    for (long i = 0; (o->n < 0 || i < o->n) && result == 0; i++) {
+        if (interrupted) {
+            report->ended = "interrupted";
+            break;
+        }
+        int32_t id = mamba_sample(x->model, x->acts, s, &how);
+        if (id < 0) result = -1;
+        if (id < 0 || (is_eos(c, id) && !o->ignore_eos)) {
+            report->ended = "end of text";
+            break;
+        }
+        size_t bytes = 0;
+        const unsigned char *token = mamba_decode(x->model, id, &bytes);
+        if (3 * (bytes + 4) > room) {
+            unsigned char *larger = realloc(text, room = 6 * (bytes + 4));
+            if (!larger) {
+                result = fail("out of memory: a token of %zu bytes", bytes);
+                break;
+            }
+            text = larger;
+        }
+        if (tokenizer_is_bytes(x->model->tokenizer)) memcpy(text, token, bytes);
+        else bytes = utf8_push(&s->pending, token, bytes, text);
+        result = output_add(&out, text, bytes);
+        if (result == 1) report->ended = "stop string";
+        if (mamba_step(x->model, x->acts, s, id)) result = -1;
+        report->n_written++;
+    }
+    if (!keep_pending && result == 0 && text) result = output_add(&out, text, utf8_flush(&s->pending, text));
+    output_flush(&out);
+    free(out.held);
+    free(text);
+    report->write_seconds = seconds() - start;
+    return result < 0 ? -1 : 0;
+}
+
+static void print_report(const Session *x, const Report *r) {
+    fprintf(stderr, "load %.3f s", x->load_seconds);
+    if (r->n_read) fprintf(stderr, " | prefill %zu tokens, %.1f tokens/s", r->n_read, (double)r->n_read / r->read_seconds);
+    if (r->n_written)
+        fprintf(stderr, " | decode %zu tokens, %.1f tokens/s (%s)", r->n_written, (double)r->n_written / r->write_seconds,
+                r->ended);
+    if (peak_megabytes() > 0) fprintf(stderr, " | peak memory %.1f MB", peak_megabytes());
+    fprintf(stderr, "\n");
+}
+
+// One prompt: read it (echoing it unless told otherwise), write, save.
+static int generate_once(Session *x, const GenerateOptions *o, const char *text, size_t bytes) {
+    Report report = {0};
+    int32_t *ids = NULL, start = start_token(&x->model->config);
+    size_t n = 0;
+    if (bytes && mamba_encode(x->model, text, bytes, &ids, &n)) return fail_in("prompt");
+    int result = 0;
+    if (n) result = read_prompt(x, ids, n, &report);
+    else if (x->state->position == 0 && start >= 0) result = read_prompt(x, &start, 1, &report);
+    else if (x->state->position == 0) result = fail("this model has no end-of-text token to start from: give a prompt");
+    free(ids);
+    if (result) return -1;
+    if (o->n != 0 && !o->no_echo && bytes) {
+        fwrite(text, 1, bytes, stdout);
+        fflush(stdout);
+    }
+    result = interrupted ? 0 : write_tokens(x, o, o->save != NULL, &report);
+#ifdef MAMBA_POSIX
+    if (o->n != 0 && isatty(STDOUT_FILENO)) printf("\n");
+#endif
+    if (o->save && mamba_state_save(x->model, x->state, o->save)) result = -1;
+    print_report(x, &report);
+    if (o->save && !result) fprintf(stderr, "state after %llu tokens saved to %s\n", (unsigned long long)x->state->position, o->save);
+    return result;
+}
+
+// --- interactive session
+
+enum { UNDO_MAX = 32 };
+typedef struct {
+    State *before[UNDO_MAX]; // states before the last turns, oldest first
+    int n;
+} UndoStack;
+
+static int undo_push(UndoStack *undo, const Model *m, const State *s) {
+    State *copy;
+    if (undo->n == UNDO_MAX) { // forget the oldest, reuse its memory
+        copy = undo->before[0];
+        memmove(undo->before, undo->before + 1, (UNDO_MAX - 1) * sizeof *undo->before);
+        undo->n--;
+    } else if (!(copy = mamba_state_new(m))) {
+        return -1;
+    }
+    mamba_state_copy(m, copy, s);
+    undo->before[undo->n++] = copy;
+    return 0;
+}
+
+static void undo_pop(UndoStack *undo, const Model *m, State *s) {
+    if (undo->n == 0) {
+        fprintf(stderr, "nothing to undo\n");
+        return;
+    }
+    State *last = undo->before[--undo->n];
+    mamba_state_copy(m, s, last);
+    mamba_state_free(last);
+    fprintf(stderr, "undone: back to %llu tokens\n", (unsigned long long)s->position);
+}
+
+static const char SESSION_HELP[] =
+    "A line is read as it stands, and the model goes on from there; an empty line lets it write more.\n"
+    "  /undo        take the last turn back (up to 32)\n"
+    "  /reset       forget everything\n"
+    "  /save FILE   save the state      /load FILE   load one\n"
+    "  /help        this text           /quit        leave (so does end of input)\n"
+    "Ctrl-C stops the writing, not the session. A line that begins with // is text that begins with /.\n";
+
+static void session_command(Session *x, UndoStack *undo, const char *line) {
+    const Model *m = x->model;
+    if (!strcmp(line, "/undo")) undo_pop(undo, m, x->state);
+    else if (!strcmp(line, "/help")) fprintf(stderr, "%s", SESSION_HELP);
+    else if (!strcmp(line, "/reset")) {
+        if (undo_push(undo, m, x->state)) fprintf(stderr, "mamba: %s\n", error_text);
+        else mamba_state_reset(m, x->state), fprintf(stderr, "forgotten (/undo brings it back)\n");
+    } else if (!strncmp(line, "/save ", 6)) {
+        if (mamba_state_save(m, x->state, line + 6)) fprintf(stderr, "mamba: %s\n", error_text);
+        else fprintf(stderr, "saved\n");
+    } else if (!strncmp(line, "/load ", 6)) {
+        if (undo_push(undo, m, x->state) || mamba_state_load(m, x->state, line + 6)) fprintf(stderr, "mamba: %s\n", error_text);
+        else fprintf(stderr, "loaded: %llu tokens\n", (unsigned long long)x->state->position);
+    } else fprintf(stderr, "unknown command '%s' (try /help)\n", line);
+}
+
+static char *read_line(void) { // one line of stdin without its end; NULL at end of input
+    size_t room = 256, n = 0;
+    char *line = malloc(room);
+    int byte = EOF;
+    while (line && (byte = getchar()) != EOF && byte != '\n') {
+        if (n + 2 > room) {
+            char *larger = realloc(line, room *= 2);
+            if (!larger) free(line);
+            line = larger;
+        }
+        if (line) line[n++] = (char)byte;
+    }
+    if (!line) return NULL;
+    if (byte == EOF && n == 0) {
+        free(line);
+        return NULL;
+    }
+    if (n && line[n - 1] == '\r') n--;
+    line[n] = 0;
+    return line;
+}
+
+static int interactive(Session *x, const GenerateOptions *o) {
+    UndoStack undo = {.n = 0};
+    int result = 0;
+    fprintf(stderr, "%s", SESSION_HELP);
+    for (char *line; result == 0; free(line)) {
+        signal(SIGINT, SIG_DFL);
+        fprintf(stderr, "> ");
+        line = read_line();
+        if (!line || !strcmp(line, "/quit")) {
+            free(line);
+            break;
+        }
+        const char *text = line[0] == '/' && line[1] == '/' ? line + 1 : line;
+        if (line[0] == '/' && line[1] != '/') {
+            session_command(x, &undo, line);
+            continue;
+        }
+        catch_interrupt();
+        GenerateOptions turn = *o;
+        turn.save = NULL, turn.no_echo = true;
+        if (undo_push(&undo, x->model, x->state)) result = -1;
+        else if (generate_once(x, &turn, text, strlen(text))) {
+            fprintf(stderr, "mamba: %s\n", error_text);
+            undo_pop(&undo, x->model, x->state);
+        }
+        printf("\n");
+        fflush(stdout);
+    }
+    while (undo.n) mamba_state_free(undo.before[--undo.n]);
+    if (result == 0 && o->save) result = mamba_state_save(x->model, x->state, o->save);
+    return result;
+}
+
+static const char GENERATE_USAGE[] =
+    "mamba.c " MAMBA_VERSION ": the Mamba language model in one C file\n\n"
+    "  mamba model.bin \"prompt\" [options]   go on with a text; prompt - reads it from stdin, \"\" starts a new text\n"
+    "  mamba model.bin [options]            interactive session, the state carries on from line to line\n"
+    "  mamba info | tokenize | eval | logits | bench --help\n";
+
+static int command_generate(int argc, char **argv) {
+    GenerateOptions o = {.n = 256, .seed = LONG_MIN, .temperature = 0.8, .top_p = 0.95, .repeat_penalty = 1};
+    o.threads = default_threads();
+    const Option options[] = {
+        {"-n", "N", "tokens to write; -1: no limit, 0: only read the prompt", OPT_INT, &o.n, -1, 1e15},
+        {"-t", "X", "temperature; 0: always the likeliest token", OPT_REAL, &o.temperature, 0, 100},
+        {"-p", "X", "top-p: sample from the likeliest tokens that reach this probability", OPT_REAL, &o.top_p, 0, 1},
+        {"-k", "K", "top-k: sample from the K likeliest tokens; 0: all", OPT_INT, &o.top_k, 0, 1e9},
+        {"--min-p", "X", "drop tokens less likely than X times the likeliest", OPT_REAL, &o.min_p, 0, 1},
+        {"--repeat-penalty", "X", "weaken the last 64 tokens; 1: off", OPT_REAL, &o.repeat_penalty, 0.01, 100},
+        {"-s", "SEED", "random seed; by default the clock, or the loaded state's generator", OPT_INT, &o.seed, 0, 9e15},
+        {"--stop", "STRING", "end before this text would be written; up to 16 times", OPT_LIST, &o.stop, 0, 0},
+        {"--ignore-eos", "", "write on after end-of-text", OPT_SWITCH, &o.ignore_eos, 0, 0},
+        {"--no-echo", "", "do not repeat the prompt on stdout", OPT_SWITCH, &o.no_echo, 0, 0},
+        {"-T", "N", "threads; the result does not depend on it", OPT_INT, &o.threads, 1, 1024},
+        {"--save-state", "FILE", "save the state at the end, also after Ctrl-C", OPT_TEXT, &o.save, 0, 0},
+        {"--load-state", "FILE", "start from a saved state", OPT_TEXT, &o.load, 0, 0},
+    };
+    const char *rest[2];
+    if (argc < 2 || wants_help(argc, argv)) {
+        print_help(GENERATE_USAGE, options, COUNT(options));
+        return argc < 2 ? fail("a model.bin is needed, for example: mamba models/tales.bin \"Once upon a time\"") : 0;
+    }
+    int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
+    if (n < 0) return -1;
+    if (n == 0) return fail("a model.bin is needed");
+    Session x;
+    if (session_open(&x, rest[0], o.threads)) return -1;
+    int result = o.load ? mamba_state_load(x.model, x.state, o.load) : 0;
+    if (result == 0 && (o.seed != LONG_MIN || !o.load)) {
+        if (o.seed == LONG_MIN) {
+            o.seed = (long)time(NULL);
+            if (o.temperature > 0 && o.n) fprintf(stderr, "seed %ld\n", o.seed);
+        }
+        x.state->random = (uint64_t)o.seed;
+    }
+    if (result == 0) catch_interrupt();
+    if (result == 0 && n == 1) result = interactive(&x, &o);
+    else if (result == 0) {
+        size_t bytes = strlen(rest[1]);
+        char *text = strcmp(rest[1], "-") ? NULL : read_text("-", &bytes);
+        if (!text && !strcmp(rest[1], "-")) result = -1;
+        else result = generate_once(&x, &o, text ? text : rest[1], bytes);
+        free(text);
+    }
+    session_close(&x);
+    return result;
+}
+
+// --- info
+
+static const char INFO_USAGE[] = "mamba info model.bin [--verify]\n\nShows what is in a model file.\n";
+
+typedef struct {
+    char bad[64]; // the first tensor with a value that is not finite
+} Verdict;
+
+static void verify_tensor(void *context, const char *name, int layer, Tensor *w, Init init) {
+    Verdict *verdict = context;
+    float row[1024];
+    (void)init;
+    for (int r = 0; r < w->rows && !verdict->bad[0]; r++)
+        for (int from = 0; from < w->cols && !verdict->bad[0]; from += 1024) {
+            int n = w->cols - from < 1024 ? w->cols - from : 1024;
+            TYPE_KERNELS[w->type].widen(row, tensor_row(w, r), from, n);
+            for (int i = 0; i < n && !verdict->bad[0]; i++)
+                if (row[i] - row[i] != 0) {
+                    if (layer < 0) snprintf(verdict->bad, sizeof verdict->bad, "%s", name);
+                    else snprintf(verdict->bad, sizeof verdict->bad, "layer %d %s", layer, name);
+                }
+        }
+}
+
+static int verify(Model *m, const char *path) {
+    Verdict verdict = {{0}};
+    each_tensor(m, verify_tensor, &verdict);
+    if (verdict.bad[0]) return fail("%s: %s holds a value that is not finite", path, verdict.bad);
+    if (!host_is_little_endian()) return fail("--verify needs the bytes as stored: run it on a little-endian machine");
+    if (crc32_of(0, m->file + m->tensors_offset, m->tensors_bytes) != m->tensors_crc)
+        return fail("%s: the checksum of the tensors does not match: the file is damaged", path);
+    printf("checksums    header, tokenizer and tensors match; every weight is finite\n");
+    return 0;
+}
+
+static int command_info(int argc, char **argv) {
+    bool check = false;
+    const Option options[] = {{"--verify", "", "check every byte against its checksum", OPT_SWITCH, &check, 0, 0}};
+    const char *path;
+    if (wants_help(argc, argv)) return print_help(INFO_USAGE, options, COUNT(options)), 0;
+    int n = parse_options(argc, argv, options, COUNT(options), &path, 1);
+    if (n != 1) return n < 0 ? -1 : fail("info needs a model.bin");
+    Model *m = mamba_load(path);
+    if (!m) return -1;
+    const Config *c = &m->config;
+    printf("file         %s, %zu bytes, format %d\n", path, m->file_bytes, FILE_VERSION);
+    printf("model        %s, %zu parameters in %s\n", c->arch == ARCH_MAMBA ? "mamba" : "falcon_mamba", m->n_params,
+           type_name(c->type));
+    printf("sizes        d_model %d, n_layer %d, vocab_size %d, d_inner %d, d_state %d, d_conv %d, dt_rank %d\n", c->D,
+           c->n_layer, c->V, c->E, c->N, c->K, c->R);
+    printf("options      %s head, %sprojection biases, %sconv bias, norm eps %g", c->flags & FLAG_TIED ? "tied" : "untied",
+           c->flags & FLAG_PROJ_BIAS ? "" : "no ", c->flags & FLAG_CONV_BIAS ? "" : "no ", c->norm_eps);
+    if (c->flags & FLAG_MIXER_NORM) printf(", norms on delta, B and C with eps %g", c->mixer_eps);
+    printf("\ntokenizer    %s, %d ids", tokenizer_is_bytes(m->tokenizer) ? "bytes" : "byte-level BPE", tokenizer_size(m->tokenizer));
+    printf("; end-of-text");
+    for (int i = 0; i < 4; i++)
+        if (c->eos[i] >= 0) printf(" %d", c->eos[i]);
+    printf("%s\n", c->eos[0] < 0 ? " none" : "");
+    printf("state        %zu bytes a sequence, whatever its length\n", STATE_HEADER + state_floats(c) * sizeof(float));
+    int result = check ? verify(m, path) : 0;
+    mamba_free(m);
+    return result;
+}
+
+// --- tokenize
+
+static const char TOKENIZE_USAGE[] =
+    "mamba tokenize model.bin [FILE|-] [--decode]\n\n"
+    "Text to token ids, one a line; with --decode token ids to text. Reads stdin without FILE. Instead of a model, a\n"
+    "tokenizer file made by `export.py tokenizer.json tokenizer.bin` will do.\n";
+
+static int print_decoded(const Tokenizer *t, const char *text, size_t bytes) {
+    Utf8Pending pending = {.n = 0};
+    const char *p = text, *end = text + bytes;
+    for (;;) {
+        while (p < end && strchr(" \t\r\n,", *p) && *p) p++;
+        if (p == end) break;
+        char *stop;
+        errno = 0;
+        long id = strtol(p, &stop, 10);
+        if (stop == p || errno || (stop < end && (!*stop || !strchr(" \t\r\n,", *stop))))
+            return fail("byte %zu of the input is not part of a token id", (size_t)(p - text));
+        if (id < 0 || id > INT_MAX || !tokenizer_has(t, (int)id))
+            return fail("token id %ld at byte %zu is not in the tokenizer of %d ids", id, (size_t)(p - text), tokenizer_size(t));
+        size_t n;
+        const unsigned char *token = tokenizer_token(t, (int)id, &n);
+        unsigned char *out = malloc(3 * (n + 4));
+        if (!out) return fail("out of memory: a token of %zu bytes", n);
+        if (tokenizer_is_bytes(t)) fwrite(token, 1, n, stdout);
+        else fwrite(out, 1, utf8_push(&pending, token, n, out), stdout);
+        free(out);
+        p = stop;
+    }
+    unsigned char out[16];
+    fwrite(out, 1, utf8_flush(&pending, out), stdout);
+    return 0;
+}
+
+static int print_ids(const Tokenizer *t, const char *text, size_t bytes) {
+    int32_t *ids = NULL;
+    size_t n = 0;
+    if (tokenizer_encode(t, text, bytes, &ids, &n)) return -1;
+    for (size_t i = 0; i < n; i++) printf("%d\n", (int)ids[i]);
+    free(ids);
+    return 0;
+}
+
+static int command_tokenize(int argc, char **argv) {
+    bool decode = false, mapped = false;
+    const Option options[] = {{"--decode", "", "token ids (between spaces, commas or line ends) to text", OPT_SWITCH, &decode, 0, 0}};
+    const char *rest[2] = {NULL, "-"};
+    if (wants_help(argc, argv)) return print_help(TOKENIZE_USAGE, options, COUNT(options)), 0;
+    int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
+    if (n < 1) return n < 0 ? -1 : fail("tokenize needs a model.bin or a tokenizer file");
+    Model *m = NULL;
+    Tokenizer *alone = NULL;
+    size_t file_bytes = 0, bytes = 0;
+    unsigned char *file = file_map(rest[0], &file_bytes, &mapped);
+    int result = file ? 0 : -1;
+    if (file && file_bytes >= 4 && !memcmp(file, "mtok", 4)) result = (alone = tokenizer_open(file, file_bytes)) ? 0 : -1;
+    else if (file) result = (m = mamba_load(rest[0])) ? 0 : -1;
+    char *text = result ? NULL : read_text(rest[1], &bytes);
+    const Tokenizer *t = m ? m->tokenizer : alone;
+    if (!text) result = -1;
+    else result = decode ? print_decoded(t, text, bytes) : print_ids(t, text, bytes);
+    free(text);
+    if (alone) tokenizer_close(alone);
+    if (file) file_unmap(file, file_bytes, mapped);
+    mamba_free(m);
+    return result;
+}
+
+// --- eval
+
+static const char EVAL_USAGE[] =
+    "mamba eval model.bin FILE|- [--each] [-T N]\n\n"
+    "How well the model predicts a text: every token but the first, each from all tokens before it. Prints the number of\n"
+    "tokens, the mean negative log-likelihood in nats, the perplexity, and bits per byte of the predicted text.\n";
+
+typedef struct {
+    const int32_t *ids;
+    size_t t, n; // position of the next logits, length
+    int V;
+    double sum;
+    bool each;
+} Evaluation;
+
+// log(sum of exp) in float lanes of blocks, summed in double: a vocabulary of 50,000 loses nothing.
+static double log_sum_exp(const float *logits, int V) {
+    float highest = logits[0];
+    for (int v = 1; v < V; v++) highest = logits[v] > highest ? logits[v] : highest;
+    double sum = 0;
+    for (int block = 0; block < V; block += 64 * VL) {
+        vec part = splat(0);
+        int end = V - block < 64 * VL ? V : block + 64 * VL;
+        int v = block;
+        for (; v + VL <= end; v += VL) part += exp_vec(load(logits + v) - highest);
+        sum += (double)sum_lanes(part);
+        for (; v < end; v++) sum += exp((double)(logits[v] - highest));
+    }
+    return highest + log(sum);
+}
+
+static void evaluate(void *context, const float *logits) {
+    Evaluation *ev = context;
+    if (++ev->t == ev->n) return; // nothing follows the last token
+    double nll = log_sum_exp(logits, ev->V) - (double)logits[ev->ids[ev->t]];
+    ev->sum += nll;
+    if (ev->each) printf("%.6f\n", nll);
+}
+
+static int evaluate_ids(Session *x, const int32_t *ids, size_t n, bool each) {
+    if (n < 2) return fail("the text has %zu token(s); there is something to predict from 2 on", n);
+    Evaluation ev = {.ids = ids, .n = n, .V = x->model->config.V, .each = each};
+    size_t bytes = 0, length = 0;
+    for (size_t i = 1; i < n; i++) mamba_decode(x->model, ids[i], &length), bytes += length;
+    double start = seconds();
+    if (mamba_prefill(x->model, x->acts, x->state, ids, n, evaluate, &ev)) return -1;
+    double nll = ev.sum / (double)(n - 1);
+    if (nll != nll) return fail("the likelihood is not a number: the weights are damaged (try info --verify)");
+    FILE *f = each ? stderr : stdout;
+    fprintf(f, "tokens         %zu (%zu predicted)\n", n, n - 1);
+    fprintf(f, "mean_nll       %.6f nats/token\n", nll);
+    fprintf(f, "perplexity     %.6g\n", exp(nll));
+    fprintf(f, "bits_per_byte  %.6f\n", bytes ? ev.sum / log(2) / (double)bytes : 0);
+    fprintf(stderr, "%.1f tokens/s | peak memory %.1f MB\n", (double)n / (seconds() - start), peak_megabytes());
+    return 0;
+}
+
+static int command_eval(int argc, char **argv) {
+    bool each = false;
+    long threads = default_threads();
+    const Option options[] = {
+        {"--each", "", "one negative log-likelihood a line on stdout, from the second token on; the summary on stderr",
+         OPT_SWITCH, &each, 0, 0},
+        {"-T", "N", "threads; the result does not depend on it", OPT_INT, &threads, 1, 1024},
+    };
+    const char *rest[2];
+    if (wants_help(argc, argv)) return print_help(EVAL_USAGE, options, COUNT(options)), 0;
+    int n_rest = parse_options(argc, argv, options, COUNT(options), rest, 2);
+    if (n_rest != 2) return n_rest < 0 ? -1 : fail("eval needs a model.bin and a text file");
+    Session x;
+    if (session_open(&x, rest[0], threads)) return -1;
+    size_t bytes, n = 0;
+    int32_t *ids = NULL;
+    char *text = read_text(rest[1], &bytes);
+    int result = text ? mamba_encode(x.model, text, bytes, &ids, &n) : -1;
+    free(text);
+    if (result == 0) result = evaluate_ids(&x, ids, n, each);
+    free(ids);
+    session_close(&x);
+    return result;
+}
+
+// --- logits
+
+static const char LOGITS_USAGE[] =
+    "mamba logits model.bin \"prompt\" [--all] [-o FILE]\n"
+    "mamba logits model.bin --tokens 1,2,3 [--all] [-o FILE]\n\n"
+    "The logits after the last token, or after each: V numbers a line, or with -o raw little-endian float32, (L,V).\n";
+
+typedef struct {
+    FILE *raw; // NULL: text
+    int V;
+} LogitsWriter;
+
+static void write_logits(void *context, const float *logits) {
+    const LogitsWriter *w = context;
+    for (int v = 0; v < w->V; v++) {
+        float value = logits[v];
+        fix_endian(&value, sizeof value, sizeof value);
+        if (w->raw) fwrite(&value, sizeof value, 1, w->raw);
+        else printf("%.9g%c", logits[v], v + 1 < w->V ? ' ' : '\n');
+    }
+}
+
+// "1,2,3" to ids. 0, or -1 after fail().
+static int parse_ids(const char *text, int32_t **ids, size_t *n) {
+    *n = 0;
+    *ids = malloc((strlen(text) / 2 + 1) * sizeof **ids);
+    if (!*ids) return fail("out of memory: --tokens");
+    for (const char *p = text;; p++) {
+        char *end;
+        errno = 0;
+        long id = strtol(p, &end, 10);
+        if (end == p || errno || id < 0 || id > INT_MAX || (*end && *end != ','))
+            return fail("--tokens needs ids between commas, such as 1,2,3, not '%s'", text);
+        (*ids)[(*n)++] = (int32_t)id;
+        if (!*end) return 0;
+        p = end;
+    }
+}
+
+static int command_logits(int argc, char **argv) {
+    bool all = false;
+    long threads = default_threads();
+    const char *tokens = NULL, *path = NULL, *rest[2];
+    const Option options[] = {
+        {"--tokens", "LIST", "token ids between commas, instead of a prompt", OPT_TEXT, &tokens, 0, 0},
+        {"--all", "", "after every token, not only the last", OPT_SWITCH, &all, 0, 0},
+        {"-o", "FILE", "write raw float32 instead of text", OPT_TEXT, &path, 0, 0},
+        {"-T", "N", "threads; the result does not depend on it", OPT_INT, &threads, 1, 1024},
+    };
+    if (wants_help(argc, argv)) return print_help(LOGITS_USAGE, options, COUNT(options)), 0;
+    int n_rest = parse_options(argc, argv, options, COUNT(options), rest, 2);
+    if (n_rest < 0) return -1;
+    if (n_rest != (tokens ? 1 : 2)) return fail("logits needs a model.bin and either a prompt or --tokens");
+    Session x;
+    if (session_open(&x, rest[0], threads)) return -1;
+    int32_t *ids = NULL, start = start_token(&x.model->config);
+    size_t n = 0, bytes = tokens ? 0 : strlen(rest[1]);
+    char *text = !tokens && !strcmp(rest[1], "-") ? read_text("-", &bytes) : NULL;
+    int result = tokens ? parse_ids(tokens, &ids, &n) : 0;
+    if (!tokens && !strcmp(rest[1], "-") && !text) result = -1;
+    if (!tokens && result == 0) result = mamba_encode(x.model, text ? text : rest[1], bytes, &ids, &n);
+    if (result == 0 && n == 0 && start < 0) result = fail("an empty prompt, and no end-of-text token to start from");
+    LogitsWriter writer = {.V = x.model->config.V};
+    if (result == 0 && check_ids(x.model, n ? ids : &start, n ? n : 1)) result = -1;
+    if (result == 0 && path && !(writer.raw = fopen(path, "wb"))) result = fail("%s: %s", path, strerror(errno));
+    if (result == 0) result = mamba_prefill(x.model, x.acts, x.state, n ? ids : &start, n ? n : 1, all ? write_logits : NULL, &writer);
+    if (result == 0 && !all) write_logits(&writer, x.state->logits);
+    if (writer.raw && (ferror(writer.raw) | fclose(writer.raw))) result = fail("%s: cannot write: %s", path, strerror(errno));
+    free(text);
+    free(ids);
+    session_close(&x);
+    return result;
+}
+
+// --- bench: every figure beside the machine's own ceilings, measured in the same minutes
+
+static const char BENCH_USAGE[] =
+    "mamba bench model.bin | --shape 130m|370m|790m|1.4b|2.8b|D,layers,V [--dtype f32|f16|bf16]\n"
+    "mamba bench --scan B,E,L\n\n"
+    "Tokens per second of prefill and decode, and the share of what the machine could do: of its read bandwidth for\n"
+    "decode (every weight is read once a token), of its float32 multiply-add rate for prefill. --shape makes seeded random\n"
+    "weights in memory; --scan times the scan alone, cut over channels only and over channels and time.\n";
+
+typedef struct {
+    uint64_t seed;
+    int n_layer;
+} RandomInit;
+
+static void narrow(void *to, size_t i, float value, Type type) { // float32 to storage; f16 only in its normal range
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (type == F32) ((float *)to)[i] = value;
+    else if (type == BF16) ((half *)to)[i] = (half)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    else ((half *)to)[i] = (half)((bits >> 16 & 0x8000) | (fabsf(value) < 0x1p-14f ? 0 : ((bits & 0x7FFFFFFF) - 0x38000000) >> 13));
+}
+
+// Values of the magnitudes that a trained model has, so that nothing overflows or turns subnormal while it is timed.
+static void random_tensor(void *context, const char *name, int layer, Tensor *w, Init init) {
+    RandomInit *r = context;
+    (void)name, (void)layer;
+    uint64_t seed = r->seed += 0x632BE59BD9B4E019u;
+    float range = init == INIT_NORMAL ? 0.035f : init == INIT_CONV ? 0.5f : 1.0f / sqrtf((float)w->cols);
+    if (init == INIT_OUT) range /= sqrtf((float)r->n_layer);
+#pragma omp parallel for
+    for (int row = 0; row < w->rows; row++) {
+        uint64_t state = seed + (uint64_t)row * 0x9E3779B97F4A7C15u;
+        random_u64(&state);
+        for (int i = 0; i < w->cols; i++) {
+            float value = range * (float)(2 * random_unit(&state) - 1);
+            if (init == INIT_ONES) value = 1;
+            if (init == INIT_ZEROS) value = 0;
+            if (init == INIT_A_LOG) value = logf((float)(i + 1)); // A = -1 .. -N, the reference's start
+            if (init == INIT_DT_BIAS) {                           // softplus(bias) log-uniform in [0.001, 0.1]
+                float dt = 0.001f * expf((float)(random_unit(&state) * log(100)));
+                value = dt + logf(-expm1f(-dt));
+            }
+            narrow((void *)w->data, (size_t)row * (size_t)w->cols + (size_t)i, value, w->type);
+        }
+    }
+}
+
+static Model *random_model(const Config *config, uint64_t seed) {
+    Model *m = calloc(1, sizeof *m);
+    if (!m) return fail("out of memory"), NULL;
+    m->config = *config;
+    m->layer = calloc((size_t)config->n_layer, sizeof *m->layer);
+    m->tensors_bytes = config_tensor_bytes(config);
+    m->weights = m->layer ? alloc_aligned(m->tensors_bytes) : NULL;
+    if (m->weights) {
+        Layout at = {.base = m->weights};
+        RandomInit random = {seed, config->n_layer};
+        each_tensor(m, layout_tensor, &at);
+        each_tensor(m, random_tensor, &random);
+        m->n_params = at.n_params;
+        m->head = m->embedding;
+        if (make_derived(m) == 0) return m;
+    }
+    mamba_free(m);
+    return NULL;
+}
+
+static int parse_shape(const char *text, const char *dtype, Config *c) {
+    static const struct { const char *name; int D, n_layer; } known[] = {
+        {"130m", 768, 24}, {"370m", 1024, 48}, {"790m", 1536, 48}, {"1.4b", 2048, 48}, {"2.8b", 2560, 64}};
+    *c = (Config){.flags = FLAG_TIED | FLAG_CONV_BIAS, .V = 50280, .N = 16, .K = 4, .norm_eps = 1e-5f, .bos = -1, .pad = -1,
+                  .eos = {-1, -1, -1, -1}};
+    for (int i = 0; i < COUNT(known); i++)
+        if (!strcmp(text, known[i].name)) c->D = known[i].D, c->n_layer = known[i].n_layer;
+    char extra;
+    if (!c->D && sscanf(text, "%d,%d,%d%c", &c->D, &c->n_layer, &c->V, &extra) != 3)
+        return fail("--shape needs 130m, 370m, 790m, 1.4b, 2.8b or D,layers,V, not '%s'", text);
+    if (c->D < 1 || c->D > 1 << 19 || c->n_layer < 1 || c->n_layer > 1 << 16 || c->V < 1 || c->V > 1 << 26)
+        return fail("--shape %s is out of range", text);
+    c->E = 2 * c->D, c->R = (c->D + 15) / 16;
+    for (int type = 0; type < N_TYPES; type++)
+        if (!strcmp(dtype, type_name((Type)type))) return c->type = (Type)type, 0;
+    return fail("--dtype needs f32, f16 or bf16, not '%s'", dtype);
+}
+
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+static double median(double *values, int n) {
+    qsort(values, (size_t)n, sizeof *values, compare_doubles);
+    return n % 2 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
+}
+
+static volatile float bench_sink; // keeps the compiler from dropping what is only timed
+
+// Bytes per second that `threads` threads read together, each its own part of a buffer far larger than the caches.
+static double read_bandwidth(const float *buffer, size_t floats, int threads) {
+    double start = seconds();
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int part = 0; part < 256; part++) {
+        const float *p = buffer + floats / 256 * (size_t)part;
+        vec sum[4] = {splat(0), splat(0), splat(0), splat(0)};
+        for (size_t i = 0; i + 4 * VL <= floats / 256; i += 4 * VL)
+            for (int k = 0; k < 4; k++) sum[k] += load(p + i + k * VL);
+        bench_sink = sum_lanes(sum[0] + sum[1] + sum[2] + sum[3]);
+    }
+    return (double)floats * sizeof(float) / (seconds() - start);
+}
+
+// Multiply-adds of the product's own inner loop on data that stays in the cache, times two: operations per second.
+static double multiply_rate(int threads) {
+    enum { ROUNDS = 4000, DEPTH = 128 };
+    double start = seconds();
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int part = 0; part < threads; part++) {
+        float a[DEPTH * MR], b[DEPTH * NR], tile[MR * NR];
+        for (int i = 0; i < DEPTH * MR; i++) a[i] = (float)(i % 7);
+        for (int i = 0; i < DEPTH * NR; i++) b[i] = (float)(i % 5);
+        for (int i = 0; i < ROUNDS; i++) {
+            a[i % (DEPTH * MR)] += 1; // no two rounds are the same
+            micro_kernel(tile, a, b, DEPTH);
+            bench_sink = tile[i % (MR * NR)]; // any of them, or the compiler would only compute the one
+        }
+    }
+    return 2.0 * ROUNDS * DEPTH * MR * NR * threads / (seconds() - start);
+}
+
+enum { BENCH_PROMPT = 512, BENCH_DECODE = 16, BENCH_MAX = 101 };
+
+static int bench_model(const Model *m, int threads, int repeats) {
+    const Config *c = &m->config;
+    double prefill[BENCH_MAX], decode[BENCH_MAX], bandwidth[2 * BENCH_MAX], rate[2 * BENCH_MAX];
+    int32_t ids[BENCH_PROMPT];
+    uint64_t seed = 1;
+    size_t probe_floats = (size_t)1 << 26, embedding = tensor_bytes(&m->embedding);
+    size_t decode_bytes = m->tensors_bytes - (c->flags & FLAG_TIED ? 0 : embedding);
+    double D = c->D, E = c->E, prefill_flops = 2 * c->n_layer * (2 * E * D + E * (c->R + 2.0 * c->N) + E * c->R + E * D);
+    float *probe = alloc_aligned(probe_floats * sizeof(float));
+    Acts *acts = mamba_acts_new(m, threads);
+    State *s = mamba_state_new(m);
+    int result = probe && acts && s ? 0 : -1;
+    for (int i = 0; i < BENCH_PROMPT; i++) ids[i] = (int32_t)(random_u64(&seed) % (uint64_t)c->V);
+    for (size_t i = 0; i < probe_floats && probe; i++) probe[i] = 1;
+    for (int round = -1; round < repeats && result == 0; round++) { // round -1 warms caches up and is not counted
+        int k = round < 0 ? 0 : round;
+        bandwidth[2 * k] = read_bandwidth(probe, probe_floats, threads);
+        double start = seconds();
+        result = mamba_prefill(m, acts, s, ids, BENCH_PROMPT, NULL, NULL);
+        prefill[k] = seconds() - start;
+        rate[2 * k] = multiply_rate(threads);
+        start = seconds();
+        for (int i = 0; i < BENCH_DECODE && result == 0; i++) result = mamba_step(m, acts, s, ids[i]);
+        decode[k] = seconds() - start;
+        bandwidth[2 * k + 1] = read_bandwidth(probe, probe_floats, threads);
+        rate[2 * k + 1] = multiply_rate(threads);
+        if (s->logits[0] - s->logits[0] != 0) result = fail("the logits are not finite: these weights cannot be timed honestly");
+    }
+    if (result == 0) {
+        double read_time = median(prefill, repeats), write_time = median(decode, repeats) / BENCH_DECODE;
+        double gb = median(bandwidth, 2 * repeats) / 1e9, gflops = median(rate, 2 * repeats) / 1e9;
+        printf("%zu parameters in %s, %.1f MB of weights, %d thread%s, medians of %d\n", m->n_params, type_name(c->type),
+               (double)m->tensors_bytes / 1e6, threads, threads > 1 ? "s" : "", repeats);
+        printf("machine      %.1f GB/s read, %.1f GFLOP/s float32\n", gb, gflops);
+        printf("prefill %d  %10.1f tokens/s  %5.1f%% of the float32 rate\n", BENCH_PROMPT, BENCH_PROMPT / read_time,
+               100 * prefill_flops * BENCH_PROMPT / read_time / gflops / 1e9);
+        printf("decode       %10.1f tokens/s  %5.1f%% of the read bandwidth\n", 1 / write_time,
+               100 * (double)decode_bytes / write_time / gb / 1e9);
+    }
+    mamba_state_free(s);
+    mamba_acts_free(acts);
+    free_aligned(probe);
+    return result;
+}
+
+// The scan alone, N = 16: by the definition, over channels, and over channels and time.
+static int bench_scan(const char *text, int threads, int repeats) {
+    int B, E, L, N = 16;
+    char extra;
+    if (sscanf(text, "%d,%d,%d%c", &B, &E, &L, &extra) != 3 || B < 1 || E < 1 || L < 1 || (double)B * E * L > 1e9)
+        return fail("--scan needs B,E,L with a product of at most 1e9, not '%s'", text);
+    size_t BLE = (size_t)B * E * L, NE = (size_t)N * E;
+    float *u = alloc_aligned(BLE * 4), *delta = alloc_aligned(BLE * 4), *y = alloc_aligned(BLE * 4), *A_neg = alloc_aligned(NE * 4);
+    float *BC = alloc_aligned((size_t)B * L * 2 * N * 4), *h = alloc_aligned(NE * 4), *skip = alloc_aligned((size_t)E * 4);
+    float *carry = alloc_aligned(scan_carry_floats(E, N) * 4);
+    int result = u && delta && y && A_neg && BC && h && skip && carry ? 0 : -1;
+    uint64_t seed = 7;
+    if (result == 0) {
+        for (size_t i = 0; i < BLE; i++) u[i] = (float)random_unit(&seed) - 0.5f, delta[i] = 0.1f * (float)random_unit(&seed);
+        for (size_t i = 0; i < NE; i++) A_neg[i] = -(float)(i / (size_t)E + 1);
+        for (size_t i = 0; i < (size_t)B * L * 2 * N; i++) BC[i] = (float)random_unit(&seed) - 0.5f;
+        int shapes_say = scan_pieces(L, E), time_pieces = L >= 4 * SCAN_PIECE ? SCAN_TASKS / 2 : 1;
+        const struct { const char *name; int pieces; } way[] = {
+            {"definition, 1 thread", 0}, {"over channels", 1}, {"over channels and time", time_pieces}};
+        for (int k = 0; k < 3; k++) {
+            double time[BENCH_MAX];
+            for (int round = 0; round < repeats; round++) {
+                double start = seconds();
+#pragma omp parallel num_threads(way[k].pieces ? threads : 1)
+                for (int b = 0; b < B; b++) {
+                    size_t at = (size_t)b * L * E;
+                    const float *B_ssm = BC + (size_t)b * L * 2 * N;
+                    if (way[k].pieces == 0) scan_sequential(y + at, h, u + at, delta + at, A_neg, B_ssm, B_ssm + N, 2 * (size_t)N, skip, L, E, N);
+                    else scan_parallel(y + at, h, u + at, delta + at, A_neg, B_ssm, B_ssm + N, 2 * (size_t)N, skip, L, E, N, way[k].pieces, carry);
+                }
+                time[round] = seconds() - start;
+            }
+            double t = median(time, repeats);
+            printf("%-24s %9.3f ms  %8.1f million exponentials/s  %6.2f GB/s\n", way[k].name, t * 1e3, (double)BLE * N / t / 1e6,
+                   (double)BLE * 12 / t / 1e9);
+        }
+        printf("%d threads; for this shape the model cuts time into %d piece%s\n", threads, shapes_say, shapes_say > 1 ? "s" : "");
+    }
+    free_aligned(u), free_aligned(delta), free_aligned(y), free_aligned(A_neg), free_aligned(BC), free_aligned(h);
+    free_aligned(skip), free_aligned(carry);
+    return result;
+}
+
+static int command_bench(int argc, char **argv) {
+    const char *shape = NULL, *dtype = "f32", *scan = NULL, *path = NULL;
+    long threads = default_threads(), repeats = 7;
+    const Option options[] = {
+        {"--shape", "S", "random weights of this shape instead of a model", OPT_TEXT, &shape, 0, 0},
+        {"--dtype", "T", "their storage type", OPT_TEXT, &dtype, 0, 0},
+        {"--scan", "B,E,L", "time the scan alone: sequences, channels, length", OPT_TEXT, &scan, 0, 0},
+        {"-r", "N", "repeats, of which the median is shown", OPT_INT, &repeats, 1, BENCH_MAX},
+        {"-T", "N", "threads", OPT_INT, &threads, 1, 1024},
+    };
+    if (wants_help(argc, argv)) return print_help(BENCH_USAGE, options, COUNT(options)), 0;
+    int n = parse_options(argc, argv, options, COUNT(options), &path, 1);
+    if (n < 0) return -1;
+    if (n + (shape != NULL) + (scan != NULL) != 1) return fail("bench needs one of: a model.bin, --shape, --scan");
+    if (scan) return bench_scan(scan, (int)threads, (int)repeats);
+    Config c;
+    if (shape && parse_shape(shape, dtype, &c)) return -1;
+    Model *m = shape ? random_model(&c, 42) : mamba_load(path);
+    int result = m ? bench_model(m, (int)threads, (int)repeats) : -1;
+    mamba_free(m);
+    return result;
+}
+
+static int run_command(int argc, char **argv) {
+    static const struct { const char *name; int (*run)(int, char **); } command[] = {
+        {"info", command_info}, {"tokenize", command_tokenize}, {"eval", command_eval},
+        {"logits", command_logits}, {"bench", command_bench}};
+    if (argc > 1 && !strcmp(argv[1], "--version")) return printf("mamba.c %s\n", MAMBA_VERSION), 0;
+    for (int i = 0; i < COUNT(command) && argc > 1; i++)
+        if (!strcmp(argv[1], command[i].name)) return command[i].run(argc - 1, argv + 1);
+    return command_generate(argc, argv);
+}
+
+#ifndef TESTING
+int main(int argc, char **argv) {
+    int result = run_command(argc, argv);
+    if (fflush(stdout) || ferror(stdout)) result = fail("stdout: cannot write: %s", strerror(errno));
+    if (result) fprintf(stderr, "mamba: %s\n", error_text);
+    return result ? 1 : 0;
+}
+#endif
+#endif // MAMBA_NO_MAIN
