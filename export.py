@@ -1,0 +1,1057 @@
+#!/usr/bin/env python3
+"""export.py: makes the one file that mamba.c runs (model.bin) from a published Mamba checkpoint, and goes back.
+
+  python export.py DIRECTORY model.bin             transformers layout, or the layout of the state-spaces releases
+  python export.py org/name model.bin              the same from the hub, where huggingface_hub is installed
+  python export.py tokenizer.json tokenizer.bin    the tokenizer alone
+  python export.py --to-hf model.bin DIRECTORY     a directory that transformers loads
+
+It needs numpy; torch only where the weights are a pickle (pytorch_model.bin). It is no loader for Mamba-2, for
+hybrids with attention or for LayerNorm models: it says so and stops.
+
+Sizes, as everywhere in this project: D d_model, E d_inner, N d_state, K d_conv, R dt_rank, V rows of the embedding
+(a tokenizer may know fewer ids), n_layer. "W" marks the matrices that --dtype applies to. Norms, biases, conv, A_log
+and D_skip stay float32: they are small, and the recurrence meets them again at every step.
+
+Contents: 1 errors, files | 2 the model: sizes and tensors | 3 config.json in | 4 number formats | 5 stored tensors:
+safetensors, pickle | 6 matching names and shapes | 7 model.bin out | 8 the tokenizer | 9 model.bin in, transformers
+out | 10 command line
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import struct
+import sys
+import tempfile
+import warnings
+import zlib
+from collections import namedtuple
+
+try:
+    import numpy as np
+except ImportError:
+    sys.exit("export.py: numpy is missing (pip install numpy)")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Errors, files
+# Whatever a file or a flag can cause is an ExportError: one line on stderr, exit status 1, and no output file.
+
+CHUNK = 1 << 20                       # elements handled at a time: memory stays flat however large a tensor is
+
+
+class ExportError(Exception):
+    pass
+
+
+def first_line(e):
+    return (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+
+
+def unique_keys(pairs):
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)[:60]!r} appears twice in one object")
+    return table
+
+
+def read_json(path):
+    try:
+        with open(path, "rb") as f:
+            table = json.loads(f.read().decode("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as e:
+        raise ExportError(f"{path} is not valid JSON ({first_line(e)})")
+    if not isinstance(table, dict):
+        raise ExportError(f"{path} should hold a JSON object")
+    return table
+
+
+def json_text(value):
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_exactly(f, n, path):
+    data = f.read(n)
+    if len(data) != n:
+        raise ExportError(f"{path} ended {n - len(data)} bytes early; is the download complete?")
+    return data
+
+
+@contextlib.contextmanager
+def atomic_file(path):
+    """A file that appears under its name only when it is complete and on the disk."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise ExportError(f"{path} is a directory; name the file to write")
+    temporary = None
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+        with os.fdopen(fd, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)                                 # mkstemp makes it 0600
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as e:
+        if e.filename is None or os.path.basename(e.filename).startswith(f".{name}."):
+            raise ExportError(f"cannot write {path}: {e.strerror or e}")
+        raise                                                               # about another file, one that is read
+    finally:
+        if temporary:
+            os.unlink(temporary)
+
+
+def progress(done, total, name):
+    """One line, rewritten in place on a terminal and silent elsewhere."""
+    if sys.stderr.isatty():
+        line = f"{done / 1e6:6.0f} / {total / 1e6:.0f} MB  {name}" if name else ""
+        print("\r" + line.ljust(79)[:79], end="" if name else "\r", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The model: sizes and tensors
+# tensor_list() alone knows names, shapes, order and which tensors are W: reading, writing, checking and going back
+# all walk it. `source` is the name in a checkpoint, without the "backbone." in front.
+
+ARCHS = ("mamba", "falcon_mamba")
+DTYPES = ("f32", "f16", "bf16")
+FLAGS = ("tied", "proj_bias", "conv_bias", "mixer_norm")                    # bits 0, 1, 2, 3
+Model = namedtuple("Model", "arch D n_layer V E N K R norm_eps mixer_eps bos pad eos " + " ".join(FLAGS))
+Tensor = namedtuple("Tensor", "name source shape is_w")
+
+
+def tensor_list(m):
+    D, E, N, K, R, V = m.D, m.E, m.N, m.K, m.R, m.V
+    layer = [("norm", "norm.weight", (D,), False),
+             ("in_proj", "mixer.in_proj.weight", (2 * E, D), True),         # output rows [x | z]
+             ("in_bias", "mixer.in_proj.bias", (2 * E,), False),
+             ("conv", "mixer.conv1d.weight", (E, 1, K), False),             # the last tap meets the current input
+             ("conv_bias", "mixer.conv1d.bias", (E,), False),
+             ("x_proj", "mixer.x_proj.weight", (R + 2 * N, E), True),       # output rows [dt_low | B | C]
+             ("dt_proj", "mixer.dt_proj.weight", (E, R), True),
+             ("dt_bias", "mixer.dt_proj.bias", (E,), False),
+             ("A_log", "mixer.A_log", (E, N), False),
+             ("D_skip", "mixer.D", (E,), False),
+             ("out_proj", "mixer.out_proj.weight", (D, E), True),
+             ("out_bias", "mixer.out_proj.bias", (D,), False)]
+    absent = ([] if m.proj_bias else ["in_bias", "out_bias"]) + ([] if m.conv_bias else ["conv_bias"])
+    tensors = [Tensor("embedding", "embeddings.weight", (V, D), True)]
+    for i in range(m.n_layer):
+        tensors += [Tensor(f"layer{i}.{name}", f"layers.{i}.{source}", shape, is_w)
+                    for name, source, shape, is_w in layer if name not in absent]
+    tensors.append(Tensor("norm_f", "norm_f.weight", (D,), False))
+    return tensors if m.tied else tensors + [Tensor("head", "lm_head.weight", (V, D), True)]
+
+
+def with_backbone(source):
+    return source if source.startswith("lm_head.") else "backbone." + source
+
+
+def shape_text(shape):
+    return "(" + ", ".join(map(str, shape)) + ")"
+
+
+def summary(m, dtype):
+    return f"{m.arch}, {m.n_layer} layers, D {m.D}, E {m.E}, N {m.N}, K {m.K}, R {m.R}, V {m.V}, {dtype}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. config.json in
+# Two dialects. An absent key means the default of the code that wrote the file: transformers' MambaConfig (or
+# FalconMambaConfig), or mamba-ssm's MambaConfig and Mamba class. What this project cannot run is refused here.
+
+ELSEWHERE = {"mamba2": "its recurrence is another one (one A per head)",
+             **dict.fromkeys(["jamba", "bamba", "zamba", "zamba2", "falcon_h1", "nemotron_h", "granitemoehybrid"],
+                             "it mixes Mamba layers with attention")}
+SSM_CFG_KEYS = {"layer", "d_state", "d_conv", "expand", "dt_rank", "bias", "conv_bias",       # these shape the model,
+                "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"}  # these its training
+
+
+class Fields:
+    """The keys of a config, checked as they are read; an error names the file and the key."""
+
+    def __init__(self, table, path):
+        self.table, self.path = table, path
+
+    def refuse_if(self, condition, why):
+        if condition:
+            raise ExportError(f"{self.path}: {why}")
+
+    def get(self, key, default, good, wanted):
+        value = self.table.get(key, default)
+        self.refuse_if(not good(value), f"{key} is {json.dumps(value)[:60]}, expected {wanted}")
+        return value
+
+    def size(self, key, default=None):
+        return self.get(key, default, lambda v: type(v) is int and 0 < v < 1 << 31, "a whole number from 1 to 2^31 - 1")
+
+    def flag(self, key, default):
+        return self.get(key, default, lambda v: type(v) is bool, "true or false")
+
+    def eps(self, key, default):
+        return float(self.get(key, default, lambda v: type(v) in (int, float) and 0 <= v < 1, "a number from 0 to 1"))
+
+    def inner(self, D):
+        fits = lambda v: type(v) in (int, float) and 0 < v < 1 << 20 and int(v * D) > 0
+        return int(self.get("expand", 2, fits, f"a factor that makes an inner size of the model's {D}") * D)
+
+    def rank(self, key, D):
+        return math.ceil(D / 16) if self.table.get(key, "auto") == "auto" else self.size(key)
+
+    def ids(self, key, default):
+        value = self.table.get(key, default)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        bad = not all(type(i) is int for i in ids)
+        self.refuse_if(bad, f"{key} is {json.dumps(value)[:60]}, expected a token id, a list of them or null")
+        return ids
+
+
+def refuse_what_is_not_mamba(config):
+    table, kind = config.table, config.table.get("model_type")
+    config.refuse_if(isinstance(kind, str) and kind in ELSEWHERE,
+                     f"model_type {kind} is not supported: {ELSEWHERE.get(str(kind))}")
+    config.refuse_if(table.get("attn_layer_idx"), "attn_layer_idx names attention layers, which are not supported")
+    config.refuse_if(table.get("d_intermediate"), "d_intermediate asks for MLP layers, which are not supported")
+    config.refuse_if(table.get("bidirectional"), "bidirectional models are not supported: they cannot generate")
+    config.refuse_if(table.get("quantization_config"), "quantized weights are not supported; take the original ones")
+    config.refuse_if(not config.flag("rms_norm", True), "rms_norm is false; LayerNorm models are not supported")
+    act = json.dumps(table.get("hidden_act", "silu"))
+    config.refuse_if(act not in ('"silu"', '"swish"'), f"hidden_act {act} is not supported, only silu (also called swish)")
+
+
+def model_from_transformers(config, generation):
+    arch = config.table["model_type"]
+    config.refuse_if(arch not in ARCHS, f"model_type {json.dumps(arch)} is not supported, only mamba and falcon_mamba")
+    falcon, D = arch == "falcon_mamba", config.size("hidden_size", 768)
+    states_E = config.table.get("intermediate_size") is not None           # wins: falcon-mamba-7b's expand is wrong
+    either = lambda key: ((config.ids(key, 0) or generation.ids(key, None)) + [-1])[0]
+    return check_ids(config, Model(
+        arch=arch, D=D, n_layer=config.size("num_hidden_layers", 32), V=config.size("vocab_size", 50280),
+        E=config.size("intermediate_size") if states_E else config.inner(D), N=config.size("state_size", 16),
+        K=config.size("conv_kernel", 4), R=config.rank("time_step_rank", D),
+        norm_eps=config.eps("layer_norm_epsilon", 1e-5), mixer_eps=config.eps("mixer_rms_eps", 1e-6) if falcon else 0.0,
+        bos=either("bos_token_id"), pad=either("pad_token_id"),
+        eos=config.ids("eos_token_id", 0) + generation.ids("eos_token_id", None),
+        tied=config.flag("tie_word_embeddings", True), proj_bias=config.flag("use_bias", False),
+        conv_bias=config.flag("use_conv_bias", True), mixer_norm=falcon))
+
+
+def model_from_reference(config, generation, end_of_text):
+    """end_of_text: the tokenizer's <|endoftext|>, since this layout states no special ids."""
+    ssm = Fields(config.get("ssm_cfg", {}, lambda v: isinstance(v, dict), "an object"), config.path + ": ssm_cfg")
+    layer = ssm.table.get("layer", "Mamba1")
+    ssm.refuse_if(layer == "Mamba2", f"layer Mamba2 is not supported: {ELSEWHERE['mamba2']}")
+    ssm.refuse_if(layer != "Mamba1", f"layer {json.dumps(layer)} is not supported, only Mamba1")
+    unknown = sorted(set(ssm.table) - SSM_CFG_KEYS)
+    ssm.refuse_if(unknown, f"{', '.join(unknown)} is unknown, so what it changes cannot be carried over")
+    D, V = config.size("d_model", 2560), config.size("vocab_size", 50277)
+    multiple = config.size("pad_vocab_size_multiple", 8)
+    return check_ids(config, Model(
+        arch="mamba", D=D, n_layer=config.size("n_layer", 64), V=-(-V // multiple) * multiple, E=ssm.inner(D),
+        N=ssm.size("d_state", 16), K=ssm.size("d_conv", 4), R=ssm.rank("dt_rank", D),
+        norm_eps=config.eps("norm_epsilon", 1e-5), mixer_eps=0.0, bos=-1, pad=-1,
+        eos=generation.ids("eos_token_id", None) or ([] if end_of_text is None else [end_of_text]),
+        tied=config.flag("tie_embeddings", True), proj_bias=ssm.flag("bias", False), conv_bias=ssm.flag("conv_bias", True),
+        mixer_norm=False))
+
+
+def check_ids(config, m):
+    """Each id is a row of the embedding, each eos is kept once; model.bin has four places for them."""
+    eos = [i for i in dict.fromkeys(m.eos) if i != -1]
+    for key, i in [("bos_token_id", m.bos), ("pad_token_id", m.pad)] + [("eos_token_id", i) for i in eos]:
+        config.refuse_if(not -1 <= i < m.V, f"{key} {i} is outside the vocabulary of {m.V}")
+    config.refuse_if(len(eos) > 4, f"{len(eos)} values of eos_token_id, and model.bin has room for 4")
+    return m._replace(eos=eos)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Number formats
+# bf16 is the upper half of a float32: rounding to nearest even adds 0x7fff plus the lowest bit that stays. NaN is kept
+# apart, because that addition can carry it into infinity or through to zero.
+
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+LARGEST = {"F32": math.inf, "F16": 65504.0, "BF16": 3.3895313892515355e38}
+
+
+def f32_to_bf16(x):
+    bits = np.ascontiguousarray(x, "<f4").view("<u4")
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype("<u4")) >> 16
+    return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype("<u2")
+
+
+def bf16_to_f32(half):
+    return (half.astype("<u4") << 16).astype("<u4", copy=False).view("<f4")
+
+
+def decode(raw, kind):
+    """Stored bytes to float32, where every f16 and bf16 value is exact."""
+    if kind == "BF16":
+        return bf16_to_f32(np.frombuffer(raw, "<u2"))
+    return np.frombuffer(raw, "<f4" if kind == "F32" else "<f2").astype("<f4", copy=False)
+
+
+def encode(x, kind, name, first):
+    """float32 to the bytes of model.bin; x[0] is element `first` of the tensor, for the message."""
+    bad = ~(np.abs(x) <= LARGEST[kind]) | np.isinf(x)                       # NaN compares false
+    if bad.any():
+        i = int(bad.argmax())
+        hint = (f"too large for {kind.lower()}; use --dtype {'bf16 or f32' if kind == 'F16' else 'f32'}" if np.isfinite(x[i])
+                else "so the checkpoint is damaged, or its training diverged")
+        raise ExportError(f"tensor {name} holds {x[i]:g} at element {first + i}, {hint}")
+    if kind == "BF16":
+        return f32_to_bf16(x).tobytes()
+    return x.astype("<f4" if kind == "F32" else "<f2").tobytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Stored tensors
+# A checkpoint is a dict from name to an object with .name, .kind, .shape and .chunks(), which yields float32 pieces.
+# safetensors: u64 length, that much JSON {name: {"dtype", "shape", "data_offsets"}}, then the data without gaps.
+
+class SafeTensor:
+    def __init__(self, path, name, kind, shape, start):
+        self.path, self.name, self.kind, self.shape, self.start = path, name, kind, shape, start
+
+    def chunks(self):
+        left = math.prod(self.shape)
+        with open(self.path, "rb") as f:
+            f.seek(self.start)
+            while left:
+                n = min(left, CHUNK)
+                yield decode(read_exactly(f, n * ITEM_BYTES[self.kind], self.path), self.kind)
+                left -= n
+
+
+class TorchTensor:
+    KINDS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+
+    def __init__(self, path, name, tensor):
+        self.name, self.shape, self.tensor = name, tuple(tensor.shape), tensor
+        self.kind = self.KINDS.get(str(tensor.dtype))
+        if self.kind is None or str(tensor.layout) != "torch.strided" or tensor.is_meta:
+            raise ExportError(f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}; "
+                              "dense float32, float16 and bfloat16 can be read")
+
+    def chunks(self):
+        flat = self.tensor.detach().reshape(-1)
+        for i in range(0, flat.numel(), CHUNK):
+            yield flat[i:i + CHUNK].float().numpy()
+
+
+def safetensors_entry(path, name, entry, data_start, data_bytes):
+    """(begin, end, SafeTensor) of one entry of the header, every field checked."""
+    whole = lambda v: type(v) is int and 0 <= v < 1 << 62
+    try:
+        kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        good = isinstance(shape, list) and all(map(whole, shape)) and whole(begin) and whole(end) and begin <= end
+    except (TypeError, KeyError, ValueError):
+        good = False
+    if not good:
+        raise ExportError(f"{path}: the header's entry for tensor {name!r} is malformed")
+    if kind not in ("F32", "F16", "BF16"):
+        raise ExportError(f"{path}: tensor {name} is {kind}; F32, F16 and BF16 can be read")
+    if end > data_bytes:
+        raise ExportError(f"{path}: tensor {name} ends {end - data_bytes} bytes past the end of the file; "
+                          "is the download complete?")
+    if end - begin != math.prod(shape) * ITEM_BYTES[kind]:
+        raise ExportError(f"{path}: tensor {name}, {kind} {shape_text(shape)}, does not fill its {end - begin} bytes")
+    return begin, end, SafeTensor(path, name, kind, tuple(shape), data_start + begin)
+
+
+def open_safetensors(path):
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        n = struct.unpack("<Q", read_exactly(f, 8, path))[0]
+        if n > min(size - 8, 100 << 20):
+            raise ExportError(f"{path} is truncated, or no safetensors file (its header would be {n} bytes long)")
+        try:
+            header = json.loads(read_exactly(f, n, path).decode("utf-8"), object_pairs_hook=unique_keys)
+        except (ValueError, RecursionError) as e:
+            raise ExportError(f"{path}: the safetensors header is not valid JSON ({first_line(e)})")
+    if not isinstance(header, dict):
+        raise ExportError(f"{path}: the safetensors header is not a JSON object")
+    entries = sorted((safetensors_entry(path, name, entry, 8 + n, size - 8 - n)
+                      for name, entry in header.items() if name != "__metadata__"), key=lambda e: e[:2])
+    position = 0
+    for begin, end, tensor in entries:
+        if begin != position:
+            wrong = "overlaps" if begin < position else "leaves a gap after"
+            raise ExportError(f"{path}: tensor {tensor.name} {wrong} the one before it")
+        position = end
+    if 8 + n + position != size:
+        raise ExportError(f"{path} has {size - 8 - n - position} bytes that belong to no tensor")
+    return {tensor.name: tensor for _, _, tensor in entries}
+
+
+def open_pickle(path):
+    try:
+        import torch
+    except ImportError:
+        raise ExportError(f"{path} is a pickle, and reading it needs torch 2.6 or newer (pip install torch)")
+    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if not version or tuple(map(int, version.groups())) < (2, 6):
+        raise ExportError(f"reading {path} needs torch 2.6 or newer, this is {torch.__version__}: in older ones a crafted "
+                          "file can run code in spite of weights_only (CVE-2025-32434)")
+    warnings.simplefilter("ignore")                                         # what is wrong comes as an error
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:                                                # files of torch before 1.6 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:
+        raise ExportError(f"{path} cannot be read as a file of tensors alone: {first_line(e)}")
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ExportError(f"{path} does not hold a plain dictionary of tensors")
+    return {str(name): TorchTensor(path, name, tensor) for name, tensor in state.items()}
+
+
+def open_checkpoint(folder):
+    for name, reader in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_pickle)):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            return reader(path)
+        if os.path.exists(path + ".index.json"):
+            return open_shards(folder, path + ".index.json", reader)
+    raise ExportError(f"{folder} has no model.safetensors or pytorch_model.bin, nor an .index.json of their shards")
+
+
+def open_shards(folder, index_path, reader):
+    weight_map = read_json(index_path).get("weight_map")
+    plain = lambda name: isinstance(name, str) and name and name == os.path.basename(name)
+    if not isinstance(weight_map, dict) or not all(map(plain, weight_map.values())):
+        raise ExportError(f"{index_path}: weight_map should give the name of a file beside it for each tensor")
+    tensors = {}
+    for shard in sorted(set(weight_map.values())):
+        path = os.path.join(folder, shard)
+        found = reader(path)
+        twice = sorted(set(found) & set(tensors))
+        absent = sorted(name for name in weight_map if weight_map[name] == shard and name not in found)
+        if twice or absent:
+            raise ExportError(f"{path}: tensor " + (f"{twice[0]} is in another shard too" if twice else
+                                                    f"{absent[0]} is missing, though the index promises it"))
+        tensors.update(found)
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Matching names and shapes
+# Checkpoints say embedding or embeddings, with or without backbone in front. A tied head may be stored too: then it
+# has to equal the embedding, because a config that ties two different tensors does not say which one was meant.
+
+def canonical(name):
+    name = name[len("backbone."):] if name.startswith("backbone.") else name
+    return "embeddings.weight" if name == "embedding.weight" else name
+
+
+def match_tensors(m, stored, folder):
+    """[(Tensor, stored tensor)] in the order of tensor_list(m)."""
+    if m.n_layer > len(stored):
+        raise ExportError(f"{folder}: config.json states {m.n_layer} layers, but there are only {len(stored)} tensors")
+    by_name = {}
+    for name, tensor in stored.items():
+        twin = by_name.setdefault(canonical(name), tensor)
+        if twin is not tensor:
+            raise ExportError(f"{folder}: tensors {twin.name} and {name} mean the same one")
+    head = by_name.pop("lm_head.weight", None) if m.tied else None
+    if head and "embeddings.weight" not in by_name:
+        by_name["embeddings.weight"], head = head, None                     # tied, and saved under its other name only
+    pairs = []
+    for want in tensor_list(m):
+        tensor = by_name.pop(want.source, None)
+        if tensor is None:
+            raise ExportError(f"{folder}: tensor {with_backbone(want.source)} {shape_text(want.shape)} is missing")
+        if tensor.shape != want.shape:
+            raise ExportError(f"{folder}: tensor {tensor.name} has shape {shape_text(tensor.shape)}, "
+                              f"but config.json implies {shape_text(want.shape)}")
+        pairs.append((want, tensor))
+    for tensor in by_name.values():
+        raise ExportError(f"{folder}: tensor {tensor.name} is unknown, or config.json says that it is not there")
+    if head and not same_values(head, pairs[0][1]):
+        raise ExportError(f"{folder}: config.json ties the head to the embedding, but {head.name} differs from "
+                          f"{pairs[0][1].name}; if the head counts, set tie_word_embeddings (tie_embeddings) to false")
+    return pairs
+
+
+def same_values(a, b):
+    return a.shape == b.shape and all(np.array_equal(x, y) for x, y in zip(a.chunks(), b.chunks()))
+
+
+def stored_dtype(pairs):
+    """The smallest dtype that loses nothing."""
+    kinds = {tensor.kind for want, tensor in pairs if want.is_w}
+    return kinds.pop().lower() if len(kinds) == 1 else "f32"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. model.bin out
+# 256 bytes of header | tokenizer | zeros | the tensors, each at a multiple of 64 bytes, so that a mapped file is used
+# in place. Three CRC-32 find damage: of the header, of the tokenizer, of the tensors with the gaps between them. The
+# header is written last, when the sums are known.
+
+MAGIC = b"mamba.c\n"
+HEADER = struct.Struct("<8s12I2f6i4Q2I")                                    # 128 bytes; up to 252 is zero, then the CRC
+
+
+def align(n):
+    return -(-n // 64) * 64
+
+
+def pack_header(m, dtype, blob, tensors_offset, tensors_bytes, tensors_crc):
+    flags = sum(getattr(m, name) << bit for bit, name in enumerate(FLAGS))
+    head = HEADER.pack(MAGIC, 1, 256, ARCHS.index(m.arch), DTYPES.index(dtype), flags, m.D, m.n_layer, m.V, m.E, m.N, m.K,
+                       m.R, m.norm_eps, m.mixer_eps, m.bos, m.pad, *(m.eos + [-1] * 4)[:4],
+                       256, len(blob), tensors_offset, tensors_bytes, zlib.crc32(blob), tensors_crc)
+    head = head.ljust(252, b"\0")
+    return head + struct.pack("<I", zlib.crc32(head))
+
+
+def write_model(path, m, pairs, blob, dtype):
+    start = position = align(256 + len(blob))
+    total = sum(math.prod(want.shape) * ITEM_BYTES[dtype.upper() if want.is_w else "F32"] for want, _ in pairs)
+    with atomic_file(path) as f:
+        f.write(bytes(256) + blob + bytes(start - 256 - len(blob)))
+        crc = 0
+        for want, tensor in pairs:
+            gap, done = bytes(align(position) - position), 0
+            f.write(gap)
+            crc, position = zlib.crc32(gap, crc), position + len(gap)
+            for x in tensor.chunks():
+                data = encode(x, dtype.upper() if want.is_w else "F32", tensor.name, done)
+                f.write(data)
+                crc, position, done = zlib.crc32(data, crc), position + len(data), done + len(x)
+                progress(position - start, total, want.name)
+        f.seek(0)
+        f.write(pack_header(m, dtype, blob, start, position - start, crc))
+    progress(0, 0, "")
+    print(f"wrote {path}: {summary(m, dtype)}, {position / 1e6:.1f} MB", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. The tokenizer
+# tokenizer.json <-> the "mtok" blob that tokenizer.c reads (its layout is described there). Only what the
+# engine reproduces id for id is accepted; every other key, type or option is an error that names the part.
+
+FALCON_SEQUENCE = [("Punctuation", {"behavior": "Contiguous"}),
+                   ("ByteLevel", {"add_prefix_space": False, "use_regex": True}),
+                   ("Digits", {"individual_digits": False}),
+                   ("Split", {"pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False})]
+ADDED_FLAGS = ["special", "lstrip", "rstrip", "single_word", "normalized"]      # bits 0..4
+ADDED_OUTSIDE = 32                                                               # not in the model's vocabulary
+HOLE, LITERAL = 0xFFFFFFFF, 0x80000000
+MAX_IDS, MAX_ADDED_BYTES = 1 << 24, 1 << 20                                      # the latter is also tokenizer.c's
+
+
+def byte_alphabet():
+    """The character that stands for each byte in a byte-level vocabulary."""
+    shown = list(range(33, 127)) + list(range(161, 173)) + list(range(174, 256))
+    hidden = [b for b in range(256) if b not in shown]
+    return {**{b: chr(b) for b in shown}, **{b: chr(256 + i) for i, b in enumerate(hidden)}}
+
+
+SYMBOL_OF = byte_alphabet()
+BYTE_OF = {symbol: b for b, symbol in SYMBOL_OF.items()}
+
+
+def token_to_bytes(token):
+    """What the ByteLevel decoder makes of one token, and whether it is literal text (has other characters)."""
+    if all(ch in BYTE_OF for ch in token):
+        return bytes(BYTE_OF[ch] for ch in token), False
+    return token.encode("utf-8"), True
+
+
+def refuse(part, why):
+    raise ExportError("tokenizer: %s %s" % (part, why))
+
+
+def need(part, table, allowed):
+    """Every key of the table must be known, and its value one of those listed for it (None: any value)."""
+    if not isinstance(table, dict):
+        refuse(part, "is %s, expected an object" % json.dumps(table)[:60])
+    for key, value in table.items():
+        if key not in allowed:
+            refuse("%s.%s" % (part, key), "is not known")
+        if allowed[key] is not None and not any(type(value) is type(ok) and value == ok for ok in allowed[key]):
+            refuse("%s.%s" % (part, key), "is %s, which is not supported" % json.dumps(value)[:60])
+
+
+def check_byte_level(part, table, **extra):
+    """A ByteLevel entry; trim_offsets never changes ids. Missing options are true in the library, and stay so here."""
+    options = {"type": ["ByteLevel"], "add_prefix_space": [True, False], "trim_offsets": [True, False],
+               "use_regex": [True, False]}
+    options.update(extra)
+    need(part, table, options)
+    for key in ("add_prefix_space", "trim_offsets"):
+        if key not in table:
+            refuse("%s.%s" % (part, key), "is missing")
+
+
+def pre_tokenizer_code(table):
+    """1 GPT-2, 2 Falcon; and whether it adds a prefix space."""
+    kind = table.get("type") if isinstance(table, dict) else None
+    if kind == "ByteLevel":
+        check_byte_level("pre_tokenizer", table, use_regex=[True])
+        return 1, table["add_prefix_space"]
+    if kind != "Sequence":
+        refuse("pre_tokenizer", "is %s; ByteLevel and Falcon's Sequence are supported" % json.dumps(kind or table)[:60])
+    need("pre_tokenizer", table, {"type": None, "pretokenizers": None})
+    steps = table.get("pretokenizers")
+    if not isinstance(steps, list) or len(steps) != len(FALCON_SEQUENCE):
+        refuse("pre_tokenizer.pretokenizers", "is not Falcon's sequence of %d steps" % len(FALCON_SEQUENCE))
+    for i, (step, (name, options)) in enumerate(zip(steps, FALCON_SEQUENCE)):
+        part = "pre_tokenizer.pretokenizers[%d]" % i
+        allowed = {"type": [name], **{key: [value] for key, value in options.items()}}
+        if name == "ByteLevel":
+            allowed["trim_offsets"] = [True, False]
+        need(part, step, allowed)
+        missing = [key for key in allowed if key not in step and key != "use_regex"]
+        if missing:
+            refuse("%s.%s" % (part, missing[0]), "is missing")
+    return 2, False
+
+
+def check_post_processor(table, part="post_processor"):
+    """Accepts what leaves the ids of a single text alone."""
+    kind = table.get("type") if isinstance(table, dict) else None
+    if table is None:
+        return
+    if kind == "ByteLevel":
+        check_byte_level(part, table)
+    elif kind == "Sequence":
+        need(part, table, {"type": None, "processors": None})
+        if not isinstance(table.get("processors"), list):
+            refuse(part + ".processors", "is not a list")
+        for i, step in enumerate(table["processors"]):
+            check_post_processor(step, "%s.processors[%d]" % (part, i))
+    elif kind == "TemplateProcessing":
+        need(part, table, {"type": None, "single": None, "pair": None, "special_tokens": None})
+        single = table.get("single")
+        if not isinstance(single, list) or [list(p) for p in single if isinstance(p, dict)] != [["Sequence"]] \
+                or len(single) != 1 or single[0]["Sequence"].get("id") != "A":
+            refuse(part + ".single", "adds tokens to the text")
+    else:
+        refuse(part, "is %s, which is not supported" % json.dumps(kind or table)[:60])
+
+
+def read_vocab(model):
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not vocab:
+        refuse("model.vocab", "is missing or empty")
+    seen = {}
+    for token, i in vocab.items():
+        if type(i) is not int or not 0 <= i < MAX_IDS:
+            refuse("model.vocab", "has id %s for %s; ids are 0..%d" % (json.dumps(i), json.dumps(token), MAX_IDS - 1))
+        if i in seen:
+            refuse("model.vocab", "has id %d twice, for %s and %s" % (i, json.dumps(seen[i]), json.dumps(token)))
+        if not token:
+            refuse("model.vocab", "has an empty token, id %d" % i)
+        seen[i] = token
+    return vocab
+
+
+def read_merges(model, vocab):
+    """Id triples by rank. A later duplicate replaces an earlier one, as in the library; a merge of a token that is not
+    made of byte symbols can never apply and is left out."""
+    merges, triples = model.get("merges"), {}
+    if not isinstance(merges, list):
+        refuse("model.merges", "is not a list")
+    for rank, merge in enumerate(merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
+            refuse("model.merges[%d]" % rank, "is %s, not a pair" % json.dumps(merge)[:60])
+        for token in (pair[0], pair[1], pair[0] + pair[1]):
+            if token not in vocab:
+                refuse("model.merges[%d]" % rank, "needs %s, which model.vocab lacks" % json.dumps(token))
+        triples.pop(tuple(pair), None)
+        triples[tuple(pair)] = (vocab[pair[0]], vocab[pair[1]], vocab[pair[0] + pair[1]])
+    return [ids for pair, ids in triples.items() if not any(token_to_bytes(p)[1] for p in pair)]
+
+
+def read_added(table, vocab):
+    """[(id, flags, content)] in the file's order; ids checked against those the library gives when it loads the file."""
+    added, ids, next_id = [], set(), len(vocab)
+    taken = set(vocab.values())
+    if table is None:
+        table = []
+    if not isinstance(table, list):
+        refuse("added_tokens", "is not a list")
+    for n, entry in enumerate(table):
+        part = "added_tokens[%d]" % n
+        need(part, entry, {"id": None, "content": None, **{name: [True, False] for name in ADDED_FLAGS}})
+        content = entry.get("content")
+        for key in ["id", "content"] + ADDED_FLAGS:
+            if key not in entry:
+                refuse("%s.%s" % (part, key), "is missing")
+        if not isinstance(content, str) or not content:
+            refuse(part + ".content", "is empty or not a string")
+        flags = sum(1 << bit for bit, name in enumerate(ADDED_FLAGS) if entry[name])
+        if content in vocab:
+            i = vocab[content]
+        else:
+            i, next_id, flags = next_id, next_id + 1, flags | ADDED_OUTSIDE
+            if i in taken:
+                refuse(part, "%s gets id %d, which the vocabulary uses" % (json.dumps(content), i))
+        if entry["id"] != i or type(entry["id"]) is not int:
+            refuse(part + ".id", "is %s, but the library gives %s id %d" % (json.dumps(entry["id"]), json.dumps(content), i))
+        if i in ids:
+            refuse(part, "repeats %s" % json.dumps(content))
+        ids.add(i)
+        added.append((i, flags, content))
+    if sum(12 + len(content.encode("utf-8", "surrogatepass")) for _, _, content in added) > MAX_ADDED_BYTES:
+        refuse("added_tokens", "hold more than %d bytes" % MAX_ADDED_BYTES)
+    return added
+
+
+def tokenizer_blob(path_or_dict):
+    """tokenizer.json, as a path or already parsed, to the blob."""
+    data = path_or_dict
+    if not isinstance(data, dict):
+        try:
+            with open(path_or_dict, encoding="utf-8") as f:
+                data = json.load(f, object_pairs_hook=unique_keys)
+        except (ValueError, RecursionError) as error:
+            refuse(str(path_or_dict), "is not JSON: %s" % error)
+    need("tokenizer.json", data, dict.fromkeys(["version", "truncation", "padding", "added_tokens", "normalizer",
+                                                "pre_tokenizer", "post_processor", "decoder", "model"]))
+    for key, value in (("version", "1.0"), ("truncation", None), ("padding", None)):
+        if data.get(key) != value:
+            refuse(key, "is %s, expected %s" % (json.dumps(data.get(key))[:60], json.dumps(value)))
+    if data.get("normalizer") is not None:
+        need("normalizer", data["normalizer"], {"type": ["NFC"]})
+    nfc = data.get("normalizer") is not None
+    if nfc and "type" not in data["normalizer"]:
+        refuse("normalizer.type", "is missing")
+    pretokenizer, prefix_space = pre_tokenizer_code(data.get("pre_tokenizer"))
+    check_post_processor(data.get("post_processor"))
+    if not isinstance(data.get("decoder"), dict) or data["decoder"].get("type") != "ByteLevel":
+        refuse("decoder", "is %s, expected ByteLevel" % json.dumps(data.get("decoder"))[:60])
+    check_byte_level("decoder", data["decoder"])
+
+    model = data.get("model")
+    need("model", model, {"type": ["BPE"], "dropout": [None], "unk_token": [None],
+                          "continuing_subword_prefix": [None, ""], "end_of_word_suffix": [None, ""],
+                          "fuse_unk": [True, False], "byte_fallback": [False], "ignore_merges": [False],
+                          "vocab": None, "merges": None})        # fuse_unk means nothing without an unk_token
+    if model.get("type") != "BPE":
+        refuse("model.type", "is missing")
+    vocab = read_vocab(model)
+    merges = read_merges(model, vocab)
+    added = read_added(data.get("added_tokens"), vocab)
+
+    token_of = {i: token for token, i in vocab.items()}
+    token_of.update((i, content) for i, _, content in added)
+    n_ids = max(token_of) + 1
+    out = [struct.pack("<4s7I", b"mtok", 1, 1, (1 if nfc else 0) | (2 if prefix_space else 0), pretokenizer,
+                       n_ids, len(merges), len(added))]
+    for i in range(n_ids):
+        if i not in token_of:
+            out.append(struct.pack("<I", HOLE))
+            continue
+        try:
+            raw, literal = token_to_bytes(token_of[i])
+        except UnicodeEncodeError:
+            refuse("token %d" % i, "is %s, which holds half a surrogate pair" % json.dumps(token_of[i]))
+        out.append(struct.pack("<I", len(raw) | (LITERAL if literal else 0)) + raw)
+    out.append(struct.pack("<256i", *(vocab.get(SYMBOL_OF[b], -1) for b in range(256))))
+    out += [struct.pack("<3I", *merge) for merge in merges]
+    for i, flags, content in added:
+        raw = content.encode("utf-8")
+        out.append(struct.pack("<3I", i, flags, len(raw)) + raw)
+    return b"".join(out)
+
+
+def bytes_tokenizer_blob():
+    """Ids 0..255 are the bytes themselves."""
+    return struct.pack("<4s7I", b"mtok", 1, 0, 0, 0, 256, 0, 0)
+
+
+def tokenizer_json(blob):
+    """The way back: a tokenizer.json (as a dict) that gives the same ids and the same text. A bytes blob becomes a
+    vocabulary of the 256 byte symbols without merges; the library then takes UTF-8 only, as it always does."""
+    try:
+        return unpack_tokenizer(blob)
+    except (struct.error, IndexError, KeyError, UnicodeDecodeError) as error:
+        refuse("blob", "is damaged (%s)" % error)
+
+
+def unpack_tokenizer(blob):
+    magic, version, kind, flags, pretokenizer, n_ids, n_merges, n_added = struct.unpack_from("<4s7I", blob)
+    if magic != b"mtok" or version != 1 or kind > 1:
+        refuse("blob", "is not a version 1 tokenizer")
+    at, tokens, merges, added = 32, {}, [], []
+    outside = set()
+    if kind == 0:
+        pretokenizer, tokens = 1, {b: SYMBOL_OF[b] for b in range(256)}
+    else:
+        for i in range(n_ids):
+            length, = struct.unpack_from("<I", blob, at)
+            at += 4
+            if length == HOLE:
+                continue
+            raw = blob[at:at + (length & ~LITERAL)]
+            at += len(raw)
+            tokens[i] = raw.decode("utf-8") if length & LITERAL else "".join(SYMBOL_OF[b] for b in raw)
+        at += 256 * 4
+        for rank in range(n_merges):
+            left, right, _ = struct.unpack_from("<3I", blob, at)
+            at += 12
+            merges.append([tokens[left], tokens[right]])
+        for n in range(n_added):
+            i, bits, length = struct.unpack_from("<3I", blob, at)
+            content = blob[at + 12:at + 12 + length].decode("utf-8")
+            at += 12 + length
+            added.append({"id": i, "content": content,
+                          **{name: bool(bits >> bit & 1) for bit, name in enumerate(ADDED_FLAGS)}})
+            if bits & ADDED_OUTSIDE:
+                outside.add(i)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": bool(flags & 2), "trim_offsets": True, "use_regex": True}
+    steps = [{"type": name, **options} for name, options in FALCON_SEQUENCE]
+    steps[1]["trim_offsets"] = True
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "NFC"} if flags & 1 else None,
+        "pre_tokenizer": byte_level if pretokenizer == 1 else {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "vocab": {token: i for i, token in tokens.items() if i not in outside}, "merges": merges},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. model.bin in, transformers out
+# The tensors' bytes are copied as they are, so float32 comes back bit for bit. config.json is written last: a
+# directory that lacks it was not finished.
+
+def read_header(f, path):
+    """(Model, dtype, tokenizer blob, tensors_offset), every field checked."""
+    def refuse_if(condition, why):
+        if condition:
+            raise ExportError(f"{path}: {why}")
+
+    size, head = os.fstat(f.fileno()).st_size, f.read(256)
+    refuse_if(head[:8] != MAGIC, f"is no model.bin (its first 8 bytes are {head[:8]!r})")
+    refuse_if(len(head) < 256 or zlib.crc32(head[:252]) != struct.unpack_from("<I", head, 252)[0],
+              "the header's checksum is wrong; the file is damaged")
+    (_, version, header_bytes, arch, dtype, flags, D, n_layer, V, E, N, K, R, norm_eps, mixer_eps, bos, pad, *eos,
+     blob_offset, blob_bytes, offset, tensors_bytes, blob_crc, _) = HEADER.unpack_from(head)
+    refuse_if(version != 1 or header_bytes != 256 or arch >= len(ARCHS) or dtype >= len(DTYPES) or flags >> len(FLAGS),
+              f"version {version}, arch {arch}, dtype {dtype}, flags {flags} are not known to this export.py")
+    refuse_if(not (min(D, E, N, K, R, V) > 0 and 0 < n_layer <= size // 64 and 0 <= norm_eps < 1 and 0 <= mixer_eps < 1
+                   and all(-1 <= i < V for i in [bos, pad, *eos])), "a field of its header is out of range")
+    refuse_if(blob_offset != 256 or offset != align(256 + blob_bytes) or offset + tensors_bytes != size,
+              f"its {size} bytes do not match its header; is the copy complete?")
+    blob = read_exactly(f, blob_bytes, path)
+    refuse_if(zlib.crc32(blob) != blob_crc or any(read_exactly(f, offset - 256 - blob_bytes, path)),
+              "the tokenizer's checksum is wrong; the file is damaged")
+    bits = {name: bool(flags >> bit & 1) for bit, name in enumerate(FLAGS)}
+    shortest = lambda eps: float(str(np.float32(eps)))                      # 1e-05, not 9.999999747378752e-06
+    return Model(ARCHS[arch], D, n_layer, V, E, N, K, R, shortest(norm_eps), shortest(mixer_eps), bos, pad,
+                 [i for i in eos if i != -1], **bits), DTYPES[dtype], blob, offset
+
+
+def config_json(m, dtype):
+    """(config.json, generation_config.json)"""
+    name = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[dtype]
+    one = lambda ids: ids if len(ids) > 1 else ids[0] if ids and ids[0] != -1 else None
+    ids = {"bos_token_id": one([m.bos]), "eos_token_id": one(m.eos), "pad_token_id": one([m.pad])}
+    config = {"architectures": ["MambaForCausalLM" if m.arch == "mamba" else "FalconMambaForCausalLM"],
+              "model_type": m.arch, "hidden_size": m.D, "num_hidden_layers": m.n_layer, "vocab_size": m.V,
+              "intermediate_size": m.E, "expand": max(1, m.E // m.D), "state_size": m.N, "conv_kernel": m.K,
+              "time_step_rank": m.R, "layer_norm_epsilon": m.norm_eps, "hidden_act": "silu", "use_bias": m.proj_bias,
+              "use_conv_bias": m.conv_bias, "tie_word_embeddings": m.tied, "residual_in_fp32": True, "use_cache": True,
+              "dtype": name, "torch_dtype": name, **ids}                    # the latter is what transformers 4 reads
+    if m.mixer_norm:
+        config["mixer_rms_eps"] = m.mixer_eps
+    return config, ids
+
+
+def tokenizer_files(m, blob):
+    """tokenizer.json and what names its special tokens; nothing for bytes, which have no tokenizer.json."""
+    if struct.unpack_from("<I", blob, 8)[0] == 0:
+        return {}
+    table = tokenizer_json(blob)
+    added = {token["id"]: token["content"] for token in table["added_tokens"]}
+    special = {"bos_token": added.get(m.bos), "eos_token": added.get((m.eos or [-1])[0]), "pad_token": added.get(m.pad)}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+              **{key: content for key, content in special.items() if content is not None}}
+    return {"tokenizer.json": json_text(table), "tokenizer_config.json": json_text(config)}
+
+
+def write_safetensors(path, m, dtype, f, source, tensors_offset):
+    """Copies the tensors out of the open model.bin, and checks their CRC on the way."""
+    header, entries, position, start = {"__metadata__": {"format": "pt"}}, [], tensors_offset, 0
+    for want in tensor_list(m):
+        kind, position = dtype.upper() if want.is_w else "F32", align(position)
+        n = math.prod(want.shape) * ITEM_BYTES[kind]
+        header[with_backbone(want.source)] = {"dtype": kind, "shape": want.shape, "data_offsets": [start, start + n]}
+        entries.append((want.name, position, n))
+        position, start = position + n, start + n
+    if position != os.fstat(f.fileno()).st_size:
+        raise ExportError(f"{source}: the sizes in its header do not match its length")
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        crc = 0
+        for name, position, n in entries:
+            crc = zlib.crc32(read_exactly(f, position - f.tell(), source), crc)
+            while n:
+                data = read_exactly(f, min(n, 4 * CHUNK), source)
+                out.write(data)
+                crc, n = zlib.crc32(data, crc), n - len(data)
+                progress(f.tell() - tensors_offset, start, name)
+        f.seek(124)
+        if crc != struct.unpack("<I", f.read(4))[0]:
+            raise ExportError(f"{source}: the tensors' checksum is wrong; the file is damaged")
+    progress(0, 0, "")
+
+
+def to_transformers(source, folder, force):
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ExportError(f"{folder} exists and is no directory")
+    new = not os.path.isdir(folder)
+    if not new and os.listdir(folder) and not force:
+        raise ExportError(f"{folder} is not empty; choose another, or add --force to replace the files in it")
+    with open(source, "rb") as f:
+        m, dtype, blob, tensors_offset = read_header(f, source)
+        texts, (config, generation) = tokenizer_files(m, blob), config_json(m, dtype)
+        texts.update({"generation_config.json": json_text(generation), "config.json": json_text(config)})
+        if new:
+            os.mkdir(folder)
+        try:
+            write_safetensors(os.path.join(folder, "model.safetensors"), m, dtype, f, source, tensors_offset)
+        except BaseException:
+            if new:
+                os.rmdir(folder)
+            raise
+    for name, text in texts.items():
+        with atomic_file(os.path.join(folder, name)) as out:
+            out.write(text.encode("utf-8"))
+    print(f"wrote {folder}: {summary(m, dtype)}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. Command line
+
+EXAMPLES = """examples:
+  python export.py mamba-130m-hf model.bin                    a directory in the transformers layout
+  python export.py state-spaces/mamba-130m-hf model.bin       the same from the hub
+  python export.py mamba-2.8b model.bin --dtype bf16 --tokenizer gpt-neox-20b/tokenizer.json
+                                                              a state-spaces release, which brings no tokenizer
+  python export.py my-byte-model model.bin --tokenizer bytes  a model whose first 256 ids are bytes
+  python export.py tokenizer.json tokenizer.bin               the tokenizer alone
+  python export.py --to-hf model.bin DIRECTORY                back to transformers"""
+
+
+def fetch(name):
+    """A local directory as it is; org/name from the hub."""
+    if os.path.isdir(name):
+        return name
+    if os.path.exists(name):
+        raise ExportError(f"{name} is a file; give the directory that holds config.json and the weights")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise ExportError(f"{name} does not exist")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ExportError(f"{name} is no directory here; to fetch it from the hub, pip install huggingface_hub, "
+                          "or download its files by hand and give their directory")
+    try:
+        folder = snapshot_download(name, allow_patterns=["config.json", "generation_config.json", "tokenizer.json",
+                                                         "model.safetensors*", "model-*-of-*.safetensors"])
+        if not any("model.safetensors" in file for file in os.listdir(folder)):          # older ones have pickles only
+            folder = snapshot_download(name, allow_patterns=["pytorch_model*.bin", "pytorch_model.bin.index.json"])
+        return folder
+    except Exception as e:
+        raise ExportError(f"{name} cannot be fetched from the hub: {first_line(e)}")
+
+
+def find_tokenizer(choice, folder):
+    """(blob, id of <|endoftext|> or None)"""
+    if choice == "bytes":
+        return bytes_tokenizer_blob(), None
+    path = choice or folder
+    if os.path.isdir(path):
+        path = os.path.join(path, "tokenizer.json")
+    if not choice and not os.path.exists(path):
+        raise ExportError(f"{folder} has no tokenizer.json; pass --tokenizer FILE (state-spaces models use the "
+                          "tokenizer.json of GPT-NeoX-20B), or --tokenizer bytes for a byte model")
+    table = read_json(path)
+    blob = tokenizer_blob(table)
+    ends = [token["id"] for token in table.get("added_tokens") or [] if token["content"] == "<|endoftext|>"]
+    return blob, ends[0] if ends else None
+
+
+def to_bin(source, target, dtype, tokenizer):
+    folder = fetch(source)
+    config_path, generation_path = (os.path.join(folder, name) for name in ("config.json", "generation_config.json"))
+    config = Fields(read_json(config_path), config_path)
+    generation = Fields(read_json(generation_path) if os.path.exists(generation_path) else {}, generation_path)
+    refuse_what_is_not_mamba(config)
+    if "d_model" in config.table and "hidden_size" not in config.table:
+        blob, end_of_text = find_tokenizer(tokenizer, folder)
+        m = model_from_reference(config, generation, end_of_text)
+    elif "model_type" in config.table:
+        m = model_from_transformers(config, generation)
+        blob, _ = find_tokenizer(tokenizer, folder)
+    else:
+        raise ExportError(f"{config_path} has neither model_type (transformers) nor d_model (state-spaces)")
+    n_ids = struct.unpack_from("<I", blob, 20)[0]
+    if n_ids > m.V:
+        raise ExportError(f"the tokenizer's ids go up to {n_ids - 1}, but the model's vocabulary is {m.V}: "
+                          "it belongs to another model")
+    pairs = match_tensors(m, open_checkpoint(folder), folder)
+    write_model(target, m, pairs, blob, dtype or stored_dtype(pairs))
+
+
+def run(arguments):
+    parser = argparse.ArgumentParser(
+        prog="export.py", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES,
+        description="Converts a Mamba or Falcon-Mamba checkpoint to the one file that mamba.c runs, and back.")
+    parser.add_argument("source", metavar="SRC", help="checkpoint directory, hub id org/name, or tokenizer.json; "
+                        "with --to-hf a model.bin")
+    parser.add_argument("target", metavar="DST", help="model.bin or tokenizer.bin to write; with --to-hf a directory")
+    parser.add_argument("--dtype", choices=DTYPES, help="format of the weight matrices (default: as they are stored, "
+                        "so that nothing is lost)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json, or the word bytes (default: the "
+                        "tokenizer.json in SRC)")
+    parser.add_argument("--to-hf", action="store_true", help="read a model.bin, write a transformers directory")
+    parser.add_argument("--force", action="store_true", help="with --to-hf: write into a directory that is not empty")
+    a = parser.parse_args(arguments)
+    if a.to_hf and (a.dtype or a.tokenizer) or a.force and not a.to_hf:
+        parser.error("--to-hf takes no --dtype and no --tokenizer, and --force goes with --to-hf only")
+    if a.to_hf:
+        to_transformers(a.source, a.target, a.force)
+    elif os.path.isfile(a.source) and a.source.endswith(".json"):
+        blob = tokenizer_blob(read_json(a.source))
+        with atomic_file(a.target) as f:
+            f.write(blob)
+        print(f"wrote {a.target}: {struct.unpack_from('<I', blob, 20)[0]} ids, {len(blob)} bytes", file=sys.stderr)
+    else:
+        to_bin(a.source, a.target, a.dtype, a.tokenizer)
+
+
+def main():
+    try:
+        run(sys.argv[1:])
+    except ExportError as e:
+        sys.exit(f"export.py: {e}")
+    except OSError as e:
+        sys.exit(f"export.py: {e.filename or 'a file'}: {e.strerror or first_line(e)}")
+    except MemoryError:
+        sys.exit("export.py: out of memory")
+    except KeyboardInterrupt:
+        sys.exit("export.py: interrupted")
+
+
+if __name__ == "__main__":
+    main()
