@@ -1,0 +1,877 @@
+/* test_all.c - the tests of mamba.c. It includes mamba.c and so reaches everything.
+
+   ./tests/test_all        a fixed sample, under a minute          ./tests/test_all all    the whole
+   ./tests/test_all NAME   only the groups whose name contains NAME
+
+   Each check prints its name, the largest error, the tolerance and where; the last line is `N passed, N failed, N
+   skipped`, and the exit status is the verdict. References are not mamba.c's own: formulas in double precision written
+   here from the paper's equations, and golden files that transformers and tokenizers computed (dev/make_golden.py,
+   dev/make_tok_golden.py). An error is relative to the largest magnitude of the reference tensor, since elementwise
+   relative errors are meaningless where values cancel.
+
+   CONTENTS  comparator | vectors | kernels | scan | model: golden, splits, threads | state | loader | tokenizer | sampler */
+
+#define TESTING
+#include "mamba.c"
+
+static int n_passed, n_failed, n_skipped;
+static bool test_everything;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Comparator
+
+static void report(bool good, const char *name, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    printf("%s %-46s ", good ? "ok  " : "FAIL", name);
+    vprintf(format, args);
+    printf("\n");
+    va_end(args);
+    if (good) n_passed++;
+    else n_failed++;
+}
+
+static void skip(const char *name, const char *reason) {
+    printf("skip %-46s %s\n", name, reason);
+    n_skipped++;
+}
+
+static bool expect(bool condition, const char *name) {
+    report(condition, name, "");
+    return condition;
+}
+
+// Largest error relative to the largest magnitude of want; NaN or infinity anywhere counts as infinite.
+static double error_of(const float *got, const double *want, size_t n, size_t *where) {
+    double scale = 0, worst = 0;
+    *where = 0;
+    for (size_t i = 0; i < n; i++) scale = fmax(scale, fabs(want[i]));
+    if (scale == 0) scale = 1;
+    for (size_t i = 0; i < n; i++) {
+        double error = fabs((double)got[i] - want[i]) / scale;
+        if (!(error <= worst)) worst = error, *where = i;
+        if (!(error < INFINITY)) return INFINITY;
+    }
+    return worst;
+}
+
+static bool check(const char *name, const float *got, const double *want, size_t n, double tolerance) {
+    size_t where;
+    double error = error_of(got, want, n, &where);
+    bool good = error <= tolerance;
+    report(good, name, "error %.2e of %.0e%s", error, tolerance, n ? "" : " (nothing compared)");
+    if (!good && n) printf("     at %zu of %zu: got %.9g, want %.9g\n", where, n, (double)got[where], want[where]);
+    return good;
+}
+
+static double *doubles(const float *x, size_t n) {
+    double *d = malloc((n + 1) * sizeof *d);
+    for (size_t i = 0; i < n; i++) d[i] = (double)x[i];
+    return d;
+}
+
+static bool check_floats(const char *name, const float *got, const float *want, size_t n, double tolerance) {
+    double *d = doubles(want, n);
+    bool good = check(name, got, d, n, tolerance);
+    free(d);
+    return good;
+}
+
+static uint64_t test_random = 20260101;
+static float uniform(float lowest, float highest) {
+    return lowest + (highest - lowest) * (float)random_unit(&test_random);
+}
+static float *random_floats(size_t n, float lowest, float highest) {
+    float *x = alloc_aligned((n + 1) * sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = uniform(lowest, highest);
+    return x;
+}
+static float *copy_floats(const float *x, size_t n) {
+    float *copy = alloc_aligned((n + 1) * sizeof *copy);
+    memcpy(copy, x, n * sizeof *copy);
+    return copy;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Vectors: every function against the C library in double, over all binades and a dense range
+
+static float apply(vec (*f)(vec), float x) {
+    float lane[VL];
+    vec v = f(splat(x));
+    memcpy(lane, &v, sizeof v);
+    for (int i = 1; i < VL; i++)
+        if (memcmp(&lane[i], &lane[0], sizeof(float))) return NAN; // lanes must agree
+    return lane[0];
+}
+static vec exp_call(vec x) { return exp_vec(x); }
+static vec silu_call(vec x) { return silu_vec(x); }
+static vec softplus_call(vec x) { return softplus_vec(x); }
+
+static double softplus_double(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
+static double silu_double(double x) { return x / (1 + exp(-x)); }
+
+// Worst error in units of the last place of the exact answer.
+static void check_function(const char *name, vec (*f)(vec), double (*exact)(double), float lowest, float highest, double ulps) {
+    double worst = 0;
+    float at = 0;
+    long count = 0;
+    for (int sign = 0; sign < 2; sign++)
+        for (uint32_t bits = 0x20000000; bits < 0x43000000; bits += test_everything ? 97 : 4999) {
+            float x;
+            uint32_t signed_bits = bits | (uint32_t)sign << 31;
+            memcpy(&x, &signed_bits, sizeof x);
+            if (x < lowest || x > highest) continue;
+            double want = exact((double)x), unit = ldexp(1, ilogb(want) - 23);
+            double error = fabs((double)apply(f, x) - want) / unit;
+            if (!(error <= worst)) worst = error, at = x;
+            count++;
+        }
+    report(worst <= ulps && count > 10000, name, "error %.2f ulp of %.1f, at x = %.9g, %ld values", worst, ulps, (double)at, count);
+}
+
+static void test_vectors(void) {
+    check_function("exp", exp_call, exp, -86, 88, 1.5);
+    check_function("silu", silu_call, silu_double, -80, 100, 4);
+    check_function("softplus", softplus_call, softplus_double, -86, 100, 4);
+    expect(apply(exp_call, -1000) < 1e-37f && apply(exp_call, -1000) >= 0, "exp of very negative is nearly 0");
+    expect(apply(exp_call, 0) == 1, "exp(0) is 1");
+    expect(isnan(apply(exp_call, NAN)) && isnan(apply(silu_call, NAN)) && isnan(apply(softplus_call, NAN)), "NaN stays NaN");
+    expect(apply(softplus_call, 89) == 89 && isfinite(apply(softplus_call, 1e30f)), "softplus does not overflow");
+    expect(apply(silu_call, -1e30f) <= 0 && isfinite(apply(silu_call, -1e30f)), "silu does not overflow");
+    expect(crc32_of(0, "123456789", 9) == 0xCBF43926u, "CRC-32 check value");
+    expect(crc32_of(crc32_of(0, "1234", 4), "56789", 5) == 0xCBF43926u, "CRC-32 in pieces");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernels, each against a double reference, by teams of 1 and 3 threads
+
+#define TEAM(call) \
+    _Pragma("omp parallel num_threads(team)") { call; }
+static int team = 1;
+
+static void test_rmsnorm(int L, int D, int ld, bool weighted) {
+    float *x = random_floats((size_t)L * ld, -3, 3), *w = random_floats((size_t)D, -2, 2), *out = random_floats((size_t)L * ld, 0, 1);
+    double *want = doubles(out, (size_t)L * ld);
+    for (int t = 0; t < L; t++) {
+        double squares = 0;
+        for (int d = 0; d < D; d++) squares += (double)x[t * ld + d] * x[t * ld + d];
+        for (int d = 0; d < D; d++) want[t * ld + d] = x[t * ld + d] / sqrt(squares / D + 1e-5) * (weighted ? w[d] : 1);
+    }
+    TEAM(rmsnorm(out, x, weighted ? w : NULL, 1e-5f, L, D, (size_t)ld))
+    check("rmsnorm", out, want, (size_t)L * ld, 1e-6);
+    free_aligned(x), free_aligned(w), free_aligned(out), free(want);
+}
+
+static double stored_value(Type type, const void *data, size_t i) { // an own reader of the storage types
+    if (type == F32) return (double)((const float *)data)[i];
+    uint16_t bits = ((const uint16_t *)data)[i];
+    if (type == BF16) {
+        int exponent = bits >> 7 & 255, mantissa = bits & 127;
+        double x = exponent ? ldexp(1 + mantissa / 128.0, exponent - 127) : ldexp(mantissa / 128.0, -126);
+        return bits >> 15 ? -x : x;
+    }
+    int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    double x = exponent ? ldexp(1 + mantissa / 1024.0, exponent - 15) : ldexp(mantissa / 1024.0, -14);
+    return bits >> 15 ? -x : x;
+}
+
+static void test_matmul(Type type, int L, int I, int O, int ldx, bool biased) {
+    size_t n = (size_t)I * O;
+    uint16_t *bits = malloc((n + 1) * 2);
+    float *weights = random_floats(n, -1, 1), *x = random_floats((size_t)L * ldx, -1, 1), *bias = random_floats((size_t)O, -1, 1);
+    float *out = random_floats((size_t)L * O + 8, 7, 8), *packed = random_floats((size_t)(L + MR) * I, 7, 8);
+    for (size_t i = 0; i < n; i++) // any bit pattern that is finite, subnormal ones too
+        bits[i] = type == BF16 ? (uint16_t)((random_u64(&test_random) & 0x807F) | (110 + random_u64(&test_random) % 17) << 7)
+                               : (uint16_t)(random_u64(&test_random) & (random_u64(&test_random) % 5 ? 0xBBFF : 0x83FF));
+    Tensor w = {type == F32 ? (void *)weights : (void *)bits, O, I, type};
+    double *want = malloc(((size_t)L * O + 1) * sizeof *want);
+    for (int t = 0; t < L; t++)
+        for (int o = 0; o < O; o++) {
+            double sum = biased ? bias[o] : 0;
+            for (int i = 0; i < I; i++) sum += stored_value(type, w.data, (size_t)o * I + i) * x[(size_t)t * ldx + i];
+            want[(size_t)t * O + o] = sum;
+        }
+    float guard = out[(size_t)L * O];
+    TEAM(matmul(out, x, (size_t)ldx, &w, biased ? bias : NULL, L, packed))
+    char name[96];
+    snprintf(name, sizeof name, "matmul %s L %d I %d O %d, team of %d", type_name(type), L, I, O, team);
+    check(name, out, want, (size_t)L * O, 2e-6);
+    if (out[(size_t)L * O] != guard) expect(false, "matmul wrote past its output");
+    free(bits), free(want);
+    free_aligned(weights), free_aligned(x), free_aligned(bias), free_aligned(out), free_aligned(packed);
+}
+
+static void test_conv(int L, int E, int K, bool biased) {
+    size_t rows = (size_t)(K > 1 ? K - 1 : 0);
+    float *xz = random_floats((size_t)L * 2 * E, -2, 2), *w = random_floats((size_t)K * E, -1, 1), *bias = random_floats((size_t)E, -1, 1);
+    float *window = random_floats(rows * E, -2, 2), *window_step = copy_floats(window, rows * E);
+    float *u = random_floats((size_t)L * E, 7, 8), *u_step = random_floats((size_t)L * E, 7, 8);
+    double *want = malloc(((size_t)L * E + 1) * sizeof *want), *last = malloc((rows * E + 1) * sizeof *last);
+#define INPUT(t, e) ((t) >= 0 ? (double)xz[(size_t)(t) * 2 * E + (e)] : (double)window[(size_t)(K - 1 + (t)) * E + (e)])
+    for (int t = 0; t < L; t++)
+        for (int e = 0; e < E; e++) {
+            double sum = biased ? bias[e] : 0;
+            for (int k = 0; k < K; k++) sum += w[(size_t)k * E + e] * INPUT(t - K + 1 + k, e);
+            want[(size_t)t * E + e] = silu_double(sum);
+        }
+    for (size_t j = 0; j < rows; j++)
+        for (int e = 0; e < E; e++) last[j * E + e] = INPUT(L - K + 1 + (int)j, e);
+    TEAM(conv1d_silu(u, window, xz, w, biased ? bias : NULL, L, E, K))
+    check("conv1d_silu", u, want, (size_t)L * E, 2e-6);
+    check("conv1d_silu window", window, last, rows * E, 0);
+    for (int t = 0; t < L; t++) {
+        TEAM(conv1d_silu_step(u_step + (size_t)t * E, window_step, xz + (size_t)t * 2 * E, w, biased ? bias : NULL, E, K))
+    }
+    check("conv1d_silu_step", u_step, want, (size_t)L * E, 2e-6);
+    check("conv1d_silu_step window", window_step, last, rows * E, 0);
+    free(want), free(last);
+    free_aligned(xz), free_aligned(w), free_aligned(bias), free_aligned(window), free_aligned(window_step), free_aligned(u), free_aligned(u_step);
+}
+
+static void test_elementwise(int L, int E) {
+    size_t n = (size_t)L * E;
+    float *a = random_floats(n, -9, 9), *b = random_floats(2 * n, -9, 9), *bias = random_floats((size_t)E, -5, 1);
+    float *sum = copy_floats(a, n), *delta = copy_floats(a, n), *g = copy_floats(a, n);
+    double *want = doubles(a, n);
+    for (size_t i = 0; i < n; i++) want[i] += b[i];
+    TEAM(add_to(sum, b, L, E))
+    check("add_to", sum, want, n, 1e-7);
+    for (size_t i = 0; i < n; i++) want[i] = softplus_double((double)a[i] + bias[i % E]);
+    TEAM(softplus_bias(delta, bias, L, E))
+    check("softplus_bias", delta, want, n, 1e-6);
+    for (size_t i = 0; i < n; i++) want[i] = a[i] * silu_double(b[i / E * 2 * E + E + i % E]);
+    TEAM(gate(g, b, L, E))
+    check("gate", g, want, n, 1e-6);
+    free(want), free_aligned(a), free_aligned(b), free_aligned(bias), free_aligned(sum), free_aligned(delta), free_aligned(g);
+}
+
+static void test_kernels(void) {
+    for (team = 1; team <= 3; team += 2) {
+        test_rmsnorm(1, 1, 1, true), test_rmsnorm(5, 37, 41, true), test_rmsnorm(3, 16, 16, false);
+        for (int type = 0; type < N_TYPES; type++) {
+            test_matmul((Type)type, 1, 33, 7, 40, true), test_matmul((Type)type, 3, 16, 5, 16, false);
+            test_matmul((Type)type, 4, 1, 1, 1, true), test_matmul((Type)type, 13, KC + 3, 2 * NR + 1, KC + 9, true);
+            test_matmul((Type)type, 2 * ROWS_BLOCK + 5, 48, 35 * NR, 48, false);
+            test_matmul((Type)type, ROWS_BLOCK + MR + 1, 3, NR - 1, 3, true);
+        }
+        for (int K = 1; K <= 5; K++) test_conv(1, 7, K, true), test_conv(2, VL + 1, K, false), test_conv(19, 2 * VL, K, true);
+        test_elementwise(1, 1), test_elementwise(5, 3 * VL + 2);
+    }
+    team = 1;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The scan
+
+typedef struct {
+    int L, E, N;
+    float *u, *delta, *A_neg, *BC, *skip, *h, *carry;
+    double *y, *h_end; // by the paper's equations, in double
+} ScanCase;
+
+static ScanCase scan_case(int L, int E, int N) {
+    ScanCase s = {.L = L, .E = E, .N = N};
+    size_t LE = (size_t)L * E, NE = (size_t)N * E;
+    s.u = random_floats(LE, -2, 2), s.BC = random_floats((size_t)L * 2 * N, -1, 1), s.skip = random_floats((size_t)E, -1, 1);
+    s.h = random_floats(NE, -3, 3), s.delta = random_floats(LE, 0, 1), s.A_neg = random_floats(NE, 0, 1);
+    s.carry = random_floats(scan_carry_floats(E, N), 7, 8);
+    for (size_t i = 0; i < LE; i++) s.delta[i] = expf(uniform(-7, 0.5f)); // steps from a thousandth to beyond one
+    for (size_t i = 0; i < NE; i++) s.A_neg[i] = -expf(uniform(-3, 3));
+    s.y = malloc(LE * sizeof *s.y), s.h_end = doubles(s.h, NE);
+    for (int t = 0; t < L; t++)
+        for (int e = 0; e < E; e++) {
+            double sum = (double)s.skip[e] * s.u[(size_t)t * E + e], dt = s.delta[(size_t)t * E + e];
+            for (int n = 0; n < N; n++) {
+                double *h = &s.h_end[(size_t)n * E + e];
+                *h = exp(dt * s.A_neg[(size_t)n * E + e]) * *h + dt * s.BC[(size_t)t * 2 * N + n] * s.u[(size_t)t * E + e];
+                sum += s.BC[(size_t)t * 2 * N + N + n] * *h;
+            }
+            s.y[(size_t)t * E + e] = sum;
+        }
+    return s;
+}
+
+static void scan_case_free(ScanCase *s) {
+    free_aligned(s->u), free_aligned(s->delta), free_aligned(s->A_neg), free_aligned(s->BC), free_aligned(s->skip);
+    free_aligned(s->h), free_aligned(s->carry), free(s->y), free(s->h_end);
+}
+
+// way 0: sequential; -1: step by step; else that many pieces; -2: split in two calls with the state carried
+static void check_scan(const ScanCase *s, int way) {
+    int L = s->L, E = s->E, N = s->N, split = way == -2 ? L / 3 : 0;
+    size_t ld = 2 * (size_t)N;
+    float *y = random_floats((size_t)L * E, 7, 8), *h = copy_floats(s->h, (size_t)N * E);
+    const float *B = s->BC, *C = s->BC + N;
+    if (way == 0) TEAM(scan_sequential(y, h, s->u, s->delta, s->A_neg, B, C, ld, s->skip, L, E, N))
+    else if (way == -1)
+        for (int t = 0; t < L; t++) {
+            size_t at = (size_t)t * E;
+            TEAM(scan_step(y + at, h, s->u + at, s->delta + at, s->A_neg, B + t * ld, C + t * ld, s->skip, E, N))
+        }
+    else {
+        if (split) TEAM(scan_parallel(y, h, s->u, s->delta, s->A_neg, B, C, ld, s->skip, split, E, N, 1, s->carry))
+        size_t at = (size_t)split * E;
+        TEAM(scan_parallel(y + at, h, s->u + at, s->delta + at, s->A_neg, B + split * ld, C + split * ld, ld, s->skip, L - split,
+                           E, N, way > 0 ? way : 1, s->carry))
+    }
+    char name[96];
+    const char *what = way == 0 ? "scan_sequential" : way == -1 ? "scan_step" : way == -2 ? "scan_parallel split" : "scan_parallel";
+    snprintf(name, sizeof name, "%s L %d E %d N %d pieces %d", what, L, E, N, way);
+    check(name, y, s->y, (size_t)L * E, 2e-6);
+    strcat(name, ", h");
+    check(name, h, s->h_end, (size_t)N * E, 2e-6);
+    free_aligned(y), free_aligned(h);
+}
+
+static void test_scan(void) {
+    const int lengths[] = {1, 2, 3, 4, 5, 63, 64, 65, 1000}, shapes[][2] = {{1, 1}, {7, 16}, {33, 5}, {16, 64}};
+    for (int k = 0; k < 9; k++)
+        for (int shape = 0; shape < 4; shape++) {
+            ScanCase s = scan_case(lengths[k], shapes[shape][0], shapes[shape][1]);
+            team = 1 + (k + shape) % 3;
+            for (int way = -2; way <= SCAN_TASKS; way += way < 2 ? 1 : 7)
+                if (way <= s.L) check_scan(&s, way);
+            scan_case_free(&s);
+        }
+    team = 1;
+    // The operator where order matters: (1/4, 2.5) then (1/4, 5.5) is 6.125 (see section 6), the other way round 3.875.
+    const float ones[4] = {1, 1, 1, 1}, half_life = -logf(2), BC[8] = {1, 1, 2, 1, 3, 1, 4, 1}, zero = 0;
+    float y[4], h = 0, carry[2 * SCAN_TASKS];
+    TEAM(scan_parallel(y, &h, ones, ones, &half_life, BC, BC + 1, 2, &zero, 4, 1, 1, 2, carry))
+    const double want[4] = {1, 2.5, 4.25, 6.125};
+    check("scan of the worked example", y, want, 4, 1e-6);
+    expect(scan_pieces(1 << 20, 1536) == 1 && scan_pieces(4096, 16) > 1 && scan_pieces(31, 16) == 1, "time is cut only where channels run out");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Model: against transformers, and against itself in pieces
+
+typedef struct {
+    char name[64];
+    int ndim;
+    uint32_t dims[4];
+    size_t n;
+    float *data;
+} Golden;
+static Golden golden[256];
+static int n_golden;
+
+static void golden_close(void) {
+    while (n_golden) free_aligned(golden[--n_golden].data);
+}
+
+static bool golden_open(const char *path) {
+    size_t bytes, at = 8;
+    golden_close();
+    unsigned char *p = (unsigned char *)read_text(path, &bytes);
+    if (!p || bytes < 8 || memcmp(p, "gold", 4)) return free(p), expect(false, path);
+    while (at < bytes && n_golden < 256) {
+        Golden *g = &golden[n_golden++];
+        uint32_t length = u32_at(p + at);
+        assert(length < sizeof g->name);
+        memset(g, 0, sizeof *g);
+        memcpy(g->name, p + at + 4, length);
+        at += 4 + length;
+        g->ndim = (int)u32_at(p + at);
+        assert(g->ndim <= 4);
+        at += 4;
+        g->n = 1;
+        for (int i = 0; i < g->ndim; i++, at += 4) g->n *= g->dims[i] = u32_at(p + at);
+        g->data = alloc_aligned(g->n * sizeof(float));
+        for (size_t i = 0; i < g->n; i++, at += 4) g->data[i] = f32_at(p + at);
+        assert(at <= bytes);
+    }
+    free(p);
+    return true;
+}
+
+static const Golden *golden_get(const char *format, ...) {
+    char name[64];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(name, sizeof name, format, args);
+    va_end(args);
+    for (int i = 0; i < n_golden; i++)
+        if (!strcmp(golden[i].name, name)) return &golden[i];
+    return NULL;
+}
+
+static int32_t *golden_ids(int *L) {
+    const Golden *g = golden_get("ids");
+    int32_t *ids = malloc(g->n * sizeof *ids);
+    for (size_t i = 0; i < g->n; i++) ids[i] = (int32_t)g->data[i];
+    *L = (int)g->n;
+    return ids;
+}
+
+static Session test_session(const char *path, int threads) {
+    Session x;
+    if (session_open(&x, path, threads)) {
+        printf("FAIL cannot open %s: %s\n", path, error_text);
+        exit(1);
+    }
+    return x;
+}
+
+typedef struct {
+    float *all;
+    size_t n, V;
+} Collected;
+static void collect(void *context, const float *logits) {
+    Collected *c = context;
+    memcpy(c->all + c->n++ * c->V, logits, c->V * sizeof(float));
+}
+
+// Stage by stage: the first stage that differs names the wrong kernel, which the logits alone would not.
+static void check_stages(const char *model, Session *x, const int32_t *ids, int L) {
+    const Model *m = x->model;
+    const Config *c = &m->config;
+    Acts *a = x->acts;
+    size_t E = (size_t)c->E, N = (size_t)c->N, K = (size_t)c->K;
+    char name[96];
+    const Golden *g;
+#define STAGE(what, got, elements) \
+    if ((g = golden_get("layer%d." what, layer))) { \
+        assert(g->n <= (size_t)(elements) && g->n / g->dims[0] == (size_t)(elements) / (size_t)L); /* its first tokens */ \
+        snprintf(name, sizeof name, "%s layer %d %s", model, layer, what); \
+        check_floats(name, got, g->data, g->n, 1e-5); \
+    }
+    TEAM(embed(a->res, ids, &m->embedding, L))
+    for (int layer = 0; layer < c->n_layer; layer++) {
+        TEAM(block(m, layer, x->state, a, L))
+        STAGE("xz", a->xz, L * 2 * E)
+        STAGE("u", a->u, L * E)
+        if (!(c->flags & FLAG_MIXER_NORM)) STAGE("dt_BC", a->xdb, L * (c->R + 2 * N)) // ours are normed in place
+        STAGE("g", a->y, L * E)
+        STAGE("out", a->xn, (size_t)L * c->D)
+        STAGE("res", a->res, (size_t)L * c->D)
+        if ((g = golden_get("layer%d.dt", layer))) {
+            double *want = doubles(g->data, g->n);
+            for (size_t i = 0; i < g->n; i++) want[i] = softplus_double(want[i]);
+            snprintf(name, sizeof name, "%s layer %d delta", model, layer);
+            check(name, a->delta, want, g->n, 1e-5);
+            free(want);
+        }
+        if ((g = golden_get("layer%d.h", layer))) { // transformers keeps (E,N)
+            float *h = alloc_aligned(g->n * sizeof *h);
+            for (size_t e = 0; e < E; e++)
+                for (size_t n = 0; n < N; n++) h[e * N + n] = x->state->h[((size_t)layer * N + n) * E + e];
+            snprintf(name, sizeof name, "%s layer %d final h", model, layer);
+            check_floats(name, h, g->data, g->n, 1e-5);
+            free_aligned(h);
+        }
+        if ((g = golden_get("layer%d.conv_window", layer)) && K > 1) { // (E,K) there, the last K inputs
+            float *got = alloc_aligned(E * K * sizeof *got), *want = alloc_aligned(E * K * sizeof *want);
+            for (size_t e = 0; e < E; e++)
+                for (size_t k = 1; k < K; k++) {
+                    got[e * K + k] = x->state->conv[((size_t)layer * (K - 1) + k - 1) * E + e];
+                    want[e * K + k] = g->data[e * K + k];
+                }
+            snprintf(name, sizeof name, "%s layer %d final conv window", model, layer);
+            check_floats(name, got, want, E * K, 1e-5);
+            free_aligned(got), free_aligned(want);
+        }
+    }
+    mamba_state_reset(m, x->state);
+}
+
+static void test_golden_model(const char *model, const char *file) {
+    char path[96], name[96];
+    snprintf(path, sizeof path, "tests/%s.gold", model);
+    if (!golden_open(path)) return;
+    Session x = test_session(file, 2);
+    int L;
+    int32_t *ids = golden_ids(&L);
+    const Golden *want = golden_get("logits");
+    size_t V = (size_t)x.model->config.V;
+    assert(want && want->n == L * V);
+    check_stages(model, &x, ids, L);
+    Collected all = {alloc_aligned(want->n * sizeof(float)), 0, V};
+    mamba_prefill(x.model, x.acts, x.state, ids, (size_t)L, collect, &all);
+    snprintf(name, sizeof name, "%s logits, prefill, every position", model);
+    check_floats(name, all.all, want->data, want->n, 1e-5);
+    mamba_state_reset(x.model, x.state);
+    for (int t = 0; t < L; t++) {
+        mamba_step(x.model, x.acts, x.state, ids[t]);
+        memcpy(all.all + (size_t)t * V, x.state->logits, V * sizeof(float));
+    }
+    snprintf(name, sizeof name, "%s logits, step, every position", model);
+    check_floats(name, all.all, want->data, want->n, 1e-5);
+    free_aligned(all.all);
+    free(ids);
+    session_close(&x);
+    golden_close();
+}
+
+static float *random_state(Session *x) { // the session's state filled with plausible values; returns a copy of them
+    State *s = x->state;
+    size_t V = (size_t)x->model->config.V, n = s->floats - V;
+    for (size_t i = 0; i < n; i++) s->conv[i] = uniform(-1, 1);
+    return copy_floats(s->data, s->floats);
+}
+
+// From a random initial state: prefill whole, step by step, and in two parts, at awkward lengths.
+static void test_splits(const char *file) {
+    Session x = test_session(file, 2);
+    const Config *c = &x.model->config;
+    const int lengths[] = {1, 2, c->K - 1, c->K, c->K + 1, 63, 64, 65, 1000};
+    size_t V = (size_t)c->V;
+    for (int k = 0; k < 9; k++) {
+        int L = lengths[k];
+        if (L < 1 || (L == 1000 && c->D > 100 && !test_everything)) continue;
+        int32_t *ids = malloc((size_t)L * sizeof *ids);
+        for (int t = 0; t < L; t++) ids[t] = (int32_t)(random_u64(&test_random) % V);
+        mamba_state_reset(x.model, x.state);
+        float *start = random_state(&x), *whole, *logits = alloc_aligned((size_t)L * V * sizeof *logits);
+        Collected all = {logits, 0, V};
+        mamba_prefill(x.model, x.acts, x.state, ids, (size_t)L, collect, &all);
+        whole = copy_floats(x.state->data, x.state->floats);
+        double worst = 0, worst_logits = 0;
+        size_t where, conv_h = (size_t)x.state->floats - V;
+        double *want = doubles(whole, x.state->floats), *want_logits = doubles(logits, (size_t)L * V);
+        int splits = L <= 65 ? L : 5;
+        for (int i = 0; i <= splits; i++) { // i = 0 is step by step, others cut once, at the end too
+            int cut = L <= 65 ? i : (int)((int64_t)i * L / splits) - 1;
+            memcpy(x.state->data, start, x.state->floats * sizeof(float));
+            if (i == 0)
+                for (int t = 0; t < L; t++) {
+                    mamba_step(x.model, x.acts, x.state, ids[t]);
+                    worst_logits = fmax(worst_logits, error_of(x.state->logits, want_logits + (size_t)t * V, V, &where));
+                }
+            else {
+                mamba_prefill(x.model, x.acts, x.state, ids, (size_t)cut, NULL, NULL);
+                mamba_prefill(x.model, x.acts, x.state, ids + cut, (size_t)(L - cut), NULL, NULL);
+            }
+            worst = fmax(worst, error_of(x.state->data + V, want + V, conv_h, &where));
+            worst_logits = fmax(worst_logits, error_of(x.state->logits, want, V, &where));
+        }
+        char name[96];
+        snprintf(name, sizeof name, "%s L %d: step and %d splits = prefill", file, L, splits);
+        report(worst <= 1e-5 && worst_logits <= 1e-5, name, "state error %.2e, logits error %.2e of 1e-05", worst, worst_logits);
+        free(ids), free(want), free(want_logits);
+        free_aligned(start), free_aligned(whole), free_aligned(logits);
+    }
+    session_close(&x);
+}
+
+static void test_threads(const char *file) {
+    int32_t ids[700];
+    for (int t = 0; t < 700; t++) ids[t] = (int32_t)(random_u64(&test_random) % 256);
+    float *first = NULL;
+    for (int threads = 1; threads <= 8; threads += threads == 1 ? 1 : 3) { // 1, 2, 5, 8
+        Session x = test_session(file, threads);
+        x.acts->threads = threads;
+        mamba_prefill(x.model, x.acts, x.state, ids, 700, NULL, NULL);
+        for (int t = 0; t < 5; t++) mamba_step(x.model, x.acts, x.state, ids[t]);
+        size_t floats = x.state->floats;
+        if (!first) first = copy_floats(x.state->data, floats);
+        char name[96];
+        snprintf(name, sizeof name, "%s: same bits by %d threads", file, threads);
+        expect(!memcmp(first, x.state->data, floats * sizeof(float)), name);
+        session_close(&x);
+    }
+    free_aligned(first);
+}
+
+static void test_model(void) {
+    test_golden_model("odd", "tests/odd.bin");
+    test_golden_model("falcon", "tests/falcon.bin");
+    test_golden_model("plain", "tests/plain.bin");
+    test_golden_model("tales", "models/tales.bin");
+    test_splits("tests/odd.bin"), test_splits("tests/falcon.bin"), test_splits("tests/plain.bin"), test_splits("models/tales.bin");
+    test_threads("tests/odd.bin"), test_threads("tests/falcon.bin"), test_threads("models/tales.bin");
+    Session x = test_session("tests/odd.bin", 1);
+    const int32_t bad[2][2] = {{1, 259}, {1, -1}};
+    uint64_t before = x.state->position;
+    expect(mamba_prefill(x.model, x.acts, x.state, bad[0], 2, NULL, NULL) == -1 && x.state->position == before, "an id beyond the vocabulary is refused");
+    expect(mamba_prefill(x.model, x.acts, x.state, bad[1], 2, NULL, NULL) == -1, "a negative id is refused");
+    session_close(&x);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// State
+
+static bool write_file(const char *path, const unsigned char *bytes, size_t n) {
+    FILE *f = fopen(path, "wb");
+    bool good = f && fwrite(bytes, 1, n, f) == n;
+    return f && fclose(f) == 0 && good;
+}
+
+// Any value in any byte, with the checksum mended or not: refused, or loaded; never a crash.
+static void test_damaged_states(Session *x, unsigned char *file, size_t bytes, const char *path, int count) {
+    int refused = 0, loaded = 0;
+    State *fresh = mamba_state_new(x->model);
+    for (int i = 0; i < count; i++) {
+        unsigned char *copy = malloc(bytes + 64);
+        size_t n = bytes;
+        memcpy(copy, file, bytes);
+        memset(copy + bytes, 0, 64);
+        if (i % 4 == 0) n = random_u64(&test_random) % (bytes + 64);
+        else
+            for (int k = 0; k < 1 + i % 3; k++)
+                copy[random_u64(&test_random) % (i % 4 == 1 ? bytes : STATE_HEADER)] = (unsigned char)random_u64(&test_random);
+        if (i % 2 && n >= STATE_HEADER) put_u32(copy + STATE_HEADER - 4, crc32_of(0, copy, STATE_HEADER - 4));
+        write_file(path, copy, n);
+        if (mamba_state_load(x->model, fresh, path)) refused++;
+        else loaded++, mamba_step(x->model, x->acts, fresh, 1);
+        free(copy);
+    }
+    mamba_state_free(fresh);
+    report(refused > count / 2 && refused + loaded == count, "damaged state files", "%d refused, %d harmless", refused, loaded);
+}
+
+static void test_state(void) {
+    const char *path = "tests/state.tmp.bin";
+    Session x = test_session("tests/odd.bin", 1), other = test_session("tests/plain.bin", 1);
+    Sampling how = {1, 1, 0, 0, 1.1f};
+    int32_t ids[100], straight[40], resumed[40];
+    for (int t = 0; t < 100; t++) ids[t] = (int32_t)(random_u64(&test_random) % 250);
+    x.state->random = 99;
+    mamba_prefill(x.model, x.acts, x.state, ids, 100, NULL, NULL);
+    State *copy = mamba_state_new(x.model);
+    mamba_state_copy(x.model, copy, x.state);
+    expect(mamba_state_save(x.model, x.state, path) == 0, "a state is saved");
+    for (int i = 0; i < 40; i++) straight[i] = mamba_sample(x.model, x.acts, x.state, &how), mamba_step(x.model, x.acts, x.state, straight[i]);
+    float *end = copy_floats(x.state->data, x.state->floats);
+    mamba_state_reset(x.model, x.state);
+    expect(mamba_state_load(x.model, x.state, path) == 0, "a state is loaded");
+    for (int way = 0; way < 2; way++) { // loaded, then copied
+        for (int i = 0; i < 40; i++) resumed[i] = mamba_sample(x.model, x.acts, x.state, &how), mamba_step(x.model, x.acts, x.state, resumed[i]);
+        expect(!memcmp(straight, resumed, sizeof straight), way ? "same tokens from a copied state" : "same tokens from a loaded state");
+        expect(!memcmp(end, x.state->data, x.state->floats * sizeof(float)) && x.state->position == 140, "and the same bits of state");
+        mamba_state_copy(x.model, x.state, copy);
+    }
+    expect(mamba_state_load(other.model, other.state, path) == -1 && strstr(error_text, "shape"), "another model's state is refused");
+    x.model->id ^= 1; // the same shape, but other weights
+    expect(mamba_state_load(x.model, x.state, path) == -1 && strstr(error_text, "another model"), "so is that of a model of the same shape");
+    x.model->id ^= 1;
+    expect(mamba_state_save(x.model, x.state, "tests/no/such/folder/s.bin") == -1, "an unwritable state file is an error");
+    expect(mamba_state_load(x.model, x.state, "tests/no-such-file") == -1, "a missing state file is an error");
+    size_t bytes;
+    unsigned char *file = (unsigned char *)read_text(path, &bytes);
+    test_damaged_states(&x, file, bytes, path, test_everything ? 10000 : 400);
+    remove(path);
+    Config shape;
+    parse_shape("130m", "bf16", &shape);
+    report(STATE_HEADER + 4 * state_floats(&shape) < 3300000, "a 130m state is under 3.3 MB", "%zu bytes", STATE_HEADER + 4 * state_floats(&shape));
+    free(file);
+    free_aligned(end);
+    mamba_state_free(copy);
+    session_close(&x), session_close(&other);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Loader: whatever is in the file, an error or a model, never a crash, a hang or a huge allocation
+
+static const uint32_t nasty[] = {0, 1, 2, 3, 255, 256, 257, 1024, 65535, 65536, 1u << 20, (1u << 20) + 1, 1u << 26, 1u << 30, INT32_MAX, 1u << 31, UINT32_MAX - 1, UINT32_MAX};
+
+static void mend_checksums(unsigned char *file, size_t bytes) {
+    if (bytes < HEADER_BYTES) return;
+    uint64_t tokenizer = u64_at(file + 96);
+    if (tokenizer <= bytes - HEADER_BYTES) put_u32(file + 120, crc32_of(0, file + HEADER_BYTES, (size_t)tokenizer));
+    put_u32(file + HEADER_BYTES - 4, crc32_of(0, file, HEADER_BYTES - 4));
+}
+
+static void damage(unsigned char *file, size_t *bytes, size_t tensors_offset, int i) {
+    uint64_t r = random_u64(&test_random), field = 8 + 4 * (random_u64(&test_random) % 61);
+    switch (i % 6) {
+    case 0: *bytes = r % (*bytes + 1); break;                                                    // cut anywhere
+    case 1: put_u32(file + field, nasty[r % COUNT(nasty)]); break;                               // a header field
+    case 2: put_u32(file + field, u32_at(file + field) + (uint32_t)(r % 65) - 32); break;        // a little off
+    case 3: put_u32(file + HEADER_BYTES + r % (tensors_offset - HEADER_BYTES), nasty[r >> 32 & 15]); break;
+    case 4: file[HEADER_BYTES + r % (tensors_offset - HEADER_BYTES)] ^= (unsigned char)(1 << (r >> 60 & 7)); break;
+    case 5: file[tensors_offset + r % (*bytes - tensors_offset)] = (unsigned char)(r >> 56); break; // a weight
+    }
+    if (i % 12 < 9) mend_checksums(file, *bytes); // else the checksum is what catches it
+}
+
+// What a user would do with the file: read a prompt, write some tokens, decode them.
+static int use_model(const char *path) {
+    Session x;
+    if (session_open(&x, path, 1)) return -1;
+    Sampling how = {0.8f, 0.95f, 40, 0, 1};
+    int32_t *ids = NULL, id = 0;
+    size_t n = 0, bytes;
+    int result = mamba_encode(x.model, "Once upon a time", 16, &ids, &n);
+    if (result == 0) result = mamba_prefill(x.model, x.acts, x.state, ids, n, NULL, NULL);
+    for (int i = 0; i < 3 && result == 0 && n; i++) {
+        id = mamba_sample(x.model, x.acts, x.state, &how);
+        result = id < 0 ? -1 : mamba_step(x.model, x.acts, x.state, id);
+        if (result == 0) mamba_decode(x.model, id, &bytes);
+    }
+    free(ids);
+    session_close(&x);
+    return result;
+}
+
+static void test_damaged_models(const char *model, int count) {
+    const char *path = "tests/damaged.tmp.bin";
+    size_t bytes;
+    unsigned char *file = (unsigned char *)read_text(model, &bytes), *copy = malloc(bytes + 64);
+    int refused = 0, used = 0;
+    for (int i = 0; i < count; i++) {
+        size_t n = bytes;
+        memcpy(copy, file, bytes);
+        damage(copy, &n, (size_t)u64_at(file + 104), i);
+        write_file(path, copy, n);
+        error_text[0] = 0;
+        if (use_model(path) == 0) used++;
+        else if (error_text[0]) refused++;
+    }
+    char name[96];
+    snprintf(name, sizeof name, "%d damaged copies of %s", count, model);
+    report(refused + used == count && refused > count / 3, name, "%d refused with a message, %d harmless", refused, used);
+    free(file), free(copy);
+    remove(path);
+}
+
+static void expect_refused(const char *model, int offset, uint32_t value, const char *word) {
+    const char *path = "tests/damaged.tmp.bin";
+    size_t bytes;
+    unsigned char *file = (unsigned char *)read_text(model, &bytes);
+    put_u32(file + offset, value);
+    mend_checksums(file, bytes);
+    write_file(path, file, bytes);
+    Model *m = mamba_load(path);
+    char name[96];
+    snprintf(name, sizeof name, "header field at %d = %u is refused", offset, value);
+    report(!m && strstr(error_text, word), name, "%s", m ? "loaded" : error_text);
+    mamba_free(m);
+    free(file);
+    remove(path);
+}
+
+static void test_loader(void) {
+    const char *odd = "tests/odd.bin";
+    expect(!mamba_load("tests/no-such-file") && strstr(error_text, "no-such-file"), "a missing file is named");
+    expect(!mamba_load("tests"), "a folder is not a model");
+    expect(!mamba_load("mamba.c") && strstr(error_text, "not a model.bin"), "a text file is not a model");
+    expect_refused(odd, 0, 1, "not a model"), expect_refused(odd, 8, 2, "version"), expect_refused(odd, 20, 9, "weight type");
+    expect_refused(odd, 28, 0, "d_model"), expect_refused(odd, 32, 0, "n_layer"), expect_refused(odd, 32, 60000, "truncated");
+    expect_refused(odd, 36, UINT32_MAX, "vocab_size"), expect_refused(odd, 44, 100000, "d_state"), expect_refused(odd, 56, 0x7FC00000, "norm_eps");
+    expect_refused(odd, 68, 100000, "pad"), expect_refused(odd, 72, 259, "eos"), expect_refused(odd, 96, 1u << 30, "outside");
+    int count = test_everything ? 10000 : 300;
+    test_damaged_models("tests/odd.bin", count), test_damaged_models("tests/falcon.bin", count);
+    test_damaged_models("models/tales.bin", test_everything ? 600 : 40);
+    Config huge = {.type = F32, .D = 1 << 20, .n_layer = 1 << 16, .V = 1 << 26, .E = 1 << 20, .N = N_MAX, .K = 1 << 12, .R = 1 << 20};
+    expect(config_tensor_bytes(&huge) > (size_t)1 << 40 || sizeof(size_t) < 8, "sizes of a huge config do not wrap");
+}
+
+/*TOKENIZER_TESTS*/
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sampler: each setting does what its help says, and draws follow the probabilities
+
+static void set_logits(Session *x, float (*f)(int)) {
+    for (int v = 0; v < x->model->config.V; v++) x->state->logits[v] = f(v);
+}
+static float four_likely(int v) { return v == 10 ? logf(4) : v == 20 ? logf(3) : v == 30 ? logf(2) : v == 40 ? 0 : -100; }
+static float padding_likely(int v) { return v >= 256 ? 50 : v == 65 ? 1 : 0; }
+static float not_finite(int v) { return v == 7 ? NAN : 0; }
+static float flat(int v) { return (float)(v % 3) * 0.001f; }
+
+static void check_draws(Session *x, const char *name, Sampling how, double p10, double p20, double p30, double p40) {
+    enum { DRAWS = 40000 };
+    const double want[4] = {p10, p20, p30, p40};
+    long count[4] = {0}, others = 0;
+    for (int i = 0; i < DRAWS; i++) {
+        int32_t id = mamba_sample(x->model, x->acts, x->state, &how);
+        if (id % 10 == 0 && id >= 10 && id <= 40) count[id / 10 - 1]++;
+        else others++;
+    }
+    double worst = 0; // in standard deviations
+    for (int i = 0; i < 4; i++)
+        worst = fmax(worst, fabs(count[i] - DRAWS * want[i]) / fmax(1e-9, sqrt(DRAWS * want[i] * (1 - want[i])) + (want[i] == 0 || want[i] == 1 ? 1e-3 : 0)));
+    report(worst < 4.5 && others == 0, name, "%ld %ld %ld %ld of %d draws, %.1f standard deviations off", count[0], count[1], count[2], count[3], DRAWS, worst);
+}
+
+static void test_sampler(void) {
+    Session x = test_session("tests/odd.bin", 1); // 259 ids, of which the tokenizer knows 256
+    x.state->position = 1, x.state->random = 5;
+    Sampling greedy = {0, 1, 0, 0, 1}, all = {1, 1, 0, 0, 1}, one = {1, 1, 1, 0, 1};
+    set_logits(&x, four_likely);
+    expect(mamba_sample(x.model, x.acts, x.state, &greedy) == 10, "temperature 0 takes the likeliest");
+    expect(mamba_sample(x.model, x.acts, x.state, &one) == 10, "top-k 1 takes the likeliest");
+    check_draws(&x, "plain draws", all, .4, .3, .2, .1);
+    check_draws(&x, "temperature 0.5 squares the odds", (Sampling){0.5f, 1, 0, 0, 1}, 16 / 30., 9 / 30., 4 / 30., 1 / 30.);
+    check_draws(&x, "top-k 2", (Sampling){1, 1, 2, 0, 1}, 4 / 7., 3 / 7., 0, 0);
+    check_draws(&x, "top-p 0.65 keeps the two that reach it", (Sampling){1, 0.65f, 0, 0, 1}, 4 / 7., 3 / 7., 0, 0);
+    check_draws(&x, "top-p 0.75 keeps three", (Sampling){1, 0.75f, 0, 0, 1}, 4 / 9., 3 / 9., 2 / 9., 0);
+    check_draws(&x, "top-p 0 keeps the likeliest", (Sampling){1, 0, 0, 0, 1}, 1, 0, 0, 0);
+    check_draws(&x, "top-p is of what top-k left", (Sampling){1, 0.5f, 2, 0, 1}, 1, 0, 0, 0);
+    check_draws(&x, "min-p 0.45 keeps three", (Sampling){1, 1, 0, 0.45f, 1}, 4 / 9., 3 / 9., 2 / 9., 0);
+    x.state->recent[0] = 10, x.state->recent[1] = 10, x.state->n_recent = 2; // once penalised, though it occurs twice
+    check_draws(&x, "repeat penalty 2 halves the logit", (Sampling){1, 1, 0, 0, 2}, 2 / 8., 3 / 8., 2 / 8., 1 / 8.);
+    x.state->n_recent = 0;
+    set_logits(&x, padding_likely);
+    bool padded = false;
+    for (int i = 0; i < 2000; i++) padded |= mamba_sample(x.model, x.acts, x.state, &all) >= 256;
+    expect(!padded && mamba_sample(x.model, x.acts, x.state, &greedy) == 65, "ids without a token are never drawn");
+    set_logits(&x, flat);
+    uint64_t before = x.state->random;
+    int32_t first = mamba_sample(x.model, x.acts, x.state, &all);
+    x.state->random = before;
+    expect(mamba_sample(x.model, x.acts, x.state, &all) == first, "the same seed draws the same token");
+    bool ordered = true; // the heap against a plain sort, on logits with many ties
+    double mass;
+    int n = 256, kept;
+    for (int i = 0; i < n; i++) x.acts->order[i] = i, x.acts->probs[i] = (float)(random_u64(&test_random) % 50);
+    kept = keep_likeliest(x.acts->order, n, x.acts->probs, &(Sampling){1, 0.9f, 100, 0, 1}, &mass);
+    for (int i = 1; i < kept; i++) ordered &= x.acts->probs[x.acts->order[n - i]] >= x.acts->probs[x.acts->order[n - 1 - i]];
+    for (int i = 0; i < n - kept; i++) ordered &= x.acts->probs[x.acts->order[i]] <= x.acts->probs[x.acts->order[n - kept]];
+    expect(ordered && kept > 1 && kept <= 100, "candidates leave the heap in order");
+    set_logits(&x, not_finite);
+    expect(mamba_sample(x.model, x.acts, x.state, &all) == -1 && strstr(error_text, "token 7"), "a NaN logit is an error that names it");
+    mamba_state_reset(x.model, x.state);
+    expect(mamba_sample(x.model, x.acts, x.state, &all) == -1, "sampling before reading anything is an error");
+    session_close(&x);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Command line: every malformed one is an error that names the thing. (tests/test_cli.sh looks at the output.)
+
+static void expect_error(const char *word, int argc, const char *const *argv) {
+    char name[160] = "mamba";
+    for (int i = 1; i < argc; i++) snprintf(name + strlen(name), sizeof name - strlen(name), " %.40s", argv[i]);
+    error_text[0] = 0;
+    int result = run_command(argc, (char **)(uintptr_t)argv);
+    report(result == -1 && strstr(error_text, word), name, "%s", error_text);
+}
+#define ERROR_IN(word, ...) \
+    expect_error(word, COUNT(((const char *[]){"mamba", __VA_ARGS__})), (const char *[]){"mamba", __VA_ARGS__})
+
+static void test_command_line(void) {
+    const char *m = "tests/odd.bin";
+    ERROR_IN("--nope", m, "x", "--nope"), ERROR_IN("-n", m, "x", "-n"), ERROR_IN("-n", m, "x", "-n", "ten"), ERROR_IN("-n", m, "x", "-n", "1e3");
+    ERROR_IN("-n", m, "x", "-n", "-2"), ERROR_IN("-n", m, "x", "-n", ""), ERROR_IN("-n", m, "x", "-n", "99999999999999999999");
+    ERROR_IN("-t", m, "x", "-t", "nan"), ERROR_IN("-t", m, "x", "-t", "-1"), ERROR_IN("-t", m, "x", "-t", "1x"), ERROR_IN("-p", m, "x", "-p", "1.5");
+    ERROR_IN("-k", m, "x", "-k", "-1"), ERROR_IN("--min-p", m, "x", "--min-p", "2"), ERROR_IN("--repeat-penalty", m, "x", "--repeat-penalty", "0");
+    ERROR_IN("-T", m, "x", "-T", "0"), ERROR_IN("-s", m, "x", "-s", "-5"), ERROR_IN("--stop", m, "x", "--stop", ""), ERROR_IN("too many", m, "x", "y");
+    ERROR_IN("no-such-file", m, "x", "--load-state", "tests/no-such-file"), ERROR_IN("no-such-model", "no-such-model", "x");
+    ERROR_IN("model.bin", "info"), ERROR_IN("one argument too many", "info", m, m), ERROR_IN("--each", "info", m, "--each");
+    ERROR_IN("no-such-text", "eval", m, "tests/no-such-text"), ERROR_IN("eval needs", "eval", m), ERROR_IN("tokenize needs", "tokenize");
+    ERROR_IN("--tokens", "logits", m, "--tokens", "1,,2"), ERROR_IN("--tokens", "logits", m, "--tokens", "1,2,"), ERROR_IN("--tokens", "logits", m, "--tokens", "x");
+    ERROR_IN("259", "logits", m, "--tokens", "259"), ERROR_IN("either", "logits", m), ERROR_IN("either", "logits", m, "x", "--tokens", "1");
+    ERROR_IN("no/such", "logits", m, "x", "-o", "no/such/folder"), ERROR_IN("one of", "bench"), ERROR_IN("--shape", "bench", "--shape", "131m");
+    ERROR_IN("--dtype", "bench", "--shape", "8,1,9", "--dtype", "f8"), ERROR_IN("--scan", "bench", "--scan", "1,2"), ERROR_IN("out of range", "bench", "--shape", "0,1,1");
+    ERROR_IN("byte 0", "models/tales.bin", "\xff"), ERROR_IN("byte 3", "models/tales.bin", "abc\xed\xa0\x80"), ERROR_IN("byte 1", "models/tales.bin", "a\xc3");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+int main(int argc, char **argv) {
+    const struct { const char *name; void (*run)(void); } group[] = {
+        {"vectors", test_vectors}, {"kernels", test_kernels}, {"scan", test_scan}, {"model", test_model}, {"state", test_state},
+        {"loader", test_loader}, {"sampler", test_sampler}, {"command line", test_command_line}};
+    test_everything = argc > 1 && !strcmp(argv[1], "all");
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    for (int i = 0; i < COUNT(group); i++) {
+        if (argc > 1 && !test_everything && !strstr(group[i].name, argv[1])) continue;
+        double start = seconds();
+        group[i].run();
+        printf("---- %s, %.1f s\n", group[i].name, seconds() - start);
+    }
+    if (sizeof(size_t) < 8) skip("files over 4 GB", "needs a 64-bit size_t");
+    printf("%d passed, %d failed, %d skipped\n", n_passed, n_failed, n_skipped);
+    return n_failed || !n_passed;
+}

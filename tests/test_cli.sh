@@ -1,0 +1,147 @@
+#!/bin/sh
+# tests/test_cli.sh ./mamba [all]: the command line as a user meets it. stdout is text and nothing but text, errors name
+# the thing and exit with 1, states go on bit for bit. The last line is `N passed, N failed, N skipped`.
+mamba=${1:-./mamba}
+everything=$2
+model=models/tales.bin
+dir=$(mktemp -d) || exit 1
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0 skipped=0
+
+ok()   { passed=$((passed + 1)); echo "ok   $1"; }
+bad()  { failed=$((failed + 1)); echo "FAIL $1"; [ -z "$2" ] || printf '     %s\n' "$2"; }
+same() { if [ "$2" = "$3" ]; then ok "$1"; else bad "$1" "got  [$2]" ; printf '     want [%s]\n' "$3"; fi; }
+same_file() { if cmp -s "$2" "$3"; then ok "$1"; else bad "$1" "$2 and $3 differ"; fi; }
+skip() { skipped=$((skipped + 1)); echo "skip $1: $2"; }
+
+# fails NAME WORD ARGUMENTS: exit status 1, WORD in the message, nothing on stdout
+fails() {
+    name=$1 word=$2
+    shift 2
+    "$mamba" "$@" > "$dir/out" 2> "$dir/err" < /dev/null
+    status=$?
+    if [ $status -eq 1 ] && grep -qF -- "$word" "$dir/err" && [ ! -s "$dir/out" ]; then ok "$name"
+    else bad "$name" "status $status, stderr: $(cat "$dir/err")"; fi
+}
+
+prompt="Once upon a time there was a little girl who lived in the forest with her grandmother. One day"
+
+# --- text
+"$mamba" $model "$prompt" -t 0 -n 60 > "$dir/a" 2> "$dir/err" || bad "generation" "$(cat "$dir/err")"
+case $(cat "$dir/a") in "$prompt"*) ok "the prompt is echoed" ;; *) bad "the prompt is echoed" "$(cat "$dir/a")" ;; esac
+grep -q 'prefill .* tokens/s | decode 60 tokens' "$dir/err" && ok "timing on stderr" || bad "timing on stderr" "$(cat "$dir/err")"
+"$mamba" $model "$prompt" -t 0 -n 60 --no-echo > "$dir/b" 2> /dev/null
+same "--no-echo leaves the prompt out" "$prompt$(cat "$dir/b")" "$(cat "$dir/a")"
+printf %s "$prompt" | "$mamba" $model - -t 0 -n 60 > "$dir/b" 2> /dev/null
+same_file "prompt from stdin" "$dir/b" "$dir/a"
+"$mamba" $model "$prompt" -s 7 -n 50 -T 1 > "$dir/a" 2> /dev/null
+"$mamba" $model "$prompt" -s 7 -n 50 -T 2 > "$dir/b" 2> /dev/null
+same_file "same seed, same text, any threads" "$dir/b" "$dir/a"
+"$mamba" $model "$prompt" -s 8 -n 50 > "$dir/b" 2> /dev/null
+if cmp -s "$dir/a" "$dir/b"; then bad "another seed, another text"; else ok "another seed, another text"; fi
+"$mamba" $model "" -s 3 -n 20 > "$dir/a" 2> /dev/null && [ -s "$dir/a" ] && ok "an empty prompt starts a text" || bad "an empty prompt starts a text"
+"$mamba" $model -n 5 -t 0 -- "-5 degrees" > "$dir/a" 2> /dev/null
+case $(cat "$dir/a") in "-5 degrees"*) ok "-- before a prompt with a dash" ;; *) bad "-- before a prompt with a dash" ;; esac
+same "-n 0 writes nothing" "$("$mamba" $model "Hello" -n 0 2> /dev/null)" ""
+whole=$("$mamba" $model "$prompt" -t 0 -n 40 --no-echo 2> /dev/null)
+for stop in "girl" "a" "e gi" "decided to"; do
+    got=$("$mamba" $model "$prompt" -t 0 -n 40 --no-echo --stop "$stop" --stop "never seen" 2> /dev/null)
+    same "--stop '$stop'" "$got" "$(printf %s "$whole" | awk -v s="$stop" 'BEGIN { RS = "\001" } { i = index($0, s); printf "%s", i ? substr($0, 1, i - 1) : $0 }')"
+done
+
+# --- states: cut a run anywhere, and the two halves are the whole
+for sampling in "-t 0" "-s 5 -t 1 --repeat-penalty 1.1"; do
+    "$mamba" $model "$prompt" $sampling -n 50 > "$dir/whole" 2> /dev/null
+    for cut in 0 1 23; do
+        rm -f "$dir/s"
+        "$mamba" $model "$prompt" $sampling -n $cut --save-state "$dir/s" > "$dir/first" 2> /dev/null
+        [ $cut -eq 0 ] && printf %s "$prompt" > "$dir/first"
+        "$mamba" $model "" ${sampling#-s 5} --load-state "$dir/s" -n $((50 - cut)) > "$dir/second" 2> /dev/null
+        cat "$dir/first" "$dir/second" > "$dir/b"
+        same_file "state after $cut tokens, $sampling" "$dir/b" "$dir/whole"
+    done
+done
+fails "no such state" "none" $model "x" --load-state "$dir/none"
+"$mamba" tests/odd.bin "x" -n 1 --save-state "$dir/odd" > /dev/null 2>&1
+fails "a state of another shape" "another shape" $model "x" --load-state "$dir/odd"
+
+# --- Ctrl-C: ends cleanly and saves
+"$mamba" $model "$prompt" -n -1 --ignore-eos -s 1 --save-state "$dir/int" > "$dir/a" 2> "$dir/err" &
+pid=$!
+i=0
+while [ ! -s "$dir/a" ] && [ $i -lt 100 ]; do sleep 0.1; i=$((i + 1)); done
+sleep 0.5
+kill -INT $pid
+wait $pid
+status=$?
+if [ $status -eq 0 ] && [ -s "$dir/int" ] && grep -q interrupted "$dir/err"; then ok "Ctrl-C saves the state"
+elif [ $status -gt 128 ] && ! grep -q tokens "$dir/err"; then skip "Ctrl-C saves the state" "this shell starts background jobs with SIGINT ignored"
+else bad "Ctrl-C saves the state" "status $status: $(cat "$dir/err")"; fi
+
+# --- interactive
+printf '%s\n/undo\n%s\n\n/reset\n/undo\n/save %s\n/nope\n/quit\n' "$prompt" "$prompt" "$dir/live" | "$mamba" $model -t 0 -n 12 > "$dir/a" 2> "$dir/err"
+same "interactive: undo gives the same text again" "$(sed -n 1p "$dir/a")" "$(sed -n 2p "$dir/a")"
+same "interactive: an empty line goes on" "$(sed -n '2,3p' "$dir/a" | tr -d '\n')" "$("$mamba" $model "$prompt" -t 0 -n 24 --no-echo 2> /dev/null)"
+[ -s "$dir/live" ] && ok "interactive: /save" || bad "interactive: /save"
+grep -q "unknown command '/nope'" "$dir/err" && ok "interactive: unknown command" || bad "interactive: unknown command"
+
+# --- tokenize, eval, logits, info, bench
+printf '%s' "$prompt" > "$dir/text"
+"$mamba" tokenize $model "$dir/text" > "$dir/ids"
+same "23 tokens" "$(wc -l < "$dir/ids" | tr -d ' ')" 23
+"$mamba" tokenize $model "$dir/ids" --decode > "$dir/b"
+same_file "decode undoes encode" "$dir/b" "$dir/text"
+same "tokens by stdin" "$("$mamba" tokenize $model < "$dir/text" | md5sum)" "$(md5sum < "$dir/ids")"
+"$mamba" eval $model "$dir/text" > "$dir/a" 2> /dev/null
+same "eval counts" "$(sed -n 1p "$dir/a")" "tokens         23 (22 predicted)"
+"$mamba" eval $model "$dir/text" --each > "$dir/b" 2> "$dir/err"
+same "--each prints one value a prediction" "$(wc -l < "$dir/b" | tr -d ' ')" 22
+mean=$(awk '{ s += $1 } END { printf "%.4f", s / NR }' "$dir/b")
+same "--each has eval's mean" "$mean" "$(awk '/mean_nll/ { printf "%.4f", $2 }' "$dir/a")"
+list=$(tr '\n' ',' < "$dir/ids" | sed 's/,$//')
+"$mamba" logits $model --tokens "$list" -o "$dir/l1" && "$mamba" logits $model "$prompt" -o "$dir/l2"
+same_file "logits of ids and of text" "$dir/l1" "$dir/l2"
+"$mamba" logits $model "$prompt" --all -o "$dir/l3"
+same "--all writes (L,V) float32" "$(wc -c < "$dir/l3" | tr -d ' ')" $((23 * 2048 * 4))
+same "logits as text" "$("$mamba" logits $model "$prompt" --all | awk '{ n += NF } END { print NR, n }')" "23 $((23 * 2048))"
+"$mamba" info $model --verify | grep -q "every weight is finite" && ok "info --verify" || bad "info --verify"
+cp $model "$dir/flipped" && printf 'X' | dd of="$dir/flipped" bs=1 seek=3000000 conv=notrunc 2> /dev/null
+"$mamba" info "$dir/flipped" --verify > /dev/null 2> "$dir/err"
+grep -q "damaged\|finite" "$dir/err" && ok "info --verify finds a changed byte" || bad "info --verify finds a changed byte" "$(cat "$dir/err")"
+"$mamba" bench --shape 32,2,300 -r 2 > "$dir/a" 2>&1 && grep -q "decode .* tokens/s" "$dir/a" && ok "bench" || bad "bench" "$(cat "$dir/a")"
+"$mamba" bench --scan 1,20,500 -r 2 > "$dir/a" 2>&1 && grep -q "over channels and time" "$dir/a" && ok "bench --scan" || bad "bench --scan" "$(cat "$dir/a")"
+for command in "" info tokenize eval logits bench; do
+    "$mamba" $command --help > "$dir/a" 2>&1 && grep -q "mamba" "$dir/a" && ok "help for '$command'" || bad "help for '$command'"
+done
+
+# --- errors
+fails "no such model" "no-such-model" no-such-model "x"
+fails "unknown option" "--frobnicate" $model "x" --frobnicate
+fails "missing value" "-n" $model "x" -n
+fails "not UTF-8" "byte 3" $model "$(printf 'abc\377')"
+fails "eval of an empty text" "0 token" eval $model /dev/null
+fails "unwritable state" "no/such" $model "x" -n 0 --save-state "$dir/no/such/state"
+"$mamba" $model "x" -n 5 -t 0 > /dev/full 2> "$dir/err" && bad "a full disk is an error" || ok "a full disk is an error"
+
+# --- memory: a long prompt takes no more than a short one
+if [ "$everything" = all ]; then
+    tokens=1048576
+    yes "one more day " | tr -d '\n' | head -c 13000 > "$dir/short"
+    yes "one more day " | tr -d '\n' | head -c 3900000 > "$dir/long"
+    for size in short long; do
+        "$mamba" $model - -n 0 < "$dir/$size" 2> "$dir/$size.err"
+    done
+    read_tokens=$(sed -n 's/.*prefill \([0-9]*\) tokens.*/\1/p' "$dir/long.err")
+    short=$(sed -n 's/.*peak memory \([0-9.]*\) MB.*/\1/p' "$dir/short.err")
+    long=$(sed -n 's/.*peak memory \([0-9.]*\) MB.*/\1/p' "$dir/long.err")
+    if [ -z "$short" ]; then skip "constant memory" "the platform does not tell its peak memory"
+    else
+        # aside: the text itself and four bytes a token
+        extra=$(awk -v l="$long" -v s="$short" -v n="$read_tokens" 'BEGIN { printf "%.1f", l - s - 4e-6 * n - 3.9 }')
+        echo "     $read_tokens tokens: $long MB, short prompt: $short MB, beyond text and ids: $extra MB"
+        awk -v e="$extra" -v n="$read_tokens" -v t=$tokens 'BEGIN { exit !(e < 8 && n > t / 2) }' && ok "constant memory" || bad "constant memory"
+    fi
+else skip "a million tokens of prompt" "only in make test-all"; fi
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed -eq 0 ] && [ $passed -gt 0 ]
