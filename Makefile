@@ -23,6 +23,11 @@ ifeq ($(OPENMP),)
 OPENMP := $(call try,-Xpreprocessor -fopenmp -lomp,omp.h)
 endif
 
+# Without OpenMP its pragmas mean nothing, which is as it should be.
+ifeq ($(OPENMP),)
+WARNINGS += -Wno-unknown-pragmas
+endif
+
 .PHONY: all run test test-all test-export debug portable bench clean help findings
 
 all: findings mamba          ## build ./mamba
@@ -50,9 +55,12 @@ test: all tests/test_all     ## a fixed sample of every test, under 2 minutes
 	./tests/test_all
 	sh tests/test_cli.sh ./mamba
 
-test-all: all tests/test_all ## everything: 10,000 damaged files, a million tokens of prompt
+test-all: all tests/test_all debug ## everything, the damaged files under the sanitizers too; some minutes
 	./tests/test_all all
 	sh tests/test_cli.sh ./mamba all
+	./tests/test_all-debug
+	./tests/test_all-debug all loader
+	./tests/test_all-debug all state
 
 PYTHON ?= python3
 test-export: all             ## tests of export.py and of the tokenizer against the libraries, in PYTHON

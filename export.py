@@ -26,6 +26,7 @@ import re
 import struct
 import sys
 import tempfile
+import unicodedata
 import warnings
 import zlib
 from collections import namedtuple
@@ -546,7 +547,8 @@ FALCON_SEQUENCE = [("Punctuation", {"behavior": "Contiguous"}),
 ADDED_FLAGS = ["special", "lstrip", "rstrip", "single_word", "normalized"]      # bits 0..4
 ADDED_OUTSIDE = 32                                                               # not in the model's vocabulary
 HOLE, LITERAL = 0xFFFFFFFF, 0x80000000
-MAX_IDS, MAX_ADDED_BYTES = 1 << 24, 1 << 20                                      # the latter is also tokenizer.c's
+MAX_IDS = 1 << 24
+MAX_ADDED_LENGTH, MAX_ADDED_BYTES = 512, 1 << 20                                 # tokenizer.c's bounds
 
 
 def byte_alphabet():
@@ -568,18 +570,18 @@ def token_to_bytes(token):
 
 
 def refuse(part, why):
-    raise ExportError("tokenizer: %s %s" % (part, why))
+    raise ExportError(f"tokenizer: {part} {why}")
 
 
 def need(part, table, allowed):
     """Every key of the table must be known, and its value one of those listed for it (None: any value)."""
     if not isinstance(table, dict):
-        refuse(part, "is %s, expected an object" % json.dumps(table)[:60])
+        refuse(part, f"is {json.dumps(table)[:60]}, expected an object")
     for key, value in table.items():
         if key not in allowed:
-            refuse("%s.%s" % (part, key), "is not known")
+            refuse(f"{part}.{key}", "is not known")
         if allowed[key] is not None and not any(type(value) is type(ok) and value == ok for ok in allowed[key]):
-            refuse("%s.%s" % (part, key), "is %s, which is not supported" % json.dumps(value)[:60])
+            refuse(f"{part}.{key}", f"is {json.dumps(value)[:60]}, which is not supported")
 
 
 def check_byte_level(part, table, **extra):
@@ -590,7 +592,7 @@ def check_byte_level(part, table, **extra):
     need(part, table, options)
     for key in ("add_prefix_space", "trim_offsets"):
         if key not in table:
-            refuse("%s.%s" % (part, key), "is missing")
+            refuse(f"{part}.{key}", "is missing")
 
 
 def pre_tokenizer_code(table):
@@ -600,20 +602,20 @@ def pre_tokenizer_code(table):
         check_byte_level("pre_tokenizer", table, use_regex=[True])
         return 1, table["add_prefix_space"]
     if kind != "Sequence":
-        refuse("pre_tokenizer", "is %s; ByteLevel and Falcon's Sequence are supported" % json.dumps(kind or table)[:60])
+        refuse("pre_tokenizer", f"is {json.dumps(kind or table)[:60]}; ByteLevel and Falcon's Sequence are supported")
     need("pre_tokenizer", table, {"type": None, "pretokenizers": None})
     steps = table.get("pretokenizers")
     if not isinstance(steps, list) or len(steps) != len(FALCON_SEQUENCE):
-        refuse("pre_tokenizer.pretokenizers", "is not Falcon's sequence of %d steps" % len(FALCON_SEQUENCE))
+        refuse("pre_tokenizer.pretokenizers", f"is not Falcon's sequence of {len(FALCON_SEQUENCE)} steps")
     for i, (step, (name, options)) in enumerate(zip(steps, FALCON_SEQUENCE)):
-        part = "pre_tokenizer.pretokenizers[%d]" % i
+        part = f"pre_tokenizer.pretokenizers[{i}]"
         allowed = {"type": [name], **{key: [value] for key, value in options.items()}}
         if name == "ByteLevel":
             allowed["trim_offsets"] = [True, False]
         need(part, step, allowed)
         missing = [key for key in allowed if key not in step and key != "use_regex"]
         if missing:
-            refuse("%s.%s" % (part, missing[0]), "is missing")
+            refuse(f"{part}.{missing[0]}", "is missing")
     return 2, False
 
 
@@ -629,7 +631,7 @@ def check_post_processor(table, part="post_processor"):
         if not isinstance(table.get("processors"), list):
             refuse(part + ".processors", "is not a list")
         for i, step in enumerate(table["processors"]):
-            check_post_processor(step, "%s.processors[%d]" % (part, i))
+            check_post_processor(step, f"{part}.processors[{i}]")
     elif kind == "TemplateProcessing":
         need(part, table, {"type": None, "single": None, "pair": None, "special_tokens": None})
         single = table.get("single")
@@ -637,7 +639,7 @@ def check_post_processor(table, part="post_processor"):
                 or len(single) != 1 or single[0]["Sequence"].get("id") != "A":
             refuse(part + ".single", "adds tokens to the text")
     else:
-        refuse(part, "is %s, which is not supported" % json.dumps(kind or table)[:60])
+        refuse(part, f"is {json.dumps(kind or table)[:60]}, which is not supported")
 
 
 def read_vocab(model):
@@ -647,11 +649,11 @@ def read_vocab(model):
     seen = {}
     for token, i in vocab.items():
         if type(i) is not int or not 0 <= i < MAX_IDS:
-            refuse("model.vocab", "has id %s for %s; ids are 0..%d" % (json.dumps(i), json.dumps(token), MAX_IDS - 1))
+            refuse("model.vocab", f"has id {json.dumps(i)} for {json.dumps(token)}; ids are 0..{MAX_IDS - 1}")
         if i in seen:
-            refuse("model.vocab", "has id %d twice, for %s and %s" % (i, json.dumps(seen[i]), json.dumps(token)))
+            refuse("model.vocab", f"has id {i} twice, for {json.dumps(seen[i])} and {json.dumps(token)}")
         if not token:
-            refuse("model.vocab", "has an empty token, id %d" % i)
+            refuse("model.vocab", f"has an empty token, id {i}")
         seen[i] = token
     return vocab
 
@@ -665,17 +667,17 @@ def read_merges(model, vocab):
     for rank, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
-            refuse("model.merges[%d]" % rank, "is %s, not a pair" % json.dumps(merge)[:60])
+            refuse(f"model.merges[{rank}]", f"is {json.dumps(merge)[:60]}, not a pair")
         for token in (pair[0], pair[1], pair[0] + pair[1]):
             if token not in vocab:
-                refuse("model.merges[%d]" % rank, "needs %s, which model.vocab lacks" % json.dumps(token))
+                refuse(f"model.merges[{rank}]", f"needs {json.dumps(token)}, which model.vocab lacks")
         triples.pop(tuple(pair), None)
         triples[tuple(pair)] = (vocab[pair[0]], vocab[pair[1]], vocab[pair[0] + pair[1]])
     return [ids for pair, ids in triples.items() if not any(token_to_bytes(p)[1] for p in pair)]
 
 
-def read_added(table, vocab):
-    """[(id, flags, content)] in the file's order; ids checked against those the library gives when it loads the file."""
+def read_added(table, vocab, nfc):
+    """[(id, flags, content)] in the file's order; ids must be those that the library gives when it loads the file."""
     added, ids, next_id = [], set(), len(vocab)
     taken = set(vocab.values())
     if table is None:
@@ -683,29 +685,32 @@ def read_added(table, vocab):
     if not isinstance(table, list):
         refuse("added_tokens", "is not a list")
     for n, entry in enumerate(table):
-        part = "added_tokens[%d]" % n
+        part = f"added_tokens[{n}]"
         need(part, entry, {"id": None, "content": None, **{name: [True, False] for name in ADDED_FLAGS}})
         content = entry.get("content")
         for key in ["id", "content"] + ADDED_FLAGS:
             if key not in entry:
-                refuse("%s.%s" % (part, key), "is missing")
-        if not isinstance(content, str) or not content:
-            refuse(part + ".content", "is empty or not a string")
+                refuse(f"{part}.{key}", "is missing")
+        if not isinstance(content, str) or not 0 < len(content.encode("utf-8", "surrogatepass")) <= MAX_ADDED_LENGTH:
+            refuse(part + ".content", f"is not a string of 1 to {MAX_ADDED_LENGTH} bytes")
+        if nfc and entry["normalized"] and not unicodedata.is_normalized("NFC", content):
+            refuse(part + ".content", f"{json.dumps(content)} is not in NFC; how it decodes depends on the library's "
+                                      "version")
         flags = sum(1 << bit for bit, name in enumerate(ADDED_FLAGS) if entry[name])
         if content in vocab:
             i = vocab[content]
         else:
             i, next_id, flags = next_id, next_id + 1, flags | ADDED_OUTSIDE
             if i in taken:
-                refuse(part, "%s gets id %d, which the vocabulary uses" % (json.dumps(content), i))
+                refuse(part, f"{json.dumps(content)} gets id {i}, which the vocabulary uses")
         if entry["id"] != i or type(entry["id"]) is not int:
-            refuse(part + ".id", "is %s, but the library gives %s id %d" % (json.dumps(entry["id"]), json.dumps(content), i))
+            refuse(part + ".id", f"is {json.dumps(entry['id'])}, but the library gives {json.dumps(content)} id {i}")
         if i in ids:
-            refuse(part, "repeats %s" % json.dumps(content))
+            refuse(part, f"repeats {json.dumps(content)}")
         ids.add(i)
         added.append((i, flags, content))
     if sum(12 + len(content.encode("utf-8", "surrogatepass")) for _, _, content in added) > MAX_ADDED_BYTES:
-        refuse("added_tokens", "hold more than %d bytes" % MAX_ADDED_BYTES)
+        refuse("added_tokens", f"hold more than {MAX_ADDED_BYTES} bytes")
     return added
 
 
@@ -717,12 +722,12 @@ def tokenizer_blob(path_or_dict):
             with open(path_or_dict, encoding="utf-8") as f:
                 data = json.load(f, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
-            refuse(str(path_or_dict), "is not JSON: %s" % error)
+            refuse(str(path_or_dict), f"is not JSON: {error}")
     need("tokenizer.json", data, dict.fromkeys(["version", "truncation", "padding", "added_tokens", "normalizer",
                                                 "pre_tokenizer", "post_processor", "decoder", "model"]))
     for key, value in (("version", "1.0"), ("truncation", None), ("padding", None)):
         if data.get(key) != value:
-            refuse(key, "is %s, expected %s" % (json.dumps(data.get(key))[:60], json.dumps(value)))
+            refuse(key, f"is {json.dumps(data.get(key))[:60]}, expected {json.dumps(value)}")
     if data.get("normalizer") is not None:
         need("normalizer", data["normalizer"], {"type": ["NFC"]})
     nfc = data.get("normalizer") is not None
@@ -731,7 +736,7 @@ def tokenizer_blob(path_or_dict):
     pretokenizer, prefix_space = pre_tokenizer_code(data.get("pre_tokenizer"))
     check_post_processor(data.get("post_processor"))
     if not isinstance(data.get("decoder"), dict) or data["decoder"].get("type") != "ByteLevel":
-        refuse("decoder", "is %s, expected ByteLevel" % json.dumps(data.get("decoder"))[:60])
+        refuse("decoder", f"is {json.dumps(data.get('decoder'))[:60]}, expected ByteLevel")
     check_byte_level("decoder", data["decoder"])
 
     model = data.get("model")
@@ -743,7 +748,7 @@ def tokenizer_blob(path_or_dict):
         refuse("model.type", "is missing")
     vocab = read_vocab(model)
     merges = read_merges(model, vocab)
-    added = read_added(data.get("added_tokens"), vocab)
+    added = read_added(data.get("added_tokens"), vocab, nfc)
 
     token_of = {i: token for token, i in vocab.items()}
     token_of.update((i, content) for i, _, content in added)
@@ -757,7 +762,7 @@ def tokenizer_blob(path_or_dict):
         try:
             raw, literal = token_to_bytes(token_of[i])
         except UnicodeEncodeError:
-            refuse("token %d" % i, "is %s, which holds half a surrogate pair" % json.dumps(token_of[i]))
+            refuse(f"token {i}", f"is {json.dumps(token_of[i])}, which holds half a surrogate pair")
         out.append(struct.pack("<I", len(raw) | (LITERAL if literal else 0)) + raw)
     out.append(struct.pack("<256i", *(vocab.get(SYMBOL_OF[b], -1) for b in range(256))))
     out += [struct.pack("<3I", *merge) for merge in merges]
@@ -778,7 +783,7 @@ def tokenizer_json(blob):
     try:
         return unpack_tokenizer(blob)
     except (struct.error, IndexError, KeyError, UnicodeDecodeError) as error:
-        refuse("blob", "is damaged (%s)" % error)
+        refuse("blob", f"is damaged ({error})")
 
 
 def unpack_tokenizer(blob):

@@ -62,6 +62,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -105,6 +109,10 @@ static void *alloc_aligned(size_t bytes) {
         fail("out of memory: could not get %zu bytes", bytes);
         return NULL;
     }
+#ifdef MADV_HUGEPAGE
+    // Large arrays on pages of 2 MB: streaming weights from 4 kB pages spends a tenth of the time on address translation.
+    if (bytes >= (size_t)8 << 20) madvise(base + (4096 - (uintptr_t)base % 4096), bytes - 4096, MADV_HUGEPAGE);
+#endif
     char *p = base + align - ((uintptr_t)base % align) + align; // room for the base pointer just below
     memcpy(p - sizeof base, &base, sizeof base);
     return p;
@@ -186,12 +194,6 @@ static uint64_t random_u64(uint64_t *state) {
 }
 static double random_unit(uint64_t *state) { return (double)(random_u64(state) >> 11) * 0x1p-53; } // [0, 1)
 
-static double seconds(void) {
-    struct timespec now;
-    timespec_get(&now, TIME_UTC);
-    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
-}
-
 #include "tokenizer.c"
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -249,10 +251,11 @@ INLINE void store_n(float *p, vec v, int n) {
     else memcpy(p, &v, (size_t)n * sizeof(float));
 }
 INLINE float sum_lanes(vec v) {
-    float lane[VL], sum = 0;
+    float lane[VL];
     memcpy(lane, &v, sizeof v);
-    for (int i = 0; i < VL; i++) sum += lane[i];
-    return sum;
+    for (int half = VL / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    return lane[0];
 }
 INLINE ivec as_int(vec v) {
     ivec bits;
@@ -306,7 +309,7 @@ typedef enum { F32, F16, BF16, N_TYPES } Type; // how matrices are stored; room 
 
 enum { FLAG_TIED = 1, FLAG_PROJ_BIAS = 2, FLAG_CONV_BIAS = 4, FLAG_MIXER_NORM = 8 };
 enum { ARCH_MAMBA = 0, ARCH_FALCON_MAMBA = 1 };
-enum { HEADER_BYTES = 256, FILE_VERSION = 1, ALIGN = 64, N_MAX = 1024 };
+enum { HEADER_BYTES = 256, FILE_VERSION = 1, ALIGN = 64, N_MAX = 1024, PENDING = 4 };
 static const char MODEL_MAGIC[8] = {'m', 'a', 'm', 'b', 'a', '.', 'c', '\n'};
 
 typedef struct {
@@ -359,7 +362,8 @@ typedef struct Model {
     Layer *layer;
     TENSORS_LAST(DECLARE)
     float *derived; // arena of A_neg and conv_t
-    uint32_t id;    // tells models apart: mixes the checksums of header and tensors
+    uint32_t id;      // tells models apart: checksum of the header, which holds those of the rest
+    size_t text_room; // most bytes that mamba_decode writes for one token
     uint32_t tensors_crc;
     size_t tensors_offset, tensors_bytes, tokenizer_bytes, n_params;
     unsigned char *file; // the whole of model.bin, mapped or read
@@ -370,7 +374,6 @@ typedef struct Model {
 #undef DECLARE
 
 static size_t type_bytes(Type type) { return type == F32 ? 4 : 2; }
-static const char *type_name(Type type) { return type == F32 ? "f32" : type == F16 ? "f16" : "bf16"; }
 static size_t tensor_elements(const Tensor *w) { return size_mul((size_t)w->rows, (size_t)w->cols); }
 static size_t tensor_bytes(const Tensor *w) { return size_mul(tensor_elements(w), type_bytes(w->type)); }
 static const float *f32(const Tensor *w) { return w->data; } // NULL for an absent bias
@@ -550,8 +553,8 @@ static int read_header(Model *m, const char *path) {
     if (read_config(path, h, &m->config)) return -1;
     uint64_t tok_offset = u64_at(h + 88), tok_bytes = u64_at(h + 96), offset = u64_at(h + 104), bytes = u64_at(h + 112);
     uint64_t size = m->file_bytes;
-    if (offset > size || bytes > size - offset || offset % ALIGN || tok_offset != HEADER_BYTES ||
-        tok_bytes > offset - (offset < HEADER_BYTES ? offset : HEADER_BYTES) || offset < HEADER_BYTES)
+    if (offset > size || bytes > size - offset || offset < HEADER_BYTES || tok_offset != HEADER_BYTES ||
+        tok_bytes > offset - HEADER_BYTES || offset % ALIGN || offset - HEADER_BYTES - tok_bytes >= ALIGN)
         return fail("%s: tokenizer or tensors lie outside the file of %zu bytes: it is truncated or damaged", path,
                     m->file_bytes);
     size_t needed = config_tensor_bytes(&m->config);
@@ -562,6 +565,8 @@ static int read_header(Model *m, const char *path) {
         return fail("%s: the header's checksum does not match: the file is damaged", path);
     if (crc32_of(0, h + tok_offset, (size_t)tok_bytes) != u32_at(h + 120))
         return fail("%s: the tokenizer's checksum does not match: the file is damaged", path);
+    for (uint64_t i = tok_offset + tok_bytes; i < offset; i++) // the only bytes that no checksum covers
+        if (h[i]) return fail("%s: byte %llu between tokenizer and tensors is not zero: the file is damaged", path, (unsigned long long)i);
     m->tokenizer_bytes = (size_t)tok_bytes, m->tensors_offset = (size_t)offset, m->tensors_bytes = (size_t)bytes;
     m->tensors_crc = u32_at(h + 124);
     m->id = crc32_of(0, h, HEADER_BYTES);
@@ -585,6 +590,11 @@ static int open_model(Model *m, const char *path) {
     if (!m->tokenizer) return fail_in(path);
     if (tokenizer_size(m->tokenizer) > m->config.V)
         return fail("%s: the tokenizer has %d ids, the model only %d", path, tokenizer_size(m->tokenizer), m->config.V);
+    for (int id = 0; id < tokenizer_size(m->tokenizer); id++) {
+        size_t bytes = 0, room;
+        tokenizer_token(m->tokenizer, id, &bytes);
+        if ((room = 3 * (bytes + PENDING)) > m->text_room) m->text_room = room; // each byte may become a U+FFFD
+    }
     m->layer = calloc((size_t)m->config.n_layer, sizeof *m->layer);
     if (!m->layer) return fail("out of memory: %d layers", m->config.n_layer);
     Layout at = {.base = m->file, .offset = m->tensors_offset};
@@ -661,27 +671,27 @@ INLINE vec read_f16(const half *p) {
     return as_float(as_int(magnitude) | (ivec)((wide & 0x8000) << 16));
 }
 
-// For one storage type: dot4 gives the products of four rows of weights with x (n), widen turns n weights into float32.
-// Four rows at once share the loads of x and give the adder four independent chains. The tail of a row that is no
-// multiple of VL goes through a zero-padded copy.
+// For one storage type: dot2 multiplies two rows of n weights with x (n), widen turns n weights into float32. Two rows,
+// because loads of x would otherwise be as many as loads of weights; four sums, for independent chains of additions. The
+// tail of a row goes through a zero-padded copy.
 #define KERNELS_OF(name, stored) \
-    static void dot4_##name(float out[4], const void *const row[4], const float *x, int n) { \
-        const stored *w[4] = {row[0], row[1], row[2], row[3]}; \
+    static void dot2_##name(float out[2], const void *row0, const void *row1, const float *x, int n) { \
+        const stored *w0 = row0, *w1 = row1; \
         vec sum[4] = {splat(0), splat(0), splat(0), splat(0)}; \
         int i = 0; \
-        for (; i + VL <= n; i += VL) { \
-            vec xi = load(x + i); \
-            for (int r = 0; r < 4; r++) sum[r] += read_##name(w[r] + i) * xi; \
+        for (; i + 2 * VL <= n; i += 2 * VL) { \
+            vec x0 = load(x + i), x1 = load(x + i + VL); \
+            sum[0] += read_##name(w0 + i) * x0, sum[1] += read_##name(w0 + i + VL) * x1; \
+            sum[2] += read_##name(w1 + i) * x0, sum[3] += read_##name(w1 + i + VL) * x1; \
         } \
-        if (i < n) { \
-            vec xi = load_n(x + i, n - i); \
-            for (int r = 0; r < 4; r++) { \
-                stored tail[VL] = {0}; \
-                memcpy(tail, w[r] + i, (size_t)(n - i) * sizeof(stored)); \
-                sum[r] += read_##name(tail) * xi; \
-            } \
+        for (; i < n; i += VL) { \
+            stored tail0[VL] = {0}, tail1[VL] = {0}; \
+            memcpy(tail0, w0 + i, (size_t)lanes_left(i, n) * sizeof(stored)); \
+            memcpy(tail1, w1 + i, (size_t)lanes_left(i, n) * sizeof(stored)); \
+            vec xi = load_n(x + i, lanes_left(i, n)); \
+            sum[0] += read_##name(tail0) * xi, sum[2] += read_##name(tail1) * xi; \
         } \
-        for (int r = 0; r < 4; r++) out[r] = sum_lanes(sum[r]); \
+        out[0] = sum_lanes(sum[0] + sum[1]), out[1] = sum_lanes(sum[2] + sum[3]); \
     } \
     static void widen_##name(float *out, const void *row, int from, int n) { \
         const stored *w = (const stored *)row + from; \
@@ -698,9 +708,9 @@ KERNELS_OF(f16, half)
 KERNELS_OF(bf16, half)
 
 static const struct {
-    void (*dot4)(float out[4], const void *const row[4], const float *x, int n);
+    void (*dot2)(float out[2], const void *row0, const void *row1, const float *x, int n);
     void (*widen)(float *out, const void *row, int from, int n);
-} TYPE_KERNELS[N_TYPES] = {{dot4_f32, widen_f32}, {dot4_f16, widen_f16}, {dot4_bf16, widen_bf16}};
+} TYPE_KERNELS[N_TYPES] = {{dot2_f32, widen_f32}, {dot2_f16, widen_f16}, {dot2_bf16, widen_bf16}};
 
 static const void *tensor_row(const Tensor *w, int row) {
     return (const char *)w->data + (size_t)row * (size_t)w->cols * type_bytes(w->type);
@@ -716,7 +726,7 @@ static void embed(float *res, const int32_t *ids, const Tensor *embedding, int L
 
 // --- matmul: out (L,O) = x (L,I) W^T (+ bias), W (O,I) of any storage type; rows of x are ldx apart.
 // The one entry for every product in the model. Few rows (a token being generated): every weight is used once, so the
-// product runs at the speed of memory; each thread streams its own rows of W through dot4. Many rows: the blocked product.
+// product runs at the speed of memory; each thread streams its own rows of W. Many rows: the blocked product.
 //
 //        o0..o0+NR
 //       +---------+        A task is NR outputs (a panel of W) times a block of rows of x. For KC inputs at a time the
@@ -736,16 +746,15 @@ static void embed(float *res, const int32_t *ids, const Tensor *embedding, int L
 #define MATMUL_FEW 4 // below this many rows, packing costs more than it saves
 
 static void matmul_few(float *out, const float *x, size_t ldx, const Tensor *w, const float *bias, int L) {
-    int O = w->rows, I = w->cols;
+    int O = w->rows, half_O = (O + 1) / 2;
 #pragma omp for
-    for (int block = 0; block < (O + 3) / 4; block++) {
-        int o = block * 4, n = O - o < 4 ? O - o : 4;
-        const void *row[4];
-        for (int r = 0; r < 4; r++) row[r] = tensor_row(w, r < n ? o + r : o);
+    for (int o = 0; o < half_O; o++) { // rows o and o + half_O: two streams that each run on without a gap
+        int o1 = o + half_O < O ? o + half_O : o;
         for (int t = 0; t < L; t++) {
-            float sum[4];
-            TYPE_KERNELS[w->type].dot4(sum, row, x + (size_t)t * ldx, I);
-            for (int r = 0; r < n; r++) out[(size_t)t * O + o + r] = sum[r] + (bias ? bias[o + r] : 0);
+            float sum[2], *to = out + (size_t)t * O;
+            TYPE_KERNELS[w->type].dot2(sum, tensor_row(w, o), tensor_row(w, o1), x + (size_t)t * ldx, w->cols);
+            to[o] = sum[0] + (bias ? bias[o] : 0);
+            to[o1] = sum[o1 == o ? 0 : 1] + (bias ? bias[o1] : 0);
         }
     }
 }
@@ -911,8 +920,9 @@ static void gate(float *y, const float *xz, int L, int E) {
 // before t = 0 on entry and after the last token on return.
 
 // The definition, by one thread: read this one. Tests hold the others to it.
-static void scan_sequential(float *y, float *h, const float *u, const float *delta, const float *A_neg, const float *B_ssm,
-                            const float *C_ssm, size_t ld_bc, const float *D_skip, int L, int E, int N) {
+static inline void scan_sequential(float *y, float *h, const float *u, const float *delta, const float *A_neg,
+                                   const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip, int L, int E,
+                                   int N) {
 #pragma omp single
     for (int t = 0; t < L; t++)
         for (int e = 0; e < E; e++) {
@@ -1013,19 +1023,22 @@ static void scan_parallel(float *y, float *h, const float *u, const float *delta
 // B_ssm, C_ssm (N).
 static void scan_step(float *y, float *h, const float *u, const float *delta, const float *A_neg, const float *B_ssm,
                       const float *C_ssm, const float *D_skip, int E, int N) {
+    enum { BLOCK = 8 * VL }; // channels a task: h and A_neg are read in runs of this length
 #pragma omp for
-    for (int block = 0; block < (E + VL - 1) / VL; block++) {
-        int e = block * VL, lanes = lanes_left(e, E);
-        vec dt = load_n(delta + e, lanes), ut = load_n(u + e, lanes), dt_u = dt * ut;
-        vec sum = load_n(D_skip + e, lanes) * ut;
-        for (int n = 0; n < N; n++) {
-            float *state = h + (size_t)n * E + e;
-            vec decay = exp_vec(dt * load_n(A_neg + (size_t)n * E + e, lanes));
-            vec now = decay * load_n(state, lanes) + dt_u * B_ssm[n];
-            store_n(state, now, lanes);
-            sum += now * C_ssm[n];
-        }
-        store_n(y + e, sum, lanes);
+    for (int block = 0; block < (E + BLOCK - 1) / BLOCK; block++) {
+        int e0 = block * BLOCK, e1 = E - e0 < BLOCK ? E : e0 + BLOCK;
+        vec sum[8];
+        for (int e = e0, k = 0; e < e1; e += VL, k++) sum[k] = load_n(D_skip + e, lanes_left(e, E)) * load_n(u + e, lanes_left(e, E));
+        for (int n = 0; n < N; n++)
+            for (int e = e0, k = 0; e < e1; e += VL, k++) {
+                int lanes = lanes_left(e, E);
+                float *state = h + (size_t)n * E + e;
+                vec dt = load_n(delta + e, lanes), decay = exp_vec(dt * load_n(A_neg + (size_t)n * E + e, lanes));
+                vec now = decay * load_n(state, lanes) + dt * load_n(u + e, lanes) * B_ssm[n];
+                store_n(state, now, lanes);
+                sum[k] += now * C_ssm[n];
+            }
+        for (int e = e0, k = 0; e < e1; e += VL, k++) store_n(y + e, sum[k], lanes_left(e, E));
     }
 }
 
@@ -1035,7 +1048,7 @@ static void scan_step(float *y, float *h, const float *u, const float *delta, co
 // Three arenas: the weights (mapped), the activations of one piece of text (Acts), and the state, which is all that a
 // sequence remembers.
 
-enum { RECENT = 64, PENDING = 4 }; // tokens that the repeat penalty looks back over; bytes of an unfinished character
+enum { RECENT = 64 }; // tokens that the repeat penalty looks back over
 
 typedef struct State { // one sequence at one moment; a single allocation, made of plain numbers
     uint64_t position; // tokens read
@@ -1256,6 +1269,14 @@ static int close_synced(FILE *f) {
     return fclose(f) || bad ? -1 : 0;
 }
 
+// Puts a finished file in another's place at once: 0, or -1 with errno set.
+static int replace_file(const char *from, const char *to) {
+#ifdef _WIN32
+    remove(to); // where rename does not replace
+#endif
+    return rename(from, to);
+}
+
 // Writes beside the target and renames, so that a failure leaves an older file whole. 0, or -1 after fail().
 int mamba_state_save(const Model *m, const State *s, const char *path) {
     size_t bytes = s->floats * sizeof(float);
@@ -1274,7 +1295,7 @@ int mamba_state_save(const Model *m, const State *s, const char *path) {
         else {
             fwrite(header, 1, sizeof header, f);
             fwrite(data, 1, bytes, f);
-            if (close_synced(f) || rename(temporary, path)) {
+            if (close_synced(f) || replace_file(temporary, path)) {
                 fail("cannot write state %s: %s", path, strerror(errno));
                 remove(temporary);
             } else result = 0;
@@ -1415,13 +1436,23 @@ int32_t mamba_sample(const Model *m, Acts *a, State *s, const Sampling *how) {
     return a->order[n - kept];
 }
 
-// Text to token ids, malloc'd; 0, or -1 after fail(). Token ids to raw bytes: the bytes of one id, NULL for none.
+// Text to token ids, malloc'd, for the caller to free. 0, or -1 after fail().
 int mamba_encode(const Model *m, const char *text, size_t bytes, int32_t **ids, size_t *n) {
     if (!m->tokenizer) return fail("this model has no tokenizer");
     return tokenizer_encode(m->tokenizer, text, bytes, ids, n);
 }
-const unsigned char *mamba_decode(const Model *m, int32_t id, size_t *bytes) {
-    return m->tokenizer && tokenizer_has(m->tokenizer, id) ? tokenizer_token(m->tokenizer, id, bytes) : NULL;
+
+// The text that token id adds to what s has written so far: whole UTF-8 characters only; the bytes of an unfinished one
+// wait in s, and what cannot become a character turns into U+FFFD. A bytes tokenizer's bytes pass as they are. id -1: the
+// end, what still waits. out needs room for m->text_room bytes; returns how many it got.
+size_t mamba_decode(const Model *m, State *s, int32_t id, unsigned char *out) {
+    size_t bytes = 0;
+    if (id < 0) return utf8_flush(&s->pending, out);
+    if (!m->tokenizer || !tokenizer_has(m->tokenizer, id)) return 0;
+    const unsigned char *token = tokenizer_token(m->tokenizer, id, &bytes);
+    if (!tokenizer_is_bytes(m->tokenizer)) return utf8_push(&s->pending, token, bytes, out);
+    memcpy(out, token, bytes);
+    return bytes;
 }
 
 #ifndef MAMBA_NO_MAIN
@@ -1429,6 +1460,18 @@ const unsigned char *mamba_decode(const Model *m, int32_t id, size_t *bytes) {
 // 10 Command line
 // Text goes to stdout, everything about it to stderr. Options are described by a table, which parses them, checks their
 // ranges and prints the help with the defaults.
+
+static double seconds(void) {
+#ifdef TIME_UTC
+    struct timespec now;
+    timespec_get(&now, TIME_UTC);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+#else
+    return (double)clock() / CLOCKS_PER_SEC; // wall-clock time on Windows, where timespec_get may be missing
+#endif
+}
+
+static const char *type_name(Type type) { return type == F32 ? "f32" : type == F16 ? "f16" : "bf16"; }
 
 typedef enum { OPT_SWITCH, OPT_INT, OPT_REAL, OPT_TEXT, OPT_LIST } OptionKind;
 enum { LIST_MAX = 16 };
@@ -1680,43 +1723,25 @@ static int read_prompt(Session *x, const int32_t *ids, size_t n, Report *report)
 // Writes up to o->n tokens from the state. keep_pending: an unfinished character stays in the state for later.
 static int write_tokens(Session *x, const GenerateOptions *o, bool keep_pending, Report *report) {
     const Sampling how = {(float)o->temperature, (float)o->top_p, (int)o->top_k, (float)o->min_p, (float)o->repeat_penalty};
-    const Config *c = &x->model->config;
-    State *s = x->state;
     Output out = {.stop = &o->stop};
-    unsigned char *text = NULL;
-    size_t room = 0;
+    unsigned char *text = malloc(x->model->text_room);
+    if (!text) return fail("out of memory: a token of %zu bytes", x->model->text_room);
     int result = 0;
     double start = seconds();
     report->ended = "length";
     for (long i = 0; (o->n < 0 || i < o->n) && result == 0; i++) {
-        if (interrupted) {
-            report->ended = "interrupted";
+        int32_t id = interrupted ? -1 : mamba_sample(x->model, x->acts, x->state, &how);
+        if (id < 0 || (is_eos(&x->model->config, id) && !o->ignore_eos)) {
+            result = id < 0 && !interrupted ? -1 : 0;
+            report->ended = interrupted ? "interrupted" : "end of text";
             break;
         }
-        int32_t id = mamba_sample(x->model, x->acts, s, &how);
-        if (id < 0) result = -1;
-        if (id < 0 || (is_eos(c, id) && !o->ignore_eos)) {
-            report->ended = "end of text";
-            break;
-        }
-        size_t bytes = 0;
-        const unsigned char *token = mamba_decode(x->model, id, &bytes);
-        if (3 * (bytes + 4) > room) {
-            unsigned char *larger = realloc(text, room = 6 * (bytes + 4));
-            if (!larger) {
-                result = fail("out of memory: a token of %zu bytes", bytes);
-                break;
-            }
-            text = larger;
-        }
-        if (tokenizer_is_bytes(x->model->tokenizer)) memcpy(text, token, bytes);
-        else bytes = utf8_push(&s->pending, token, bytes, text);
-        result = output_add(&out, text, bytes);
+        result = output_add(&out, text, mamba_decode(x->model, x->state, id, text));
         if (result == 1) report->ended = "stop string";
-        if (mamba_step(x->model, x->acts, s, id)) result = -1;
+        if (mamba_step(x->model, x->acts, x->state, id)) result = -1;
         report->n_written++;
     }
-    if (!keep_pending && result == 0 && text) result = output_add(&out, text, utf8_flush(&s->pending, text));
+    if (!keep_pending && result == 0) result = output_add(&out, text, mamba_decode(x->model, x->state, -1, text));
     output_flush(&out);
     free(out.held);
     free(text);
@@ -2102,7 +2127,7 @@ static int evaluate_ids(Session *x, const int32_t *ids, size_t n, bool each) {
     if (n < 2) return fail("the text has %zu token(s); there is something to predict from 2 on", n);
     Evaluation ev = {.ids = ids, .n = n, .V = x->model->config.V, .each = each};
     size_t bytes = 0, length = 0;
-    for (size_t i = 1; i < n; i++) mamba_decode(x->model, ids[i], &length), bytes += length;
+    for (size_t i = 1; i < n; i++) tokenizer_token(x->model->tokenizer, ids[i], &length), bytes += length;
     double start = seconds();
     if (mamba_prefill(x->model, x->acts, x->state, ids, n, evaluate, &ev)) return -1;
     double nll = ev.sum / (double)(n - 1);
@@ -2470,6 +2495,9 @@ static int run_command(int argc, char **argv) {
 
 #ifndef TESTING
 int main(int argc, char **argv) {
+#ifdef _WIN32
+    _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY); // bytes, not lines
+#endif
     int result = run_command(argc, argv);
     if (fflush(stdout) || ferror(stdout)) result = fail("stdout: cannot write: %s", strerror(errno));
     if (result) fprintf(stderr, "mamba: %s\n", error_text);

@@ -33,7 +33,8 @@ enum { SPLIT_GPT2 = 1, SPLIT_FALCON = 2 };
 enum { ADDED_SPECIAL = 1, ADDED_LSTRIP = 2, ADDED_RSTRIP = 4, ADDED_SINGLE_WORD = 8, ADDED_NORMALIZED = 16 };
 #define TOKENIZER_HOLE 0xFFFFFFFFu
 #define TOKENIZER_LITERAL 0x80000000u
-#define TOKENIZER_ADDED_BYTES (1u << 20)                                // a trie node is made for each: keep it bounded
+// A search may walk one added token per byte of text, and each of their bytes may take a trie node: bounds on both.
+enum { ADDED_MAX_LENGTH = 512, ADDED_MAX_BYTES = 1 << 20 };
 
 typedef struct { uint32_t left, right, rank, result; } MergePair;       // rank UINT32_MAX: an empty slot
 typedef struct { uint32_t c, a, b; } UnicodePart;                        // c decomposes to a, b; b = 0: a alone
@@ -55,7 +56,7 @@ typedef struct Tokenizer {
     AddedToken *added;
     Trie raw, normalized;               // added tokens matched before and after the normalizer
     uint16_t page[0x1100];              // Unicode classes: page of each 256 code points ...
-    unsigned char *class_of;            // ... and its bytes
+    unsigned char *classes;             // ... and its bytes
     UnicodeOrder *order;
     UnicodePart *part;
     UnicodePair *compose;
@@ -129,7 +130,7 @@ static int alphabet_byte(uint32_t c) {
 enum { LETTER = 1, NUMBER = 2, SPACE = 4, WORD = 8, PUNCT = 16, NFC_UNSAFE = 32 };
 
 // ---- tables begin (dev/make_unicode.py) ----
-// Probed from tokenizers 0.23.3. Numbers are written five bits a character; see table_number().
+// Probed from tokenizers 0.23.3. For the notation see table_number().
 static const char unicode_classes[] =  // run length, then one character of class bits; covers U+0000..U+10FFFF
   "9054I014FGAA7GQ94G1O1GQ94G6014Q0141G501G20191G602210192G1012191G321GN910V910gE940C9E05970191019H0l2e18W1e491f102"
   "920491m1960191m39101910K910p2910h49105e28c5910c1920196Gf192G60j1e1G1e1G2e1G2e1G1e80R940492GK02G102G20Be1G202Gh19"
@@ -187,7 +188,7 @@ static const char unicode_orders[] =  // gap, length, rank of the combining clas
   "3W1ogH1i01n01p01k02lf323qkT1o4AoW12om22oq814z514RIov13jb114-212C14l71o12o01j22o52o11oq114s714mvJ1LXO7o07j02ojU1j"
   "Y71jr45ooq11j11oe11o01101j414b51o01j-g114u114v114012b23om124+112i214912g314012o512014n212G14O7o35oj614312x314012"
   "x714012+314s314012p314pe114mrJ51x17odhK11cc52h03131m05h88j25o02jU4oq43oxj37o1Ho27o12o15obb27jj36o012";
-enum { N_PARTS = 2060, N_PAIRS = 940 };
+enum { N_ORDERS = 334, N_PARTS = 2060, N_PAIRS = 940 };
 static const char unicode_parts[] =  // 4 * step + kind, first part, and unless kind is 0 the second part
   "XOY4Wm150250250250A50494w154j250250250C58F50250250C9A952550250250250ADCF50250250C58DDG150250250250A50494w154j250"
   "250250C58F50250250C9A952550250250250ADCF50250250C58D90E5l375W205-145W205-1a25W205x1j25W205-125W205-1A5W205-1A5W2"
@@ -261,21 +262,20 @@ static const char unicode_parts[] =  // 4 * step + kind, first part, and unless 
   "K4E4g24giZ8";
 // ---- tables end ----
 
-static uint32_t table_number(const char **text) {
+static uint32_t table_digit(const char **text) {                // one character, six bits: 0-9 A-Z a-z + -
+    char c = *(*text)++;
+    return (uint32_t)(c == '+' ? 62 : c == '-' ? 63 : c <= '9' ? c - '0' : c <= 'Z' ? c - 'A' + 10 : c - 'a' + 36);
+}
+
+static uint32_t table_number(const char **text) {               // five bits a character, least first, 32: more follow
     uint32_t n = 0, digit;
     int shift = 0;
     do {
-        char c = *(*text)++;
-        digit = (uint32_t)(c == '+' ? 62 : c == '-' ? 63 : c <= '9' ? c - '0' : c <= 'Z' ? c - 'A' + 10 : c - 'a' + 36);
+        digit = table_digit(text);
         n |= (digit & 31) << shift;
         shift += 5;
     } while (digit & 32);
     return n;
-}
-
-static uint32_t table_class(const char **text) {                // one character, six bits
-    char c = *(*text)++;
-    return (uint32_t)(c == '+' ? 62 : c == '-' ? 63 : c <= '9' ? c - '0' : c <= 'Z' ? c - 'A' + 10 : c - 'a' + 36);
 }
 
 static uint32_t table_step(const char **text, uint32_t from) {  // a signed difference
@@ -297,14 +297,14 @@ static bool open_classes(Tokenizer *t) {
     for (uint32_t p = 0; p < 0x1100; p++) {
         if (n_pages == capacity) {
             capacity += 128;
-            unsigned char *grown = realloc(t->class_of, capacity * 256);
+            unsigned char *grown = realloc(t->classes, capacity * 256);
             if (grown == NULL) return false;
-            t->class_of = grown;
+            t->classes = grown;
         }
-        unsigned char *page = t->class_of + n_pages * 256;
+        unsigned char *page = t->classes + n_pages * 256;
         bool same = left >= 256;
         for (uint32_t i = 0, n; i < 256; i += n, left -= n) {
-            if (left == 0) { left = table_number(&text); value = table_class(&text); same = i == 0 && left >= 256; }
+            if (left == 0) { left = table_number(&text); value = table_digit(&text); same = i == 0 && left >= 256; }
             n = left < 256 - i ? left : 256 - i;
             memset(page + i, (int)value, n);
         }
@@ -316,9 +316,7 @@ static bool open_classes(Tokenizer *t) {
 }
 
 static bool open_normalizer(Tokenizer *t) {
-    size_t n_orders = 0;
-    for (const char *text = unicode_orders; *text; n_orders++) { table_number(&text); table_number(&text); text++; }
-    t->order = malloc(n_orders * sizeof *t->order);
+    t->order = malloc(N_ORDERS * sizeof *t->order);
     t->part = malloc(N_PARTS * sizeof *t->part);
     t->compose = malloc(N_PAIRS * sizeof *t->compose);
     if (!t->order || !t->part || !t->compose) return false;
@@ -327,7 +325,7 @@ static bool open_normalizer(Tokenizer *t) {
         UnicodeOrder *o = &t->order[t->n_order];
         o->first = c + table_number(&text);
         o->end = c = o->first + table_number(&text);
-        o->order = table_class(&text);
+        o->order = table_digit(&text);
     }
     c = 0;
     for (const char *text = unicode_parts; *text; t->n_part++) {
@@ -343,16 +341,15 @@ static bool open_normalizer(Tokenizer *t) {
 }
 
 static inline unsigned class_of(const Tokenizer *t, uint32_t c) {
-    return t->class_of[t->page[c >> 8] * 256u + (c & 255)];
+    return t->classes[t->page[c >> 8] * 256u + (c & 255)];
 }
 
 static inline unsigned next_class(const Tokenizer *t, const unsigned char **at) {
-    if (**at < 0x80) return t->class_of[*(*at)++];              // page 0 is never shared: it comes first
+    if (**at < 0x80) return t->classes[*(*at)++];              // page 0 is never shared: it comes first
     return class_of(t, utf8_next(at));
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// What one call of tokenizer_encode() holds. A text that is its own NFC is never copied.
+// What one call of tokenizer_encode() holds besides the ids. A text that is its own NFC is never copied.
 
 enum { CACHE_SLOTS = 4096, CACHE_BYTES = 22, CACHE_IDS = 6, CACHE_FROM = 4096 /* bytes of text that make it pay */ };
 typedef struct { unsigned char n_bytes, n_ids, bytes[CACHE_BYTES]; int32_t ids[CACHE_IDS]; } CacheSlot;
@@ -387,8 +384,17 @@ static int push_ids(Encoder *e, const int32_t *ids, size_t n) {
         e->ids = grown;
         e->capacity = room;
     }
-    for (size_t i = 0; i < n; i++) e->ids[e->n_ids++] = ids[i];
+    for (size_t i = 0; i < n; i++) e->ids[e->n_ids++] = ids[i];     // a few: no call
     return 0;
+}
+
+static void encoder_free(Encoder *e) {
+    free(e->cache);
+    free(e->normal.data);
+    free(e->prefixed.data);
+    free(e->span.data);
+    free(e->sorted.data);
+    free(e->long_word.data);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -448,15 +454,6 @@ static uint32_t compose(const Tokenizer *t, uint32_t a, uint32_t b) {           
 }
 
 static int sort_marks(Encoder *e, uint32_t *mark, size_t n) {
-    if (n <= 24) {
-        for (size_t i = 1; i < n; i++) {
-            uint32_t m = mark[i];
-            size_t j = i;
-            for (; j > 0 && mark[j - 1] >> 21 > m >> 21; j--) mark[j] = mark[j - 1];
-            mark[j] = m;
-        }
-        return 0;
-    }
     size_t place[65] = {0};
     if (scratch_fit(&e->sorted, n * sizeof *mark) < 0) return -1;
     uint32_t *sorted = e->sorted.data;
@@ -521,15 +518,6 @@ static int nfc(Encoder *e, const unsigned char **text, size_t *n) {
     *text = e->normal.data;
     *n = n_out + rest;
     return 0;
-}
-
-static void encoder_free(Encoder *e) {
-    free(e->cache);
-    free(e->normal.data);
-    free(e->prefixed.data);
-    free(e->span.data);
-    free(e->sorted.data);
-    free(e->long_word.data);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -621,7 +609,7 @@ static int open_merges(Tokenizer *t, size_t bytes, size_t *at) {
         int probes = 0;                         // half full and mixed: a run of 1,000 slots comes from a crafted file
         for (; t->pair[slot].rank != UINT32_MAX; slot = (slot + 1) & (uint32_t)(slots - 1)) {
             if ((t->pair[slot].left != id[0] || t->pair[slot].right != id[1]) && ++probes < 1000) continue;
-            return fail("tokenizer: merge %u repeats an earlier one", rank);
+            return fail("tokenizer: merge %u repeats an earlier one or collides with too many", rank);
         }
         t->pair[slot] = (MergePair){id[0], id[1], rank, id[2]};
     }
@@ -667,8 +655,8 @@ static bool text_matches_id(const Tokenizer *t, const unsigned char *s, size_t n
     return k == n_token;
 }
 
-// One added token. The library matches `normalized` ones in their NFC and, by version, decodes one form or the other, so
-// those are taken only if they are their own NFC.
+// One added token. The library matches `normalized` ones in their NFC and, by version, decodes one form or the other,
+// so those are taken only if they are their own NFC.
 static int check_added(const Tokenizer *t, Encoder *e, uint32_t i, uint32_t flags, const unsigned char *s, size_t n) {
     const unsigned char *same = s;
     size_t n_same = n;
@@ -682,14 +670,18 @@ static int check_added(const Tokenizer *t, Encoder *e, uint32_t i, uint32_t flag
 static int open_added(Tokenizer *t, size_t bytes, size_t *at) {
     Encoder e = {.t = t};
     int status = 0;
-    if (t->n_added > (bytes - *at) / 12 || bytes - *at > TOKENIZER_ADDED_BYTES)
+    if (t->n_added > (bytes - *at) / 12 || bytes - *at > ADDED_MAX_BYTES)
         return fail("tokenizer: %u added tokens in %zu bytes", t->n_added, bytes - *at);
     t->added = malloc((t->n_added + 1) * sizeof *t->added);
     if (t->added == NULL) return fail("tokenizer: out of memory");
     for (uint32_t i = 0; i < t->n_added && status == 0; i++) {
-        const unsigned char *p = t->blob + *at, *s = p + 12;
+        const unsigned char *p = t->blob + *at, *s;
         uint32_t n = bytes - *at < 12 ? 0 : u32_at(p + 8);
-        if (n == 0 || n > bytes - *at - 12) { status = fail("tokenizer: added token %u has a bad length", i); break; }
+        if (n == 0 || n > ADDED_MAX_LENGTH || n > bytes - *at - 12) {
+            status = fail("tokenizer: added token %u has a bad length", i);
+            break;
+        }
+        s = p + 12;
         t->added[i] = (AddedToken){u32_at(p), u32_at(p + 4)};
         *at += 12 + (size_t)n;
         status = check_added(t, &e, i, t->added[i].flags, s, n);
@@ -708,7 +700,7 @@ static void tokenizer_close(Tokenizer *t) {
     free(t->added);
     free(t->raw.node);
     free(t->normalized.node);
-    free(t->class_of);
+    free(t->classes);
     free(t->order);
     free(t->part);
     free(t->compose);
@@ -726,7 +718,8 @@ static int open_blob(Tokenizer *t, size_t bytes) {
         return fail("tokenizer: unknown pretokenizer %u", t->pretokenizer);
     if (t->flags > 3 || (t->flags & TOKENIZER_PREFIX_SPACE && t->pretokenizer != SPLIT_GPT2))
         return fail("tokenizer: unknown flags %u", t->flags);
-    if (!open_classes(t) || !open_normalizer(t)) return fail("tokenizer: out of memory");
+    if (!open_classes(t) || (t->flags & TOKENIZER_NFC && !open_normalizer(t)))
+        return fail("tokenizer: out of memory");
     if (open_tokens(t, bytes, &at) || open_merges(t, bytes, &at) || open_added(t, bytes, &at)) return -1;
     if (at != bytes) return fail("tokenizer: %zu bytes too many at its end", bytes - at);
     return 0;
@@ -795,10 +788,11 @@ static size_t merge_short(const Tokenizer *t, int32_t *id, size_t n) {
     return n;
 }
 
-static void heap_sink(uint64_t *heap, size_t n, size_t i) {
+static void heap_sink(uint64_t *heap, size_t n, size_t i) {         // four children a node: half the cache misses of two
     uint64_t moving = heap[i];
-    for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && heap[child + 1] < heap[child]) child++;
+    for (size_t child, first; (first = child = 4 * i + 1) < n; i = child) {
+        for (size_t k = first + 1; k < first + 4 && k < n; k++)
+            if (heap[k] < heap[child]) child = k;
         if (moving <= heap[child]) break;
         heap[i] = heap[child];
     }
@@ -807,7 +801,7 @@ static void heap_sink(uint64_t *heap, size_t n, size_t i) {
 
 static void heap_push(uint64_t *heap, size_t *n, uint64_t value) {
     size_t i = (*n)++;
-    for (; i > 0 && heap[(i - 1) / 2] > value; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+    for (; i > 0 && heap[(i - 1) / 4] > value; i = (i - 1) / 4) heap[i] = heap[(i - 1) / 4];
     heap[i] = value;
 }
 
@@ -815,7 +809,7 @@ static void heap_push(uint64_t *heap, size_t *n, uint64_t value) {
 // n - 1 entries, and each of at most n - 1 merges takes one and puts in two: 2n slots.
 static int merge_long(Encoder *e, const unsigned char *word, size_t bytes) {
     const Tokenizer *t = e->t;
-    if (bytes >= INT32_MAX || bytes > SIZE_MAX / 40) return fail("tokenizer: a word of %zu bytes is too long", bytes);
+    if (bytes >= INT32_MAX) return fail("tokenizer: a word of %zu bytes is too long", bytes);
     if (scratch_fit(&e->long_word, bytes * (2 * sizeof(uint64_t) + 3 * sizeof(int32_t))) < 0) return -1;
     uint64_t *heap = e->long_word.data;
     int32_t *id = (int32_t *)(heap + 2 * bytes), *next = id + bytes, *prev = next + bytes, n = 0;
@@ -826,7 +820,7 @@ static int merge_long(Encoder *e, const unsigned char *word, size_t bytes) {
         uint32_t rank = find_pair(t, (uint32_t)id[i], (uint32_t)id[i + 1])->rank;
         if (rank != UINT32_MAX) heap[n_heap++] = (uint64_t)rank << 32 | (uint32_t)i;
     }
-    for (size_t i = n_heap / 2; i-- > 0; ) heap_sink(heap, n_heap, i);
+    for (size_t i = (n_heap + 2) / 4; i-- > 0; ) heap_sink(heap, n_heap, i);
     while (n_heap > 0) {
         uint64_t top = heap[0];
         heap[0] = heap[--n_heap];
@@ -1040,9 +1034,10 @@ static int tokenizer_encode(const Tokenizer *t, const char *text, size_t bytes, 
     Encoder e = {.t = t};
     *ids = NULL;
     *n_ids = 0;
+    if (bytes > SIZE_MAX / 64) return fail("a text of %zu bytes is too long", bytes);      // so no size overflows below
     if (good != bytes) return fail("the text is not UTF-8 at byte %zu (a bytes tokenizer takes anything)", good);
     e.capacity = (t->kind == TOKENIZER_BYTES ? bytes : bytes / 4) + 16;
-    if (e.capacity > SIZE_MAX / sizeof *e.ids || (e.ids = malloc(e.capacity * sizeof *e.ids)) == NULL)
+    if ((e.ids = malloc(e.capacity * sizeof *e.ids)) == NULL)
         return fail("tokenizer: out of memory (%zu ids)", e.capacity);
     int status = 0;
     if (t->kind == TOKENIZER_BYTES) {

@@ -1,0 +1,498 @@
+#!/usr/bin/env python3
+"""Compares tokenizer.c with the `tokenizers` library, id for id: encoding of random strings, decoding of random ids.
+
+A small C driver that includes tokenizer.c is compiled (cc, or $CC) and fed through pipes, so 100,000 strings take about
+a minute. Needs: pip install tokenizers. Run from anywhere:  python3 tests/test_tokenizer.py --count 2000"""
+import argparse
+import glob
+import importlib.util
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+import tempfile
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+DRIVER = r"""
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+static char message[512];
+static int fail(const char *format, ...) {
+    va_list list;
+    va_start(list, format);
+    vsnprintf(message, sizeof message, format, list);
+    va_end(list);
+    return -1;
+}
+static uint32_t u32_at(const unsigned char *p) {
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+#include "tokenizer.c"
+static bool get(void *p, size_t n) { return fread(p, 1, n, stdin) == n; }
+static void put(uint32_t n) { for (int i = 0; i < 4; i++) putchar((int)(n >> 8 * i & 255)); }
+// in: blob length, blob; then requests: 'e' length text -> count ids | -1 length message; 'd' count ids -> length text
+int main(void) {
+    unsigned char head[4], command, *blob, *in = NULL;
+    if (!get(head, 4)) return 1;
+    size_t n = u32_at(head);
+    blob = malloc(n + 1);
+    if (!blob || !get(blob, n)) return 1;
+    Tokenizer *t = tokenizer_open(blob, n);
+    put(t ? 1 : 0);
+    fflush(stdout);
+    if (!t) { put((uint32_t)strlen(message)); fputs(message, stdout); free(blob); return 0; }
+    if (tokenizer_is_bytes(t) && tokenizer_size(t) != 256) return 1;
+    while (get(&command, 1) && get(head, 4)) {
+        n = u32_at(head) * (size_t)(command == 'd' ? 4 : 1);
+        free(in);
+        in = malloc(n ? n : 1);                       // exactly n bytes: a read past the end shows under a sanitizer
+        if (!in || !get(in, n)) return 1;
+        if (command == 'e') {
+            int32_t *ids;
+            size_t n_ids;
+            if (tokenizer_encode(t, (char *)in, n, &ids, &n_ids) < 0) {
+                put(UINT32_MAX); put((uint32_t)strlen(message)); fputs(message, stdout);
+                fflush(stdout);
+                continue;
+            }
+            put((uint32_t)n_ids);
+            for (size_t i = 0; i < n_ids; i++) put((uint32_t)ids[i]);
+            free(ids);
+        } else {
+            Utf8Pending pending = {{0}, 0};
+            size_t n_out = 0, room = 16;
+            unsigned char *out = NULL;
+            for (int pass = 0; pass < 2; pass++) {    // first the size, then the text
+                for (size_t i = 0; i < n; i += 4) {
+                    size_t bytes;
+                    const unsigned char *token = tokenizer_token(t, (int)u32_at(in + i), &bytes);
+                    if (pass == 0) { room += 3 * (bytes + 4); continue; }
+                    if ((token != NULL) != tokenizer_has(t, (int)u32_at(in + i))) return 1;
+                    if (token) n_out += utf8_push(&pending, token, bytes, out + n_out);
+                }
+                if (pass == 0 && !(out = malloc(room))) return 1;
+            }
+            n_out += utf8_flush(&pending, out + n_out);
+            put((uint32_t)n_out);
+            fwrite(out, 1, n_out, stdout);
+            free(out);
+        }
+        fflush(stdout);
+    }
+    free(in);
+    tokenizer_close(t);
+    free(blob);
+    return 0;
+}
+"""
+
+
+def load_export():
+    for name in ("export.py", "tok_section.py"):
+        path = os.path.join(ROOT, name)
+        if os.path.exists(path):
+            spec = importlib.util.spec_from_file_location("export_module", path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module
+    sys.exit("export.py not found beside tests/")
+
+
+def compile_driver(folder, flags):
+    source, program = os.path.join(folder, "driver.c"), os.path.join(folder, "driver")
+    with open(source, "w") as f:
+        f.write(DRIVER)
+    command = [os.environ.get("CC", "cc"), "-std=c11", "-O2", "-Wall", "-Wextra", "-I", ROOT] + flags + ["-o", program, source]
+    subprocess.run(command, check=True)
+    return program
+
+
+class Driver:
+    """One process of the C driver, holding one tokenizer."""
+
+    def __init__(self, program, blob):
+        self.process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.send(struct.pack("<I", len(blob)) + blob)
+        if not self.number():
+            message = self.read(self.number()).decode()
+            self.close()
+            raise ValueError(message)
+
+    def send(self, data):
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def read(self, n):
+        data = self.process.stdout.read(n)
+        if len(data) != n:
+            raise RuntimeError("the driver died")
+        return data
+
+    def number(self):
+        return struct.unpack("<I", self.read(4))[0]
+
+    def encode(self, data):
+        self.send(b"e" + struct.pack("<I", len(data)) + data)
+        n = self.number()
+        if n == 0xFFFFFFFF:
+            return self.read(self.number()).decode()
+        return list(struct.unpack("<%dI" % n, self.read(4 * n)))
+
+    def decode(self, ids):
+        self.send(b"d" + struct.pack("<I", len(ids)) + struct.pack("<%dI" % len(ids), *ids))
+        return self.read(self.number())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        if self.process.wait() != 0:
+            raise RuntimeError("the driver exited with %d" % self.process.returncode)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Made tokenizers: what the checkpoints at hand do not show.
+
+def added(i, content, **flags):
+    entry = {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": False}
+    entry.update(flags)
+    return entry
+
+
+def made_tokenizers(rng):
+    """[(name, tokenizer.json as a dict)], trained by the library on a few thousand random words."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    words = ["the", "of", "and", "naïve", "don't", "we'll", "1234567", "x²", "½", "日本語", "e\u0301", "straße", "12", "...",
+             "--", "Ελλάδα", "привет", "한국어", "😀", "user_name", "A1b2", "\u0915\u094d\u0937", "3.14", "$9,999.00"]
+    corpus = [" ".join(rng.choice(words) for _ in range(12)) for _ in range(400)]
+
+    def train(pre, nfc, size=600):
+        tok = Tokenizer(models.BPE())
+        if nfc:
+            tok.normalizer = normalizers.NFC()
+        tok.pre_tokenizer = pre
+        tok.decoder = decoders.ByteLevel()
+        tok.train_from_iterator(corpus, trainers.BpeTrainer(
+            vocab_size=size, show_progress=False, special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        return json.loads(tok.to_str())
+
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    falcon = pre_tokenizers.Sequence([pre_tokenizers.Punctuation("contiguous"), gpt2,
+                                      pre_tokenizers.Digits(individual_digits=False),
+                                      pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated")])
+    made = [("falcon", train(falcon, False)), ("no normalizer", train(gpt2, False)),
+            ("prefix space", train(pre_tokenizers.ByteLevel(add_prefix_space=True), True))]
+
+    odd = train(gpt2, True)
+    n = len(odd["model"]["vocab"])
+    texts = [("<l>", {"lstrip": True}), ("<r>", {"rstrip": True}), ("<lr>", {"lstrip": True, "rstrip": True}),
+             ("word", {"single_word": True}), ("wo", {}), ("<s>", {"special": True, "single_word": True, "lstrip": True}),
+             ("caf\u00e9", {"normalized": True}), ("r\u00e9sum\u00e9", {"normalized": True, "single_word": True}),
+             ("no\u0308", {}), ("  ", {"normalized": True}),
+             ("   ", {"normalized": True, "rstrip": True}), ("\u0301", {"normalized": True}), ("日本", {"rstrip": True}),
+             ("<|endof", {}), ("text|>", {"special": True}), ("\n\n", {"rstrip": True, "single_word": True}), ("Ġqq", {}),
+             ("\ud558", {"normalized": True}), ("<|im_start|>", {"special": True, "normalized": True, "lstrip": True})]
+    odd["added_tokens"] += [added(n + i, text, **flags) for i, (text, flags) in enumerate(texts)]
+    made.append(("odd added tokens", odd))
+    plain = json.loads(json.dumps(odd))
+    plain["normalizer"] = None
+    made.append(("odd added tokens, no normalizer", plain))
+
+    lacking = train(gpt2, False, 400)
+    model = lacking["model"]
+    for symbol in "aeĠéÂð1'":
+        model["vocab"].pop(symbol)
+    while True:                                          # and every merge that needs what is gone
+        kept = [m for m in model["merges"] if all(p in model["vocab"] for p in (m[0], m[1], m[0] + m[1]))]
+        made_of = {m[0] + m[1] for m in kept}
+        gone = [t for t in model["vocab"] if len(t) > 1 and t not in made_of and t != "<|endoftext|>"]
+        model["merges"] = kept
+        if not gone:
+            break
+        for t in gone:
+            model["vocab"].pop(t)
+    lacking["added_tokens"] = [added(0, "<|endoftext|>", special=True)]
+    model["vocab"]["a b"] = 500                          # holes, and a token that is not made of byte symbols
+    model["vocab"][" "] = 502
+    made.append(("lacking bytes, holes", lacking))
+
+    spread = train(falcon, True)                         # merges written the old way, one of them twice
+    spread["model"]["merges"] = [" ".join(m) for m in spread["model"]["merges"]]
+    spread["model"]["merges"].append(spread["model"]["merges"][0])
+    made.append(("falcon with NFC, a merge twice", spread))
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random strings.
+
+MARKS = [0x300, 0x301, 0x308, 0x316, 0x323, 0x327, 0x334, 0x338, 0x345, 0x30A, 0x302, 0x303, 0x304, 0x306, 0x31B, 0x5B0, 0x5B9,
+         0x64B, 0x651, 0x93C, 0x94D, 0xE38, 0xF71, 0xF72, 0x1DC0, 0x20D0, 0x302A, 0x3099, 0x309A, 0x1D165, 0x1D16E, 0x9BE, 0x9D7]
+BASES = "aeoucCAEOsSnzdtlkµßøïÅĘǖḍ̇ＡカハうǼﬁ각한가ᄒ\u1161\u11ab\u1112\u0958\u09c7\u0b47\u1025\u2260\u212b\u2126\uf900\U0001d15e\ufb2a\u0344\u0340"
+SPACES = " \t\n\r\v\f\x1c\x1d\x85\xa0\u1680\u180e\u2000\u2003\u2009\u200a\u200b\u2028\u2029\u202f\u205f\u3000\ufeff"
+EMOJI = ["👩\u200d👩\u200d👧\u200d👦", "👍🏽", "🇫🇷", "❤\ufe0f", "1\ufe0f\u20e3", "😀", "🏴\U000e0067\U000e0062\U000e007f", "\u200d"]
+PIECES = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'LL", "''", " '", "'", "’s", " the", "The", "don't", "x²", "½", "¹²³4567", "Ⅻ",
+          "1234567890", "3.14", "...", "!?", "--", "user_name", "word", " word ", "résumé", "re\u0301sume\u0301", "café", "cafe\u0301",
+          "wo", "<", "|", ">", "日本語", "한국어", "\u1112\u1161\u11ab", "नमस्ते", "العربية", "עברית", "ไทย", "ß", "Ǆ", "\u0000", "\x7f", "\x1b[0m",
+          "٣٤٥", "๑๒๓", "ⅷ", "㉈", "𝟘𝟙", "௧", "_", "__init__", "http://a.b/c?d=1", "\r\n", "    ", "\t\t", "\n\n\n", "a" * 70, "1" * 100, "!" * 90]
+
+
+def code_point(rng):
+    while True:
+        roll = rng.random()
+        if roll < 0.45:
+            c = rng.randrange(0x3000)
+        elif roll < 0.75:
+            c = rng.randrange(0x10000)
+        elif roll < 0.95:
+            c = rng.choice([0x10000, 0x11000, 0x16000, 0x1B000, 0x1D000, 0x1E000, 0x1F000, 0x20000, 0x2F800, 0x30000, 0xE0000]) \
+                + rng.randrange(0x1000)
+        else:
+            c = rng.randrange(0x110000)
+        if not 0xD800 <= c <= 0xDFFF:
+            return chr(c)
+
+
+def random_string(rng, specials, texts):
+    kind = rng.randrange(10)
+    if kind == 0:
+        return "".join(chr(rng.randrange(128)) for _ in range(rng.randrange(60)))
+    if kind == 1:
+        return "".join(code_point(rng) for _ in range(rng.randrange(24)))
+    if kind == 2:
+        return "".join(rng.choice(BASES) + "".join(chr(rng.choice(MARKS)) for _ in range(rng.choice([0, 1, 2, 3, 5, 40])))
+                       for _ in range(rng.randrange(8)))
+    if kind == 3 and texts:
+        text = rng.choice(texts)
+        at = rng.randrange(max(1, len(text) - 400))
+        return text[at:at + rng.randrange(1, 400)]
+    out = []
+    for _ in range(rng.randrange(14)):
+        roll = rng.randrange(9)
+        if roll < 3:
+            out.append(rng.choice(PIECES))
+        elif roll == 3 and specials:
+            out.append(rng.choice(specials))
+        elif roll == 4:
+            out.append(" " * rng.choice([1, 1, 2, 3, 5, 8, 23, 24, 25, 49]))
+        elif roll == 5:
+            out.append(rng.choice(SPACES) * rng.randrange(1, 4))
+        elif roll == 6:
+            out.append(rng.choice(EMOJI))
+        elif roll == 7:
+            out.append(code_point(rng) + (chr(rng.choice(MARKS)) if rng.random() < 0.4 else ""))
+        else:
+            out.append("".join(rng.choice("abcdefghij 0123'.,") for _ in range(rng.randrange(12))))
+    return "".join(out)
+
+
+class Counter:
+    def __init__(self):
+        self.passed = self.failed = self.skipped = 0
+
+    def check(self, same, what, *details):
+        if same:
+            self.passed += 1
+            return
+        self.failed += 1
+        if self.failed <= 20:
+            print("FAIL %s" % what)
+            for line in details:
+                print("     %s" % line)
+
+
+def compare(name, data, args, rng, texts, program, export, count):
+    """Encodes and decodes with both; `data` is a parsed tokenizer.json."""
+    from tokenizers import Tokenizer
+    library = Tokenizer.from_str(json.dumps(data))
+    blob = export.tokenizer_blob(data)
+    back = export.tokenizer_json(blob)
+    round_trip = Tokenizer.from_str(json.dumps(back))
+    count.check(export.tokenizer_blob(back) == blob, "%s: blob -> tokenizer.json -> blob" % name)
+    driver = Driver(program, blob)
+    specials = [t["content"] for t in data["added_tokens"]]
+    known = sorted(i for i in library.get_vocab().values())
+    before = count.failed
+    done = 0
+    while done < args.count:
+        strings = [random_string(rng, specials, texts) for _ in range(min(1000, args.count - done))]
+        done += len(strings)
+        wanted = [e.ids for e in library.encode_batch(strings)]
+        again = [e.ids for e in round_trip.encode_batch(strings)] if done <= 5000 else wanted
+        for text, ids, other in zip(strings, wanted, again):
+            got = driver.encode(text.encode("utf-8"))
+            count.check(got == ids, "%s: encode %s" % (name, ascii(text)), "library %s" % ids, "ours    %s" % got)
+            if other != ids:
+                count.check(False, "%s: tokenizer_json encodes %s differently" % (name, ascii(text)))
+        for k in range(len(strings) // 4):
+            ids = list(wanted[k])
+            if k % 2:                                    # any ids at all: characters are cut and bytes are strewn about
+                ids = [rng.choice(known[:400] if rng.random() < 0.7 else known) for _ in range(rng.randrange(40))]
+            elif ids:
+                ids = ids[rng.randrange(len(ids)):][:rng.randrange(1, 20)]
+            if rng.random() < 0.1:
+                ids.insert(0, max(known) + 1 + rng.randrange(1000))
+            text = library.decode(ids, skip_special_tokens=False).encode("utf-8")
+            got = driver.decode(ids)
+            count.check(got == text, "%s: decode %s" % (name, ids), "library %s" % ascii(text), "ours    %s" % ascii(got))
+            if round_trip.decode(ids, skip_special_tokens=False).encode("utf-8") != text:
+                count.check(False, "%s: tokenizer_json decodes %s differently" % (name, ids))
+    driver.close()
+    print("%-45s %6d strings, %d ids, %d failures" % (name, args.count, len(known), count.failed - before))
+
+
+def check_command(command, name, data, rng, texts, export, count):
+    """One text through the command line: `COMMAND tokenize FILE TEXTFILE` prints one id a line, --decode goes back."""
+    from tokenizers import Tokenizer
+    library = Tokenizer.from_str(json.dumps(data))
+    text = "".join(random_string(rng, [t["content"] for t in data["added_tokens"]], texts) for _ in range(2000))
+    ids = library.encode(text).ids
+    with tempfile.TemporaryDirectory() as folder:
+        blob_path, text_path, ids_path = (os.path.join(folder, f) for f in ("tokenizer.bin", "text.txt", "ids.txt"))
+        for path, content in ((blob_path, export.tokenizer_blob(data)), (text_path, text.encode("utf-8")),
+                              (ids_path, "".join("%d\n" % i for i in ids).encode())):
+            with open(path, "wb") as f:
+                f.write(content)
+        run = subprocess.run([command, "tokenize", blob_path, text_path], stdout=subprocess.PIPE)
+        count.check(run.returncode == 0 and run.stdout.split() == [b"%d" % i for i in ids], "%s: %s tokenize" % (name, command))
+        run = subprocess.run([command, "tokenize", blob_path, ids_path, "--decode"], stdout=subprocess.PIPE)
+        wanted = library.decode(ids, skip_special_tokens=False).encode("utf-8")
+        count.check(run.returncode == 0 and run.stdout.rstrip(b"\n") == wanted.rstrip(b"\n"),
+                    "%s: %s tokenize --decode" % (name, command))
+
+
+def check_errors(program, export, count):
+    """Text that is not UTF-8 names its offset; what lossy decoding does to every short byte string; refusals."""
+    import itertools
+    vocab = {export.SYMBOL_OF[b]: b for b in range(256)}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    base = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+            "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "vocab": vocab, "merges": []}}
+    driver = Driver(program, export.tokenizer_blob(base))
+    edges = [0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xED, 0xEF, 0xF0, 0xF1,
+             0xF4, 0xF5, 0xFF]
+    wrong_decode = wrong_check = 0
+    for n in (1, 2, 3, 4):
+        for data in itertools.product(edges, repeat=n) if n < 4 else \
+                itertools.product([0x41, 0x80, 0x8F, 0x90, 0xBF, 0xE0, 0xED, 0xF0, 0xF4], repeat=4):
+            data = bytes(data)
+            wrong_decode += driver.decode(list(data)) != data.decode("utf-8", "replace").encode("utf-8")
+            try:
+                data.decode("utf-8")
+                good = len(data)
+            except UnicodeDecodeError as error:
+                good = error.start
+            got = driver.encode(data)
+            wrong_check += (got != list(data)) if good == n else ("byte %d " % good) not in got
+    count.check(wrong_decode == 0, "lossy decoding of short byte strings: %d differ" % wrong_decode)
+    count.check(wrong_check == 0, "UTF-8 check of short byte strings: %d differ" % wrong_check)
+    driver.close()
+    driver = Driver(program, export.bytes_tokenizer_blob())
+    data = bytes(range(256)) + b"\xff\x00"
+    count.check(driver.encode(data) == list(data), "the bytes tokenizer encodes anything")
+    driver.close()
+
+    def refused(part, **change):
+        data = json.loads(json.dumps(base))
+        for path, value in change.items():
+            table = data
+            *front, last = path.split("__")
+            for key in front:
+                table = table[key]
+            table[last] = value
+        try:
+            export.tokenizer_blob(data)
+            count.check(False, "accepted: %s" % change)
+        except export.ExportError as error:
+            count.check(str(error).startswith("tokenizer: " + part), "refusal of %s names %s" % (part, error))
+
+    refused("model.dropout", model__dropout=0.1)
+    refused("model.unk_token", model__unk_token="a")
+    refused("model.continuing_subword_prefix", model__continuing_subword_prefix="##")
+    refused("model.end_of_word_suffix", model__end_of_word_suffix="</w>")
+    refused("model.byte_fallback", model__byte_fallback=True)
+    refused("model.ignore_merges", model__ignore_merges=True)
+    refused("model.type", model__type="WordPiece")
+    refused("model.new_option", model__new_option=1)
+    refused("model.vocab", model__vocab={"a": 0, "b": 0})
+    refused("model.vocab", model__vocab={"a": -1})
+    refused("model.merges[0]", model__merges=["a zz"])
+    refused("model.merges[0]", model__merges=["a b c"])
+    refused("truncation", truncation={"max_length": 5})
+    refused("padding", padding={"pad_id": 0})
+    refused("version", version="2.0")
+    refused("tokenizer.json.extra", extra=1)
+    refused("normalizer", normalizer={"type": "NFKC"})
+    refused("pre_tokenizer.use_regex", pre_tokenizer__use_regex=False)
+    refused("pre_tokenizer", pre_tokenizer={"type": "Whitespace"})
+    refused("pre_tokenizer", pre_tokenizer=None)
+    refused("pre_tokenizer.pretokenizers", pre_tokenizer={"type": "Sequence", "pretokenizers": [byte_level]})
+    refused("post_processor.single", post_processor={"type": "TemplateProcessing", "special_tokens": {}, "pair": [],
+            "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]})
+    refused("post_processor", post_processor={"type": "BertProcessing"})
+    refused("decoder", decoder=None)
+    refused("decoder", decoder={"type": "Metaspace"})
+    refused("added_tokens[0].id", added_tokens=[added(300, "<x>")])
+    refused("added_tokens[1]", added_tokens=[added(256, "<x>"), added(256, "<x>")])
+    refused("added_tokens[0].content", normalizer={"type": "NFC"}, added_tokens=[added(256, "<e\u0301>", normalized=True)])
+    refused("added_tokens[0].content", added_tokens=[added(256, "")])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = os.path.join(ROOT, "..", "shared")
+    defaults = [os.path.join(shared, "data", "tokenizer", "gpt-neox-20b.json"),
+                os.path.join(shared, "checkpoints", "tales-3m-hf", "tokenizer.json")]
+    parser.add_argument("files", nargs="*", default=defaults, help="tokenizer.json files (default: those of ../shared)")
+    parser.add_argument("--count", type=int, default=100000, help="random strings per tokenizer.json (default 100000)")
+    parser.add_argument("--made-count", type=int, default=None, help="and per made tokenizer (default: a fifth)")
+    parser.add_argument("--seed", type=int, default=1, help="default 1")
+    parser.add_argument("--command", metavar="MAMBA", help="also check this program's `tokenize` command, such as ./mamba")
+    parser.add_argument("--cflags", default="", help="more flags for the C compiler, such as -fsanitize=address,undefined")
+    args = parser.parse_args()
+    count = Counter()
+    try:
+        import tokenizers
+    except ImportError:
+        print("skipped: the tokenizers library is not installed (pip install tokenizers)")
+        print("0 passed, 0 failed, 1 skipped")
+        return 0
+    print("tokenizers %s, seed %d" % (tokenizers.__version__, args.seed))
+    export = load_export()
+    rng = random.Random(args.seed)
+    texts = []
+    for path in glob.glob(os.path.join(ROOT, "*.md")) + glob.glob(os.path.join(ROOT, "*.[ch]")):
+        with open(path, encoding="utf-8") as f:
+            texts.append(f.read())
+    with tempfile.TemporaryDirectory() as folder:
+        program = compile_driver(folder, args.cflags.split())
+        check_errors(program, export, count)
+        for path in args.files:
+            if not os.path.exists(path):
+                print("skipped: no %s" % path)
+                count.skipped += 1
+                continue
+            with open(path, encoding="utf-8") as f:
+                data = json.load(f)
+            name = "/".join(os.path.abspath(path).split(os.sep)[-2:])
+            compare(name, data, args, rng, texts, program, export, count)
+            if args.command:
+                check_command(args.command, name, data, rng, texts, export, count)
+        args.count = args.count // 5 if args.made_count is None else args.made_count
+        for name, data in made_tokenizers(rng):
+            compare("made: " + name, data, args, rng, texts, program, export, count)
+    print("%d passed, %d failed, %d skipped" % (count.passed, count.failed, count.skipped))
+    return 1 if count.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
