@@ -65,7 +65,7 @@ test-all: all tests/test_all debug ## everything, the damaged files under the sa
 PYTHON ?= python3
 test-export: all             ## tests of export.py and of the tokenizer against the libraries, in PYTHON
 	$(PYTHON) tests/test_export.py
-	$(PYTHON) tests/test_tokenizer.py ./mamba
+	$(PYTHON) tests/test_tokenizer.py --command ./mamba
 
 SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
 debug: $(SOURCES) test_all.c ## mamba-debug and tests/test_all-debug, with address and undefined sanitizers

@@ -1614,7 +1614,7 @@ typedef struct {
     long n, top_k, seed, threads;
     double temperature, top_p, min_p, repeat_penalty;
     TextList stop;
-    bool ignore_eos, no_echo;
+    bool ignore_eos, no_echo, clock_seed;
 } GenerateOptions;
 
 // The text on its way to stdout: what might be the start of a stop string is held back until it is clear that it is not.
@@ -1694,6 +1694,7 @@ typedef struct {
     size_t n_read, n_written;
     double read_seconds, write_seconds;
     const char *ended; // why writing ended
+    long seed;         // that the clock gave, -1: none
 } Report;
 
 static bool is_eos(const Config *c, int32_t id) {
@@ -1751,6 +1752,7 @@ static int write_tokens(Session *x, const GenerateOptions *o, bool keep_pending,
 
 static void print_report(const Session *x, const Report *r) {
     fprintf(stderr, "load %.3f s", x->load_seconds);
+    if (r->seed >= 0) fprintf(stderr, " | seed %ld", r->seed);
     if (r->n_read) fprintf(stderr, " | prefill %zu tokens, %.1f tokens/s", r->n_read, (double)r->n_read / r->read_seconds);
     if (r->n_written)
         fprintf(stderr, " | decode %zu tokens, %.1f tokens/s (%s)", r->n_written, (double)r->n_written / r->write_seconds,
@@ -1761,7 +1763,7 @@ static void print_report(const Session *x, const Report *r) {
 
 // One prompt: read it (echoing it unless told otherwise), write, save.
 static int generate_once(Session *x, const GenerateOptions *o, const char *text, size_t bytes) {
-    Report report = {0};
+    Report report = {.seed = o->clock_seed && o->temperature > 0 && o->n ? o->seed : -1};
     int32_t *ids = NULL, start = start_token(&x->model->config);
     size_t n = 0;
     if (bytes && mamba_encode(x->model, text, bytes, &ids, &n)) return fail_in("prompt");
@@ -1933,10 +1935,7 @@ static int command_generate(int argc, char **argv) {
     if (session_open(&x, rest[0], o.threads)) return -1;
     int result = o.load ? mamba_state_load(x.model, x.state, o.load) : 0;
     if (result == 0 && (o.seed != LONG_MIN || !o.load)) {
-        if (o.seed == LONG_MIN) {
-            o.seed = (long)time(NULL);
-            if (o.temperature > 0 && o.n) fprintf(stderr, "seed %ld\n", o.seed);
-        }
+        if (o.seed == LONG_MIN) o.seed = (long)time(NULL), o.clock_seed = true;
         x.state->random = (uint64_t)o.seed;
     }
     if (result == 0) catch_interrupt();
