@@ -49,7 +49,7 @@ tests/test_all: test_all.c $(SOURCES) .flags
 	$(CC) $(FLAGS) test_all.c -o $@ -lm
 
 run: all                     ## build, then let the model in the repository tell a story
-	./mamba models/tales.bin "Once upon a time" -n 200
+	./mamba models/tales.bin "Once upon a time" -n 200 -s 1
 
 test: all tests/test_all     ## a fixed sample of every test, under 2 minutes
 	./tests/test_all

@@ -2432,7 +2432,7 @@ static int bench_scan(const char *text, int threads, int repeats) {
         for (size_t i = 0; i < BLE; i++) u[i] = (float)random_unit(&seed) - 0.5f, delta[i] = 0.1f * (float)random_unit(&seed);
         for (size_t i = 0; i < NE; i++) A_neg[i] = -(float)(i / (size_t)E + 1);
         for (size_t i = 0; i < (size_t)B * L * 2 * N; i++) BC[i] = (float)random_unit(&seed) - 0.5f;
-        int shapes_say = scan_pieces(L, E), time_pieces = L >= 4 * SCAN_PIECE ? SCAN_TASKS / 2 : 1;
+        int shapes_say = scan_pieces(L, E), time_pieces = shapes_say > 1 ? shapes_say : SCAN_TASKS / 2;
         const struct { const char *name; int pieces; } way[] = {
             {"definition, 1 thread", 0}, {"over channels", 1}, {"over channels and time", time_pieces}};
         for (int k = 0; k < 3; k++) {
