@@ -85,8 +85,8 @@ def read_exactly(f, n, path):
 def atomic_file(path):
     """A file that appears under its name only when it is complete and on the disk."""
     folder, name = os.path.split(os.path.abspath(path))
-    if os.path.isdir(path):
-        raise ExportError(f"{path} is a directory; name the file to write")
+    if os.path.exists(path) and not os.path.isfile(path):                    # a device would be replaced by the file
+        raise ExportError(f"{path} is no regular file; name the file to write")
     temporary = None
     try:
         fd, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
@@ -174,6 +174,10 @@ SSM_CFG_KEYS = {"layer", "d_state", "d_conv", "expand", "dt_rank", "bias", "conv
                 "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"}  # these its training
 
 
+LIMITS = {"vocab_size": 1 << 26, "pad_vocab_size_multiple": 1 << 26, "num_hidden_layers": 1 << 16, "n_layer": 1 << 16,
+          "state_size": 1024, "d_state": 1024, "conv_kernel": 1 << 12, "d_conv": 1 << 12}
+
+
 class Fields:
     """The keys of a config, checked as they are read; an error names the file and the key."""
 
@@ -189,8 +193,9 @@ class Fields:
         self.refuse_if(not good(value), f"{key} is {json.dumps(value)[:60]}, expected {wanted}")
         return value
 
-    def size(self, key, default=None):
-        return self.get(key, default, lambda v: type(v) is int and 0 < v < 1 << 31, "a whole number from 1 to 2^31 - 1")
+    def size(self, key, default=None):                                      # mamba.c has the same limits
+        limit = LIMITS.get(key, 1 << 20)
+        return self.get(key, default, lambda v: type(v) is int and 0 < v <= limit, f"a whole number from 1 to {limit}")
 
     def flag(self, key, default):
         return self.get(key, default, lambda v: type(v) is bool, "true or false")
@@ -199,7 +204,7 @@ class Fields:
         return float(self.get(key, default, lambda v: type(v) in (int, float) and 0 <= v < 1, "a number from 0 to 1"))
 
     def inner(self, D):
-        fits = lambda v: type(v) in (int, float) and 0 < v < 1 << 20 and int(v * D) > 0
+        fits = lambda v: type(v) in (int, float) and 0 < v < 1 << 20 and 0 < int(v * D) <= 1 << 20
         return int(self.get("expand", 2, fits, f"a factor that makes an inner size of the model's {D}") * D)
 
     def rank(self, key, D):
@@ -350,7 +355,7 @@ def safetensors_entry(path, name, entry, data_start, data_bytes):
     whole = lambda v: type(v) is int and 0 <= v < 1 << 62
     try:
         kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        good = isinstance(shape, list) and all(map(whole, shape)) and whole(begin) and whole(end) and begin <= end
+        good = isinstance(shape, list) and len(shape) <= 8 and all(map(whole, shape)) and whole(begin) and whole(end) and begin <= end
     except (TypeError, KeyError, ValueError):
         good = False
     if not good:
@@ -426,7 +431,7 @@ def open_checkpoint(folder):
 
 def open_shards(folder, index_path, reader):
     weight_map = read_json(index_path).get("weight_map")
-    plain = lambda name: isinstance(name, str) and name and name == os.path.basename(name)
+    plain = lambda name: isinstance(name, str) and name and name.isprintable() and name == os.path.basename(name)
     if not isinstance(weight_map, dict) or not all(map(plain, weight_map.values())):
         raise ExportError(f"{index_path}: weight_map should give the name of a file beside it for each tensor")
     tensors = {}
@@ -752,12 +757,12 @@ def tokenizer_blob(path_or_dict):
 
     token_of = {i: token for token, i in vocab.items()}
     token_of.update((i, content) for i, _, content in added)
-    n_ids = max(token_of) + 1
+    n_ids, hole = max(token_of) + 1, struct.pack("<I", HOLE)
     out = [struct.pack("<4s7I", b"mtok", 1, 1, (1 if nfc else 0) | (2 if prefix_space else 0), pretokenizer,
                        n_ids, len(merges), len(added))]
     for i in range(n_ids):
         if i not in token_of:
-            out.append(struct.pack("<I", HOLE))
+            out.append(hole)
             continue
         try:
             raw, literal = token_to_bytes(token_of[i])

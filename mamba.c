@@ -22,13 +22,18 @@
                  VL channels side by side fill one vector register and no sum across lanes is ever needed
      y (L,E)     sum over n of C_ssm h, plus D_skip u        g (L,E)  y * silu(z)
 
-   CONTENTS
-     1 errors, checked sizes, bytes      6 the scan: definition, parallel, step
-     2 vectors: VL floats at a time      7 model: block, prefill, step
-     3 config, model.bin, TENSORS        8 state: save, load, copy
-     4 load                              9 sampling
-     5 kernels: embedding, rmsnorm,     10 command line: generate, interactive, info, tokenize,
-       matmul, conv1d + silu, gate         eval, logits, bench
+   CONTENTS ([train]: skip it at a first reading)
+     1 errors, checked sizes, bytes      7 model: block, prefill, step
+     2 vectors: VL floats at a time      8 state: save, load, copy
+     3 config, model.bin, TENSORS        9 [train] initialisation, loss and backward, AdamW
+     4 load                             10 sampling
+     5 kernels: embedding, rmsnorm,     11 command line: generate, interactive, info, tokenize,
+       matmul, conv1d + silu, gate         eval, tasks, logits, train, bench
+     6 the scan: definition, parallel,
+       step, [train] backward
+
+   GRADIENTS. A gradient is d_ and the name of what it belongs to. Those of weights are added to (+=), those of activations are
+   set (=), except into the residual stream. A backward kernel stands right after its forward and quotes it.
 
    THREADS. A kernel is called by every thread of a team and shares its loop by `omp for`; the team is opened once a
    pass, in mamba_prefill and mamba_step. A thread owns output elements and every sum has one fixed order, so the
@@ -36,7 +41,8 @@
 
    API (compile with -DMAMBA_NO_MAIN, declare what you use): mamba_error, mamba_load, mamba_free, mamba_acts_new,
    mamba_acts_free, mamba_state_new, mamba_state_copy, mamba_state_reset, mamba_state_save, mamba_state_load,
-   mamba_state_free, mamba_encode, mamba_decode, mamba_prefill, mamba_step, mamba_sample. Functions that can fail
+   mamba_state_free, mamba_encode, mamba_decode, mamba_prefill, mamba_step, mamba_sample; to train, mamba_random_model or
+   mamba_float_copy, mamba_trainer_new, mamba_train_pass, mamba_train_step, mamba_trainer_free. Functions that can fail
    return NULL or -1 and leave a sentence in mamba_error(). */
 
 #ifndef _GNU_SOURCE
@@ -44,6 +50,7 @@
 #endif
 #include <assert.h>
 #include <errno.h>
+#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -300,6 +307,12 @@ INLINE vec softplus_vec(vec x) {
     return choose(MASK(x > 0.0f), x, splat(0)) + log1p;
 }
 
+// 1 - e^-x for x >= 0, the derivative of softplus where softplus is x. Below 1/4 by its series: the difference would cancel.
+INLINE vec one_minus_exp_minus(vec x) {
+    vec series = x * (1.0f - x * (0.5f - x * (0.166666667f - x * (0.0416666667f - x * (0.00833333333f - x * 0.00138888889f)))));
+    return choose(MASK(x < 0.25f), series, 1.0f - exp_vec(-x));
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 3 Config, model.bin, TENSORS
 // One list says everything about a tensor; the struct, the file's layout and the initialisation are made from it. The
@@ -328,27 +341,27 @@ typedef struct { // (rows, cols), row-major; a vector has one column
 
 typedef enum { INIT_ONES, INIT_ZEROS, INIT_NORMAL, INIT_LINEAR, INIT_OUT, INIT_CONV, INIT_DT, INIT_DT_BIAS, INIT_A_LOG } Init;
 
-//    name       rows           cols   stored   initialised    present when
+//    name       rows           cols   stored   initialised   decays present when
 #define TENSORS_FIRST(X) \
-    X(embedding, c->V,          c->D,  c->type, INIT_NORMAL,   true)
+    X(embedding, c->V,          c->D,  c->type, INIT_NORMAL,  true,  true)
 #define TENSORS_LAYER(X) \
-    X(norm,      c->D,          1,     F32,     INIT_ONES,     true) \
-    X(in_proj,   2 * c->E,      c->D,  c->type, INIT_LINEAR,   true) \
-    X(in_bias,   2 * c->E,      1,     F32,     INIT_ZEROS,    c->flags & FLAG_PROJ_BIAS) \
-    X(conv,      c->E,          c->K,  F32,     INIT_CONV,     true) \
-    X(conv_bias, c->E,          1,     F32,     INIT_CONV,     c->flags & FLAG_CONV_BIAS) \
-    X(x_proj,    c->R + 2*c->N, c->E,  c->type, INIT_LINEAR,   true) \
-    X(dt_proj,   c->E,          c->R,  c->type, INIT_DT,       true) \
-    X(dt_bias,   c->E,          1,     F32,     INIT_DT_BIAS,  true) \
-    X(A_log,     c->E,          c->N,  F32,     INIT_A_LOG,    true) \
-    X(D_skip,    c->E,          1,     F32,     INIT_ONES,     true) \
-    X(out_proj,  c->D,          c->E,  c->type, INIT_OUT,      true) \
-    X(out_bias,  c->D,          1,     F32,     INIT_ZEROS,    c->flags & FLAG_PROJ_BIAS)
+    X(norm,      c->D,          1,     F32,     INIT_ONES,    false, true) \
+    X(in_proj,   2 * c->E,      c->D,  c->type, INIT_LINEAR,  true,  true) \
+    X(in_bias,   2 * c->E,      1,     F32,     INIT_ZEROS,   false, c->flags & FLAG_PROJ_BIAS) \
+    X(conv,      c->E,          c->K,  F32,     INIT_CONV,    true,  true) \
+    X(conv_bias, c->E,          1,     F32,     INIT_CONV,    false, c->flags & FLAG_CONV_BIAS) \
+    X(x_proj,    c->R + 2*c->N, c->E,  c->type, INIT_LINEAR,  true,  true) \
+    X(dt_proj,   c->E,          c->R,  c->type, INIT_DT,      true,  true) \
+    X(dt_bias,   c->E,          1,     F32,     INIT_DT_BIAS, false, true) \
+    X(A_log,     c->E,          c->N,  F32,     INIT_A_LOG,   false, true) \
+    X(D_skip,    c->E,          1,     F32,     INIT_ONES,    false, true) \
+    X(out_proj,  c->D,          c->E,  c->type, INIT_OUT,     true,  true) \
+    X(out_bias,  c->D,          1,     F32,     INIT_ZEROS,   false, c->flags & FLAG_PROJ_BIAS)
 #define TENSORS_LAST(X) \
-    X(norm_f,    c->D,          1,     F32,     INIT_ONES,     true) \
-    X(head,      c->V,          c->D,  c->type, INIT_NORMAL,   !(c->flags & FLAG_TIED))
+    X(norm_f,    c->D,          1,     F32,     INIT_ONES,    false, true) \
+    X(head,      c->V,          c->D,  c->type, INIT_LINEAR,  true,  !(c->flags & FLAG_TIED))
 
-#define DECLARE(name, rows, cols, type, init, present) Tensor name;
+#define DECLARE(name, rows, cols, type, init, decays, present) Tensor name;
 typedef struct {
     TENSORS_LAYER(DECLARE)
     const float *A_neg;  // (N,E) derived: -exp(A_log), transposed
@@ -373,23 +386,36 @@ typedef struct Model {
 } Model;
 #undef DECLARE
 
+typedef struct { // one line of the list, as a visitor sees it
+    const char *name;
+    int layer; // -1: not in a layer
+    Init init;
+    bool decays; // weight decay applies
+} TensorInfo;
+
+enum { LABEL = 40 }; // room for "layer 65535 conv_bias"
+static void tensor_label(char label[LABEL], const TensorInfo *info) {
+    if (info->layer < 0) snprintf(label, LABEL, "%s", info->name);
+    else snprintf(label, LABEL, "layer %d %s", info->layer, info->name);
+}
+
 static size_t type_bytes(Type type) { return type == F32 ? 4 : 2; }
 static size_t tensor_elements(const Tensor *w) { return size_mul((size_t)w->rows, (size_t)w->cols); }
 static size_t tensor_bytes(const Tensor *w) { return size_mul(tensor_elements(w), type_bytes(w->type)); }
 static const float *f32(const Tensor *w) { return w->data; } // NULL for an absent bias
 
-// Visits every tensor in the file's order: visit(context, name, layer or -1, tensor, init).
-typedef void TensorVisitor(void *context, const char *name, int layer, Tensor *w, Init init);
+// Visits every tensor of m in the file's order.
+typedef void TensorVisitor(void *context, const TensorInfo *info, Tensor *w);
 
 static void each_tensor(Model *m, TensorVisitor *visit, void *context) {
     const Config *c = &m->config;
-#define VISIT(owner, index, name, r, k, t, init, present) \
+#define VISIT(owner, index, name, r, k, t, init, decays, present) \
     if (present) { \
         (owner)->name.rows = (r), (owner)->name.cols = (k), (owner)->name.type = (t); \
-        visit(context, #name, index, &(owner)->name, init); \
+        visit(context, &(TensorInfo){#name, index, init, decays}, &(owner)->name); \
     }
-#define VISIT_MODEL(name, r, k, t, init, present) VISIT(m, -1, name, r, k, t, init, present)
-#define VISIT_LAYER(name, r, k, t, init, present) VISIT(&m->layer[layer], layer, name, r, k, t, init, present)
+#define VISIT_MODEL(name, r, k, t, init, decays, present) VISIT(m, -1, name, r, k, t, init, decays, present)
+#define VISIT_LAYER(name, r, k, t, init, decays, present) VISIT(&m->layer[layer], layer, name, r, k, t, init, decays, present)
     TENSORS_FIRST(VISIT_MODEL)
     for (int layer = 0; layer < c->n_layer; layer++) {
         TENSORS_LAYER(VISIT_LAYER)
@@ -405,9 +431,9 @@ typedef struct {
     size_t offset, n_params;
 } Layout;
 
-static void layout_tensor(void *context, const char *name, int layer, Tensor *w, Init init) {
+static void layout_tensor(void *context, const TensorInfo *info, Tensor *w) {
     Layout *at = context;
-    (void)name, (void)layer, (void)init;
+    (void)info;
     at->offset = size_add(at->offset, (ALIGN - at->offset % ALIGN) % ALIGN);
     if (at->base) {
         w->data = at->base + at->offset;
@@ -433,22 +459,27 @@ static size_t config_tensor_bytes(const Config *config) {
     return size_add(total[1], size_mul(total[2] - total[1], (size_t)config->n_layer - 1));
 }
 
-// A_neg and conv_t for every layer, made once the tensors are in place. 0, or -1 after fail().
-static int make_derived(Model *m) {
+// A_neg and conv_t for every layer, from A_log and conv as they are now.
+static void refresh_derived(Model *m) {
     const Config *c = &m->config;
-    size_t per_layer = size_mul((size_t)c->N + (size_t)c->K, (size_t)c->E);
-    m->derived = alloc_aligned(size_mul(size_mul(per_layer, (size_t)c->n_layer), sizeof(float)));
-    if (!m->derived) return -1;
+    size_t E = (size_t)c->E, per_layer = (size_t)(c->N + c->K) * E;
     for (int layer = 0; layer < c->n_layer; layer++) {
         Layer *w = &m->layer[layer];
-        float *A_neg = m->derived + per_layer * (size_t)layer, *conv_t = A_neg + (size_t)c->N * c->E;
-        for (int e = 0; e < c->E; e++) {
-            for (int n = 0; n < c->N; n++) A_neg[(size_t)n * c->E + e] = -expf(f32(&w->A_log)[(size_t)e * c->N + n]);
-            for (int k = 0; k < c->K; k++) conv_t[(size_t)k * c->E + e] = f32(&w->conv)[(size_t)e * c->K + k];
+        float *A_neg = m->derived + per_layer * (size_t)layer, *conv_t = A_neg + (size_t)c->N * E;
+        for (size_t e = 0; e < E; e++) {
+            for (int n = 0; n < c->N; n++) A_neg[n * E + e] = -expf(f32(&w->A_log)[e * c->N + n]);
+            for (int k = 0; k < c->K; k++) conv_t[k * E + e] = f32(&w->conv)[e * c->K + k];
         }
         w->A_neg = A_neg, w->conv_t = conv_t;
     }
-    return 0;
+}
+
+// 0, or -1 after fail().
+static int make_derived(Model *m) {
+    const Config *c = &m->config;
+    m->derived = alloc_aligned(size_mul(size_mul((size_t)(c->N + c->K), (size_t)c->E), size_mul((size_t)c->n_layer, sizeof(float))));
+    if (m->derived) refresh_derived(m);
+    return m->derived ? 0 : -1;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -460,7 +491,7 @@ static int make_derived(Model *m) {
 static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
     *mapped = false;
 #ifdef MAMBA_POSIX
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY | O_NONBLOCK); // a FIFO without a writer would wait here
     struct stat info;
     if (fd < 0) return fail("%s: %s", path, strerror(errno)), NULL;
     if (fstat(fd, &info) || !S_ISREG(info.st_mode)) {
@@ -569,7 +600,7 @@ static int read_header(Model *m, const char *path) {
         if (h[i]) return fail("%s: byte %llu between tokenizer and tensors is not zero: the file is damaged", path, (unsigned long long)i);
     m->tokenizer_bytes = (size_t)tok_bytes, m->tensors_offset = (size_t)offset, m->tensors_bytes = (size_t)bytes;
     m->tensors_crc = u32_at(h + 124);
-    m->id = crc32_of(0, h, HEADER_BYTES);
+    m->id = u32_at(h + HEADER_BYTES - 4); // not the CRC of all 256: that of bytes and their own CRC is a constant
     return 0;
 }
 
@@ -651,6 +682,76 @@ static void add_to(float *out, const float *in, int L, int D) {
         }
 }
 
+// [train] out (D) += the sum over t of rows of x (L,D), which are ld apart: the gradient of anything added to every row.
+static void sum_rows(float *out, const float *x, size_t ld, int L, int D) {
+#pragma omp for
+    for (int block = 0; block < (D + VL - 1) / VL; block++) {
+        int d = block * VL, n = lanes_left(d, D);
+        vec sum = load_n(out + d, n);
+        for (int t = 0; t < L; t++) sum += load_n(x + (size_t)t * ld + d, n);
+        store_n(out + d, sum, n);
+    }
+}
+
+// [train] xn = x r w with r = 1 / rms(x):  d_x = r (d_xn w - x r^2 mean(d_xn w x)), or += where add; d_weight += sum over t of
+// d_xn x r. scale (L) is scratch for r. d_x and d_xn may be the same array unless add; weight NULL as in rmsnorm.
+static void rmsnorm_backward(float *d_x, float *d_weight, const float *d_xn, const float *x, const float *weight, float eps,
+                             bool add, int L, int D, size_t ld, float *scale) {
+#pragma omp for
+    for (int t = 0; t < L; t++) {
+        vec squares = splat(0);
+        for (int d = 0; d < D; d += VL) {
+            vec v = load_n(x + (size_t)t * ld + d, lanes_left(d, D));
+            squares += v * v;
+        }
+        scale[t] = 1.0f / sqrtf(sum_lanes(squares) / (float)D + eps);
+    }
+    if (weight) {
+#pragma omp for
+        for (int block = 0; block < (D + VL - 1) / VL; block++) {
+            int d = block * VL, n = lanes_left(d, D);
+            vec sum = load_n(d_weight + d, n);
+            for (int t = 0; t < L; t++) sum += load_n(d_xn + (size_t)t * ld + d, n) * load_n(x + (size_t)t * ld + d, n) * scale[t];
+            store_n(d_weight + d, sum, n);
+        }
+    }
+#pragma omp for
+    for (int t = 0; t < L; t++) {
+        const float *dy = d_xn + (size_t)t * ld, *row = x + (size_t)t * ld;
+        vec dot = splat(0);
+        for (int d = 0; d < D; d += VL) {
+            int n = lanes_left(d, D);
+            vec dv = load_n(dy + d, n) * load_n(row + d, n);
+            dot += weight ? dv * load_n(weight + d, n) : dv;
+        }
+        float r = scale[t], shared = sum_lanes(dot) / (float)D * r * r * r;
+        for (int d = 0; d < D; d += VL) {
+            int n = lanes_left(d, D);
+            vec dv = load_n(dy + d, n) * r;
+            if (weight) dv = dv * load_n(weight + d, n);
+            dv -= load_n(row + d, n) * shared;
+            float *to = d_x + (size_t)t * ld + d;
+            store_n(to, add ? load_n(to, n) + dv : dv, n);
+        }
+    }
+}
+
+// log(sum of exp) in float lanes of blocks, summed in double: a vocabulary of 50,000 loses nothing.
+static double log_sum_exp(const float *logits, int V) {
+    float highest = logits[0];
+    for (int v = 1; v < V; v++) highest = logits[v] > highest ? logits[v] : highest;
+    double sum = 0;
+    for (int block = 0; block < V; block += 64 * VL) {
+        vec part = splat(0);
+        int end = V - block < 64 * VL ? V : block + 64 * VL;
+        int v = block;
+        for (; v + VL <= end; v += VL) part += exp_vec(load(logits + v) - highest);
+        sum += (double)sum_lanes(part);
+        for (; v < end; v++) sum += exp((double)(logits[v] - highest));
+    }
+    return highest + log(sum);
+}
+
 // --- storage types: VL weights to float32. A new type adds its reader and a line in TYPE_KERNELS; nothing else changes.
 
 typedef uint16_t half;
@@ -724,6 +825,18 @@ static void embed(float *res, const int32_t *ids, const Tensor *embedding, int L
         TYPE_KERNELS[embedding->type].widen(res + (size_t)t * D, tensor_row(embedding, ids[t]), 0, D);
 }
 
+// [train] d_embedding[id] += the gradients of every place where id stood. Threads own columns, so places add up in order.
+static void embed_backward(float *d_embedding, const float *d_res, const int32_t *ids, int L, int D) {
+#pragma omp for
+    for (int block = 0; block < (D + VL - 1) / VL; block++) {
+        int d = block * VL, n = lanes_left(d, D);
+        for (int t = 0; t < L; t++) {
+            float *to = d_embedding + (size_t)ids[t] * D + d;
+            store_n(to, load_n(to, n) + load_n(d_res + (size_t)t * D + d, n), n);
+        }
+    }
+}
+
 // --- matmul: out (L,O) = x (L,I) W^T (+ bias), W (O,I) of any storage type; rows of x are ldx apart.
 // The one entry for every product in the model. Few rows (a token being generated): every weight is used once, so the
 // product runs at the speed of memory; each thread streams its own rows of W. Many rows: the blocked product.
@@ -759,27 +872,46 @@ static void matmul_few(float *out, const float *x, size_t ldx, const Tensor *w, 
     }
 }
 
-// packed: panels of MR rows of x, input-major: packed[panel][i][row]. Missing rows of the last panel are zero.
-static void pack_rows(float *packed, const float *x, size_t ldx, int L, int I) {
+// A factor of a product, (rows, depth): element (r,k) lies at data[r * ld + k], or at data[k * ld + r] if by_depth. The
+// forward product needs only the first kind; the second is what makes the same code serve both gradients.
+typedef struct {
+    const void *data;
+    size_t ld;
+    Type type;
+    bool by_depth;
+} Factor;
+
+// packed: panels of MR rows of a (float32), depth-major: packed[panel][k][row]. Missing rows of the last panel are zero.
+static void pack_rows(float *packed, const Factor *a, int rows, int depth) {
 #pragma omp for
-    for (int panel = 0; panel < (L + MR - 1) / MR; panel++) {
-        float *to = packed + (size_t)panel * MR * I;
-        for (int r = 0; r < MR; r++) {
-            int t = panel * MR + r;
-            const float *from = x + (size_t)(t < L ? t : 0) * ldx;
-            for (int i = 0; i < I; i++) to[(size_t)i * MR + r] = t < L ? from[i] : 0;
-        }
+    for (int panel = 0; panel < (rows + MR - 1) / MR; panel++) {
+        float *to = packed + (size_t)panel * MR * depth;
+        int n = rows - panel * MR < MR ? rows - panel * MR : MR;
+        const float *from = (const float *)a->data + (size_t)panel * MR * (a->by_depth ? 1 : a->ld);
+        if (n < MR) memset(to, 0, (size_t)MR * depth * sizeof *to);
+        if (a->by_depth)
+            for (int k = 0; k < depth; k++) memcpy(to + (size_t)k * MR, from + k * a->ld, (size_t)n * sizeof *to);
+        else
+            for (int r = 0; r < n; r++)
+                for (int k = 0; k < depth; k++) to[(size_t)k * MR + r] = from[r * a->ld + k];
     }
 }
 
-// panel[k][j] = W[o0 + j][k0 + k], float32; missing outputs are zero.
-static void pack_weights(float *panel, const Tensor *w, int o0, int k0, int kc) {
-    float row[KC] = {0};
-    for (int j = 0; j < NR; j++) {
-        if (o0 + j < w->rows) TYPE_KERNELS[w->type].widen(row, tensor_row(w, o0 + j), k0, kc);
-        else memset(row, 0, sizeof row);
-        for (int k = 0; k < kc; k++) panel[k * NR + j] = row[k];
-    }
+// panel[k][j] = b(j0 + j, k0 + k), float32; missing rows of b are zero.
+static void pack_panel(float *panel, const Factor *b, int b_rows, int j0, int k0, int kc) {
+    void (*widen)(float *, const void *, int, int) = TYPE_KERNELS[b->type].widen;
+    const char *data = b->data;
+    int n = b_rows - j0 < NR ? b_rows - j0 : NR;
+    size_t stride = b->ld * type_bytes(b->type);
+    float row[KC];
+    if (n < NR) memset(panel, 0, (size_t)kc * NR * sizeof *panel);
+    if (b->by_depth)
+        for (int k = 0; k < kc; k++) widen(panel + k * NR, data + (size_t)(k0 + k) * stride, j0, n);
+    else
+        for (int j = 0; j < n; j++) {
+            widen(row, data + (size_t)(j0 + j) * stride, k0, kc);
+            for (int k = 0; k < kc; k++) panel[k * NR + j] = row[k];
+        }
 }
 
 // tile (MR,NR) = a (kc,MR)^T b (kc,NR): the loop where prefill spends its time.
@@ -799,38 +931,55 @@ static void micro_kernel(float *tile, const float *a, const float *b, int kc) {
     }
 }
 
-// One task: outputs o0.. of rows t0..t1, all inputs.
-static void matmul_task(float *out, const float *packed, const Tensor *w, const float *bias, int o0, int t0, int t1) {
+// One task: columns j0.. of rows r0..r1 of out, the whole depth.
+static void product_task(float *out, size_t ldo, const float *packed, const Factor *b, const float *bias, bool add, int r0,
+                         int r1, int j0, int columns, int depth) {
     float panel[KC * NR], tile[MR * NR];
-    int O = w->rows, I = w->cols, width = O - o0 < NR ? O - o0 : NR;
-    for (int k0 = 0; k0 < I; k0 += KC) {
-        int kc = I - k0 < KC ? I - k0 : KC;
-        pack_weights(panel, w, o0, k0, kc);
-        for (int t = t0; t < t1; t += MR) {
-            micro_kernel(tile, packed + (size_t)t * I + (size_t)k0 * MR, panel, kc);
-            for (int r = 0; r < MR && t + r < t1; r++) {
-                float *to = out + (size_t)(t + r) * O + o0;
-                for (int j = 0; j < width; j++) to[j] = tile[r * NR + j] + (k0 ? to[j] : bias ? bias[o0 + j] : 0);
+    int width = columns - j0 < NR ? columns - j0 : NR;
+    for (int k0 = 0; k0 < depth; k0 += KC) {
+        int kc = depth - k0 < KC ? depth - k0 : KC;
+        pack_panel(panel, b, columns, j0, k0, kc);
+        for (int r = r0; r < r1; r += MR) {
+            micro_kernel(tile, packed + (size_t)r * depth + (size_t)k0 * MR, panel, kc);
+            for (int i = 0; i < MR && r + i < r1; i++) {
+                float *to = out + (size_t)(r + i) * ldo + j0;
+                for (int j = 0; j < width; j++) to[j] = tile[i * NR + j] + (k0 || add ? to[j] : bias ? bias[j0 + j] : 0);
             }
         }
     }
 }
 
-// packed: room for (L rounded up to MR) * I floats.
-static void matmul(float *out, const float *x, size_t ldx, const Tensor *w, const float *bias, int L, float *packed) {
-    if (L < MATMUL_FEW) {
-        matmul_few(out, x, ldx, w, bias, L);
-        return;
-    }
-    pack_rows(packed, x, ldx, L, w->cols);
-    int panels = (w->rows + NR - 1) / NR;
-    int rows = panels >= 32 ? (L + MR - 1) / MR * MR : ROWS_BLOCK; // few panels: cut the rows too, for enough tasks
-    int blocks = (L + rows - 1) / rows;
+// out (rows, columns) = a (rows, depth) b (columns, depth)^T (+ bias), or += where add. packed: room for rows rounded up to
+// MR times depth.
+static void product(float *out, size_t ldo, Factor a, Factor b, const float *bias, bool add, int rows, int columns, int depth,
+                    float *packed) {
+    pack_rows(packed, &a, rows, depth);
+    int panels = (columns + NR - 1) / NR;
+    int cut = panels >= 32 ? (rows + MR - 1) / MR * MR : ROWS_BLOCK; // few panels: cut the rows too, for enough tasks
+    int blocks = (rows + cut - 1) / cut;
 #pragma omp for
     for (int task = 0; task < panels * blocks; task++) {
-        int t0 = task % blocks * rows, t1 = t0 + rows < L ? t0 + rows : L;
-        matmul_task(out, packed, w, bias, task / blocks * NR, t0, t1);
+        int r0 = task % blocks * cut, r1 = r0 + cut < rows ? r0 + cut : rows;
+        product_task(out, ldo, packed, &b, bias, add, r0, r1, task / blocks * NR, columns, depth);
     }
+}
+
+static Factor weight_factor(const Tensor *w, bool by_depth) { return (Factor){w->data, (size_t)w->cols, w->type, by_depth}; }
+
+// packed: room for (L rounded up to MR) * I floats.
+static void matmul(float *out, const float *x, size_t ldx, const Tensor *w, const float *bias, int L, float *packed) {
+    if (L < MATMUL_FEW) matmul_few(out, x, ldx, w, bias, L);
+    else product(out, (size_t)w->rows, (Factor){x, ldx, F32, false}, weight_factor(w, false), bias, false, L, w->rows, w->cols, packed);
+}
+
+// [train] out = x W^T + bias:  d_x (L,I) = d_out W, or += where add; d_W (O,I) += d_out^T x; d_bias (O) += sum over t of d_out. d_out
+// has rows ldo apart, d_x and x rows ldx. packed: room for (L rounded up) * O and for (O rounded up) * L floats.
+static void matmul_backward(float *d_x, float *d_W, float *d_bias, const float *d_out, size_t ldo, const float *x, size_t ldx,
+                            const Tensor *w, bool add, int L, float *packed) {
+    int O = w->rows, I = w->cols;
+    if (d_x) product(d_x, ldx, (Factor){d_out, ldo, F32, false}, weight_factor(w, true), NULL, add, L, I, O, packed);
+    product(d_W, (size_t)I, (Factor){d_out, ldo, F32, true}, (Factor){x, ldx, F32, true}, NULL, true, O, I, L, packed);
+    if (d_bias) sum_rows(d_bias, d_out, ldo, L, O);
 }
 
 // --- conv1d + SiLU: u_t = silu(bias + sum over k of conv[k] x_{t-K+1+k}), each channel by itself, causal: the last tap
@@ -873,6 +1022,44 @@ static void conv1d_silu_step(float *u, float *window, const float *x, const floa
     }
 }
 
+// [train] With c the convolution before SiLU and s = sigmoid(c): d_c = d_u s (1 + c (1 - s)); d_x_t = sum over k of conv[k]
+// d_c_{t+K-1-k}; d_conv[k] += sum over t of d_c_t x_{t-K+1+k}. c is computed again. d_xz has rows 2E apart and gets its first
+// half; d_conv is (E,K) as stored. window (K-1,E), inputs before t = 0, gets its gradient in d_window. d_c (L,E) is scratch.
+static void conv1d_silu_backward(float *d_xz, float *d_conv, float *d_bias, float *d_window, const float *d_u, const float *xz,
+                                 const float *window, const float *conv_t, const float *bias, int L, int E, int K, float *d_c) {
+#pragma omp for
+    for (int block = 0; block < (E + VL - 1) / VL; block++) {
+        int e = block * VL, n = lanes_left(e, E);
+        vec d_b = splat(0);
+        for (int t = 0; t < L; t++) {
+            vec c = bias ? load_n(bias + e, n) : splat(0);
+            for (int k = 0; k < K; k++)
+                c += load_n(conv_t + (size_t)k * E + e, n) * load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
+            vec s = 1.0f / (1.0f + exp_vec(-c)), dc = load_n(d_u + (size_t)t * E + e, n) * s * (1.0f + c * (1.0f - s));
+            store_n(d_c + (size_t)t * E + e, dc, n);
+            d_b += dc;
+        }
+        if (bias) store_n(d_bias + e, load_n(d_bias + e, n) + d_b, n);
+        for (int k = 0; k < K; k++) {
+            float lane[VL];
+            vec sum = splat(0);
+            for (int t = 0; t < L; t++)
+                sum += load_n(d_c + (size_t)t * E + e, n) * load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
+            store(lane, sum);
+            for (int i = 0; i < n; i++) d_conv[(size_t)(e + i) * K + k] += lane[i];
+        }
+        for (int t = 1 - K; t < L; t++) { // inputs before t = 0 are the window's
+            vec dx = splat(0);
+            for (int k = K - 1; k >= 0; k--) {
+                int later = t + K - 1 - k;
+                if (later >= 0 && later < L) dx += load_n(conv_t + (size_t)k * E + e, n) * load_n(d_c + (size_t)later * E + e, n);
+            }
+            if (t >= 0) store_n(d_xz + (size_t)t * 2 * E + e, dx, n);
+            else store_n(d_window + (size_t)(K - 1 + t) * E + e, dx, n);
+        }
+    }
+}
+
 // delta = softplus(dt + dt_bias), in place.
 static void softplus_bias(float *delta, const float *dt_bias, int L, int E) {
 #pragma omp for
@@ -884,6 +1071,17 @@ static void softplus_bias(float *delta, const float *dt_bias, int L, int E) {
         }
 }
 
+// [train] softplus' = sigmoid, and sigmoid(softplus^-1(delta)) = 1 - e^-delta: d_delta becomes d_dt, in place.
+static void softplus_backward(float *d_delta, const float *delta, int L, int E) {
+#pragma omp for
+    for (int t = 0; t < L; t++)
+        for (int e = 0; e < E; e += VL) {
+            int n = lanes_left(e, E);
+            float *p = d_delta + (size_t)t * E + e;
+            store_n(p, load_n(p, n) * one_minus_exp_minus(load_n(delta + (size_t)t * E + e, n)), n);
+        }
+}
+
 // g = y * silu(z), in place of y; z is the second half of xz.
 static void gate(float *y, const float *xz, int L, int E) {
 #pragma omp for
@@ -892,6 +1090,21 @@ static void gate(float *y, const float *xz, int L, int E) {
             int n = lanes_left(e, E);
             float *p = y + (size_t)t * E + e;
             store_n(p, load_n(p, n) * silu_vec(load_n(xz + ((size_t)t * 2 + 1) * E + e, n)), n);
+        }
+}
+
+// [train] d_y = d_g silu(z) and d_z = d_g y silu'(z), the latter into the second half of d_xz; g (L,E) = y silu(z) again, for the
+// gradient of out_proj. d_y may be d_g.
+static void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, const float *y, const float *xz, int L, int E) {
+#pragma omp for
+    for (int t = 0; t < L; t++)
+        for (int e = 0; e < E; e += VL) {
+            int n = lanes_left(e, E);
+            size_t te = (size_t)t * E + e, at_z = ((size_t)t * 2 + 1) * E + e;
+            vec z = load_n(xz + at_z, n), s = 1.0f / (1.0f + exp_vec(-z)), dg = load_n(d_g + te, n), yt = load_n(y + te, n);
+            store_n(d_xz + at_z, dg * yt * s * (1.0f + z * (1.0f - s)), n);
+            store_n(g + te, yt * z * s, n);
+            store_n(d_y + te, dg * z * s, n);
         }
 }
 
@@ -1042,6 +1255,157 @@ static void scan_step(float *y, float *h, const float *u, const float *delta, co
     }
 }
 
+// [train] The scan of B sequences of L tokens each, rows one after the other; h (B,N,E). No state but the last is kept.
+static void scan_sequences(float *y, float *h, const float *u, const float *delta, const float *A_neg, const float *B_ssm,
+                           const float *C_ssm, size_t ld_bc, const float *D_skip, int B, int L, int E, int N) {
+    int blocks = (E + VL - 1) / VL;
+#pragma omp for
+    for (int task = 0; task < B * blocks; task++) {
+        int b = task / blocks, e = task % blocks * VL;
+        size_t row = (size_t)b * L, at = row * E + e;
+        float *state = h + (size_t)b * N * E + e;
+        scan_channels(y + at, state, NULL, state, u + at, delta + at, A_neg + e, B_ssm + row * ld_bc, C_ssm + row * ld_bc, ld_bc,
+                      D_skip + e, L, E, N, lanes_left(e, E));
+    }
+}
+
+// [train] The backward scan. With g_t the gradient of h_t, which flows back through time as g_t = C_t d_y_t + decay_{t+1} g_{t+1}:
+//
+//     d_C_t = sum over e of d_y_t h_t                d_B_t = sum over e of g_t delta_t u_t
+//     d_u_t = D d_y_t + sum over n of g_t delta_t B_t            d_D = sum over t of d_y_t u_t
+//     d_delta_t = sum over n of g_t (decay_t A h_{t-1} + B_t u_t)      d_A = sum over t of g_t decay_t delta_t h_{t-1}
+//
+// and d_A_log = d_A A, since A = -exp(A_log). It needs every h_t, and none was stored. So: walk forward once and keep the state at
+// the start of every SCAN_CHUNK steps; then, from the last chunk to the first, walk the chunk again, now keeping its few states,
+// and walk it backward. Memory O(E N L / SCAN_CHUNK) instead of O(E N L), for two more forward walks.
+//
+// A task is SCAN_SETS vectors of channels and all sequences; d_B and d_C sum over channels, so each task leaves its part, and the
+// parts are added in order. d_u, d_delta, d_B_ssm and d_C_ssm are set (the last two with rows ld_bc apart), d_A_log (E,N) and d_D (E)
+// are added to. h (B,N,E): the states before t = 0; d_h (B,N,E): gradient of the states at the end, becomes that of h. scratch:
+// scan_backward_floats().
+enum { SCAN_CHUNK = 32, SCAN_SETS = 4, SCAN_WIDTH = SCAN_SETS * VL };
+
+static size_t scan_backward_floats(int B, int L, int E, int N) {
+    size_t tasks = ((size_t)E + SCAN_WIDTH - 1) / SCAN_WIDTH, chunks = ((size_t)L + SCAN_CHUNK - 1) / SCAN_CHUNK;
+    return tasks * ((size_t)N * SCAN_WIDTH * (chunks + 2 * SCAN_CHUNK + 3) + (size_t)B * L * 2 * N);
+}
+
+// h_t from h_{t-1} for the task's channels; decay NULL: not kept.
+INLINE void scan_rebuild(float *h, float *decay, const float *before, const float *A, const float *u, const float *delta,
+                         const float *B, int N, int width) {
+    vec dt[SCAN_SETS], dt_u[SCAN_SETS];
+    int sets = (width + VL - 1) / VL;
+    for (int s = 0; s < sets; s++) {
+        dt[s] = load_n(delta + s * VL, lanes_left(s * VL, width));
+        dt_u[s] = dt[s] * load_n(u + s * VL, lanes_left(s * VL, width));
+    }
+    for (int n = 0; n < N; n++)
+        for (int s = 0; s < sets; s++) {
+            size_t at = (size_t)n * SCAN_WIDTH + s * VL;
+            vec a = exp_vec(dt[s] * load(A + at));
+            if (decay) store(decay + at, a);
+            store(h + at, a * load(before + at) + dt_u[s] * B[n]);
+        }
+}
+
+// One step back. g (N,SCAN_WIDTH) is the gradient of h_t without y_t's part on entry, of h_{t-1} on return.
+INLINE void scan_step_backward(float *g, float *d_A, vec *d_D, float *d_u, float *d_delta, float *part, const float *d_y,
+                               const float *u, const float *delta, const float *A, const float *B, const float *C,
+                               const float *D_skip, const float *h, const float *decay, const float *before, int N, int width) {
+    vec dy[SCAN_SETS], dt[SCAN_SETS], ut[SCAN_SETS], d_ut[SCAN_SETS], d_dt[SCAN_SETS];
+    int sets = (width + VL - 1) / VL;
+    for (int s = 0; s < sets; s++) {
+        int e = s * VL, lanes = lanes_left(e, width);
+        dy[s] = load_n(d_y + e, lanes), dt[s] = load_n(delta + e, lanes), ut[s] = load_n(u + e, lanes);
+        d_ut[s] = load_n(D_skip + e, lanes) * dy[s], d_dt[s] = splat(0);
+        d_D[s] += dy[s] * ut[s];
+    }
+    for (int n = 0; n < N; n++) {
+        vec d_B = splat(0), d_C = splat(0);
+        for (int s = 0; s < sets; s++) {
+            size_t at = (size_t)n * SCAN_WIDTH + s * VL;
+            vec gt = load(g + at) + dy[s] * C[n], a = load(decay + at), d_dtA = gt * a * load(before + at), gu = gt * ut[s];
+            d_C += dy[s] * load(h + at);
+            d_B += gu * dt[s];
+            d_dt[s] += d_dtA * load(A + at) + gu * B[n];
+            d_ut[s] += gt * dt[s] * B[n];
+            store(d_A + at, load(d_A + at) + d_dtA * dt[s]);
+            store(g + at, gt * a);
+        }
+        part[n] = sum_lanes(d_B), part[N + n] = sum_lanes(d_C);
+    }
+    for (int s = 0; s < sets; s++) {
+        store_n(d_u + s * VL, d_ut[s], lanes_left(s * VL, width));
+        store_n(d_delta + s * VL, d_dt[s], lanes_left(s * VL, width));
+    }
+}
+
+// (N,E) rows to or from a task's (N,SCAN_WIDTH).
+INLINE void scan_gather(float *to, const float *from, int N, int E, int width) {
+    for (int n = 0; n < N; n++) {
+        memcpy(to + (size_t)n * SCAN_WIDTH, from + (size_t)n * E, (size_t)width * sizeof *to);
+        memset(to + (size_t)n * SCAN_WIDTH + width, 0, (size_t)(SCAN_WIDTH - width) * sizeof *to);
+    }
+}
+
+static void scan_backward(float *d_u, float *d_delta, float *d_B_ssm, float *d_C_ssm, float *d_A_log, float *d_D, float *d_h,
+                          const float *d_y, const float *u, const float *delta, const float *A_neg, const float *B_ssm,
+                          const float *C_ssm, size_t ld_bc, const float *D_skip, const float *h, int B, int L, int E, int N,
+                          float *scratch) {
+    int tasks = (E + SCAN_WIDTH - 1) / SCAN_WIDTH, chunks = (L + SCAN_CHUNK - 1) / SCAN_CHUNK;
+    size_t step = (size_t)N * SCAN_WIDTH, per_task = step * ((size_t)chunks + 2 * SCAN_CHUNK + 3);
+    float *parts = scratch + per_task * tasks; // (tasks, B*L, 2N)
+#pragma omp for
+    for (int task = 0; task < tasks; task++) {
+        int e = task * SCAN_WIDTH, width = E - e < SCAN_WIDTH ? E - e : SCAN_WIDTH;
+        float *starts = scratch + per_task * task, *states = starts + step * chunks, *decays = states + step * SCAN_CHUNK;
+        float *A = decays + step * SCAN_CHUNK, *d_A = A + step, *g = d_A + step;
+        vec d_D_sum[SCAN_SETS];
+        for (int s = 0; s < SCAN_SETS; s++) d_D_sum[s] = splat(0);
+        scan_gather(A, A_neg + e, N, E, width);
+        memset(d_A, 0, step * sizeof *d_A);
+        for (int b = 0; b < B; b++) {
+            size_t row = (size_t)b * L, state = (size_t)b * N * E + e;
+            scan_gather(starts, h + state, N, E, width);
+            scan_gather(g, d_h + state, N, E, width);
+            for (int t = 0; t < (chunks - 1) * SCAN_CHUNK; t++) { // in place, copied on where a chunk starts
+                float *at = starts + step * (t / SCAN_CHUNK + 1);
+                scan_rebuild(at, NULL, t % SCAN_CHUNK ? at : at - step, A, u + (row + t) * E + e, delta + (row + t) * E + e,
+                             B_ssm + (row + t) * ld_bc, N, width);
+            }
+            for (int chunk = chunks - 1; chunk >= 0; chunk--) {
+                int t0 = chunk * SCAN_CHUNK, t1 = L - t0 < SCAN_CHUNK ? L : t0 + SCAN_CHUNK;
+                const float *start = starts + step * chunk;
+                for (int t = t0; t < t1; t++) {
+                    size_t i = t - t0;
+                    scan_rebuild(states + step * i, decays + step * i, i ? states + step * (i - 1) : start, A, u + (row + t) * E + e,
+                                 delta + (row + t) * E + e, B_ssm + (row + t) * ld_bc, N, width);
+                }
+                for (int t = t1 - 1; t >= t0; t--) {
+                    size_t i = t - t0, at = (row + t) * E + e;
+                    scan_step_backward(g, d_A, d_D_sum, d_u + at, d_delta + at, parts + ((size_t)task * B * L + row + t) * 2 * N, d_y + at,
+                                       u + at, delta + at, A, B_ssm + (row + t) * ld_bc, C_ssm + (row + t) * ld_bc, D_skip + e,
+                                       states + step * i, decays + step * i, i ? states + step * (i - 1) : start, N, width);
+                }
+            }
+            for (int n = 0; n < N; n++) memcpy(d_h + state + (size_t)n * E, g + (size_t)n * SCAN_WIDTH, (size_t)width * sizeof *g);
+        }
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < width; i++) d_A_log[(size_t)(e + i) * N + n] += d_A[(size_t)n * SCAN_WIDTH + i] * A[(size_t)n * SCAN_WIDTH + i];
+        for (int i = 0; i < width; i += VL) store_n(d_D + e + i, load_n(d_D + e + i, lanes_left(i, width)) + d_D_sum[i / VL], lanes_left(i, width));
+    }
+#pragma omp for
+    for (int t = 0; t < B * L; t++)
+        for (int n = 0; n < N; n++) {
+            float d_B = 0, d_C = 0;
+            for (int task = 0; task < tasks; task++) {
+                const float *part = parts + ((size_t)task * B * L + t) * 2 * N;
+                d_B += part[n], d_C += part[N + n];
+            }
+            d_B_ssm[(size_t)t * ld_bc + n] = d_B, d_C_ssm[(size_t)t * ld_bc + n] = d_C;
+        }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 7 Model: block, prefill, step
 // A block is  res += out_proj(g)  with  g = scan(silu(conv(x)), selection) * silu(z)  and  [x | z] = in_proj(rmsnorm(res)).
@@ -1149,8 +1513,9 @@ typedef void LogitsVisitor(void *context, const float *logits);
 static void forward(const Model *m, Acts *a, State *s, const int32_t *ids, int L, LogitsVisitor *visit, void *context) {
     const Config *c = &m->config;
     int D = c->D, V = c->V;
-    // A team costs some microseconds a layer; a pass with less work than that runs alone, and gives the same bits.
-    int team = (double)m->n_params * L < 3e5 ? 1 : a->threads;
+    // A small pass runs alone, with the same bits: a team saves it little, and crawls where others use the processors, since a
+    // barrier then waits for a time slice (30 tokens of the tales model: 8 tokens/s by a team, 420 alone).
+    int team = (double)m->n_params * L < 4e6 ? 1 : a->threads;
     (void)team;
 #pragma omp parallel num_threads(team)
     {
@@ -1277,19 +1642,37 @@ static int replace_file(const char *from, const char *to) {
     return rename(from, to);
 }
 
+// Whether path is a regular file or nothing yet. Rename would put a file in the place of /dev/null too.
+static bool is_replaceable(const char *path) {
+#ifdef MAMBA_POSIX
+    struct stat info;
+    return stat(path, &info) != 0 || S_ISREG(info.st_mode);
+#else
+    return path != NULL;
+#endif
+}
+
+// The name beside path under which its new content is written, malloc'd; NULL after fail().
+static char *temporary_name(const char *path) {
+    if (!is_replaceable(path)) return fail("cannot write %s: not a regular file", path), NULL;
+    char *name = malloc(strlen(path) + 5);
+    if (!name) return fail("out of memory: the name of %s", path), NULL;
+    sprintf(name, "%s.tmp", path);
+    return name;
+}
+
 // Writes beside the target and renames, so that a failure leaves an older file whole. 0, or -1 after fail().
 int mamba_state_save(const Model *m, const State *s, const char *path) {
     size_t bytes = s->floats * sizeof(float);
-    char *temporary = malloc(strlen(path) + 5);
-    float *data = malloc(bytes);
+    char *temporary = temporary_name(path);
+    float *data = temporary ? malloc(bytes) : NULL;
     int result = -1;
-    if (!temporary || !data) fail("out of memory: saving a state of %zu bytes", bytes);
-    else {
+    if (temporary && !data) fail("out of memory: saving a state of %zu bytes", bytes);
+    else if (data) {
         unsigned char header[STATE_HEADER];
         memcpy(data, s->data, bytes);
         fix_endian(data, bytes, sizeof(float));
         state_header(header, m, s, crc32_of(0, data, bytes));
-        sprintf(temporary, "%s.tmp", path);
         FILE *f = fopen(temporary, "wb");
         if (!f) fail("cannot write state %s: %s", temporary, strerror(errno));
         else {
@@ -1347,7 +1730,378 @@ int mamba_state_load(const Model *m, State *s, const char *path) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 9 Sampling
+// 9 [train] Training: initialisation, loss and backward of the model, AdamW
+// Weights, gradients and the optimizer's two moments are four arenas of one layout, all float32. A pass takes B sequences of L
+// tokens, B * L rows; what a block's backward needs of its forward is kept (Saved), everything else is computed again.
+// Gradients of weights are added to, those of activations are set, except into the residual stream.
+
+typedef struct {
+    uint64_t seed;
+    const Config *config;
+} InitContext;
+
+static void narrow(void *to, size_t i, float value, Type type) { // float32 to storage; f16 only in its normal range
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (type == F32) ((float *)to)[i] = value;
+    else if (type == BF16) ((half *)to)[i] = (half)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    else ((half *)to)[i] = (half)((bits >> 16 & 0x8000) | (fabsf(value) < 0x1p-14f ? 0 : ((bits & 0x7FFFFFFF) - 0x38000000) >> 13));
+}
+
+static double random_normal(uint64_t *state) { // Box-Muller, one of the pair
+    double r = sqrt(-2 * log(1 - random_unit(state)));
+    return r * cos(6.283185307179586 * random_unit(state));
+}
+
+// As the reference implementation starts: dt_bias so that softplus(dt_bias) is log-uniform in [0.001, 0.1], never below 1e-4;
+// A = -1 .. -N; out_proj smaller with depth, so that the residual stream's variance does not grow with it.
+static float initial_value(Init init, int fan_in, int column, int n_layer, uint64_t *random) {
+    double uniform = 2 * random_unit(random) - 1, range = 1 / sqrt((double)fan_in);
+    if (init == INIT_ONES) return 1;
+    if (init == INIT_ZEROS) return 0;
+    if (init == INIT_NORMAL) return (float)(0.02 * random_normal(random));
+    if (init == INIT_OUT) return (float)(uniform * range / sqrt((double)n_layer));
+    if (init == INIT_A_LOG) return logf((float)(column + 1));
+    if (init == INIT_DT_BIAS) {
+        double dt = fmax(exp((uniform + 1) / 2 * log(100)) * 0.001, 1e-4);
+        return (float)(dt + log(-expm1(-dt))); // the inverse of softplus
+    }
+    return (float)(uniform * range); // INIT_LINEAR, INIT_CONV, INIT_DT
+}
+
+static void init_tensor(void *context, const TensorInfo *info, Tensor *w) {
+    InitContext *c = context;
+    uint64_t seed = random_u64(&c->seed); // each row has a stream of its own, so that rows can be shared among threads
+    int fan_in = info->init == INIT_CONV ? c->config->K : w->cols; // the conv's bias has the conv's fan-in
+#pragma omp parallel for
+    for (int row = 0; row < w->rows; row++) {
+        uint64_t at = seed ^ (uint64_t)row, random = random_u64(&at); // hashed: neighbouring states are shifted copies of a stream
+        for (int i = 0; i < w->cols; i++)
+            narrow((void *)(uintptr_t)w->data, (size_t)row * (size_t)w->cols + (size_t)i, initial_value(info->init, fan_in, i, c->config->n_layer, &random), w->type);
+    }
+}
+
+// A model of this shape in memory, all weights zero, no tokenizer. NULL after fail().
+static Model *blank_model(const Config *config) {
+    Model *m = calloc(1, sizeof *m);
+    if (!m) return fail("out of memory"), NULL;
+    m->config = *config;
+    m->layer = calloc((size_t)config->n_layer, sizeof *m->layer);
+    m->tensors_bytes = config_tensor_bytes(config);
+    m->weights = m->layer ? alloc_aligned(m->tensors_bytes) : NULL;
+    if (!m->weights) {
+        mamba_free(m);
+        return NULL;
+    }
+    Layout at = {.base = m->weights};
+    each_tensor(m, layout_tensor, &at);
+    m->n_params = at.n_params;
+    if (config->flags & FLAG_TIED) m->head = m->embedding;
+    return m;
+}
+
+Model *mamba_random_model(const Config *config, uint64_t seed) {
+    Model *m = blank_model(config);
+    if (!m) return NULL;
+    InitContext init = {seed, &m->config};
+    each_tensor(m, init_tensor, &init);
+    if (make_derived(m) == 0) return m;
+    mamba_free(m);
+    return NULL;
+}
+
+typedef struct {
+    Tensor **list;
+    int n;
+} TensorList;
+
+static void list_tensor(void *context, const TensorInfo *info, Tensor *w) {
+    TensorList *all = context;
+    (void)info;
+    all->list[all->n++] = w;
+}
+
+// A float32 copy of a model in memory of its own, ready to be trained; its tokenizer stays with the original, which must outlive
+// it. NULL after fail().
+Model *mamba_float_copy(Model *from) {
+    Config config = from->config;
+    config.type = F32;
+    Model *to = blank_model(&config);
+    size_t room = 16 + 16 * (size_t)config.n_layer;
+    TensorList source = {malloc(room * sizeof(Tensor *)), 0}, target = {malloc(room * sizeof(Tensor *)), 0};
+    bool good = to && source.list && target.list;
+    if (good) {
+        each_tensor(from, list_tensor, &source), each_tensor(to, list_tensor, &target);
+        for (int i = 0; i < source.n; i++)
+            for (int row = 0; row < source.list[i]->rows; row++)
+                TYPE_KERNELS[source.list[i]->type].widen((float *)(uintptr_t)tensor_row(target.list[i], row), tensor_row(source.list[i], row), 0,
+                                                         source.list[i]->cols);
+        good = make_derived(to) == 0;
+    }
+    free(source.list), free(target.list);
+    if (good) return to;
+    mamba_free(to);
+    return NULL;
+}
+
+// --- loss and backward
+
+typedef struct { // of one layer: its input, and what its kernels produced; raw is xdb before FalconMamba's norms
+    float *res, *xz, *u, *xdb, *raw, *delta, *y;
+} Saved;
+
+enum { LOSS_ROWS = 128 }; // rows of logits that exist at a time
+
+typedef struct Trainer {
+    Model *model, *gradient;     // gradient: the same tensors, holding d_ of each
+    float *moment, *moment2;     // AdamW's, in the same layout
+    int B, L, threads;           // rows of a pass: B * L
+    uint64_t step;               // optimizer steps taken
+    Saved *saved;                // n_layer + 1: the last has only res
+    float *arena;                // of everything below and in saved
+    float *xn, *g, *d_res, *d_xn, *d_xz, *d_u, *d_delta, *d_y, *d_xdb, *d_c, *scale, *losses, *logits, *packed;
+    float *h0, *h, *d_h, *window0, *window, *d_window, *scan;
+} Trainer;
+
+// Lays the activations out from `at`, or only measures where it is NULL; returns floats.
+static size_t trainer_layout(Trainer *x, float *at) {
+    const Config *c = &x->model->config;
+    size_t T = (size_t)x->B * x->L, D = (size_t)c->D, E = (size_t)c->E, P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V, used = 0;
+    size_t widest = 2 * E > D ? 2 * E : D, NE = (size_t)c->N * E, window = (size_t)(c->K - 1) * E;
+    if (widest < P) widest = P;
+    size_t packed = (T + widest + 2 * MR) * widest, packed_loss = (V + MR + LOSS_ROWS) * (LOSS_ROWS + MR);
+    if (packed < (widest + MR) * (T + MR)) packed = (widest + MR) * (T + MR);
+    if (packed < packed_loss) packed = packed_loss;
+    bool raw = c->flags & FLAG_MIXER_NORM;
+#define TAKE(member, floats) (member) = at ? at + used : NULL, used = size_add(used, ((floats) + 15) / 16 * 16)
+    for (int layer = 0; layer <= c->n_layer; layer++) {
+        Saved none, *s = at ? &x->saved[layer] : &none;
+        TAKE(s->res, T * D);
+        if (layer == c->n_layer) break;
+        TAKE(s->xz, T * 2 * E), TAKE(s->u, T * E), TAKE(s->xdb, T * P), TAKE(s->delta, T * E), TAKE(s->y, T * E);
+        TAKE(s->raw, raw ? T * P : 0);
+    }
+    TAKE(x->xn, T * D), TAKE(x->g, T * E), TAKE(x->d_res, T * D), TAKE(x->d_xn, T * D), TAKE(x->d_xz, T * 2 * E);
+    TAKE(x->d_u, T * E), TAKE(x->d_delta, T * E), TAKE(x->d_y, T * E), TAKE(x->d_xdb, T * P), TAKE(x->d_c, (size_t)x->L * E);
+    TAKE(x->scale, T), TAKE(x->losses, T), TAKE(x->logits, LOSS_ROWS * V), TAKE(x->packed, packed);
+    TAKE(x->h0, x->B * NE), TAKE(x->h, x->B * NE), TAKE(x->d_h, x->B * NE);
+    TAKE(x->window0, window), TAKE(x->window, window), TAKE(x->d_window, window);
+    TAKE(x->scan, scan_backward_floats(x->B, x->L, c->E, c->N));
+#undef TAKE
+    return used;
+}
+
+void mamba_trainer_free(Trainer *x) {
+    if (!x) return;
+    mamba_free(x->gradient);
+    free_aligned(x->moment), free_aligned(x->moment2), free_aligned(x->arena);
+    free(x->saved);
+    free(x);
+}
+
+// Trains m (float32, in memory) in place, B sequences of L tokens a pass. NULL after fail().
+Trainer *mamba_trainer_new(Model *m, int B, int L, int threads) {
+    Trainer *x = calloc(1, sizeof *x);
+    if (!x) return fail("out of memory"), NULL;
+    *x = (Trainer){.model = m, .B = B, .L = L, .threads = threads > 0 ? threads : default_threads()};
+    x->saved = calloc((size_t)m->config.n_layer + 1, sizeof *x->saved);
+    x->gradient = blank_model(&m->config);
+    x->moment = alloc_aligned(m->tensors_bytes), x->moment2 = alloc_aligned(m->tensors_bytes);
+    x->arena = x->saved ? alloc_aligned(size_mul(trainer_layout(x, NULL), sizeof(float))) : NULL;
+    if (!x->saved || !x->gradient || !x->moment || !x->moment2 || !x->arena) {
+        mamba_trainer_free(x);
+        return NULL;
+    }
+    trainer_layout(x, x->arena);
+    return x;
+}
+
+static float *grad(const Tensor *w) { return (float *)(uintptr_t)w->data; } // NULL for an absent bias
+
+// block() for training: T = B * L rows, sequences from zero states, everything that backward needs kept in s[0]; s[1].res is the
+// residual stream after the layer.
+static void block_train(Trainer *x, int layer) {
+    const Config *c = &x->model->config;
+    const Layer *w = &x->model->layer[layer];
+    Saved *s = &x->saved[layer];
+    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, T = x->B * x->L;
+    rmsnorm(x->xn, s->res, f32(&w->norm), c->norm_eps, T, D, (size_t)D);
+    matmul(s->xz, x->xn, (size_t)D, &w->in_proj, f32(&w->in_bias), T, x->packed);
+    for (int b = 0; b < x->B; b++) {
+        size_t row = (size_t)b * x->L;
+#pragma omp single
+        memset(x->window, 0, (size_t)(K - 1) * E * sizeof(float));
+        conv1d_silu(s->u + row * E, x->window, s->xz + row * 2 * E, w->conv_t, f32(&w->conv_bias), x->L, E, K);
+    }
+    matmul(s->xdb, s->u, (size_t)E, &w->x_proj, NULL, T, x->packed);
+    if (c->flags & FLAG_MIXER_NORM) {
+#pragma omp single
+        memcpy(s->raw, s->xdb, (size_t)T * P * sizeof(float));
+        rmsnorm(s->xdb, s->raw, NULL, c->mixer_eps, T, R, (size_t)P);
+        rmsnorm(s->xdb + R, s->raw + R, NULL, c->mixer_eps, T, N, (size_t)P);
+        rmsnorm(s->xdb + R + N, s->raw + R + N, NULL, c->mixer_eps, T, N, (size_t)P);
+    }
+    matmul(s->delta, s->xdb, (size_t)P, &w->dt_proj, NULL, T, x->packed);
+    softplus_bias(s->delta, f32(&w->dt_bias), T, E);
+#pragma omp single
+    memset(x->h, 0, (size_t)x->B * N * E * sizeof(float));
+    scan_sequences(s->y, x->h, s->u, s->delta, w->A_neg, s->xdb + R, s->xdb + R + N, (size_t)P, f32(&w->D_skip), x->B, x->L, E, N);
+#pragma omp single
+    memcpy(x->g, s->y, (size_t)T * E * sizeof(float));
+    gate(x->g, s->xz, T, E);
+    matmul(s[1].res, x->g, (size_t)E, &w->out_proj, f32(&w->out_bias), T, x->packed);
+    add_to(s[1].res, s->res, T, D);
+}
+
+// d_res: the gradient after the layer, becomes that before it.
+static void block_backward(Trainer *x, int layer) {
+    const Config *c = &x->model->config;
+    const Layer *w = &x->model->layer[layer], *d = &x->gradient->layer[layer];
+    const Saved *s = &x->saved[layer];
+    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, T = x->B * x->L;
+    // g = y silu(z), out = out_proj(g): d_g first (in d_y), then g again, which the weight's gradient needs
+    product(x->d_y, (size_t)E, (Factor){x->d_res, (size_t)D, F32, false}, weight_factor(&w->out_proj, true), NULL, false, T, E, D, x->packed);
+    gate_backward(x->d_y, x->d_xz, x->g, x->d_y, s->y, s->xz, T, E);
+    matmul_backward(NULL, grad(&d->out_proj), grad(&d->out_bias), x->d_res, (size_t)D, x->g, (size_t)E, &w->out_proj, false, T, x->packed);
+#pragma omp single
+    memset(x->d_h, 0, (size_t)x->B * N * E * sizeof(float));
+    scan_backward(x->d_u, x->d_delta, x->d_xdb + R, x->d_xdb + R + N, grad(&d->A_log), grad(&d->D_skip), x->d_h, x->d_y, s->u, s->delta,
+                  w->A_neg, s->xdb + R, s->xdb + R + N, (size_t)P, f32(&w->D_skip), x->h0, x->B, x->L, E, N, x->scan);
+    softplus_backward(x->d_delta, s->delta, T, E);
+    sum_rows(grad(&d->dt_bias), x->d_delta, (size_t)E, T, E);
+    matmul_backward(x->d_xdb, grad(&d->dt_proj), NULL, x->d_delta, (size_t)E, s->xdb, (size_t)P, &w->dt_proj, false, T, x->packed);
+    if (c->flags & FLAG_MIXER_NORM)
+        for (int part = 0; part < 3; part++) {
+            int at = part ? R + (part - 1) * N : 0, n = part ? N : R;
+            rmsnorm_backward(x->d_xdb + at, NULL, x->d_xdb + at, s->raw + at, NULL, c->mixer_eps, false, T, n, (size_t)P, x->scale);
+        }
+    matmul_backward(x->d_u, grad(&d->x_proj), NULL, x->d_xdb, (size_t)P, s->u, (size_t)E, &w->x_proj, true, T, x->packed);
+    for (int b = 0; b < x->B; b++) {
+        size_t row = (size_t)b * x->L;
+        conv1d_silu_backward(x->d_xz + row * 2 * E, grad(&d->conv), grad(&d->conv_bias), x->d_window, x->d_u + row * E, s->xz + row * 2 * E,
+                             x->window0, w->conv_t, f32(&w->conv_bias), x->L, E, K, x->d_c);
+    }
+    rmsnorm(x->xn, s->res, f32(&w->norm), c->norm_eps, T, D, (size_t)D);
+    matmul_backward(x->d_xn, grad(&d->in_proj), grad(&d->in_bias), x->d_xz, 2 * (size_t)E, x->xn, (size_t)D, &w->in_proj, false, T, x->packed);
+    rmsnorm_backward(x->d_res, grad(&d->norm), x->d_xn, s->res, f32(&w->norm), c->norm_eps, true, T, D, (size_t)D, x->scale);
+}
+
+// losses[t] = -log p(target), and logits become weight * (p - 1 at the target); zero where the target is -1.
+static void cross_entropy(float *losses, float *logits, const int32_t *targets, float weight, int rows, int V) {
+#pragma omp for
+    for (int t = 0; t < rows; t++) {
+        float *row = logits + (size_t)t * V;
+        double log_sum = targets[t] < 0 ? 0 : log_sum_exp(row, V);
+        losses[t] = targets[t] < 0 ? 0 : (float)(log_sum - (double)row[targets[t]]);
+        for (int v = 0; v < V; v += VL) {
+            int n = lanes_left(v, V);
+            store_n(row + v, targets[t] < 0 ? splat(0) : weight * exp_vec(load_n(row + v, n) - (float)log_sum), n);
+        }
+        if (targets[t] >= 0) row[targets[t]] -= weight;
+    }
+}
+
+// Adds to the gradient that of weight * the sum of -log p(targets), for B * L rows of ids; targets of -1 do not count. Returns
+// the sum of the losses (without weight). backward false: the loss only.
+double mamba_train_pass(Trainer *x, const int32_t *ids, const int32_t *targets, float weight, bool backward) {
+    Model *m = x->model, *d = x->gradient;
+    const Config *c = &m->config;
+    int D = c->D, V = c->V, T = x->B * x->L;
+    Saved *last = &x->saved[c->n_layer];
+    int team = (double)m->n_params * T < 4e6 ? 1 : x->threads;
+    (void)team;
+#pragma omp parallel num_threads(team)
+    {
+        embed(x->saved[0].res, ids, &m->embedding, T);
+        for (int layer = 0; layer < c->n_layer; layer++) block_train(x, layer);
+        rmsnorm(x->xn, last->res, f32(&m->norm_f), c->norm_eps, T, D, (size_t)D);
+        for (int t = 0; t < T; t += LOSS_ROWS) {
+            int rows = T - t < LOSS_ROWS ? T - t : LOSS_ROWS;
+            const float *xn = x->xn + (size_t)t * D;
+            matmul(x->logits, xn, (size_t)D, &m->head, NULL, rows, x->packed);
+            cross_entropy(x->losses + t, x->logits, targets + t, weight, rows, V);
+            if (backward) matmul_backward(x->d_xn + (size_t)t * D, grad(&d->head), NULL, x->logits, (size_t)V, xn, (size_t)D, &m->head, false, rows, x->packed);
+        }
+        if (backward) {
+            rmsnorm_backward(x->d_res, grad(&d->norm_f), x->d_xn, last->res, f32(&m->norm_f), c->norm_eps, false, T, D, (size_t)D, x->scale);
+            for (int layer = c->n_layer - 1; layer >= 0; layer--) block_backward(x, layer);
+            embed_backward(grad(&d->embedding), x->d_res, ids, T, D);
+        }
+    }
+    double sum = 0;
+    for (int t = 0; t < T; t++) sum += (double)x->losses[t];
+    return sum;
+}
+
+// --- AdamW (Loshchilov & Hutter 2019)
+
+typedef struct {
+    float rate, beta1, beta2, epsilon, decay, clip; // clip: largest norm of the gradient of all weights together; 0: none
+} AdamW;
+
+typedef struct {
+    const Trainer *x;
+    const AdamW *how;
+    double squares;         // of all gradients
+    float scale;            // what clipping leaves of them
+    double unbias, unbias2; // 1 - beta^step
+    const float *base;      // of the weights' arena
+    char bad[LABEL];        // first tensor whose gradient is not finite
+} AdamWPass;
+
+static float *beside(const AdamWPass *p, const Tensor *w, float *arena) { return arena + ((const float *)w->data - p->base); }
+
+static void norm_tensor(void *context, const TensorInfo *info, Tensor *w) {
+    AdamWPass *p = context;
+    const float *g = beside(p, w, p->x->gradient->weights);
+    double sum = 0;
+    for (size_t i = 0, n = tensor_elements(w); i < n; i += 4096) { // float lanes within a block, blocks in double
+        vec squares = splat(0);
+        for (size_t k = i; k < n && k < i + 4096; k += VL) {
+            vec v = load_n(g + k, n - k < VL ? (int)(n - k) : VL);
+            squares += v * v;
+        }
+        sum += (double)sum_lanes(squares);
+    }
+    if (!(sum - sum == 0) && !p->bad[0]) tensor_label(p->bad, info);
+    p->squares += sum;
+}
+
+static void adamw_tensor(void *context, const TensorInfo *info, Tensor *w) {
+    AdamWPass *p = context;
+    const AdamW *how = p->how;
+    float *weight = beside(p, w, p->x->model->weights), *g = beside(p, w, p->x->gradient->weights);
+    float *m = beside(p, w, p->x->moment), *v = beside(p, w, p->x->moment2);
+    float keep = info->decays ? 1 - how->rate * how->decay : 1, rate = (float)(how->rate / p->unbias), root = (float)(1 / sqrt(p->unbias2));
+#pragma omp parallel for num_threads(p->x->threads)
+    for (int row = 0; row < w->rows; row++)
+        for (size_t i = (size_t)row * w->cols, end = i + w->cols; i < end; i++) {
+            float gi = g[i] * p->scale;
+            m[i] = how->beta1 * m[i] + (1 - how->beta1) * gi;
+            v[i] = how->beta2 * v[i] + (1 - how->beta2) * gi * gi;
+            weight[i] = weight[i] * keep - rate * m[i] / (sqrtf(v[i]) * root + how->epsilon);
+            g[i] = 0;
+        }
+}
+
+// One step along the gradient, which is cleared. *norm gets its length before clipping. 0, or -1 after fail() with the weights
+// untouched, where a gradient is not finite.
+int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
+    AdamWPass p = {.x = x, .how = how, .scale = 1, .base = x->model->weights};
+    each_tensor(x->model, norm_tensor, &p);
+    *norm = sqrt(p.squares);
+    if (p.bad[0]) return fail("step %llu: the gradient of %s is not finite", (unsigned long long)x->step + 1, p.bad);
+    if (how->clip > 0 && *norm > how->clip) p.scale = (float)(how->clip / (*norm + 1e-6));
+    x->step++;
+    p.unbias = 1 - pow(how->beta1, (double)x->step), p.unbias2 = 1 - pow(how->beta2, (double)x->step);
+    each_tensor(x->model, adamw_tensor, &p);
+    if (x->model->config.flags & FLAG_TIED) x->model->head = x->model->embedding;
+    refresh_derived(x->model);
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 10 Sampling
 // In this order: repeat penalty, temperature, top-k, top-p, min-p, then one draw. Ids that the tokenizer does not know
 // (the padding of a vocabulary) are never drawn. Candidates leave a heap one by one, the likeliest first, so nothing is
 // sorted that will not be used.
@@ -1419,7 +2173,7 @@ int32_t mamba_sample(const Model *m, Acts *a, State *s, const Sampling *how) {
         a->order[n++] = v;
         if (logits[v] > highest) highest = logits[v], likeliest = v;
     }
-    if (likeliest < 0) return fail("no token can be drawn: the tokenizer knows none, or the logits overflow");
+    if (likeliest < 0 || highest > FLT_MAX) return fail("no token can be drawn: the tokenizer knows none, or the logits overflow");
     if (how->temperature == 0) return likeliest;
     double whole = 0;
     for (int i = 0; i < n; i++) { // softmax without its denominator, which the draw divides out
@@ -1457,7 +2211,7 @@ size_t mamba_decode(const Model *m, State *s, int32_t id, unsigned char *out) {
 
 #ifndef MAMBA_NO_MAIN
 // ---------------------------------------------------------------------------------------------------------------------
-// 10 Command line
+// 11 Command line
 // Text goes to stdout, everything about it to stderr. Options are described by a table, which parses them, checks their
 // ranges and prints the help with the defaults.
 
@@ -1607,6 +2361,15 @@ static void catch_interrupt(void) {
     signal(SIGINT, on_interrupt);
 }
 
+// The same for a read that waits: Ctrl-C ends it, where signal() would let it wait on.
+static void catch_interrupt_reading(void) {
+    catch_interrupt();
+#ifdef MAMBA_POSIX
+    struct sigaction action = {.sa_handler = on_interrupt};
+    sigaction(SIGINT, &action, NULL);
+#endif
+}
+
 // --- generate
 
 typedef struct {
@@ -1624,10 +2387,16 @@ typedef struct {
     size_t n, room;
 } Output;
 
-static void output_flush(Output *out) {
-    fwrite(out->held, 1, out->n, stdout);
-    fflush(stdout);
+// Prints n bytes of what is held. 0, or -1 after fail(): without it, -n -1 would write to a full disk for ever.
+static int output_print(const Output *out, size_t n) {
+    if (n) fwrite(out->held, 1, n, stdout);
+    return fflush(stdout) || ferror(stdout) ? fail("stdout: cannot write: %s", strerror(errno)) : 0;
+}
+
+static int output_flush(Output *out) {
+    size_t n = out->n;
     out->n = 0;
+    return output_print(out, n);
 }
 
 // Length of the longest end of text that begins some stop string: the part that cannot be printed yet.
@@ -1643,6 +2412,7 @@ static size_t held_back(const TextList *stop, const char *text, size_t n) {
 
 // Adds bytes, prints what is safe. 1: a stop string appeared; it and what follows it are dropped. -1 after fail().
 static int output_add(Output *out, const unsigned char *bytes, size_t n) {
+    if (n == 0) return 0; // memcpy may not be given the NULL that held starts as
     if (out->n + n > out->room) {
         char *larger = realloc(out->held, (out->n + n) * 2);
         if (!larger) return fail("out of memory: holding back output");
@@ -1658,8 +2428,7 @@ static int output_add(Output *out, const unsigned char *bytes, size_t n) {
     }
     size_t keep = cut == SIZE_MAX ? held_back(out->stop, out->held, out->n) : 0;
     size_t print = cut == SIZE_MAX ? out->n - keep : cut;
-    fwrite(out->held, 1, print, stdout);
-    fflush(stdout);
+    if (output_print(out, print)) return -1;
     memmove(out->held, out->held + print, keep);
     out->n = keep;
     return cut != SIZE_MAX;
@@ -1743,7 +2512,8 @@ static int write_tokens(Session *x, const GenerateOptions *o, bool keep_pending,
         report->n_written++;
     }
     if (!keep_pending && result == 0) result = output_add(&out, text, mamba_decode(x->model, x->state, -1, text));
-    output_flush(&out);
+    if (result == 1) x->state->pending.n = 0; // part of what follows the stop string
+    if (result >= 0 && output_flush(&out)) result = -1;
     free(out.held);
     free(text);
     report->write_seconds = seconds() - start;
@@ -1773,6 +2543,9 @@ static int generate_once(Session *x, const GenerateOptions *o, const char *text,
     else if (x->state->position == 0) result = fail("this model has no end-of-text token to start from: give a prompt");
     free(ids);
     if (result) return -1;
+    unsigned char cut[4]; // a character that the loaded state left unfinished ends where a new text begins
+    size_t n_cut = bytes ? utf8_flush(&x->state->pending, cut) : 0;
+    if (o->n != 0) fwrite(cut, 1, n_cut, stdout);
     if (o->n != 0 && !o->no_echo && bytes) {
         fwrite(text, 1, bytes, stdout);
         fflush(stdout);
@@ -1839,13 +2612,18 @@ static void session_command(Session *x, UndoStack *undo, const char *line) {
         if (mamba_state_save(m, x->state, line + 6)) fprintf(stderr, "mamba: %s\n", error_text);
         else fprintf(stderr, "saved\n");
     } else if (!strncmp(line, "/load ", 6)) {
-        if (undo_push(undo, m, x->state) || mamba_state_load(m, x->state, line + 6)) fprintf(stderr, "mamba: %s\n", error_text);
+        State *before = mamba_state_new(m); // a turn to undo only if the load succeeds
+        if (before) mamba_state_copy(m, before, x->state);
+        if (!before || mamba_state_load(m, x->state, line + 6) || undo_push(undo, m, before)) fprintf(stderr, "mamba: %s\n", error_text);
         else fprintf(stderr, "loaded: %llu tokens\n", (unsigned long long)x->state->position);
+        mamba_state_free(before);
     } else fprintf(stderr, "unknown command '%s' (try /help)\n", line);
 }
 
-static char *read_line(void) { // one line of stdin without its end; NULL at end of input
+// One line of stdin without its end; NULL at end of input (*failed: after fail()). Ctrl-C ends the input too.
+static char *read_line(size_t *length, bool *failed) {
     size_t room = 256, n = 0;
+    *failed = false;
     char *line = malloc(room);
     int byte = EOF;
     while (line && (byte = getchar()) != EOF && byte != '\n') {
@@ -1856,13 +2634,15 @@ static char *read_line(void) { // one line of stdin without its end; NULL at end
         }
         if (line) line[n++] = (char)byte;
     }
-    if (!line) return NULL;
-    if (byte == EOF && n == 0) {
+    if (!line) return *failed = true, fail("stdin: out of memory after %zu bytes of a line", n), NULL;
+    if (byte == EOF && ferror(stdin) && !interrupted) *failed = true, fail("stdin: %s", strerror(errno));
+    if (byte == EOF && (n == 0 || ferror(stdin))) {
         free(line);
         return NULL;
     }
     if (n && line[n - 1] == '\r') n--;
     line[n] = 0;
+    *length = n;
     return line;
 }
 
@@ -1871,11 +2651,15 @@ static int interactive(Session *x, const GenerateOptions *o) {
     int result = 0;
     fprintf(stderr, "%s", SESSION_HELP);
     for (char *line; result == 0; free(line)) {
+        size_t length;
+        bool failed;
         signal(SIGINT, SIG_DFL);
+        if (o->save) catch_interrupt_reading(); // Ctrl-C here leaves, and what there is gets saved
         fprintf(stderr, "> ");
-        line = read_line();
+        line = read_line(&length, &failed);
         if (!line || !strcmp(line, "/quit")) {
             free(line);
+            if (failed) result = -1;
             break;
         }
         const char *text = line[0] == '/' && line[1] == '/' ? line + 1 : line;
@@ -1887,7 +2671,7 @@ static int interactive(Session *x, const GenerateOptions *o) {
         GenerateOptions turn = *o;
         turn.save = NULL, turn.no_echo = true;
         if (undo_push(&undo, x->model, x->state)) result = -1;
-        else if (generate_once(x, &turn, text, strlen(text))) {
+        else if (generate_once(x, &turn, text, length - (size_t)(text - line))) {
             fprintf(stderr, "mamba: %s\n", error_text);
             undo_pop(&undo, x->model, x->state);
         }
@@ -1895,7 +2679,7 @@ static int interactive(Session *x, const GenerateOptions *o) {
         fflush(stdout);
     }
     while (undo.n) mamba_state_free(undo.before[--undo.n]);
-    if (result == 0 && o->save) result = mamba_state_save(x->model, x->state, o->save);
+    if (o->save && mamba_state_save(x->model, x->state, o->save)) result = -1;
     return result;
 }
 
@@ -1903,7 +2687,7 @@ static const char GENERATE_USAGE[] =
     "mamba.c " MAMBA_VERSION ": the Mamba language model in one C file\n\n"
     "  mamba model.bin \"prompt\" [options]   go on with a text; prompt - reads it from stdin, \"\" starts a new text\n"
     "  mamba model.bin [options]            interactive session, the state carries on from line to line\n"
-    "  mamba info | tokenize | eval | logits | bench --help\n";
+    "  mamba info | tokenize | eval | logits | train | bench --help\n";
 
 static int command_generate(int argc, char **argv) {
     GenerateOptions o = {.n = 256, .seed = LONG_MIN, .temperature = 0.8, .top_p = 0.95, .repeat_penalty = 1};
@@ -1938,11 +2722,11 @@ static int command_generate(int argc, char **argv) {
         if (o.seed == LONG_MIN) o.seed = (long)time(NULL), o.clock_seed = true;
         x.state->random = (uint64_t)o.seed;
     }
-    if (result == 0) catch_interrupt();
     if (result == 0 && n == 1) result = interactive(&x, &o);
     else if (result == 0) {
         size_t bytes = strlen(rest[1]);
-        char *text = strcmp(rest[1], "-") ? NULL : read_text("-", &bytes);
+        char *text = strcmp(rest[1], "-") ? NULL : read_text("-", &bytes); // Ctrl-C still ends the program here
+        catch_interrupt();
         if (!text && !strcmp(rest[1], "-")) result = -1;
         else result = generate_once(&x, &o, text ? text : rest[1], bytes);
         free(text);
@@ -1956,32 +2740,36 @@ static int command_generate(int argc, char **argv) {
 static const char INFO_USAGE[] = "mamba info model.bin [--verify]\n\nShows what is in a model file.\n";
 
 typedef struct {
-    char bad[64]; // the first tensor with a value that is not finite
+    char bad[LABEL]; // the first tensor with a value that is not finite
 } Verdict;
 
-static void verify_tensor(void *context, const char *name, int layer, Tensor *w, Init init) {
+static void verify_tensor(void *context, const TensorInfo *info, Tensor *w) {
     Verdict *verdict = context;
     float row[1024];
-    (void)init;
     for (int r = 0; r < w->rows && !verdict->bad[0]; r++)
         for (int from = 0; from < w->cols && !verdict->bad[0]; from += 1024) {
             int n = w->cols - from < 1024 ? w->cols - from : 1024;
             TYPE_KERNELS[w->type].widen(row, tensor_row(w, r), from, n);
             for (int i = 0; i < n && !verdict->bad[0]; i++)
-                if (row[i] - row[i] != 0) {
-                    if (layer < 0) snprintf(verdict->bad, sizeof verdict->bad, "%s", name);
-                    else snprintf(verdict->bad, sizeof verdict->bad, "layer %d %s", layer, name);
+                if (row[i] - row[i] != 0 || (w->type == F16 && fabsf(row[i]) > 65504)) { // f16's infinity and NaN widen to more
+                    tensor_label(verdict->bad, info);
                 }
         }
+}
+
+static void swap_tensor(void *context, const TensorInfo *info, Tensor *w) { // does nothing on a little-endian machine
+    (void)context, (void)info;
+    fix_endian((void *)(uintptr_t)w->data, tensor_bytes(w), type_bytes(w->type));
 }
 
 static int verify(Model *m, const char *path) {
     Verdict verdict = {{0}};
     each_tensor(m, verify_tensor, &verdict);
     if (verdict.bad[0]) return fail("%s: %s holds a value that is not finite", path, verdict.bad);
-    if (!host_is_little_endian()) return fail("--verify needs the bytes as stored: run it on a little-endian machine");
-    if (crc32_of(0, m->file + m->tensors_offset, m->tensors_bytes) != m->tensors_crc)
-        return fail("%s: the checksum of the tensors does not match: the file is damaged", path);
+    each_tensor(m, swap_tensor, NULL); // the checksum is of the bytes as stored
+    uint32_t crc = crc32_of(0, m->file + m->tensors_offset, m->tensors_bytes);
+    each_tensor(m, swap_tensor, NULL);
+    if (crc != m->tensors_crc) return fail("%s: the checksum of the tensors does not match: the file is damaged", path);
     printf("checksums    header, tokenizer and tensors match; every weight is finite\n");
     return 0;
 }
@@ -2070,12 +2858,12 @@ static int command_tokenize(int argc, char **argv) {
     size_t file_bytes = 0, bytes = 0;
     unsigned char *file = file_map(rest[0], &file_bytes, &mapped);
     int result = file ? 0 : -1;
-    if (file && file_bytes >= 4 && !memcmp(file, "mtok", 4)) result = (alone = tokenizer_open(file, file_bytes)) ? 0 : -1;
+    if (file && file_bytes >= 4 && !memcmp(file, "mtok", 4)) result = (alone = tokenizer_open(file, file_bytes)) ? 0 : fail_in(rest[0]);
     else if (file) result = (m = mamba_load(rest[0])) ? 0 : -1;
     char *text = result ? NULL : read_text(rest[1], &bytes);
     const Tokenizer *t = m ? m->tokenizer : alone;
     if (!text) result = -1;
-    else result = decode ? print_decoded(t, text, bytes) : print_ids(t, text, bytes);
+    else if ((result = decode ? print_decoded(t, text, bytes) : print_ids(t, text, bytes))) fail_in(rest[1]);
     free(text);
     if (alone) tokenizer_close(alone);
     if (file) file_unmap(file, file_bytes, mapped);
@@ -2083,10 +2871,46 @@ static int command_tokenize(int argc, char **argv) {
     return result;
 }
 
+// --- [train] the paper's synthetic tasks, made afresh for every step
+
+typedef enum { TASK_NONE, TASK_INDUCTION, TASK_COPYING } Task;
+enum { TASK_VOCAB = 16, COPY_TOKENS = 16 };
+
+static int parse_task(const char *name, Task *task) {
+    *task = !name ? TASK_NONE : !strcmp(name, "induction") ? TASK_INDUCTION : !strcmp(name, "copying") ? TASK_COPYING : TASK_NONE;
+    return name && *task == TASK_NONE ? fail("--task needs induction or copying, not '%s'", name) : 0;
+}
+
+static int task_shortest(Task task) { return task == TASK_COPYING ? 2 * COPY_TOKENS : 4; }
+
+// One sequence of L tokens and, where something is to be predicted, its targets (-1 elsewhere). The paper leaves the layout open:
+//   induction: ids 0..14 at random; the special id 15 stands once at a random place and again at the very end, where the token
+//   that followed it the first time is wanted.
+//   copying: noise is id 0; 16 data tokens of ids 1..14 stand at random places, in their order, before the last 16 places, which
+//   hold the marker 15; at the i-th marker the i-th data token is wanted. L counts all of it.
+static void task_sequence(Task task, int32_t *ids, int32_t *targets, size_t L, uint64_t *random) {
+    for (size_t t = 0; t < L; t++) targets[t] = -1;
+    if (task == TASK_INDUCTION) {
+        for (size_t t = 0; t < L; t++) ids[t] = (int32_t)(random_u64(random) % (TASK_VOCAB - 1));
+        size_t place = random_u64(random) % (L - 2);
+        ids[place] = ids[L - 1] = TASK_VOCAB - 1;
+        targets[L - 1] = ids[place + 1];
+        return;
+    }
+    size_t body = L - COPY_TOKENS, left = COPY_TOKENS;
+    for (size_t t = 0; t < body; t++) { // each set of places is equally likely: take this one with probability left / places
+        bool data = random_u64(random) % (body - t) < left;
+        ids[t] = data ? 1 + (int32_t)(random_u64(random) % (TASK_VOCAB - 2)) : 0;
+        if (data) targets[L - left--] = ids[t];
+    }
+    for (size_t t = body; t < L; t++) ids[t] = TASK_VOCAB - 1;
+}
+
 // --- eval
 
 static const char EVAL_USAGE[] =
-    "mamba eval model.bin FILE|- [--each] [-T N]\n\n"
+    "mamba eval model.bin FILE|- [--each] [-T N]\n"
+    "mamba eval model.bin --task induction|copying [--length L] [--samples S]\n\n"
     "How well the model predicts a text: every token but the first, each from all tokens before it. Prints the number of\n"
     "tokens, the mean negative log-likelihood in nats, the perplexity, and bits per byte of the predicted text.\n";
 
@@ -2097,22 +2921,6 @@ typedef struct {
     double sum;
     bool each;
 } Evaluation;
-
-// log(sum of exp) in float lanes of blocks, summed in double: a vocabulary of 50,000 loses nothing.
-static double log_sum_exp(const float *logits, int V) {
-    float highest = logits[0];
-    for (int v = 1; v < V; v++) highest = logits[v] > highest ? logits[v] : highest;
-    double sum = 0;
-    for (int block = 0; block < V; block += 64 * VL) {
-        vec part = splat(0);
-        int end = V - block < 64 * VL ? V : block + 64 * VL;
-        int v = block;
-        for (; v + VL <= end; v += VL) part += exp_vec(load(logits + v) - highest);
-        sum += (double)sum_lanes(part);
-        for (; v < end; v++) sum += exp((double)(logits[v] - highest));
-    }
-    return highest + log(sum);
-}
 
 static void evaluate(void *context, const float *logits) {
     Evaluation *ev = context;
@@ -2140,10 +2948,58 @@ static int evaluate_ids(Session *x, const int32_t *ids, size_t n, bool each) {
     return 0;
 }
 
+// --- [train] eval --task: accuracy at any length, in memory that does not depend on it (token ids aside)
+
+typedef struct {
+    const int32_t *targets;
+    size_t t, right, wanted;
+    int V;
+} TaskScore;
+
+static void score_task(void *context, const float *logits) {
+    TaskScore *s = context;
+    int32_t target = s->targets[s->t++];
+    if (target < 0) return;
+    int best = 0;
+    for (int v = 1; v < s->V; v++)
+        if (logits[v] > logits[best]) best = v;
+    s->wanted++, s->right += best == target;
+}
+
+static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64_t seed) {
+    if (x->model->config.V < TASK_VOCAB) return fail("the model has %d ids, the tasks need %d", x->model->config.V, TASK_VOCAB);
+    size_t tail = task == TASK_COPYING ? COPY_TOKENS : 1;
+    int32_t *ids = malloc(L * sizeof *ids), *targets = malloc(L * sizeof *ids);
+    uint64_t random = seed ^ 0x6576616C75617465u; // training's generator starts elsewhere
+    TaskScore score = {.targets = targets, .V = x->model->config.V};
+    double start = seconds();
+    int result = ids && targets ? 0 : fail("out of memory: %zu tokens", L);
+    for (size_t i = 0; i < samples && result == 0; i++) {
+        task_sequence(task, ids, targets, L, &random);
+        mamba_state_reset(x->model, x->state);
+        score.t = L - tail;
+        result = mamba_prefill(x->model, x->acts, x->state, ids, L - tail, NULL, NULL);
+        if (result == 0) result = mamba_prefill(x->model, x->acts, x->state, ids + L - tail, tail, score_task, &score);
+    }
+    if (result == 0) { // Wilson's interval
+        double n = (double)score.wanted, p = (double)score.right / n, z = 1.96, middle = (p + z * z / (2 * n)) / (1 + z * z / n);
+        double half_width = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n));
+        printf("length %zu  accuracy %.2f%%  (%zu of %zu, 95%% interval %.2f to %.2f%%)  %.1f s\n", L, 100 * p, score.right, score.wanted,
+               100 * (middle - half_width), 100 * fmin(1, middle + half_width), seconds() - start);
+    }
+    free(ids), free(targets);
+    return result;
+}
+
 static int command_eval(int argc, char **argv) {
     bool each = false;
-    long threads = default_threads();
+    long threads = default_threads(), length = 256, samples = 0, seed = 1;
+    const char *task_name = NULL;
     const Option options[] = {
+        {"--task", "T", "accuracy on induction or copying instead of a text", OPT_TEXT, &task_name, 0, 0},
+        {"--length", "L", "tokens a sequence of the task", OPT_INT, &length, 1, 1 << 30},
+        {"--samples", "S", "sequences of the task; 0: 1024 up to 2^14 tokens, then fewer, 64 from 2^18 on", OPT_INT, &samples, 0, 1e9},
+        {"-s", "SEED", "of the task's sequences, which are never those of training", OPT_INT, &seed, 0, 9e15},
         {"--each", "", "one negative log-likelihood a line on stdout, from the second token on; the summary on stderr",
          OPT_SWITCH, &each, 0, 0},
         {"-T", "N", "threads; the result does not depend on it", OPT_INT, &threads, 1, 1024},
@@ -2151,15 +3007,24 @@ static int command_eval(int argc, char **argv) {
     const char *rest[2];
     if (wants_help(argc, argv)) return print_help(EVAL_USAGE, options, COUNT(options)), 0;
     int n_rest = parse_options(argc, argv, options, COUNT(options), rest, 2);
-    if (n_rest != 2) return n_rest < 0 ? -1 : fail("eval needs a model.bin and a text file");
+    Task task;
+    if (n_rest < 0 || parse_task(task_name, &task)) return -1;
+    if (n_rest != (task ? 1 : 2)) return fail("eval needs a model.bin and a text file, or --task");
+    if (task && length < task_shortest(task)) return fail("--length %ld is too short for --task %s: at least %d", length, task_name, task_shortest(task));
     Session x;
     if (session_open(&x, rest[0], threads)) return -1;
+    if (task) {
+        if (samples == 0) samples = length <= 1 << 14 ? 1024 : length >= 1 << 18 ? 64 : (1 << 24) / length;
+        int result = evaluate_task(&x, task, (size_t)length, (size_t)samples, (uint64_t)seed);
+        session_close(&x);
+        return result;
+    }
     size_t bytes, n = 0;
     int32_t *ids = NULL;
     char *text = read_text(rest[1], &bytes);
-    int result = text ? mamba_encode(x.model, text, bytes, &ids, &n) : -1;
+    int result = text ? 0 : -1;
+    if (text && (mamba_encode(x.model, text, bytes, &ids, &n) || evaluate_ids(&x, ids, n, each))) result = fail_in(rest[1]);
     free(text);
-    if (result == 0) result = evaluate_ids(&x, ids, n, each);
     free(ids);
     session_close(&x);
     return result;
@@ -2225,17 +3090,455 @@ static int command_logits(int argc, char **argv) {
     char *text = !tokens && !strcmp(rest[1], "-") ? read_text("-", &bytes) : NULL;
     int result = tokens ? parse_ids(tokens, &ids, &n) : 0;
     if (!tokens && !strcmp(rest[1], "-") && !text) result = -1;
-    if (!tokens && result == 0) result = mamba_encode(x.model, text ? text : rest[1], bytes, &ids, &n);
+    if (!tokens && result == 0 && mamba_encode(x.model, text ? text : rest[1], bytes, &ids, &n)) result = fail_in("prompt");
     if (result == 0 && n == 0 && start < 0) result = fail("an empty prompt, and no end-of-text token to start from");
     LogitsWriter writer = {.V = x.model->config.V};
     if (result == 0 && check_ids(x.model, n ? ids : &start, n ? n : 1)) result = -1;
-    if (result == 0 && path && !(writer.raw = fopen(path, "wb"))) result = fail("%s: %s", path, strerror(errno));
+    bool special = path && !is_replaceable(path); // /dev/stdout, a pipe: written as it is
+    char *temporary = result == 0 && path && !special ? temporary_name(path) : NULL;
+    if (result == 0 && path && !special && !temporary) result = -1;
+    if (result == 0 && path && !(writer.raw = fopen(special ? path : temporary, "wb"))) result = fail("%s: %s", path, strerror(errno));
     if (result == 0) result = mamba_prefill(x.model, x.acts, x.state, n ? ids : &start, n ? n : 1, all ? write_logits : NULL, &writer);
     if (result == 0 && !all) write_logits(&writer, x.state->logits);
-    if (writer.raw && (ferror(writer.raw) | fclose(writer.raw))) result = fail("%s: cannot write: %s", path, strerror(errno));
+    if (writer.raw && special && ((ferror(writer.raw) | fclose(writer.raw)) && result == 0)) result = fail("%s: cannot write: %s", path, strerror(errno));
+    if (writer.raw && !special && (close_synced(writer.raw) || result || replace_file(temporary, path))) {
+        if (result == 0) result = fail("%s: cannot write: %s", path, strerror(errno));
+        remove(temporary);
+    }
+    free(temporary);
     free(text);
     free(ids);
     session_close(&x);
+    return result;
+}
+
+// --- [train] train
+
+typedef struct {
+    const char *out, *from, *tokenizer, *task_name, *log, *schedule;
+    TextList data;
+    long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, warmup, seed, save_every, eval_every, threads;
+    double rate, min_rate, decay, clip, beta2, held_out;
+    bool resume;
+} TrainOptions;
+
+typedef struct {
+    const TrainOptions *o;
+    Task task;
+    Model *source;            // --from or --tokenizer model: lends its tokenizer
+    Model *model;
+    Trainer *trainer;
+    unsigned char *tokenizer; // blob that goes into the file
+    size_t tokenizer_bytes;
+    int32_t *data;            // all tokens; the last n_held are held out
+    size_t n_data, n_held;
+    int32_t *ids, *targets;   // of one pass
+    uint64_t random;
+    double held_loss, seconds; // last held-out loss; time spent in earlier runs
+    char settings[768];       // what must be the same when a run goes on
+} Training;
+
+enum { CHECKPOINT_HEADER = 1024, CHECKPOINT_VERSION = 1 };
+static const char CHECKPOINT_MAGIC[8] = {'m', 'a', 'm', 'b', 'a', '.', 't', '\n'};
+
+// The 256 bytes before a model's tokenizer and tensors.
+static void model_header(unsigned char *h, const Model *m, const unsigned char *tokenizer, size_t tokenizer_bytes) {
+    const Config *c = &m->config;
+    const int sizes[] = {c->D, c->n_layer, c->V, c->E, c->N, c->K, c->R}, ids[] = {c->bos, c->pad, c->eos[0], c->eos[1], c->eos[2], c->eos[3]};
+    size_t offset = (HEADER_BYTES + tokenizer_bytes + ALIGN - 1) / ALIGN * ALIGN;
+    uint32_t bits[2];
+    memset(h, 0, HEADER_BYTES);
+    memcpy(h, MODEL_MAGIC, sizeof MODEL_MAGIC);
+    put_u32(h + 8, FILE_VERSION), put_u32(h + 12, HEADER_BYTES), put_u32(h + 16, (uint32_t)c->arch), put_u32(h + 20, (uint32_t)c->type);
+    put_u32(h + 24, (uint32_t)c->flags);
+    for (int i = 0; i < 7; i++) put_u32(h + 28 + 4 * i, (uint32_t)sizes[i]);
+    memcpy(bits, &c->norm_eps, 4), memcpy(bits + 1, &c->mixer_eps, 4);
+    put_u32(h + 56, bits[0]), put_u32(h + 60, bits[1]);
+    for (int i = 0; i < 6; i++) put_u32(h + 64 + 4 * i, (uint32_t)ids[i]);
+    put_u64(h + 88, HEADER_BYTES), put_u64(h + 96, tokenizer_bytes), put_u64(h + 104, offset), put_u64(h + 112, m->tensors_bytes);
+    put_u32(h + 120, crc32_of(0, tokenizer, tokenizer_bytes)), put_u32(h + 124, crc32_of(0, m->weights, m->tensors_bytes));
+    put_u32(h + HEADER_BYTES - 4, crc32_of(0, h, HEADER_BYTES - 4));
+}
+
+// Writes pieces to path through a temporary file: an older one stays whole whatever happens. 0, or -1 after fail().
+typedef struct {
+    const void *data;
+    size_t bytes;
+} Piece;
+
+static int write_pieces(const char *path, const Piece *piece, int n) {
+    char *temporary = temporary_name(path);
+    if (!temporary) return -1;
+    FILE *f = fopen(temporary, "wb");
+    int result = f ? 0 : fail("cannot write %s: %s", temporary, strerror(errno));
+    for (int i = 0; i < n && result == 0; i++)
+        if (fwrite(piece[i].data, 1, piece[i].bytes, f) != piece[i].bytes) result = fail("cannot write %s: %s", temporary, strerror(errno));
+    if (f && close_synced(f) && result == 0) result = fail("cannot write %s: %s", temporary, strerror(errno));
+    if (result == 0 && replace_file(temporary, path)) result = fail("cannot rename %s to %s: %s", temporary, path, strerror(errno));
+    if (f && result) remove(temporary);
+    free(temporary);
+    return result;
+}
+
+static const unsigned char ZEROS[ALIGN];
+
+// A model.bin from float32 weights in memory, which must be little-endian at the time.
+static int save_model(const Model *m, const unsigned char *tokenizer, size_t tokenizer_bytes, const char *path) {
+    unsigned char header[HEADER_BYTES];
+    model_header(header, m, tokenizer, tokenizer_bytes);
+    const Piece piece[] = {{header, HEADER_BYTES}, {tokenizer, tokenizer_bytes}, {ZEROS, (ALIGN - tokenizer_bytes % ALIGN) % ALIGN}, {m->weights, m->tensors_bytes}};
+    return write_pieces(path, piece, 4);
+}
+
+// A checkpoint is one file, so that it is of one moment: header, model.bin's header and tokenizer, weights, both moments.
+static int save_checkpoint(const Training *t, const char *path, double spent) {
+    unsigned char h[CHECKPOINT_HEADER] = {0}, model[HEADER_BYTES];
+    const Trainer *x = t->trainer;
+    size_t bytes = t->model->tensors_bytes;
+    uint64_t held, time_bits;
+    memcpy(&held, &t->held_loss, 8), memcpy(&time_bits, &spent, 8);
+    memcpy(h, CHECKPOINT_MAGIC, sizeof CHECKPOINT_MAGIC);
+    put_u32(h + 8, CHECKPOINT_VERSION), put_u32(h + 12, CHECKPOINT_HEADER);
+    put_u64(h + 16, x->step), put_u64(h + 24, t->random), put_u64(h + 32, held), put_u64(h + 40, time_bits), put_u64(h + 48, t->tokenizer_bytes);
+    put_u64(h + 56, bytes);
+    memcpy(h + 128, t->settings, sizeof t->settings);
+    model_header(model, t->model, t->tokenizer, t->tokenizer_bytes);
+    put_u32(h + 64, crc32_of(0, model, HEADER_BYTES)), put_u32(h + 68, crc32_of(0, x->moment, bytes)), put_u32(h + 72, crc32_of(0, x->moment2, bytes));
+    put_u32(h + CHECKPOINT_HEADER - 4, crc32_of(0, h, CHECKPOINT_HEADER - 4));
+    const Piece piece[] = {{h, sizeof h}, {model, HEADER_BYTES}, {t->tokenizer, t->tokenizer_bytes}, {t->model->weights, bytes}, {x->moment, bytes}, {x->moment2, bytes}};
+    return write_pieces(path, piece, 6);
+}
+
+// Numbers in memory to the order of bytes in files, or back: nothing happens on a little-endian machine.
+static void swap_training(const Training *t) {
+    size_t bytes = t->model->tensors_bytes;
+    fix_endian(t->model->weights, bytes, 4), fix_endian(t->trainer->moment, bytes, 4), fix_endian(t->trainer->moment2, bytes, 4);
+}
+
+// Takes up weights, moments, step and generator from a checkpoint of the same run. 0, or -1 after fail().
+static int load_checkpoint(Training *t, const char *path) {
+    size_t size = 0, bytes = t->model->tensors_bytes;
+    bool mapped;
+    unsigned char *h = file_map(path, &size, &mapped);
+    Trainer *x = t->trainer;
+    int result = h ? 0 : -1;
+    if (result == 0 && (size < CHECKPOINT_HEADER || memcmp(h, CHECKPOINT_MAGIC, 8) || u32_at(h + 8) != CHECKPOINT_VERSION))
+        result = fail("%s: not a training checkpoint of this version", path);
+    else if (result == 0 && crc32_of(0, h, CHECKPOINT_HEADER - 4) != u32_at(h + CHECKPOINT_HEADER - 4)) result = fail("%s: the checkpoint is damaged", path);
+    else if (result == 0 && memcmp(h + 128, t->settings, sizeof t->settings))
+        result = fail("%s: the checkpoint is of another run, with%.300s; this one has%.300s", path, (const char *)h + 128, t->settings);
+    else if (result == 0 && (u64_at(h + 48) != t->tokenizer_bytes || u64_at(h + 56) != bytes ||
+                             size != CHECKPOINT_HEADER + HEADER_BYTES + t->tokenizer_bytes + 3 * bytes))
+        result = fail("%s: the checkpoint is truncated or of another model", path);
+    if (result == 0) {
+        const unsigned char *model = h + CHECKPOINT_HEADER, *weights = model + HEADER_BYTES + t->tokenizer_bytes;
+        if (crc32_of(0, model, HEADER_BYTES) != u32_at(h + 64) || crc32_of(0, weights, bytes) != u32_at(model + 124) ||
+            crc32_of(0, weights + bytes, bytes) != u32_at(h + 68) || crc32_of(0, weights + 2 * bytes, bytes) != u32_at(h + 72))
+            result = fail("%s: the checkpoint is damaged", path);
+        else {
+            uint64_t held = u64_at(h + 32), time_bits = u64_at(h + 40);
+            memcpy(t->model->weights, weights, bytes), memcpy(x->moment, weights + bytes, bytes), memcpy(x->moment2, weights + 2 * bytes, bytes);
+            memcpy(&t->held_loss, &held, 8), memcpy(&t->seconds, &time_bits, 8);
+            x->step = u64_at(h + 16), t->random = u64_at(h + 24);
+            swap_training(t);
+            refresh_derived(t->model);
+        }
+    }
+    if (h) file_unmap(h, size, mapped);
+    return result;
+}
+
+// One pass' sequences: fresh ones of a task, or random windows of the training text.
+static void draw_batch(Training *t, int32_t *ids, int32_t *targets, int B, int L) {
+    for (int b = 0; b < B; b++, ids += L, targets += L) {
+        if (t->task) {
+            task_sequence(t->task, ids, targets, (size_t)L, &t->random);
+            continue;
+        }
+        size_t start = random_u64(&t->random) % (t->n_data - t->n_held - (size_t)L);
+        memcpy(ids, t->data + start, (size_t)L * sizeof *ids);
+        memcpy(targets, t->data + start + 1, (size_t)L * sizeof *ids);
+    }
+}
+
+// Mean loss over windows spread evenly over the held-out text; a task's: over sequences of a generator of their own.
+static double held_out_loss(Training *t) {
+    Trainer *x = t->trainer;
+    int L = x->L, B = x->B, passes = (32 + B - 1) / B;
+    size_t counted = 0;
+    double sum = 0;
+    Training other = *t;
+    other.random = (uint64_t)t->o->seed ^ 0x68656C64206F7574u;
+    if (!t->task && t->n_held < (size_t)L + 1) return NAN;
+    for (int pass = 0; pass < passes; pass++) {
+        if (t->task) draw_batch(&other, t->ids, t->targets, B, L);
+        else
+            for (int b = 0; b < B; b++) {
+                size_t start = t->n_data - t->n_held + (t->n_held - (size_t)L - 1) * (size_t)(pass * B + b) / (size_t)(passes * B);
+                memcpy(t->ids + (size_t)b * L, t->data + start, (size_t)L * sizeof *t->ids);
+                memcpy(t->targets + (size_t)b * L, t->data + start + 1, (size_t)L * sizeof *t->ids);
+            }
+        for (int i = 0; i < B * L; i++) counted += t->targets[i] >= 0;
+        sum += mamba_train_pass(x, t->ids, t->targets, 0, false);
+    }
+    return sum / (double)counted;
+}
+
+static double learning_rate(const TrainOptions *o, uint64_t step) { // of step 1, 2, ...
+    if (step <= (uint64_t)o->warmup) return o->rate * (double)step / (double)o->warmup;
+    if (!strcmp(o->schedule, "constant")) return o->rate;
+    double along = (double)(step - (uint64_t)o->warmup) / (double)(o->steps > o->warmup ? o->steps - o->warmup : 1);
+    return o->min_rate + (o->rate - o->min_rate) * 0.5 * (1 + cos(3.141592653589793 * fmin(along, 1)));
+}
+
+// The CSV so far, without lines after `step`: a resumed run writes those again.
+static FILE *open_log(const char *path, uint64_t step) {
+    size_t bytes = 0;
+    char *old = step ? read_text(path, &bytes) : NULL;
+    FILE *f = fopen(path, "wb");
+    if (!f) fail("%s: %s", path, strerror(errno));
+    if (f && !old) fprintf(f, "step,tokens,seconds,loss,held_out,learning_rate,gradient_norm,tokens_per_second\n");
+    for (char *line = old; f && line && *line;) {
+        char *end = strchr(line, '\n');
+        size_t n = end ? (size_t)(end + 1 - line) : 0; // an unfinished line is dropped
+        if (n && (line == old || strtoull(line, NULL, 10) <= step)) fwrite(line, 1, n, f);
+        line = n ? line + n : NULL;
+    }
+    free(old);
+    return f;
+}
+
+static int save_all(const Training *t, const char *checkpoint, double spent) {
+    swap_training(t);
+    int result = save_checkpoint(t, checkpoint, spent);
+    if (result == 0) result = save_model(t->model, t->tokenizer, t->tokenizer_bytes, t->o->out);
+    swap_training(t);
+    return result;
+}
+
+static int train_loop(Training *t, const char *checkpoint) {
+    const TrainOptions *o = t->o;
+    Trainer *x = t->trainer;
+    int rows = x->B * x->L, result = 0;
+    double begun = seconds(), shown = 0, norm = 0, loss = 0;
+    uint64_t first = x->step;
+    FILE *log = open_log(o->log, x->step);
+    if (!log) return -1;
+    catch_interrupt();
+    while (x->step < (uint64_t)o->steps && !interrupted && result == 0) {
+        uint64_t before = t->random;
+        size_t counted = 0;
+        double sum = 0;
+        for (int pass = 0; pass < o->accumulate; pass++) { // what counts is known once all are drawn: draw twice
+            draw_batch(t, t->ids, t->targets, x->B, x->L);
+            for (int i = 0; i < rows; i++) counted += t->targets[i] >= 0;
+        }
+        t->random = before;
+        for (int pass = 0; pass < o->accumulate; pass++) {
+            draw_batch(t, t->ids, t->targets, x->B, x->L);
+            sum += mamba_train_pass(x, t->ids, t->targets, 1.0f / (float)counted, true);
+        }
+        loss = sum / (double)counted;
+        AdamW how = {(float)learning_rate(o, x->step + 1), 0.9f, (float)o->beta2, 1e-8f, (float)o->decay, (float)o->clip};
+        if ((result = mamba_train_step(x, &how, &norm))) {
+            t->random = before;
+            break;
+        }
+        bool last = x->step == (uint64_t)o->steps, evaluate_now = last || x->step % (uint64_t)o->eval_every == 0;
+        if (evaluate_now) t->held_loss = held_out_loss(t);
+        double spent = seconds() - begun, speed = (double)(x->step - first) * rows * o->accumulate / spent;
+        if (evaluate_now) fprintf(log, "%llu,%.0f,%.3f,%.6f,%.6f,%.6g,%.4f,%.1f\n", (unsigned long long)x->step, (double)x->step * rows * o->accumulate, t->seconds + spent, loss, t->held_loss, (double)how.rate, norm, speed);
+        else fprintf(log, "%llu,%.0f,%.3f,%.6f,,%.6g,%.4f,%.1f\n", (unsigned long long)x->step, (double)x->step * rows * o->accumulate, t->seconds + spent, loss, (double)how.rate, norm, speed);
+        if (spent - shown > 1 || evaluate_now) {
+            shown = spent;
+            fprintf(stderr, "step %llu/%ld  loss %.4f  held-out %.4f  %.0f tokens/s  %.0f s left%s", (unsigned long long)x->step, o->steps, loss,
+                    t->held_loss, speed, spent / (double)(x->step - first) * (double)((uint64_t)o->steps - x->step), evaluate_now ? "\n" : "   \r");
+            fflush(log);
+        }
+        if (!last && x->step % (uint64_t)o->save_every == 0) result = save_all(t, checkpoint, t->seconds + spent);
+    }
+    if (fclose(log) && result == 0) result = fail("%s: %s", o->log, strerror(errno));
+    if (result == 0) result = save_all(t, checkpoint, t->seconds + seconds() - begun);
+    if (result == 0 && interrupted) fprintf(stderr, "\ninterrupted after step %llu and saved: the same command with --resume goes on\n", (unsigned long long)x->step);
+    return result;
+}
+
+// The text of all --data files as tokens.
+static int read_data(Training *t, const Tokenizer *tokenizer) {
+    const TrainOptions *o = t->o;
+    for (int i = 0; i < o->data.n; i++) {
+        size_t bytes, n = 0;
+        int32_t *ids = NULL, *all;
+        char *text = read_text(o->data.item[i], &bytes);
+        if (!text) return -1;
+        int bad = tokenizer_encode(tokenizer, text, bytes, &ids, &n);
+        free(text);
+        if (bad) return fail_in(o->data.item[i]);
+        if (!(all = realloc(t->data, (t->n_data + n + 1) * sizeof *all))) return free(ids), fail("out of memory: %zu tokens", t->n_data + n);
+        t->data = all;
+        memcpy(all + t->n_data, ids, n * sizeof *all);
+        t->n_data += n;
+        free(ids);
+    }
+    t->n_held = (size_t)((double)t->n_data * o->held_out);
+    if (t->n_data - t->n_held < (size_t)o->length + 2)
+        return fail("the data has %zu tokens to train on, one window needs %ld: more --data or a smaller --length", t->n_data - t->n_held, o->length + 2);
+    return 0;
+}
+
+static void bytes_blob(unsigned char blob[32], uint32_t n_ids) {
+    memset(blob, 0, 32);
+    memcpy(blob, "mtok", 4);
+    put_u32(blob + 4, 1), put_u32(blob + 20, n_ids);
+}
+
+// The tokenizer's bytes, from --from, or as --tokenizer says. 0, or -1 after fail().
+static int train_tokenizer(Training *t, Tokenizer **tokenizer) {
+    const TrainOptions *o = t->o;
+    unsigned char small[32], *file = NULL;
+    size_t bytes = sizeof small;
+    bool mapped = false;
+    bytes_blob(small, t->task ? TASK_VOCAB : 256);
+    const unsigned char *blob = small;
+    if (t->source) blob = t->source->file + HEADER_BYTES, bytes = t->source->tokenizer_bytes;
+    else if (!t->task && strcmp(o->tokenizer, "bytes")) {
+        if (!(file = file_map(o->tokenizer, &bytes, &mapped))) return -1;
+        size_t size = bytes;
+        blob = file;
+        if (size >= 4 && memcmp(file, "mtok", 4)) { // a model.bin: its tokenizer
+            file_unmap(file, size, mapped), file = NULL;
+            if (!(t->source = mamba_load(o->tokenizer))) return -1;
+            blob = t->source->file + HEADER_BYTES, bytes = t->source->tokenizer_bytes;
+        }
+    }
+    t->tokenizer = malloc(bytes);
+    t->tokenizer_bytes = bytes;
+    if (t->tokenizer) memcpy(t->tokenizer, blob, bytes);
+    if (file) file_unmap(file, bytes, mapped);
+    if (!t->tokenizer) return fail("out of memory: tokenizer");
+    *tokenizer = tokenizer_open(t->tokenizer, bytes);
+    return *tokenizer ? 0 : fail_in(o->tokenizer);
+}
+
+static int train_model(Training *t, const Tokenizer *tokenizer) {
+    const TrainOptions *o = t->o;
+    if (o->from) {
+        if (tokenizer_size(tokenizer) > t->source->config.V) return fail("%s: the tokenizer has more ids than the model", o->from);
+        t->model = mamba_float_copy(t->source);
+        return t->model ? 0 : -1;
+    }
+    Config c = {.type = F32, .flags = FLAG_TIED | FLAG_CONV_BIAS, .D = (int)o->d_model, .n_layer = (int)o->layers, .V = tokenizer_size(tokenizer),
+                .E = (int)(o->d_model * o->expand), .N = (int)o->d_state, .K = (int)o->d_conv, .norm_eps = 1e-5f, .bos = -1, .pad = -1};
+    c.R = (c.D + 15) / 16;
+    for (int i = 0; i < 4; i++) c.eos[i] = -1;
+    int32_t *eos = NULL;
+    size_t n = 0;
+    if (!tokenizer_is_bytes(tokenizer) && tokenizer_encode(tokenizer, "<|endoftext|>", 13, &eos, &n) == 0 && n == 1) c.eos[0] = c.bos = eos[0];
+    free(eos);
+    t->model = mamba_random_model(&c, (uint64_t)o->seed);
+    return t->model ? 0 : -1;
+}
+
+static int train_run(Training *t) {
+    const TrainOptions *o = t->o;
+    Tokenizer *tokenizer = NULL;
+    char *checkpoint = malloc(strlen(o->out) + 8);
+    if (!checkpoint) return fail("out of memory");
+    sprintf(checkpoint, "%s.train", o->out);
+    int result = parse_task(o->task_name, &t->task);
+    if (result == 0 && o->from && !(t->source = mamba_load(o->from))) result = -1;
+    if (result == 0) result = train_tokenizer(t, &tokenizer);
+    if (result == 0 && !t->task) result = read_data(t, tokenizer);
+    if (result == 0) result = train_model(t, tokenizer);
+    if (result == 0) {
+        int B = (int)(o->batch / o->accumulate), L = (int)o->length;
+        const Config *c = &t->model->config;
+        snprintf(t->settings, sizeof t->settings, " task %s, data %zu tokens (checksum %08x), held out %zu, d_model %d, layers %d, d_state %d, d_conv %d, d_inner %d, vocabulary %d, batch %ld, accumulate %ld, length %ld, seed %ld, lr %.9g, schedule %s, warm-up %ld, min lr %.9g, decay %.9g, clip %.9g, beta2 %.9g",
+                 o->task_name ? o->task_name : "none", t->n_data, crc32_of(0, t->data, t->n_data * sizeof *t->data), t->n_held, c->D, c->n_layer, c->N, c->K, c->E, c->V, o->batch,
+                 o->accumulate, o->length, o->seed, o->rate, o->schedule, o->warmup, o->min_rate, o->decay, o->clip, o->beta2);
+        Trainer measure = {.model = t->model, .B = B, .L = L};
+        Saved *none = calloc((size_t)c->n_layer + 1, sizeof *none);
+        measure.saved = none;
+        double activations = 4.0 * (double)trainer_layout(&measure, NULL), weights = (double)t->model->tensors_bytes;
+        free(none);
+        fprintf(stderr, "%zu parameters; memory: weights %.1f MB, gradients %.1f MB, optimizer %.1f MB, activations of %d x %d tokens %.1f MB\n",
+                t->model->n_params, weights / 1e6, weights / 1e6, 2 * weights / 1e6, B, L, activations / 1e6);
+        t->trainer = mamba_trainer_new(t->model, B, L, (int)o->threads);
+        t->ids = malloc((size_t)B * L * sizeof *t->ids), t->targets = malloc((size_t)B * L * sizeof *t->ids);
+        if (!t->trainer) result = -1;
+        else if (!t->ids || !t->targets) result = fail("out of memory: a batch");
+    }
+    t->random = (uint64_t)o->seed * 0x9E3779B97F4A7C15u + 1;
+    t->held_loss = NAN;
+    if (result == 0 && o->resume) result = load_checkpoint(t, checkpoint);
+    if (result == 0) result = train_loop(t, checkpoint);
+    if (result == 0) fprintf(stderr, "wrote %s and %s\n", o->out, checkpoint);
+    if (tokenizer) tokenizer_close(tokenizer);
+    mamba_trainer_free(t->trainer);
+    mamba_free(t->model), mamba_free(t->source);
+    free(t->tokenizer), free(t->data), free(t->ids), free(t->targets), free(checkpoint);
+    return result;
+}
+
+static const char TRAIN_USAGE[] =
+    "mamba train -o out.bin --data FILE [--data FILE ...] [options]\n"
+    "mamba train -o out.bin --task induction|copying [options]\n"
+    "mamba train -o out.bin --from model.bin --data FILE [options]\n\n"
+    "Trains a model on text of your own, on one of the paper's synthetic tasks, or fine-tunes one. Writes out.bin, a model like any\n"
+    "other, out.bin.train, from which --resume goes on bit for bit, and a CSV log. Ctrl-C saves and leaves.\n";
+
+static int command_train(int argc, char **argv) {
+    TrainOptions o = {.tokenizer = "bytes", .schedule = "cosine", .d_model = 128, .layers = 4, .d_state = 16, .d_conv = 4, .expand = 2, .steps = 1000,
+                      .batch = 16, .accumulate = 1, .length = 256, .warmup = 100, .seed = 1, .save_every = 500, .eval_every = 100, .rate = 3e-3,
+                      .min_rate = 1e-5, .decay = 0.1, .clip = 1, .beta2 = 0.95, .held_out = 0.1};
+    o.threads = default_threads();
+    const Option options[] = {
+        {"-o", "FILE", "the model to write", OPT_TEXT, &o.out, 0, 0},
+        {"--data", "FILE", "text to learn; up to 16 files", OPT_LIST, &o.data, 0, 0},
+        {"--tokenizer", "T", "bytes, a model.bin whose vocabulary to use, or a tokenizer file", OPT_TEXT, &o.tokenizer, 0, 0},
+        {"--task", "T", "induction or copying instead of data", OPT_TEXT, &o.task_name, 0, 0},
+        {"--from", "FILE", "start from this model (sizes and tokenizer are its own)", OPT_TEXT, &o.from, 0, 0},
+        {"--resume", "", "go on from out.bin.train", OPT_SWITCH, &o.resume, 0, 0},
+        {"--d-model", "N", "width", OPT_INT, &o.d_model, 1, 16384},
+        {"--layers", "N", "blocks", OPT_INT, &o.layers, 1, 1024},
+        {"--d-state", "N", "states a channel", OPT_INT, &o.d_state, 1, N_MAX},
+        {"--d-conv", "N", "taps of the convolution", OPT_INT, &o.d_conv, 1, 64},
+        {"--expand", "N", "channels of the SSM, in multiples of the width", OPT_INT, &o.expand, 1, 16},
+        {"--steps", "N", "optimizer steps", OPT_INT, &o.steps, 1, 1e9},
+        {"--batch", "N", "sequences a step", OPT_INT, &o.batch, 1, 65536},
+        {"--accumulate", "N", "passes that a step is divided into, for less memory", OPT_INT, &o.accumulate, 1, 65536},
+        {"--length", "N", "tokens a sequence", OPT_INT, &o.length, 1, 1 << 24},
+        {"--lr", "X", "peak learning rate", OPT_REAL, &o.rate, 0, 10},
+        {"--min-lr", "X", "learning rate at the end", OPT_REAL, &o.min_rate, 0, 10},
+        {"--schedule", "S", "cosine or constant, after the warm-up", OPT_TEXT, &o.schedule, 0, 0},
+        {"--warmup", "N", "steps of linear warm-up", OPT_INT, &o.warmup, 0, 1e9},
+        {"--decay", "X", "weight decay of matrices", OPT_REAL, &o.decay, 0, 10},
+        {"--clip", "X", "largest norm of the gradient; 0: off", OPT_REAL, &o.clip, 0, 1e9},
+        {"--beta2", "X", "of AdamW", OPT_REAL, &o.beta2, 0, 0.999999},
+        {"--held-out", "X", "share of the data, at its end, that is never trained on", OPT_REAL, &o.held_out, 0, 0.9},
+        {"--eval-every", "N", "steps between held-out losses", OPT_INT, &o.eval_every, 1, 1e9},
+        {"--save-every", "N", "steps between checkpoints", OPT_INT, &o.save_every, 1, 1e9},
+        {"--log", "FILE", "CSV log; by default out.bin.csv", OPT_TEXT, &o.log, 0, 0},
+        {"-s", "SEED", "fixes everything", OPT_INT, &o.seed, 0, 9e15},
+        {"-T", "N", "threads; the result does not depend on it", OPT_INT, &o.threads, 1, 1024},
+    };
+    const char *rest[1];
+    if (wants_help(argc, argv)) return print_help(TRAIN_USAGE, options, COUNT(options)), 0;
+    int n = parse_options(argc, argv, options, COUNT(options), rest, 0);
+    if (n < 0) return -1;
+    if (!o.out) return fail("train needs -o FILE, the model to write");
+    if ((o.data.n > 0) == (o.task_name != NULL)) return fail("train needs either --data or --task");
+    if (o.batch % o.accumulate) return fail("--batch %ld is not a multiple of --accumulate %ld", o.batch, o.accumulate);
+    if (strcmp(o.schedule, "cosine") && strcmp(o.schedule, "constant")) return fail("--schedule needs cosine or constant, not '%s'", o.schedule);
+    Task task;
+    if (parse_task(o.task_name, &task)) return -1;
+    if (task && o.length < task_shortest(task)) return fail("--length %ld is too short for --task %s: at least %d", o.length, o.task_name, task_shortest(task));
+    if (task && o.from) return fail("--from does not go with --task");
+    char *log = o.log ? NULL : malloc(strlen(o.out) + 5);
+    if (log) sprintf(log, "%s.csv", o.out), o.log = log;
+    Training t = {.o = &o};
+    int result = o.log ? train_run(&t) : fail("out of memory");
+    free(log);
     return result;
 }
 
@@ -2247,64 +3550,6 @@ static const char BENCH_USAGE[] =
     "Tokens per second of prefill and decode, and the share of what the machine could do: of its read bandwidth for\n"
     "decode (every weight is read once a token), of its float32 multiply-add rate for prefill. --shape makes seeded random\n"
     "weights in memory; --scan times the scan alone, cut over channels only and over channels and time.\n";
-
-typedef struct {
-    uint64_t seed;
-    int n_layer;
-} RandomInit;
-
-static void narrow(void *to, size_t i, float value, Type type) { // float32 to storage; f16 only in its normal range
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if (type == F32) ((float *)to)[i] = value;
-    else if (type == BF16) ((half *)to)[i] = (half)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-    else ((half *)to)[i] = (half)((bits >> 16 & 0x8000) | (fabsf(value) < 0x1p-14f ? 0 : ((bits & 0x7FFFFFFF) - 0x38000000) >> 13));
-}
-
-// Values of the magnitudes that a trained model has, so that nothing overflows or turns subnormal while it is timed.
-static void random_tensor(void *context, const char *name, int layer, Tensor *w, Init init) {
-    RandomInit *r = context;
-    (void)name, (void)layer;
-    uint64_t seed = r->seed += 0x632BE59BD9B4E019u;
-    float range = init == INIT_NORMAL ? 0.035f : init == INIT_CONV ? 0.5f : 1.0f / sqrtf((float)w->cols);
-    if (init == INIT_OUT) range /= sqrtf((float)r->n_layer);
-#pragma omp parallel for
-    for (int row = 0; row < w->rows; row++) {
-        uint64_t state = seed + (uint64_t)row * 0x9E3779B97F4A7C15u;
-        random_u64(&state);
-        for (int i = 0; i < w->cols; i++) {
-            float value = range * (float)(2 * random_unit(&state) - 1);
-            if (init == INIT_ONES) value = 1;
-            if (init == INIT_ZEROS) value = 0;
-            if (init == INIT_A_LOG) value = logf((float)(i + 1)); // A = -1 .. -N, the reference's start
-            if (init == INIT_DT_BIAS) {                           // softplus(bias) log-uniform in [0.001, 0.1]
-                float dt = 0.001f * expf((float)(random_unit(&state) * log(100)));
-                value = dt + logf(-expm1f(-dt));
-            }
-            narrow((void *)w->data, (size_t)row * (size_t)w->cols + (size_t)i, value, w->type);
-        }
-    }
-}
-
-static Model *random_model(const Config *config, uint64_t seed) {
-    Model *m = calloc(1, sizeof *m);
-    if (!m) return fail("out of memory"), NULL;
-    m->config = *config;
-    m->layer = calloc((size_t)config->n_layer, sizeof *m->layer);
-    m->tensors_bytes = config_tensor_bytes(config);
-    m->weights = m->layer ? alloc_aligned(m->tensors_bytes) : NULL;
-    if (m->weights) {
-        Layout at = {.base = m->weights};
-        RandomInit random = {seed, config->n_layer};
-        each_tensor(m, layout_tensor, &at);
-        each_tensor(m, random_tensor, &random);
-        m->n_params = at.n_params;
-        m->head = m->embedding;
-        if (make_derived(m) == 0) return m;
-    }
-    mamba_free(m);
-    return NULL;
-}
 
 static int parse_shape(const char *text, const char *dtype, Config *c) {
     static const struct { const char *name; int D, n_layer; } known[] = {
@@ -2420,8 +3665,8 @@ static int bench_model(const Model *m, int threads, int repeats) {
 static int bench_scan(const char *text, int threads, int repeats) {
     int B, E, L, N = 16;
     char extra;
-    if (sscanf(text, "%d,%d,%d%c", &B, &E, &L, &extra) != 3 || B < 1 || E < 1 || L < 1 || (double)B * E * L > 1e9)
-        return fail("--scan needs B,E,L with a product of at most 1e9, not '%s'", text);
+    if (sscanf(text, "%d,%d,%d%c", &B, &E, &L, &extra) != 3 || B < 1 || E < 1 || L < 1 || (double)B * L * ((double)E + 2 * N) > 1e9 || E > 1 << 20)
+        return fail("--scan needs B,E,L with B * L * (E + 32) at most 1e9 and E at most 1048576, not '%s'", text);
     size_t BLE = (size_t)B * E * L, NE = (size_t)N * E;
     float *u = alloc_aligned(BLE * 4), *delta = alloc_aligned(BLE * 4), *y = alloc_aligned(BLE * 4), *A_neg = alloc_aligned(NE * 4);
     float *BC = alloc_aligned((size_t)B * L * 2 * N * 4), *h = alloc_aligned(NE * 4), *skip = alloc_aligned((size_t)E * 4);
@@ -2476,7 +3721,7 @@ static int command_bench(int argc, char **argv) {
     if (scan) return bench_scan(scan, (int)threads, (int)repeats);
     Config c;
     if (shape && parse_shape(shape, dtype, &c)) return -1;
-    Model *m = shape ? random_model(&c, 42) : mamba_load(path);
+    Model *m = shape ? mamba_random_model(&c, 42) : mamba_load(path);
     int result = m ? bench_model(m, (int)threads, (int)repeats) : -1;
     mamba_free(m);
     return result;
@@ -2485,7 +3730,7 @@ static int command_bench(int argc, char **argv) {
 static int run_command(int argc, char **argv) {
     static const struct { const char *name; int (*run)(int, char **); } command[] = {
         {"info", command_info}, {"tokenize", command_tokenize}, {"eval", command_eval},
-        {"logits", command_logits}, {"bench", command_bench}};
+        {"logits", command_logits}, {"train", command_train}, {"bench", command_bench}};
     if (argc > 1 && !strcmp(argv[1], "--version")) return printf("mamba.c %s\n", MAMBA_VERSION), 0;
     for (int i = 0; i < COUNT(command) && argc > 1; i++)
         if (!strcmp(argv[1], command[i].name)) return command[i].run(argc - 1, argv + 1);
@@ -2498,7 +3743,7 @@ int main(int argc, char **argv) {
     _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY); // bytes, not lines
 #endif
     int result = run_command(argc, argv);
-    if (fflush(stdout) || ferror(stdout)) result = fail("stdout: cannot write: %s", strerror(errno));
+    if ((fflush(stdout) || ferror(stdout)) && !result) result = fail("stdout: cannot write: %s", strerror(errno));
     if (result) fprintf(stderr, "mamba: %s\n", error_text);
     return result ? 1 : 0;
 }

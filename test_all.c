@@ -642,9 +642,17 @@ static void test_state(void) {
         mamba_state_copy(x.model, x.state, copy);
     }
     expect(mamba_state_load(other.model, other.state, path) == -1 && strstr(error_text, "shape"), "another model's state is refused");
-    x.model->id ^= 1; // the same shape, but other weights
-    expect(mamba_state_load(x.model, x.state, path) == -1 && strstr(error_text, "another model"), "so is that of a model of the same shape");
-    x.model->id ^= 1;
+    size_t model_bytes;
+    unsigned char *changed = (unsigned char *)read_text("tests/odd.bin", &model_bytes);
+    changed[model_bytes - 1] ^= 1; // the same shape, one weight changed, checksums mended
+    put_u32(changed + 124, crc32_of(0, changed + u64_at(changed + 104), model_bytes - (size_t)u64_at(changed + 104)));
+    put_u32(changed + HEADER_BYTES - 4, crc32_of(0, changed, HEADER_BYTES - 4));
+    write_file("tests/changed.tmp.bin", changed, model_bytes);
+    Session twin = test_session("tests/changed.tmp.bin", 1);
+    expect(mamba_state_load(twin.model, twin.state, path) == -1 && strstr(error_text, "another model"), "so is that of a model of the same shape");
+    session_close(&twin);
+    free(changed);
+    remove("tests/changed.tmp.bin");
     expect(mamba_state_save(x.model, x.state, "tests/no/such/folder/s.bin") == -1, "an unwritable state file is an error");
     expect(mamba_state_load(x.model, x.state, "tests/no-such-file") == -1, "a missing state file is an error");
     size_t bytes;
@@ -756,6 +764,255 @@ static void test_loader(void) {
     test_damaged_models("models/tales.bin", test_everything ? 600 : 40);
     Config huge = {.type = F32, .D = 1 << 20, .n_layer = 1 << 16, .V = 1 << 26, .E = 1 << 20, .N = N_MAX, .K = 1 << 12, .R = 1 << 20};
     expect(config_tensor_bytes(&huge) > (size_t)1 << 40 || sizeof(size_t) < 8, "sizes of a huge config do not wrap");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Gradients: every parameter's against float64 goldens; the scan's, the conv's and those of initial states by central differences
+
+typedef struct {
+    const char *model;
+    int n;
+} GradientCheck;
+
+static void check_gradient(void *context, const TensorInfo *info, Tensor *w) {
+    GradientCheck *c = context;
+    char name[96];
+    const Golden *g = info->layer < 0 ? golden_get("grad.%s", info->name) : golden_get("grad.layer%d.%s", info->layer, info->name);
+    snprintf(name, sizeof name, "%s gradient of %s %d", c->model, info->name, info->layer);
+    if (!g || g->n != tensor_elements(w)) expect(false, name);
+    else check_floats(name, w->data, g->data, g->n, 1e-4);
+    c->n++;
+}
+
+static void test_model_gradients(const char *model) {
+    char path[64];
+    snprintf(path, sizeof path, "tests/%s.gold", model);
+    if (!golden_open(path)) return;
+    snprintf(path, sizeof path, "tests/%s.bin", model);
+    Model *stored = mamba_load(path), *m = mamba_float_copy(stored);
+    int L;
+    int32_t *ids = golden_ids(&L);
+    for (int way = 0; way < 2; way++) { // one sequence; two equal ones, each half the weight
+        int B = 1 + way;
+        Trainer *x = mamba_trainer_new(m, B, L - 1, 2);
+        int32_t *in = malloc(sizeof *in * (size_t)B * (L - 1)), *targets = malloc(sizeof *in * (size_t)B * (L - 1));
+        for (int i = 0; i < B * (L - 1); i++) in[i] = ids[i % (L - 1)], targets[i] = ids[i % (L - 1) + 1];
+        double loss = mamba_train_pass(x, in, targets, 1.0f / (float)(B * (L - 1)), true) / (B * (L - 1)), want = (double)golden_get("loss")->data[0];
+        GradientCheck c = {model, 0};
+        report(fabs(loss - want) <= 1e-5 * want, "loss", "%.7f, want %.7f", loss, want);
+        each_tensor(x->gradient, check_gradient, &c);
+        mamba_trainer_free(x);
+        free(in), free(targets);
+    }
+    free(ids);
+    mamba_free(m), mamba_free(stored);
+    golden_close();
+}
+
+// Central differences: d is the gradient that is checked, x the doubles it belongs to, loss what they are plugged into. A sample
+// of elements; errors relative to the largest gradient in it.
+static void check_differences(const char *name, const float *d, double *x, size_t n, double (*loss)(void *), void *context) {
+    size_t picked = n < 60 ? n : 60;
+    float *got = alloc_aligned((picked + 1) * sizeof *got);
+    double *want = calloc(picked + 1, sizeof *want);
+    for (size_t k = 0; k < picked; k++) {
+        size_t i = picked == n ? k : random_u64(&test_random) % n;
+        double old = x[i], step = 1e-5 * fmax(1, fabs(old)), up, down;
+        x[i] = old + step, up = loss(context);
+        x[i] = old - step, down = loss(context);
+        x[i] = old;
+        got[k] = d[i], want[k] = (up - down) / (2 * step);
+    }
+    check(name, got, want, picked, 1e-4);
+    free_aligned(got), free(want);
+}
+
+typedef struct { // doubles of everything the scan reads, and the weights of the scalar that it is turned into
+    int B, L, E, N;
+    double *u, *delta, *A_log, *BC, *D, *h, *w_y, *w_h;
+} ScanLoss;
+
+static double scan_loss(void *context) {
+    const ScanLoss *s = context;
+    size_t N = (size_t)s->N, E = (size_t)s->E;
+    double loss = 0, *h = malloc(N * E * sizeof *h);
+    for (int b = 0; b < s->B; b++) {
+        memcpy(h, s->h + b * N * E, N * E * sizeof *h);
+        for (int t = 0; t < s->L; t++)
+            for (size_t e = 0, row = (size_t)b * s->L + t; e < E; e++) {
+                double dt = s->delta[row * E + e], u = s->u[row * E + e], y = s->D[e] * u;
+                for (size_t n = 0; n < N; n++) {
+                    h[n * E + e] = exp(-dt * exp(s->A_log[e * N + n])) * h[n * E + e] + dt * s->BC[row * 2 * N + n] * u;
+                    y += s->BC[row * 2 * N + N + n] * h[n * E + e];
+                }
+                loss += s->w_y[row * E + e] * y;
+            }
+        for (size_t i = 0; i < N * E; i++) loss += s->w_h[b * N * E + i] * h[i];
+    }
+    free(h);
+    return loss;
+}
+
+static void test_scan_backward(int B, int L, int E, int N) {
+    size_t BLE = (size_t)B * L * E, NE = (size_t)N * E, BNE = B * NE, bc = (size_t)B * L * 2 * N;
+    float *u = random_floats(BLE, -1, 1), *delta = random_floats(BLE, 0.01f, 0.6f), *A_log = random_floats(NE, -2, 1), *BC = random_floats(bc, -1, 1);
+    float *D = random_floats((size_t)E, -1, 1), *h = random_floats(BNE, -1, 1), *w_y = random_floats(BLE, -1, 1), *d_h = random_floats(BNE, -1, 1);
+    float *d_u = random_floats(BLE, 7, 8), *d_delta = random_floats(BLE, 7, 8), *d_BC = random_floats(bc, 7, 8), *d_A = random_floats(NE, 0, 0);
+    float *d_D = random_floats((size_t)E, 0, 0), *A_neg = random_floats(NE, 0, 0), *scratch = random_floats(scan_backward_floats(B, L, E, N), 7, 8);
+    for (int e = 0; e < E; e++)
+        for (int n = 0; n < N; n++) A_neg[n * E + e] = -expf(A_log[e * N + n]);
+    ScanLoss s = {B, L, E, N, doubles(u, BLE), doubles(delta, BLE), doubles(A_log, NE), doubles(BC, bc), doubles(D, (size_t)E), doubles(h, BNE), doubles(w_y, BLE), doubles(d_h, BNE)};
+    TEAM(scan_backward(d_u, d_delta, d_BC, d_BC + N, d_A, d_D, d_h, w_y, u, delta, A_neg, BC, BC + N, 2 * (size_t)N, D, h, B, L, E, N, scratch))
+    char name[8][80];
+    const char *what[] = {"u", "delta", "A_log", "B and C", "D", "h"};
+    for (int i = 0; i < 6; i++) snprintf(name[i], sizeof name[i], "scan_backward B %d L %d E %d N %d: d_%s", B, L, E, N, what[i]);
+    check_differences(name[0], d_u, s.u, BLE, scan_loss, &s), check_differences(name[1], d_delta, s.delta, BLE, scan_loss, &s);
+    check_differences(name[2], d_A, s.A_log, NE, scan_loss, &s), check_differences(name[3], d_BC, s.BC, bc, scan_loss, &s);
+    check_differences(name[4], d_D, s.D, (size_t)E, scan_loss, &s), check_differences(name[5], d_h, s.h, BNE, scan_loss, &s);
+    free(s.u), free(s.delta), free(s.A_log), free(s.BC), free(s.D), free(s.h), free(s.w_y), free(s.w_h);
+    free_aligned(u), free_aligned(delta), free_aligned(A_log), free_aligned(BC), free_aligned(D), free_aligned(h), free_aligned(w_y), free_aligned(d_h);
+    free_aligned(d_u), free_aligned(d_delta), free_aligned(d_BC), free_aligned(d_A), free_aligned(d_D), free_aligned(A_neg), free_aligned(scratch);
+}
+
+typedef struct {
+    int L, E, K;
+    double *x, *window, *conv, *bias, *w_u; // x (L,E)
+} ConvLoss;
+
+static double conv_loss(void *context) {
+    const ConvLoss *s = context;
+    double loss = 0;
+    for (int t = 0; t < s->L; t++)
+        for (int e = 0; e < s->E; e++) {
+            double sum = s->bias[e];
+            for (int k = 0; k < s->K; k++) {
+                int from = t - s->K + 1 + k;
+                sum += s->conv[e * s->K + k] * (from >= 0 ? s->x[from * s->E + e] : s->window[(s->K - 1 + from) * s->E + e]);
+            }
+            loss += s->w_u[t * s->E + e] * silu_double(sum);
+        }
+    return loss;
+}
+
+static void test_conv_backward(int L, int E, int K) {
+    size_t LE = (size_t)L * E, KE = (size_t)K * E;
+    float *xz = random_floats(2 * LE, -1, 1), *x = random_floats(LE, 0, 0), *window = random_floats(KE, -1, 1), *conv = random_floats(KE, -1, 1);
+    float *conv_t = random_floats(KE, 0, 0), *bias = random_floats((size_t)E, -1, 1), *w_u = random_floats(LE, -1, 1), *d_xz = random_floats(2 * LE, 7, 8);
+    float *d_x = random_floats(LE, 0, 0), *d_conv = random_floats(KE, 0, 0), *d_bias = random_floats((size_t)E, 0, 0), *d_window = random_floats(KE, 7, 8), *d_c = random_floats(LE, 7, 8);
+    for (int e = 0; e < E; e++)
+        for (int k = 0; k < K; k++) conv_t[k * E + e] = conv[e * K + k];
+    for (int t = 0; t < L; t++) memcpy(x + (size_t)t * E, xz + (size_t)t * 2 * E, (size_t)E * sizeof *x);
+    TEAM(conv1d_silu_backward(d_xz, d_conv, d_bias, d_window, w_u, xz, window, conv_t, bias, L, E, K, d_c))
+    for (int t = 0; t < L; t++) memcpy(d_x + (size_t)t * E, d_xz + (size_t)t * 2 * E, (size_t)E * sizeof *x);
+    ConvLoss s = {L, E, K, doubles(x, LE), doubles(window, KE), doubles(conv, KE), doubles(bias, (size_t)E), doubles(w_u, LE)};
+    check_differences("conv1d_silu_backward: d_x", d_x, s.x, LE, conv_loss, &s), check_differences("conv1d_silu_backward: d_conv", d_conv, s.conv, KE, conv_loss, &s);
+    check_differences("conv1d_silu_backward: d_bias", d_bias, s.bias, (size_t)E, conv_loss, &s);
+    if (K > 1) check_differences("conv1d_silu_backward: d_window", d_window, s.window, (size_t)(K - 1) * E, conv_loss, &s);
+    free(s.x), free(s.window), free(s.conv), free(s.bias), free(s.w_u);
+    free_aligned(xz), free_aligned(x), free_aligned(window), free_aligned(conv), free_aligned(conv_t), free_aligned(bias), free_aligned(w_u), free_aligned(d_xz);
+    free_aligned(d_x), free_aligned(d_conv), free_aligned(d_bias), free_aligned(d_window), free_aligned(d_c);
+}
+
+// Ten steps of AdamW with clipping, against PyTorch's on the same batches (dev/make_train_golden.py).
+static void check_final(void *context, const TensorInfo *info, Tensor *w) {
+    GradientCheck *c = context;
+    char name[96];
+    const Golden *g = info->layer < 0 ? golden_get("final.%s", info->name) : golden_get("final.layer%d.%s", info->layer, info->name);
+    snprintf(name, sizeof name, "%s after 10 steps: %s %d", c->model, info->name, info->layer);
+    if (!g || g->n != tensor_elements(w)) expect(false, name);
+    else check_floats(name, w->data, g->data, g->n, 1e-4);
+}
+
+static void test_adamw(const char *model) {
+    char path[64], name[96];
+    snprintf(path, sizeof path, "tests/%s-train.gold", model);
+    if (!golden_open(path)) return;
+    snprintf(path, sizeof path, "tests/%s.bin", model);
+    Model *stored = mamba_load(path), *m = mamba_float_copy(stored);
+    const Golden *ids = golden_get("ids"), *losses = golden_get("losses"), *norms = golden_get("norms");
+    int steps = (int)ids->dims[0], B = (int)ids->dims[1], L = (int)ids->dims[2] - 1;
+    Trainer *x = mamba_trainer_new(m, B, L, 2);
+    int32_t *in = malloc(sizeof *in * (size_t)B * L), *targets = malloc(sizeof *in * (size_t)B * L);
+    float *got = alloc_aligned(sizeof *got * (size_t)steps), *got_norms = alloc_aligned(sizeof *got * (size_t)steps);
+    for (int step = 0; step < steps; step++) {
+        for (int i = 0; i < B * L; i++) {
+            size_t at = ((size_t)step * B + i / L) * (L + 1) + i % L;
+            in[i] = (int32_t)ids->data[at], targets[i] = (int32_t)ids->data[at + 1];
+        }
+        double norm = 0;
+        got[step] = (float)(mamba_train_pass(x, in, targets, 1.0f / (float)(B * L), true) / (B * L));
+        expect(mamba_train_step(x, &(AdamW){3e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 1}, &norm) == 0, "a step");
+        got_norms[step] = (float)norm;
+    }
+    snprintf(name, sizeof name, "%s: ten losses of AdamW", model);
+    check_floats(name, got, losses->data, losses->n, 1e-4);
+    snprintf(name, sizeof name, "%s: ten norms of the gradient", model);
+    check_floats(name, got_norms, norms->data, norms->n, 1e-4);
+    GradientCheck c = {model, 0};
+    each_tensor(m, check_final, &c);
+    mamba_trainer_free(x);
+    free(in), free(targets), free_aligned(got), free_aligned(got_norms);
+    mamba_free(m), mamba_free(stored);
+    golden_close();
+}
+
+// Fresh weights: what the reference's own initialisation promises.
+static void test_initialisation(void) {
+    Config c;
+    parse_shape("64,2,300", "f32", &c);
+    Model *m = mamba_random_model(&c, 3), *again = mamba_random_model(&c, 3), *other = mamba_random_model(&c, 4);
+    double lowest = 1, highest = 0, mean = 0, square = 0;
+    bool A_good = true, D_good = true;
+    for (int layer = 0; layer < 2; layer++)
+        for (int e = 0; e < c.E; e++) {
+            double dt = softplus_double((double)f32(&m->layer[layer].dt_bias)[e]);
+            lowest = fmin(lowest, dt), highest = fmax(highest, dt);
+            D_good &= f32(&m->layer[layer].D_skip)[e] == 1;
+            for (int n = 0; n < c.N; n++) A_good &= fabs(exp((double)f32(&m->layer[layer].A_log)[e * c.N + n]) - (n + 1)) < 1e-4;
+        }
+    for (size_t i = 0; i < 300 * 64; i++) mean += f32(&m->embedding)[i], square += (double)f32(&m->embedding)[i] * f32(&m->embedding)[i];
+    report(lowest >= 0.00099 && highest <= 0.1001 && lowest < 0.0015 && highest > 0.07, "softplus(dt_bias) spans [0.001, 0.1]", "%.5f to %.5f", lowest, highest);
+    expect(A_good && D_good, "A is -1 to -N and D is 1");
+    report(fabs(sqrt(square / 19200) - 0.02) < 0.0006 && fabs(mean / 19200) < 0.0006, "embedding's deviation is 0.02", "%.5f", sqrt(square / 19200));
+    expect(!memcmp(m->weights, again->weights, m->tensors_bytes) && memcmp(m->weights, other->weights, m->tensors_bytes), "the seed fixes the weights");
+    mamba_free(m), mamba_free(again), mamba_free(other);
+}
+
+static void test_masked_loss(void) { // masked rows add nothing, neither to the loss nor to a gradient
+    Config c;
+    parse_shape("16,1,20", "f32", &c);
+    Model *m = mamba_random_model(&c, 1);
+    Trainer *x = mamba_trainer_new(m, 1, 6, 1);
+    const int32_t ids[6] = {1, 2, 3, 4, 5, 6}, masked[6] = {-1, -1, -1, -1, -1, -1}, one[6] = {-1, -1, 7, -1, -1, -1};
+    double none = mamba_train_pass(x, ids, masked, 1, true), norm = 1, single;
+    AdamWPass p = {.x = x, .base = m->weights};
+    each_tensor(m, norm_tensor, &p);
+    norm = p.squares;
+    single = mamba_train_pass(x, ids, one, 1, false);
+    State *s = mamba_state_new(m);
+    Acts *a = mamba_acts_new(m, 1);
+    mamba_prefill(m, a, s, ids, 3, NULL, NULL);
+    double want = log_sum_exp(s->logits, 20) - s->logits[7];
+    report(none == 0 && norm == 0 && fabs(single - want) < 1e-5, "masked positions do not count", "%.6f, want %.6f", single, want);
+    ((float *)(uintptr_t)m->layer[0].conv.data)[0] = NAN;
+    refresh_derived(m);
+    mamba_train_pass(x, ids, one, 1, true);
+    float before = f32(&m->embedding)[0];
+    expect(mamba_train_step(x, &(AdamW){1, 0.9f, 0.95f, 1e-8f, 0, 1}, &norm) == -1 && strstr(error_text, "not finite") && f32(&m->embedding)[0] == before,
+           "a NaN stops the run, names a tensor, and leaves the weights");
+    mamba_state_free(s), mamba_acts_free(a), mamba_trainer_free(x), mamba_free(m);
+}
+
+static void test_gradients(void) {
+    for (team = 1; team <= 3; team += 2) {
+        test_scan_backward(1, 1, 1, 1), test_scan_backward(2, SCAN_CHUNK + 1, 5, 3), test_scan_backward(1, 3 * SCAN_CHUNK, SCAN_WIDTH + 3, 4);
+        test_scan_backward(3, 2 * SCAN_CHUNK - 1, 2 * SCAN_WIDTH, 2);
+        test_conv_backward(1, 3, 4), test_conv_backward(2, VL + 1, 4), test_conv_backward(17, 2 * VL, 1), test_conv_backward(9, 5, 3);
+    }
+    team = 1;
+    test_adamw("plain"), test_adamw("odd"), test_adamw("falcon");
+    test_initialisation(), test_masked_loss();
+    test_model_gradients("plain"), test_model_gradients("odd"), test_model_gradients("falcon");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -965,7 +1222,7 @@ static void test_command_line(void) {
 
 int main(int argc, char **argv) {
     const struct { const char *name; void (*run)(void); } group[] = {
-        {"vectors", test_vectors}, {"kernels", test_kernels}, {"scan", test_scan}, {"model", test_model}, {"state", test_state},
+        {"vectors", test_vectors}, {"kernels", test_kernels}, {"scan", test_scan}, {"model", test_model}, {"gradients", test_gradients}, {"state", test_state},
         {"loader", test_loader}, {"tokenizer", test_tokenizer}, {"sampler", test_sampler}, {"command line", test_command_line}};
     const char *only = NULL;
     for (int i = 1; i < argc; i++) {

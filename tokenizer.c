@@ -710,8 +710,8 @@ static void tokenizer_close(Tokenizer *t) {
 static int open_blob(Tokenizer *t, size_t bytes) {
     size_t at = 32;
     if (t->kind == TOKENIZER_BYTES) {
-        if (bytes == 32 && !t->flags && !t->pretokenizer && t->n_ids == 256 && !t->n_merges && !t->n_added) return 0;
-        return fail("tokenizer: a bytes tokenizer has no settings and 32 bytes");
+        if (bytes == 32 && !t->flags && !t->pretokenizer && t->n_ids >= 1 && t->n_ids <= 256 && !t->n_merges && !t->n_added) return 0;
+        return fail("tokenizer: a bytes tokenizer has 1 to 256 ids, no settings and 32 bytes");
     }
     if (t->kind != TOKENIZER_BPE) return fail("tokenizer: unknown kind %u", t->kind);
     if (t->pretokenizer != SPLIT_GPT2 && t->pretokenizer != SPLIT_FALCON)
@@ -1041,7 +1041,10 @@ static int tokenizer_encode(const Tokenizer *t, const char *text, size_t bytes, 
         return fail("tokenizer: out of memory (%zu ids)", e.capacity);
     int status = 0;
     if (t->kind == TOKENIZER_BYTES) {
-        for (size_t i = 0; i < bytes; i++) e.ids[i] = s[i];
+        for (size_t i = 0; i < bytes && status == 0; i++) {
+            if (s[i] >= t->n_ids) status = fail("byte %zu is %u, and this model knows only bytes below %u", i, s[i], t->n_ids);
+            e.ids[i] = s[i];
+        }
         e.n_ids = bytes;
     } else if (bytes > 0) {
         if (bytes >= CACHE_FROM) e.cache = calloc(CACHE_SLOTS, sizeof *e.cache);    // NULL only means slower

@@ -1,0 +1,108 @@
+#!/bin/sh
+# tests/test_train.sh ./mamba [all]: training as a user meets it. Nothing is ever lost: a run killed at any moment goes on
+# from its checkpoint to the same bits. The last line is `N passed, N failed, N skipped`.
+mamba=${1:-./mamba}
+case $mamba in /*) ;; *) mamba=$(pwd)/$mamba ;; esac
+everything=$2
+root=$(pwd)
+dir=$(mktemp -d) || exit 1
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+
+ok()   { passed=$((passed + 1)); echo "ok   $1"; }
+bad()  { failed=$((failed + 1)); echo "FAIL $1"; [ -z "$2" ] || printf '     %s\n' "$2"; }
+same_file() { if cmp -s "$2" "$3"; then ok "$1"; else bad "$1" "$2 and $3 differ"; fi; }
+fails() { # fails NAME WORD ARGUMENTS of train
+    name=$1 word=$2
+    shift 2
+    if "$mamba" train "$@" > "$dir/out" 2> "$dir/err" < /dev/null; then bad "$name" "it succeeded"
+    elif grep -qF -- "$word" "$dir/err"; then ok "$name"
+    else bad "$name" "stderr: $(cat "$dir/err")"; fi
+}
+
+cp "$root/README.md" "$dir/text"
+cp "$root/models/tales.bin" "$dir/tales.bin"
+cd "$dir" || exit 1
+small="--data text --steps 24 --batch 4 --length 40 --d-model 24 --layers 2 --d-state 5 --save-every 3 --eval-every 8 --warmup 4"
+
+"$mamba" train -o whole.bin $small -T 1 2> err && ok "a run" || bad "a run" "$(cat err)"
+"$mamba" train -o two.bin $small -T 2 2> /dev/null
+same_file "any number of threads trains the same bits" two.bin whole.bin
+"$mamba" train -o seed.bin $small -s 2 2> /dev/null
+if cmp -s seed.bin whole.bin; then bad "another seed, other weights"; else ok "another seed, other weights"; fi
+"$mamba" train -o acc.bin $small --accumulate 2 2> /dev/null
+loss() { tail -n 1 "$1" | cut -d, -f4; }
+awk -v a="$(loss acc.bin.csv)" -v b="$(loss whole.bin.csv)" 'BEGIN { d = a - b; exit !(d < 1e-3 && d > -1e-3) }' && ok "accumulation gives the same losses" || bad "accumulation gives the same losses" "$(loss acc.bin.csv) and $(loss whole.bin.csv)"
+[ "$(wc -l < whole.bin.csv | tr -d ' ')" = 25 ] && ok "the log has a line a step" || bad "the log has a line a step"
+"$mamba" info whole.bin --verify > /dev/null 2> err && ok "info --verify of what was trained" || bad "info --verify of what was trained" "$(cat err)"
+"$mamba" whole.bin "The " -n 5 -t 0 > out 2> err && ok "it writes" || bad "it writes" "$(cat err)"
+"$mamba" eval whole.bin text > out 2> err && ok "it can be evaluated" || bad "it can be evaluated" "$(cat err)"
+first=$(sed -n 2p whole.bin.csv | cut -d, -f4)
+awk -v a="$first" -v b="$(loss whole.bin.csv)" 'BEGIN { exit !(b < a - 0.5 && a < 6) }' && ok "the loss falls: $first to $(loss whole.bin.csv)" || bad "the loss falls" "$first to $(loss whole.bin.csv)"
+
+# --- resume
+"$mamba" train -o part.bin $small 2> err & # interrupted
+pid=$!
+i=0
+while [ ! -s part.bin.train ] && [ $i -lt 200 ]; do sleep 0.02; i=$((i + 1)); done
+kill -INT $pid 2> /dev/null
+wait $pid
+status=$?
+[ $status -eq 0 ] && ok "SIGINT saves and leaves" || bad "SIGINT saves and leaves" "status $status, $(cat err)"
+"$mamba" train -o part.bin $small --resume 2> err || bad "resume" "$(cat err)"
+same_file "a run interrupted and resumed" part.bin whole.bin
+cut -d, -f1,4,5 part.bin.csv > a.csv; cut -d, -f1,4,5 whole.bin.csv > b.csv
+same_file "its log is that of the whole run" a.csv b.csv
+
+kills=3
+[ "$everything" = all ] && kills=20
+k=0 wrong=0
+while [ $k -lt $kills ]; do
+    rm -f killed.bin*
+    "$mamba" train -o killed.bin $small 2> /dev/null &
+    pid=$!
+    # anywhere in the run: a different hundredth of a second each time
+    sleep "0.$(awk -v k=$k 'BEGIN { srand(k + 11); printf "%03d", int(rand() * 400) }')"
+    kill -KILL $pid 2> /dev/null
+    wait $pid 2> /dev/null
+    if [ -s killed.bin.train ]; then "$mamba" train -o killed.bin $small --resume 2> err
+    else "$mamba" train -o killed.bin $small 2> err; fi
+    cmp -s killed.bin whole.bin || { wrong=$((wrong + 1)); cat err; }
+    k=$((k + 1))
+done
+[ $wrong -eq 0 ] && ok "killed $kills times anywhere, always the same bits in the end" || bad "killed $kills times" "$wrong times other bits"
+
+# --- from a model, its vocabulary, tasks
+"$mamba" train -o tuned.bin --from tales.bin --data text --steps 2 --batch 1 --length 20 2> err && "$mamba" tuned.bin "Once" -n 3 > out 2>> err && ok "fine-tuning a bf16 model" || bad "fine-tuning a bf16 model" "$(cat err)"
+"$mamba" train -o vocabulary.bin --tokenizer tales.bin --data text --steps 2 --batch 1 --length 20 --d-model 16 --layers 1 2> err && "$mamba" tokenize vocabulary.bin text > a.ids && "$mamba" tokenize tales.bin text > b.ids && same_file "another model's vocabulary" a.ids b.ids || bad "another model's vocabulary" "$(cat err)"
+for task in induction copying; do
+    "$mamba" train -o $task.bin --task $task --steps 3 --batch 2 --length 40 --d-model 16 --layers 1 2> err && "$mamba" eval $task.bin --task $task --length 100 --samples 50 > out 2>> err && grep -q "^length 100  accuracy" out && ok "task $task" || bad "task $task" "$(cat err)"
+done
+
+# --- errors
+fails "no output" "-o" --data text
+fails "nothing to learn" "--data or --task" -o x.bin
+fails "no such text" "no-such" -o x.bin --data no-such
+fails "a text too short" "--length" -o x.bin --data text --length 1000000
+fails "an unknown task" "--task" -o x.bin --task juggling
+fails "a task too short" "--length" -o x.bin --task copying --length 20
+fails "accumulate does not divide" "--accumulate" -o x.bin --data text --batch 3 --accumulate 2
+fails "an unknown schedule" "--schedule" -o x.bin --data text --schedule linear
+fails "an unwritable folder" "no/such" -o no/such/x.bin --data text --steps 1
+fails "resume without a checkpoint" "x.bin.train" -o x.bin $small --resume
+cp part.bin.train y.bin.train
+fails "resume of another run" "another run" -o y.bin $small --lr 0.5 --resume
+head -c 5000 part.bin.train > z.bin.train
+fails "a truncated checkpoint" "z.bin.train" -o z.bin $small --resume
+cp part.bin.train w.bin.train
+printf 'XXXX' | dd of=w.bin.train bs=1 seek=60000 conv=notrunc 2> /dev/null
+fails "a damaged checkpoint" "damaged" -o w.bin $small --resume
+cp part.bin.train before.train
+"$mamba" train -o part.bin $small --lr 1e30 --clip 0 --resume 2> err
+same_file "a refused run leaves the checkpoint whole" part.bin.train before.train
+"$mamba" train -o nan.bin --data text --steps 50 --batch 2 --length 40 --d-model 16 --layers 1 --lr 10 --clip 0 --decay 10 --warmup 0 --save-every 1 2> err
+status=$?
+if [ $status -eq 0 ] || grep -q "not finite" err; then ok "divergence is named, or survived"; else bad "divergence" "$(cat err)"; fi
+
+echo "$passed passed, $failed failed, 0 skipped"
+[ $failed -eq 0 ] && [ $passed -gt 0 ]
