@@ -309,7 +309,8 @@ INLINE vec softplus_vec(vec x) {
 
 // 1 - e^-x for x >= 0, the derivative of softplus where softplus is x. Below 1/4 by its series: the difference would cancel.
 INLINE vec one_minus_exp_minus(vec x) {
-    vec series = x * (1.0f - x * (0.5f - x * (0.166666667f - x * (0.0416666667f - x * (0.00833333333f - x * 0.00138888889f)))));
+    vec series =
+        x * (1.0f - x * (0.5f - x * (0.166666667f - x * (0.0416666667f - x * (0.00833333333f - x * 0.00138888889f)))));
     return choose(MASK(x < 0.25f), series, 1.0f - exp_vec(-x));
 }
 
@@ -339,6 +340,7 @@ typedef struct { // (rows, cols), row-major; a vector has one column
     Type type;
 } Tensor;
 
+// clang-format off
 typedef enum { INIT_ONES, INIT_ZEROS, INIT_NORMAL, INIT_LINEAR, INIT_OUT, INIT_CONV, INIT_DT, INIT_DT_BIAS, INIT_A_LOG } Init;
 
 //    name       rows           cols   stored   initialised   decays present when
@@ -361,6 +363,8 @@ typedef enum { INIT_ONES, INIT_ZEROS, INIT_NORMAL, INIT_LINEAR, INIT_OUT, INIT_C
     X(norm_f,    c->D,          1,     F32,     INIT_ONES,    false, true) \
     X(head,      c->V,          c->D,  c->type, INIT_LINEAR,  true,  !(c->flags & FLAG_TIED))
 
+// clang-format on
+
 #define DECLARE(name, rows, cols, type, init, decays, present) Tensor name;
 typedef struct {
     TENSORS_LAYER(DECLARE)
@@ -374,7 +378,7 @@ typedef struct Model {
     TENSORS_FIRST(DECLARE)
     Layer *layer;
     TENSORS_LAST(DECLARE)
-    float *derived; // arena of A_neg and conv_t
+    float *derived;   // arena of A_neg and conv_t
     uint32_t id;      // tells models apart: checksum of the header, which holds those of the rest
     size_t text_room; // most bytes that mamba_decode writes for one token
     uint32_t tensors_crc;
@@ -415,7 +419,8 @@ static void each_tensor(Model *m, TensorVisitor *visit, void *context) {
         visit(context, &(TensorInfo){#name, index, init, decays}, &(owner)->name); \
     }
 #define VISIT_MODEL(name, r, k, t, init, decays, present) VISIT(m, -1, name, r, k, t, init, decays, present)
-#define VISIT_LAYER(name, r, k, t, init, decays, present) VISIT(&m->layer[layer], layer, name, r, k, t, init, decays, present)
+#define VISIT_LAYER(name, r, k, t, init, decays, present) \
+    VISIT(&m->layer[layer], layer, name, r, k, t, init, decays, present)
     TENSORS_FIRST(VISIT_MODEL)
     for (int layer = 0; layer < c->n_layer; layer++) {
         TENSORS_LAYER(VISIT_LAYER)
@@ -477,7 +482,8 @@ static void refresh_derived(Model *m) {
 // 0, or -1 after fail().
 static int make_derived(Model *m) {
     const Config *c = &m->config;
-    m->derived = alloc_aligned(size_mul(size_mul((size_t)(c->N + c->K), (size_t)c->E), size_mul((size_t)c->n_layer, sizeof(float))));
+    m->derived = alloc_aligned(
+        size_mul(size_mul((size_t)(c->N + c->K), (size_t)c->E), size_mul((size_t)c->n_layer, sizeof(float))));
     if (m->derived) refresh_derived(m);
     return m->derived ? 0 : -1;
 }
@@ -499,7 +505,8 @@ static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
         return fail("%s: not a regular file", path), NULL;
     }
     *bytes = (size_t)info.st_size;
-    if ((uintmax_t)info.st_size < SIZE_MAX && *bytes > 0 && host_is_little_endian()) {
+    bool fits = *bytes > 0 && (uintmax_t)info.st_size <= SIZE_MAX / 2;
+    if (fits && host_is_little_endian()) {
         void *p = mmap(NULL, *bytes, PROT_READ, MAP_PRIVATE, fd, 0);
         if (p != MAP_FAILED) {
             close(fd);
@@ -545,11 +552,16 @@ static int check_token_id(const char *path, const char *name, int32_t id, int V)
 
 // Header bytes -> config. Each field by itself; how they fit the file is mamba_load's business.
 static int read_config(const char *path, const unsigned char *h, Config *c) {
-    const struct { const char *name; int offset; uint32_t lowest, highest; int *value; } field[] = {
-        {"arch", 16, 0, 1, &c->arch},           {"flags", 24, 0, 15, &c->flags},
-        {"d_model", 28, 1, 1 << 20, &c->D},     {"n_layer", 32, 1, 1 << 16, &c->n_layer},
-        {"vocab_size", 36, 1, 1 << 26, &c->V},  {"d_inner", 40, 1, 1 << 20, &c->E},
-        {"d_state", 44, 1, N_MAX, &c->N},       {"d_conv", 48, 1, 1 << 12, &c->K},
+    const struct {
+        const char *name;
+        int offset;
+        uint32_t lowest, highest;
+        int *value;
+    } field[] = {
+        {"arch", 16, 0, 1, &c->arch},          {"flags", 24, 0, 15, &c->flags},
+        {"d_model", 28, 1, 1 << 20, &c->D},    {"n_layer", 32, 1, 1 << 16, &c->n_layer},
+        {"vocab_size", 36, 1, 1 << 26, &c->V}, {"d_inner", 40, 1, 1 << 20, &c->E},
+        {"d_state", 44, 1, N_MAX, &c->N},      {"d_conv", 48, 1, 1 << 12, &c->K},
         {"dt_rank", 52, 1, 1 << 20, &c->R},
     };
     for (size_t i = 0; i < sizeof field / sizeof *field; i++) {
@@ -597,7 +609,9 @@ static int read_header(Model *m, const char *path) {
     if (crc32_of(0, h + tok_offset, (size_t)tok_bytes) != u32_at(h + 120))
         return fail("%s: the tokenizer's checksum does not match: the file is damaged", path);
     for (uint64_t i = tok_offset + tok_bytes; i < offset; i++) // the only bytes that no checksum covers
-        if (h[i]) return fail("%s: byte %llu between tokenizer and tensors is not zero: the file is damaged", path, (unsigned long long)i);
+        if (h[i])
+            return fail("%s: byte %llu between tokenizer and tensors is not zero: the file is damaged", path,
+                        (unsigned long long)i);
     m->tokenizer_bytes = (size_t)tok_bytes, m->tensors_offset = (size_t)offset, m->tensors_bytes = (size_t)bytes;
     m->tensors_crc = u32_at(h + 124);
     m->id = u32_at(h + HEADER_BYTES - 4); // not the CRC of all 256: that of bytes and their own CRC is a constant
@@ -695,8 +709,8 @@ static void sum_rows(float *out, const float *x, size_t ld, int L, int D) {
 
 // [train] xn = x r w with r = 1 / rms(x):  d_x = r (d_xn w - x r^2 mean(d_xn w x)), or += where add; d_weight += sum over t of
 // d_xn x r. scale (L) is scratch for r. d_x and d_xn may be the same array unless add; weight NULL as in rmsnorm.
-static void rmsnorm_backward(float *d_x, float *d_weight, const float *d_xn, const float *x, const float *weight, float eps,
-                             bool add, int L, int D, size_t ld, float *scale) {
+static void rmsnorm_backward(float *d_x, float *d_weight, const float *d_xn, const float *x, const float *weight,
+                             float eps, bool add, int L, int D, size_t ld, float *scale) {
 #pragma omp for
     for (int t = 0; t < L; t++) {
         vec squares = splat(0);
@@ -711,7 +725,8 @@ static void rmsnorm_backward(float *d_x, float *d_weight, const float *d_xn, con
         for (int block = 0; block < (D + VL - 1) / VL; block++) {
             int d = block * VL, n = lanes_left(d, D);
             vec sum = load_n(d_weight + d, n);
-            for (int t = 0; t < L; t++) sum += load_n(d_xn + (size_t)t * ld + d, n) * load_n(x + (size_t)t * ld + d, n) * scale[t];
+            for (int t = 0; t < L; t++)
+                sum += load_n(d_xn + (size_t)t * ld + d, n) * load_n(x + (size_t)t * ld + d, n) * scale[t];
             store_n(d_weight + d, sum, n);
         }
     }
@@ -932,8 +947,8 @@ static void micro_kernel(float *tile, const float *a, const float *b, int kc) {
 }
 
 // One task: columns j0.. of rows r0..r1 of out, the whole depth.
-static void product_task(float *out, size_t ldo, const float *packed, const Factor *b, const float *bias, bool add, int r0,
-                         int r1, int j0, int columns, int depth) {
+static void product_task(float *out, size_t ldo, const float *packed, const Factor *b, const float *bias, bool add,
+                         int r0, int r1, int j0, int columns, int depth) {
     float panel[KC * NR], tile[MR * NR];
     int width = columns - j0 < NR ? columns - j0 : NR;
     for (int k0 = 0; k0 < depth; k0 += KC) {
@@ -943,7 +958,8 @@ static void product_task(float *out, size_t ldo, const float *packed, const Fact
             micro_kernel(tile, packed + (size_t)r * depth + (size_t)k0 * MR, panel, kc);
             for (int i = 0; i < MR && r + i < r1; i++) {
                 float *to = out + (size_t)(r + i) * ldo + j0;
-                for (int j = 0; j < width; j++) to[j] = tile[i * NR + j] + (k0 || add ? to[j] : bias ? bias[j0 + j] : 0);
+                for (int j = 0; j < width; j++)
+                    to[j] = tile[i * NR + j] + (k0 || add ? to[j] : bias ? bias[j0 + j] : 0);
             }
         }
     }
@@ -951,8 +967,8 @@ static void product_task(float *out, size_t ldo, const float *packed, const Fact
 
 // out (rows, columns) = a (rows, depth) b (columns, depth)^T (+ bias), or += where add. packed: room for rows rounded up to
 // MR times depth.
-static void product(float *out, size_t ldo, Factor a, Factor b, const float *bias, bool add, int rows, int columns, int depth,
-                    float *packed) {
+static void product(float *out, size_t ldo, Factor a, Factor b, const float *bias, bool add, int rows, int columns,
+                    int depth, float *packed) {
     pack_rows(packed, &a, rows, depth);
     int panels = (columns + NR - 1) / NR;
     int cut = panels >= 32 ? (rows + MR - 1) / MR * MR : ROWS_BLOCK; // few panels: cut the rows too, for enough tasks
@@ -964,18 +980,22 @@ static void product(float *out, size_t ldo, Factor a, Factor b, const float *bia
     }
 }
 
-static Factor weight_factor(const Tensor *w, bool by_depth) { return (Factor){w->data, (size_t)w->cols, w->type, by_depth}; }
+static Factor weight_factor(const Tensor *w, bool by_depth) {
+    return (Factor){w->data, (size_t)w->cols, w->type, by_depth};
+}
 
 // packed: room for (L rounded up to MR) * I floats.
 static void matmul(float *out, const float *x, size_t ldx, const Tensor *w, const float *bias, int L, float *packed) {
     if (L < MATMUL_FEW) matmul_few(out, x, ldx, w, bias, L);
-    else product(out, (size_t)w->rows, (Factor){x, ldx, F32, false}, weight_factor(w, false), bias, false, L, w->rows, w->cols, packed);
+    else
+        product(out, (size_t)w->rows, (Factor){x, ldx, F32, false}, weight_factor(w, false), bias, false, L, w->rows,
+                w->cols, packed);
 }
 
 // [train] out = x W^T + bias:  d_x (L,I) = d_out W, or += where add; d_W (O,I) += d_out^T x; d_bias (O) += sum over t of d_out. d_out
 // has rows ldo apart, d_x and x rows ldx. packed: room for (L rounded up) * O and for (O rounded up) * L floats.
-static void matmul_backward(float *d_x, float *d_W, float *d_bias, const float *d_out, size_t ldo, const float *x, size_t ldx,
-                            const Tensor *w, bool add, int L, float *packed) {
+static void matmul_backward(float *d_x, float *d_W, float *d_bias, const float *d_out, size_t ldo, const float *x,
+                            size_t ldx, const Tensor *w, bool add, int L, float *packed) {
     int O = w->rows, I = w->cols;
     if (d_x) product(d_x, ldx, (Factor){d_out, ldo, F32, false}, weight_factor(w, true), NULL, add, L, I, O, packed);
     product(d_W, (size_t)I, (Factor){d_out, ldo, F32, true}, (Factor){x, ldx, F32, true}, NULL, true, O, I, L, packed);
@@ -997,7 +1017,8 @@ static void conv1d_silu(float *u, float *window, const float *xz, const float *c
             int n = lanes_left(e, E);
             vec sum = bias ? load_n(bias + e, n) : splat(0);
             for (int k = 0; k < K; k++)
-                sum += load_n(conv_t + (size_t)k * E + e, n) * load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
+                sum +=
+                    load_n(conv_t + (size_t)k * E + e, n) * load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
             store_n(u + (size_t)t * E + e, silu_vec(sum), n);
         }
 #pragma omp single
@@ -1006,7 +1027,8 @@ static void conv1d_silu(float *u, float *window, const float *xz, const float *c
 }
 
 // The same for one token: u (E) from x (E).
-static void conv1d_silu_step(float *u, float *window, const float *x, const float *conv_t, const float *bias, int E, int K) {
+static void conv1d_silu_step(float *u, float *window, const float *x, const float *conv_t, const float *bias, int E,
+                             int K) {
 #pragma omp for
     for (int block = 0; block < (E + VL - 1) / VL; block++) {
         int e = block * VL, n = lanes_left(e, E);
@@ -1025,8 +1047,9 @@ static void conv1d_silu_step(float *u, float *window, const float *x, const floa
 // [train] With c the convolution before SiLU and s = sigmoid(c): d_c = d_u s (1 + c (1 - s)); d_x_t = sum over k of conv[k]
 // d_c_{t+K-1-k}; d_conv[k] += sum over t of d_c_t x_{t-K+1+k}. c is computed again. d_xz has rows 2E apart and gets its first
 // half; d_conv is (E,K) as stored. window (K-1,E), inputs before t = 0, gets its gradient in d_window. d_c (L,E) is scratch.
-static void conv1d_silu_backward(float *d_xz, float *d_conv, float *d_bias, float *d_window, const float *d_u, const float *xz,
-                                 const float *window, const float *conv_t, const float *bias, int L, int E, int K, float *d_c) {
+static void conv1d_silu_backward(float *d_xz, float *d_conv, float *d_bias, float *d_window, const float *d_u,
+                                 const float *xz, const float *window, const float *conv_t, const float *bias, int L,
+                                 int E, int K, float *d_c) {
 #pragma omp for
     for (int block = 0; block < (E + VL - 1) / VL; block++) {
         int e = block * VL, n = lanes_left(e, E);
@@ -1052,7 +1075,8 @@ static void conv1d_silu_backward(float *d_xz, float *d_conv, float *d_bias, floa
             vec dx = splat(0);
             for (int k = K - 1; k >= 0; k--) {
                 int later = t + K - 1 - k;
-                if (later >= 0 && later < L) dx += load_n(conv_t + (size_t)k * E + e, n) * load_n(d_c + (size_t)later * E + e, n);
+                if (later >= 0 && later < L)
+                    dx += load_n(conv_t + (size_t)k * E + e, n) * load_n(d_c + (size_t)later * E + e, n);
             }
             if (t >= 0) store_n(d_xz + (size_t)t * 2 * E + e, dx, n);
             else store_n(d_window + (size_t)(K - 1 + t) * E + e, dx, n);
@@ -1095,13 +1119,15 @@ static void gate(float *y, const float *xz, int L, int E) {
 
 // [train] d_y = d_g silu(z) and d_z = d_g y silu'(z), the latter into the second half of d_xz; g (L,E) = y silu(z) again, for the
 // gradient of out_proj. d_y may be d_g.
-static void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, const float *y, const float *xz, int L, int E) {
+static void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, const float *y, const float *xz, int L,
+                          int E) {
 #pragma omp for
     for (int t = 0; t < L; t++)
         for (int e = 0; e < E; e += VL) {
             int n = lanes_left(e, E);
             size_t te = (size_t)t * E + e, at_z = ((size_t)t * 2 + 1) * E + e;
-            vec z = load_n(xz + at_z, n), s = 1.0f / (1.0f + exp_vec(-z)), dg = load_n(d_g + te, n), yt = load_n(y + te, n);
+            vec z = load_n(xz + at_z, n), s = 1.0f / (1.0f + exp_vec(-z)), dg = load_n(d_g + te, n),
+                yt = load_n(y + te, n);
             store_n(d_xz + at_z, dg * yt * s * (1.0f + z * (1.0f - s)), n);
             store_n(g + te, yt * z * s, n);
             store_n(d_y + te, dg * z * s, n);
@@ -1134,8 +1160,8 @@ static void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, c
 
 // The definition, by one thread: read this one. Tests hold the others to it.
 static inline void scan_sequential(float *y, float *h, const float *u, const float *delta, const float *A_neg,
-                                   const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip, int L, int E,
-                                   int N) {
+                                   const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip, int L,
+                                   int E, int N) {
 #pragma omp single
     for (int t = 0; t < L; t++)
         for (int e = 0; e < E; e++) {
@@ -1154,9 +1180,9 @@ static inline void scan_sequential(float *y, float *h, const float *u, const flo
 
 // The same for VL channels side by side, from h_in (NULL: zeros) to h_out (NULL: not wanted). y NULL: only the final state
 // is wanted, and delta_sum gets the sum of delta, because the product of all decays is exp(A * sum of delta).
-INLINE void scan_channels(float *y, float *h_out, float *delta_sum, const float *h_in, const float *u, const float *delta,
-                          const float *A_neg, const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip,
-                          int L, int E, int N, int lanes) {
+INLINE void scan_channels(float *y, float *h_out, float *delta_sum, const float *h_in, const float *u,
+                          const float *delta, const float *A_neg, const float *B_ssm, const float *C_ssm, size_t ld_bc,
+                          const float *D_skip, int L, int E, int N, int lanes) {
     vec h[N_MAX], A[N_MAX], skip = load_n(D_skip, lanes), elapsed = splat(0);
     for (int n = 0; n < N; n++) {
         h[n] = h_in ? load_n(h_in + (size_t)n * E, lanes) : splat(0);
@@ -1191,9 +1217,9 @@ static size_t scan_carry_floats(int E, int N) { return (size_t)SCAN_TASKS * (siz
 
 // carry: scan_carry_floats of scratch. Three passes: every piece from zero for its (product of a, b); the operator joins
 // them into the state before each piece; every piece again, from that state, for y.
-static void scan_parallel(float *y, float *h, const float *u, const float *delta, const float *A_neg, const float *B_ssm,
-                          const float *C_ssm, size_t ld_bc, const float *D_skip, int L, int E, int N, int pieces,
-                          float *carry) {
+static void scan_parallel(float *y, float *h, const float *u, const float *delta, const float *A_neg,
+                          const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip, int L, int E,
+                          int N, int pieces, float *carry) {
     int blocks = (E + VL - 1) / VL;
     size_t per_piece = (size_t)(N + 1) * E; // b (N,E), sum of delta (E)
     float *last = carry + per_piece * (pieces - 1);
@@ -1241,7 +1267,8 @@ static void scan_step(float *y, float *h, const float *u, const float *delta, co
     for (int block = 0; block < (E + BLOCK - 1) / BLOCK; block++) {
         int e0 = block * BLOCK, e1 = E - e0 < BLOCK ? E : e0 + BLOCK;
         vec sum[8];
-        for (int e = e0, k = 0; e < e1; e += VL, k++) sum[k] = load_n(D_skip + e, lanes_left(e, E)) * load_n(u + e, lanes_left(e, E));
+        for (int e = e0, k = 0; e < e1; e += VL, k++)
+            sum[k] = load_n(D_skip + e, lanes_left(e, E)) * load_n(u + e, lanes_left(e, E));
         for (int n = 0; n < N; n++)
             for (int e = e0, k = 0; e < e1; e += VL, k++) {
                 int lanes = lanes_left(e, E);
@@ -1256,16 +1283,17 @@ static void scan_step(float *y, float *h, const float *u, const float *delta, co
 }
 
 // [train] The scan of B sequences of L tokens each, rows one after the other; h (B,N,E). No state but the last is kept.
-static void scan_sequences(float *y, float *h, const float *u, const float *delta, const float *A_neg, const float *B_ssm,
-                           const float *C_ssm, size_t ld_bc, const float *D_skip, int B, int L, int E, int N) {
+static void scan_sequences(float *y, float *h, const float *u, const float *delta, const float *A_neg,
+                           const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip, int B, int L,
+                           int E, int N) {
     int blocks = (E + VL - 1) / VL;
 #pragma omp for
     for (int task = 0; task < B * blocks; task++) {
         int b = task / blocks, e = task % blocks * VL;
         size_t row = (size_t)b * L, at = row * E + e;
         float *state = h + (size_t)b * N * E + e;
-        scan_channels(y + at, state, NULL, state, u + at, delta + at, A_neg + e, B_ssm + row * ld_bc, C_ssm + row * ld_bc, ld_bc,
-                      D_skip + e, L, E, N, lanes_left(e, E));
+        scan_channels(y + at, state, NULL, state, u + at, delta + at, A_neg + e, B_ssm + row * ld_bc,
+                      C_ssm + row * ld_bc, ld_bc, D_skip + e, L, E, N, lanes_left(e, E));
     }
 }
 
@@ -1291,8 +1319,8 @@ static size_t scan_backward_floats(int B, int L, int E, int N) {
 }
 
 // h_t from h_{t-1} for the task's channels; decay NULL: not kept.
-INLINE void scan_rebuild(float *h, float *decay, const float *before, const float *A, const float *u, const float *delta,
-                         const float *B, int N, int width) {
+INLINE void scan_rebuild(float *h, float *decay, const float *before, const float *A, const float *u,
+                         const float *delta, const float *B, int N, int width) {
     vec dt[SCAN_SETS], dt_u[SCAN_SETS];
     int sets = (width + VL - 1) / VL;
     for (int s = 0; s < sets; s++) {
@@ -1309,9 +1337,10 @@ INLINE void scan_rebuild(float *h, float *decay, const float *before, const floa
 }
 
 // One step back. g (N,SCAN_WIDTH) is the gradient of h_t without y_t's part on entry, of h_{t-1} on return.
-INLINE void scan_step_backward(float *g, float *d_A, vec *d_D, float *d_u, float *d_delta, float *part, const float *d_y,
-                               const float *u, const float *delta, const float *A, const float *B, const float *C,
-                               const float *D_skip, const float *h, const float *decay, const float *before, int N, int width) {
+INLINE void scan_step_backward(float *g, float *d_A, vec *d_D, float *d_u, float *d_delta, float *part,
+                               const float *d_y, const float *u, const float *delta, const float *A, const float *B,
+                               const float *C, const float *D_skip, const float *h, const float *decay,
+                               const float *before, int N, int width) {
     vec dy[SCAN_SETS], dt[SCAN_SETS], ut[SCAN_SETS], d_ut[SCAN_SETS], d_dt[SCAN_SETS];
     int sets = (width + VL - 1) / VL;
     for (int s = 0; s < sets; s++) {
@@ -1324,7 +1353,8 @@ INLINE void scan_step_backward(float *g, float *d_A, vec *d_D, float *d_u, float
         vec d_B = splat(0), d_C = splat(0);
         for (int s = 0; s < sets; s++) {
             size_t at = (size_t)n * SCAN_WIDTH + s * VL;
-            vec gt = load(g + at) + dy[s] * C[n], a = load(decay + at), d_dtA = gt * a * load(before + at), gu = gt * ut[s];
+            vec gt = load(g + at) + dy[s] * C[n], a = load(decay + at), d_dtA = gt * a * load(before + at),
+                gu = gt * ut[s];
             d_C += dy[s] * load(h + at);
             d_B += gu * dt[s];
             d_dt[s] += d_dtA * load(A + at) + gu * B[n];
@@ -1348,17 +1378,18 @@ INLINE void scan_gather(float *to, const float *from, int N, int E, int width) {
     }
 }
 
-static void scan_backward(float *d_u, float *d_delta, float *d_B_ssm, float *d_C_ssm, float *d_A_log, float *d_D, float *d_h,
-                          const float *d_y, const float *u, const float *delta, const float *A_neg, const float *B_ssm,
-                          const float *C_ssm, size_t ld_bc, const float *D_skip, const float *h, int B, int L, int E, int N,
-                          float *scratch) {
+static void scan_backward(float *d_u, float *d_delta, float *d_B_ssm, float *d_C_ssm, float *d_A_log, float *d_D,
+                          float *d_h, const float *d_y, const float *u, const float *delta, const float *A_neg,
+                          const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip, const float *h,
+                          int B, int L, int E, int N, float *scratch) {
     int tasks = (E + SCAN_WIDTH - 1) / SCAN_WIDTH, chunks = (L + SCAN_CHUNK - 1) / SCAN_CHUNK;
     size_t step = (size_t)N * SCAN_WIDTH, per_task = step * ((size_t)chunks + 2 * SCAN_CHUNK + 3);
     float *parts = scratch + per_task * tasks; // (tasks, B*L, 2N)
 #pragma omp for
     for (int task = 0; task < tasks; task++) {
         int e = task * SCAN_WIDTH, width = E - e < SCAN_WIDTH ? E - e : SCAN_WIDTH;
-        float *starts = scratch + per_task * task, *states = starts + step * chunks, *decays = states + step * SCAN_CHUNK;
+        float *starts = scratch + per_task * task, *states = starts + step * chunks,
+              *decays = states + step * SCAN_CHUNK;
         float *A = decays + step * SCAN_CHUNK, *d_A = A + step, *g = d_A + step;
         vec d_D_sum[SCAN_SETS];
         for (int s = 0; s < SCAN_SETS; s++) d_D_sum[s] = splat(0);
@@ -1370,29 +1401,34 @@ static void scan_backward(float *d_u, float *d_delta, float *d_B_ssm, float *d_C
             scan_gather(g, d_h + state, N, E, width);
             for (int t = 0; t < (chunks - 1) * SCAN_CHUNK; t++) { // in place, copied on where a chunk starts
                 float *at = starts + step * (t / SCAN_CHUNK + 1);
-                scan_rebuild(at, NULL, t % SCAN_CHUNK ? at : at - step, A, u + (row + t) * E + e, delta + (row + t) * E + e,
-                             B_ssm + (row + t) * ld_bc, N, width);
+                scan_rebuild(at, NULL, t % SCAN_CHUNK ? at : at - step, A, u + (row + t) * E + e,
+                             delta + (row + t) * E + e, B_ssm + (row + t) * ld_bc, N, width);
             }
             for (int chunk = chunks - 1; chunk >= 0; chunk--) {
                 int t0 = chunk * SCAN_CHUNK, t1 = L - t0 < SCAN_CHUNK ? L : t0 + SCAN_CHUNK;
                 const float *start = starts + step * chunk;
                 for (int t = t0; t < t1; t++) {
                     size_t i = t - t0;
-                    scan_rebuild(states + step * i, decays + step * i, i ? states + step * (i - 1) : start, A, u + (row + t) * E + e,
-                                 delta + (row + t) * E + e, B_ssm + (row + t) * ld_bc, N, width);
+                    scan_rebuild(states + step * i, decays + step * i, i ? states + step * (i - 1) : start, A,
+                                 u + (row + t) * E + e, delta + (row + t) * E + e, B_ssm + (row + t) * ld_bc, N, width);
                 }
                 for (int t = t1 - 1; t >= t0; t--) {
                     size_t i = t - t0, at = (row + t) * E + e;
-                    scan_step_backward(g, d_A, d_D_sum, d_u + at, d_delta + at, parts + ((size_t)task * B * L + row + t) * 2 * N, d_y + at,
-                                       u + at, delta + at, A, B_ssm + (row + t) * ld_bc, C_ssm + (row + t) * ld_bc, D_skip + e,
-                                       states + step * i, decays + step * i, i ? states + step * (i - 1) : start, N, width);
+                    scan_step_backward(g, d_A, d_D_sum, d_u + at, d_delta + at,
+                                       parts + ((size_t)task * B * L + row + t) * 2 * N, d_y + at, u + at, delta + at,
+                                       A, B_ssm + (row + t) * ld_bc, C_ssm + (row + t) * ld_bc, D_skip + e,
+                                       states + step * i, decays + step * i, i ? states + step * (i - 1) : start, N,
+                                       width);
                 }
             }
-            for (int n = 0; n < N; n++) memcpy(d_h + state + (size_t)n * E, g + (size_t)n * SCAN_WIDTH, (size_t)width * sizeof *g);
+            for (int n = 0; n < N; n++)
+                memcpy(d_h + state + (size_t)n * E, g + (size_t)n * SCAN_WIDTH, (size_t)width * sizeof *g);
         }
         for (int n = 0; n < N; n++)
-            for (int i = 0; i < width; i++) d_A_log[(size_t)(e + i) * N + n] += d_A[(size_t)n * SCAN_WIDTH + i] * A[(size_t)n * SCAN_WIDTH + i];
-        for (int i = 0; i < width; i += VL) store_n(d_D + e + i, load_n(d_D + e + i, lanes_left(i, width)) + d_D_sum[i / VL], lanes_left(i, width));
+            for (int i = 0; i < width; i++)
+                d_A_log[(size_t)(e + i) * N + n] += d_A[(size_t)n * SCAN_WIDTH + i] * A[(size_t)n * SCAN_WIDTH + i];
+        for (int i = 0; i < width; i += VL)
+            store_n(d_D + e + i, load_n(d_D + e + i, lanes_left(i, width)) + d_D_sum[i / VL], lanes_left(i, width));
     }
 #pragma omp for
     for (int t = 0; t < B * L; t++)
@@ -1431,8 +1467,8 @@ enum { PIECE_MAX = 512, PIECE_MIN = 32, LOGIT_ROWS = 32 };
 typedef struct Acts {
     int threads, piece; // team size; rows that the arrays below have room for
     float *res, *xn, *xz, *u, *xdb, *delta, *y, *packed, *carry, *logits; // logits (LOGIT_ROWS, V), for evaluation
-    float *probs;                                                        // (V) and
-    int32_t *order;                                                      // (V): the sampler's scratch
+    float *probs;                                                         // (V) and
+    int32_t *order;                                                       // (V): the sampler's scratch
 } Acts;
 
 static size_t activation_row_floats(const Config *c) { // floats a token in the arrays below, without packed
@@ -1459,16 +1495,28 @@ Acts *mamba_acts_new(const Model *m, int threads) {
     piece = piece > PIECE_MAX ? PIECE_MAX : piece < PIECE_MIN ? PIECE_MIN : piece;
     size_t widest = E > D ? E : D, rows = (piece + MR - 1) / MR * MR;
     if (widest < (size_t)c->R) widest = (size_t)c->R;
-    const size_t floats[] = {piece * D, piece * D,     piece * 2 * E, piece * E, piece * P, piece * E,
-                             piece * E, rows * widest, scan_carry_floats(c->E, c->N), LOGIT_ROWS * V, V, V};
+    const size_t floats[] = {piece * D,
+                             piece * D,
+                             piece * 2 * E,
+                             piece * E,
+                             piece * P,
+                             piece * E,
+                             piece * E,
+                             rows * widest,
+                             scan_carry_floats(c->E, c->N),
+                             LOGIT_ROWS * V,
+                             V,
+                             V};
     float **member[12], *at;
     size_t total = size_add(sizeof(Acts), ALIGN);
     for (size_t i = 0; i < 12; i++) total = size_add(total, size_mul(floats[i] + 16, sizeof(float)));
     Acts *a = alloc_aligned(total);
     if (!a) return NULL;
     float *order;
-    memcpy(member, (float **[]){&a->res, &a->xn, &a->xz, &a->u, &a->xdb, &a->delta, &a->y, &a->packed, &a->carry, &a->logits,
-                                &a->probs, &order}, sizeof member);
+    memcpy(member,
+           (float **[]){&a->res, &a->xn, &a->xz, &a->u, &a->xdb, &a->delta, &a->y, &a->packed, &a->carry, &a->logits,
+                        &a->probs, &order},
+           sizeof member);
     at = (float *)((char *)a + (sizeof *a + ALIGN - 1) / ALIGN * ALIGN);
     for (size_t i = 0; i < 12; i++) *member[i] = at, at += (floats[i] + 15) / 16 * 16;
     a->order = (int32_t *)(void *)order;
@@ -1499,8 +1547,8 @@ static void block(const Model *m, int layer, State *s, Acts *a, int L) {
     softplus_bias(a->delta, f32(&w->dt_bias), L, E);
     if (L == 1) scan_step(a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm, f32(&w->D_skip), E, N);
     else
-        scan_parallel(a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm, (size_t)P, f32(&w->D_skip), L, E, N, scan_pieces(L, E),
-                      a->carry);
+        scan_parallel(a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm, (size_t)P, f32(&w->D_skip), L, E, N,
+                      scan_pieces(L, E), a->carry);
     gate(a->y, a->xz, L, E);
     matmul(a->xn, a->y, (size_t)E, &w->out_proj, f32(&w->out_bias), L, a->packed);
     add_to(a->res, a->xn, L, D);
@@ -1550,7 +1598,8 @@ static int check_ids(const Model *m, const int32_t *ids, size_t n) {
 
 // Reads n tokens into the state: any number, in memory that does not grow with it. Leaves the logits after the last one
 // in the state, and hands every position's to visit where that is not NULL. 0, or -1 after fail(), the state untouched.
-int mamba_prefill(const Model *m, Acts *a, State *s, const int32_t *ids, size_t n, LogitsVisitor *visit, void *context) {
+int mamba_prefill(const Model *m, Acts *a, State *s, const int32_t *ids, size_t n, LogitsVisitor *visit,
+                  void *context) {
     if (check_ids(m, ids, n)) return -1;
     for (size_t done = 0; done < n;) {
         int L = n - done < (size_t)a->piece ? (int)(n - done) : a->piece;
@@ -1745,7 +1794,9 @@ static void narrow(void *to, size_t i, float value, Type type) { // float32 to s
     memcpy(&bits, &value, sizeof bits);
     if (type == F32) ((float *)to)[i] = value;
     else if (type == BF16) ((half *)to)[i] = (half)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-    else ((half *)to)[i] = (half)((bits >> 16 & 0x8000) | (fabsf(value) < 0x1p-14f ? 0 : ((bits & 0x7FFFFFFF) - 0x38000000) >> 13));
+    else
+        ((half *)to)[i] =
+            (half)((bits >> 16 & 0x8000) | (fabsf(value) < 0x1p-14f ? 0 : ((bits & 0x7FFFFFFF) - 0x38000000) >> 13));
 }
 
 static double random_normal(uint64_t *state) { // Box-Muller, one of the pair
@@ -1775,9 +1826,11 @@ static void init_tensor(void *context, const TensorInfo *info, Tensor *w) {
     int fan_in = info->init == INIT_CONV ? c->config->K : w->cols; // the conv's bias has the conv's fan-in
 #pragma omp parallel for
     for (int row = 0; row < w->rows; row++) {
-        uint64_t at = seed ^ (uint64_t)row, random = random_u64(&at); // hashed: neighbouring states are shifted copies of a stream
+        uint64_t at = seed ^ (uint64_t)row,
+                 random = random_u64(&at); // hashed: neighbouring states are shifted copies of a stream
         for (int i = 0; i < w->cols; i++)
-            narrow((void *)(uintptr_t)w->data, (size_t)row * (size_t)w->cols + (size_t)i, initial_value(info->init, fan_in, i, c->config->n_layer, &random), w->type);
+            narrow((void *)(uintptr_t)w->data, (size_t)row * (size_t)w->cols + (size_t)i,
+                   initial_value(info->init, fan_in, i, c->config->n_layer, &random), w->type);
     }
 }
 
@@ -1834,8 +1887,8 @@ Model *mamba_float_copy(Model *from) {
         each_tensor(from, list_tensor, &source), each_tensor(to, list_tensor, &target);
         for (int i = 0; i < source.n; i++)
             for (int row = 0; row < source.list[i]->rows; row++)
-                TYPE_KERNELS[source.list[i]->type].widen((float *)(uintptr_t)tensor_row(target.list[i], row), tensor_row(source.list[i], row), 0,
-                                                         source.list[i]->cols);
+                TYPE_KERNELS[source.list[i]->type].widen((float *)(uintptr_t)tensor_row(target.list[i], row),
+                                                         tensor_row(source.list[i], row), 0, source.list[i]->cols);
         good = make_derived(to) == 0;
     }
     free(source.list), free(target.list);
@@ -1853,12 +1906,12 @@ typedef struct { // of one layer: its input, and what its kernels produced; raw 
 enum { LOSS_ROWS = 128 }; // rows of logits that exist at a time
 
 typedef struct Trainer {
-    Model *model, *gradient;     // gradient: the same tensors, holding d_ of each
-    float *moment, *moment2;     // AdamW's, in the same layout
-    int B, L, threads;           // rows of a pass: B * L
-    uint64_t step;               // optimizer steps taken
-    Saved *saved;                // n_layer + 1: the last has only res
-    float *arena;                // of everything below and in saved
+    Model *model, *gradient; // gradient: the same tensors, holding d_ of each
+    float *moment, *moment2; // AdamW's, in the same layout
+    int B, L, threads;       // rows of a pass: B * L
+    uint64_t step;           // optimizer steps taken
+    Saved *saved;            // n_layer + 1: the last has only res
+    float *arena;            // of everything below and in saved
     float *xn, *g, *d_res, *d_xn, *d_xz, *d_u, *d_delta, *d_y, *d_xdb, *d_c, *scale, *losses, *logits, *packed;
     float *h0, *h, *d_h, *window0, *window, *d_window, *scan;
 } Trainer;
@@ -1866,7 +1919,8 @@ typedef struct Trainer {
 // Lays the activations out from `at`, or only measures where it is NULL; returns floats.
 static size_t trainer_layout(Trainer *x, float *at) {
     const Config *c = &x->model->config;
-    size_t T = (size_t)x->B * x->L, D = (size_t)c->D, E = (size_t)c->E, P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V, used = 0;
+    size_t T = (size_t)x->B * x->L, D = (size_t)c->D, E = (size_t)c->E, P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V,
+           used = 0;
     size_t widest = 2 * E > D ? 2 * E : D, NE = (size_t)c->N * E, window = (size_t)(c->K - 1) * E;
     if (widest < P) widest = P;
     size_t packed = (T + widest + 2 * MR) * widest, packed_loss = (V + MR + LOSS_ROWS) * (LOSS_ROWS + MR);
@@ -1882,7 +1936,8 @@ static size_t trainer_layout(Trainer *x, float *at) {
         TAKE(s->raw, raw ? T * P : 0);
     }
     TAKE(x->xn, T * D), TAKE(x->g, T * E), TAKE(x->d_res, T * D), TAKE(x->d_xn, T * D), TAKE(x->d_xz, T * 2 * E);
-    TAKE(x->d_u, T * E), TAKE(x->d_delta, T * E), TAKE(x->d_y, T * E), TAKE(x->d_xdb, T * P), TAKE(x->d_c, (size_t)x->L * E);
+    TAKE(x->d_u, T * E), TAKE(x->d_delta, T * E), TAKE(x->d_y, T * E), TAKE(x->d_xdb, T * P),
+        TAKE(x->d_c, (size_t)x->L * E);
     TAKE(x->scale, T), TAKE(x->losses, T), TAKE(x->logits, LOSS_ROWS * V), TAKE(x->packed, packed);
     TAKE(x->h0, x->B * NE), TAKE(x->h, x->B * NE), TAKE(x->d_h, x->B * NE);
     TAKE(x->window0, window), TAKE(x->window, window), TAKE(x->d_window, window);
@@ -1945,7 +2000,8 @@ static void block_train(Trainer *x, int layer) {
     softplus_bias(s->delta, f32(&w->dt_bias), T, E);
 #pragma omp single
     memset(x->h, 0, (size_t)x->B * N * E * sizeof(float));
-    scan_sequences(s->y, x->h, s->u, s->delta, w->A_neg, s->xdb + R, s->xdb + R + N, (size_t)P, f32(&w->D_skip), x->B, x->L, E, N);
+    scan_sequences(s->y, x->h, s->u, s->delta, w->A_neg, s->xdb + R, s->xdb + R + N, (size_t)P, f32(&w->D_skip), x->B,
+                   x->L, E, N);
 #pragma omp single
     memcpy(x->g, s->y, (size_t)T * E * sizeof(float));
     gate(x->g, s->xz, T, E);
@@ -1960,30 +2016,38 @@ static void block_backward(Trainer *x, int layer) {
     const Saved *s = &x->saved[layer];
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, T = x->B * x->L;
     // g = y silu(z), out = out_proj(g): d_g first (in d_y), then g again, which the weight's gradient needs
-    product(x->d_y, (size_t)E, (Factor){x->d_res, (size_t)D, F32, false}, weight_factor(&w->out_proj, true), NULL, false, T, E, D, x->packed);
+    product(x->d_y, (size_t)E, (Factor){x->d_res, (size_t)D, F32, false}, weight_factor(&w->out_proj, true), NULL,
+            false, T, E, D, x->packed);
     gate_backward(x->d_y, x->d_xz, x->g, x->d_y, s->y, s->xz, T, E);
-    matmul_backward(NULL, grad(&d->out_proj), grad(&d->out_bias), x->d_res, (size_t)D, x->g, (size_t)E, &w->out_proj, false, T, x->packed);
+    matmul_backward(NULL, grad(&d->out_proj), grad(&d->out_bias), x->d_res, (size_t)D, x->g, (size_t)E, &w->out_proj,
+                    false, T, x->packed);
 #pragma omp single
     memset(x->d_h, 0, (size_t)x->B * N * E * sizeof(float));
-    scan_backward(x->d_u, x->d_delta, x->d_xdb + R, x->d_xdb + R + N, grad(&d->A_log), grad(&d->D_skip), x->d_h, x->d_y, s->u, s->delta,
-                  w->A_neg, s->xdb + R, s->xdb + R + N, (size_t)P, f32(&w->D_skip), x->h0, x->B, x->L, E, N, x->scan);
+    scan_backward(x->d_u, x->d_delta, x->d_xdb + R, x->d_xdb + R + N, grad(&d->A_log), grad(&d->D_skip), x->d_h, x->d_y,
+                  s->u, s->delta, w->A_neg, s->xdb + R, s->xdb + R + N, (size_t)P, f32(&w->D_skip), x->h0, x->B, x->L,
+                  E, N, x->scan);
     softplus_backward(x->d_delta, s->delta, T, E);
     sum_rows(grad(&d->dt_bias), x->d_delta, (size_t)E, T, E);
-    matmul_backward(x->d_xdb, grad(&d->dt_proj), NULL, x->d_delta, (size_t)E, s->xdb, (size_t)P, &w->dt_proj, false, T, x->packed);
+    matmul_backward(x->d_xdb, grad(&d->dt_proj), NULL, x->d_delta, (size_t)E, s->xdb, (size_t)P, &w->dt_proj, false, T,
+                    x->packed);
     if (c->flags & FLAG_MIXER_NORM)
         for (int part = 0; part < 3; part++) {
             int at = part ? R + (part - 1) * N : 0, n = part ? N : R;
-            rmsnorm_backward(x->d_xdb + at, NULL, x->d_xdb + at, s->raw + at, NULL, c->mixer_eps, false, T, n, (size_t)P, x->scale);
+            rmsnorm_backward(x->d_xdb + at, NULL, x->d_xdb + at, s->raw + at, NULL, c->mixer_eps, false, T, n,
+                             (size_t)P, x->scale);
         }
-    matmul_backward(x->d_u, grad(&d->x_proj), NULL, x->d_xdb, (size_t)P, s->u, (size_t)E, &w->x_proj, true, T, x->packed);
+    matmul_backward(x->d_u, grad(&d->x_proj), NULL, x->d_xdb, (size_t)P, s->u, (size_t)E, &w->x_proj, true, T,
+                    x->packed);
     for (int b = 0; b < x->B; b++) {
         size_t row = (size_t)b * x->L;
-        conv1d_silu_backward(x->d_xz + row * 2 * E, grad(&d->conv), grad(&d->conv_bias), x->d_window, x->d_u + row * E, s->xz + row * 2 * E,
-                             x->window0, w->conv_t, f32(&w->conv_bias), x->L, E, K, x->d_c);
+        conv1d_silu_backward(x->d_xz + row * 2 * E, grad(&d->conv), grad(&d->conv_bias), x->d_window, x->d_u + row * E,
+                             s->xz + row * 2 * E, x->window0, w->conv_t, f32(&w->conv_bias), x->L, E, K, x->d_c);
     }
     rmsnorm(x->xn, s->res, f32(&w->norm), c->norm_eps, T, D, (size_t)D);
-    matmul_backward(x->d_xn, grad(&d->in_proj), grad(&d->in_bias), x->d_xz, 2 * (size_t)E, x->xn, (size_t)D, &w->in_proj, false, T, x->packed);
-    rmsnorm_backward(x->d_res, grad(&d->norm), x->d_xn, s->res, f32(&w->norm), c->norm_eps, true, T, D, (size_t)D, x->scale);
+    matmul_backward(x->d_xn, grad(&d->in_proj), grad(&d->in_bias), x->d_xz, 2 * (size_t)E, x->xn, (size_t)D,
+                    &w->in_proj, false, T, x->packed);
+    rmsnorm_backward(x->d_res, grad(&d->norm), x->d_xn, s->res, f32(&w->norm), c->norm_eps, true, T, D, (size_t)D,
+                     x->scale);
 }
 
 // losses[t] = -log p(target), and logits become weight * (p - 1 at the target); zero where the target is -1.
@@ -2020,10 +2084,13 @@ double mamba_train_pass(Trainer *x, const int32_t *ids, const int32_t *targets, 
             const float *xn = x->xn + (size_t)t * D;
             matmul(x->logits, xn, (size_t)D, &m->head, NULL, rows, x->packed);
             cross_entropy(x->losses + t, x->logits, targets + t, weight, rows, V);
-            if (backward) matmul_backward(x->d_xn + (size_t)t * D, grad(&d->head), NULL, x->logits, (size_t)V, xn, (size_t)D, &m->head, false, rows, x->packed);
+            if (backward)
+                matmul_backward(x->d_xn + (size_t)t * D, grad(&d->head), NULL, x->logits, (size_t)V, xn, (size_t)D,
+                                &m->head, false, rows, x->packed);
         }
         if (backward) {
-            rmsnorm_backward(x->d_res, grad(&d->norm_f), x->d_xn, last->res, f32(&m->norm_f), c->norm_eps, false, T, D, (size_t)D, x->scale);
+            rmsnorm_backward(x->d_res, grad(&d->norm_f), x->d_xn, last->res, f32(&m->norm_f), c->norm_eps, false, T, D,
+                             (size_t)D, x->scale);
             for (int layer = c->n_layer - 1; layer >= 0; layer--) block_backward(x, layer);
             embed_backward(grad(&d->embedding), x->d_res, ids, T, D);
         }
@@ -2036,7 +2103,8 @@ double mamba_train_pass(Trainer *x, const int32_t *ids, const int32_t *targets, 
 // --- AdamW (Loshchilov & Hutter 2019)
 
 typedef struct {
-    float rate, beta1, beta2, epsilon, decay, clip; // clip: largest norm of the gradient of all weights together; 0: none
+    float rate, beta1, beta2, epsilon, decay,
+        clip; // clip: largest norm of the gradient of all weights together; 0: none
 } AdamW;
 
 typedef struct {
@@ -2049,7 +2117,9 @@ typedef struct {
     char bad[LABEL];        // first tensor whose gradient is not finite
 } AdamWPass;
 
-static float *beside(const AdamWPass *p, const Tensor *w, float *arena) { return arena + ((const float *)w->data - p->base); }
+static float *beside(const AdamWPass *p, const Tensor *w, float *arena) {
+    return arena + ((const float *)w->data - p->base);
+}
 
 static void norm_tensor(void *context, const TensorInfo *info, Tensor *w) {
     AdamWPass *p = context;
@@ -2072,7 +2142,8 @@ static void adamw_tensor(void *context, const TensorInfo *info, Tensor *w) {
     const AdamW *how = p->how;
     float *weight = beside(p, w, p->x->model->weights), *g = beside(p, w, p->x->gradient->weights);
     float *m = beside(p, w, p->x->moment), *v = beside(p, w, p->x->moment2);
-    float keep = info->decays ? 1 - how->rate * how->decay : 1, rate = (float)(how->rate / p->unbias), root = (float)(1 / sqrt(p->unbias2));
+    float keep = info->decays ? 1 - how->rate * how->decay : 1, rate = (float)(how->rate / p->unbias),
+          root = (float)(1 / sqrt(p->unbias2));
 #pragma omp parallel for num_threads(p->x->threads)
     for (int row = 0; row < w->rows; row++)
         for (size_t i = (size_t)row * w->cols, end = i + w->cols; i < end; i++) {
@@ -2107,10 +2178,10 @@ int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
 // sorted that will not be used.
 
 typedef struct {
-    float temperature; // 0: the likeliest token
-    float top_p;       // keep the likeliest that together reach this probability; 1: all
-    int top_k;         // keep this many; 0: all
-    float min_p;       // drop what is less likely than this times the likeliest; 0: none
+    float temperature;    // 0: the likeliest token
+    float top_p;          // keep the likeliest that together reach this probability; 1: all
+    int top_k;            // keep this many; 0: all
+    float min_p;          // drop what is less likely than this times the likeliest; 0: none
     float repeat_penalty; // divides positive and multiplies negative logits of the last RECENT tokens; 1: none
 } Sampling;
 
@@ -2173,7 +2244,8 @@ int32_t mamba_sample(const Model *m, Acts *a, State *s, const Sampling *how) {
         a->order[n++] = v;
         if (logits[v] > highest) highest = logits[v], likeliest = v;
     }
-    if (likeliest < 0 || highest > FLT_MAX) return fail("no token can be drawn: the tokenizer knows none, or the logits overflow");
+    if (likeliest < 0 || highest > FLT_MAX)
+        return fail("no token can be drawn: the tokenizer knows none, or the logits overflow");
     if (how->temperature == 0) return likeliest;
     double whole = 0;
     for (int i = 0; i < n; i++) { // softmax without its denominator, which the draw divides out
@@ -2492,7 +2564,8 @@ static int read_prompt(Session *x, const int32_t *ids, size_t n, Report *report)
 
 // Writes up to o->n tokens from the state. keep_pending: an unfinished character stays in the state for later.
 static int write_tokens(Session *x, const GenerateOptions *o, bool keep_pending, Report *report) {
-    const Sampling how = {(float)o->temperature, (float)o->top_p, (int)o->top_k, (float)o->min_p, (float)o->repeat_penalty};
+    const Sampling how = {(float)o->temperature, (float)o->top_p, (int)o->top_k, (float)o->min_p,
+                          (float)o->repeat_penalty};
     Output out = {.stop = &o->stop};
     unsigned char *text = malloc(x->model->text_room);
     if (!text) return fail("out of memory: a token of %zu bytes", x->model->text_room);
@@ -2523,10 +2596,11 @@ static int write_tokens(Session *x, const GenerateOptions *o, bool keep_pending,
 static void print_report(const Session *x, const Report *r) {
     fprintf(stderr, "load %.3f s", x->load_seconds);
     if (r->seed >= 0) fprintf(stderr, " | seed %ld", r->seed);
-    if (r->n_read) fprintf(stderr, " | prefill %zu tokens, %.1f tokens/s", r->n_read, (double)r->n_read / r->read_seconds);
+    if (r->n_read)
+        fprintf(stderr, " | prefill %zu tokens, %.1f tokens/s", r->n_read, (double)r->n_read / r->read_seconds);
     if (r->n_written)
-        fprintf(stderr, " | decode %zu tokens, %.1f tokens/s (%s)", r->n_written, (double)r->n_written / r->write_seconds,
-                r->ended);
+        fprintf(stderr, " | decode %zu tokens, %.1f tokens/s (%s)", r->n_written,
+                (double)r->n_written / r->write_seconds, r->ended);
     if (peak_megabytes() > 0) fprintf(stderr, " | peak memory %.1f MB", peak_megabytes());
     fprintf(stderr, "\n");
 }
@@ -2556,7 +2630,8 @@ static int generate_once(Session *x, const GenerateOptions *o, const char *text,
 #endif
     if (o->save && mamba_state_save(x->model, x->state, o->save)) result = -1;
     print_report(x, &report);
-    if (o->save && !result) fprintf(stderr, "state after %llu tokens saved to %s\n", (unsigned long long)x->state->position, o->save);
+    if (o->save && !result)
+        fprintf(stderr, "state after %llu tokens saved to %s\n", (unsigned long long)x->state->position, o->save);
     return result;
 }
 
@@ -2614,7 +2689,8 @@ static void session_command(Session *x, UndoStack *undo, const char *line) {
     } else if (!strncmp(line, "/load ", 6)) {
         State *before = mamba_state_new(m); // a turn to undo only if the load succeeds
         if (before) mamba_state_copy(m, before, x->state);
-        if (!before || mamba_state_load(m, x->state, line + 6) || undo_push(undo, m, before)) fprintf(stderr, "mamba: %s\n", error_text);
+        if (!before || mamba_state_load(m, x->state, line + 6) || undo_push(undo, m, before))
+            fprintf(stderr, "mamba: %s\n", error_text);
         else fprintf(stderr, "loaded: %llu tokens\n", (unsigned long long)x->state->position);
         mamba_state_free(before);
     } else fprintf(stderr, "unknown command '%s' (try /help)\n", line);
@@ -2751,7 +2827,8 @@ static void verify_tensor(void *context, const TensorInfo *info, Tensor *w) {
             int n = w->cols - from < 1024 ? w->cols - from : 1024;
             TYPE_KERNELS[w->type].widen(row, tensor_row(w, r), from, n);
             for (int i = 0; i < n && !verdict->bad[0]; i++)
-                if (row[i] - row[i] != 0 || (w->type == F16 && fabsf(row[i]) > 65504)) { // f16's infinity and NaN widen to more
+                if (row[i] - row[i] != 0 ||
+                    (w->type == F16 && fabsf(row[i]) > 65504)) { // f16's infinity and NaN widen to more
                     tensor_label(verdict->bad, info);
                 }
         }
@@ -2789,10 +2866,12 @@ static int command_info(int argc, char **argv) {
            type_name(c->type));
     printf("sizes        d_model %d, n_layer %d, vocab_size %d, d_inner %d, d_state %d, d_conv %d, dt_rank %d\n", c->D,
            c->n_layer, c->V, c->E, c->N, c->K, c->R);
-    printf("options      %s head, %sprojection biases, %sconv bias, norm eps %g", c->flags & FLAG_TIED ? "tied" : "untied",
-           c->flags & FLAG_PROJ_BIAS ? "" : "no ", c->flags & FLAG_CONV_BIAS ? "" : "no ", c->norm_eps);
+    printf("options      %s head, %sprojection biases, %sconv bias, norm eps %g",
+           c->flags & FLAG_TIED ? "tied" : "untied", c->flags & FLAG_PROJ_BIAS ? "" : "no ",
+           c->flags & FLAG_CONV_BIAS ? "" : "no ", c->norm_eps);
     if (c->flags & FLAG_MIXER_NORM) printf(", norms on delta, B and C with eps %g", c->mixer_eps);
-    printf("\ntokenizer    %s, %d ids", tokenizer_is_bytes(m->tokenizer) ? "bytes" : "byte-level BPE", tokenizer_size(m->tokenizer));
+    printf("\ntokenizer    %s, %d ids", tokenizer_is_bytes(m->tokenizer) ? "bytes" : "byte-level BPE",
+           tokenizer_size(m->tokenizer));
     printf("; end-of-text");
     for (int i = 0; i < 4; i++)
         if (c->eos[i] >= 0) printf(" %d", c->eos[i]);
@@ -2822,7 +2901,8 @@ static int print_decoded(const Tokenizer *t, const char *text, size_t bytes) {
         if (stop == p || errno || (stop < end && (!*stop || !strchr(" \t\r\n,", *stop))))
             return fail("byte %zu of the input is not part of a token id", (size_t)(p - text));
         if (id < 0 || id > INT_MAX || !tokenizer_has(t, (int)id))
-            return fail("token id %ld at byte %zu is not in the tokenizer of %d ids", id, (size_t)(p - text), tokenizer_size(t));
+            return fail("token id %ld at byte %zu is not in the tokenizer of %d ids", id, (size_t)(p - text),
+                        tokenizer_size(t));
         size_t n;
         const unsigned char *token = tokenizer_token(t, (int)id, &n);
         unsigned char *out = malloc(3 * (n + 4));
@@ -2848,7 +2928,8 @@ static int print_ids(const Tokenizer *t, const char *text, size_t bytes) {
 
 static int command_tokenize(int argc, char **argv) {
     bool decode = false, mapped = false;
-    const Option options[] = {{"--decode", "", "token ids (between spaces, commas or line ends) to text", OPT_SWITCH, &decode, 0, 0}};
+    const Option options[] = {
+        {"--decode", "", "token ids (between spaces, commas or line ends) to text", OPT_SWITCH, &decode, 0, 0}};
     const char *rest[2] = {NULL, "-"};
     if (wants_help(argc, argv)) return print_help(TOKENIZE_USAGE, options, COUNT(options)), 0;
     int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
@@ -2858,7 +2939,8 @@ static int command_tokenize(int argc, char **argv) {
     size_t file_bytes = 0, bytes = 0;
     unsigned char *file = file_map(rest[0], &file_bytes, &mapped);
     int result = file ? 0 : -1;
-    if (file && file_bytes >= 4 && !memcmp(file, "mtok", 4)) result = (alone = tokenizer_open(file, file_bytes)) ? 0 : fail_in(rest[0]);
+    if (file && file_bytes >= 4 && !memcmp(file, "mtok", 4))
+        result = (alone = tokenizer_open(file, file_bytes)) ? 0 : fail_in(rest[0]);
     else if (file) result = (m = mamba_load(rest[0])) ? 0 : -1;
     char *text = result ? NULL : read_text(rest[1], &bytes);
     const Tokenizer *t = m ? m->tokenizer : alone;
@@ -2877,7 +2959,10 @@ typedef enum { TASK_NONE, TASK_INDUCTION, TASK_COPYING } Task;
 enum { TASK_VOCAB = 16, COPY_TOKENS = 16 };
 
 static int parse_task(const char *name, Task *task) {
-    *task = !name ? TASK_NONE : !strcmp(name, "induction") ? TASK_INDUCTION : !strcmp(name, "copying") ? TASK_COPYING : TASK_NONE;
+    *task = !name                        ? TASK_NONE
+            : !strcmp(name, "induction") ? TASK_INDUCTION
+            : !strcmp(name, "copying")   ? TASK_COPYING
+                                         : TASK_NONE;
     return name && *task == TASK_NONE ? fail("--task needs induction or copying, not '%s'", name) : 0;
 }
 
@@ -2898,7 +2983,8 @@ static void task_sequence(Task task, int32_t *ids, int32_t *targets, size_t L, u
         return;
     }
     size_t body = L - COPY_TOKENS, left = COPY_TOKENS;
-    for (size_t t = 0; t < body; t++) { // each set of places is equally likely: take this one with probability left / places
+    for (size_t t = 0; t < body;
+         t++) { // each set of places is equally likely: take this one with probability left / places
         bool data = random_u64(random) % (body - t) < left;
         ids[t] = data ? 1 + (int32_t)(random_u64(random) % (TASK_VOCAB - 2)) : 0;
         if (data) targets[L - left--] = ids[t];
@@ -2911,7 +2997,8 @@ static void task_sequence(Task task, int32_t *ids, int32_t *targets, size_t L, u
 static const char EVAL_USAGE[] =
     "mamba eval model.bin FILE|- [--each] [-T N]\n"
     "mamba eval model.bin --task induction|copying [--length L] [--samples S]\n\n"
-    "How well the model predicts a text: every token but the first, each from all tokens before it. Prints the number of\n"
+    "How well the model predicts a text: every token but the first, each from all tokens before it. Prints the number "
+    "of\n"
     "tokens, the mean negative log-likelihood in nats, the perplexity, and bits per byte of the predicted text.\n";
 
 typedef struct {
@@ -2967,7 +3054,8 @@ static void score_task(void *context, const float *logits) {
 }
 
 static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64_t seed) {
-    if (x->model->config.V < TASK_VOCAB) return fail("the model has %d ids, the tasks need %d", x->model->config.V, TASK_VOCAB);
+    if (x->model->config.V < TASK_VOCAB)
+        return fail("the model has %d ids, the tasks need %d", x->model->config.V, TASK_VOCAB);
     size_t tail = task == TASK_COPYING ? COPY_TOKENS : 1;
     int32_t *ids = malloc(L * sizeof *ids), *targets = malloc(L * sizeof *ids);
     uint64_t random = seed ^ 0x6576616C75617465u; // training's generator starts elsewhere
@@ -2982,10 +3070,12 @@ static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64
         if (result == 0) result = mamba_prefill(x->model, x->acts, x->state, ids + L - tail, tail, score_task, &score);
     }
     if (result == 0) { // Wilson's interval
-        double n = (double)score.wanted, p = (double)score.right / n, z = 1.96, middle = (p + z * z / (2 * n)) / (1 + z * z / n);
+        double n = (double)score.wanted, p = (double)score.right / n, z = 1.96,
+               middle = (p + z * z / (2 * n)) / (1 + z * z / n);
         double half_width = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n));
-        printf("length %zu  accuracy %.2f%%  (%zu of %zu, 95%% interval %.2f to %.2f%%)  %.1f s\n", L, 100 * p, score.right, score.wanted,
-               100 * (middle - half_width), 100 * fmin(1, middle + half_width), seconds() - start);
+        printf("length %zu  accuracy %.2f%%  (%zu of %zu, 95%% interval %.2f to %.2f%%)  %.1f s\n", L, 100 * p,
+               score.right, score.wanted, 100 * (middle - half_width), 100 * fmin(1, middle + half_width),
+               seconds() - start);
     }
     free(ids), free(targets);
     return result;
@@ -2998,7 +3088,8 @@ static int command_eval(int argc, char **argv) {
     const Option options[] = {
         {"--task", "T", "accuracy on induction or copying instead of a text", OPT_TEXT, &task_name, 0, 0},
         {"--length", "L", "tokens a sequence of the task", OPT_INT, &length, 1, 1 << 30},
-        {"--samples", "S", "sequences of the task; 0: 1024 up to 2^14 tokens, then fewer, 64 from 2^18 on", OPT_INT, &samples, 0, 1e9},
+        {"--samples", "S", "sequences of the task; 0: 1024 up to 2^14 tokens, then fewer, 64 from 2^18 on", OPT_INT,
+         &samples, 0, 1e9},
         {"-s", "SEED", "of the task's sequences, which are never those of training", OPT_INT, &seed, 0, 9e15},
         {"--each", "", "one negative log-likelihood a line on stdout, from the second token on; the summary on stderr",
          OPT_SWITCH, &each, 0, 0},
@@ -3010,7 +3101,8 @@ static int command_eval(int argc, char **argv) {
     Task task;
     if (n_rest < 0 || parse_task(task_name, &task)) return -1;
     if (n_rest != (task ? 1 : 2)) return fail("eval needs a model.bin and a text file, or --task");
-    if (task && length < task_shortest(task)) return fail("--length %ld is too short for --task %s: at least %d", length, task_name, task_shortest(task));
+    if (task && length < task_shortest(task))
+        return fail("--length %ld is too short for --task %s: at least %d", length, task_name, task_shortest(task));
     Session x;
     if (session_open(&x, rest[0], threads)) return -1;
     if (task) {
@@ -3023,7 +3115,8 @@ static int command_eval(int argc, char **argv) {
     int32_t *ids = NULL;
     char *text = read_text(rest[1], &bytes);
     int result = text ? 0 : -1;
-    if (text && (mamba_encode(x.model, text, bytes, &ids, &n) || evaluate_ids(&x, ids, n, each))) result = fail_in(rest[1]);
+    if (text && (mamba_encode(x.model, text, bytes, &ids, &n) || evaluate_ids(&x, ids, n, each)))
+        result = fail_in(rest[1]);
     free(text);
     free(ids);
     session_close(&x);
@@ -3090,17 +3183,22 @@ static int command_logits(int argc, char **argv) {
     char *text = !tokens && !strcmp(rest[1], "-") ? read_text("-", &bytes) : NULL;
     int result = tokens ? parse_ids(tokens, &ids, &n) : 0;
     if (!tokens && !strcmp(rest[1], "-") && !text) result = -1;
-    if (!tokens && result == 0 && mamba_encode(x.model, text ? text : rest[1], bytes, &ids, &n)) result = fail_in("prompt");
+    if (!tokens && result == 0 && mamba_encode(x.model, text ? text : rest[1], bytes, &ids, &n))
+        result = fail_in("prompt");
     if (result == 0 && n == 0 && start < 0) result = fail("an empty prompt, and no end-of-text token to start from");
     LogitsWriter writer = {.V = x.model->config.V};
     if (result == 0 && check_ids(x.model, n ? ids : &start, n ? n : 1)) result = -1;
     bool special = path && !is_replaceable(path); // /dev/stdout, a pipe: written as it is
     char *temporary = result == 0 && path && !special ? temporary_name(path) : NULL;
     if (result == 0 && path && !special && !temporary) result = -1;
-    if (result == 0 && path && !(writer.raw = fopen(special ? path : temporary, "wb"))) result = fail("%s: %s", path, strerror(errno));
-    if (result == 0) result = mamba_prefill(x.model, x.acts, x.state, n ? ids : &start, n ? n : 1, all ? write_logits : NULL, &writer);
+    if (result == 0 && path && !(writer.raw = fopen(special ? path : temporary, "wb")))
+        result = fail("%s: %s", path, strerror(errno));
+    if (result == 0)
+        result =
+            mamba_prefill(x.model, x.acts, x.state, n ? ids : &start, n ? n : 1, all ? write_logits : NULL, &writer);
     if (result == 0 && !all) write_logits(&writer, x.state->logits);
-    if (writer.raw && special && ((ferror(writer.raw) | fclose(writer.raw)) && result == 0)) result = fail("%s: cannot write: %s", path, strerror(errno));
+    if (writer.raw && special && ((ferror(writer.raw) | fclose(writer.raw)) && result == 0))
+        result = fail("%s: cannot write: %s", path, strerror(errno));
     if (writer.raw && !special && (close_synced(writer.raw) || result || replace_file(temporary, path))) {
         if (result == 0) result = fail("%s: cannot write: %s", path, strerror(errno));
         remove(temporary);
@@ -3117,7 +3215,8 @@ static int command_logits(int argc, char **argv) {
 typedef struct {
     const char *out, *from, *tokenizer, *task_name, *log, *schedule;
     TextList data;
-    long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, warmup, seed, save_every, eval_every, threads;
+    long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, warmup, seed, save_every,
+        eval_every, threads;
     double rate, min_rate, decay, clip, beta2, held_out;
     bool resume;
 } TrainOptions;
@@ -3125,17 +3224,17 @@ typedef struct {
 typedef struct {
     const TrainOptions *o;
     Task task;
-    Model *source;            // --from or --tokenizer model: lends its tokenizer
+    Model *source; // --from or --tokenizer model: lends its tokenizer
     Model *model;
     Trainer *trainer;
     unsigned char *tokenizer; // blob that goes into the file
     size_t tokenizer_bytes;
-    int32_t *data;            // all tokens; the last n_held are held out
+    int32_t *data; // all tokens; the last n_held are held out
     size_t n_data, n_held;
-    int32_t *ids, *targets;   // of one pass
+    int32_t *ids, *targets; // of one pass
     uint64_t random;
     double held_loss, seconds; // last held-out loss; time spent in earlier runs
-    char settings[768];       // what must be the same when a run goes on
+    char settings[768];        // what must be the same when a run goes on
 } Training;
 
 enum { CHECKPOINT_HEADER = 1024, CHECKPOINT_VERSION = 1 };
@@ -3144,19 +3243,23 @@ static const char CHECKPOINT_MAGIC[8] = {'m', 'a', 'm', 'b', 'a', '.', 't', '\n'
 // The 256 bytes before a model's tokenizer and tensors.
 static void model_header(unsigned char *h, const Model *m, const unsigned char *tokenizer, size_t tokenizer_bytes) {
     const Config *c = &m->config;
-    const int sizes[] = {c->D, c->n_layer, c->V, c->E, c->N, c->K, c->R}, ids[] = {c->bos, c->pad, c->eos[0], c->eos[1], c->eos[2], c->eos[3]};
+    const int sizes[] = {c->D, c->n_layer, c->V, c->E, c->N, c->K, c->R},
+              ids[] = {c->bos, c->pad, c->eos[0], c->eos[1], c->eos[2], c->eos[3]};
     size_t offset = (HEADER_BYTES + tokenizer_bytes + ALIGN - 1) / ALIGN * ALIGN;
     uint32_t bits[2];
     memset(h, 0, HEADER_BYTES);
     memcpy(h, MODEL_MAGIC, sizeof MODEL_MAGIC);
-    put_u32(h + 8, FILE_VERSION), put_u32(h + 12, HEADER_BYTES), put_u32(h + 16, (uint32_t)c->arch), put_u32(h + 20, (uint32_t)c->type);
+    put_u32(h + 8, FILE_VERSION), put_u32(h + 12, HEADER_BYTES), put_u32(h + 16, (uint32_t)c->arch),
+        put_u32(h + 20, (uint32_t)c->type);
     put_u32(h + 24, (uint32_t)c->flags);
     for (int i = 0; i < 7; i++) put_u32(h + 28 + 4 * i, (uint32_t)sizes[i]);
     memcpy(bits, &c->norm_eps, 4), memcpy(bits + 1, &c->mixer_eps, 4);
     put_u32(h + 56, bits[0]), put_u32(h + 60, bits[1]);
     for (int i = 0; i < 6; i++) put_u32(h + 64 + 4 * i, (uint32_t)ids[i]);
-    put_u64(h + 88, HEADER_BYTES), put_u64(h + 96, tokenizer_bytes), put_u64(h + 104, offset), put_u64(h + 112, m->tensors_bytes);
-    put_u32(h + 120, crc32_of(0, tokenizer, tokenizer_bytes)), put_u32(h + 124, crc32_of(0, m->weights, m->tensors_bytes));
+    put_u64(h + 88, HEADER_BYTES), put_u64(h + 96, tokenizer_bytes), put_u64(h + 104, offset),
+        put_u64(h + 112, m->tensors_bytes);
+    put_u32(h + 120, crc32_of(0, tokenizer, tokenizer_bytes)),
+        put_u32(h + 124, crc32_of(0, m->weights, m->tensors_bytes));
     put_u32(h + HEADER_BYTES - 4, crc32_of(0, h, HEADER_BYTES - 4));
 }
 
@@ -3172,9 +3275,11 @@ static int write_pieces(const char *path, const Piece *piece, int n) {
     FILE *f = fopen(temporary, "wb");
     int result = f ? 0 : fail("cannot write %s: %s", temporary, strerror(errno));
     for (int i = 0; i < n && result == 0; i++)
-        if (fwrite(piece[i].data, 1, piece[i].bytes, f) != piece[i].bytes) result = fail("cannot write %s: %s", temporary, strerror(errno));
+        if (fwrite(piece[i].data, 1, piece[i].bytes, f) != piece[i].bytes)
+            result = fail("cannot write %s: %s", temporary, strerror(errno));
     if (f && close_synced(f) && result == 0) result = fail("cannot write %s: %s", temporary, strerror(errno));
-    if (result == 0 && replace_file(temporary, path)) result = fail("cannot rename %s to %s: %s", temporary, path, strerror(errno));
+    if (result == 0 && replace_file(temporary, path))
+        result = fail("cannot rename %s to %s: %s", temporary, path, strerror(errno));
     if (f && result) remove(temporary);
     free(temporary);
     return result;
@@ -3186,7 +3291,10 @@ static const unsigned char ZEROS[ALIGN];
 static int save_model(const Model *m, const unsigned char *tokenizer, size_t tokenizer_bytes, const char *path) {
     unsigned char header[HEADER_BYTES];
     model_header(header, m, tokenizer, tokenizer_bytes);
-    const Piece piece[] = {{header, HEADER_BYTES}, {tokenizer, tokenizer_bytes}, {ZEROS, (ALIGN - tokenizer_bytes % ALIGN) % ALIGN}, {m->weights, m->tensors_bytes}};
+    const Piece piece[] = {{header, HEADER_BYTES},
+                           {tokenizer, tokenizer_bytes},
+                           {ZEROS, (ALIGN - tokenizer_bytes % ALIGN) % ALIGN},
+                           {m->weights, m->tensors_bytes}};
     return write_pieces(path, piece, 4);
 }
 
@@ -3199,20 +3307,25 @@ static int save_checkpoint(const Training *t, const char *path, double spent) {
     memcpy(&held, &t->held_loss, 8), memcpy(&time_bits, &spent, 8);
     memcpy(h, CHECKPOINT_MAGIC, sizeof CHECKPOINT_MAGIC);
     put_u32(h + 8, CHECKPOINT_VERSION), put_u32(h + 12, CHECKPOINT_HEADER);
-    put_u64(h + 16, x->step), put_u64(h + 24, t->random), put_u64(h + 32, held), put_u64(h + 40, time_bits), put_u64(h + 48, t->tokenizer_bytes);
+    put_u64(h + 16, x->step), put_u64(h + 24, t->random), put_u64(h + 32, held), put_u64(h + 40, time_bits),
+        put_u64(h + 48, t->tokenizer_bytes);
     put_u64(h + 56, bytes);
     memcpy(h + 128, t->settings, sizeof t->settings);
     model_header(model, t->model, t->tokenizer, t->tokenizer_bytes);
-    put_u32(h + 64, crc32_of(0, model, HEADER_BYTES)), put_u32(h + 68, crc32_of(0, x->moment, bytes)), put_u32(h + 72, crc32_of(0, x->moment2, bytes));
+    put_u32(h + 64, crc32_of(0, model, HEADER_BYTES)), put_u32(h + 68, crc32_of(0, x->moment, bytes)),
+        put_u32(h + 72, crc32_of(0, x->moment2, bytes));
     put_u32(h + CHECKPOINT_HEADER - 4, crc32_of(0, h, CHECKPOINT_HEADER - 4));
-    const Piece piece[] = {{h, sizeof h}, {model, HEADER_BYTES}, {t->tokenizer, t->tokenizer_bytes}, {t->model->weights, bytes}, {x->moment, bytes}, {x->moment2, bytes}};
+    const Piece piece[] = {
+        {h, sizeof h},      {model, HEADER_BYTES}, {t->tokenizer, t->tokenizer_bytes}, {t->model->weights, bytes},
+        {x->moment, bytes}, {x->moment2, bytes}};
     return write_pieces(path, piece, 6);
 }
 
 // Numbers in memory to the order of bytes in files, or back: nothing happens on a little-endian machine.
 static void swap_training(const Training *t) {
     size_t bytes = t->model->tensors_bytes;
-    fix_endian(t->model->weights, bytes, 4), fix_endian(t->trainer->moment, bytes, 4), fix_endian(t->trainer->moment2, bytes, 4);
+    fix_endian(t->model->weights, bytes, 4), fix_endian(t->trainer->moment, bytes, 4),
+        fix_endian(t->trainer->moment2, bytes, 4);
 }
 
 // Takes up weights, moments, step and generator from a checkpoint of the same run. 0, or -1 after fail().
@@ -3222,22 +3335,27 @@ static int load_checkpoint(Training *t, const char *path) {
     unsigned char *h = file_map(path, &size, &mapped);
     Trainer *x = t->trainer;
     int result = h ? 0 : -1;
-    if (result == 0 && (size < CHECKPOINT_HEADER || memcmp(h, CHECKPOINT_MAGIC, 8) || u32_at(h + 8) != CHECKPOINT_VERSION))
+    if (result == 0 &&
+        (size < CHECKPOINT_HEADER || memcmp(h, CHECKPOINT_MAGIC, 8) || u32_at(h + 8) != CHECKPOINT_VERSION))
         result = fail("%s: not a training checkpoint of this version", path);
-    else if (result == 0 && crc32_of(0, h, CHECKPOINT_HEADER - 4) != u32_at(h + CHECKPOINT_HEADER - 4)) result = fail("%s: the checkpoint is damaged", path);
+    else if (result == 0 && crc32_of(0, h, CHECKPOINT_HEADER - 4) != u32_at(h + CHECKPOINT_HEADER - 4))
+        result = fail("%s: the checkpoint is damaged", path);
     else if (result == 0 && memcmp(h + 128, t->settings, sizeof t->settings))
-        result = fail("%s: the checkpoint is of another run, with%.300s; this one has%.300s", path, (const char *)h + 128, t->settings);
+        result = fail("%s: the checkpoint is of another run, with%.300s; this one has%.300s", path,
+                      (const char *)h + 128, t->settings);
     else if (result == 0 && (u64_at(h + 48) != t->tokenizer_bytes || u64_at(h + 56) != bytes ||
                              size != CHECKPOINT_HEADER + HEADER_BYTES + t->tokenizer_bytes + 3 * bytes))
         result = fail("%s: the checkpoint is truncated or of another model", path);
     if (result == 0) {
         const unsigned char *model = h + CHECKPOINT_HEADER, *weights = model + HEADER_BYTES + t->tokenizer_bytes;
         if (crc32_of(0, model, HEADER_BYTES) != u32_at(h + 64) || crc32_of(0, weights, bytes) != u32_at(model + 124) ||
-            crc32_of(0, weights + bytes, bytes) != u32_at(h + 68) || crc32_of(0, weights + 2 * bytes, bytes) != u32_at(h + 72))
+            crc32_of(0, weights + bytes, bytes) != u32_at(h + 68) ||
+            crc32_of(0, weights + 2 * bytes, bytes) != u32_at(h + 72))
             result = fail("%s: the checkpoint is damaged", path);
         else {
             uint64_t held = u64_at(h + 32), time_bits = u64_at(h + 40);
-            memcpy(t->model->weights, weights, bytes), memcpy(x->moment, weights + bytes, bytes), memcpy(x->moment2, weights + 2 * bytes, bytes);
+            memcpy(t->model->weights, weights, bytes), memcpy(x->moment, weights + bytes, bytes),
+                memcpy(x->moment2, weights + 2 * bytes, bytes);
             memcpy(&t->held_loss, &held, 8), memcpy(&t->seconds, &time_bits, 8);
             x->step = u64_at(h + 16), t->random = u64_at(h + 24);
             swap_training(t);
@@ -3274,7 +3392,8 @@ static double held_out_loss(Training *t) {
         if (t->task) draw_batch(&other, t->ids, t->targets, B, L);
         else
             for (int b = 0; b < B; b++) {
-                size_t start = t->n_data - t->n_held + (t->n_held - (size_t)L - 1) * (size_t)(pass * B + b) / (size_t)(passes * B);
+                size_t start =
+                    t->n_data - t->n_held + (t->n_held - (size_t)L - 1) * (size_t)(pass * B + b) / (size_t)(passes * B);
                 memcpy(t->ids + (size_t)b * L, t->data + start, (size_t)L * sizeof *t->ids);
                 memcpy(t->targets + (size_t)b * L, t->data + start + 1, (size_t)L * sizeof *t->ids);
             }
@@ -3339,7 +3458,8 @@ static int train_loop(Training *t, const char *checkpoint) {
             sum += mamba_train_pass(x, t->ids, t->targets, 1.0f / (float)counted, true);
         }
         loss = sum / (double)counted;
-        AdamW how = {(float)learning_rate(o, x->step + 1), 0.9f, (float)o->beta2, 1e-8f, (float)o->decay, (float)o->clip};
+        AdamW how = {
+            (float)learning_rate(o, x->step + 1), 0.9f, (float)o->beta2, 1e-8f, (float)o->decay, (float)o->clip};
         if ((result = mamba_train_step(x, &how, &norm))) {
             t->random = before;
             break;
@@ -3347,19 +3467,28 @@ static int train_loop(Training *t, const char *checkpoint) {
         bool last = x->step == (uint64_t)o->steps, evaluate_now = last || x->step % (uint64_t)o->eval_every == 0;
         if (evaluate_now) t->held_loss = held_out_loss(t);
         double spent = seconds() - begun, speed = (double)(x->step - first) * rows * o->accumulate / spent;
-        if (evaluate_now) fprintf(log, "%llu,%.0f,%.3f,%.6f,%.6f,%.6g,%.4f,%.1f\n", (unsigned long long)x->step, (double)x->step * rows * o->accumulate, t->seconds + spent, loss, t->held_loss, (double)how.rate, norm, speed);
-        else fprintf(log, "%llu,%.0f,%.3f,%.6f,,%.6g,%.4f,%.1f\n", (unsigned long long)x->step, (double)x->step * rows * o->accumulate, t->seconds + spent, loss, (double)how.rate, norm, speed);
+        if (evaluate_now)
+            fprintf(log, "%llu,%.0f,%.3f,%.6f,%.6f,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
+                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss, t->held_loss, (double)how.rate,
+                    norm, speed);
+        else
+            fprintf(log, "%llu,%.0f,%.3f,%.6f,,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
+                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss, (double)how.rate, norm, speed);
         if (spent - shown > 1 || evaluate_now) {
             shown = spent;
-            fprintf(stderr, "step %llu/%ld  loss %.4f  held-out %.4f  %.0f tokens/s  %.0f s left%s", (unsigned long long)x->step, o->steps, loss,
-                    t->held_loss, speed, spent / (double)(x->step - first) * (double)((uint64_t)o->steps - x->step), evaluate_now ? "\n" : "   \r");
+            fprintf(stderr, "step %llu/%ld  loss %.4f  held-out %.4f  %.0f tokens/s  %.0f s left%s",
+                    (unsigned long long)x->step, o->steps, loss, t->held_loss, speed,
+                    spent / (double)(x->step - first) * (double)((uint64_t)o->steps - x->step),
+                    evaluate_now ? "\n" : "   \r");
             fflush(log);
         }
         if (!last && x->step % (uint64_t)o->save_every == 0) result = save_all(t, checkpoint, t->seconds + spent);
     }
     if (fclose(log) && result == 0) result = fail("%s: %s", o->log, strerror(errno));
     if (result == 0) result = save_all(t, checkpoint, t->seconds + seconds() - begun);
-    if (result == 0 && interrupted) fprintf(stderr, "\ninterrupted after step %llu and saved: the same command with --resume goes on\n", (unsigned long long)x->step);
+    if (result == 0 && interrupted)
+        fprintf(stderr, "\ninterrupted after step %llu and saved: the same command with --resume goes on\n",
+                (unsigned long long)x->step);
     return result;
 }
 
@@ -3374,7 +3503,8 @@ static int read_data(Training *t, const Tokenizer *tokenizer) {
         int bad = tokenizer_encode(tokenizer, text, bytes, &ids, &n);
         free(text);
         if (bad) return fail_in(o->data.item[i]);
-        if (!(all = realloc(t->data, (t->n_data + n + 1) * sizeof *all))) return free(ids), fail("out of memory: %zu tokens", t->n_data + n);
+        if (!(all = realloc(t->data, (t->n_data + n + 1) * sizeof *all)))
+            return free(ids), fail("out of memory: %zu tokens", t->n_data + n);
         t->data = all;
         memcpy(all + t->n_data, ids, n * sizeof *all);
         t->n_data += n;
@@ -3382,7 +3512,8 @@ static int read_data(Training *t, const Tokenizer *tokenizer) {
     }
     t->n_held = (size_t)((double)t->n_data * o->held_out);
     if (t->n_data - t->n_held < (size_t)o->length + 2)
-        return fail("the data has %zu tokens to train on, one window needs %ld: more --data or a smaller --length", t->n_data - t->n_held, o->length + 2);
+        return fail("the data has %zu tokens to train on, one window needs %ld: more --data or a smaller --length",
+                    t->n_data - t->n_held, o->length + 2);
     return 0;
 }
 
@@ -3423,17 +3554,28 @@ static int train_tokenizer(Training *t, Tokenizer **tokenizer) {
 static int train_model(Training *t, const Tokenizer *tokenizer) {
     const TrainOptions *o = t->o;
     if (o->from) {
-        if (tokenizer_size(tokenizer) > t->source->config.V) return fail("%s: the tokenizer has more ids than the model", o->from);
+        if (tokenizer_size(tokenizer) > t->source->config.V)
+            return fail("%s: the tokenizer has more ids than the model", o->from);
         t->model = mamba_float_copy(t->source);
         return t->model ? 0 : -1;
     }
-    Config c = {.type = F32, .flags = FLAG_TIED | FLAG_CONV_BIAS, .D = (int)o->d_model, .n_layer = (int)o->layers, .V = tokenizer_size(tokenizer),
-                .E = (int)(o->d_model * o->expand), .N = (int)o->d_state, .K = (int)o->d_conv, .norm_eps = 1e-5f, .bos = -1, .pad = -1};
+    Config c = {.type = F32,
+                .flags = FLAG_TIED | FLAG_CONV_BIAS,
+                .D = (int)o->d_model,
+                .n_layer = (int)o->layers,
+                .V = tokenizer_size(tokenizer),
+                .E = (int)(o->d_model * o->expand),
+                .N = (int)o->d_state,
+                .K = (int)o->d_conv,
+                .norm_eps = 1e-5f,
+                .bos = -1,
+                .pad = -1};
     c.R = (c.D + 15) / 16;
     for (int i = 0; i < 4; i++) c.eos[i] = -1;
     int32_t *eos = NULL;
     size_t n = 0;
-    if (!tokenizer_is_bytes(tokenizer) && tokenizer_encode(tokenizer, "<|endoftext|>", 13, &eos, &n) == 0 && n == 1) c.eos[0] = c.bos = eos[0];
+    if (!tokenizer_is_bytes(tokenizer) && tokenizer_encode(tokenizer, "<|endoftext|>", 13, &eos, &n) == 0 && n == 1)
+        c.eos[0] = c.bos = eos[0];
     free(eos);
     t->model = mamba_random_model(&c, (uint64_t)o->seed);
     return t->model ? 0 : -1;
@@ -3453,15 +3595,21 @@ static int train_run(Training *t) {
     if (result == 0) {
         int B = (int)(o->batch / o->accumulate), L = (int)o->length;
         const Config *c = &t->model->config;
-        snprintf(t->settings, sizeof t->settings, " task %s, data %zu tokens (checksum %08x), held out %zu, d_model %d, layers %d, d_state %d, d_conv %d, d_inner %d, vocabulary %d, batch %ld, accumulate %ld, length %ld, seed %ld, lr %.9g, schedule %s, warm-up %ld, min lr %.9g, decay %.9g, clip %.9g, beta2 %.9g",
-                 o->task_name ? o->task_name : "none", t->n_data, crc32_of(0, t->data, t->n_data * sizeof *t->data), t->n_held, c->D, c->n_layer, c->N, c->K, c->E, c->V, o->batch,
-                 o->accumulate, o->length, o->seed, o->rate, o->schedule, o->warmup, o->min_rate, o->decay, o->clip, o->beta2);
+        snprintf(t->settings, sizeof t->settings,
+                 " task %s, data %zu tokens (checksum %08x), held out %zu, d_model %d, layers %d, d_state %d, d_conv "
+                 "%d, d_inner %d, vocabulary %d, batch %ld, accumulate %ld, length %ld, seed %ld, lr %.9g, schedule "
+                 "%s, warm-up %ld, min lr %.9g, decay %.9g, clip %.9g, beta2 %.9g",
+                 o->task_name ? o->task_name : "none", t->n_data, crc32_of(0, t->data, t->n_data * sizeof *t->data),
+                 t->n_held, c->D, c->n_layer, c->N, c->K, c->E, c->V, o->batch, o->accumulate, o->length, o->seed,
+                 o->rate, o->schedule, o->warmup, o->min_rate, o->decay, o->clip, o->beta2);
         Trainer measure = {.model = t->model, .B = B, .L = L};
         Saved *none = calloc((size_t)c->n_layer + 1, sizeof *none);
         measure.saved = none;
         double activations = 4.0 * (double)trainer_layout(&measure, NULL), weights = (double)t->model->tensors_bytes;
         free(none);
-        fprintf(stderr, "%zu parameters; memory: weights %.1f MB, gradients %.1f MB, optimizer %.1f MB, activations of %d x %d tokens %.1f MB\n",
+        fprintf(stderr,
+                "%zu parameters; memory: weights %.1f MB, gradients %.1f MB, optimizer %.1f MB, activations of %d x %d "
+                "tokens %.1f MB\n",
                 t->model->n_params, weights / 1e6, weights / 1e6, 2 * weights / 1e6, B, L, activations / 1e6);
         t->trainer = mamba_trainer_new(t->model, B, L, (int)o->threads);
         t->ids = malloc((size_t)B * L * sizeof *t->ids), t->targets = malloc((size_t)B * L * sizeof *t->ids);
@@ -3484,18 +3632,38 @@ static const char TRAIN_USAGE[] =
     "mamba train -o out.bin --data FILE [--data FILE ...] [options]\n"
     "mamba train -o out.bin --task induction|copying [options]\n"
     "mamba train -o out.bin --from model.bin --data FILE [options]\n\n"
-    "Trains a model on text of your own, on one of the paper's synthetic tasks, or fine-tunes one. Writes out.bin, a model like any\n"
+    "Trains a model on text of your own, on one of the paper's synthetic tasks, or fine-tunes one. Writes out.bin, a "
+    "model like any\n"
     "other, out.bin.train, from which --resume goes on bit for bit, and a CSV log. Ctrl-C saves and leaves.\n";
 
 static int command_train(int argc, char **argv) {
-    TrainOptions o = {.tokenizer = "bytes", .schedule = "cosine", .d_model = 128, .layers = 4, .d_state = 16, .d_conv = 4, .expand = 2, .steps = 1000,
-                      .batch = 16, .accumulate = 1, .length = 256, .warmup = 100, .seed = 1, .save_every = 500, .eval_every = 100, .rate = 3e-3,
-                      .min_rate = 1e-5, .decay = 0.1, .clip = 1, .beta2 = 0.95, .held_out = 0.1};
+    TrainOptions o = {.tokenizer = "bytes",
+                      .schedule = "cosine",
+                      .d_model = 128,
+                      .layers = 4,
+                      .d_state = 16,
+                      .d_conv = 4,
+                      .expand = 2,
+                      .steps = 1000,
+                      .batch = 16,
+                      .accumulate = 1,
+                      .length = 256,
+                      .warmup = 100,
+                      .seed = 1,
+                      .save_every = 500,
+                      .eval_every = 100,
+                      .rate = 3e-3,
+                      .min_rate = 1e-5,
+                      .decay = 0.1,
+                      .clip = 1,
+                      .beta2 = 0.95,
+                      .held_out = 0.1};
     o.threads = default_threads();
     const Option options[] = {
         {"-o", "FILE", "the model to write", OPT_TEXT, &o.out, 0, 0},
         {"--data", "FILE", "text to learn; up to 16 files", OPT_LIST, &o.data, 0, 0},
-        {"--tokenizer", "T", "bytes, a model.bin whose vocabulary to use, or a tokenizer file", OPT_TEXT, &o.tokenizer, 0, 0},
+        {"--tokenizer", "T", "bytes, a model.bin whose vocabulary to use, or a tokenizer file", OPT_TEXT, &o.tokenizer,
+         0, 0},
         {"--task", "T", "induction or copying instead of data", OPT_TEXT, &o.task_name, 0, 0},
         {"--from", "FILE", "start from this model (sizes and tokenizer are its own)", OPT_TEXT, &o.from, 0, 0},
         {"--resume", "", "go on from out.bin.train", OPT_SWITCH, &o.resume, 0, 0},
@@ -3529,10 +3697,12 @@ static int command_train(int argc, char **argv) {
     if (!o.out) return fail("train needs -o FILE, the model to write");
     if ((o.data.n > 0) == (o.task_name != NULL)) return fail("train needs either --data or --task");
     if (o.batch % o.accumulate) return fail("--batch %ld is not a multiple of --accumulate %ld", o.batch, o.accumulate);
-    if (strcmp(o.schedule, "cosine") && strcmp(o.schedule, "constant")) return fail("--schedule needs cosine or constant, not '%s'", o.schedule);
+    if (strcmp(o.schedule, "cosine") && strcmp(o.schedule, "constant"))
+        return fail("--schedule needs cosine or constant, not '%s'", o.schedule);
     Task task;
     if (parse_task(o.task_name, &task)) return -1;
-    if (task && o.length < task_shortest(task)) return fail("--length %ld is too short for --task %s: at least %d", o.length, o.task_name, task_shortest(task));
+    if (task && o.length < task_shortest(task))
+        return fail("--length %ld is too short for --task %s: at least %d", o.length, o.task_name, task_shortest(task));
     if (task && o.from) return fail("--from does not go with --task");
     char *log = o.log ? NULL : malloc(strlen(o.out) + 5);
     if (log) sprintf(log, "%s.csv", o.out), o.log = log;
@@ -3548,13 +3718,22 @@ static const char BENCH_USAGE[] =
     "mamba bench model.bin | --shape 130m|370m|790m|1.4b|2.8b|D,layers,V [--dtype f32|f16|bf16]\n"
     "mamba bench --scan B,E,L\n\n"
     "Tokens per second of prefill and decode, and the share of what the machine could do: of its read bandwidth for\n"
-    "decode (every weight is read once a token), of its float32 multiply-add rate for prefill. --shape makes seeded random\n"
+    "decode (every weight is read once a token), of its float32 multiply-add rate for prefill. --shape makes seeded "
+    "random\n"
     "weights in memory; --scan times the scan alone, cut over channels only and over channels and time.\n";
 
 static int parse_shape(const char *text, const char *dtype, Config *c) {
-    static const struct { const char *name; int D, n_layer; } known[] = {
-        {"130m", 768, 24}, {"370m", 1024, 48}, {"790m", 1536, 48}, {"1.4b", 2048, 48}, {"2.8b", 2560, 64}};
-    *c = (Config){.flags = FLAG_TIED | FLAG_CONV_BIAS, .V = 50280, .N = 16, .K = 4, .norm_eps = 1e-5f, .bos = -1, .pad = -1,
+    static const struct {
+        const char *name;
+        int D, n_layer;
+    } known[] = {{"130m", 768, 24}, {"370m", 1024, 48}, {"790m", 1536, 48}, {"1.4b", 2048, 48}, {"2.8b", 2560, 64}};
+    *c = (Config){.flags = FLAG_TIED | FLAG_CONV_BIAS,
+                  .V = 50280,
+                  .N = 16,
+                  .K = 4,
+                  .norm_eps = 1e-5f,
+                  .bos = -1,
+                  .pad = -1,
                   .eos = {-1, -1, -1, -1}};
     for (int i = 0; i < COUNT(known); i++)
         if (!strcmp(text, known[i].name)) c->D = known[i].D, c->n_layer = known[i].n_layer;
@@ -3623,7 +3802,8 @@ static int bench_model(const Model *m, int threads, int repeats) {
     uint64_t seed = 1;
     size_t probe_floats = (size_t)1 << 26, embedding = tensor_bytes(&m->embedding);
     size_t decode_bytes = m->tensors_bytes - (c->flags & FLAG_TIED ? 0 : embedding);
-    double D = c->D, E = c->E, prefill_flops = 2 * c->n_layer * (2 * E * D + E * (c->R + 2.0 * c->N) + E * c->R + E * D);
+    double D = c->D, E = c->E,
+           prefill_flops = 2 * c->n_layer * (2 * E * D + E * (c->R + 2.0 * c->N) + E * c->R + E * D);
     float *probe = alloc_aligned(probe_floats * sizeof(float));
     Acts *acts = mamba_acts_new(m, threads);
     State *s = mamba_state_new(m);
@@ -3642,13 +3822,14 @@ static int bench_model(const Model *m, int threads, int repeats) {
         decode[k] = seconds() - start;
         bandwidth[2 * k + 1] = read_bandwidth(probe, probe_floats, threads);
         rate[2 * k + 1] = multiply_rate(threads);
-        if (s->logits[0] - s->logits[0] != 0) result = fail("the logits are not finite: these weights cannot be timed honestly");
+        if (s->logits[0] - s->logits[0] != 0)
+            result = fail("the logits are not finite: these weights cannot be timed honestly");
     }
     if (result == 0) {
         double read_time = median(prefill, repeats), write_time = median(decode, repeats) / BENCH_DECODE;
         double gb = median(bandwidth, 2 * repeats) / 1e9, gflops = median(rate, 2 * repeats) / 1e9;
-        printf("%zu parameters in %s, %.1f MB of weights, %d thread%s, medians of %d\n", m->n_params, type_name(c->type),
-               (double)m->tensors_bytes / 1e6, threads, threads > 1 ? "s" : "", repeats);
+        printf("%zu parameters in %s, %.1f MB of weights, %d thread%s, medians of %d\n", m->n_params,
+               type_name(c->type), (double)m->tensors_bytes / 1e6, threads, threads > 1 ? "s" : "", repeats);
         printf("machine      %.1f GB/s read, %.1f GFLOP/s float32\n", gb, gflops);
         printf("prefill %d  %10.1f tokens/s  %5.1f%% of the float32 rate\n", BENCH_PROMPT, BENCH_PROMPT / read_time,
                100 * prefill_flops * BENCH_PROMPT / read_time / gflops / 1e9);
@@ -3665,21 +3846,27 @@ static int bench_model(const Model *m, int threads, int repeats) {
 static int bench_scan(const char *text, int threads, int repeats) {
     int B, E, L, N = 16;
     char extra;
-    if (sscanf(text, "%d,%d,%d%c", &B, &E, &L, &extra) != 3 || B < 1 || E < 1 || L < 1 || (double)B * L * ((double)E + 2 * N) > 1e9 || E > 1 << 20)
+    if (sscanf(text, "%d,%d,%d%c", &B, &E, &L, &extra) != 3 || B < 1 || E < 1 || L < 1 ||
+        (double)B * L * ((double)E + 2 * N) > 1e9 || E > 1 << 20)
         return fail("--scan needs B,E,L with B * L * (E + 32) at most 1e9 and E at most 1048576, not '%s'", text);
     size_t BLE = (size_t)B * E * L, NE = (size_t)N * E;
-    float *u = alloc_aligned(BLE * 4), *delta = alloc_aligned(BLE * 4), *y = alloc_aligned(BLE * 4), *A_neg = alloc_aligned(NE * 4);
-    float *BC = alloc_aligned((size_t)B * L * 2 * N * 4), *h = alloc_aligned(NE * 4), *skip = alloc_aligned((size_t)E * 4);
+    float *u = alloc_aligned(BLE * 4), *delta = alloc_aligned(BLE * 4), *y = alloc_aligned(BLE * 4),
+          *A_neg = alloc_aligned(NE * 4);
+    float *BC = alloc_aligned((size_t)B * L * 2 * N * 4), *h = alloc_aligned(NE * 4),
+          *skip = alloc_aligned((size_t)E * 4);
     float *carry = alloc_aligned(scan_carry_floats(E, N) * 4);
     int result = u && delta && y && A_neg && BC && h && skip && carry ? 0 : -1;
     uint64_t seed = 7;
     if (result == 0) {
-        for (size_t i = 0; i < BLE; i++) u[i] = (float)random_unit(&seed) - 0.5f, delta[i] = 0.1f * (float)random_unit(&seed);
+        for (size_t i = 0; i < BLE; i++)
+            u[i] = (float)random_unit(&seed) - 0.5f, delta[i] = 0.1f * (float)random_unit(&seed);
         for (size_t i = 0; i < NE; i++) A_neg[i] = -(float)(i / (size_t)E + 1);
         for (size_t i = 0; i < (size_t)B * L * 2 * N; i++) BC[i] = (float)random_unit(&seed) - 0.5f;
         int shapes_say = scan_pieces(L, E), time_pieces = shapes_say > 1 ? shapes_say : SCAN_TASKS / 2;
-        const struct { const char *name; int pieces; } way[] = {
-            {"definition, 1 thread", 0}, {"over channels", 1}, {"over channels and time", time_pieces}};
+        const struct {
+            const char *name;
+            int pieces;
+        } way[] = {{"definition, 1 thread", 0}, {"over channels", 1}, {"over channels and time", time_pieces}};
         for (int k = 0; k < 3; k++) {
             double time[BENCH_MAX];
             for (int round = 0; round < repeats; round++) {
@@ -3688,16 +3875,21 @@ static int bench_scan(const char *text, int threads, int repeats) {
                 for (int b = 0; b < B; b++) {
                     size_t at = (size_t)b * L * E;
                     const float *B_ssm = BC + (size_t)b * L * 2 * N;
-                    if (way[k].pieces == 0) scan_sequential(y + at, h, u + at, delta + at, A_neg, B_ssm, B_ssm + N, 2 * (size_t)N, skip, L, E, N);
-                    else scan_parallel(y + at, h, u + at, delta + at, A_neg, B_ssm, B_ssm + N, 2 * (size_t)N, skip, L, E, N, way[k].pieces, carry);
+                    if (way[k].pieces == 0)
+                        scan_sequential(y + at, h, u + at, delta + at, A_neg, B_ssm, B_ssm + N, 2 * (size_t)N, skip, L,
+                                        E, N);
+                    else
+                        scan_parallel(y + at, h, u + at, delta + at, A_neg, B_ssm, B_ssm + N, 2 * (size_t)N, skip, L, E,
+                                      N, way[k].pieces, carry);
                 }
                 time[round] = seconds() - start;
             }
             double t = median(time, repeats);
-            printf("%-24s %9.3f ms  %8.1f million exponentials/s  %6.2f GB/s\n", way[k].name, t * 1e3, (double)BLE * N / t / 1e6,
-                   (double)BLE * 12 / t / 1e9);
+            printf("%-24s %9.3f ms  %8.1f million exponentials/s  %6.2f GB/s\n", way[k].name, t * 1e3,
+                   (double)BLE * N / t / 1e6, (double)BLE * 12 / t / 1e9);
         }
-        printf("%d threads; for this shape the model cuts time into %d piece%s\n", threads, shapes_say, shapes_say > 1 ? "s" : "");
+        printf("%d threads; for this shape the model cuts time into %d piece%s\n", threads, shapes_say,
+               shapes_say > 1 ? "s" : "");
     }
     free_aligned(u), free_aligned(delta), free_aligned(y), free_aligned(A_neg), free_aligned(BC), free_aligned(h);
     free_aligned(skip), free_aligned(carry);
@@ -3728,9 +3920,11 @@ static int command_bench(int argc, char **argv) {
 }
 
 static int run_command(int argc, char **argv) {
-    static const struct { const char *name; int (*run)(int, char **); } command[] = {
-        {"info", command_info}, {"tokenize", command_tokenize}, {"eval", command_eval},
-        {"logits", command_logits}, {"train", command_train}, {"bench", command_bench}};
+    static const struct {
+        const char *name;
+        int (*run)(int, char **);
+    } command[] = {{"info", command_info},     {"tokenize", command_tokenize}, {"eval", command_eval},
+                   {"logits", command_logits}, {"train", command_train},       {"bench", command_bench}};
     if (argc > 1 && !strcmp(argv[1], "--version")) return printf("mamba.c %s\n", MAMBA_VERSION), 0;
     for (int i = 0; i < COUNT(command) && argc > 1; i++)
         if (!strcmp(argv[1], command[i].name)) return command[i].run(argc - 1, argv + 1);

@@ -110,7 +110,8 @@ static double softplus_double(double x) { return x > 0 ? x + log1p(exp(-x)) : lo
 static double silu_double(double x) { return x / (1 + exp(-x)); }
 
 // Worst error in units of the last place of the exact answer.
-static void check_function(const char *name, vec (*f)(vec), double (*exact)(double), float lowest, float highest, double ulps) {
+static void check_function(const char *name, vec (*f)(vec), double (*exact)(double), float lowest, float highest,
+                           double ulps) {
     double worst = 0;
     float at = 0;
     long count = 0;
@@ -125,7 +126,8 @@ static void check_function(const char *name, vec (*f)(vec), double (*exact)(doub
             if (!(error <= worst)) worst = error, at = x;
             count++;
         }
-    report(worst <= ulps && count > 10000, name, "error %.2f ulp of %.1f, at x = %.9g, %ld values", worst, ulps, (double)at, count);
+    report(worst <= ulps && count > 10000, name, "error %.2f ulp of %.1f, at x = %.9g, %ld values", worst, ulps,
+           (double)at, count);
 }
 
 static void test_vectors(void) {
@@ -134,7 +136,8 @@ static void test_vectors(void) {
     check_function("softplus", softplus_call, softplus_double, -86, 100, 4);
     expect(apply(exp_call, -1000) < 1e-37f && apply(exp_call, -1000) >= 0, "exp of very negative is nearly 0");
     expect(apply(exp_call, 0) == 1, "exp(0) is 1");
-    expect(isnan(apply(exp_call, NAN)) && isnan(apply(silu_call, NAN)) && isnan(apply(softplus_call, NAN)), "NaN stays NaN");
+    expect(isnan(apply(exp_call, NAN)) && isnan(apply(silu_call, NAN)) && isnan(apply(softplus_call, NAN)),
+           "NaN stays NaN");
     expect(apply(softplus_call, 89) == 89 && isfinite(apply(softplus_call, 1e30f)), "softplus does not overflow");
     expect(apply(silu_call, -1e30f) <= 0 && isfinite(apply(silu_call, -1e30f)), "silu does not overflow");
     expect(crc32_of(0, "123456789", 9) == 0xCBF43926u, "CRC-32 check value");
@@ -149,7 +152,8 @@ static void test_vectors(void) {
 static int team = 1;
 
 static void test_rmsnorm(int L, int D, int ld, bool weighted) {
-    float *x = random_floats((size_t)L * ld, -3, 3), *w = random_floats((size_t)D, -2, 2), *out = random_floats((size_t)L * ld, 0, 1);
+    float *x = random_floats((size_t)L * ld, -3, 3), *w = random_floats((size_t)D, -2, 2),
+          *out = random_floats((size_t)L * ld, 0, 1);
     double *want = doubles(out, (size_t)L * ld);
     for (int t = 0; t < L; t++) {
         double squares = 0;
@@ -177,11 +181,13 @@ static double stored_value(Type type, const void *data, size_t i) { // an own re
 static void test_matmul(Type type, int L, int I, int O, int ldx, bool biased) {
     size_t n = (size_t)I * O;
     uint16_t *bits = malloc((n + 1) * 2);
-    float *weights = random_floats(n, -1, 1), *x = random_floats((size_t)L * ldx, -1, 1), *bias = random_floats((size_t)O, -1, 1);
+    float *weights = random_floats(n, -1, 1), *x = random_floats((size_t)L * ldx, -1, 1),
+          *bias = random_floats((size_t)O, -1, 1);
     float *out = random_floats((size_t)L * O + 8, 7, 8), *packed = random_floats((size_t)(L + MR) * I, 7, 8);
     for (size_t i = 0; i < n; i++) // any bit pattern that is finite, subnormal ones too
-        bits[i] = type == BF16 ? (uint16_t)((random_u64(&test_random) & 0x807F) | (110 + random_u64(&test_random) % 17) << 7)
-                               : (uint16_t)(random_u64(&test_random) & (random_u64(&test_random) % 5 ? 0xBBFF : 0x83FF));
+        bits[i] = type == BF16
+                      ? (uint16_t)((random_u64(&test_random) & 0x807F) | (110 + random_u64(&test_random) % 17) << 7)
+                      : (uint16_t)(random_u64(&test_random) & (random_u64(&test_random) % 5 ? 0xBBFF : 0x83FF));
     Tensor w = {type == F32 ? (void *)weights : (void *)bits, O, I, type};
     double *want = malloc(((size_t)L * O + 1) * sizeof *want);
     for (int t = 0; t < L; t++)
@@ -202,11 +208,12 @@ static void test_matmul(Type type, int L, int I, int O, int ldx, bool biased) {
 
 static void test_conv(int L, int E, int K, bool biased) {
     size_t rows = (size_t)(K > 1 ? K - 1 : 0);
-    float *xz = random_floats((size_t)L * 2 * E, -2, 2), *w = random_floats((size_t)K * E, -1, 1), *bias = random_floats((size_t)E, -1, 1);
+    float *xz = random_floats((size_t)L * 2 * E, -2, 2), *w = random_floats((size_t)K * E, -1, 1),
+          *bias = random_floats((size_t)E, -1, 1);
     float *window = random_floats(rows * E, -2, 2), *window_step = copy_floats(window, rows * E);
     float *u = random_floats((size_t)L * E, 7, 8), *u_step = random_floats((size_t)L * E, 7, 8);
     double *want = malloc(((size_t)L * E + 1) * sizeof *want), *last = malloc((rows * E + 1) * sizeof *last);
-#define INPUT(t, e) ((t) >= 0 ? (double)xz[(size_t)(t) * 2 * E + (e)] : (double)window[(size_t)(K - 1 + (t)) * E + (e)])
+#define INPUT(t, e) ((t) >= 0 ? (double)xz[(size_t)(t)*2 * E + (e)] : (double)window[(size_t)(K - 1 + (t)) * E + (e)])
     for (int t = 0; t < L; t++)
         for (int e = 0; e < E; e++) {
             double sum = biased ? bias[e] : 0;
@@ -219,12 +226,14 @@ static void test_conv(int L, int E, int K, bool biased) {
     check("conv1d_silu", u, want, (size_t)L * E, 2e-6);
     check("conv1d_silu window", window, last, rows * E, 0);
     for (int t = 0; t < L; t++) {
-        TEAM(conv1d_silu_step(u_step + (size_t)t * E, window_step, xz + (size_t)t * 2 * E, w, biased ? bias : NULL, E, K))
+        TEAM(conv1d_silu_step(u_step + (size_t)t * E, window_step, xz + (size_t)t * 2 * E, w, biased ? bias : NULL, E,
+                              K))
     }
     check("conv1d_silu_step", u_step, want, (size_t)L * E, 2e-6);
     check("conv1d_silu_step window", window_step, last, rows * E, 0);
     free(want), free(last);
-    free_aligned(xz), free_aligned(w), free_aligned(bias), free_aligned(window), free_aligned(window_step), free_aligned(u), free_aligned(u_step);
+    free_aligned(xz), free_aligned(w), free_aligned(bias), free_aligned(window), free_aligned(window_step),
+        free_aligned(u), free_aligned(u_step);
 }
 
 static void test_elementwise(int L, int E) {
@@ -241,7 +250,8 @@ static void test_elementwise(int L, int E) {
     for (size_t i = 0; i < n; i++) want[i] = a[i] * silu_double(b[i / E * 2 * E + E + i % E]);
     TEAM(gate(g, b, L, E))
     check("gate", g, want, n, 1e-6);
-    free(want), free_aligned(a), free_aligned(b), free_aligned(bias), free_aligned(sum), free_aligned(delta), free_aligned(g);
+    free(want), free_aligned(a), free_aligned(b), free_aligned(bias), free_aligned(sum), free_aligned(delta),
+        free_aligned(g);
 }
 
 static void test_kernels(void) {
@@ -253,7 +263,8 @@ static void test_kernels(void) {
             test_matmul((Type)type, 2 * ROWS_BLOCK + 5, 48, 35 * NR, 48, false);
             test_matmul((Type)type, ROWS_BLOCK + MR + 1, 3, NR - 1, 3, true);
         }
-        for (int K = 1; K <= 5; K++) test_conv(1, 7, K, true), test_conv(2, VL + 1, K, false), test_conv(19, 2 * VL, K, true);
+        for (int K = 1; K <= 5; K++)
+            test_conv(1, 7, K, true), test_conv(2, VL + 1, K, false), test_conv(19, 2 * VL, K, true);
         test_elementwise(1, 1), test_elementwise(5, 3 * VL + 2);
     }
     team = 1;
@@ -271,7 +282,8 @@ typedef struct {
 static ScanCase scan_case(int L, int E, int N) {
     ScanCase s = {.L = L, .E = E, .N = N};
     size_t LE = (size_t)L * E, NE = (size_t)N * E;
-    s.u = random_floats(LE, -2, 2), s.BC = random_floats((size_t)L * 2 * N, -1, 1), s.skip = random_floats((size_t)E, -1, 1);
+    s.u = random_floats(LE, -2, 2), s.BC = random_floats((size_t)L * 2 * N, -1, 1),
+    s.skip = random_floats((size_t)E, -1, 1);
     s.h = random_floats(NE, -3, 3), s.delta = random_floats(LE, 0, 1), s.A_neg = random_floats(NE, 0, 1);
     s.carry = random_floats(scan_carry_floats(E, N), 7, 8);
     for (size_t i = 0; i < LE; i++) s.delta[i] = expf(uniform(-7, 0.5f)); // steps from a thousandth to beyond one
@@ -282,7 +294,8 @@ static ScanCase scan_case(int L, int E, int N) {
             double sum = (double)s.skip[e] * s.u[(size_t)t * E + e], dt = s.delta[(size_t)t * E + e];
             for (int n = 0; n < N; n++) {
                 double *h = &s.h_end[(size_t)n * E + e];
-                *h = exp(dt * s.A_neg[(size_t)n * E + e]) * *h + dt * s.BC[(size_t)t * 2 * N + n] * s.u[(size_t)t * E + e];
+                *h = exp(dt * s.A_neg[(size_t)n * E + e]) * *h +
+                     dt * s.BC[(size_t)t * 2 * N + n] * s.u[(size_t)t * E + e];
                 sum += s.BC[(size_t)t * 2 * N + N + n] * *h;
             }
             s.y[(size_t)t * E + e] = sum;
@@ -310,11 +323,14 @@ static void check_scan(const ScanCase *s, int way) {
     else {
         if (split) TEAM(scan_parallel(y, h, s->u, s->delta, s->A_neg, B, C, ld, s->skip, split, E, N, 1, s->carry))
         size_t at = (size_t)split * E;
-        TEAM(scan_parallel(y + at, h, s->u + at, s->delta + at, s->A_neg, B + split * ld, C + split * ld, ld, s->skip, L - split,
-                           E, N, way > 0 ? way : 1, s->carry))
+        TEAM(scan_parallel(y + at, h, s->u + at, s->delta + at, s->A_neg, B + split * ld, C + split * ld, ld, s->skip,
+                           L - split, E, N, way > 0 ? way : 1, s->carry))
     }
     char name[96];
-    const char *what = way == 0 ? "scan_sequential" : way == -1 ? "scan_step" : way == -2 ? "scan_parallel split" : "scan_parallel";
+    const char *what = way == 0    ? "scan_sequential"
+                       : way == -1 ? "scan_step"
+                       : way == -2 ? "scan_parallel split"
+                                   : "scan_parallel";
     snprintf(name, sizeof name, "%s L %d E %d N %d pieces %d", what, L, E, N, way);
     check(name, y, s->y, (size_t)L * E, 2e-6);
     strcat(name, ", h");
@@ -339,7 +355,8 @@ static void test_scan(void) {
     TEAM(scan_parallel(y, &h, ones, ones, &half_life, BC, BC + 1, 2, &zero, 4, 1, 1, 2, carry))
     const double want[4] = {1, 2.5, 4.25, 6.125};
     check("scan of the worked example", y, want, 4, 1e-6);
-    expect(scan_pieces(1 << 20, 1536) == 1 && scan_pieces(4096, 16) > 1 && scan_pieces(31, 16) == 1, "time is cut only where channels run out");
+    expect(scan_pieces(1 << 20, 1536) == 1 && scan_pieces(4096, 16) > 1 && scan_pieces(31, 16) == 1,
+           "time is cut only where channels run out");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -431,7 +448,8 @@ static void check_stages(const char *model, Session *x, const int32_t *ids, int 
     const Golden *g;
 #define STAGE(what, got, elements) \
     if ((g = golden_get("layer%d." what, layer))) { \
-        assert(g->n <= (size_t)(elements) && g->n / g->dims[0] == (size_t)(elements) / (size_t)L); /* its first tokens */ \
+        assert(g->n <= (size_t)(elements) && \
+               g->n / g->dims[0] == (size_t)(elements) / (size_t)L); /* its first tokens */ \
         snprintf(name, sizeof name, "%s layer %d %s", model, layer, what); \
         check_floats(name, got, g->data, g->n, 1e-5); \
     }
@@ -536,7 +554,8 @@ static void test_splits(const char *file) {
             if (i == 0)
                 for (int t = 0; t < L; t++) {
                     mamba_step(x.model, x.acts, x.state, ids[t]);
-                    worst_logits = fmax(worst_logits, error_of(x.state->logits, want_logits + (size_t)t * V, V, &where));
+                    worst_logits =
+                        fmax(worst_logits, error_of(x.state->logits, want_logits + (size_t)t * V, V, &where));
                 }
             else {
                 mamba_prefill(x.model, x.acts, x.state, ids, (size_t)cut, NULL, NULL);
@@ -547,7 +566,8 @@ static void test_splits(const char *file) {
         }
         char name[96];
         snprintf(name, sizeof name, "%s L %d: step and %d splits = prefill", file, L, splits);
-        report(worst <= 1e-5 && worst_logits <= 1e-5, name, "state error %.2e, logits error %.2e of 1e-05", worst, worst_logits);
+        report(worst <= 1e-5 && worst_logits <= 1e-5, name, "state error %.2e, logits error %.2e of 1e-05", worst,
+               worst_logits);
         free(ids), free(want), free(want_logits);
         free_aligned(start), free_aligned(whole), free_aligned(logits);
     }
@@ -578,12 +598,14 @@ static void test_model(void) {
     test_golden_model("falcon", "tests/falcon.bin");
     test_golden_model("plain", "tests/plain.bin");
     test_golden_model("tales", "models/tales.bin");
-    test_splits("tests/odd.bin"), test_splits("tests/falcon.bin"), test_splits("tests/plain.bin"), test_splits("models/tales.bin");
+    test_splits("tests/odd.bin"), test_splits("tests/falcon.bin"), test_splits("tests/plain.bin"),
+        test_splits("models/tales.bin");
     test_threads("tests/odd.bin"), test_threads("tests/falcon.bin"), test_threads("models/tales.bin");
     Session x = test_session("tests/odd.bin", 1);
     const int32_t bad[2][2] = {{1, 259}, {1, -1}};
     uint64_t before = x.state->position;
-    expect(mamba_prefill(x.model, x.acts, x.state, bad[0], 2, NULL, NULL) == -1 && x.state->position == before, "an id beyond the vocabulary is refused");
+    expect(mamba_prefill(x.model, x.acts, x.state, bad[0], 2, NULL, NULL) == -1 && x.state->position == before,
+           "an id beyond the vocabulary is refused");
     expect(mamba_prefill(x.model, x.acts, x.state, bad[1], 2, NULL, NULL) == -1, "a negative id is refused");
     session_close(&x);
 }
@@ -609,7 +631,8 @@ static void test_damaged_states(Session *x, unsigned char *file, size_t bytes, c
         if (i % 4 == 0) n = random_u64(&test_random) % (bytes + 64);
         else
             for (int k = 0; k < 1 + i % 3; k++)
-                copy[random_u64(&test_random) % (i % 4 == 1 ? bytes : STATE_HEADER)] = (unsigned char)random_u64(&test_random);
+                copy[random_u64(&test_random) % (i % 4 == 1 ? bytes : STATE_HEADER)] =
+                    (unsigned char)random_u64(&test_random);
         if (i % 2 && n >= STATE_HEADER) put_u32(copy + STATE_HEADER - 4, crc32_of(0, copy, STATE_HEADER - 4));
         write_file(path, copy, n);
         if (mamba_state_load(x->model, fresh, path)) refused++;
@@ -617,7 +640,8 @@ static void test_damaged_states(Session *x, unsigned char *file, size_t bytes, c
         free(copy);
     }
     mamba_state_free(fresh);
-    report(refused > count / 2 && refused + loaded == count, "damaged state files", "%d refused, %d harmless", refused, loaded);
+    report(refused > count / 2 && refused + loaded == count, "damaged state files", "%d refused, %d harmless", refused,
+           loaded);
 }
 
 static void test_state(void) {
@@ -631,17 +655,22 @@ static void test_state(void) {
     State *copy = mamba_state_new(x.model);
     mamba_state_copy(x.model, copy, x.state);
     expect(mamba_state_save(x.model, x.state, path) == 0, "a state is saved");
-    for (int i = 0; i < 40; i++) straight[i] = mamba_sample(x.model, x.acts, x.state, &how), mamba_step(x.model, x.acts, x.state, straight[i]);
+    for (int i = 0; i < 40; i++)
+        straight[i] = mamba_sample(x.model, x.acts, x.state, &how), mamba_step(x.model, x.acts, x.state, straight[i]);
     float *end = copy_floats(x.state->data, x.state->floats);
     mamba_state_reset(x.model, x.state);
     expect(mamba_state_load(x.model, x.state, path) == 0, "a state is loaded");
     for (int way = 0; way < 2; way++) { // loaded, then copied
-        for (int i = 0; i < 40; i++) resumed[i] = mamba_sample(x.model, x.acts, x.state, &how), mamba_step(x.model, x.acts, x.state, resumed[i]);
-        expect(!memcmp(straight, resumed, sizeof straight), way ? "same tokens from a copied state" : "same tokens from a loaded state");
-        expect(!memcmp(end, x.state->data, x.state->floats * sizeof(float)) && x.state->position == 140, "and the same bits of state");
+        for (int i = 0; i < 40; i++)
+            resumed[i] = mamba_sample(x.model, x.acts, x.state, &how), mamba_step(x.model, x.acts, x.state, resumed[i]);
+        expect(!memcmp(straight, resumed, sizeof straight),
+               way ? "same tokens from a copied state" : "same tokens from a loaded state");
+        expect(!memcmp(end, x.state->data, x.state->floats * sizeof(float)) && x.state->position == 140,
+               "and the same bits of state");
         mamba_state_copy(x.model, x.state, copy);
     }
-    expect(mamba_state_load(other.model, other.state, path) == -1 && strstr(error_text, "shape"), "another model's state is refused");
+    expect(mamba_state_load(other.model, other.state, path) == -1 && strstr(error_text, "shape"),
+           "another model's state is refused");
     size_t model_bytes;
     unsigned char *changed = (unsigned char *)read_text("tests/odd.bin", &model_bytes);
     changed[model_bytes - 1] ^= 1; // the same shape, one weight changed, checksums mended
@@ -649,11 +678,13 @@ static void test_state(void) {
     put_u32(changed + HEADER_BYTES - 4, crc32_of(0, changed, HEADER_BYTES - 4));
     write_file("tests/changed.tmp.bin", changed, model_bytes);
     Session twin = test_session("tests/changed.tmp.bin", 1);
-    expect(mamba_state_load(twin.model, twin.state, path) == -1 && strstr(error_text, "another model"), "so is that of a model of the same shape");
+    expect(mamba_state_load(twin.model, twin.state, path) == -1 && strstr(error_text, "another model"),
+           "so is that of a model of the same shape");
     session_close(&twin);
     free(changed);
     remove("tests/changed.tmp.bin");
-    expect(mamba_state_save(x.model, x.state, "tests/no/such/folder/s.bin") == -1, "an unwritable state file is an error");
+    expect(mamba_state_save(x.model, x.state, "tests/no/such/folder/s.bin") == -1,
+           "an unwritable state file is an error");
     expect(mamba_state_load(x.model, x.state, "tests/no-such-file") == -1, "a missing state file is an error");
     size_t bytes;
     unsigned char *file = (unsigned char *)read_text(path, &bytes);
@@ -661,7 +692,8 @@ static void test_state(void) {
     remove(path);
     Config shape;
     parse_shape("130m", "bf16", &shape);
-    report(STATE_HEADER + 4 * state_floats(&shape) < 3300000, "a 130m state is under 3.3 MB", "%zu bytes", STATE_HEADER + 4 * state_floats(&shape));
+    report(STATE_HEADER + 4 * state_floats(&shape) < 3300000, "a 130m state is under 3.3 MB", "%zu bytes",
+           STATE_HEADER + 4 * state_floats(&shape));
     free(file);
     free_aligned(end);
     mamba_state_free(copy);
@@ -671,7 +703,24 @@ static void test_state(void) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Loader: whatever is in the file, an error or a model, never a crash, a hang or a huge allocation
 
-static const uint32_t nasty[] = {0, 1, 2, 3, 255, 256, 257, 1024, 65535, 65536, 1u << 20, (1u << 20) + 1, 1u << 26, 1u << 30, INT32_MAX, 1u << 31, UINT32_MAX - 1, UINT32_MAX};
+static const uint32_t nasty[] = {0,
+                                 1,
+                                 2,
+                                 3,
+                                 255,
+                                 256,
+                                 257,
+                                 1024,
+                                 65535,
+                                 65536,
+                                 1u << 20,
+                                 (1u << 20) + 1,
+                                 1u << 26,
+                                 1u << 30,
+                                 INT32_MAX,
+                                 1u << 31,
+                                 UINT32_MAX - 1,
+                                 UINT32_MAX};
 
 static void mend_checksums(unsigned char *file, size_t bytes) {
     if (bytes < HEADER_BYTES) return;
@@ -683,12 +732,24 @@ static void mend_checksums(unsigned char *file, size_t bytes) {
 static void damage(unsigned char *file, size_t *bytes, size_t tensors_offset, int i) {
     uint64_t r = random_u64(&test_random), field = 8 + 4 * (random_u64(&test_random) % 61);
     switch (i % 6) {
-    case 0: *bytes = r % (*bytes + 1); break;                                                    // cut anywhere
-    case 1: put_u32(file + field, nasty[r % COUNT(nasty)]); break;                               // a header field
-    case 2: put_u32(file + field, u32_at(file + field) + (uint32_t)(r % 65) - 32); break;        // a little off
-    case 3: put_u32(file + HEADER_BYTES + r % (tensors_offset - HEADER_BYTES), nasty[r >> 32 & 15]); break;
-    case 4: file[HEADER_BYTES + r % (tensors_offset - HEADER_BYTES)] ^= (unsigned char)(1 << (r >> 60 & 7)); break;
-    case 5: file[tensors_offset + r % (*bytes - tensors_offset)] = (unsigned char)(r >> 56); break; // a weight
+    case 0:
+        *bytes = r % (*bytes + 1);
+        break; // cut anywhere
+    case 1:
+        put_u32(file + field, nasty[r % COUNT(nasty)]);
+        break; // a header field
+    case 2:
+        put_u32(file + field, u32_at(file + field) + (uint32_t)(r % 65) - 32);
+        break; // a little off
+    case 3:
+        put_u32(file + HEADER_BYTES + r % (tensors_offset - HEADER_BYTES), nasty[r >> 32 & 15]);
+        break;
+    case 4:
+        file[HEADER_BYTES + r % (tensors_offset - HEADER_BYTES)] ^= (unsigned char)(1 << (r >> 60 & 7));
+        break;
+    case 5:
+        file[tensors_offset + r % (*bytes - tensors_offset)] = (unsigned char)(r >> 56);
+        break; // a weight
     }
     if (i % 12 < 9) mend_checksums(file, *bytes); // else the checksum is what catches it
 }
@@ -729,7 +790,8 @@ static void test_damaged_models(const char *model, int count) {
     }
     char name[96];
     snprintf(name, sizeof name, "%d damaged copies of %s", count, model);
-    report(refused + used == count && refused > count / 3, name, "%d refused with a message, %d harmless", refused, used);
+    report(refused + used == count && refused > count / 3, name, "%d refused with a message, %d harmless", refused,
+           used);
     free(file), free(copy);
     remove(path);
 }
@@ -755,14 +817,25 @@ static void test_loader(void) {
     expect(!mamba_load("tests/no-such-file") && strstr(error_text, "no-such-file"), "a missing file is named");
     expect(!mamba_load("tests"), "a folder is not a model");
     expect(!mamba_load("mamba.c") && strstr(error_text, "not a model.bin"), "a text file is not a model");
-    expect_refused(odd, 0, 1, "not a model"), expect_refused(odd, 8, 2, "version"), expect_refused(odd, 20, 9, "weight type");
-    expect_refused(odd, 28, 0, "d_model"), expect_refused(odd, 32, 0, "n_layer"), expect_refused(odd, 32, 60000, "truncated");
-    expect_refused(odd, 36, UINT32_MAX, "vocab_size"), expect_refused(odd, 44, 100000, "d_state"), expect_refused(odd, 56, 0x7FC00000, "norm_eps");
-    expect_refused(odd, 68, 100000, "pad"), expect_refused(odd, 72, 259, "eos"), expect_refused(odd, 96, 1u << 30, "outside");
+    expect_refused(odd, 0, 1, "not a model"), expect_refused(odd, 8, 2, "version"),
+        expect_refused(odd, 20, 9, "weight type");
+    expect_refused(odd, 28, 0, "d_model"), expect_refused(odd, 32, 0, "n_layer"),
+        expect_refused(odd, 32, 60000, "truncated");
+    expect_refused(odd, 36, UINT32_MAX, "vocab_size"), expect_refused(odd, 44, 100000, "d_state"),
+        expect_refused(odd, 56, 0x7FC00000, "norm_eps");
+    expect_refused(odd, 68, 100000, "pad"), expect_refused(odd, 72, 259, "eos"),
+        expect_refused(odd, 96, 1u << 30, "outside");
     int count = test_everything ? 10000 : 300;
     test_damaged_models("tests/odd.bin", count), test_damaged_models("tests/falcon.bin", count);
     test_damaged_models("models/tales.bin", test_everything ? 600 : 40);
-    Config huge = {.type = F32, .D = 1 << 20, .n_layer = 1 << 16, .V = 1 << 26, .E = 1 << 20, .N = N_MAX, .K = 1 << 12, .R = 1 << 20};
+    Config huge = {.type = F32,
+                   .D = 1 << 20,
+                   .n_layer = 1 << 16,
+                   .V = 1 << 26,
+                   .E = 1 << 20,
+                   .N = N_MAX,
+                   .K = 1 << 12,
+                   .R = 1 << 20};
     expect(config_tensor_bytes(&huge) > (size_t)1 << 40 || sizeof(size_t) < 8, "sizes of a huge config do not wrap");
 }
 
@@ -777,7 +850,8 @@ typedef struct {
 static void check_gradient(void *context, const TensorInfo *info, Tensor *w) {
     GradientCheck *c = context;
     char name[96];
-    const Golden *g = info->layer < 0 ? golden_get("grad.%s", info->name) : golden_get("grad.layer%d.%s", info->layer, info->name);
+    const Golden *g =
+        info->layer < 0 ? golden_get("grad.%s", info->name) : golden_get("grad.layer%d.%s", info->layer, info->name);
     snprintf(name, sizeof name, "%s gradient of %s %d", c->model, info->name, info->layer);
     if (!g || g->n != tensor_elements(w)) expect(false, name);
     else check_floats(name, w->data, g->data, g->n, 1e-4);
@@ -797,7 +871,8 @@ static void test_model_gradients(const char *model) {
         Trainer *x = mamba_trainer_new(m, B, L - 1, 2);
         int32_t *in = malloc(sizeof *in * (size_t)B * (L - 1)), *targets = malloc(sizeof *in * (size_t)B * (L - 1));
         for (int i = 0; i < B * (L - 1); i++) in[i] = ids[i % (L - 1)], targets[i] = ids[i % (L - 1) + 1];
-        double loss = mamba_train_pass(x, in, targets, 1.0f / (float)(B * (L - 1)), true) / (B * (L - 1)), want = (double)golden_get("loss")->data[0];
+        double loss = mamba_train_pass(x, in, targets, 1.0f / (float)(B * (L - 1)), true) / (B * (L - 1)),
+               want = (double)golden_get("loss")->data[0];
         GradientCheck c = {model, 0};
         report(fabs(loss - want) <= 1e-5 * want, "loss", "%.7f, want %.7f", loss, want);
         each_tensor(x->gradient, check_gradient, &c);
@@ -811,7 +886,8 @@ static void test_model_gradients(const char *model) {
 
 // Central differences: d is the gradient that is checked, x the doubles it belongs to, loss what they are plugged into. A sample
 // of elements; errors relative to the largest gradient in it.
-static void check_differences(const char *name, const float *d, double *x, size_t n, double (*loss)(void *), void *context) {
+static void check_differences(const char *name, const float *d, double *x, size_t n, double (*loss)(void *),
+                              void *context) {
     size_t picked = n < 60 ? n : 60;
     float *got = alloc_aligned((picked + 1) * sizeof *got);
     double *want = calloc(picked + 1, sizeof *want);
@@ -855,23 +931,45 @@ static double scan_loss(void *context) {
 
 static void test_scan_backward(int B, int L, int E, int N) {
     size_t BLE = (size_t)B * L * E, NE = (size_t)N * E, BNE = B * NE, bc = (size_t)B * L * 2 * N;
-    float *u = random_floats(BLE, -1, 1), *delta = random_floats(BLE, 0.01f, 0.6f), *A_log = random_floats(NE, -2, 1), *BC = random_floats(bc, -1, 1);
-    float *D = random_floats((size_t)E, -1, 1), *h = random_floats(BNE, -1, 1), *w_y = random_floats(BLE, -1, 1), *d_h = random_floats(BNE, -1, 1);
-    float *d_u = random_floats(BLE, 7, 8), *d_delta = random_floats(BLE, 7, 8), *d_BC = random_floats(bc, 7, 8), *d_A = random_floats(NE, 0, 0);
-    float *d_D = random_floats((size_t)E, 0, 0), *A_neg = random_floats(NE, 0, 0), *scratch = random_floats(scan_backward_floats(B, L, E, N), 7, 8);
+    float *u = random_floats(BLE, -1, 1), *delta = random_floats(BLE, 0.01f, 0.6f), *A_log = random_floats(NE, -2, 1),
+          *BC = random_floats(bc, -1, 1);
+    float *D = random_floats((size_t)E, -1, 1), *h = random_floats(BNE, -1, 1), *w_y = random_floats(BLE, -1, 1),
+          *d_h = random_floats(BNE, -1, 1);
+    float *d_u = random_floats(BLE, 7, 8), *d_delta = random_floats(BLE, 7, 8), *d_BC = random_floats(bc, 7, 8),
+          *d_A = random_floats(NE, 0, 0);
+    float *d_D = random_floats((size_t)E, 0, 0), *A_neg = random_floats(NE, 0, 0),
+          *scratch = random_floats(scan_backward_floats(B, L, E, N), 7, 8);
     for (int e = 0; e < E; e++)
         for (int n = 0; n < N; n++) A_neg[n * E + e] = -expf(A_log[e * N + n]);
-    ScanLoss s = {B, L, E, N, doubles(u, BLE), doubles(delta, BLE), doubles(A_log, NE), doubles(BC, bc), doubles(D, (size_t)E), doubles(h, BNE), doubles(w_y, BLE), doubles(d_h, BNE)};
-    TEAM(scan_backward(d_u, d_delta, d_BC, d_BC + N, d_A, d_D, d_h, w_y, u, delta, A_neg, BC, BC + N, 2 * (size_t)N, D, h, B, L, E, N, scratch))
+    ScanLoss s = {B,
+                  L,
+                  E,
+                  N,
+                  doubles(u, BLE),
+                  doubles(delta, BLE),
+                  doubles(A_log, NE),
+                  doubles(BC, bc),
+                  doubles(D, (size_t)E),
+                  doubles(h, BNE),
+                  doubles(w_y, BLE),
+                  doubles(d_h, BNE)};
+    TEAM(scan_backward(d_u, d_delta, d_BC, d_BC + N, d_A, d_D, d_h, w_y, u, delta, A_neg, BC, BC + N, 2 * (size_t)N, D,
+                       h, B, L, E, N, scratch))
     char name[8][80];
     const char *what[] = {"u", "delta", "A_log", "B and C", "D", "h"};
-    for (int i = 0; i < 6; i++) snprintf(name[i], sizeof name[i], "scan_backward B %d L %d E %d N %d: d_%s", B, L, E, N, what[i]);
-    check_differences(name[0], d_u, s.u, BLE, scan_loss, &s), check_differences(name[1], d_delta, s.delta, BLE, scan_loss, &s);
-    check_differences(name[2], d_A, s.A_log, NE, scan_loss, &s), check_differences(name[3], d_BC, s.BC, bc, scan_loss, &s);
-    check_differences(name[4], d_D, s.D, (size_t)E, scan_loss, &s), check_differences(name[5], d_h, s.h, BNE, scan_loss, &s);
+    for (int i = 0; i < 6; i++)
+        snprintf(name[i], sizeof name[i], "scan_backward B %d L %d E %d N %d: d_%s", B, L, E, N, what[i]);
+    check_differences(name[0], d_u, s.u, BLE, scan_loss, &s),
+        check_differences(name[1], d_delta, s.delta, BLE, scan_loss, &s);
+    check_differences(name[2], d_A, s.A_log, NE, scan_loss, &s),
+        check_differences(name[3], d_BC, s.BC, bc, scan_loss, &s);
+    check_differences(name[4], d_D, s.D, (size_t)E, scan_loss, &s),
+        check_differences(name[5], d_h, s.h, BNE, scan_loss, &s);
     free(s.u), free(s.delta), free(s.A_log), free(s.BC), free(s.D), free(s.h), free(s.w_y), free(s.w_h);
-    free_aligned(u), free_aligned(delta), free_aligned(A_log), free_aligned(BC), free_aligned(D), free_aligned(h), free_aligned(w_y), free_aligned(d_h);
-    free_aligned(d_u), free_aligned(d_delta), free_aligned(d_BC), free_aligned(d_A), free_aligned(d_D), free_aligned(A_neg), free_aligned(scratch);
+    free_aligned(u), free_aligned(delta), free_aligned(A_log), free_aligned(BC), free_aligned(D), free_aligned(h),
+        free_aligned(w_y), free_aligned(d_h);
+    free_aligned(d_u), free_aligned(d_delta), free_aligned(d_BC), free_aligned(d_A), free_aligned(d_D),
+        free_aligned(A_neg), free_aligned(scratch);
 }
 
 typedef struct {
@@ -887,7 +985,8 @@ static double conv_loss(void *context) {
             double sum = s->bias[e];
             for (int k = 0; k < s->K; k++) {
                 int from = t - s->K + 1 + k;
-                sum += s->conv[e * s->K + k] * (from >= 0 ? s->x[from * s->E + e] : s->window[(s->K - 1 + from) * s->E + e]);
+                sum += s->conv[e * s->K + k] *
+                       (from >= 0 ? s->x[from * s->E + e] : s->window[(s->K - 1 + from) * s->E + e]);
             }
             loss += s->w_u[t * s->E + e] * silu_double(sum);
         }
@@ -896,20 +995,27 @@ static double conv_loss(void *context) {
 
 static void test_conv_backward(int L, int E, int K) {
     size_t LE = (size_t)L * E, KE = (size_t)K * E;
-    float *xz = random_floats(2 * LE, -1, 1), *x = random_floats(LE, 0, 0), *window = random_floats(KE, -1, 1), *conv = random_floats(KE, -1, 1);
-    float *conv_t = random_floats(KE, 0, 0), *bias = random_floats((size_t)E, -1, 1), *w_u = random_floats(LE, -1, 1), *d_xz = random_floats(2 * LE, 7, 8);
-    float *d_x = random_floats(LE, 0, 0), *d_conv = random_floats(KE, 0, 0), *d_bias = random_floats((size_t)E, 0, 0), *d_window = random_floats(KE, 7, 8), *d_c = random_floats(LE, 7, 8);
+    float *xz = random_floats(2 * LE, -1, 1), *x = random_floats(LE, 0, 0), *window = random_floats(KE, -1, 1),
+          *conv = random_floats(KE, -1, 1);
+    float *conv_t = random_floats(KE, 0, 0), *bias = random_floats((size_t)E, -1, 1), *w_u = random_floats(LE, -1, 1),
+          *d_xz = random_floats(2 * LE, 7, 8);
+    float *d_x = random_floats(LE, 0, 0), *d_conv = random_floats(KE, 0, 0), *d_bias = random_floats((size_t)E, 0, 0),
+          *d_window = random_floats(KE, 7, 8), *d_c = random_floats(LE, 7, 8);
     for (int e = 0; e < E; e++)
         for (int k = 0; k < K; k++) conv_t[k * E + e] = conv[e * K + k];
     for (int t = 0; t < L; t++) memcpy(x + (size_t)t * E, xz + (size_t)t * 2 * E, (size_t)E * sizeof *x);
     TEAM(conv1d_silu_backward(d_xz, d_conv, d_bias, d_window, w_u, xz, window, conv_t, bias, L, E, K, d_c))
     for (int t = 0; t < L; t++) memcpy(d_x + (size_t)t * E, d_xz + (size_t)t * 2 * E, (size_t)E * sizeof *x);
-    ConvLoss s = {L, E, K, doubles(x, LE), doubles(window, KE), doubles(conv, KE), doubles(bias, (size_t)E), doubles(w_u, LE)};
-    check_differences("conv1d_silu_backward: d_x", d_x, s.x, LE, conv_loss, &s), check_differences("conv1d_silu_backward: d_conv", d_conv, s.conv, KE, conv_loss, &s);
+    ConvLoss s = {
+        L, E, K, doubles(x, LE), doubles(window, KE), doubles(conv, KE), doubles(bias, (size_t)E), doubles(w_u, LE)};
+    check_differences("conv1d_silu_backward: d_x", d_x, s.x, LE, conv_loss, &s),
+        check_differences("conv1d_silu_backward: d_conv", d_conv, s.conv, KE, conv_loss, &s);
     check_differences("conv1d_silu_backward: d_bias", d_bias, s.bias, (size_t)E, conv_loss, &s);
-    if (K > 1) check_differences("conv1d_silu_backward: d_window", d_window, s.window, (size_t)(K - 1) * E, conv_loss, &s);
+    if (K > 1)
+        check_differences("conv1d_silu_backward: d_window", d_window, s.window, (size_t)(K - 1) * E, conv_loss, &s);
     free(s.x), free(s.window), free(s.conv), free(s.bias), free(s.w_u);
-    free_aligned(xz), free_aligned(x), free_aligned(window), free_aligned(conv), free_aligned(conv_t), free_aligned(bias), free_aligned(w_u), free_aligned(d_xz);
+    free_aligned(xz), free_aligned(x), free_aligned(window), free_aligned(conv), free_aligned(conv_t),
+        free_aligned(bias), free_aligned(w_u), free_aligned(d_xz);
     free_aligned(d_x), free_aligned(d_conv), free_aligned(d_bias), free_aligned(d_window), free_aligned(d_c);
 }
 
@@ -917,7 +1023,8 @@ static void test_conv_backward(int L, int E, int K) {
 static void check_final(void *context, const TensorInfo *info, Tensor *w) {
     GradientCheck *c = context;
     char name[96];
-    const Golden *g = info->layer < 0 ? golden_get("final.%s", info->name) : golden_get("final.layer%d.%s", info->layer, info->name);
+    const Golden *g =
+        info->layer < 0 ? golden_get("final.%s", info->name) : golden_get("final.layer%d.%s", info->layer, info->name);
     snprintf(name, sizeof name, "%s after 10 steps: %s %d", c->model, info->name, info->layer);
     if (!g || g->n != tensor_elements(w)) expect(false, name);
     else check_floats(name, w->data, g->data, g->n, 1e-4);
@@ -968,13 +1075,19 @@ static void test_initialisation(void) {
             double dt = softplus_double((double)f32(&m->layer[layer].dt_bias)[e]);
             lowest = fmin(lowest, dt), highest = fmax(highest, dt);
             D_good &= f32(&m->layer[layer].D_skip)[e] == 1;
-            for (int n = 0; n < c.N; n++) A_good &= fabs(exp((double)f32(&m->layer[layer].A_log)[e * c.N + n]) - (n + 1)) < 1e-4;
+            for (int n = 0; n < c.N; n++)
+                A_good &= fabs(exp((double)f32(&m->layer[layer].A_log)[e * c.N + n]) - (n + 1)) < 1e-4;
         }
-    for (size_t i = 0; i < 300 * 64; i++) mean += f32(&m->embedding)[i], square += (double)f32(&m->embedding)[i] * f32(&m->embedding)[i];
-    report(lowest >= 0.00099 && highest <= 0.1001 && lowest < 0.0015 && highest > 0.07, "softplus(dt_bias) spans [0.001, 0.1]", "%.5f to %.5f", lowest, highest);
+    for (size_t i = 0; i < 300 * 64; i++)
+        mean += f32(&m->embedding)[i], square += (double)f32(&m->embedding)[i] * f32(&m->embedding)[i];
+    report(lowest >= 0.00099 && highest <= 0.1001 && lowest < 0.0015 && highest > 0.07,
+           "softplus(dt_bias) spans [0.001, 0.1]", "%.5f to %.5f", lowest, highest);
     expect(A_good && D_good, "A is -1 to -N and D is 1");
-    report(fabs(sqrt(square / 19200) - 0.02) < 0.0006 && fabs(mean / 19200) < 0.0006, "embedding's deviation is 0.02", "%.5f", sqrt(square / 19200));
-    expect(!memcmp(m->weights, again->weights, m->tensors_bytes) && memcmp(m->weights, other->weights, m->tensors_bytes), "the seed fixes the weights");
+    report(fabs(sqrt(square / 19200) - 0.02) < 0.0006 && fabs(mean / 19200) < 0.0006, "embedding's deviation is 0.02",
+           "%.5f", sqrt(square / 19200));
+    expect(!memcmp(m->weights, again->weights, m->tensors_bytes) &&
+               memcmp(m->weights, other->weights, m->tensors_bytes),
+           "the seed fixes the weights");
     mamba_free(m), mamba_free(again), mamba_free(other);
 }
 
@@ -993,21 +1106,25 @@ static void test_masked_loss(void) { // masked rows add nothing, neither to the 
     Acts *a = mamba_acts_new(m, 1);
     mamba_prefill(m, a, s, ids, 3, NULL, NULL);
     double want = log_sum_exp(s->logits, 20) - s->logits[7];
-    report(none == 0 && norm == 0 && fabs(single - want) < 1e-5, "masked positions do not count", "%.6f, want %.6f", single, want);
+    report(none == 0 && norm == 0 && fabs(single - want) < 1e-5, "masked positions do not count", "%.6f, want %.6f",
+           single, want);
     ((float *)(uintptr_t)m->layer[0].conv.data)[0] = NAN;
     refresh_derived(m);
     mamba_train_pass(x, ids, one, 1, true);
     float before = f32(&m->embedding)[0];
-    expect(mamba_train_step(x, &(AdamW){1, 0.9f, 0.95f, 1e-8f, 0, 1}, &norm) == -1 && strstr(error_text, "not finite") && f32(&m->embedding)[0] == before,
+    expect(mamba_train_step(x, &(AdamW){1, 0.9f, 0.95f, 1e-8f, 0, 1}, &norm) == -1 &&
+               strstr(error_text, "not finite") && f32(&m->embedding)[0] == before,
            "a NaN stops the run, names a tensor, and leaves the weights");
     mamba_state_free(s), mamba_acts_free(a), mamba_trainer_free(x), mamba_free(m);
 }
 
 static void test_gradients(void) {
     for (team = 1; team <= 3; team += 2) {
-        test_scan_backward(1, 1, 1, 1), test_scan_backward(2, SCAN_CHUNK + 1, 5, 3), test_scan_backward(1, 3 * SCAN_CHUNK, SCAN_WIDTH + 3, 4);
+        test_scan_backward(1, 1, 1, 1), test_scan_backward(2, SCAN_CHUNK + 1, 5, 3),
+            test_scan_backward(1, 3 * SCAN_CHUNK, SCAN_WIDTH + 3, 4);
         test_scan_backward(3, 2 * SCAN_CHUNK - 1, 2 * SCAN_WIDTH, 2);
-        test_conv_backward(1, 3, 4), test_conv_backward(2, VL + 1, 4), test_conv_backward(17, 2 * VL, 1), test_conv_backward(9, 5, 3);
+        test_conv_backward(1, 3, 4), test_conv_backward(2, VL + 1, 4), test_conv_backward(17, 2 * VL, 1),
+            test_conv_backward(9, 5, 3);
     }
     team = 1;
     test_adamw("plain"), test_adamw("odd"), test_adamw("falcon");
@@ -1019,9 +1136,10 @@ static void test_gradients(void) {
 // Tokenizer: tests/tokenizer.cases holds small tokenizers, texts with the ids of the `tokenizers` library, and lists of
 // ids with its text (dev/make_tok_golden.py). tests/test_tokenizer.py compares 100,000 strings where the library is there.
 
-static bool decodes_to(const Tokenizer *t, const unsigned char *ids, uint32_t n_ids, const unsigned char *text, size_t n) {
+static bool decodes_to(const Tokenizer *t, const unsigned char *ids, uint32_t n_ids, const unsigned char *text,
+                       size_t n) {
     Utf8Pending pending = {.n = 0};
-    unsigned char out[4096];                            // the cases are short: 12 tokens of at most 100 bytes
+    unsigned char out[4096]; // the cases are short: 12 tokens of at most 100 bytes
     size_t n_out = 0, bytes;
     for (uint32_t i = 0; i < n_ids; i++) {
         const unsigned char *token = tokenizer_token(t, (int)u32_at(ids + 4 * (size_t)i), &bytes);
@@ -1034,7 +1152,8 @@ static bool decodes_to(const Tokenizer *t, const unsigned char *ids, uint32_t n_
 
 // However the bytes arrive, what has been put out is whole characters, and all of it is what one piece would have given.
 static void test_streaming(void) {
-    static const unsigned char text[] = "a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x90\x8D!\xE2\x82\xF0\x9F\x90\xFFz\xED\xA0\x80\xC0\xAF\xF4\x90\x80\x80\xE2";
+    static const unsigned char text[] =
+        "a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x90\x8D!\xE2\x82\xF0\x9F\x90\xFFz\xED\xA0\x80\xC0\xAF\xF4\x90\x80\x80\xE2";
     unsigned char whole[200], part[200];
     Utf8Pending pending = {.n = 0};
     size_t n = sizeof text - 1, n_whole = utf8_push(&pending, text, n, whole);
@@ -1056,7 +1175,8 @@ static void test_streaming(void) {
 
 // A megabyte that is one word is no harder than other text: these would take minutes if anything were quadratic.
 static void test_long_words(void) {
-    const char *const unit[] = {"a", " ", "\xF0\x9F\x98\x80", "\xCC\x81", "e\xCC\x81", "7", "!", "\n", "the", "etaoinshrdlu"};
+    const char *const unit[] = {"a",  " ",   "\xF0\x9F\x98\x80", "\xCC\x81", "e\xCC\x81", "7", "!",
+                                "\n", "the", "etaoinshrdlu"};
     Session x = test_session("models/tales.bin", 1);
     char *text = malloc(1 << 20);
     for (int i = 0; i < COUNT(unit); i++) {
@@ -1094,7 +1214,8 @@ static void test_tokenizer(void) {
             }
             n_tokenizers++;
             for (size_t cut = 0; cut < n; cut += n / 61 + 1, n_cut++) // whatever is cut off is noticed
-                if (tokenizer_open(text, cut)) n_wrong++, printf("     the tokenizer at %ld opens when cut to %zu bytes\n", where, cut);
+                if (tokenizer_open(text, cut))
+                    n_wrong++, printf("     the tokenizer at %ld opens when cut to %zu bytes\n", where, cut);
             continue;
         }
         uint32_t n_ids = u32_at(file + at);
@@ -1114,7 +1235,8 @@ static void test_tokenizer(void) {
     }
     if (t) tokenizer_close(t);
     report(n_wrong == 0 && n_tokenizers >= 9 && n_encoded > 200 && n_decoded > 50, "the library's ids and texts",
-           "%d tokenizers: %d texts, %d lists of ids, %d cut files, %d wrong", n_tokenizers, n_encoded, n_decoded, n_cut, n_wrong);
+           "%d tokenizers: %d texts, %d lists of ids, %d cut files, %d wrong", n_tokenizers, n_encoded, n_decoded,
+           n_cut, n_wrong);
     free(file);
     test_streaming();
     test_long_words();
@@ -1126,7 +1248,9 @@ static void test_tokenizer(void) {
 static void set_logits(Session *x, float (*f)(int)) {
     for (int v = 0; v < x->model->config.V; v++) x->state->logits[v] = f(v);
 }
-static float four_likely(int v) { return v == 10 ? logf(4) : v == 20 ? logf(3) : v == 30 ? logf(2) : v == 40 ? 0 : -100; }
+static float four_likely(int v) {
+    return v == 10 ? logf(4) : v == 20 ? logf(3) : v == 30 ? logf(2) : v == 40 ? 0 : -100;
+}
 static float padding_likely(int v) { return v >= 256 ? 50 : v == 65 ? 1 : 0; }
 static float not_finite(int v) { return v == 7 ? NAN : 0; }
 static float flat(int v) { return (float)(v % 3) * 0.001f; }
@@ -1142,8 +1266,11 @@ static void check_draws(Session *x, const char *name, Sampling how, double p10, 
     }
     double worst = 0; // in standard deviations
     for (int i = 0; i < 4; i++)
-        worst = fmax(worst, fabs(count[i] - DRAWS * want[i]) / fmax(1e-9, sqrt(DRAWS * want[i] * (1 - want[i])) + (want[i] == 0 || want[i] == 1 ? 1e-3 : 0)));
-    report(worst < 4.5 && others == 0, name, "%ld %ld %ld %ld of %d draws, %.1f standard deviations off", count[0], count[1], count[2], count[3], DRAWS, worst);
+        worst =
+            fmax(worst, fabs(count[i] - DRAWS * want[i]) / fmax(1e-9, sqrt(DRAWS * want[i] * (1 - want[i])) +
+                                                                          (want[i] == 0 || want[i] == 1 ? 1e-3 : 0)));
+    report(worst < 4.5 && others == 0, name, "%ld %ld %ld %ld of %d draws, %.1f standard deviations off", count[0],
+           count[1], count[2], count[3], DRAWS, worst);
 }
 
 static void test_sampler(void) {
@@ -1154,7 +1281,8 @@ static void test_sampler(void) {
     expect(mamba_sample(x.model, x.acts, x.state, &greedy) == 10, "temperature 0 takes the likeliest");
     expect(mamba_sample(x.model, x.acts, x.state, &one) == 10, "top-k 1 takes the likeliest");
     check_draws(&x, "plain draws", all, .4, .3, .2, .1);
-    check_draws(&x, "temperature 0.5 squares the odds", (Sampling){0.5f, 1, 0, 0, 1}, 16 / 30., 9 / 30., 4 / 30., 1 / 30.);
+    check_draws(&x, "temperature 0.5 squares the odds", (Sampling){0.5f, 1, 0, 0, 1}, 16 / 30., 9 / 30., 4 / 30.,
+                1 / 30.);
     check_draws(&x, "top-k 2", (Sampling){1, 1, 2, 0, 1}, 4 / 7., 3 / 7., 0, 0);
     check_draws(&x, "top-p 0.65 keeps the two that reach it", (Sampling){1, 0.65f, 0, 0, 1}, 4 / 7., 3 / 7., 0, 0);
     check_draws(&x, "top-p 0.75 keeps three", (Sampling){1, 0.75f, 0, 0, 1}, 4 / 9., 3 / 9., 2 / 9., 0);
@@ -1178,11 +1306,14 @@ static void test_sampler(void) {
     int n = 256, kept;
     for (int i = 0; i < n; i++) x.acts->order[i] = i, x.acts->probs[i] = (float)(random_u64(&test_random) % 50);
     kept = keep_likeliest(x.acts->order, n, x.acts->probs, &(Sampling){1, 0.9f, 100, 0, 1}, &mass);
-    for (int i = 1; i < kept; i++) ordered &= x.acts->probs[x.acts->order[n - i]] >= x.acts->probs[x.acts->order[n - 1 - i]];
-    for (int i = 0; i < n - kept; i++) ordered &= x.acts->probs[x.acts->order[i]] <= x.acts->probs[x.acts->order[n - kept]];
+    for (int i = 1; i < kept; i++)
+        ordered &= x.acts->probs[x.acts->order[n - i]] >= x.acts->probs[x.acts->order[n - 1 - i]];
+    for (int i = 0; i < n - kept; i++)
+        ordered &= x.acts->probs[x.acts->order[i]] <= x.acts->probs[x.acts->order[n - kept]];
     expect(ordered && kept > 1 && kept <= 100, "candidates leave the heap in order");
     set_logits(&x, not_finite);
-    expect(mamba_sample(x.model, x.acts, x.state, &all) == -1 && strstr(error_text, "token 7"), "a NaN logit is an error that names it");
+    expect(mamba_sample(x.model, x.acts, x.state, &all) == -1 && strstr(error_text, "token 7"),
+           "a NaN logit is an error that names it");
     mamba_state_reset(x.model, x.state);
     expect(mamba_sample(x.model, x.acts, x.state, &all) == -1, "sampling before reading anything is an error");
     session_close(&x);
@@ -1203,27 +1334,45 @@ static void expect_error(const char *word, int argc, const char *const *argv) {
 
 static void test_command_line(void) {
     const char *m = "tests/odd.bin";
-    ERROR_IN("--nope", m, "x", "--nope"), ERROR_IN("-n", m, "x", "-n"), ERROR_IN("-n", m, "x", "-n", "ten"), ERROR_IN("-n", m, "x", "-n", "1e3");
-    ERROR_IN("-n", m, "x", "-n", "-2"), ERROR_IN("-n", m, "x", "-n", ""), ERROR_IN("-n", m, "x", "-n", "99999999999999999999");
-    ERROR_IN("-t", m, "x", "-t", "nan"), ERROR_IN("-t", m, "x", "-t", "-1"), ERROR_IN("-t", m, "x", "-t", "1x"), ERROR_IN("-p", m, "x", "-p", "1.5");
-    ERROR_IN("-k", m, "x", "-k", "-1"), ERROR_IN("--min-p", m, "x", "--min-p", "2"), ERROR_IN("--repeat-penalty", m, "x", "--repeat-penalty", "0");
-    ERROR_IN("-T", m, "x", "-T", "0"), ERROR_IN("-s", m, "x", "-s", "-5"), ERROR_IN("--stop", m, "x", "--stop", ""), ERROR_IN("too many", m, "x", "y");
-    ERROR_IN("no-such-file", m, "x", "--load-state", "tests/no-such-file"), ERROR_IN("no-such-model", "no-such-model", "x");
-    ERROR_IN("model.bin", "info"), ERROR_IN("one argument too many", "info", m, m), ERROR_IN("--each", "info", m, "--each");
-    ERROR_IN("no-such-text", "eval", m, "tests/no-such-text"), ERROR_IN("eval needs", "eval", m), ERROR_IN("tokenize needs", "tokenize");
-    ERROR_IN("--tokens", "logits", m, "--tokens", "1,,2"), ERROR_IN("--tokens", "logits", m, "--tokens", "1,2,"), ERROR_IN("--tokens", "logits", m, "--tokens", "x");
-    ERROR_IN("259", "logits", m, "--tokens", "259"), ERROR_IN("either", "logits", m), ERROR_IN("either", "logits", m, "x", "--tokens", "1");
-    ERROR_IN("no/such", "logits", m, "x", "-o", "no/such/folder"), ERROR_IN("one of", "bench"), ERROR_IN("--shape", "bench", "--shape", "131m");
-    ERROR_IN("--dtype", "bench", "--shape", "8,1,9", "--dtype", "f8"), ERROR_IN("--scan", "bench", "--scan", "1,2"), ERROR_IN("out of range", "bench", "--shape", "0,1,1");
-    ERROR_IN("byte 0", "models/tales.bin", "\xff"), ERROR_IN("byte 3", "models/tales.bin", "abc\xed\xa0\x80"), ERROR_IN("byte 1", "models/tales.bin", "a\xc3");
+    ERROR_IN("--nope", m, "x", "--nope"), ERROR_IN("-n", m, "x", "-n"), ERROR_IN("-n", m, "x", "-n", "ten"),
+        ERROR_IN("-n", m, "x", "-n", "1e3");
+    ERROR_IN("-n", m, "x", "-n", "-2"), ERROR_IN("-n", m, "x", "-n", ""),
+        ERROR_IN("-n", m, "x", "-n", "99999999999999999999");
+    ERROR_IN("-t", m, "x", "-t", "nan"), ERROR_IN("-t", m, "x", "-t", "-1"), ERROR_IN("-t", m, "x", "-t", "1x"),
+        ERROR_IN("-p", m, "x", "-p", "1.5");
+    ERROR_IN("-k", m, "x", "-k", "-1"), ERROR_IN("--min-p", m, "x", "--min-p", "2"),
+        ERROR_IN("--repeat-penalty", m, "x", "--repeat-penalty", "0");
+    ERROR_IN("-T", m, "x", "-T", "0"), ERROR_IN("-s", m, "x", "-s", "-5"), ERROR_IN("--stop", m, "x", "--stop", ""),
+        ERROR_IN("too many", m, "x", "y");
+    ERROR_IN("no-such-file", m, "x", "--load-state", "tests/no-such-file"),
+        ERROR_IN("no-such-model", "no-such-model", "x");
+    ERROR_IN("model.bin", "info"), ERROR_IN("one argument too many", "info", m, m),
+        ERROR_IN("--each", "info", m, "--each");
+    ERROR_IN("no-such-text", "eval", m, "tests/no-such-text"), ERROR_IN("eval needs", "eval", m),
+        ERROR_IN("tokenize needs", "tokenize");
+    ERROR_IN("--tokens", "logits", m, "--tokens", "1,,2"), ERROR_IN("--tokens", "logits", m, "--tokens", "1,2,"),
+        ERROR_IN("--tokens", "logits", m, "--tokens", "x");
+    ERROR_IN("259", "logits", m, "--tokens", "259"), ERROR_IN("either", "logits", m),
+        ERROR_IN("either", "logits", m, "x", "--tokens", "1");
+    ERROR_IN("no/such", "logits", m, "x", "-o", "no/such/folder"), ERROR_IN("one of", "bench"),
+        ERROR_IN("--shape", "bench", "--shape", "131m");
+    ERROR_IN("--dtype", "bench", "--shape", "8,1,9", "--dtype", "f8"), ERROR_IN("--scan", "bench", "--scan", "1,2"),
+        ERROR_IN("out of range", "bench", "--shape", "0,1,1");
+    ERROR_IN("byte 0", "models/tales.bin", "\xff"), ERROR_IN("byte 3", "models/tales.bin", "abc\xed\xa0\x80"),
+        ERROR_IN("byte 1", "models/tales.bin", "a\xc3");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 
 int main(int argc, char **argv) {
-    const struct { const char *name; void (*run)(void); } group[] = {
-        {"vectors", test_vectors}, {"kernels", test_kernels}, {"scan", test_scan}, {"model", test_model}, {"gradients", test_gradients}, {"state", test_state},
-        {"loader", test_loader}, {"tokenizer", test_tokenizer}, {"sampler", test_sampler}, {"command line", test_command_line}};
+    const struct {
+        const char *name;
+        void (*run)(void);
+    } group[] = {{"vectors", test_vectors},     {"kernels", test_kernels},
+                 {"scan", test_scan},           {"model", test_model},
+                 {"gradients", test_gradients}, {"state", test_state},
+                 {"loader", test_loader},       {"tokenizer", test_tokenizer},
+                 {"sampler", test_sampler},     {"command line", test_command_line}};
     const char *only = NULL;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "all")) test_everything = true;
