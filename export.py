@@ -85,6 +85,8 @@ def read_exactly(f, n, path):
 def atomic_file(path):
     """A file that appears under its name only when it is complete and on the disk."""
     folder, name = os.path.split(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise ExportError(f"{path} is a directory; name the file to write")
     if os.path.exists(path) and not os.path.isfile(path):                    # a device would be replaced by the file
         raise ExportError(f"{path} is no regular file; name the file to write")
     temporary = None
@@ -355,7 +357,8 @@ def safetensors_entry(path, name, entry, data_start, data_bytes):
     whole = lambda v: type(v) is int and 0 <= v < 1 << 62
     try:
         kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        good = isinstance(shape, list) and len(shape) <= 8 and all(map(whole, shape)) and whole(begin) and whole(end) and begin <= end
+        good = isinstance(shape, list) and len(shape) <= 8 and all(map(whole, shape))
+        good = good and whole(begin) and whole(end) and begin <= end
     except (TypeError, KeyError, ValueError):
         good = False
     if not good:

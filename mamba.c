@@ -870,7 +870,7 @@ static void embed_backward(float *d_embedding, const float *d_res, const int32_t
 #endif
 #define NR (2 * VL)
 #define KC 512
-#define ROWS_BLOCK (8 * MR)
+#define PRODUCT_TASKS 32 // at least so many tasks, where the rows allow it
 #define MATMUL_FEW 4 // below this many rows, packing costs more than it saves
 
 static void matmul_few(float *out, const float *x, size_t ldx, const Tensor *w, const float *bias, int L) {
@@ -920,7 +920,9 @@ static void pack_panel(float *panel, const Factor *b, int b_rows, int j0, int k0
     size_t stride = b->ld * type_bytes(b->type);
     float row[KC];
     if (n < NR) memset(panel, 0, (size_t)kc * NR * sizeof *panel);
-    if (b->by_depth)
+    if (b->by_depth && b->type == F32 && n == NR) // training: a call a row would cost a tenth of a step
+        for (int k = 0; k < kc; k++) memcpy(panel + k * NR, data + (k0 + k) * stride + j0 * sizeof(float), NR * sizeof(float));
+    else if (b->by_depth)
         for (int k = 0; k < kc; k++) widen(panel + k * NR, data + (size_t)(k0 + k) * stride, j0, n);
     else
         for (int j = 0; j < n; j++) {
@@ -970,9 +972,10 @@ static void product_task(float *out, size_t ldo, const float *packed, const Fact
 static void product(float *out, size_t ldo, Factor a, Factor b, const float *bias, bool add, int rows, int columns,
                     int depth, float *packed) {
     pack_rows(packed, &a, rows, depth);
-    int panels = (columns + NR - 1) / NR;
-    int cut = panels >= 32 ? (rows + MR - 1) / MR * MR : ROWS_BLOCK; // few panels: cut the rows too, for enough tasks
-    int blocks = (rows + cut - 1) / cut;
+    int panels = (columns + NR - 1) / NR, blocks = (PRODUCT_TASKS + panels - 1) / panels; // few panels: cut the rows too,
+    int cut = ((rows + blocks - 1) / blocks + MR - 1) / MR * MR;                         // though each task packs its panel
+    if (cut < 4 * MR) cut = 4 * MR;
+    blocks = (rows + cut - 1) / cut;
 #pragma omp for
     for (int task = 0; task < panels * blocks; task++) {
         int r0 = task % blocks * cut, r1 = r0 + cut < rows ? r0 + cut : rows;
@@ -2140,19 +2143,23 @@ static void norm_tensor(void *context, const TensorInfo *info, Tensor *w) {
 static void adamw_tensor(void *context, const TensorInfo *info, Tensor *w) {
     AdamWPass *p = context;
     const AdamW *how = p->how;
-    float *weight = beside(p, w, p->x->model->weights), *g = beside(p, w, p->x->gradient->weights);
-    float *m = beside(p, w, p->x->moment), *v = beside(p, w, p->x->moment2);
-    float keep = info->decays ? 1 - how->rate * how->decay : 1, rate = (float)(how->rate / p->unbias),
-          root = (float)(1 / sqrt(p->unbias2));
+    float *weights = beside(p, w, p->x->model->weights), *gradients = beside(p, w, p->x->gradient->weights);
+    float *moments = beside(p, w, p->x->moment), *moments2 = beside(p, w, p->x->moment2);
+    float keep = info->decays ? 1 - how->rate * how->decay : 1, rate = (float)(how->rate / p->unbias);
+    float root = (float)(1 / sqrt(p->unbias2)), scale = p->scale;
+    float beta1 = how->beta1, beta2 = how->beta2, epsilon = how->epsilon;
 #pragma omp parallel for num_threads(p->x->threads)
-    for (int row = 0; row < w->rows; row++)
-        for (size_t i = (size_t)row * w->cols, end = i + w->cols; i < end; i++) {
-            float gi = g[i] * p->scale;
-            m[i] = how->beta1 * m[i] + (1 - how->beta1) * gi;
-            v[i] = how->beta2 * v[i] + (1 - how->beta2) * gi * gi;
-            weight[i] = weight[i] * keep - rate * m[i] / (sqrtf(v[i]) * root + how->epsilon);
+    for (int row = 0; row < w->rows; row++) {
+        size_t at = (size_t)row * w->cols;
+        float *restrict weight = weights + at, *restrict g = gradients + at, *restrict m = moments + at, *restrict v = moments2 + at;
+        for (int i = 0; i < w->cols; i++) {
+            float gi = g[i] * scale;
+            m[i] = beta1 * m[i] + (1 - beta1) * gi;
+            v[i] = beta2 * v[i] + (1 - beta2) * gi * gi;
+            weight[i] = weight[i] * keep - rate * m[i] / (sqrtf(v[i]) * root + epsilon);
             g[i] = 0;
         }
+    }
 }
 
 // One step along the gradient, which is cleared. *norm gets its length before clipping. 0, or -1 after fail() with the weights

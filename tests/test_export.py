@@ -663,7 +663,7 @@ class Refusals(Case):
             self.checkpoint(s, spoilt(hf_config(s), expand=value, intermediate_size=...))
             self.bad("expand")
         self.checkpoint(s, spoilt(hf_config(s), num_hidden_layers=(1 << 31) - 1))
-        self.bad("2147483647 layers")
+        self.bad("num_hidden_layers is 2147483647, expected a whole number from 1 to 65536")
 
     def test_tokenizers(self):
         s = VARIANTS["plain"]
