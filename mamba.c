@@ -20,6 +20,8 @@
      inject      delta * B_ssm * u, the paper's B-bar x: what the token adds
      h (N,E)     the SSM state, and nothing else is called h. Channels are innermost, in memory and in files, because
                  VL channels side by side fill one vector register and no sum across lanes is ever needed
+     B  sequences of a training pass, T = B L its rows; in scan code A, B, C are the arrays of one step
+     O, I  outputs and inputs of a matrix
      y (L,E)     sum over n of C_ssm h, plus D_skip u        g (L,E)  y * silu(z)
 
    CONTENTS ([train]: skip it at a first reading)
@@ -28,20 +30,21 @@
      3 config, model.bin, TENSORS        9 [train] initialisation, loss and backward, AdamW
      4 load                             10 sampling
      5 kernels: embedding, rmsnorm,     11 command line: generate, interactive, info, tokenize,
-       matmul, conv1d + silu, gate         eval, tasks, logits, train, bench
+       matmul, conv1d + silu, gate         tasks, eval, logits, train, bench
      6 the scan: definition, parallel,
        step, [train] backward
 
    GRADIENTS. A gradient is d_ and the name of what it belongs to. Those of weights are added to (+=), those of activations are
-   set (=), except into the residual stream. A backward kernel stands right after its forward and quotes it.
+   set (=), except into the residual stream and into d_u, which has two sources. A backward kernel stands after its forward
+   and quotes it.
 
    THREADS. A kernel is called by every thread of a team and shares its loop by `omp for`; the team is opened once a
-   pass, in mamba_prefill and mamba_step. A thread owns output elements and every sum has one fixed order, so the
+   piece of text in forward, once a pass in mamba_train_pass. A thread owns output elements and every sum has one fixed order, so the
    bits do not depend on the number of threads. Without OpenMP the pragmas vanish and the code is the same.
 
-   API (compile with -DMAMBA_NO_MAIN, declare what you use): mamba_error, mamba_load, mamba_free, mamba_acts_new,
+   API (#include this file with MAMBA_NO_MAIN defined, as tests/api_example.c does): mamba_error, mamba_load, mamba_free, mamba_acts_new,
    mamba_acts_free, mamba_state_new, mamba_state_copy, mamba_state_reset, mamba_state_save, mamba_state_load,
-   mamba_state_free, mamba_encode, mamba_decode, mamba_prefill, mamba_step, mamba_sample; to train, mamba_random_model or
+   mamba_state_free, mamba_encode, mamba_decode, mamba_prefill, mamba_step, mamba_sample; to train (saving is the command line's), mamba_random_model or
    mamba_float_copy, mamba_trainer_new, mamba_train_pass, mamba_train_step, mamba_trainer_free. Functions that can fail
    return NULL or -1 and leave a sentence in mamba_error(). */
 
@@ -117,7 +120,7 @@ static void *alloc_aligned(size_t bytes) {
         return NULL;
     }
 #ifdef MADV_HUGEPAGE
-    // Large arrays on pages of 2 MB: streaming weights from 4 kB pages spends a tenth of the time on address translation.
+    // Large arrays on pages of 2 MB: from 4 kB pages weights stream a quarter slower and more (doc/SPEED.md).
     if (bytes >= (size_t)8 << 20) madvise(base + (4096 - (uintptr_t)base % 4096), bytes - 4096, MADV_HUGEPAGE);
 #endif
     char *p = base + align - ((uintptr_t)base % align) + align; // room for the base pointer just below
@@ -205,9 +208,10 @@ static double random_unit(uint64_t *state) { return (double)(random_u64(state) >
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 2 Vectors: VL floats at a time
-// gcc's and clang's vector extensions: ordinary arithmetic on VL lanes, on any processor. Another compiler gets VL = 1,
+// gcc's and clang's vector extensions, on processors known to have vectors: ordinary arithmetic on VL lanes. Elsewhere VL = 1,
 // where `vec` is a float and the same lines are plain C.
-// Cost and accuracy (checked in test_all.c over every binade): exp 1.5 ulp, softplus 3 ulp, silu 3 ulp; a NaN stays NaN.
+// Accuracy, checked in test_all.c: exp 1.5 ulp for x in [-86, 88], softplus and silu 3 ulp where the answer is above 1e-37;
+// below that they stop at about that size. A NaN stays NaN.
 
 #if defined(__GNUC__) && (defined(__SSE2__) || defined(__ARM_NEON) || defined(__VSX__) || defined(__riscv_vector))
 #if defined(__AVX512F__)
@@ -493,7 +497,7 @@ static int make_derived(Model *m) {
 // The header is believed only as far as the file's length bears it out: every field has a range, and the bytes that the
 // config asks for must be the bytes that are there, before any pointer is made.
 
-// A file in memory: mapped where the platform can (and writable privately, for fix_endian), else read.
+// A file in memory: mapped, read-only, where the platform can; else read (big-endian hosts too, which swap it in place).
 static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
     *mapped = false;
 #ifdef MAMBA_POSIX
@@ -871,7 +875,7 @@ static void embed_backward(float *d_embedding, const float *d_res, const int32_t
 #define NR (2 * VL)
 #define KC 512
 #define PRODUCT_TASKS 32 // at least so many tasks, where the rows allow it
-#define MATMUL_FEW 4 // below this many rows, packing costs more than it saves
+#define MATMUL_FEW 4     // below this many rows, packing costs more than it saves
 
 static void matmul_few(float *out, const float *x, size_t ldx, const Tensor *w, const float *bias, int L) {
     int O = w->rows, half_O = (O + 1) / 2;
@@ -921,7 +925,8 @@ static void pack_panel(float *panel, const Factor *b, int b_rows, int j0, int k0
     float row[KC];
     if (n < NR) memset(panel, 0, (size_t)kc * NR * sizeof *panel);
     if (b->by_depth && b->type == F32 && n == NR) // training: a call a row would cost a tenth of a step
-        for (int k = 0; k < kc; k++) memcpy(panel + k * NR, data + (k0 + k) * stride + j0 * sizeof(float), NR * sizeof(float));
+        for (int k = 0; k < kc; k++)
+            memcpy(panel + k * NR, data + (k0 + k) * stride + j0 * sizeof(float), NR * sizeof(float));
     else if (b->by_depth)
         for (int k = 0; k < kc; k++) widen(panel + k * NR, data + (size_t)(k0 + k) * stride, j0, n);
     else
@@ -972,8 +977,9 @@ static void product_task(float *out, size_t ldo, const float *packed, const Fact
 static void product(float *out, size_t ldo, Factor a, Factor b, const float *bias, bool add, int rows, int columns,
                     int depth, float *packed) {
     pack_rows(packed, &a, rows, depth);
-    int panels = (columns + NR - 1) / NR, blocks = (PRODUCT_TASKS + panels - 1) / panels; // few panels: cut the rows too,
-    int cut = ((rows + blocks - 1) / blocks + MR - 1) / MR * MR;                         // though each task packs its panel
+    int panels = (columns + NR - 1) / NR,
+        blocks = (PRODUCT_TASKS + panels - 1) / panels;          // few panels: cut the rows too,
+    int cut = ((rows + blocks - 1) / blocks + MR - 1) / MR * MR; // though each task packs its panel
     if (cut < 4 * MR) cut = 4 * MR;
     blocks = (rows + cut - 1) / cut;
 #pragma omp for
@@ -1207,7 +1213,7 @@ INLINE void scan_channels(float *y, float *h_out, float *delta_sum, const float 
 }
 
 // Pieces of time that scan_parallel cuts L tokens into. Channels are independent and cost nothing extra to share, so
-// time is cut only where they run out (E/VL_REF blocks of channels for SCAN_TASKS threads): cutting makes every piece
+// time is cut only where they run out (E / SCAN_LANES blocks of channels for SCAN_TASKS threads): cutting makes every piece
 // but one walk twice. Shapes alone decide, never the number of threads or the machine, so the bits stay the same.
 enum { SCAN_TASKS = 16, SCAN_PIECE = 32, SCAN_LANES = 16 };
 static int scan_pieces(int L, int E) {
@@ -1474,7 +1480,7 @@ typedef struct Acts {
     int32_t *order;                                                       // (V): the sampler's scratch
 } Acts;
 
-static size_t activation_row_floats(const Config *c) { // floats a token in the arrays below, without packed
+static size_t activation_row_floats(const Config *c) { // floats a token in the arrays of Acts, without packed
     return 2 * (size_t)c->D + 5 * (size_t)c->E + (size_t)(c->R + 2 * c->N);
 }
 
@@ -1785,7 +1791,6 @@ int mamba_state_load(const Model *m, State *s, const char *path) {
 // 9 [train] Training: initialisation, loss and backward of the model, AdamW
 // Weights, gradients and the optimizer's two moments are four arenas of one layout, all float32. A pass takes B sequences of L
 // tokens, B * L rows; what a block's backward needs of its forward is kept (Saved), everything else is computed again.
-// Gradients of weights are added to, those of activations are set, except into the residual stream.
 
 typedef struct {
     uint64_t seed;
@@ -2069,7 +2074,7 @@ static void cross_entropy(float *losses, float *logits, const int32_t *targets, 
 }
 
 // Adds to the gradient that of weight * the sum of -log p(targets), for B * L rows of ids; targets of -1 do not count. Returns
-// the sum of the losses (without weight). backward false: the loss only.
+// the sum of the losses (without weight). backward false: the loss only. ids and targets must be below V.
 double mamba_train_pass(Trainer *x, const int32_t *ids, const int32_t *targets, float weight, bool backward) {
     Model *m = x->model, *d = x->gradient;
     const Config *c = &m->config;
@@ -2151,7 +2156,8 @@ static void adamw_tensor(void *context, const TensorInfo *info, Tensor *w) {
 #pragma omp parallel for num_threads(p->x->threads)
     for (int row = 0; row < w->rows; row++) {
         size_t at = (size_t)row * w->cols;
-        float *restrict weight = weights + at, *restrict g = gradients + at, *restrict m = moments + at, *restrict v = moments2 + at;
+        float *restrict weight = weights + at, *restrict g = gradients + at, *restrict m = moments + at,
+                        *restrict v = moments2 + at;
         for (int i = 0; i < w->cols; i++) {
             float gi = g[i] * scale;
             m[i] = beta1 * m[i] + (1 - beta1) * gi;
@@ -2334,8 +2340,9 @@ static int parse_value(const Option *o, const char *text) {
         double x = o->kind == OPT_INT ? (double)strtoll(text, &end, 10) : strtod(text, &end);
         if (end == text || *end || errno == ERANGE || x != x)
             return fail("%s needs %s, not '%s'", o->name, o->kind == OPT_INT ? "a whole number" : "a number", text);
-        if (!(x >= o->lowest && x <= o->highest))
-            return fail("%s %s is out of range: %.10g to %.10g", o->name, text, o->lowest, o->highest);
+        double highest = o->kind == OPT_INT ? fmin(o->highest, (double)LONG_MAX) : o->highest; // where long has 32 bits
+        if (!(x >= o->lowest && x <= highest))
+            return fail("%s %s is out of range: %.10g to %.10g", o->name, text, o->lowest, highest);
         if (o->kind == OPT_INT) *(long *)o->value = strtol(text, NULL, 10);
         else *(double *)o->value = x;
     }
@@ -3038,7 +3045,9 @@ static int evaluate_ids(Session *x, const int32_t *ids, size_t n, bool each) {
     fprintf(f, "mean_nll       %.6f nats/token\n", nll);
     fprintf(f, "perplexity     %.6g\n", exp(nll));
     fprintf(f, "bits_per_byte  %.6f\n", bytes ? ev.sum / log(2) / (double)bytes : 0);
-    fprintf(stderr, "%.1f tokens/s | peak memory %.1f MB\n", (double)n / (seconds() - start), peak_megabytes());
+    fprintf(stderr, "%.1f tokens/s", (double)n / (seconds() - start));
+    if (peak_megabytes() > 0) fprintf(stderr, " | peak memory %.1f MB", peak_megabytes());
+    fprintf(stderr, "\n");
     return 0;
 }
 
@@ -3081,7 +3090,7 @@ static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64
                middle = (p + z * z / (2 * n)) / (1 + z * z / n);
         double half_width = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n));
         printf("length %zu  accuracy %.2f%%  (%zu of %zu, 95%% interval %.2f to %.2f%%)  %.1f s\n", L, 100 * p,
-               score.right, score.wanted, 100 * (middle - half_width), 100 * fmin(1, middle + half_width),
+               score.right, score.wanted, 100 * fmax(0, middle - half_width), 100 * fmin(1, middle + half_width),
                seconds() - start);
     }
     free(ids), free(targets);
@@ -3292,6 +3301,17 @@ static int write_pieces(const char *path, const Piece *piece, int n) {
     return result;
 }
 
+// Finds out before hours of work whether path can be written after them.
+static int check_writable(const char *path) {
+    char *temporary = temporary_name(path);
+    FILE *f = temporary ? fopen(temporary, "wb") : NULL;
+    int result = f ? 0 : -1;
+    if (temporary && !f) fail("cannot write %s: %s", path, strerror(errno));
+    if (f) fclose(f), remove(temporary);
+    free(temporary);
+    return result;
+}
+
 static const unsigned char ZEROS[ALIGN];
 
 // A model.bin from float32 weights in memory, which must be little-endian at the time.
@@ -3335,6 +3355,15 @@ static void swap_training(const Training *t) {
         fix_endian(t->trainer->moment2, bytes, 4);
 }
 
+// Names the first setting in which a checkpoint differs from this run.
+static int fail_other_run(const char *path, const char *there, const char *here) {
+    size_t from = 0;
+    for (size_t i = 0; there[i] && there[i] == here[i]; i++)
+        if (there[i] == ',') from = i + 1;
+    return fail("%s: the checkpoint is of another run: it has%.*s, this one has%.*s", path,
+                (int)strcspn(there + from, ","), there + from, (int)strcspn(here + from, ","), here + from);
+}
+
 // Takes up weights, moments, step and generator from a checkpoint of the same run. 0, or -1 after fail().
 static int load_checkpoint(Training *t, const char *path) {
     size_t size = 0, bytes = t->model->tensors_bytes;
@@ -3348,8 +3377,7 @@ static int load_checkpoint(Training *t, const char *path) {
     else if (result == 0 && crc32_of(0, h, CHECKPOINT_HEADER - 4) != u32_at(h + CHECKPOINT_HEADER - 4))
         result = fail("%s: the checkpoint is damaged", path);
     else if (result == 0 && memcmp(h + 128, t->settings, sizeof t->settings))
-        result = fail("%s: the checkpoint is of another run, with%.300s; this one has%.300s", path,
-                      (const char *)h + 128, t->settings);
+        result = fail_other_run(path, (const char *)h + 128, t->settings);
     else if (result == 0 && (u64_at(h + 48) != t->tokenizer_bytes || u64_at(h + 56) != bytes ||
                              size != CHECKPOINT_HEADER + HEADER_BYTES + t->tokenizer_bytes + 3 * bytes))
         result = fail("%s: the checkpoint is truncated or of another model", path);
@@ -3474,7 +3502,7 @@ static int train_loop(Training *t, const char *checkpoint) {
         bool last = x->step == (uint64_t)o->steps, evaluate_now = last || x->step % (uint64_t)o->eval_every == 0;
         if (evaluate_now) t->held_loss = held_out_loss(t);
         double spent = seconds() - begun, speed = (double)(x->step - first) * rows * o->accumulate / spent;
-        if (evaluate_now)
+        if (evaluate_now && t->held_loss == t->held_loss)
             fprintf(log, "%llu,%.0f,%.3f,%.6f,%.6f,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
                     (double)x->step * rows * o->accumulate, t->seconds + spent, loss, t->held_loss, (double)how.rate,
                     norm, speed);
@@ -3605,10 +3633,11 @@ static int train_run(Training *t) {
         snprintf(t->settings, sizeof t->settings,
                  " task %s, data %zu tokens (checksum %08x), held out %zu, d_model %d, layers %d, d_state %d, d_conv "
                  "%d, d_inner %d, vocabulary %d, batch %ld, accumulate %ld, length %ld, seed %ld, lr %.9g, schedule "
-                 "%s, warm-up %ld, min lr %.9g, decay %.9g, clip %.9g, beta2 %.9g",
+                 "%s over %ld steps, warm-up %ld, min lr %.9g, decay %.9g, clip %.9g, beta2 %.9g",
                  o->task_name ? o->task_name : "none", t->n_data, crc32_of(0, t->data, t->n_data * sizeof *t->data),
                  t->n_held, c->D, c->n_layer, c->N, c->K, c->E, c->V, o->batch, o->accumulate, o->length, o->seed,
-                 o->rate, o->schedule, o->warmup, o->min_rate, o->decay, o->clip, o->beta2);
+                 o->rate, o->schedule, strcmp(o->schedule, "constant") ? o->steps : 0L, o->warmup, o->min_rate,
+                 o->decay, o->clip, o->beta2);
         Trainer measure = {.model = t->model, .B = B, .L = L};
         Saved *none = calloc((size_t)c->n_layer + 1, sizeof *none);
         measure.saved = none;
@@ -3623,9 +3652,14 @@ static int train_run(Training *t) {
         if (!t->trainer) result = -1;
         else if (!t->ids || !t->targets) result = fail("out of memory: a batch");
     }
-    t->random = (uint64_t)o->seed * 0x9E3779B97F4A7C15u + 1;
+    uint64_t seed = (uint64_t)o->seed; // hashed: multiples of the generator's increment are one stream, shifted
+    t->random = random_u64(&seed);
     t->held_loss = NAN;
+    if (result == 0 && !t->task && t->n_held < (size_t)o->length + 1)
+        fprintf(stderr, "no held-out losses: the held-out part has %zu tokens, one window needs %ld\n", t->n_held,
+                o->length + 1);
     if (result == 0 && o->resume) result = load_checkpoint(t, checkpoint);
+    if (result == 0) result = check_writable(o->out) || check_writable(checkpoint) ? -1 : 0;
     if (result == 0) result = train_loop(t, checkpoint);
     if (result == 0) fprintf(stderr, "wrote %s and %s\n", o->out, checkpoint);
     if (tokenizer) tokenizer_close(tokenizer);
@@ -3641,7 +3675,8 @@ static const char TRAIN_USAGE[] =
     "mamba train -o out.bin --from model.bin --data FILE [options]\n\n"
     "Trains a model on text of your own, on one of the paper's synthetic tasks, or fine-tunes one. Writes out.bin, a "
     "model like any\n"
-    "other, out.bin.train, from which --resume goes on bit for bit, and a CSV log. Ctrl-C saves and leaves.\n";
+    "other (float32), out.bin.train, from which --resume goes on bit for bit, and a CSV log. Ctrl-C saves and "
+    "leaves.\n";
 
 static int command_train(int argc, char **argv) {
     TrainOptions o = {.tokenizer = "bytes",
