@@ -2619,25 +2619,28 @@ static void print_report(const Session *x, const Report *r) {
     fprintf(stderr, "\n");
 }
 
-// One prompt: read it (echoing it unless told otherwise), write, save.
-static int generate_once(Session *x, const GenerateOptions *o, const char *text, size_t bytes) {
+// One prompt: echo it (unless told otherwise), read it, write, save. owned: malloc'd memory that holds the text, or NULL; freed.
+static int generate_once(Session *x, const GenerateOptions *o, const char *text, size_t bytes, char *owned) {
     Report report = {.seed = o->clock_seed && o->temperature > 0 && o->n ? o->seed : -1};
     int32_t *ids = NULL, start = start_token(&x->model->config);
     size_t n = 0;
-    if (bytes && mamba_encode(x->model, text, bytes, &ids, &n)) return fail_in("prompt");
-    int result = 0;
-    if (n) result = read_prompt(x, ids, n, &report);
-    else if (x->state->position == 0 && start >= 0) result = read_prompt(x, &start, 1, &report);
-    else if (x->state->position == 0) result = fail("this model has no end-of-text token to start from: give a prompt");
+    int result = bytes && mamba_encode(x->model, text, bytes, &ids, &n) ? fail_in("prompt") : 0;
+    if (result == 0 && n == 0 && x->state->position == 0 && start < 0)
+        result = fail("this model has no end-of-text token to start from: give a prompt");
+    if (result == 0 && o->n != 0) {
+        unsigned char cut[4]; // a character that the loaded state left unfinished ends where a new text begins
+        size_t n_cut = bytes ? utf8_flush(&x->state->pending, cut) : 0;
+        fwrite(cut, 1, n_cut, stdout);
+        if (!o->no_echo && bytes) fwrite(text, 1, bytes, stdout);
+        fflush(stdout);
+    } else if (bytes) {
+        x->state->pending.n = 0;
+    }
+    free(owned); // a long prompt does not stay in memory beside its tokens
+    if (result == 0 && n) result = read_prompt(x, ids, n, &report);
+    else if (result == 0 && x->state->position == 0) result = read_prompt(x, &start, 1, &report);
     free(ids);
     if (result) return -1;
-    unsigned char cut[4]; // a character that the loaded state left unfinished ends where a new text begins
-    size_t n_cut = bytes ? utf8_flush(&x->state->pending, cut) : 0;
-    if (o->n != 0) fwrite(cut, 1, n_cut, stdout);
-    if (o->n != 0 && !o->no_echo && bytes) {
-        fwrite(text, 1, bytes, stdout);
-        fflush(stdout);
-    }
     result = interrupted ? 0 : write_tokens(x, o, o->save != NULL, &report);
 #ifdef MAMBA_POSIX
     if (o->n != 0 && isatty(STDOUT_FILENO)) printf("\n");
@@ -2761,7 +2764,7 @@ static int interactive(Session *x, const GenerateOptions *o) {
         GenerateOptions turn = *o;
         turn.save = NULL, turn.no_echo = true;
         if (undo_push(&undo, x->model, x->state)) result = -1;
-        else if (generate_once(x, &turn, text, length - (size_t)(text - line))) {
+        else if (generate_once(x, &turn, text, length - (size_t)(text - line), NULL)) {
             fprintf(stderr, "mamba: %s\n", error_text);
             undo_pop(&undo, x->model, x->state);
         }
@@ -2818,8 +2821,7 @@ static int command_generate(int argc, char **argv) {
         char *text = strcmp(rest[1], "-") ? NULL : read_text("-", &bytes); // Ctrl-C still ends the program here
         catch_interrupt();
         if (!text && !strcmp(rest[1], "-")) result = -1;
-        else result = generate_once(&x, &o, text ? text : rest[1], bytes);
-        free(text);
+        else result = generate_once(&x, &o, text ? text : rest[1], bytes, text);
     }
     session_close(&x);
     return result;
