@@ -1719,30 +1719,38 @@ static char *temporary_name(const char *path) {
     return name;
 }
 
-// Writes beside the target and renames, so that a failure leaves an older file whole. 0, or -1 after fail().
+typedef struct { // of a file
+    const void *data;
+    size_t bytes;
+} Piece;
+
+// Writes a file beside its target and renames it, so that whatever fails leaves an older one whole. 0, or -1 after fail().
+static int write_pieces(const char *path, const Piece *piece, int n) {
+    char *temporary = temporary_name(path);
+    if (!temporary) return -1;
+    FILE *f = fopen(temporary, "wb");
+    int result = f ? 0 : fail("cannot write %s: %s", temporary, strerror(errno));
+    for (int i = 0; i < n && result == 0; i++)
+        if (fwrite(piece[i].data, 1, piece[i].bytes, f) != piece[i].bytes)
+            result = fail("cannot write %s: %s", temporary, strerror(errno));
+    if (f && close_synced(f) && result == 0) result = fail("cannot write %s: %s", temporary, strerror(errno));
+    if (result == 0 && replace_file(temporary, path))
+        result = fail("cannot rename %s to %s: %s", temporary, path, strerror(errno));
+    if (f && result) remove(temporary);
+    free(temporary);
+    return result;
+}
+
+// 0, or -1 after fail(), an older file untouched.
 int mamba_state_save(const Model *m, const State *s, const char *path) {
     size_t bytes = s->floats * sizeof(float);
-    char *temporary = temporary_name(path);
-    float *data = temporary ? malloc(bytes) : NULL;
-    int result = -1;
-    if (temporary && !data) fail("out of memory: saving a state of %zu bytes", bytes);
-    else if (data) {
-        unsigned char header[STATE_HEADER];
-        memcpy(data, s->data, bytes);
-        fix_endian(data, bytes, sizeof(float));
-        state_header(header, m, s, crc32_of(0, data, bytes));
-        FILE *f = fopen(temporary, "wb");
-        if (!f) fail("cannot write state %s: %s", temporary, strerror(errno));
-        else {
-            fwrite(header, 1, sizeof header, f);
-            fwrite(data, 1, bytes, f);
-            if (close_synced(f) || replace_file(temporary, path)) {
-                fail("cannot write state %s: %s", path, strerror(errno));
-                remove(temporary);
-            } else result = 0;
-        }
-    }
-    free(temporary);
+    unsigned char header[STATE_HEADER];
+    float *data = malloc(bytes);
+    if (!data) return fail("out of memory: saving a state of %zu bytes", bytes);
+    memcpy(data, s->data, bytes);
+    fix_endian(data, bytes, sizeof(float));
+    state_header(header, m, s, crc32_of(0, data, bytes));
+    int result = write_pieces(path, (Piece[]){{header, sizeof header}, {data, bytes}}, 2);
     free(data);
     return result;
 }
@@ -3279,28 +3287,6 @@ static void model_header(unsigned char *h, const Model *m, const unsigned char *
     put_u32(h + 120, crc32_of(0, tokenizer, tokenizer_bytes)),
         put_u32(h + 124, crc32_of(0, m->weights, m->tensors_bytes));
     put_u32(h + HEADER_BYTES - 4, crc32_of(0, h, HEADER_BYTES - 4));
-}
-
-// Writes pieces to path through a temporary file: an older one stays whole whatever happens. 0, or -1 after fail().
-typedef struct {
-    const void *data;
-    size_t bytes;
-} Piece;
-
-static int write_pieces(const char *path, const Piece *piece, int n) {
-    char *temporary = temporary_name(path);
-    if (!temporary) return -1;
-    FILE *f = fopen(temporary, "wb");
-    int result = f ? 0 : fail("cannot write %s: %s", temporary, strerror(errno));
-    for (int i = 0; i < n && result == 0; i++)
-        if (fwrite(piece[i].data, 1, piece[i].bytes, f) != piece[i].bytes)
-            result = fail("cannot write %s: %s", temporary, strerror(errno));
-    if (f && close_synced(f) && result == 0) result = fail("cannot write %s: %s", temporary, strerror(errno));
-    if (result == 0 && replace_file(temporary, path))
-        result = fail("cannot rename %s to %s: %s", temporary, path, strerror(errno));
-    if (f && result) remove(temporary);
-    free(temporary);
-    return result;
 }
 
 // Finds out before hours of work whether path can be written after them.
