@@ -3499,8 +3499,9 @@ static int train_loop(Training *t, const char *checkpoint) {
                     (double)x->step * rows * o->accumulate, t->seconds + spent, loss, (double)how.rate, norm, speed);
         if (spent - shown > 1 || evaluate_now) {
             shown = spent;
-            fprintf(stderr, "step %llu/%ld  loss %.4f  held-out %.4f  %.0f tokens/s  %.0f s left%s",
-                    (unsigned long long)x->step, o->steps, loss, t->held_loss, speed,
+            fprintf(stderr, "step %llu/%ld  loss %.4f", (unsigned long long)x->step, o->steps, loss);
+            if (t->held_loss == t->held_loss) fprintf(stderr, "  held-out %.4f", t->held_loss);
+            fprintf(stderr, "  %.0f tokens/s  %.0f s left%s", speed,
                     spent / (double)(x->step - first) * (double)((uint64_t)o->steps - x->step),
                     evaluate_now ? "\n" : "   \r");
             fflush(log);
