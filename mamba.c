@@ -3247,6 +3247,8 @@ typedef struct {
     bool resume;
 } TrainOptions;
 
+enum { SETTINGS = 768 }; // bytes of the text that tells runs apart
+
 typedef struct {
     const TrainOptions *o;
     Task task;
@@ -3260,7 +3262,7 @@ typedef struct {
     int32_t *ids, *targets; // of one pass
     uint64_t random;
     double held_loss, seconds; // last held-out loss; time spent in earlier runs
-    char settings[768];        // what must be the same when a run goes on
+    char settings[SETTINGS];   // what must be the same when a run goes on
 } Training;
 
 enum { CHECKPOINT_HEADER = 1024, CHECKPOINT_VERSION = 1 };
@@ -3344,8 +3346,10 @@ static void swap_training(const Training *t) {
 }
 
 // Names the first setting in which a checkpoint differs from this run.
-static int fail_other_run(const char *path, const char *there, const char *here) {
+static int fail_other_run(const char *path, const unsigned char *stored, const char *here) {
+    char there[SETTINGS + 1] = {0}; // a crafted file need not end its text
     size_t from = 0;
+    memcpy(there, stored, SETTINGS);
     for (size_t i = 0; there[i] && there[i] == here[i]; i++)
         if (there[i] == ',') from = i + 1;
     return fail("%s: the checkpoint is of another run: it has%.*s, this one has%.*s", path,
@@ -3365,7 +3369,7 @@ static int load_checkpoint(Training *t, const char *path) {
     else if (result == 0 && crc32_of(0, h, CHECKPOINT_HEADER - 4) != u32_at(h + CHECKPOINT_HEADER - 4))
         result = fail("%s: the checkpoint is damaged", path);
     else if (result == 0 && memcmp(h + 128, t->settings, sizeof t->settings))
-        result = fail_other_run(path, (const char *)h + 128, t->settings);
+        result = fail_other_run(path, h + 128, t->settings);
     else if (result == 0 && (u64_at(h + 48) != t->tokenizer_bytes || u64_at(h + 56) != bytes ||
                              size != CHECKPOINT_HEADER + HEADER_BYTES + t->tokenizer_bytes + 3 * bytes))
         result = fail("%s: the checkpoint is truncated or of another model", path);
@@ -3728,6 +3732,8 @@ static int command_train(int argc, char **argv) {
     if (!o.out) return fail("train needs -o FILE, the model to write");
     if ((o.data.n > 0) == (o.task_name != NULL)) return fail("train needs either --data or --task");
     if (o.batch % o.accumulate) return fail("--batch %ld is not a multiple of --accumulate %ld", o.batch, o.accumulate);
+    if ((double)(o.batch / o.accumulate) * (double)o.length > 1 << 28)
+        return fail("--batch and --length make a pass of more than %d tokens: raise --accumulate", 1 << 28);
     if (strcmp(o.schedule, "cosine") && strcmp(o.schedule, "constant"))
         return fail("--schedule needs cosine or constant, not '%s'", o.schedule);
     Task task;

@@ -30,6 +30,11 @@ small="--data text --steps 24 --batch 4 --length 40 --d-model 24 --layers 2 --d-
 same_file "any number of threads trains the same bits" two.bin whole.bin
 "$mamba" train -o seed.bin $small -s 2 2> /dev/null
 if cmp -s seed.bin whole.bin; then bad "another seed, other weights"; else ok "another seed, other weights"; fi
+for s in 1 2; do # the windows that a seed draws must not be another seed's, one draw later
+    "$mamba" train -o draw$s.bin --from whole.bin --data text --lr 0 --min-lr 0 --batch 1 --length 30 --steps 8 -s $s 2> /dev/null
+    sed 1d draw$s.bin.csv | cut -d, -f4 | sort > draw$s
+done
+[ -s draw1 ] && [ -z "$(comm -12 draw1 draw2)" ] && ok "seeds draw different windows" || bad "seeds draw different windows" "$(comm -12 draw1 draw2 | tr '\n' ' ')"
 "$mamba" train -o acc.bin $small --accumulate 2 2> /dev/null
 loss() { tail -n 1 "$1" | cut -d, -f4; }
 awk -v a="$(loss acc.bin.csv)" -v b="$(loss whole.bin.csv)" 'BEGIN { d = a - b; exit !(d < 1e-3 && d > -1e-3) }' && ok "accumulation gives the same losses" || bad "accumulation gives the same losses" "$(loss acc.bin.csv) and $(loss whole.bin.csv)"
@@ -87,6 +92,7 @@ fails "a text too short" "--length" -o x.bin --data text --length 1000000
 fails "an unknown task" "--task" -o x.bin --task juggling
 fails "a task too short" "--length" -o x.bin --task copying --length 20
 fails "accumulate does not divide" "--accumulate" -o x.bin --data text --batch 3 --accumulate 2
+fails "a pass too large" "--accumulate" -o x.bin --data text --batch 65536 --length 16000000
 fails "an unknown schedule" "--schedule" -o x.bin --data text --schedule linear
 fails "an unwritable folder" "no/such" -o no/such/x.bin --data text --steps 1
 fails "resume without a checkpoint" "x.bin.train" -o x.bin $small --resume
