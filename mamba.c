@@ -1970,21 +1970,27 @@ void mamba_trainer_free(Trainer *x) {
     free(x);
 }
 
+// Passes from now on have B sequences of L tokens. 0, or -1 after fail().
+int mamba_trainer_resize(Trainer *x, int B, int L) {
+    x->B = B, x->L = L;
+    free_aligned(x->arena);
+    x->arena = alloc_aligned(size_mul(trainer_layout(x, NULL), sizeof(float)));
+    if (!x->arena) return -1;
+    trainer_layout(x, x->arena);
+    return 0;
+}
+
 // Trains m (float32, in memory) in place, B sequences of L tokens a pass. NULL after fail().
 Trainer *mamba_trainer_new(Model *m, int B, int L, int threads) {
     Trainer *x = calloc(1, sizeof *x);
     if (!x) return fail("out of memory"), NULL;
-    *x = (Trainer){.model = m, .B = B, .L = L, .threads = threads > 0 ? threads : default_threads()};
+    *x = (Trainer){.model = m, .threads = threads > 0 ? threads : default_threads()};
     x->saved = calloc((size_t)m->config.n_layer + 1, sizeof *x->saved);
     x->gradient = blank_model(&m->config);
     x->moment = alloc_aligned(m->tensors_bytes), x->moment2 = alloc_aligned(m->tensors_bytes);
-    x->arena = x->saved ? alloc_aligned(size_mul(trainer_layout(x, NULL), sizeof(float))) : NULL;
-    if (!x->saved || !x->gradient || !x->moment || !x->moment2 || !x->arena) {
-        mamba_trainer_free(x);
-        return NULL;
-    }
-    trainer_layout(x, x->arena);
-    return x;
+    if (x->saved && x->gradient && x->moment && x->moment2 && mamba_trainer_resize(x, B, L) == 0) return x;
+    mamba_trainer_free(x);
+    return NULL;
 }
 
 static float *grad(const Tensor *w) { return (float *)(uintptr_t)w->data; } // NULL for an absent bias
@@ -3241,8 +3247,8 @@ static int command_logits(int argc, char **argv) {
 typedef struct {
     const char *out, *from, *tokenizer, *task_name, *log, *schedule;
     TextList data;
-    long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, warmup, seed, save_every,
-        eval_every, threads;
+    long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, grow_from, warmup, seed,
+        save_every, eval_every, threads;
     double rate, min_rate, decay, clip, beta2, held_out;
     bool resume;
 } TrainOptions;
@@ -3406,6 +3412,14 @@ static void draw_batch(Training *t, int32_t *ids, int32_t *targets, int B, int L
     }
 }
 
+// Tokens a sequence at the step after `step`: with --grow-from short ones first, twice as long in each of equal parts of the run.
+static int stage_length(const TrainOptions *o, uint64_t step) {
+    int stages = 1, stage;
+    for (long L = o->grow_from; L && L < o->length; L *= 2) stages++;
+    stage = (int)(step * (uint64_t)stages / (uint64_t)o->steps);
+    return (int)(o->length >> (stage < stages ? stages - 1 - stage : 0));
+}
+
 // Mean loss over windows spread evenly over the held-out text; a task's: over sequences of a generator of their own.
 static double held_out_loss(Training *t) {
     Trainer *x = t->trainer;
@@ -3475,6 +3489,8 @@ static int train_loop(Training *t, const char *checkpoint) {
         uint64_t before = t->random;
         size_t counted = 0;
         double sum = 0;
+        int L = stage_length(o, x->step);
+        if (L != x->L && (result = mamba_trainer_resize(x, rows / L, L))) break;
         for (int pass = 0; pass < o->accumulate; pass++) { // what counts is known once all are drawn: draw twice
             draw_batch(t, t->ids, t->targets, x->B, x->L);
             for (int i = 0; i < rows; i++) counted += t->targets[i] >= 0;
@@ -3621,16 +3637,17 @@ static int train_run(Training *t) {
     if (result == 0 && !t->task) result = read_data(t, tokenizer);
     if (result == 0) result = train_model(t, tokenizer);
     if (result == 0) {
-        int B = (int)(o->batch / o->accumulate), L = (int)o->length;
+        int L = stage_length(o, 0),
+            B = (int)(o->batch / o->accumulate * o->length / L); // the shortest need the most memory
         const Config *c = &t->model->config;
         snprintf(t->settings, sizeof t->settings,
                  " task %s, data %zu tokens (checksum %08x), held out %zu, d_model %d, layers %d, d_state %d, d_conv "
                  "%d, d_inner %d, vocabulary %d, batch %ld, accumulate %ld, length %ld, seed %ld, lr %.9g, schedule "
-                 "%s over %ld steps, warm-up %ld, min lr %.9g, decay %.9g, clip %.9g, beta2 %.9g",
+                 "%s over %ld steps, warm-up %ld, min lr %.9g, decay %.9g, clip %.9g, beta2 %.9g, grow from %ld",
                  o->task_name ? o->task_name : "none", t->n_data, crc32_of(0, t->data, t->n_data * sizeof *t->data),
                  t->n_held, c->D, c->n_layer, c->N, c->K, c->E, c->V, o->batch, o->accumulate, o->length, o->seed,
-                 o->rate, o->schedule, strcmp(o->schedule, "constant") ? o->steps : 0L, o->warmup, o->min_rate,
-                 o->decay, o->clip, o->beta2);
+                 o->rate, o->schedule, strcmp(o->schedule, "constant") || o->grow_from ? o->steps : 0L, o->warmup,
+                 o->min_rate, o->decay, o->clip, o->beta2, o->grow_from);
         Trainer measure = {.model = t->model, .B = B, .L = L};
         Saved *none = calloc((size_t)c->n_layer + 1, sizeof *none);
         measure.saved = none;
@@ -3711,6 +3728,9 @@ static int command_train(int argc, char **argv) {
         {"--batch", "N", "sequences a step", OPT_INT, &o.batch, 1, 65536},
         {"--accumulate", "N", "passes that a step is divided into, for less memory", OPT_INT, &o.accumulate, 1, 65536},
         {"--length", "N", "tokens a sequence", OPT_INT, &o.length, 1, 1 << 24},
+        {"--grow-from", "N",
+         "start with sequences of N tokens, --length / N times as many, and double them on the way; 0: off", OPT_INT,
+         &o.grow_from, 0, 1 << 24},
         {"--lr", "X", "peak learning rate", OPT_REAL, &o.rate, 0, 10},
         {"--min-lr", "X", "learning rate at the end", OPT_REAL, &o.min_rate, 0, 10},
         {"--schedule", "S", "cosine or constant, after the warm-up", OPT_TEXT, &o.schedule, 0, 0},
@@ -3734,12 +3754,17 @@ static int command_train(int argc, char **argv) {
     if (o.batch % o.accumulate) return fail("--batch %ld is not a multiple of --accumulate %ld", o.batch, o.accumulate);
     if ((double)(o.batch / o.accumulate) * (double)o.length > 1 << 28)
         return fail("--batch and --length make a pass of more than %d tokens: raise --accumulate", 1 << 28);
+    long grown = o.grow_from;
+    while (grown && grown < o.length) grown *= 2;
+    if (grown && grown != o.length)
+        return fail("--length %ld is not --grow-from %ld doubled some times", o.length, o.grow_from);
     if (strcmp(o.schedule, "cosine") && strcmp(o.schedule, "constant"))
         return fail("--schedule needs cosine or constant, not '%s'", o.schedule);
     Task task;
     if (parse_task(o.task_name, &task)) return -1;
-    if (task && o.length < task_shortest(task))
-        return fail("--length %ld is too short for --task %s: at least %d", o.length, o.task_name, task_shortest(task));
+    long shortest = o.grow_from ? o.grow_from : o.length;
+    if (task && shortest < task_shortest(task))
+        return fail("%ld tokens are too short for --task %s: at least %d", shortest, o.task_name, task_shortest(task));
     if (task && o.from) return fail("--from does not go with --task");
     char *log = o.log ? NULL : malloc(strlen(o.out) + 5);
     if (log) sprintf(log, "%s.csv", o.out), o.log = log;
