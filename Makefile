@@ -29,7 +29,7 @@ ifeq ($(OPENMP),)
 WARNINGS += -Wno-unknown-pragmas
 endif
 
-.PHONY: all run test test-all test-export debug portable bench clean help findings
+.PHONY: all cuda test-cuda run test test-all test-export debug portable bench clean help findings
 
 all: findings mamba          ## build ./mamba
 
@@ -38,16 +38,42 @@ findings:
 	@echo "processor    $(if $(ARCH),$(ARCH),any (no processor-specific instructions))"
 	@echo "threads      $(if $(OPENMP),$(OPENMP),none: no OpenMP found)"
 
+# The GPU backend, CUDA=1 (`make cuda`): mamba_cuda.cu by nvcc, for this machine's GPU or CUDA_ARCH=sm_80, sm_90 ...
+NVCC ?= nvcc
+ifneq ($(CUDA),)
+CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v $(NVCC) 2>/dev/null)))
+ifeq ($(CUDA_HOME),)
+$(error no nvcc found: the GPU backend needs the CUDA toolkit; plain `make` builds without)
+endif
+CUDA_ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | sed -n 's/^\([0-9]*\)\.\([0-9]*\)$$/sm_\1\2/p')
+ifeq ($(CUDA_ARCH),)
+$(error no GPU found to build for: name one, for example `make cuda CUDA_ARCH=sm_90`)
+endif
+GPU_OBJECT = mamba_cuda.o
+GPU_FLAGS  = -DMAMBA_CUDA
+GPU_LIBS   = $(GPU_OBJECT) -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublas -lcudart -lstdc++
+endif
+
 # .flags changes whenever the compiler or a flag does, so that `make portable` after `make` rebuilds.
 .flags: FORCE
-	@echo '$(CC) $(FLAGS)' | cmp -s - $@ || echo '$(CC) $(FLAGS)' > $@
+	@echo '$(CC) $(FLAGS) $(GPU_FLAGS) $(CUDA_ARCH)' | cmp -s - $@ || echo '$(CC) $(FLAGS) $(GPU_FLAGS) $(CUDA_ARCH)' > $@
 FORCE:
 
-mamba: $(SOURCES) .flags
-	$(CC) $(FLAGS) mamba.c -o $@ -lm
+mamba: $(SOURCES) .flags $(GPU_OBJECT)
+	$(CC) $(FLAGS) $(GPU_FLAGS) mamba.c -o $@ $(GPU_LIBS) -lm
 
-tests/test_all: test_all.c $(SOURCES) .flags
-	$(CC) $(FLAGS) test_all.c -o $@ -lm
+tests/test_all: test_all.c $(SOURCES) .flags $(GPU_OBJECT)
+	$(CC) $(FLAGS) $(GPU_FLAGS) test_all.c -o $@ $(GPU_LIBS) -lm
+
+mamba_cuda.o: mamba_cuda.cu mamba.c .flags
+	$(NVCC) -O3 -std=c++17 -arch=$(CUDA_ARCH) -Xcompiler -Wall,-Wextra -c mamba_cuda.cu -o $@
+
+cuda:                        ## build ./mamba with the GPU backend; needs nvcc, CUDA_ARCH=sm_90 ... without a GPU
+	$(MAKE) all CUDA=1
+
+test-cuda:                   ## the GPU against the CPU: kernels, logits, gradients, training, generation; needs a GPU
+	$(MAKE) all tests/test_all CUDA=1
+	./tests/test_all cuda
 
 run: all                     ## build, then let the model in the repository tell a story
 	./mamba models/tales.bin "Once upon a time" -n 200 -s 1

@@ -82,6 +82,7 @@
 
 #define MAMBA_VERSION "0.1"
 
+#ifndef MAMBA_TYPES_ONLY // mamba_cuda.cu includes only the types of section 3
 // ---------------------------------------------------------------------------------------------------------------------
 // 1 Errors, checked sizes, bytes
 // A failing function says why with fail() and returns; only main exits. Sizes that come from a file saturate instead of
@@ -297,6 +298,17 @@ INLINE vec exp_vec(vec x) {
     return as_float((ivec)((uvec)as_int(p) + (uvec)exponent));
 }
 
+// The same for -1/32 < x <= 0, by its series: the next term is below 3e-10.
+INLINE vec exp_small(vec x) { return 1.0f + x * (1.0f + x * (0.5f + x * (0.166666667f + x * 0.0416666667f))); }
+
+// Whether the condition, a MASK, holds in any lane.
+INLINE bool any_lane(ivec mask) {
+    int32_t lane[VL], any = 0;
+    memcpy(lane, &mask, sizeof mask);
+    for (int i = 0; i < VL; i++) any |= lane[i];
+    return any != 0;
+}
+
 INLINE vec silu_vec(vec x) { return x / (1.0f + exp_vec(-x)); }
 
 // softplus(x) = log(1 + e^x) = max(x, 0) + log1p(e^-|x|), which never overflows. log1p(e) = 2 atanh(e / (2 + e)) keeps
@@ -318,6 +330,8 @@ INLINE vec one_minus_exp_minus(vec x) {
     return choose(MASK(x < 0.25f), series, 1.0f - exp_vec(-x));
 }
 
+#endif // MAMBA_TYPES_ONLY
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 3 Config, model.bin, TENSORS
 // One list says everything about a tensor; the struct, the file's layout and the initialisation are made from it. The
@@ -325,6 +339,8 @@ INLINE vec one_minus_exp_minus(vec x) {
 
 typedef enum { F32, F16, BF16, N_TYPES } Type; // how matrices are stored; room for q8 and q4 after these
 
+typedef struct Tokenizer Tokenizer;
+enum { RECENT = 64 }; // tokens that the repeat penalty looks back over
 enum { FLAG_TIED = 1, FLAG_PROJ_BIAS = 2, FLAG_CONV_BIAS = 4, FLAG_MIXER_NORM = 8 };
 enum { ARCH_MAMBA = 0, ARCH_FALCON_MAMBA = 1 };
 enum { HEADER_BYTES = 256, FILE_VERSION = 1, ALIGN = 64, N_MAX = 1024, PENDING = 4 };
@@ -394,6 +410,46 @@ typedef struct Model {
 } Model;
 #undef DECLARE
 
+typedef struct {
+    float temperature;    // 0: the likeliest token
+    float top_p;          // keep the likeliest that together reach this probability; 1: all
+    int top_k;            // keep this many; 0: all
+    float min_p;          // drop what is less likely than this times the likeliest; 0: none
+    float repeat_penalty; // divides positive and multiplies negative logits of the last RECENT tokens; 1: none
+} Sampling;
+
+typedef struct {
+    float rate, beta1, beta2, epsilon, decay,
+        clip; // clip: largest norm of the gradient of all weights together; 0: none
+} AdamW;
+
+// What a GPU backend offers; mamba_cuda.cu has the only one, and says there what each function does. -1 or NULL: error() knows why.
+typedef struct Gpu Gpu;
+typedef struct GpuTrainer GpuTrainer;
+typedef struct GpuBackend {
+    const char *(*error)(void);
+    Gpu *(*open)(const Model *m, int float32);
+    void (*close)(Gpu *g);
+    int (*set_state)(Gpu *g, const float *window, const float *h, const float *logits);
+    int (*get_state)(Gpu *g, float *window, float *h, float *logits);
+    int (*prefill)(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, const float *), void *context);
+    int (*generate_start)(Gpu *g, int S, const Sampling *how, const uint64_t *random, uint64_t position,
+                          const int32_t *recent, int n_recent, const unsigned char *allowed);
+    int (*generate)(Gpu *g, int32_t *ids, int steps);
+    int generate_max; // steps of one call
+    GpuTrainer *(*trainer_open)(const Model *m, int B, int L, int float32);
+    void (*trainer_close)(GpuTrainer *x);
+    int (*trainer_resize)(GpuTrainer *x, int B, int L);
+    int (*trainer_set)(GpuTrainer *x, const float *weights, const float *moment, const float *moment2);
+    int (*trainer_get)(GpuTrainer *x, float *weights, float *moment, float *moment2, float *gradient);
+    int (*train_pass)(GpuTrainer *x, const int32_t *ids, const int32_t *targets, float weight, int backward,
+                      double *sum);
+    int (*train_step)(GpuTrainer *x, const AdamW *how, uint64_t step, double *norm);
+    int (*measure)(double *copy_bytes, double *flops, double *used_bytes, char name[256]);
+    int (*time_scan)(int B, int E, int L, int N, int float32, int repeats, double seconds[4]);
+} GpuBackend;
+
+#ifndef MAMBA_TYPES_ONLY
 typedef struct { // one line of the list, as a visitor sees it
     const char *name;
     int layer; // -1: not in a layer
@@ -1192,19 +1248,26 @@ static inline void scan_sequential(float *y, float *h, const float *u, const flo
 INLINE void scan_channels(float *y, float *h_out, float *delta_sum, const float *h_in, const float *u,
                           const float *delta, const float *A_neg, const float *B_ssm, const float *C_ssm, size_t ld_bc,
                           const float *D_skip, int L, int E, int N, int lanes) {
-    vec h[N_MAX], A[N_MAX], skip = load_n(D_skip, lanes), elapsed = splat(0);
+    vec h[N_MAX], A[N_MAX], skip = load_n(D_skip, lanes), elapsed = splat(0), steepest = splat(0);
     for (int n = 0; n < N; n++) {
         h[n] = h_in ? load_n(h_in + (size_t)n * E, lanes) : splat(0);
         A[n] = load_n(A_neg + (size_t)n * E, lanes);
+        steepest = choose(MASK(A[n] < steepest), A[n], steepest);
     }
     for (int t = 0; t < L; t++) {
         vec dt = load_n(delta + (size_t)t * E, lanes), ut = load_n(u + (size_t)t * E, lanes), dt_u = dt * ut;
         const float *B = B_ssm + t * ld_bc, *C = C_ssm + t * ld_bc;
         vec sum = skip * ut;
-        for (int n = 0; n < N; n++) {
-            h[n] = exp_vec(dt * A[n]) * h[n] + dt_u * B[n];
-            sum += h[n] * C[n];
-        }
+        if (any_lane(~MASK(dt * steepest > -0.03125f))) // a NaN too
+            for (int n = 0; n < N; n++) {
+                h[n] = exp_vec(dt * A[n]) * h[n] + dt_u * B[n];
+                sum += h[n] * C[n];
+            }
+        else // a token that is let in nowhere, as most are in the synthetic tasks: a quarter of the work
+            for (int n = 0; n < N; n++) {
+                h[n] = exp_small(dt * A[n]) * h[n] + dt_u * B[n];
+                sum += h[n] * C[n];
+            }
         if (y) store_n(y + (size_t)t * E, sum, lanes);
         else elapsed += dt;
     }
@@ -1457,7 +1520,16 @@ static void scan_backward(float *d_u, float *d_delta, float *d_B_ssm, float *d_C
 // Three arenas: the weights (mapped), the activations of one piece of text (Acts), and the state, which is all that a
 // sequence remembers.
 
-enum { RECENT = 64 }; // tokens that the repeat penalty looks back over
+// --- where the model runs: Acts with a gpu run there. A state's numbers are then newer on the GPU until somebody asks for them.
+
+#ifdef MAMBA_CUDA
+extern const GpuBackend mamba_gpu;
+static const GpuBackend *const GPU = &mamba_gpu;
+#else
+static const GpuBackend *const GPU = NULL; // then no Acts gets a gpu
+#endif
+
+static int gpu_failed(void) { return fail("%s", GPU->error()); }
 
 typedef struct State { // one sequence at one moment; a single allocation, made of plain numbers
     uint64_t position; // tokens read
@@ -1465,6 +1537,7 @@ typedef struct State { // one sequence at one moment; a single allocation, made 
     uint64_t floats;   // how many numbers follow
     int32_t recent[RECENT], n_recent;
     Utf8Pending pending;
+    struct Acts *ahead;       // whose GPU has newer conv and h than are here; NULL: these are the newest
     float *logits, *conv, *h; // (V), after the last token; (n_layer, K-1, E); (n_layer, N, E)
     float data[];
 } State;
@@ -1478,6 +1551,8 @@ typedef struct Acts {
     float *res, *xn, *xz, *u, *xdb, *delta, *y, *packed, *carry, *logits; // logits (LOGIT_ROWS, V), for evaluation
     float *probs;                                                         // (V) and
     int32_t *order;                                                       // (V): the sampler's scratch
+    Gpu *gpu;                                                             // NULL: everything runs on the processor
+    State *held;                                                          // the state that the GPU holds
 } Acts;
 
 static size_t activation_row_floats(const Config *c) { // floats a token in the arrays of Acts, without packed
@@ -1494,7 +1569,32 @@ static int default_threads(void) {
 #endif
 }
 
-void mamba_acts_free(Acts *a) { free_aligned(a); }
+// Brings a state's numbers back from the GPU, where they are newer. 0, or -1 after fail().
+static int state_fetch(const State *s) {
+    State *to = (State *)(uintptr_t)s; // what s means stays the same
+    Acts *a = s->ahead;
+    to->ahead = NULL;
+    return a && GPU->get_state(a->gpu, to->conv, to->h, to->logits) ? gpu_failed() : 0;
+}
+
+// The numbers of s are about to be set here: those on the GPU no longer count.
+static void state_detach(State *s) {
+    if (s->ahead) s->ahead->held = NULL;
+    s->ahead = NULL;
+}
+
+// From now on the passes of a run on the GPU, float32: with float32 products for bf16 weights too. 0, or -1 after fail().
+int mamba_acts_gpu(Acts *a, const Model *m, bool float32) {
+    if (!GPU) return fail("this build has no GPU backend: make cuda");
+    a->gpu = GPU->open(m, float32);
+    return a->gpu ? 0 : gpu_failed();
+}
+
+void mamba_acts_free(Acts *a) {
+    if (a && a->held && a->held->ahead == a) state_fetch(a->held);
+    if (a && a->gpu) GPU->close(a->gpu);
+    free_aligned(a);
+}
 
 // Scratch for one pass at a time over one model; threads 0 = default. NULL after fail().
 Acts *mamba_acts_new(const Model *m, int threads) {
@@ -1605,11 +1705,30 @@ static int check_ids(const Model *m, const int32_t *ids, size_t n) {
     return 0;
 }
 
+// mamba_prefill where a has a GPU: the state goes there once, and stays while the same one is read into.
+static int prefill_gpu(Acts *a, State *s, const int32_t *ids, size_t n, LogitsVisitor *visit, void *context) {
+    if (n == 0) return 0;
+    if (a->held != s || s->ahead != a) {
+        if (a->held && a->held != s && a->held->ahead == a && state_fetch(a->held)) return -1;
+        if (state_fetch(s) || GPU->set_state(a->gpu, s->conv, s->h, s->logits)) return gpu_failed();
+        a->held = s;
+    }
+    s->ahead = a;
+    if (GPU->prefill(a->gpu, ids, n, visit, context) || GPU->get_state(a->gpu, NULL, NULL, s->logits))
+        return gpu_failed();
+    for (size_t t = n > RECENT ? n - RECENT : 0; t < n; t++) s->recent[(s->position + t) % RECENT] = ids[t];
+    s->position += n;
+    s->n_recent = s->position < RECENT ? (int32_t)s->position : RECENT;
+    return 0;
+}
+
 // Reads n tokens into the state: any number, in memory that does not grow with it. Leaves the logits after the last one
 // in the state, and hands every position's to visit where that is not NULL. 0, or -1 after fail(), the state untouched.
 int mamba_prefill(const Model *m, Acts *a, State *s, const int32_t *ids, size_t n, LogitsVisitor *visit,
                   void *context) {
     if (check_ids(m, ids, n)) return -1;
+    if (a->gpu) return prefill_gpu(a, s, ids, n, visit, context);
+    if (state_fetch(s)) return -1;
     for (size_t done = 0; done < n;) {
         int L = n - done < (size_t)a->piece ? (int)(n - done) : a->piece;
         forward(m, a, s, ids + done, L, visit, context);
@@ -1633,7 +1752,10 @@ static size_t state_floats(const Config *c) {
     return size_add((size_t)c->V, size_mul((size_t)c->n_layer * (size_t)(c->N + c->K - 1), (size_t)c->E));
 }
 
-void mamba_state_free(State *s) { free_aligned(s); }
+void mamba_state_free(State *s) {
+    if (s) state_detach(s);
+    free_aligned(s);
+}
 
 static void state_point(State *s, const Config *c) {
     s->logits = s->data;
@@ -1654,6 +1776,8 @@ State *mamba_state_new(const Model *m) {
 // to becomes equal to from; both states of the same model.
 void mamba_state_copy(const Model *m, State *to, const State *from) {
     assert(to->floats == from->floats);
+    state_detach(to);
+    state_fetch(from);
     memcpy(to, from, sizeof *to + from->floats * sizeof(float));
     state_point(to, &m->config);
 }
@@ -1661,6 +1785,7 @@ void mamba_state_copy(const Model *m, State *to, const State *from) {
 // Back to the start of a text; the random generator goes on.
 void mamba_state_reset(const Model *m, State *s) {
     uint64_t random = s->random, floats = s->floats;
+    state_detach(s);
     memset(s, 0, sizeof *s + floats * sizeof(float));
     s->random = random, s->floats = floats;
     state_point(s, &m->config);
@@ -1747,6 +1872,7 @@ int mamba_state_save(const Model *m, const State *s, const char *path) {
     unsigned char header[STATE_HEADER];
     float *data = malloc(bytes);
     if (!data) return fail("out of memory: saving a state of %zu bytes", bytes);
+    if (state_fetch(s)) return free(data), -1;
     memcpy(data, s->data, bytes);
     fix_endian(data, bytes, sizeof(float));
     state_header(header, m, s, crc32_of(0, data, bytes));
@@ -1776,6 +1902,7 @@ static int read_state(const Model *m, State *s, const unsigned char *h, size_t b
     bool good = n_recent == (u64_at(h + 40) < RECENT ? u64_at(h + 40) : RECENT) && n_pending <= 3;
     for (uint32_t i = 0; i < RECENT; i++) good = good && u32_at(h + 68 + 4 * i) < (uint32_t)c->V;
     if (!good) return fail("%s: a header field is out of range: the state file is damaged", path);
+    state_detach(s);
     s->position = u64_at(h + 40), s->random = u64_at(h + 48), s->n_recent = (int32_t)n_recent;
     for (int i = 0; i < RECENT; i++) s->recent[i] = (int32_t)u32_at(h + 68 + 4 * i);
     s->pending.n = (int)n_pending;
@@ -1925,6 +2052,7 @@ typedef struct Trainer {
     Model *model, *gradient; // gradient: the same tensors, holding d_ of each
     float *moment, *moment2; // AdamW's, in the same layout
     int B, L, threads;       // rows of a pass: B * L
+    GpuTrainer *gpu;         // where everything below and the arenas live instead; NULL: here
     uint64_t step;           // optimizer steps taken
     Saved *saved;            // n_layer + 1: the last has only res
     float *arena;            // of everything below and in saved
@@ -1964,6 +2092,7 @@ static size_t trainer_layout(Trainer *x, float *at) {
 
 void mamba_trainer_free(Trainer *x) {
     if (!x) return;
+    if (x->gpu) GPU->trainer_close(x->gpu);
     mamba_free(x->gradient);
     free_aligned(x->moment), free_aligned(x->moment2), free_aligned(x->arena);
     free(x->saved);
@@ -1973,10 +2102,35 @@ void mamba_trainer_free(Trainer *x) {
 // Passes from now on have B sequences of L tokens. 0, or -1 after fail().
 int mamba_trainer_resize(Trainer *x, int B, int L) {
     x->B = B, x->L = L;
+    if (x->gpu) return GPU->trainer_resize(x->gpu, B, L) ? gpu_failed() : 0;
     free_aligned(x->arena);
     x->arena = alloc_aligned(size_mul(trainer_layout(x, NULL), sizeof(float)));
     if (!x->arena) return -1;
     trainer_layout(x, x->arena);
+    return 0;
+}
+
+// The same on the GPU, with bf16 products unless float32: m's weights and the moments here are then old until mamba_trainer_fetch.
+// NULL after fail().
+Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, bool float32) {
+    if (!GPU) return fail("this build has no GPU backend: make cuda"), NULL;
+    Trainer *x = calloc(1, sizeof *x);
+    if (!x) return fail("out of memory"), NULL;
+    *x = (Trainer){.model = m, .B = B, .L = L, .threads = 1};
+    x->moment = alloc_aligned(m->tensors_bytes), x->moment2 = alloc_aligned(m->tensors_bytes);
+    if (x->moment && x->moment2 && !(x->gpu = GPU->trainer_open(m, B, L, float32))) gpu_failed();
+    if (x->gpu) return x;
+    mamba_trainer_free(x);
+    return NULL;
+}
+
+// Weights and moments from the GPU to the host, or, store: the other way. Nothing to do without one. 0, or -1 after fail().
+int mamba_trainer_fetch(Trainer *x, bool store) {
+    if (!x->gpu) return 0;
+    float *weights = x->model->weights;
+    if (store) return GPU->trainer_set(x->gpu, weights, x->moment, x->moment2) ? gpu_failed() : 0;
+    if (GPU->trainer_get(x->gpu, weights, x->moment, x->moment2, NULL)) return gpu_failed();
+    refresh_derived(x->model);
     return 0;
 }
 
@@ -2088,11 +2242,16 @@ static void cross_entropy(float *losses, float *logits, const int32_t *targets, 
 }
 
 // Adds to the gradient that of weight * the sum of -log p(targets), for B * L rows of ids; targets of -1 do not count. Returns
-// the sum of the losses (without weight). backward false: the loss only. ids and targets must be below V.
+// the sum of the losses (without weight); NaN where a GPU failed, after fail(). backward false: the loss only. ids and targets must
+// be below V.
 double mamba_train_pass(Trainer *x, const int32_t *ids, const int32_t *targets, float weight, bool backward) {
     Model *m = x->model, *d = x->gradient;
     const Config *c = &m->config;
     int D = c->D, V = c->V, T = x->B * x->L;
+    if (x->gpu) {
+        double sum = 0;
+        return GPU->train_pass(x->gpu, ids, targets, weight, backward, &sum) ? (gpu_failed(), NAN) : sum;
+    }
     Saved *last = &x->saved[c->n_layer];
     int team = (double)m->n_params * T < 4e6 ? 1 : x->threads;
     (void)team;
@@ -2123,11 +2282,6 @@ double mamba_train_pass(Trainer *x, const int32_t *ids, const int32_t *targets, 
 }
 
 // --- AdamW (Loshchilov & Hutter 2019)
-
-typedef struct {
-    float rate, beta1, beta2, epsilon, decay,
-        clip; // clip: largest norm of the gradient of all weights together; 0: none
-} AdamW;
 
 typedef struct {
     const Trainer *x;
@@ -2185,6 +2339,10 @@ static void adamw_tensor(void *context, const TensorInfo *info, Tensor *w) {
 // One step along the gradient, which is cleared. *norm gets its length before clipping. 0, or -1 after fail() with the weights
 // untouched, where a gradient is not finite.
 int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
+    if (x->gpu) {
+        if (GPU->train_step(x->gpu, how, x->step + 1, norm)) return gpu_failed();
+        return x->step++, 0;
+    }
     AdamWPass p = {.x = x, .how = how, .scale = 1, .base = x->model->weights};
     each_tensor(x->model, norm_tensor, &p);
     *norm = sqrt(p.squares);
@@ -2203,14 +2361,6 @@ int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
 // In this order: repeat penalty, temperature, top-k, top-p, min-p, then one draw. Ids that the tokenizer does not know
 // (the padding of a vocabulary) are never drawn. Candidates leave a heap one by one, the likeliest first, so nothing is
 // sorted that will not be used.
-
-typedef struct {
-    float temperature;    // 0: the likeliest token
-    float top_p;          // keep the likeliest that together reach this probability; 1: all
-    int top_k;            // keep this many; 0: all
-    float min_p;          // drop what is less likely than this times the likeliest; 0: none
-    float repeat_penalty; // divides positive and multiplies negative logits of the last RECENT tokens; 1: none
-} Sampling;
 
 static void heap_down(int32_t *heap, int n, int i, const float *probs) {
     for (int child; (child = 2 * i + 1) < n; i = child) {
@@ -2547,12 +2697,20 @@ static void session_close(Session *x) {
     mamba_free(x->model);
 }
 
+static struct { bool cpu, float32; } backend; // where commands run the model
+#define BACKEND_OPTIONS \
+    {"--cpu", "", "run on the processor, also where the build has a GPU backend", OPT_SWITCH, &backend.cpu, 0, 0}, { \
+        "--float32", "", "on a GPU: float32 products also for bf16 weights and in training", OPT_SWITCH, \
+            &backend.float32, 0, 0 \
+    }
+
 static int session_open(Session *x, const char *path, long threads) {
     double start = seconds();
     memset(x, 0, sizeof *x);
     x->model = mamba_load(path);
     if (x->model) x->acts = mamba_acts_new(x->model, (int)threads);
-    if (x->acts) x->state = mamba_state_new(x->model);
+    if (x->acts && (!GPU || backend.cpu || mamba_acts_gpu(x->acts, x->model, backend.float32) == 0))
+        x->state = mamba_state_new(x->model);
     x->load_seconds = seconds() - start;
     if (x->state) return 0;
     session_close(x);
@@ -2580,7 +2738,7 @@ static int read_prompt(Session *x, const int32_t *ids, size_t n, Report *report)
     double start = seconds();
     size_t done = 0;
     while (done < n && !interrupted) {
-        size_t piece = n - done < (size_t)x->acts->piece ? n - done : (size_t)x->acts->piece;
+        size_t most = x->acts->gpu ? 1 << 16 : (size_t)x->acts->piece, piece = n - done < most ? n - done : most;
         if (mamba_prefill(x->model, x->acts, x->state, ids + done, piece, NULL, NULL)) return -1;
         done += piece;
     }
@@ -2588,6 +2746,33 @@ static int read_prompt(Session *x, const int32_t *ids, size_t n, Report *report)
     report->read_seconds = seconds() - start;
     if (done < n) fprintf(stderr, "interrupted after %zu of %zu prompt tokens\n", done, n);
     return 0;
+}
+
+// The next tokens, drawn and read on the GPU some at a time, since a launch for each would take longer than a step. Where text
+// ends within them, the state is too far: only for a state that nobody wants afterwards. Returns the next id, -1 after fail().
+typedef struct {
+    int32_t ids[64];
+    int at, n;
+} Burst;
+
+static int32_t burst_next(Burst *b, Session *x, const Sampling *how) {
+    const Model *m = x->model;
+    State *s = x->state;
+    if (b->at < b->n) return b->ids[b->at++];
+    if (b->n == 0) {
+        unsigned char *allowed = malloc((size_t)m->config.V);
+        if (!allowed) return fail("out of memory");
+        for (int v = 0; v < m->config.V; v++) allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
+        int bad = GPU->generate_start(x->acts->gpu, 1, how, &s->random, s->position, s->recent, s->n_recent, allowed);
+        free(allowed);
+        if (bad) return gpu_failed();
+    }
+    b->n = b->n ? 32 : 4; // the first ones soon
+    b->at = 0;
+    if (GPU->generate(x->acts->gpu, b->ids, b->n)) return gpu_failed();
+    for (int i = 0; i < b->n; i++)
+        if (b->ids[i] < 0) return fail("a logit is not finite: run `info --verify`");
+    return b->ids[b->at++];
 }
 
 // Writes up to o->n tokens from the state. keep_pending: an unfinished character stays in the state for later.
@@ -2599,9 +2784,13 @@ static int write_tokens(Session *x, const GenerateOptions *o, bool keep_pending,
     if (!text) return fail("out of memory: a token of %zu bytes", x->model->text_room);
     int result = 0;
     double start = seconds();
+    Burst burst = {.n = 0};
+    bool bursts = x->acts->gpu && !keep_pending;
     report->ended = "length";
     for (long i = 0; (o->n < 0 || i < o->n) && result == 0; i++) {
-        int32_t id = interrupted ? -1 : mamba_sample(x->model, x->acts, x->state, &how);
+        int32_t id = interrupted ? -1
+                     : bursts    ? burst_next(&burst, x, &how)
+                                 : mamba_sample(x->model, x->acts, x->state, &how);
         if (id < 0 || (is_eos(&x->model->config, id) && !o->ignore_eos)) {
             result = id < 0 && !interrupted ? -1 : 0;
             report->ended = interrupted ? "interrupted" : "end of text";
@@ -2609,7 +2798,7 @@ static int write_tokens(Session *x, const GenerateOptions *o, bool keep_pending,
         }
         result = output_add(&out, text, mamba_decode(x->model, x->state, id, text));
         if (result == 1) report->ended = "stop string";
-        if (mamba_step(x->model, x->acts, x->state, id)) result = -1;
+        if (!bursts && mamba_step(x->model, x->acts, x->state, id)) result = -1;
         report->n_written++;
     }
     if (!keep_pending && result == 0) result = output_add(&out, text, mamba_decode(x->model, x->state, -1, text));
@@ -2810,6 +2999,7 @@ static int command_generate(int argc, char **argv) {
         {"--stop", "STRING", "end before this text would be written; up to 16 times", OPT_LIST, &o.stop, 0, 0},
         {"--ignore-eos", "", "write on after end-of-text", OPT_SWITCH, &o.ignore_eos, 0, 0},
         {"--no-echo", "", "do not repeat the prompt on stdout", OPT_SWITCH, &o.no_echo, 0, 0},
+        BACKEND_OPTIONS,
         {"-T", "N", "threads; the result does not depend on it", OPT_INT, &o.threads, 1, 1024},
         {"--save-state", "FILE", "save the state at the end, also after Ctrl-C", OPT_TEXT, &o.save, 0, 0},
         {"--load-state", "FILE", "start from a saved state", OPT_TEXT, &o.load, 0, 0},
@@ -3125,6 +3315,7 @@ static int command_eval(int argc, char **argv) {
         {"-s", "SEED", "of the task's sequences, which are never those of training", OPT_INT, &seed, 0, 9e15},
         {"--each", "", "one negative log-likelihood a line on stdout, from the second token on; the summary on stderr",
          OPT_SWITCH, &each, 0, 0},
+        BACKEND_OPTIONS,
         {"-T", "N", "threads; the result does not depend on it", OPT_INT, &threads, 1, 1024},
     };
     const char *rest[2];
@@ -3202,6 +3393,7 @@ static int command_logits(int argc, char **argv) {
         {"--tokens", "LIST", "token ids between commas, instead of a prompt", OPT_TEXT, &tokens, 0, 0},
         {"--all", "", "after every token, not only the last", OPT_SWITCH, &all, 0, 0},
         {"-o", "FILE", "write raw float32 instead of text", OPT_TEXT, &path, 0, 0},
+        BACKEND_OPTIONS,
         {"-T", "N", "threads; the result does not depend on it", OPT_INT, &threads, 1, 1024},
     };
     if (wants_help(argc, argv)) return print_help(LOGITS_USAGE, options, COUNT(options)), 0;
@@ -3393,6 +3585,7 @@ static int load_checkpoint(Training *t, const char *path) {
             x->step = u64_at(h + 16), t->random = u64_at(h + 24);
             swap_training(t);
             refresh_derived(t->model);
+            result = mamba_trainer_fetch(x, true);
         }
     }
     if (h) file_unmap(h, size, mapped);
@@ -3469,6 +3662,7 @@ static FILE *open_log(const char *path, uint64_t step) {
 }
 
 static int save_all(const Training *t, const char *checkpoint, double spent) {
+    if (mamba_trainer_fetch(t->trainer, false)) return -1;
     swap_training(t);
     int result = save_checkpoint(t, checkpoint, spent);
     if (result == 0) result = save_model(t->model, t->tokenizer, t->tokenizer_bytes, t->o->out);
@@ -3653,11 +3847,20 @@ static int train_run(Training *t) {
         measure.saved = none;
         double activations = 4.0 * (double)trainer_layout(&measure, NULL), weights = (double)t->model->tensors_bytes;
         free(none);
-        fprintf(stderr,
+        bool gpu = GPU && !backend.cpu;
+        if (!gpu)
+            fprintf(
+                stderr,
                 "%zu parameters; memory: weights %.1f MB, gradients %.1f MB, optimizer %.1f MB, activations of %d x %d "
                 "tokens %.1f MB\n",
                 t->model->n_params, weights / 1e6, weights / 1e6, 2 * weights / 1e6, B, L, activations / 1e6);
-        t->trainer = mamba_trainer_new(t->model, B, L, (int)o->threads);
+        t->trainer = gpu ? mamba_trainer_new_gpu(t->model, B, L, backend.float32)
+                         : mamba_trainer_new(t->model, B, L, (int)o->threads);
+        double used;
+        char name[256];
+        if (gpu && t->trainer && GPU->measure(NULL, NULL, &used, name) == 0)
+            fprintf(stderr, "%zu parameters; %s, %.2f GB in use, %s products\n", t->model->n_params, name, used / 1e9,
+                    backend.float32 ? "float32" : "bf16");
         t->ids = malloc((size_t)B * L * sizeof *t->ids), t->targets = malloc((size_t)B * L * sizeof *t->ids);
         if (!t->trainer) result = -1;
         else if (!t->ids || !t->targets) result = fail("out of memory: a batch");
@@ -3743,6 +3946,7 @@ static int command_train(int argc, char **argv) {
         {"--save-every", "N", "steps between checkpoints", OPT_INT, &o.save_every, 1, 1e9},
         {"--log", "FILE", "CSV log; by default out.bin.csv", OPT_TEXT, &o.log, 0, 0},
         {"-s", "SEED", "fixes everything", OPT_INT, &o.seed, 0, 9e15},
+        BACKEND_OPTIONS,
         {"-T", "N", "threads; the result does not depend on it", OPT_INT, &o.threads, 1, 1024},
     };
     const char *rest[1];
@@ -3764,7 +3968,8 @@ static int command_train(int argc, char **argv) {
     if (parse_task(o.task_name, &task)) return -1;
     long shortest = o.grow_from ? o.grow_from : o.length;
     if (task && shortest < task_shortest(task))
-        return fail("%ld tokens are too short for --task %s: at least %d", shortest, o.task_name, task_shortest(task));
+        return fail("%s %ld is too short for --task %s: at least %d", o.grow_from ? "--grow-from" : "--length",
+                    shortest, o.task_name, task_shortest(task));
     if (task && o.from) return fail("--from does not go with --task");
     char *log = o.log ? NULL : malloc(strlen(o.out) + 5);
     if (log) sprintf(log, "%s.csv", o.out), o.log = log;
@@ -3958,25 +4163,157 @@ static int bench_scan(const char *text, int threads, int repeats) {
     return result;
 }
 
+// --- bench on a GPU: prefill by length, generation by batch, a training step, each beside its floor
+
+static int bench_gpu_prefill(const Model *m, Acts *a, State *s, int L, int repeats, double flops_token, double peak) {
+    double time[BENCH_MAX];
+    int32_t *ids = malloc((size_t)L * sizeof *ids);
+    uint64_t seed = 1;
+    if (!ids) return fail("out of memory");
+    for (int i = 0; i < L; i++) ids[i] = (int32_t)(random_u64(&seed) % (uint64_t)m->config.V);
+    int result = 0;
+    for (int round = -1; round < repeats && result == 0; round++) {
+        double start = seconds();
+        result = mamba_prefill(m, a, s, ids, (size_t)L, NULL, NULL);
+        time[round < 0 ? 0 : round] = seconds() - start;
+    }
+    free(ids);
+    if (result == 0 && s->logits[0] - s->logits[0] != 0) result = fail("the logits are not finite");
+    if (result) return -1;
+    double t = median(time, repeats);
+    printf("prefill %-8d %10.2f ms  %12.0f tokens/s  %5.1f%% of the products' floor\n", L, t * 1e3, L / t,
+           100 * flops_token * L / peak / t);
+    return 0;
+}
+
+static int bench_gpu_generate(const Model *m, Acts *a, int S, int repeats, double bytes, double state_bytes,
+                              double copy) {
+    const Sampling greedy = {.temperature = 0, .top_p = 1, .repeat_penalty = 1};
+    int steps = GPU->generate_max, result = -1;
+    double time[BENCH_MAX];
+    uint64_t *random = calloc((size_t)S, sizeof *random);
+    int32_t recent[RECENT] = {0}, *ids = malloc((size_t)S * steps * sizeof *ids);
+    unsigned char *allowed = malloc((size_t)m->config.V);
+    if (random && ids && allowed) {
+        memset(allowed, 1, (size_t)m->config.V);
+        result = GPU->generate_start(a->gpu, S, &greedy, random, 1, recent, 1, allowed) ? gpu_failed() : 0;
+        for (int round = -1; round < repeats && result == 0; round++) {
+            double start = seconds();
+            if (GPU->generate(a->gpu, ids, steps)) result = gpu_failed();
+            time[round < 0 ? 0 : round] = (seconds() - start) / steps;
+        }
+        if (result == 0 && ids[0] < 0) result = fail("the logits are not finite");
+    }
+    free(random), free(ids), free(allowed);
+    if (result) return -1;
+    double t = median(time, repeats);
+    printf("generate x%-6d %10.3f ms  %12.0f tokens/s  %5.1f%% of the bytes' floor\n", S, t * 1e3, S / t,
+           100 * (bytes + 2 * S * state_bytes) / copy / t);
+    return 0;
+}
+
+static int bench_gpu_train(const Config *shape, int B, int L, int repeats, double peak) {
+    Config c = *shape;
+    c.type = F32;
+    Model *m = mamba_random_model(&c, 42);
+    Trainer *x = m ? mamba_trainer_new_gpu(m, B, L, backend.float32) : NULL;
+    int32_t *ids = malloc((size_t)B * L * sizeof *ids), *targets = malloc((size_t)B * L * sizeof *ids);
+    const AdamW how = {1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, 1};
+    double time[BENCH_MAX], norm = 0, sum = 0, used = 0;
+    char name[256];
+    uint64_t seed = 3;
+    int result = x && ids && targets ? 0 : -1;
+    for (int i = 0; i < B * L && result == 0; i++)
+        ids[i] = (int32_t)(random_u64(&seed) % (uint64_t)c.V),
+        targets[i] = (int32_t)(random_u64(&seed) % (uint64_t)c.V);
+    for (int round = -2; round < repeats && result == 0; round++) {
+        double start = seconds();
+        sum = mamba_train_pass(x, ids, targets, 1.0f / (float)(B * L), true);
+        result = mamba_train_step(x, &how, &norm);
+        time[round < 0 ? 0 : round] = seconds() - start;
+    }
+    if (result == 0) {
+        double t = median(time, repeats), tokens = (double)B * L;
+        GPU->measure(NULL, NULL, &used, name);
+        printf("train %dx%-7d %10.2f ms  %12.0f tokens/s  %5.1f%% of 6 operations a weight, %.2f GB, loss %.3f\n", B, L,
+               t * 1e3, tokens / t, 100 * 6 * (double)m->n_params * tokens / peak / t, used / 1e9, sum / tokens);
+    }
+    mamba_trainer_free(x);
+    mamba_free(m);
+    free(ids), free(targets);
+    return result;
+}
+
+static int bench_gpu(const Model *m, int repeats, const char *only) {
+    const Config *c = &m->config;
+    const int lengths[] = {512, 2048, 16384}, batches[] = {1, 8, 64, 256}, train[][2] = {{8, 2048}, {1, 16384}};
+    double copy = 0, flops = 0, used = 0, D = c->D, E = c->E;
+    double flops_token = 2 * c->n_layer * (2 * E * D + E * (c->R + 2.0 * c->N) + E * c->R + E * D);
+    double state_bytes = 4.0 * (c->N + c->K - 1) * c->n_layer * E,
+           bytes = (double)m->tensors_bytes - (c->flags & FLAG_TIED ? 0 : (double)tensor_bytes(&m->embedding));
+    char name[256];
+    Acts *a = mamba_acts_new(m, 1);
+    State *s = mamba_state_new(m);
+    int result = a && s ? mamba_acts_gpu(a, m, backend.float32) : -1;
+    if (result == 0 && GPU->measure(&copy, &flops, &used, name)) result = gpu_failed();
+    if (result == 0) {
+        double peak =
+            c->type == BF16 && !backend.float32 ? flops : flops / 15; // float32 units of the same chip, roughly
+        printf("%zu parameters in %s on %s: copies %.2f TB/s, bf16 products %.0f TFLOP/s; medians of %d\n", m->n_params,
+               type_name(c->type), name, copy / 1e12, flops / 1e12, repeats);
+        for (int i = 0; i < COUNT(lengths) && result == 0 && strchr(only, 'p'); i++)
+            result = bench_gpu_prefill(m, a, s, lengths[i], repeats, flops_token, peak);
+        for (int i = 0; i < COUNT(batches) && result == 0 && strchr(only, 'g'); i++)
+            result = bench_gpu_generate(m, a, batches[i], repeats, bytes, state_bytes, copy);
+    }
+    mamba_state_free(s);
+    mamba_acts_free(a);
+    for (int i = 0; i < COUNT(train) && result == 0 && strchr(only, 't'); i++)
+        if (bench_gpu_train(c, train[i][0], train[i][1], repeats < 5 ? repeats : 5, flops))
+            printf("train %dx%-7d %s\n", train[i][0], train[i][1], error_text);
+    return result;
+}
+
+static int bench_gpu_scan(const char *text, int repeats) {
+    int B, E, L;
+    char dtype[8] = "bf16", extra;
+    double t[4];
+    int n = sscanf(text, "%d,%d,%d,%7[a-z0-9]%c", &B, &E, &L, dtype, &extra);
+    if ((n != 3 && n != 4) || B < 1 || E < 1 || L < 1 || (strcmp(dtype, "bf16") && strcmp(dtype, "f32")))
+        return fail("--scan needs B,E,L or B,E,L,f32, not '%s'", text);
+    if (GPU->time_scan(B, E, L, 16, !strcmp(dtype, "f32"), repeats, t)) return gpu_failed();
+    double cells = (double)B * E * L, width = !strcmp(dtype, "f32") ? 4 : 2, bytes = cells * 4 * width;
+    printf("copy of the same bytes %9.4f ms  %6.3f TB/s\n", t[2] * 1e3, bytes / t[2] / 1e12);
+    printf("scan forward           %9.4f ms  %6.3f TB/s  %6.2f trillion exponentials/s\n", t[0] * 1e3,
+           bytes / t[0] / 1e12, cells * 16 / t[0] / 1e12);
+    if (t[1] > 0)
+        printf("scan backward          %9.4f ms  %6.3f TB/s  %6.2f trillion exponentials/s\n", t[1] * 1e3,
+               2 * bytes / t[1] / 1e12, cells * 16 / t[1] / 1e12);
+    return 0;
+}
+
 static int command_bench(int argc, char **argv) {
-    const char *shape = NULL, *dtype = "f32", *scan = NULL, *path = NULL;
+    const char *shape = NULL, *dtype = "f32", *scan = NULL, *path = NULL, *only = "pgt";
     long threads = default_threads(), repeats = 7;
     const Option options[] = {
         {"--shape", "S", "random weights of this shape instead of a model", OPT_TEXT, &shape, 0, 0},
         {"--dtype", "T", "their storage type", OPT_TEXT, &dtype, 0, 0},
         {"--scan", "B,E,L", "time the scan alone: sequences, channels, length", OPT_TEXT, &scan, 0, 0},
+        {"--only", "LETTERS", "on a GPU: p prefill, g generation, t training", OPT_TEXT, &only, 0, 0},
         {"-r", "N", "repeats, of which the median is shown", OPT_INT, &repeats, 1, BENCH_MAX},
+        BACKEND_OPTIONS,
         {"-T", "N", "threads", OPT_INT, &threads, 1, 1024},
     };
     if (wants_help(argc, argv)) return print_help(BENCH_USAGE, options, COUNT(options)), 0;
     int n = parse_options(argc, argv, options, COUNT(options), &path, 1);
     if (n < 0) return -1;
     if (n + (shape != NULL) + (scan != NULL) != 1) return fail("bench needs one of: a model.bin, --shape, --scan");
-    if (scan) return bench_scan(scan, (int)threads, (int)repeats);
+    bool gpu = GPU && !backend.cpu;
+    if (scan) return gpu ? bench_gpu_scan(scan, (int)repeats) : bench_scan(scan, (int)threads, (int)repeats);
     Config c;
     if (shape && parse_shape(shape, dtype, &c)) return -1;
     Model *m = shape ? mamba_random_model(&c, 42) : mamba_load(path);
-    int result = m ? bench_model(m, (int)threads, (int)repeats) : -1;
+    int result = !m ? -1 : gpu ? bench_gpu(m, (int)repeats, only) : bench_model(m, (int)threads, (int)repeats);
     mamba_free(m);
     return result;
 }
@@ -4005,3 +4342,4 @@ int main(int argc, char **argv) {
 }
 #endif
 #endif // MAMBA_NO_MAIN
+#endif // MAMBA_TYPES_ONLY
