@@ -2084,7 +2084,7 @@ static size_t trainer_layout(Trainer *x, float *at) {
         TAKE(x->d_c, (size_t)x->L * E);
     TAKE(x->scale, T), TAKE(x->losses, T), TAKE(x->logits, LOSS_ROWS * V), TAKE(x->packed, packed);
     TAKE(x->h0, x->B * NE), TAKE(x->h, x->B * NE), TAKE(x->d_h, x->B * NE);
-    TAKE(x->window0, window), TAKE(x->window, window), TAKE(x->d_window, window);
+    TAKE(x->window0, x->B * window), TAKE(x->window, window), TAKE(x->d_window, x->B * window);
     TAKE(x->scan, scan_backward_floats(x->B, x->L, c->E, c->N));
 #undef TAKE
     return used;
@@ -2149,19 +2149,20 @@ Trainer *mamba_trainer_new(Model *m, int B, int L, int threads) {
 
 static float *grad(const Tensor *w) { return (float *)(uintptr_t)w->data; } // NULL for an absent bias
 
-// block() for training: T = B * L rows, sequences from zero states, everything that backward needs kept in s[0]; s[1].res is the
-// residual stream after the layer.
+// block() for training: T = B * L rows, sequences from the states in x->window0 and x->h0 (zeros, unless somebody writes there),
+// everything that backward needs kept in s[0]; s[1].res is the residual stream after the layer, x->h the states after it.
 static void block_train(Trainer *x, int layer) {
     const Config *c = &x->model->config;
     const Layer *w = &x->model->layer[layer];
     Saved *s = &x->saved[layer];
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, T = x->B * x->L;
+    size_t window = (size_t)(K - 1) * E;
     rmsnorm(x->xn, s->res, f32(&w->norm), c->norm_eps, T, D, (size_t)D);
     matmul(s->xz, x->xn, (size_t)D, &w->in_proj, f32(&w->in_bias), T, x->packed);
     for (int b = 0; b < x->B; b++) {
         size_t row = (size_t)b * x->L;
 #pragma omp single
-        memset(x->window, 0, (size_t)(K - 1) * E * sizeof(float));
+        memcpy(x->window, x->window0 + b * window, window * sizeof(float));
         conv1d_silu(s->u + row * E, x->window, s->xz + row * 2 * E, w->conv_t, f32(&w->conv_bias), x->L, E, K);
     }
     matmul(s->xdb, s->u, (size_t)E, &w->x_proj, NULL, T, x->packed);
@@ -2175,7 +2176,7 @@ static void block_train(Trainer *x, int layer) {
     matmul(s->delta, s->xdb, (size_t)P, &w->dt_proj, NULL, T, x->packed);
     softplus_bias(s->delta, f32(&w->dt_bias), T, E);
 #pragma omp single
-    memset(x->h, 0, (size_t)x->B * N * E * sizeof(float));
+    memcpy(x->h, x->h0, (size_t)x->B * N * E * sizeof(float));
     scan_sequences(s->y, x->h, s->u, s->delta, w->A_neg, s->xdb + R, s->xdb + R + N, (size_t)P, f32(&w->D_skip), x->B,
                    x->L, E, N);
 #pragma omp single
@@ -2185,20 +2186,20 @@ static void block_train(Trainer *x, int layer) {
     add_to(s[1].res, s->res, T, D);
 }
 
-// d_res: the gradient after the layer, becomes that before it.
+// d_res: the gradient after the layer, becomes that before it. d_h: that of the states after it, becomes that of h0. d_window gets
+// that of window0.
 static void block_backward(Trainer *x, int layer) {
     const Config *c = &x->model->config;
     const Layer *w = &x->model->layer[layer], *d = &x->gradient->layer[layer];
     const Saved *s = &x->saved[layer];
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, T = x->B * x->L;
+    size_t window = (size_t)(K - 1) * E;
     // g = y silu(z), out = out_proj(g): d_g first (in d_y), then g again, which the weight's gradient needs
     product(x->d_y, (size_t)E, (Factor){x->d_res, (size_t)D, F32, false}, weight_factor(&w->out_proj, true), NULL,
             false, T, E, D, x->packed);
     gate_backward(x->d_y, x->d_xz, x->g, x->d_y, s->y, s->xz, T, E);
     matmul_backward(NULL, grad(&d->out_proj), grad(&d->out_bias), x->d_res, (size_t)D, x->g, (size_t)E, &w->out_proj,
                     false, T, x->packed);
-#pragma omp single
-    memset(x->d_h, 0, (size_t)x->B * N * E * sizeof(float));
     scan_backward(x->d_u, x->d_delta, x->d_xdb + R, x->d_xdb + R + N, grad(&d->A_log), grad(&d->D_skip), x->d_h, x->d_y,
                   s->u, s->delta, w->A_neg, s->xdb + R, s->xdb + R + N, (size_t)P, f32(&w->D_skip), x->h0, x->B, x->L,
                   E, N, x->scan);
@@ -2216,8 +2217,9 @@ static void block_backward(Trainer *x, int layer) {
                     x->packed);
     for (int b = 0; b < x->B; b++) {
         size_t row = (size_t)b * x->L;
-        conv1d_silu_backward(x->d_xz + row * 2 * E, grad(&d->conv), grad(&d->conv_bias), x->d_window, x->d_u + row * E,
-                             s->xz + row * 2 * E, x->window0, w->conv_t, f32(&w->conv_bias), x->L, E, K, x->d_c);
+        conv1d_silu_backward(x->d_xz + row * 2 * E, grad(&d->conv), grad(&d->conv_bias), x->d_window + b * window,
+                             x->d_u + row * E, s->xz + row * 2 * E, x->window0 + b * window, w->conv_t,
+                             f32(&w->conv_bias), x->L, E, K, x->d_c);
     }
     rmsnorm(x->xn, s->res, f32(&w->norm), c->norm_eps, T, D, (size_t)D);
     matmul_backward(x->d_xn, grad(&d->in_proj), grad(&d->in_bias), x->d_xz, 2 * (size_t)E, x->xn, (size_t)D,
@@ -2272,7 +2274,11 @@ double mamba_train_pass(Trainer *x, const int32_t *ids, const int32_t *targets, 
         if (backward) {
             rmsnorm_backward(x->d_res, grad(&d->norm_f), x->d_xn, last->res, f32(&m->norm_f), c->norm_eps, false, T, D,
                              (size_t)D, x->scale);
-            for (int layer = c->n_layer - 1; layer >= 0; layer--) block_backward(x, layer);
+            for (int layer = c->n_layer - 1; layer >= 0; layer--) {
+#pragma omp single
+                memset(x->d_h, 0, (size_t)x->B * c->N * c->E * sizeof(float)); // nothing comes after the last token
+                block_backward(x, layer);
+            }
             embed_backward(grad(&d->embedding), x->d_res, ids, T, D);
         }
     }

@@ -370,7 +370,7 @@ typedef struct {
     size_t n;
     float *data;
 } Golden;
-static Golden golden[256];
+static Golden golden[640];
 static int n_golden;
 
 static void golden_close(void) {
@@ -382,7 +382,7 @@ static bool golden_open(const char *path) {
     golden_close();
     unsigned char *p = (unsigned char *)read_text(path, &bytes);
     if (!p || bytes < 8 || memcmp(p, "gold", 4)) return free(p), expect(false, path);
-    while (at < bytes && n_golden < 256) {
+    while (at < bytes && n_golden < COUNT(golden)) {
         Golden *g = &golden[n_golden++];
         uint32_t length = u32_at(p + at);
         assert(length < sizeof g->name);
@@ -399,7 +399,7 @@ static bool golden_open(const char *path) {
         assert(at <= bytes);
     }
     free(p);
-    return true;
+    return at == bytes || expect(false, path); // else there are more records than room
 }
 
 static const Golden *golden_get(const char *format, ...) {
@@ -841,7 +841,8 @@ static void test_loader(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Gradients: every parameter's against float64 goldens; the scan's, the conv's and those of initial states by central differences
+// Gradients: every parameter's and those of initial states against PyTorch in float64; the scan's and the conv's also by central
+// differences
 
 typedef struct {
     const char *model;
@@ -881,6 +882,136 @@ static void test_model_gradients(const char *model) {
         free(in), free(targets);
     }
     free(ids);
+    mamba_free(m), mamba_free(stored);
+    golden_close();
+}
+
+// Gradients at other lengths, from nothing and from states: passes whose goldens dev/make_train_golden.py describes.
+typedef struct {
+    char label[64], prefix[24]; // of the golden's names
+    const int32_t *ids;         // (rows) of the pass
+    int rows, n;
+    bool layers_only;
+    double worst;
+    char where[LABEL];
+} PassCheck;
+
+static void compare_with(PassCheck *c, const char *name, const float *got, const float *want, size_t n) {
+    size_t where;
+    double *d = doubles(want, n), error = error_of(got, d, n, &where);
+    if (!(error <= c->worst)) c->worst = error, snprintf(c->where, sizeof c->where, "%s", name);
+    c->n++;
+    free(d);
+}
+
+// The golden holds all of the tensor, or a sample; of the embedding then only the rows of the pass's ids.
+static void compare_sample(void *context, const TensorInfo *info, Tensor *w) {
+    PassCheck *c = context;
+    char name[LABEL];
+    const float *x = w->data;
+    size_t n = tensor_elements(w), D = (size_t)w->cols;
+    if (info->layer < 0) snprintf(name, sizeof name, "%s", info->name);
+    else snprintf(name, sizeof name, "layer%d.%s", info->layer, info->name);
+    if (c->layers_only && info->layer < 0 && strcmp(name, "embedding")) return;
+    const Golden *g = golden_get("%s%s", c->prefix, name);
+    if (!g) {
+        c->worst = INFINITY, snprintf(c->where, sizeof c->where, "the golden: no %.20s", name);
+        return;
+    }
+    bool gathered = g->n != n && !strcmp(name, "embedding");
+    if (gathered) n = c->rows * D;
+    float *got = alloc_aligned(g->n * sizeof *got);
+    for (size_t k = 0; k < g->n; k++) {
+        size_t i = k * n / g->n;
+        got[k] = gathered ? x[(size_t)c->ids[i / D] * D + i % D] : x[i];
+    }
+    compare_with(c, name, got, g->data, g->n);
+    free_aligned(got);
+}
+
+static void report_pass(const PassCheck *c) {
+    report(c->worst <= 1e-4, c->label, "%d gradients, error %.2e of 1e-04 in %s", c->n, c->worst, c->where);
+}
+
+static int32_t *pass_rows(int B, int L, int from) { // ids, or with from = 1 targets, of B sequences
+    const Golden *text = golden_get("text");
+    int32_t *ids = malloc(sizeof *ids * (size_t)B * L);
+    for (int i = 0; i < B * L; i++) ids[i] = (int32_t)text->data[i / L * text->dims[1] + i % L + from];
+    return ids;
+}
+
+static void test_pass(const char *model, Model *m, int B, int L) {
+    int32_t *ids = pass_rows(B, L, 0), *targets = pass_rows(B, L, 1);
+    PassCheck c = {.ids = ids, .rows = B * L};
+    Trainer *x = mamba_trainer_new(m, B, L, 2);
+    float loss = (float)(mamba_train_pass(x, ids, targets, 1.0f / (float)(B * L), true) / (B * L));
+    snprintf(c.label, sizeof c.label, "%s L %d B %d", model, L, B);
+    snprintf(c.prefix, sizeof c.prefix, "L%d.", L);
+    compare_with(&c, "loss", &loss, golden_get("L%d.loss", L)->data, 1);
+    each_tensor(x->gradient, compare_sample, &c);
+    report_pass(&c);
+    mamba_trainer_free(x);
+    free(ids), free(targets);
+}
+
+// The layers alone, as mamba_train_pass calls them, but from random states and with a gradient of the states at the end.
+static void test_pass_from_states(const char *model, Model *m, int B, int L) {
+    const Config *config = &m->config;
+    size_t D = (size_t)config->D, NE = (size_t)config->N * config->E, KE = (size_t)(config->K - 1) * config->E;
+    int32_t *ids = pass_rows(B, L, 0);
+    int n_layer = config->n_layer;
+    PassCheck c = {.ids = ids, .rows = B * L, .layers_only = true};
+    Trainer *x = mamba_trainer_new(m, B, L, 2);
+    snprintf(c.label, sizeof c.label, "%s L %d B %d from states", model, L, B);
+    snprintf(c.prefix, sizeof c.prefix, "L%d.states.", L);
+    const Golden *h0 = golden_get("h0"), *d_h = golden_get("d_h"), *window0 = golden_get("window0"),
+                 *d_res = golden_get("d_res"), *d_h0 = golden_get("%sh0", c.prefix),
+                 *d_window0 = golden_get("%swindow0", c.prefix);
+    float *got_h = alloc_aligned(d_h0->n * sizeof(float)), *got_window = alloc_aligned(d_window0->n * sizeof(float));
+    assert(d_h0->n == B * n_layer * NE && d_window0->n == B * n_layer * KE);
+#define PART(array, b, layer, size) ((array) + ((size_t)(b)*n_layer + (layer)) * (size)) // of (B, n_layer, size)
+    TEAM(embed(x->saved[0].res, ids, &m->embedding, B * L))
+    for (int i = 0; i < 2 * n_layer; i++) { // the layers forward, then backward
+        bool forward = i < n_layer;
+        int layer = forward ? i : 2 * n_layer - 1 - i;
+        for (int b = 0; b < B; b++) {
+            memcpy(x->h0 + b * NE, PART(h0->data, b, layer, NE), NE * sizeof(float));
+            memcpy(x->window0 + b * KE, PART(window0->data, b, layer, KE), KE * sizeof(float));
+            memcpy(x->d_h + b * NE, PART(d_h->data, b, layer, NE), NE * sizeof(float));
+            if (i == n_layer)
+                memcpy(x->d_res + b * L * D, d_res->data + b * d_res->dims[1] * D, (size_t)L * D * sizeof(float));
+        }
+        if (forward) TEAM(block_train(x, layer))
+        else TEAM(block_backward(x, layer))
+        for (int b = 0; b < B && !forward; b++) {
+            memcpy(PART(got_h, b, layer, NE), x->d_h + b * NE, NE * sizeof(float));
+            memcpy(PART(got_window, b, layer, KE), x->d_window + b * KE, KE * sizeof(float));
+        }
+    }
+#undef PART
+    TEAM(embed_backward(grad(&x->gradient->embedding), x->d_res, ids, B * L, config->D))
+    each_tensor(x->gradient, compare_sample, &c);
+    compare_with(&c, "h0", got_h, d_h0->data, d_h0->n);
+    compare_with(&c, "window0", got_window, d_window0->data, d_window0->n);
+    report_pass(&c);
+    mamba_trainer_free(x);
+    free(ids), free_aligned(got_h), free_aligned(got_window);
+}
+
+static void test_passes(const char *model) {
+    char path[64];
+    snprintf(path, sizeof path, "tests/%s-train.gold", model);
+    if (!golden_open(path)) return;
+    snprintf(path, sizeof path, "tests/%s.bin", model);
+    Model *stored = mamba_load(path), *m = mamba_float_copy(stored);
+    const Golden *passes = golden_get("passes");
+    for (size_t i = 0; i < passes->dims[0]; i++) {
+        const float *pass = passes->data + 3 * i; // L, B from nothing, B from states
+        team = 1 + (int)i % 3;
+        test_pass(model, m, (int)pass[1], (int)pass[0]);
+        test_pass_from_states(model, m, (int)pass[2], (int)pass[0]);
+    }
+    team = 1;
     mamba_free(m), mamba_free(stored);
     golden_close();
 }
@@ -1131,6 +1262,7 @@ static void test_gradients(void) {
     test_adamw("plain"), test_adamw("odd"), test_adamw("falcon");
     test_initialisation(), test_masked_loss();
     test_model_gradients("plain"), test_model_gradients("odd"), test_model_gradients("falcon");
+    test_passes("plain"), test_passes("odd"), test_passes("falcon");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

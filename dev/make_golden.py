@@ -51,8 +51,9 @@ def rms(x, eps):
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
 
 
-def forward64(m, p, ids):
-    """logits (L,V), and the stages by their names in the golden file."""
+def forward64(m, p, ids, start=None):
+    """logits (L,V), and the stages by their names in the golden file. start: for each layer the last K - 1 inputs of the
+    convolution (K-1,E) and the state h (E,N) that the text before has left; without it there was none."""
     s, (E, N, K, R) = {}, (m.E, m.N, m.K, m.R)
     res = p["embedding"][ids]
     for i in range(m.n_layer):
@@ -60,7 +61,8 @@ def forward64(m, p, ids):
         xn = rms(res, m.norm_eps) * w("norm")
         xz = F.linear(xn, w("in_proj"), w("in_bias"))
         x, z = xz.split(E, -1)
-        padded = torch.cat([x.new_zeros(K, E), x])                                    # row t + K is x[t]
+        window, h = start[i] if start else (x.new_zeros(K - 1, E), x.new_zeros(E, N))
+        padded = torch.cat([x.new_zeros(1, E), window, x])                            # row t + K is x[t]
         u = sum(padded[k + 1:k + 1 + len(ids)] * w("conv")[:, k] for k in range(K))
         u = F.silu(u if w("conv_bias") is None else u + w("conv_bias"))
         dt_BC = F.linear(u, w("x_proj"))
@@ -68,7 +70,7 @@ def forward64(m, p, ids):
         if m.mixer_norm:
             dt_low, B, C = (rms(v, m.mixer_eps) for v in (dt_low, B, C))
         dt = F.linear(dt_low, w("dt_proj"), w("dt_bias"))
-        delta, A_neg, h, y = F.softplus(dt), -torch.exp(w("A_log")), res.new_zeros(E, N), []
+        delta, A_neg, y = F.softplus(dt), -torch.exp(w("A_log")), []
         for t in range(len(ids)):                                                     # h = decay h + delta B u
             h = torch.exp(delta[t][:, None] * A_neg) * h + (delta[t] * u[t])[:, None] * B[t]
             y.append(h @ C[t])
@@ -79,7 +81,7 @@ def forward64(m, p, ids):
         s.update({f"layer{i}.{name}": v for name, v in stages.items()})
     s["xn_f"] = rms(res, m.norm_eps) * p["norm_f"]
     s["logits"] = F.linear(s["xn_f"], p["embedding"] if m.tied else p["head"])
-    s["loss"] = F.cross_entropy(s["logits"][:-1], ids[1:]).reshape(1)
+    s["loss"] = F.cross_entropy(s["logits"][:-1], ids[1:]).reshape(1) if len(ids) > 1 else res.new_zeros(1)
     return s
 
 

@@ -9,7 +9,7 @@ With one file each column has a colour; with more, each file has one and the col
 with a value on every line is a line; one with fewer values than lines (held_out) gets markers, and so does any curve of
 at most 40 points. --smooth N draws the mean over N lines around each above the curve itself, which then is pale; sparse
 columns are left as they are. Lines without a value (or with nan or inf) are skipped, and so are values that are not
-positive on a logarithmic axis.
+positive on a logarithmic axis. The picture follows the reader's light or dark setting.
 """
 import argparse
 import csv
@@ -21,8 +21,12 @@ from xml.sax.saxutils import escape
 COLOURS = ("#2f6fb0", "#d1602b", "#3a8f4f", "#8a5bb0", "#b0304a", "#7a6a3a", "#2c9aa0", "#555555")
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 820, 480, 74, 24, 54
-INK, GRID, FAINT = "#222222", "#e3e3e3", "#f1f1f1"
-LABELS = {"held_out": "held-out loss", "loss": "loss", "seconds": "time (s)", "tokens_per_second": "tokens/s",
+INK, GRID, FAINT, PAPER = "#222222", "#e3e3e3", "#f1f1f1", "#ffffff"
+# The same colours where the reader's screen is dark: CSS in the picture replaces them.
+DARK = {INK: "#d6dbe1", GRID: "#2f353d", FAINT: "#21262c", PAPER: "#14181d", "#2f6fb0": "#6db1f2", "#d1602b": "#f0905a",
+        "#3a8f4f": "#6cc585", "#8a5bb0": "#bd93e0", "#b0304a": "#ee7b91", "#7a6a3a": "#c2ad6a", "#2c9aa0": "#5fcfd5",
+        "#555555": "#a5a5a5"}
+LABELS = {"held_out": "held-out loss", "loss": "training loss", "seconds": "time (s)", "tokens_per_second": "tokens/s",
           "learning_rate": "learning rate", "gradient_norm": "gradient norm"}
 
 
@@ -177,8 +181,13 @@ def curves_of(tables, names, x, columns, smooth, logx, logy):
 
 
 def disc(x, y, colour):
-    """The marker, with a white rim, so that it shows on a line."""
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.4" fill="{colour}" stroke="white" stroke-width="1"/>'
+    """The marker, with a rim, so that it shows on a line."""
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.4" fill="{colour}" stroke="{PAPER}" stroke-width="1"/>'
+
+
+def dark_style():
+    rules = "".join(f'[{a}="{light}"]{{{a}:{dark}}}' for light, dark in DARK.items() for a in ("fill", "stroke"))
+    return f"<style>@media (prefers-color-scheme:dark){{{rules}}}</style>"
 
 
 def dashes(dash):
@@ -205,16 +214,19 @@ def thinned(points, axis, places):
     return kept
 
 
-def draw(curves, xlabel, ylabel, title, logx, logy):
+def draw(curves, xlabel, ylabel, title, logx, logy, ylim=None):
     shown = [p for c in curves for p in c[3]]
     xs, ys = [p[0] for p in shown], [p[1] for p in shown]
     ax, ay = Axis(xs, logx).flush(xs), Axis(ys, logy)
+    if ylim:
+        ay.flush(ylim)
     top = 52 if title else 22
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - top - BOTTOM
     px, py = (lambda v: LEFT + ax.at(v) * width), (lambda v: top + (1 - ay.at(v)) * height)
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" '
            f'font-family="Helvetica, Arial, DejaVu Sans, sans-serif" fill="{INK}">',
-           f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
+           dark_style(), f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{PAPER}"/>',
+           f'<clipPath id="frame"><rect y="{top}" width="{WIDTH}" height="{height}"/></clipPath>']
     if title:
         svg.append(text(LEFT, 30, title, size=16, extra=' font-weight="bold"'))
 
@@ -232,6 +244,7 @@ def draw(curves, xlabel, ylabel, title, logx, logy):
     svg.append(text(LEFT + width / 2, HEIGHT - 14, xlabel, "middle", 13))
     svg.append(text(18, top + height / 2, ylabel, "middle", 13, f' transform="rotate(-90 18 {top + height / 2:.1f})"'))
 
+    svg.append('<g clip-path="url(#frame)">' if ylim else "<g>")
     for _, colour, dash, points, mean, markers in curves:
         lines = [(points, 0.3, 1, ""), (mean, 1, 1.8, dash)] if mean else [(points, 1, 1.5 if markers else 1, dash)]
         for line, opacity, thick, dash in lines:
@@ -240,6 +253,7 @@ def draw(curves, xlabel, ylabel, title, logx, logy):
                        f'stroke-linejoin="round"{dashes(dash)}/>')
     for _, colour, _, points, _, markers in curves:                                      # over all lines
         svg += [disc(px(x), py(y), colour) for x, y in points] if markers else []
+    svg.append("</g>")
     svg += legend(curves, top, px, py, width, height)
     return "\n".join(svg + ["</svg>", ""])
 
@@ -252,7 +266,7 @@ def legend(curves, top, px, py, width, height):
     places = [(px(x), py(y)) for c in curves for x, y in c[3]]
     hidden = lambda corner: sum(-6 < x - corner[0] < w + 6 and -6 < y - corner[1] < h + 6 for x, y in places)
     x, y = min(corners, key=hidden)
-    svg = [f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h}" rx="3" fill="white" fill-opacity="0.9" stroke="{GRID}"/>']
+    svg = [f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h}" rx="3" fill="{PAPER}" fill-opacity="0.9" stroke="{GRID}"/>']
     for i, (label, colour, dash, _, _, markers) in enumerate(curves):
         line = y + 16 + 19 * i
         svg.append(f'<path d="M{x + 10:.1f} {line:.1f}h26" stroke="{colour}" stroke-width="1.8"{dashes(dash)}/>')
@@ -263,6 +277,19 @@ def legend(curves, top, px, py, width, height):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
+
+def limits(text, log):
+    """The two numbers of --ylim, or None."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(v) for v in text.split(","))
+    except ValueError:
+        raise PlotError(f"--ylim {text}: two numbers with a comma between them") from None
+    if not (math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not log)):
+        raise PlotError(f"--ylim {text}: the second must be larger{', both positive' if log else ''}")
+    return low, high
+
 
 def run(a):
     columns = [name.strip() for name in a.y.split(",") if name.strip()]
@@ -280,7 +307,7 @@ def run(a):
     if not curves:
         raise PlotError(f"{a.csv[0]}: no line has a number to show for {a.x} and {a.y}")
     ylabel = word(columns[0]) if len(columns) == 1 else "loss" if set(columns) == {"loss", "held_out"} else ""
-    svg = draw(curves, a.xlabel or word(a.x), a.ylabel or ylabel, a.title, a.logx, a.logy)
+    svg = draw(curves, a.xlabel or word(a.x), a.ylabel or ylabel, a.title, a.logx, a.logy, limits(a.ylim, a.logy))
     try:
         with open(a.output, "w", encoding="utf-8") as f:
             f.write(svg)
@@ -297,6 +324,7 @@ def main():
     parser.add_argument("--y", default="loss,held_out", metavar="COLUMN,...", help="curves (default loss,held_out)")
     parser.add_argument("--logx", action="store_true", help="logarithmic horizontal axis")
     parser.add_argument("--logy", action="store_true", help="logarithmic vertical axis")
+    parser.add_argument("--ylim", metavar="LOW,HIGH", help="ends of the vertical axis; what lies outside is cut off (default: all fits)")
     parser.add_argument("--smooth", type=int, default=1, metavar="N", help="running mean over N lines (default 1: none)")
     parser.add_argument("--title", default="")
     parser.add_argument("--xlabel", help="instead of the column's name")
