@@ -59,8 +59,22 @@ same_file "a run interrupted and resumed" part.bin whole.bin
 cut -d, -f1,4,5 part.bin.csv > a.csv; cut -d, -f1,4,5 whole.bin.csv > b.csv
 same_file "its log is that of the whole run" a.csv b.csv
 
-kills=3
-[ "$everything" = all ] && kills=20
+grown="--task induction --steps 24 --batch 2 --length 64 --grow-from 8 --d-model 16 --layers 1 --save-every 5 --eval-every 8"
+"$mamba" train -o grown.bin $grown -T 1 2> err || bad "a growing length" "$(cat err)"
+"$mamba" train -o cut.bin $grown 2> err &
+pid=$!
+i=0
+while [ ! -s cut.bin.train ] && [ $i -lt 200 ]; do sleep 0.02; i=$((i + 1)); done
+kill -INT $pid 2> /dev/null
+wait $pid
+"$mamba" train -o cut.bin $grown --resume 2> err || bad "resume" "$(cat err)"
+same_file "a growing length, interrupted and resumed" cut.bin grown.bin
+"$mamba" train -o flat.bin --task induction --steps 6 --batch 16 --length 8 --d-model 16 --layers 1 2> err
+cut -d, -f4 grown.bin.csv | sed -n 2,7p > a.csv; cut -d, -f4 flat.bin.csv | sed -n 2,7p > b.csv # 4 lengths: 6 steps each
+same_file "its first steps are those of short sequences" a.csv b.csv
+
+kills=${KILLS:-3}
+[ "$everything" = all ] && [ -z "$KILLS" ] && kills=20
 k=0 wrong=0
 while [ $k -lt $kills ]; do
     rm -f killed.bin*
@@ -91,6 +105,8 @@ fails "no such text" "no-such" -o x.bin --data no-such
 fails "a text too short" "--length" -o x.bin --data text --length 1000000
 fails "an unknown task" "--task" -o x.bin --task juggling
 fails "a task too short" "--length" -o x.bin --task copying --length 20
+fails "a first length that does not double to the last" "--grow-from" -o x.bin --task copying --length 100 --grow-from 32
+fails "a first length too short" "--grow-from" -o x.bin --task copying --length 64 --grow-from 16
 fails "accumulate does not divide" "--accumulate" -o x.bin --data text --batch 3 --accumulate 2
 fails "a pass too large" "--accumulate" -o x.bin --data text --batch 65536 --length 16000000
 fails "an unknown schedule" "--schedule" -o x.bin --data text --schedule linear
