@@ -37,6 +37,7 @@ findings:
 	@echo "compiler     $(CC)"
 	@echo "processor    $(if $(ARCH),$(ARCH),any (no processor-specific instructions))"
 	@echo "threads      $(if $(OPENMP),$(OPENMP),none: no OpenMP found)"
+	@echo "GPU          $(if $(CUDA),mamba_cuda.cu for $(CUDA_ARCH),not in this build (make cuda))"
 
 # The GPU backend, CUDA=1 (`make cuda`): mamba_cuda.cu by nvcc, for this machine's GPU or CUDA_ARCH=sm_80, sm_90 ...
 NVCC ?= nvcc
@@ -113,7 +114,7 @@ bench: all                   ## speed on random 130m weights, beside what the ma
 	./mamba bench --scan 1,32,65536
 
 clean:                       ## remove what was built
-	rm -f mamba mamba-debug tests/test_all tests/test_all-debug .flags
+	rm -f mamba mamba-debug mamba_cuda.o tests/test_all tests/test_all-debug .flags
 
 help:                        ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */make \1\t/' | expand -t 20

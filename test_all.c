@@ -1522,6 +1522,10 @@ static const struct {
      {1, 3, 17, 64, 128, 130}},
     {"8 states, falcon", SHAPE(32, 2, 50, 64, 8, 2, 2, FLAG_MIXER_NORM), {1, 5, 16, 100, 127, 512}},
     {"one channel", SHAPE(1, 1, 3, 1, 1, 1, 1, FLAG_TIED), {1, 2, 3, 64, 65, 200}},
+    {"many channels", SHAPE(24, 1, 30, 2200, 16, 4, 3, FLAG_TIED | FLAG_CONV_BIAS), {130, 200, 129, 257, 320, 150}},
+    {"many channels, 8 states",
+     SHAPE(24, 1, 30, 2177, 8, 4, 3, FLAG_TIED | FLAG_CONV_BIAS),
+     {130, 200, 129, 257, 320, 150}},
     {"17 states, long conv", SHAPE(40, 1, 40, 200, 17, 9, 5, FLAG_TIED | FLAG_CONV_BIAS), {1, 4, 8, 9, 100, 321}},
 };
 
@@ -1736,12 +1740,13 @@ static void test_cuda(void) {
     for (int i = 0; i < COUNT(GPU_SHAPES); i++) {
         Model *m = mamba_random_model(&GPU_SHAPES[i].config, 11 + (uint64_t)i);
         for (int k = 0; k < 6; k++) {
-            int L = GPU_SHAPES[i].lengths[k], B = 1 + (i + k) % 3;
+            int L = GPU_SHAPES[i].lengths[k], B = GPU_SHAPES[i].config.E > 2000 ? 3 + k % 2 : 1 + (i + k) % 3;
             int32_t *ids = random_ids((size_t)L, m->config.V);
             check_gpu_logits(GPU_SHAPES[i].name, m, ids, (size_t)L, true, 2e-5);
             free(ids);
             check_gpu_gradients(GPU_SHAPES[i].name, m, B, L, true, 2e-4);
-            if (k % 2) continue;
+            if (k % 2 || GPU_SHAPES[i].config.D == 1)
+                continue; // a norm of one number has a derivative of 0: only rounding is left
             snprintf(name, sizeof name, "%s, bf16", GPU_SHAPES[i].name);
             check_gpu_gradients(name, m, B, L, false, 5e-2);
         }

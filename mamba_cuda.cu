@@ -1,0 +1,3341 @@
+/* mamba_cuda.cu - the GPU backend of mamba.c, chosen at build time by `make cuda`.
+
+   What it is: the same model, the same files and the same steps as mamba.c, with everything of one piece of text, one step or
+   one training pass on the device. Matrix products are cuBLAS's; the scan, which no library has, is in section 4 and is what
+   this file is about. Names are those of mamba.c's glossary; its section 3 is included for the types and for TENSORS.
+   What it is not: a second definition. mamba.c's scan_sequential says what is computed; tests compare with it.
+
+   PRECISION. T is what matrices and activations between kernels are: float, or __nv_bfloat16. The residual stream, the state
+   h, delta after softplus, A, every sum and the loss are float32 in both, and so are master weights and the optimizer.
+
+   WHAT LIVES WHERE, of a block of L tokens. Device memory: the residual stream (float), and the products' inputs and outputs
+   xn, xz, u, xdb, delta, g (T). Registers: h, the state of the scan, (E,N) for every sequence, never written but at the ends.
+   Shared memory: B_ssm and C_ssm of a tile of time steps, which all channels of a block read.
+   Bytes a token and layer, forward: 4D + 4D read and written by the residual stream, 2D T for xn, 2*2E for xz, E*3 read by
+   the scan (delta, u, z) and E written (g), 2E for u, which is all that is moved except by the products' own reading.
+
+   CONTENTS
+     1 errors, arenas, conversions      4 the scan: forward, step, [train] backward
+     2 small kernels                    5 model: weights, block, prefill, state
+     3 matrix products                  6 generation: step, sampling, graph
+                                        7 [train] pass, AdamW                                                          */
+
+#define MAMBA_TYPES_ONLY
+#include "mamba.c"
+
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <vector>
+
+typedef __nv_bfloat16 bf16;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 1 Errors, arenas, conversions
+// The first thing that goes wrong is kept, with where, until the caller asks; work queued after it does no harm. Kernels are
+// queued on one stream, so an error of a launch shows at the next synchronisation.
+
+static char gpu_error_text[400];
+
+static const char *gpu_error(void) { return gpu_error_text; }
+
+static int gpu_fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(gpu_error_text, sizeof gpu_error_text, format, args);
+    va_end(args);
+    return -1;
+}
+
+struct Device { // what every kernel launch needs
+    cudaStream_t stream;
+    cublasHandle_t blas;
+    void *workspace; // cuBLAS's, so that graphs can be captured
+    const char *failed;
+    int blas_status, processors;
+    bool hopper; // code for sm_90 or later runs: programmatic dependent launches
+};
+
+static void check_blas(Device *d, cublasStatus_t status, const char *where) {
+    if (status != CUBLAS_STATUS_SUCCESS && !d->failed) d->failed = where, d->blas_status = (int)status;
+}
+
+static void check_cuda(Device *d, cudaError_t error, const char *where) {
+    if (error != cudaSuccess && !d->failed) d->failed = where;
+}
+
+static void check_launch(Device *d, const char *where) {
+    if (cudaPeekAtLastError() != cudaSuccess && !d->failed) d->failed = where;
+}
+
+// Waits for everything queued. 0, or -1 with a sentence.
+static int finish(Device *d) {
+    cudaError_t error = cudaStreamSynchronize(d->stream), last = cudaGetLastError();
+    if (error == cudaSuccess) error = last;
+    const char *where = d->failed ? d->failed : "a kernel";
+    bool bad = d->failed || error != cudaSuccess;
+    d->failed = NULL;
+    if (!bad) return 0;
+    if (error != cudaSuccess) return gpu_fail("GPU: %s: %s", where, cudaGetErrorString(error));
+    return gpu_fail("GPU: %s: cuBLAS status %d", where, d->blas_status);
+}
+
+static void *device_alloc(size_t bytes) { // NULL with a sentence
+    void *p = NULL;
+    cudaError_t error = cudaMalloc(&p, bytes ? bytes : 1);
+    if (error == cudaSuccess) return p;
+    size_t free_bytes = 0, total = 0;
+    cudaGetLastError();
+    cudaMemGetInfo(&free_bytes, &total);
+    gpu_fail("GPU memory: %.1f MB are needed, %.1f of %.1f MB are free", (double)bytes / 1e6, (double)free_bytes / 1e6,
+             (double)total / 1e6);
+    return NULL;
+}
+
+// Lays arrays out one after the other: first without a base, to measure, then with one.
+struct Arena {
+    char *base;
+    size_t used;
+    template <class P> void take(P *&p, size_t elements, size_t width = sizeof(P)) {
+        p = base ? (P *)(base + used) : NULL;
+        used += (elements * width + 255) / 256 * 256;
+    }
+};
+
+enum { CUBLAS_WORKSPACE = 32 << 20 };
+
+static int device_open(Device *d) {
+    int n = 0;
+    cudaError_t error = cudaGetDeviceCount(&n);
+    if (error != cudaSuccess || n == 0) {
+        cudaGetLastError();
+        return gpu_fail("no GPU can be used (%s): --cpu runs on the processor",
+                        error != cudaSuccess ? cudaGetErrorString(error) : "none is there");
+    }
+    cudaFuncAttributes attributes;
+    extern __global__ void probe_kernel();
+    if ((error = cudaFuncGetAttributes(&attributes, (const void *)probe_kernel)) != cudaSuccess) {
+        cudaGetLastError();
+        return gpu_fail("this build has no code for this GPU (%s): make cuda CUDA_ARCH=..., or --cpu",
+                        cudaGetErrorString(error));
+    }
+    memset(d, 0, sizeof *d);
+    d->hopper = attributes.ptxVersion >= 90;
+    int device = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, device);
+    if ((error = cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking)) != cudaSuccess)
+        return gpu_fail("GPU: %s", cudaGetErrorString(error));
+    if (cublasCreate(&d->blas) != CUBLAS_STATUS_SUCCESS) return gpu_fail("GPU: cuBLAS does not start");
+    if (!(d->workspace = device_alloc(CUBLAS_WORKSPACE))) return -1;
+    cublasSetStream(d->blas, d->stream);
+    cublasSetWorkspace(d->blas, d->workspace, CUBLAS_WORKSPACE);
+    return 0;
+}
+
+static void device_close(Device *d) {
+    if (d->blas) cublasDestroy(d->blas);
+    cudaFree(d->workspace);
+    if (d->stream) cudaStreamDestroy(d->stream);
+}
+
+__global__ void probe_kernel() {}
+
+__device__ inline float value(float x) { return x; }
+__device__ inline float value(bf16 x) { return __bfloat162float(x); }
+__device__ inline float value(uint16_t half_bits) { return __half2float(__ushort_as_half(half_bits)); }
+__device__ inline void put(float *p, float x) { *p = x; }
+__device__ inline void put(bf16 *p, float x) { *p = __float2bfloat16_rn(x); }
+
+__device__ inline float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }
+__device__ inline float sigmoid(float x) { return __fdividef(1, 1 + __expf(-x)); }
+
+__device__ inline float warp_sum(float x) {
+    for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+    return x;
+}
+__device__ inline float warp_max(float x) {
+    for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
+    return x;
+}
+
+// The sum over a block of up to 1024 threads, the same in each; scratch: 33 floats. Every sum here has one fixed order.
+__device__ inline float block_sum(float x, float *scratch) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = (blockDim.x + 31) / 32;
+    x = warp_sum(x);
+    __syncthreads();
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    if (warp == 0) {
+        float y = warp_sum(lane < warps ? scratch[lane] : 0);
+        if (lane == 0) scratch[32] = y;
+    }
+    __syncthreads();
+    return scratch[32];
+}
+__device__ inline float block_max(float x, float *scratch) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = (blockDim.x + 31) / 32;
+    x = warp_max(x);
+    __syncthreads();
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    if (warp == 0) {
+        float y = warp_max(lane < warps ? scratch[lane] : -INFINITY);
+        if (lane == 0) scratch[32] = y;
+    }
+    __syncthreads();
+    return scratch[32];
+}
+
+// The kernel before has written everything; the next may start its own loading.
+__device__ inline void wait_for_input() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+static unsigned blocks_for(size_t n, size_t a_block) { return (unsigned)((n + a_block - 1) / a_block); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2 Small kernels
+// One pass over their data each, neighbouring threads on neighbouring channels.
+
+template <class To, class From>
+__global__ void convert_kernel(To *__restrict__ to, const From *__restrict__ from, size_t n) {
+    size_t stride = (size_t)gridDim.x * blockDim.x;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) put(to + i, value(from[i]));
+}
+template <class To, class From> static void convert(Device *d, To *to, const From *from, size_t n) {
+    convert_kernel<<<std::min(blocks_for(n, 256), 4096u), 256, 0, d->stream>>>(to, from, n);
+    check_launch(d, "convert");
+}
+
+__device__ inline uint64_t mix(uint64_t x) { // SplitMix64's output function
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
+// Random numbers for benchmarks, uniform between low and high.
+template <class T> __global__ void random_kernel(T *x, size_t n, uint64_t seed, float low, float high) {
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
+        put(x + i, low + (high - low) * ((float)(mix(i + seed * 0x9E3779B97F4A7C15u) >> 40) * 0x1p-24f));
+}
+
+// res (rows,D) = rows of the embedding (V,D)
+template <class T>
+__global__ void embed_kernel(float *__restrict__ res, const int32_t *__restrict__ ids, const T *__restrict__ embedding,
+                             int D) {
+    size_t row = blockIdx.x, id = (size_t)ids[row];
+    for (int i = threadIdx.x; i < D; i += blockDim.x) res[row * D + i] = value(embedding[id * D + i]);
+}
+
+// out = in / sqrt(mean(in^2) + eps) * weight, rows of `cols` numbers; weight NULL: without. A warp a row, whose numbers it keeps
+// in PER registers a lane where they fit (PER = 0: reads them twice). in may be out.
+template <class T, class In, int PER>
+__global__ void rmsnorm_kernel(T *out, size_t ld_out, const In *in, size_t ld_in, const float *__restrict__ weight,
+                               float eps, int rows, int cols) {
+    size_t row = (size_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    int lane = threadIdx.x % 32;
+    if (row >= (size_t)rows) return;
+    const In *x = in + row * ld_in;
+    out += row * ld_out;
+    float squares = 0, kept[PER + 1];
+#pragma unroll
+    for (int k = 0; k < PER; k++) {
+        kept[k] = lane + 32 * k < cols ? value(x[lane + 32 * k]) : 0;
+        squares += kept[k] * kept[k];
+    }
+    for (int i = lane + 32 * PER; i < cols; i += 32) squares += value(x[i]) * value(x[i]);
+    float scale = rsqrtf(warp_sum(squares) / (float)cols + eps);
+#pragma unroll
+    for (int k = 0; k < PER; k++) {
+        int i = lane + 32 * k;
+        if (i < cols) put(out + i, kept[k] * scale * (weight ? weight[i] : 1.0f));
+    }
+    for (int i = lane + 32 * PER; i < cols; i += 32) put(out + i, value(x[i]) * scale * (weight ? weight[i] : 1.0f));
+}
+template <class T, class In> static auto rmsnorm_choice(int cols) {
+    return cols <= 256    ? rmsnorm_kernel<T, In, 8>
+           : cols <= 768  ? rmsnorm_kernel<T, In, 24>
+           : cols <= 1536 ? rmsnorm_kernel<T, In, 48>
+           : cols <= 2560 ? rmsnorm_kernel<T, In, 80>
+                          : rmsnorm_kernel<T, In, 0>;
+}
+template <class T, class In>
+static void rmsnorm(Device *d, T *out, size_t ld_out, const In *in, size_t ld_in, const float *weight, float eps,
+                    int rows, int cols) {
+    rmsnorm_choice<T, In>(cols)<<<blocks_for((size_t)rows, 8), 256, 0, d->stream>>>(out, ld_out, in, ld_in, weight, eps,
+                                                                                    rows, cols);
+    check_launch(d, "rmsnorm");
+}
+
+// x (rows,cols) += bias (cols)
+template <class T> __global__ void add_bias_kernel(T *x, size_t ld, const float *bias, int cols) {
+    size_t row = blockIdx.x;
+    for (int i = threadIdx.x; i < cols; i += blockDim.x) put(x + row * ld + i, value(x[row * ld + i]) + bias[i]);
+}
+template <class T> static void add_bias(Device *d, T *x, size_t ld, const float *bias, int rows, int cols) {
+    if (!bias) return;
+    add_bias_kernel<<<(unsigned)rows, 256, 0, d->stream>>>(x, ld, bias, cols);
+    check_launch(d, "add_bias");
+}
+
+// V neighbouring numbers that are read or written at once.
+template <class T, int V> struct alignas(sizeof(T) * V) Group { T v[V]; };
+
+// --- conv1d + SiLU: u_t = silu(bias + sum over k of conv[k] x_{t-K+1+k}), before the first token the window, or zeros.
+// A thread takes V channels for CONV_STEPS steps, their last inputs in registers; K > 4 reads them again from the cache.
+enum { CONV_STEPS = 32, CONV_TAPS = 4 };
+
+template <class T, int V>
+__global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, const float *__restrict__ window,
+                                   const float *__restrict__ conv_t, const float *__restrict__ bias, int L, int E,
+                                   int K) {
+    int e = (blockIdx.x * blockDim.x + threadIdx.x) * V, t0 = blockIdx.y * CONV_STEPS;
+    if (e >= E) return;
+    size_t b = blockIdx.z;
+    const T *x = xz + b * L * 2 * E + e;
+    const float *before = window ? window + b * (K - 1) * E + e : NULL;
+    u += b * L * E + e;
+    auto input = [&](int t, int v) { // x_t of channel e + v
+        return t >= 0                ? value(x[(size_t)t * 2 * E + v])
+               : before && t + K > 0 ? before[(size_t)(t + K - 1) * E + v]
+                                     : 0.0f;
+    };
+    int t1 = min(t0 + CONV_STEPS, L);
+    if (K <= CONV_TAPS) {
+        float tap[CONV_TAPS][V], past[CONV_TAPS][V], start[V]; // the last K of four taps are used; past[3] is x_t
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            start[v] = bias ? bias[e + v] : 0;
+#pragma unroll
+            for (int k = 0; k < CONV_TAPS; k++) {
+                int from = k - (CONV_TAPS - K);
+                tap[k][v] = from >= 0 ? conv_t[(size_t)from * E + e + v] : 0;
+                past[k][v] = k ? input(t0 - CONV_TAPS + k, v) : 0;
+            }
+        }
+#pragma unroll 8
+        for (int t = t0; t < t1; t++) {
+            Group<T, V> in = *(const Group<T, V> *)(x + (size_t)t * 2 * E), out;
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                past[0][v] = past[1][v], past[1][v] = past[2][v], past[2][v] = past[3][v], past[3][v] = value(in.v[v]);
+                float sum = start[v];
+#pragma unroll
+                for (int k = 0; k < CONV_TAPS; k++) sum += tap[k][v] * past[k][v];
+                put(&out.v[v], silu(sum));
+            }
+            *(Group<T, V> *)(u + (size_t)t * E) = out;
+        }
+    } else {
+        for (int t = t0; t < t1; t++)
+            for (int v = 0; v < V; v++) {
+                float sum = bias ? bias[e + v] : 0;
+                for (int k = 0; k < K; k++) sum += conv_t[(size_t)k * E + e + v] * input(t - K + 1 + k, v);
+                put(u + (size_t)t * E + v, silu(sum));
+            }
+    }
+}
+
+// The window after L tokens: their last K-1 inputs, older ones where L is short. In place: slot j reads slots from j + L on.
+template <class T> __global__ void conv_window_kernel(float *window, const T *xz, int L, int E, int K) {
+    int e = blockIdx.x * blockDim.x + threadIdx.x;
+    if (e >= E) return;
+    for (int j = 0; j < K - 1; j++) {
+        int t = L - (K - 1) + j;
+        window[(size_t)j * E + e] = t >= 0 ? value(xz[(size_t)t * 2 * E + e]) : window[(size_t)(j + L) * E + e];
+    }
+}
+
+// One token of each of S sequences; the window (S,K-1,E) moves on.
+template <class T>
+__global__ void conv1d_silu_step_kernel(T *__restrict__ u, float *__restrict__ window, const T *__restrict__ xz,
+                                        const float *__restrict__ conv_t, const float *__restrict__ bias, int E,
+                                        int K) {
+    int e = blockIdx.x * blockDim.x + threadIdx.x;
+    size_t s = blockIdx.y;
+    if (e >= E) return;
+    float x = value(xz[s * 2 * E + e]), sum = (bias ? bias[e] : 0) + conv_t[(size_t)(K - 1) * E + e] * x;
+    float *w = window + s * (K - 1) * E + e;
+    for (int k = 0; k < K - 1; k++) {
+        sum += conv_t[(size_t)k * E + e] * w[(size_t)k * E];
+        w[(size_t)k * E] = k + 2 < K ? w[(size_t)(k + 1) * E] : x;
+    }
+    put(u + s * E + e, silu(sum));
+}
+
+template <class T>
+static void conv1d_silu(Device *d, T *u, float *window, const T *xz, const float *conv_t, const float *bias, int B,
+                        int L, int E, int K) {
+    int V = E % 2 == 0 ? 2 : 1;
+    dim3 grid(blocks_for((size_t)E / V, 128), blocks_for((size_t)L, CONV_STEPS), (unsigned)B);
+    if (L == 1 && window)
+        conv1d_silu_step_kernel<<<dim3(blocks_for((size_t)E, 128), (unsigned)B), 128, 0, d->stream>>>(
+            u, window, xz, conv_t, bias, E, K);
+    else
+        (V == 2 ? conv1d_silu_kernel<T, 2>
+                : conv1d_silu_kernel<T, 1>)<<<grid, 128, 0, d->stream>>>(u, xz, window, conv_t, bias, L, E, K);
+    if (L > 1 && window && K > 1) // one sequence: prefill
+        conv_window_kernel<<<blocks_for((size_t)E, 128), 128, 0, d->stream>>>(window, xz, L, E, K);
+    check_launch(d, "conv1d_silu");
+}
+
+// --- [train] column sums: out (cols) += sum over rows of x (rows,cols), in two passes of fixed order
+
+enum { SUM_CHUNK = 256 };
+
+template <class T>
+__global__ void sum_rows_kernel(float *out, const T *x, size_t ld, int rows, int cols, int chunk, bool add) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, first = blockIdx.y * chunk, last = min(first + chunk, rows);
+    if (i >= cols) return;
+    float sum = 0;
+    for (int r = first; r < last; r++) sum += value(x[(size_t)r * ld + i]);
+    float *to = out + (size_t)blockIdx.y * cols + i;
+    *to = add ? *to + sum : sum;
+}
+static size_t sum_rows_floats(size_t rows, size_t cols) { return (rows + SUM_CHUNK - 1) / SUM_CHUNK * cols; }
+
+template <class T>
+static void sum_rows(Device *d, float *out, const T *x, size_t ld, int rows, int cols, float *partial) {
+    if (!out) return;
+    unsigned wide = blocks_for((size_t)cols, 128), chunks = blocks_for((size_t)rows, SUM_CHUNK);
+    sum_rows_kernel<<<dim3(wide, chunks), 128, 0, d->stream>>>(partial, x, ld, rows, cols, SUM_CHUNK, false);
+    sum_rows_kernel<<<dim3(wide, 1), 128, 0, d->stream>>>(out, partial, (size_t)cols, (int)chunks, cols, (int)chunks,
+                                                          true);
+    check_launch(d, "sum_rows");
+}
+
+// --- [train] backward of rmsnorm: out_i = x_i s w_i with s = (mean(x^2) + eps)^-1/2, so
+//     d_x_i = s (w_i d_out_i - x_i s^2 mean_j(w_j d_out_j x_j))        d_w_i = sum over rows of d_out_i x_i s
+// A warp takes every so many rows, a row's numbers and its share of d_w in PER registers a lane (PER = 0: in memory). With
+// ADD d_x is added to d_out's residual, and `copy`, if not NULL, gets the sum in T, which is what the layer before starts from.
+enum { NORM_BLOCKS = 264, NORM_WARPS = 8 };
+
+template <class T, class In, class Out, bool ADD, int PER>
+__global__ void __launch_bounds__(32 * NORM_WARPS)
+    rmsnorm_backward_kernel(Out *d_x, T *copy, float *__restrict__ partial, const T *d_out, size_t ld_d, const In *in,
+                            size_t ld, const float *__restrict__ weight, float eps, int rows, int cols) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float *mine = partial ? partial + ((size_t)blockIdx.x * NORM_WARPS + warp) * cols : NULL, d_w[PER + 1], w[PER + 1];
+#pragma unroll
+    for (int k = 0; k < PER; k++) d_w[k] = 0, w[k] = weight && lane + 32 * k < cols ? weight[lane + 32 * k] : 1;
+    for (int i = lane + 32 * PER; i < cols && mine; i += 32) mine[i] = 0;
+    for (size_t row = (size_t)blockIdx.x * NORM_WARPS + warp; row < (size_t)rows;
+         row += (size_t)gridDim.x * NORM_WARPS) {
+        const In *x = in + row * ld;
+        const T *d = d_out + row * ld_d;
+        Out *to = d_x + row * (ADD ? (size_t)cols : ld_d);
+        float squares = 0, dot = 0, xs[PER + 1], ds[PER + 1], before[PER + 1];
+#pragma unroll
+        for (int k = 0; k < PER; k++) {
+            int i = lane + 32 * k;
+            xs[k] = i < cols ? value(x[i]) : 0, ds[k] = i < cols ? value(d[i]) : 0;
+            before[k] = ADD && i < cols ? value(to[i]) : 0;
+        }
+#pragma unroll
+        for (int k = 0; k < PER; k++) squares += xs[k] * xs[k], dot += xs[k] * ds[k] * w[k];
+        for (int i = lane + 32 * PER; i < cols; i += 32) {
+            float xi = value(x[i]);
+            squares += xi * xi, dot += xi * value(d[i]) * (weight ? weight[i] : 1.0f);
+        }
+        float scale = rsqrtf(warp_sum(squares) / (float)cols + eps);
+        dot = warp_sum(dot) * scale * scale / (float)cols;
+#pragma unroll
+        for (int k = 0; k < PER; k++) {
+            int i = lane + 32 * k;
+            float sum = before[k] + scale * (ds[k] * w[k] - xs[k] * dot);
+            if (i < cols) put(to + i, sum);
+            if (i < cols && copy) put(copy + row * cols + i, sum);
+            d_w[k] += ds[k] * xs[k] * scale;
+        }
+        for (int i = lane + 32 * PER; i < cols; i += 32) {
+            float xi = value(x[i]), di = value(d[i]), sum = scale * (di * (weight ? weight[i] : 1.0f) - xi * dot);
+            if (ADD) sum += value(to[i]);
+            put(to + i, sum);
+            if (copy) put(copy + row * cols + i, sum);
+            if (mine) mine[i] += di * xi * scale;
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < PER; k++)
+        if (mine && lane + 32 * k < cols) mine[lane + 32 * k] = d_w[k];
+}
+
+// --- [train] backward of conv1d + SiLU. With c_t the convolution before SiLU:
+//     d_c_t = d_u_t silu'(c_t)    d_x_t = sum over k of conv[k] d_c_{t+K-1-k}    d_conv[k] = sum over t of d_c_t x_{t-K+1+k}
+// A thread takes a channel for CONV_BACK steps and K-1 more, whose d_c it computes for its own d_x only; the last MAX_TAPS
+// values of x and d_c are in registers. Its sums go to partial (tiles, K+1, E), the bias's last.
+enum { CONV_BACK = 64 };
+
+template <class T, int MAX_TAPS, int V>
+__global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restrict__ partial,
+                                            const T *__restrict__ d_u, const T *__restrict__ xz,
+                                            const float *__restrict__ conv_t, const float *__restrict__ bias, int L,
+                                            int E, int K) {
+    int e = (blockIdx.x * blockDim.x + threadIdx.x) * V, t0 = blockIdx.y * CONV_BACK, t1 = min(t0 + CONV_BACK, L);
+    if (e >= E) return;
+    size_t b = blockIdx.z;
+    const T *x = xz + b * L * 2 * E + e, *d = d_u + b * L * E + e;
+    T *d_x = d_xz + b * L * 2 * E + e;
+    float tap[MAX_TAPS][V], past[MAX_TAPS][V], d_c[MAX_TAPS][V], d_tap[MAX_TAPS][V], d_bias[V], start[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+        start[v] = bias ? bias[e + v] : 0, d_bias[v] = 0;
+#pragma unroll
+        for (int k = 0; k < MAX_TAPS; k++) { // tap[0] belongs to x_t, tap[k] to x_{t-k}; d_c[k] to t-k
+            tap[k][v] = k < K ? conv_t[(size_t)(K - 1 - k) * E + e + v] : 0;
+            d_tap[k][v] = d_c[k][v] = 0;
+            past[k][v] = k < MAX_TAPS - 1 && t0 - 1 - k >= 0 ? value(x[(size_t)(t0 - 1 - k) * 2 * E + v]) : 0;
+        }
+    }
+    auto step = [&](int t, bool own, bool inside,
+                    bool write) { // own: in this tile; inside: in the text; write: d_x_{t-K+1} is due
+        Group<T, V> in = {}, d_in = {}, out;
+        if (inside)
+            in = *(const Group<T, V> *)(x + (size_t)t * 2 * E), d_in = *(const Group<T, V> *)(d + (size_t)t * E);
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+#pragma unroll
+            for (int k = MAX_TAPS - 1; k > 0; k--) past[k][v] = past[k - 1][v], d_c[k][v] = d_c[k - 1][v];
+            past[0][v] = inside ? value(in.v[v]) : 0;
+            float c = start[v];
+#pragma unroll
+            for (int k = 0; k < MAX_TAPS; k++) c += tap[k][v] * past[k][v];
+            float s = sigmoid(c);
+            d_c[0][v] = inside ? value(d_in.v[v]) * s * (1 + c * (1 - s)) : 0;
+            if (own) {
+#pragma unroll
+                for (int k = 0; k < MAX_TAPS; k++) d_tap[k][v] += d_c[0][v] * past[k][v];
+                d_bias[v] += d_c[0][v];
+            }
+            float sum = 0; // d_x_{t-K+1}: tap[k] meets d_c of k steps later, which is d_c[K-1-k]
+#pragma unroll
+            for (int k = 0; k < MAX_TAPS; k++)
+#pragma unroll
+                for (int j = 0; j < MAX_TAPS; j++)
+                    if (j == K - 1 - k) sum += tap[k][v] * d_c[j][v];
+            put(&out.v[v], sum);
+        }
+        if (write) *(Group<T, V> *)(d_x + (size_t)(t - (K - 1)) * 2 * E) = out;
+    };
+    int t = t0;
+    for (; t < min(t0 + K - 1, t1); t++) step(t, true, true, false);
+#pragma unroll 4
+    for (; t < t1; t++) step(t, true, true, true);
+    for (; t < t1 + K - 1; t++) step(t, false, t < L, t - (K - 1) >= t0);
+    float *to = partial + (b * gridDim.y + blockIdx.y) * (K + 1) * E + e;
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+#pragma unroll
+        for (int k = 0; k < MAX_TAPS; k++)
+            if (k < K) to[(size_t)(K - 1 - k) * E + v] = d_tap[k][v];
+        to[(size_t)K * E + v] = d_bias[v];
+    }
+}
+
+// --- [train] cross-entropy: losses_t = -log p(target), d_logits = weight (p - 1 at the target); zero where the target is -1
+
+template <class T>
+__global__ void cross_entropy_kernel(float *__restrict__ losses, T *__restrict__ d_logits,
+                                     const float *__restrict__ logits, const int32_t *__restrict__ targets,
+                                     float weight, int V) {
+    __shared__ float scratch[33];
+    size_t row = blockIdx.x;
+    const float *x = logits + row * V;
+    int target = targets[row];
+    if (target < 0) {
+        if (d_logits)
+            for (int v = threadIdx.x; v < V; v += blockDim.x) put(d_logits + row * V + v, 0.0f);
+        if (threadIdx.x == 0) losses[row] = 0;
+        return;
+    }
+    float highest = -INFINITY, sum = 0;
+    auto take = [&](float xv) { // one reading: the sum is rescaled when a higher logit appears
+        if (xv > highest) sum *= __expf(highest - xv), highest = xv;
+        sum += __expf(xv - highest);
+    };
+    bool quads = V % 4 == 0;
+    for (int v = threadIdx.x * 4; v < V && quads; v += blockDim.x * 4) {
+        float4 four = *(const float4 *)(x + v);
+        take(four.x), take(four.y), take(four.z), take(four.w);
+    }
+    for (int v = threadIdx.x; v < V && !quads; v += blockDim.x) take(x[v]);
+    float top = block_max(highest, scratch);
+    sum = block_sum(highest == -INFINITY ? 0 : sum * __expf(highest - top), scratch);
+    float log_sum = top + logf(sum);
+    if (threadIdx.x == 0) losses[row] = log_sum - x[target];
+    if (!d_logits) return;
+    auto gradient = [&](float xv, int v) { return weight * (__expf(xv - log_sum) - (v == target ? 1.0f : 0.0f)); };
+    for (int v = threadIdx.x * 4; v < V && quads; v += blockDim.x * 4) {
+        float4 four = *(const float4 *)(x + v);
+        Group<T, 4> out;
+        put(&out.v[0], gradient(four.x, v)), put(&out.v[1], gradient(four.y, v + 1));
+        put(&out.v[2], gradient(four.z, v + 2)), put(&out.v[3], gradient(four.w, v + 3));
+        *(Group<T, 4> *)(d_logits + row * V + v) = out;
+    }
+    for (int v = threadIdx.x; v < V && !quads; v += blockDim.x) put(d_logits + row * V + v, gradient(x[v], v));
+}
+
+// One block adds n floats to *sum (double) in a fixed order.
+__global__ void sum_losses_kernel(double *sum, const float *x, int n) {
+    __shared__ double part[256];
+    double mine = 0;
+    for (int i = threadIdx.x; i < n; i += 256) mine += (double)x[i];
+    part[threadIdx.x] = mine;
+    __syncthreads();
+    for (int half = 128; half; half /= 2) {
+        if ((int)threadIdx.x < half) part[threadIdx.x] += part[threadIdx.x + half];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) *sum += part[0];
+}
+
+// --- [train] backward of embed: rows of the same token are summed in pieces of EMBED_PIECE, then the pieces, so that the
+// order is fixed. order lists rows by token; piece i is order[start[i]..start[i+1]), all of one token.
+
+enum { EMBED_PIECE = 64 };
+
+__global__ void embed_pieces_kernel(float *__restrict__ partial, const float *__restrict__ d_res,
+                                    const int32_t *__restrict__ order, const int32_t *__restrict__ start, int D) {
+    int piece = blockIdx.x;
+    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        float sum = 0;
+        for (int r = start[piece]; r < start[piece + 1]; r++) sum += d_res[(size_t)order[r] * D + i];
+        partial[(size_t)piece * D + i] = sum;
+    }
+}
+__global__ void embed_add_kernel(float *d_embedding, const float *partial, const int32_t *token, const int32_t *first,
+                                 int D) {
+    size_t id = (size_t)token[blockIdx.x];
+    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        float sum = 0;
+        for (int p = first[blockIdx.x]; p < first[blockIdx.x + 1]; p++) sum += partial[(size_t)p * D + i];
+        d_embedding[id * D + i] += sum;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 3 Matrix products
+// Row-major (rows, depth) products as cuBLAS sees them: its column-major matrices are ours transposed, so the outputs come
+// first. float: plain float32 multiply-adds. bf16: tensor cores, summed in float32.
+
+template <class T> static cudaDataType_t blas_type() { return sizeof(T) == 4 ? CUDA_R_32F : CUDA_R_16BF; }
+
+template <class T, class Out>
+static void gemm(Device *d, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k, const T *a, size_t lda,
+                 const T *b, size_t ldb, Out *c, size_t ldc, bool add) {
+    float one = 1, beta = add ? 1.0f : 0.0f;
+    if (m == 0 || n == 0) return;
+    check_blas(d,
+               cublasGemmEx(d->blas, op_a, op_b, m, n, k, &one, a, blas_type<T>(), (int)lda, b, blas_type<T>(),
+                            (int)ldb, &beta, c, blas_type<Out>(), (int)ldc, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+               "matrix product");
+}
+
+// out (rows,O) = x (rows,I) W^T, W (O,I); add: += instead
+template <class T, class Out>
+static void matmul(Device *d, Out *out, size_t ld_out, const T *x, size_t ldx, const T *W, int rows, int O, int I,
+                   bool add = false) {
+    gemm(d, CUBLAS_OP_T, CUBLAS_OP_N, O, rows, I, W, (size_t)I, x, ldx, out, ld_out, add);
+}
+// d_x (rows,I) = d_out (rows,O) W; add: += instead
+template <class T>
+static void matmul_d_x(Device *d, T *d_x, size_t ldx, const T *d_out, size_t ld_out, const T *W, int rows, int O, int I,
+                       bool add = false) {
+    gemm(d, CUBLAS_OP_N, CUBLAS_OP_N, I, rows, O, W, (size_t)I, d_out, ld_out, d_x, ldx, add);
+}
+// d_W (O,I) += d_out^T x, over rows
+template <class T>
+static void matmul_d_W(Device *d, float *d_W, const T *d_out, size_t ld_out, const T *x, size_t ldx, int rows, int O,
+                       int I) {
+    gemm(d, CUBLAS_OP_N, CUBLAS_OP_T, I, O, rows, x, ldx, d_out, ld_out, d_W, (size_t)I, true);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4 The scan
+//     delta = softplus(delta_raw + dt_bias)      h_t = exp(delta A_neg) h_{t-1} + delta B_ssm u
+//     g = silu(z) (sum over n of C_ssm h_t + D_skip u)
+//
+// WHAT LIVES WHERE. The states h (B,N,E) of all times never exist: they are registers, and global memory sees only h0, h_final
+// and every SAVE-th state. A row of delta_raw, u, z is read once and a row of g written once: 4 elements a token and channel (8
+// bytes in bf16, 16 in float), plus B_ssm and C_ssm once per 32 or 64 channels (2N/32 or 2N/64 elements, mostly from L2) and 4N/SAVE
+// bytes of h_starts. Bytes are not the limit: 16 decays a token and channel on a special-function unit of 16 a clock and multiprocessor
+// take twice as long, and so do the instructions around them. So
+//   - A_neg is scaled by log2(e) once: a decay is one multiplication and one ex2, and no decay is computed twice;
+//   - softplus is one ex2 and a polynomial for log1p (exact for small arguments too, where log(1 + e) is not), and two gates share
+//     one reciprocal: 18.5 special functions a token and channel instead of 20;
+//   - a row's address is one multiply-add (down()): 64-bit indices and clamps cost a third of the time before (660 to 499 us).
+// A lane is a channel (in scan_relay also two neighbouring ones, where alignment and shape allow) in every kernel: a row's loads are
+// contiguous whatever its stride and base, so there is one path for all alignments, and no sum crosses lanes.
+//
+// scan_relay, for many channels and N = 8 or 16: four warps take turns in time and hand the states on; delta, delta*u and y are
+//   registers. About 145 instructions a token and channel instead of 160 (477 instead of 500 us); with two channels a lane, which
+//   share the loads of B_ssm and C_ssm and the addresses, 130 (437 us).
+// scan_walk, for many channels and N = 32 or 64, or short texts: a block is 32 channels of a sequence and walks through time in tiles
+//   of 16 steps. Its S warps share the states of a channel (N/S each, in registers) and, in time, what all states need: softplus,
+//   conversions and the gate, which otherwise every warp would repeat. Shared memory holds delta and delta*u, B_ssm, C_ssm, and the
+//   warps' parts of y.
+// scan_tiles, for few channels: a block is 32 channels and one tile of W*K steps, a warp a piece of K steps, whose delta, delta*u
+//   and y are registers. For each state a warp computes its K decays and its end state from h = 0 (the forecast), keeps the decays,
+//   leaves (product of decays, end state) in shared memory, joins the pieces before its own and walks the piece again with the
+//   decays it kept: 7 instructions a state and step instead of 5, but no second exponential. All tiles run in parallel; a
+//   tile's first state comes from the tile before through a mailbox in global memory, about a microsecond behind it.
+
+enum { SCAN_SAVE = 64 }; // h_starts holds the state before each step t with t % SCAN_SAVE = 0
+
+template <typename T> struct ScanArgs {
+    T *out;                                       // (B*L,E)
+    float *h_final, *h_starts;                    // (B,N,E), (B,ceil(L/SCAN_SAVE),N,E); NULL: not wanted
+    const T *delta_raw, *u, *z, *B_ssm, *C_ssm;   // (B*L,E) three times, (B*L,N) twice
+    const float *A_neg, *D_skip, *dt_bias, *h0;   // (N,E), (E), (E), (B,N,E) or NULL: zeros
+    int ld_out, ld_delta, ld_u, ld_z, ld_B, ld_C; // elements from a row to the next
+    int B, L, E, N;
+    uint64_t *mail; // scan_forward_workspace() bytes, zero before the first launch; every launch leaves them zero
+};
+
+#define LOG2E 1.44269504f
+
+// Ends a kernel that waits for another block some ten seconds with an error instead of for ever: only a defect can cause that.
+__device__ __forceinline__ void give_up_after(int polls) {
+    if (polls > 1 << 24) __trap();
+}
+
+template <typename T> __device__ __forceinline__ T to(float x);
+template <> __device__ __forceinline__ float to<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 to<bf16>(float x) { return __float2bfloat16_rn(x); }
+
+__device__ __forceinline__ float exp2_fast(float x) { // 2^x to 2 ulp, one instruction; 0 below 2^-126
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float rcp_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// max(x, 0) + log1p(exp(-|x|)); log1p(e) / e on [0,1] is a polynomial of degree 8, within 3e-8.
+__device__ __forceinline__ float softplus(float x) {
+    float e = exp2_fast(-LOG2E * fabsf(x)), q = 0.00523268789f;
+    q = fmaf(q, e, -0.0295052132f);
+    q = fmaf(q, e, 0.0782259103f);
+    q = fmaf(q, e, -0.136632423f);
+    q = fmaf(q, e, 0.191060051f);
+    q = fmaf(q, e, -0.248429818f);
+    q = fmaf(q, e, 0.333190968f);
+    q = fmaf(q, e, -0.499994931f);
+    q = fmaf(q, e, 0.99999997f);
+    return fmaf(e, q, fmaxf(x, 0.f));
+}
+
+// y0 silu(z0) and y1 silu(z1) by one reciprocal, of (1 + exp(-z0)) (1 + exp(-z1)). Below z = -43, where silu is under 1e-17, the
+// exponential stops growing so that the product stays finite.
+__device__ __forceinline__ void gate_pair(float &y0, float &y1, float z0, float z1) {
+    float a = 1.f + exp2_fast(-LOG2E * fmaxf(z0, -43.f)), b = 1.f + exp2_fast(-LOG2E * fmaxf(z1, -43.f));
+    float r = rcp_fast(a * b);
+    y0 *= z0 * (r * b);
+    y1 *= z1 * (r * a);
+}
+
+// (state, tag) in one 8-byte word: it arrives whole, so neither flag nor fence is needed.
+__device__ __forceinline__ uint64_t mail_read(const uint64_t *p) {
+    uint64_t v;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void mail_write(uint64_t *p, uint64_t v) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
+// i rows of ld elements on, as one 32 x 32 + 64 bit multiply-add. Addresses would otherwise cost as much as the arithmetic.
+template <typename T> __device__ __forceinline__ T *down(T *p, int i, int ld) {
+    return (T *)((char *)p + (long long)(i * (int)sizeof(T)) * ld);
+}
+
+// A shared load that the compiler leaves outside of conditions, so that several are in flight.
+__device__ __forceinline__ float2 load_always(const float2 *p) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(v.x), "=f"(v.y)
+                 : "r"((unsigned)__cvta_generic_to_shared(p))
+                 : "memory");
+    return v;
+}
+
+template <int R> struct alignas(R >= 4 ? 16 : 4 * R) Row { float v[R]; };
+__device__ __forceinline__ float4 load4(const float *p) { return *(const float4 *)p; }
+__device__ __forceinline__ void unpack(float *to, float4 v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Many channels, many states: the walk. Between two barriers a warp does tile i's states, prepares its rows of tile i+1 and gates its
+// rows of tile i-1, so that loads are in flight for a tile's time and the units for states, conversions and memory are all busy. Shared rows
+// have a time pitch of TT+4 floats: 16-byte accesses of 8 neighbouring lanes then fall into 32 different banks.
+
+template <typename T, int S, int NS, int UNROLL, int MINB>
+__global__ void __launch_bounds__(32 * S, MINB) scan_walk(ScanArgs<T> p) {
+    constexpr int TT = 16, PITCH = TT + 4, R = TT / S, N = S * NS, TILE_BC = 2 * N * PITCH, TILE_E = 32 * PITCH;
+    extern __shared__ float4 shared[];
+    float *bc = (float *)shared;   // [2][2N][PITCH]    B_ssm, then C_ssm
+    float *dt = bc + 2 * TILE_BC;  // [2][2][32][PITCH] delta, then delta*u
+    float *part = dt + 4 * TILE_E; // [2][S][32][PITCH] y, summed over the states of a warp
+    const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, groups = (p.E + 31) / 32;
+    const int b = blockIdx.x / groups, e_true = blockIdx.x % groups * 32 + lane, L = p.L, E = p.E;
+    const bool live = e_true < E;
+    const int e = live ? e_true : E - 1, tiles = (L + TT - 1) / TT;
+    const size_t row = (size_t)b * L + w * R; // this warp's rows of a tile: R for softplus and gate,
+    const T *delta_raw = p.delta_raw + row * p.ld_delta + e, *u = p.u + row * p.ld_u + e, *z = p.z + row * p.ld_z + e;
+    T *out = p.out + row * p.ld_out + e;
+    const float bias = p.dt_bias[e], skip = p.D_skip[e];
+    // and 4-step x 8-state units of B_ssm (first half of the warps) or C_ssm: unit k is 4 (k % 4) steps and 8 (k / 4) states on.
+    constexpr int UNITS = NS < 4 ? NS : 4;
+    const int bc_t = w * NS % 4 * 4 + lane / 8, bc_n = w * NS / 4 * 8 + lane % 8, ld_bc = w < S / 2 ? p.ld_B : p.ld_C;
+    const T *bc_from = (w < S / 2 ? p.B_ssm + bc_n : p.C_ssm + bc_n - N) + ((size_t)b * L + bc_t) * ld_bc;
+
+    float A[NS], h[NS];
+#pragma unroll
+    for (int j = 0; j < NS; j++) {
+        int n = w * NS + j;
+        A[j] = LOG2E * p.A_neg[(size_t)n * E + e];
+        h[j] = p.h0 ? p.h0[((size_t)b * N + n) * E + e] : 0.f;
+    }
+    T raw_delta[R], raw_u[R], raw_bc[NS], z_now[R], z_before[R];
+    float u_before[R], u_now[R], u_next[R];
+
+    // Called for tile 0, 1, 2, ...: pointers go on by themselves.
+    auto load_raw = [&](int tile) {
+        const T *d_at = delta_raw, *u_at = u, *bc_at = bc_from;
+        delta_raw = down(d_at, TT, p.ld_delta), u = down(u_at, TT, p.ld_u), bc_from = down(bc_at, TT, ld_bc);
+        if (tile * TT + TT <= L) {
+#pragma unroll
+            for (int i = 0; i < R; i++) raw_delta[i] = *down(d_at, i, p.ld_delta), raw_u[i] = *down(u_at, i, p.ld_u);
+#pragma unroll
+            for (int k = 0; k < NS; k++) raw_bc[k] = down(bc_at, k % UNITS * 4, ld_bc)[k / 4 * 8];
+        } else {
+#pragma unroll
+            for (int i = 0; i < R; i++) {
+                bool in = tile * TT + w * R + i < L;
+                raw_delta[i] = in ? *down(d_at, i, p.ld_delta) : to<T>(0.f),
+                raw_u[i] = in ? *down(u_at, i, p.ld_u) : to<T>(0.f);
+            }
+#pragma unroll
+            for (int k = 0; k < NS; k++)
+                raw_bc[k] =
+                    tile * TT + bc_t + k % UNITS * 4 < L ? down(bc_at, k % UNITS * 4, ld_bc)[k / 4 * 8] : to<T>(0.f);
+        }
+    };
+    auto load_z = [&](int tile) {
+        const T *at = z;
+        z = down(at, TT, p.ld_z);
+        if (tile * TT + TT <= L) {
+#pragma unroll
+            for (int i = 0; i < R; i++) z_now[i] = *down(at, i, p.ld_z);
+        } else {
+#pragma unroll
+            for (int i = 0; i < R; i++) z_now[i] = tile * TT + w * R + i < L ? *down(at, i, p.ld_z) : to<T>(0.f);
+        }
+    };
+    // Past the end of time delta is 0: decay 1, inject 0, the state stays.
+    auto prepare = [&](int tile) {
+        float *dt_to = dt + (tile & 1) * 2 * TILE_E + lane * PITCH + w * R;
+        float *bc_to = bc + (tile & 1) * TILE_BC + bc_n * PITCH + bc_t;
+        Row<R> d, du;
+#pragma unroll
+        for (int i = 0; i < R; i++) d.v[i] = softplus(value(raw_delta[i]) + bias);
+        if (tile * TT + TT > L)
+#pragma unroll
+            for (int i = 0; i < R; i++) d.v[i] = tile * TT + w * R + i < L ? d.v[i] : 0.f;
+#pragma unroll
+        for (int i = 0; i < R; i++) u_next[i] = value(raw_u[i]), du.v[i] = d.v[i] * u_next[i];
+        *(Row<R> *)dt_to = d, *(Row<R> *)(dt_to + TILE_E) = du;
+#pragma unroll
+        for (int k = 0; k < NS; k++) bc_to[k / 4 * 8 * PITCH + k % UNITS * 4] = value(raw_bc[k]);
+    };
+    auto walk = [&](int tile) {
+        const float *dt_at = dt + (tile & 1) * 2 * TILE_E + lane * PITCH;
+        const float *B_at = bc + (tile & 1) * TILE_BC + w * NS * PITCH, *C_at = B_at + N * PITCH;
+        float *part_to = part + ((tile & 1) * S + w) * TILE_E + lane * PITCH;
+        if (p.h_starts && tile * TT % SCAN_SAVE == 0 && live) {
+            size_t chunks = (L + SCAN_SAVE - 1) / SCAN_SAVE,
+                   at = ((size_t)b * chunks + tile * TT / SCAN_SAVE) * N + w * NS;
+            for (int j = 0; j < NS; j++) p.h_starts[(at + j) * E + e] = h[j];
+        }
+#pragma unroll UNROLL
+        for (int t = 0; t < TT; t += 4) {
+            float d[4], du[4], y[4] = {0, 0, 0, 0};
+            unpack(d, load4(dt_at + t)), unpack(du, load4(dt_at + TILE_E + t));
+#pragma unroll
+            for (int j = 0; j < NS; j++) {
+                float B[4], C[4];
+                unpack(B, load4(B_at + j * PITCH + t)), unpack(C, load4(C_at + j * PITCH + t));
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    h[j] = fmaf(exp2_fast(d[i] * A[j]), h[j], du[i] * B[i]);
+                    y[i] = fmaf(C[i], h[j], y[i]);
+                }
+            }
+            *(float4 *)(part_to + t) = make_float4(y[0], y[1], y[2], y[3]);
+        }
+    };
+    auto gate = [&](int tile) { // rows of z_before, u_before
+        const float *part_at = part + (tile & 1) * S * TILE_E + lane * PITCH + w * R;
+        T *to_row = out;
+        out = down(to_row, TT, p.ld_out);
+        float y[R];
+#pragma unroll
+        for (int i = 0; i < R; i++) y[i] = skip * u_before[i];
+#pragma unroll
+        for (int s = 0; s < S; s++) {
+            Row<R> one = *(const Row<R> *)(part_at + s * TILE_E);
+#pragma unroll
+            for (int i = 0; i < R; i++) y[i] += one.v[i];
+        }
+#pragma unroll
+        for (int i = 0; i < R; i += 2) gate_pair(y[i], y[i + 1], value(z_before[i]), value(z_before[i + 1]));
+        int rows = live ? L - tile * TT - w * R : 0;
+        if (rows >= R) {
+#pragma unroll
+            for (int i = 0; i < R; i++) *down(to_row, i, p.ld_out) = to<T>(y[i]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < R; i++)
+                if (i < rows) *down(to_row, i, p.ld_out) = to<T>(y[i]);
+        }
+    };
+    auto shift = [&]() {
+#pragma unroll
+        for (int i = 0; i < R; i++) z_before[i] = z_now[i], u_before[i] = u_now[i], u_now[i] = u_next[i];
+    };
+
+    load_raw(0);
+    prepare(0);
+    shift();
+    load_raw(1);
+    __syncthreads();
+    for (int tile = 0; tile < tiles; tile++) {
+        load_z(tile);
+        walk(tile);
+        prepare(tile + 1); // of the tile after the last: rows clamped, never used
+        load_raw(tile + 2);
+        if (tile > 0) gate(tile - 1);
+        shift();
+        __syncthreads();
+    }
+    gate(tiles - 1);
+    if (p.h_final && live)
+        for (int j = 0; j < NS; j++) p.h_final[((size_t)b * N + w * NS + j) * E + e] = h[j];
+}
+
+template <typename T, int S, int NS, int UNROLL, int MINB>
+cudaError_t scan_walk_launch(const ScanArgs<T> &p, cudaStream_t stream) {
+    constexpr int bytes = (2 * 2 * S * NS + 4 * 32 + 2 * S * 32) * 20 * 4;
+    auto kernel = scan_walk<T, S, NS, UNROLL, MINB>;
+    cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (err != cudaSuccess) return err;
+    kernel<<<(unsigned)((size_t)p.B * ((p.E + 31) / 32)), 32 * S, bytes, stream>>>(p);
+    return cudaGetLastError();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Many channels, few states: the relay. A block is 32 C channels of a sequence; its 4 warps take turns of 8 steps in time, and a warp
+// does all states of its steps. delta, delta*u and y are then registers of one thread: nothing is prepared twice, y has no
+// parts to add, and a warp stages B_ssm and C_ssm for itself alone. What goes from warp to warp is the state: each quarter of the
+// states is handed on as soon as it is through, so all four warps work at a time. Sixteen named barriers (warp x quarter; one warp
+// arrives, the next waits) do that, and nothing stops the block as a whole. A warp cannot overwrite states that the next one has
+// not taken yet: it comes back to a quarter only after that went through all other warps. The limits: 64 barriers a multiprocessor,
+// so at most four blocks; and four warps, since the way of a quarter around the ring (its own time in every warp) must be shorter
+// than a warp's turn, softplus and gate included, or all wait; six and eight warps (with mbarriers) were slower.
+
+// C neighbouring channels of a row: one load, one store.
+template <typename T, int C> struct Pack {
+    T v;
+    __device__ __forceinline__ void zero() { v = to<T>(0.f); }
+    __device__ __forceinline__ float get(int) const { return value(v); }
+    __device__ __forceinline__ void set(const float *x) { v = to<T>(x[0]); }
+};
+template <> struct Pack<bf16, 2> {
+    uint32_t v;
+    __device__ __forceinline__ void zero() { v = 0; }
+    __device__ __forceinline__ float get(int c) const { return __uint_as_float(c ? v & 0xffff0000u : v << 16); }
+    __device__ __forceinline__ void set(const float *x) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(x[1]), "f"(x[0]));
+    }
+};
+
+__device__ __forceinline__ void wait_for(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
+__device__ __forceinline__ void send_to(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
+
+template <typename T, int NS, int C, int UNROLL, int MINB> // NS: a quarter of the states
+__global__ void __launch_bounds__(128, MINB) scan_relay(ScanArgs<T> p) {
+    constexpr int W = 4, Q = 4, K = 8, N = NS * Q, PITCH = K + 4, V = NS * C < 4 ? NS * C : 4, M = NS * C / V;
+    constexpr int UNITS = N / 4;
+    typedef Pack<T, C> P;
+    extern __shared__ float4 shared[];
+    Row<V> *hand = (Row<V> *)shared, *As = hand + W * Q * M * 32; // [W][Q][M][32] states handed on, [Q][M][32] A_neg
+    float *bc = (float *)(As + Q * M * 32); // [W][2N][PITCH] B_ssm, then C_ssm, of each warp's steps
+    const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, groups = (p.E + 32 * C - 1) / (32 * C), L = p.L, E = p.E;
+    const int b = blockIdx.x / groups, e_true = (blockIdx.x % groups * 32 + lane) * C,
+              tiles = (L + W * K - 1) / (W * K);
+    const bool live = e_true < E;
+    const int e = live ? e_true : E - C; // C divides E
+    const size_t row = (size_t)b * L + w * K;
+    const T *d_at = p.delta_raw + row * p.ld_delta + e, *u_at = p.u + row * p.ld_u + e, *z_at = p.z + row * p.ld_z + e;
+    T *out = p.out + row * p.ld_out + e;
+    // Units of 4 steps x 8 states of B_ssm and C_ssm: unit k is 4 (k % 2) steps and 8 (k / 2) states on.
+    const int bc_n = lane % 8, bc_t = lane / 8;
+    const T *B_at = p.B_ssm + (row + bc_t) * p.ld_B + bc_n, *C_at = p.C_ssm + (row + bc_t) * p.ld_C + bc_n;
+    bc += w * 2 * N * PITCH;
+    float *bc_to = bc + bc_n * PITCH + bc_t;
+    float bias[C], skip[C];
+#pragma unroll
+    for (int c = 0; c < C; c++) bias[c] = p.dt_bias[e + c], skip[c] = p.D_skip[e + c];
+        // Floats of a quarter: number m V + v is state (m V + v) / C of channel (m V + v) % C. A_neg of quarter w comes from warp w.
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        Row<V> a;
+#pragma unroll
+        for (int v = 0; v < V; v++)
+            a.v[v] = LOG2E * p.A_neg[(size_t)(w * NS + (m * V + v) / C) * E + e + (m * V + v) % C];
+        As[(w * M + m) * 32 + lane] = a;
+    }
+    __syncthreads();
+    Row<V> *h_in = hand + ((w + W - 1) % W) * Q * M * 32 + lane, *h_out = hand + w * Q * M * 32 + lane;
+    const int id_in = (w + W - 1) % W * Q, id_out = w * Q;
+    if (w == W - 1) // the first states come as if from the last warp
+        for (int q = 0; q < Q; q++) {
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                Row<V> a;
+#pragma unroll
+                for (int v = 0; v < V; v++)
+                    a.v[v] = p.h0 ? p.h0[((size_t)b * N + q * NS + (m * V + v) / C) * E + e + (m * V + v) % C] : 0.f;
+                h_out[(q * M + m) * 32] = a;
+            }
+            send_to(id_out + q);
+        }
+    P raw_d[K], raw_u[K], raw_z[K];
+    T raw_B[UNITS], raw_C[UNITS];
+    float d[K][C], du[K][C], y[K][C];
+
+    // Called for this warp's turns in order: pointers go on by themselves.
+    auto load_raw = [&](int t0) {
+        if (t0 + K <= L) {
+#pragma unroll
+            for (int i = 0; i < K; i++)
+                raw_d[i] = *(const P *)down(d_at, i, p.ld_delta), raw_u[i] = *(const P *)down(u_at, i, p.ld_u);
+#pragma unroll
+            for (int k = 0; k < UNITS; k++)
+                raw_B[k] = down(B_at, k % 2 * 4, p.ld_B)[k / 2 * 8],
+                raw_C[k] = down(C_at, k % 2 * 4, p.ld_C)[k / 2 * 8];
+        } else {
+#pragma unroll
+            for (int i = 0; i < K; i++) {
+                raw_d[i].zero(), raw_u[i].zero();
+                if (t0 + i < L)
+                    raw_d[i] = *(const P *)down(d_at, i, p.ld_delta), raw_u[i] = *(const P *)down(u_at, i, p.ld_u);
+            }
+#pragma unroll
+            for (int k = 0; k < UNITS; k++) {
+                raw_B[k] = raw_C[k] = to<T>(0.f);
+                if (t0 + bc_t + k % 2 * 4 < L)
+                    raw_B[k] = down(B_at, k % 2 * 4, p.ld_B)[k / 2 * 8],
+                    raw_C[k] = down(C_at, k % 2 * 4, p.ld_C)[k / 2 * 8];
+            }
+        }
+        d_at = down(d_at, W * K, p.ld_delta), u_at = down(u_at, W * K, p.ld_u);
+        B_at = down(B_at, W * K, p.ld_B), C_at = down(C_at, W * K, p.ld_C);
+    };
+    auto load_z = [&](int t0) {
+        if (t0 + K <= L) {
+#pragma unroll
+            for (int i = 0; i < K; i++) raw_z[i] = *(const P *)down(z_at, i, p.ld_z);
+        } else {
+#pragma unroll
+            for (int i = 0; i < K; i++) {
+                raw_z[i].zero();
+                if (t0 + i < L) raw_z[i] = *(const P *)down(z_at, i, p.ld_z);
+            }
+        }
+        z_at = down(z_at, W * K, p.ld_z);
+    };
+    // Past the end of time delta is 0: decay 1, inject 0, the state stays.
+    auto prepare = [&](int t0) {
+#pragma unroll
+        for (int i = 0; i < K; i++)
+#pragma unroll
+            for (int c = 0; c < C; c++) d[i][c] = softplus(raw_d[i].get(c) + bias[c]);
+        if (t0 + K > L)
+#pragma unroll
+            for (int i = 0; i < K; i++)
+#pragma unroll
+                for (int c = 0; c < C; c++) d[i][c] = t0 + i < L ? d[i][c] : 0.f;
+#pragma unroll
+        for (int i = 0; i < K; i++)
+#pragma unroll
+            for (int c = 0; c < C; c++) {
+                float u = raw_u[i].get(c);
+                du[i][c] = d[i][c] * u, y[i][c] = skip[c] * u;
+            }
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < UNITS; k++) {
+            bc_to[k / 2 * 8 * PITCH + k % 2 * 4] = value(raw_B[k]);
+            bc_to[(N + k / 2 * 8) * PITCH + k % 2 * 4] = value(raw_C[k]);
+        }
+        __syncwarp();
+    };
+
+    int t0 = w * K;
+    load_raw(t0);
+    prepare(t0);
+    for (int tile = 0; tile < tiles; tile++, t0 += W * K) {
+        load_z(t0); // for the end of this turn
+        load_raw(t0 + W * K);
+        const bool save = p.h_starts && t0 % SCAN_SAVE == 0 && t0 < L && live;
+#pragma unroll UNROLL
+        for (int q = 0; q < Q; q++) {
+            float A[NS * C], h[NS * C];
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                Row<V> a = As[(q * M + m) * 32 + lane];
+#pragma unroll
+                for (int v = 0; v < V; v++) A[m * V + v] = a.v[v];
+            }
+            wait_for(id_in + q);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                Row<V> a = h_in[(q * M + m) * 32];
+#pragma unroll
+                for (int v = 0; v < V; v++) h[m * V + v] = a.v[v];
+            }
+            if (save) {
+                float *start = p.h_starts +
+                               (((size_t)b * ((L + SCAN_SAVE - 1) / SCAN_SAVE) + t0 / SCAN_SAVE) * N + q * NS) * E + e;
+                for (int f = 0; f < NS * C; f++) start[(size_t)(f / C) * E + f % C] = h[f];
+            }
+            const float *B_row = bc + q * NS * PITCH, *C_row = B_row + N * PITCH;
+#pragma unroll
+            for (int j = 0; j < NS; j++)
+#pragma unroll
+                for (int i = 0; i < K; i += 4) {
+                    float Bs[4], Cs[4];
+                    unpack(Bs, load4(B_row + j * PITCH + i)), unpack(Cs, load4(C_row + j * PITCH + i));
+#pragma unroll
+                    for (int k = 0; k < 4; k++)
+#pragma unroll
+                        for (int c = 0; c < C; c++) {
+                            float &s = h[j * C + c];
+                            s = fmaf(exp2_fast(d[i + k][c] * A[j * C + c]), s, du[i + k][c] * Bs[k]);
+                            y[i + k][c] = fmaf(Cs[k], s, y[i + k][c]);
+                        }
+                }
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                Row<V> a;
+#pragma unroll
+                for (int v = 0; v < V; v++) a.v[v] = h[m * V + v];
+                h_out[(q * M + m) * 32] = a;
+            }
+            send_to(id_out + q);
+        }
+#pragma unroll
+        for (int f = 0; f < K * C; f += 2)
+            gate_pair(y[f / C][f % C], y[(f + 1) / C][(f + 1) % C], raw_z[f / C].get(f % C),
+                      raw_z[(f + 1) / C].get((f + 1) % C));
+        const int rows = live ? L - t0 : 0;
+#pragma unroll
+        for (int i = 0; i < K; i++) {
+            P g;
+            g.set(y[i]);
+            if (i < rows) *(P *)down(out, i, p.ld_out) = g;
+        }
+        out = down(out, W * K, p.ld_out);
+        prepare(t0 + W * K);
+    }
+    if (w == 0) // the last states end as if for the first warp
+        for (int q = 0; q < Q; q++) {
+            wait_for(id_in + q);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                Row<V> a = h_in[(q * M + m) * 32];
+                if (p.h_final && live)
+#pragma unroll
+                    for (int v = 0; v < V; v++)
+                        p.h_final[((size_t)b * N + q * NS + (m * V + v) / C) * E + e + (m * V + v) % C] = a.v[v];
+            }
+        }
+}
+
+template <typename T, int NS, int C, int UNROLL, int MINB>
+cudaError_t scan_relay_launch(const ScanArgs<T> &p, cudaStream_t stream) {
+    constexpr int bytes = (20 * NS * C * 32 + 32 * NS * 12) * 4;
+    auto kernel = scan_relay<T, NS, C, UNROLL, MINB>;
+    cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (err != cudaSuccess) return err;
+    kernel<<<(unsigned)((size_t)p.B * ((p.E + 32 * C - 1) / (32 * C))), 128, bytes, stream>>>(p);
+    return cudaGetLastError();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Few channels: time is cut into tiles, tiles into pieces. The blocks of a tile come before those of the next in the grid, and
+// blocks start in that order, so the block that a block waits for always runs or is done. N is a run-time size; states
+// are staged NB at a time.
+
+struct Yes {
+    static constexpr bool value = true;
+};
+struct No {
+    static constexpr bool value = false;
+};
+
+template <typename T, int K, int W, int MINB>
+__global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p) {
+    constexpr int TILE = K * W, PITCH = TILE + 4, NB = 16; // NB: states whose B_ssm and C_ssm are staged at a time
+    extern __shared__ float4 shared[];
+    float *Bs = (float *)shared, *Cs = Bs + NB * PITCH, *As = Cs + NB * PITCH; // [NB][PITCH] twice, [NB][32]
+    float2 *join = (float2 *)(As + NB * 32);     // [2][W][32] of (product of decays, end state)
+    float *first = (float *)(join + 2 * W * 32); // [2][32] state before the tile
+    T *zs = (T *)(first + 2 * 32);               // [TILE][32], each thread its own
+    const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, groups = (p.E + 31) / 32, L = p.L, E = p.E, N = p.N;
+    const int tile = blockIdx.x / (p.B * groups), in_tile = blockIdx.x % (p.B * groups), b = in_tile / groups;
+    const int e_true = in_tile % groups * 32 + lane, tile_t = tile * TILE, t0 = tile_t + w * K;
+    const bool live = e_true < E, last_tile = tile_t + TILE >= L;
+    const int e = live ? e_true : E - 1;
+    const size_t row0 = (size_t)b * L, half = (size_t)p.B * N * E;
+    const float bias = p.dt_bias[e], skip = p.D_skip[e];
+
+    const T *d_at = p.delta_raw + (row0 + t0) * p.ld_delta + e, *u_at = p.u + (row0 + t0) * p.ld_u + e,
+            *z_at = p.z + (row0 + t0) * p.ld_z + e;
+    T raw_d[K], raw_u[K], raw_z[K];
+    if (t0 + K <= L) {
+#pragma unroll
+        for (int i = 0; i < K; i++)
+            raw_d[i] = *down(d_at, i, p.ld_delta), raw_u[i] = *down(u_at, i, p.ld_u), raw_z[i] = *down(z_at, i, p.ld_z);
+    } else {
+#pragma unroll
+        for (int i = 0; i < K; i++) {
+            raw_d[i] = raw_u[i] = raw_z[i] = to<T>(0.f);
+            if (t0 + i < L)
+                raw_d[i] = *down(d_at, i, p.ld_delta), raw_u[i] = *down(u_at, i, p.ld_u),
+                raw_z[i] = *down(z_at, i, p.ld_z);
+        }
+    }
+    // Warps stage 4-step x 8-state units: states 8 (w % 4).. of the 2 NB of B_ssm and C_ssm.
+    const bool is_C = w % 4 >= 2;
+    const int bc_n = w % 2 * 8 + lane % 8, bc_t = w / 4 * 4 + lane / 8, ld_bc = is_C ? p.ld_C : p.ld_B;
+    const T *bc_from = (is_C ? p.C_ssm : p.B_ssm) + (row0 + tile_t + bc_t) * ld_bc + bc_n;
+    float *bc_to = (is_C ? Cs : Bs) + bc_n * PITCH + bc_t;
+    auto stage = [&](int n0) {
+        if (tile_t + TILE <= L && n0 + NB <= N) {
+            T raw[K];
+#pragma unroll
+            for (int v = 0; v < K; v++) raw[v] = down(bc_from, v * W, ld_bc)[n0];
+#pragma unroll
+            for (int v = 0; v < K; v++) bc_to[v * W] = value(raw[v]);
+        } else
+#pragma unroll 4
+            for (int v = 0; v < K; v++) {
+                bool in = tile_t + bc_t + v * W < L && n0 + bc_n < N;
+                bc_to[v * W] = in ? value(down(bc_from, v * W, ld_bc)[n0]) : 0.f;
+            }
+        for (int n = w; n < NB; n += W)
+            As[n * 32 + lane] = n0 + n < N ? LOG2E * p.A_neg[(size_t)(n0 + n) * E + e] : 0.f;
+    };
+    stage(0);
+    float d[K], du[K], y[K], elapsed = 0.f;
+#pragma unroll
+    for (int i = 0; i < K; i++) zs[(w * K + i) * 32 + lane] = raw_z[i], d[i] = softplus(value(raw_d[i]) + bias);
+    if (t0 + K > L) // past the end of time delta is 0: decay 1, inject 0
+#pragma unroll
+        for (int i = 0; i < K; i++) d[i] = t0 + i < L ? d[i] : 0.f;
+#pragma unroll
+    for (int i = 0; i < K; i++) du[i] = d[i] * value(raw_u[i]), y[i] = skip * value(raw_u[i]), elapsed += d[i];
+    asm("" : "+f"(elapsed)); // or the compiler sums it again for every state
+
+    // The first warp reads the mailbox of the tile before, the last warp writes this tile's.
+    const bool save = p.h_starts && t0 % SCAN_SAVE == 0 && t0 < L && live;
+    size_t at = (size_t)b * N * E + e; // of the older state below in (B,N,E); the newer one is E on
+    uint64_t *box = p.mail + ((tile - (w == 0)) & 1) * half + at;
+    float *starts =
+        save ? p.h_starts + ((size_t)b * ((L + SCAN_SAVE - 1) / SCAN_SAVE) + t0 / SCAN_SAVE) * N * E + e : NULL;
+    float decay0[K], decay1[K], prod,
+        end; // decays of two states in turn; their product and the end state from 0 of the newer
+    uint64_t mail = 0;
+
+    // The forecast of a state lies in shared memory before the barrier that joins it.
+    auto leave = [&](int turn, size_t at) {
+        join[(turn * W + w) * 32 + lane] = make_float2(prod, end);
+        if (w == 0) {
+            float before = 0.f;
+            if (tile == 0 && p.h0) before = p.h0[at];
+            if (tile > 0) {
+                for (int polls = 0; (uint32_t)(mail >> 32) != (uint32_t)tile; polls++) {
+                    mail = mail_read(box);
+                    give_up_after(polls);
+                }
+                before = __uint_as_float((uint32_t)mail);
+                if (last_tile && live)
+                    mail_write(p.mail + at, 0), mail_write(p.mail + half + at, 0); // read for the last time
+            }
+            first[turn * 32 + lane] = before;
+        }
+    };
+    auto forecast = [&](float(&decay)[K], int g, int i, float A) { // four steps of the end state from 0
+        float B[4];
+        unpack(B, load4(Bs + g * PITCH + w * K + i));
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            decay[i + k] = exp2_fast(d[i + k] * A);
+            end = i + k ? fmaf(decay[i + k], end, du[i + k] * B[k]) : du[0] * B[0];
+        }
+    };
+    // State g from its true start, and between its steps, which leave the special-function unit idle, the forecast of state g + 1.
+    auto state_step = [&](auto more, int turn, float(&decay)[K], float(&decay_next)[K], int g) {
+        float h = first[turn * 32 + lane], A = 0.f;
+        float2 m[W - 1];
+#pragma unroll
+        for (int v = 0; v < W - 1; v++) m[v] = load_always(join + (turn * W + v) * 32 + lane);
+        if (more.value) A = As[(g + 1) * 32 + lane];
+        if (more.value && w == 0 && tile > 0) mail = mail_read(box + E);
+#pragma unroll
+        for (int v = 0; v < W - 1; v++)
+            if (v < w) h = fmaf(m[v].x, h, m[v].y);
+        if (w == W - 1 && live) {
+            float after = fmaf(prod, h, end);
+            if (!last_tile) mail_write(box, (uint64_t)(uint32_t)(tile + 1) << 32 | __float_as_uint(after));
+            else if (p.h_final) p.h_final[at] = after;
+        }
+        if (save) *starts = h;
+        box += E, at += E, starts += E;
+        if (more.value) prod = exp2_fast(elapsed * A);
+#pragma unroll
+        for (int i = 0; i < K; i += 4) {
+            float B[4], C[4];
+            if (more.value) forecast(decay_next, g + 1, i, A);
+            unpack(B, load4(Bs + g * PITCH + w * K + i)), unpack(C, load4(Cs + g * PITCH + w * K + i));
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                h = fmaf(decay[i + k], h, du[i + k] * B[k]);
+                y[i + k] = fmaf(C[k], h, y[i + k]);
+            }
+        }
+        if (more.value) {
+            leave(turn ^ 1, at);
+            __syncthreads();
+        }
+    };
+    for (int n0 = 0; n0 < N; n0 += NB) {
+        if (n0) {
+            __syncthreads(); // all are done with the states before
+            stage(n0);
+        }
+        __syncthreads();
+        const int count = min(NB, N - n0);
+        if (w == 0 && tile > 0) mail = mail_read(box);
+        prod = exp2_fast(elapsed * As[lane]);
+#pragma unroll
+        for (int i = 0; i < K; i += 4) forecast(decay0, 0, i, As[lane]);
+        leave(0, at);
+        __syncthreads();
+        int g = 0;
+        for (; g + 2 < count; g += 2) {
+            state_step(Yes(), 0, decay0, decay1, g);
+            state_step(Yes(), 1, decay1, decay0, g + 1);
+        }
+        if (g + 2 == count) {
+            state_step(Yes(), 0, decay0, decay1, g);
+            state_step(No(), 1, decay1, decay0, g + 1);
+        } else state_step(No(), 0, decay0, decay1, g);
+    }
+    T *out = p.out + (row0 + t0) * p.ld_out + e;
+    const int rows = live ? L - t0 : 0;
+#pragma unroll
+    for (int i = 0; i < K; i += 2)
+        gate_pair(y[i], y[i + 1], value(zs[(w * K + i) * 32 + lane]), value(zs[(w * K + i + 1) * 32 + lane]));
+    if (rows >= K) {
+#pragma unroll
+        for (int i = 0; i < K; i++) *down(out, i, p.ld_out) = to<T>(y[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < K; i++)
+            if (i < rows) *down(out, i, p.ld_out) = to<T>(y[i]);
+    }
+}
+
+template <typename T, int K, int W, int MINB>
+static cudaError_t scan_tiles_launch(const ScanArgs<T> &p, cudaStream_t stream) {
+    constexpr int bytes = (2 * 16 * (K * W + 4) + 16 * 32 + 2 * 32) * 4 + 2 * W * 32 * 8 + K * W * 32 * (int)sizeof(T);
+    auto kernel = scan_tiles<T, K, W, MINB>;
+    cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (err != cudaSuccess) return err;
+    size_t blocks = (size_t)p.B * ((p.E + 31) / 32) * ((p.L + K * W - 1) / (K * W));
+    kernel<<<(unsigned)blocks, 32 * W, bytes, stream>>>(p);
+    return cudaGetLastError();
+}
+
+// Few blocks of 32 channels, below one and a half a multiprocessor: tiles, unless the text is too short to pay for their start. Else
+// the relay for N = 8 and 16 (the walk where the text is short), the walk for 32 and 64, and tiles for any other N. The relay with two
+// channels a lane does a block of 64 in 0.9 of the time of two blocks of 32, but its blocks spread less evenly: 192 over 132
+// multiprocessors are two for some, where 384 of 32 channels are three. Shape, alignment and machine alone decide, so every
+// run gives the same bits.
+static size_t scan_forward_workspace(int B, int E, int N) { return 2 * sizeof(uint64_t) * B * N * E; }
+
+template <typename T> static cudaError_t scan_forward(const ScanArgs<T> &p, cudaStream_t stream) {
+    int device, sms;
+    cudaError_t err = cudaGetDevice(&device);
+    if (err == cudaSuccess) err = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    if (err != cudaSuccess) return err;
+    size_t blocks = (size_t)p.B * ((p.E + 31) / 32), pairs = (size_t)p.B * ((p.E + 63) / 64);
+    bool few = 2 * blocks < 3 * (size_t)sms, brief = p.L <= 128;
+    if (!few && !brief && (p.N == 8 || p.N == 16)) {
+        if (p.N == 8) return scan_relay_launch<T, 2, 1, 4, 4>(p, stream);
+        if constexpr (sizeof(T) == 2) { // two channels are 4 bytes
+            uintptr_t bases = (uintptr_t)p.out | (uintptr_t)p.delta_raw | (uintptr_t)p.u | (uintptr_t)p.z;
+            bool paired = bases % 4 == 0 && (p.ld_out | p.ld_delta | p.ld_u | p.ld_z | p.E) % 2 == 0;
+            if (paired && 9 * 2 * ((pairs + sms - 1) / sms) <= 10 * ((blocks + sms - 1) / sms))
+                return scan_relay_launch<T, 4, 2, 1, 3>(p, stream);
+        }
+        return scan_relay_launch<T, 4, 1, 4, 4>(p, stream);
+    }
+    if (!few || brief) {
+        if (p.N == 8) return scan_walk_launch<T, 4, 2, 4, 4>(p, stream);
+        if (p.N == 16) return scan_walk_launch<T, 4, 4, 4, 4>(p, stream);
+        if (p.N == 32) return scan_walk_launch<T, 4, 8, 2, 4>(p, stream);
+        if (p.N == 64) return scan_walk_launch<T, 8, 8, 2, 2>(p, stream);
+    }
+    return scan_tiles_launch<T, 16, 4, 4>(p, stream);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One token of each of p.B sequences (L = 1): h (B,N,E), given as h0, becomes h_final, which may be the same array; both must be given.
+// The state is all the traffic, read and written once; V neighbouring channels a lane make it 16-byte accesses, the Y warps of a
+// block share the states. A_neg comes from L2. p.mail and p.h_starts are not used.
+
+template <typename T, int V, int Y> __global__ void __launch_bounds__(32 * Y) scan_step(ScanArgs<T> p) {
+    __shared__ float part[Y][32 * V];
+    const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, E = p.E, N = p.N, e = (blockIdx.x * 32 + lane) * V;
+    const size_t b = blockIdx.y;
+    const bool live = e < E; // V divides E
+    float d[V], du[V], y[V];
+    if (live) {
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            d[v] = softplus(value(p.delta_raw[b * p.ld_delta + e + v]) + p.dt_bias[e + v]);
+            du[v] = d[v] * value(p.u[b * p.ld_u + e + v]), y[v] = 0.f, d[v] *= LOG2E;
+        }
+#pragma unroll 4
+        for (int n = w; n < N; n += Y) {
+            size_t at = (b * N + n) * E + e;
+            float h[V], A[V], B = value(p.B_ssm[b * p.ld_B + n]), C = value(p.C_ssm[b * p.ld_C + n]);
+            if constexpr (V == 4) unpack(h, load4(p.h0 + at)), unpack(A, load4(p.A_neg + (size_t)n * E + e));
+            else h[0] = p.h0[at], A[0] = p.A_neg[(size_t)n * E + e];
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                h[v] = fmaf(exp2_fast(d[v] * A[v]), h[v], du[v] * B);
+                y[v] = fmaf(C, h[v], y[v]);
+            }
+            if constexpr (V == 4) *(float4 *)(p.h_final + at) = make_float4(h[0], h[1], h[2], h[3]);
+            else p.h_final[at] = h[0];
+        }
+#pragma unroll
+        for (int v = 0; v < V; v++) part[w][v * 32 + lane] = y[v];
+    }
+    __syncthreads();
+    for (int v = w; v < V; v += Y) // the sum over warps and the gate: warp v does each lane's channel v
+        if (live) {
+            float sum = p.D_skip[e + v] * value(p.u[b * p.ld_u + e + v]), zv = value(p.z[b * p.ld_z + e + v]),
+                  none = 0.f;
+#pragma unroll
+            for (int s = 0; s < Y; s++) sum += part[s][v * 32 + lane];
+            gate_pair(sum, none, zv, 0.f);
+            p.out[b * p.ld_out + e + v] = to<T>(sum);
+        }
+}
+
+template <typename T, int V, int Y> static cudaError_t scan_step_launch(const ScanArgs<T> &p, cudaStream_t stream) {
+    scan_step<T, V, Y><<<dim3((p.E + 32 * V - 1) / (32 * V), p.B), 32 * Y, 0, stream>>>(p);
+    return cudaGetLastError();
+}
+
+template <typename T> static cudaError_t scan_step_forward(const ScanArgs<T> &p, cudaStream_t stream) {
+    bool wide = p.E % 4 == 0 && ((uintptr_t)p.h0 | (uintptr_t)p.h_final | (uintptr_t)p.A_neg) % 16 == 0;
+    if (!wide) return scan_step_launch<T, 1, 4>(p, stream);
+    if ((size_t)p.B * p.E < 1 << 18) return scan_step_launch<T, 4, 4>(p, stream); // more warps: latency
+    return scan_step_launch<T, 4, 1>(p, stream); // enough warps: fewer of everything else
+}
+
+// --- [train] the scan's backward
+//
+//     forward   h_t = decay_t h_{t-1} + delta_t B_t u_t, decay_t = exp(delta_t A_neg);  y_t = sum_n C_t h_t + D_skip u_t;  g = y silu(z)
+//     backward  d_y = d_g silu(z);  d_h_t = d_y C_t + decay_{t+1} d_h_{t+1};  d_C_t = sum_e d_y h_t;  d_B_t = sum_e d_h_t delta u
+//               d_log = d_h_t decay_t h_{t-1};  d_A_neg += d_log delta;  d_delta = sum_n d_log A_neg + u sum_n d_h_t B_t
+//               d_u = delta sum_n d_h_t B_t + D_skip d_y;  d_z = d_g y silu'(z)
+//
+// WHAT LIVES WHERE. A block takes one tile, 32 channels (a lane each) by 64 steps (a piece of K = 8 for each of 8 warps), and goes
+// through it three times, a state after the other:
+//   1 what a piece makes of zeros: the end of h forward, the end of d_h backward: (16,8,32) twice into shared memory;
+//   2 the ends joined to starts, two states a warp: h comes from the forward's saved states, d_h from the tile after it through
+//     global memory (mail), and goes on to the tile before it. A piece's decay is exp(A_neg times its sum of delta);
+//   3 the pieces from their true starts: h forward into registers, d_h backward, all gradients.
+// Registers hold what all states of a step share: delta, delta*u, d_y, and the sums over states for d_delta, d_u and y, 6 floats a
+// step; and of one state 8 decays and 8 h. Shared memory holds B_ssm, C_ssm and starts (44 kB) and what the end needs again (24 kB).
+// h of all steps never exists. Tiles are handed out in the order of reversed time by a counter, so the one that a tile waits
+// for has always started, any number of sequences and channels fills the machine, and the last round is short.
+//
+// BYTES a token and channel, bf16, N = 16: 8 read, 6 written; h_starts 1 and mail 2 (float, a 64th each way); the parts of d_B_ssm
+// and d_C_ssm summed over 32 channels 4 written, 4 read; d_A_neg of a tile 1.1 written and read. What limits is not
+// those 27 but instructions: about 37 a token, channel and state, of which 17 are the algorithm's.
+//
+// WHAT EACH TRICK BOUGHT (doc/SPEED.md has the ladder): sums over lanes on the tensor cores, a step behind the arithmetic; all states
+// between two barriers, decays computed twice instead of kept; strides in bytes so that an address is one instruction;
+// the end's inputs kept in shared memory instead of read again; the next tile's rows prefetched into L2.
+// Deterministic: no sum depends on which block ran when.
+
+#define LN2 0.693147181f
+
+template <typename T> struct ScanBackArgs {
+    T *d_delta_raw, *d_u, *d_z, *d_B_ssm, *d_C_ssm;    // (B*L,E) three times, (B*L,N) twice
+    float *d_A_log, *d_D_skip, *d_dt_bias;             // (E,N), (E), (E): added to
+    float *d_h0;                                       // (B,N,E) or NULL
+    const T *d_g, *delta_raw, *u, *z, *B_ssm, *C_ssm;  // as in the forward
+    const float *A_neg, *D_skip, *dt_bias, *h_starts;  // (N,E), (E), (E), (B,ceil(L/SCAN_SAVE),N,E)
+    const float *d_h_final;                            // (B,N,E) or NULL: zeros
+    size_t ld_d_delta, ld_d_u, ld_d_z, ld_d_B, ld_d_C; // elements from a row to the next
+    size_t ld_d_g, ld_delta, ld_u, ld_z, ld_B, ld_C;
+    int B, L, E, N;
+    void *workspace; // scan_backward_workspace() bytes
+};
+
+// max(x, 0) + log1p(exp(-|x|)), and its derivative from the same exponential; log1p(e) / e on [0,1] is a polynomial of
+// degree 8, within 3e-8.
+__device__ __forceinline__ float softplus(float x, float &slope) {
+    float e = exp2_fast(-LOG2E * fabsf(x)), q = 0.00523268789f, r = rcp_fast(1.f + e);
+    q = fmaf(q, e, -0.0295052132f);
+    q = fmaf(q, e, 0.0782259103f);
+    q = fmaf(q, e, -0.136632423f);
+    q = fmaf(q, e, 0.191060051f);
+    q = fmaf(q, e, -0.248429818f);
+    q = fmaf(q, e, 0.333190968f);
+    q = fmaf(q, e, -0.499994931f);
+    q = fmaf(q, e, 0.99999997f);
+    slope = x < 0.f ? e * r : r;
+    return fmaf(e, q, fmaxf(x, 0.f));
+}
+
+// Sums over the 32 lanes of 16 values a lane, in two steps. Tensor cores add up lanes 4g..4g+3: four values are the left matrix
+// of a product whose right one has ones in the two columns of slot j (ones[2j], ones[2j+1]); after slots 0..3, d in
+// lane 4g+q holds values 4q..4q+3 of the lanes of group g. Products are cut to 11 bits (TF32), sums are float; EXACT: the
+// rest of a value goes the same way. 18 instructions where an exchange of all 16 takes 62.
+template <bool EXACT>
+__device__ __forceinline__ void lane_sums(float (&d)[4], float v0, float v1, float v2, float v3, const uint32_t *ones) {
+    const float v[4] = {v0, v1, v2, v3};
+#pragma unroll
+    for (int rest = 0; rest <= EXACT; rest++) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float high = __uint_as_float(__float_as_uint(v[i]) & 0xffffe000u);
+            x[i] = __float_as_uint(!EXACT ? v[i] : rest ? v[i] - high : high);
+        }
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[2]), "+f"(d[1]), "+f"(d[3])
+            : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(ones[0]), "r"(ones[1]));
+    }
+}
+// The sum over the 8 groups of value 4(lane%4) + 2(lane/16) + lane/8%2: an exchange in which each step halves the values.
+__device__ __forceinline__ float group_sums(const float (&d)[4], int lane) {
+    const bool up = lane & 16, up2 = lane & 8;
+    float k0 = up ? d[2] : d[0], g0 = up ? d[0] : d[2], k1 = up ? d[3] : d[1], g1 = up ? d[1] : d[3];
+    k0 += __shfl_xor_sync(~0u, g0, 16), k1 += __shfl_xor_sync(~0u, g1, 16);
+    float k = up2 ? k1 : k0, give = up2 ? k0 : k1;
+    k += __shfl_xor_sync(~0u, give, 8);
+    return k + __shfl_xor_sync(~0u, k, 4);
+}
+
+__device__ __forceinline__ void prefetch_L2(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+__device__ __forceinline__ int load_acquire(const int *p) {
+    int v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_release(int *p, int v) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+// Row k of a column whose rows are `ld` bytes apart: one multiply-add.
+template <typename T> __device__ __forceinline__ const T *row_at(const T *p, int k, int ld) {
+    return (const T *)((const char *)p + (long long)k * ld);
+}
+template <typename T> __device__ __forceinline__ T *row_at(T *p, int k, int ld) {
+    return (T *)((char *)p + (long long)k * ld);
+}
+
+enum { BACK_STATES = 16, BACK_STEPS = 8 }; // states at a time, steps of a piece
+
+struct ScanBackPlan {
+    int blocks, tiles;                            // blocks of 32 channels, tiles of time
+    size_t flags, mail, partial2, partial, bytes; // offsets in 4-byte words; the whole
+};
+
+template <int W> constexpr size_t scan_back_shared() {
+    return sizeof(float) * (BACK_STATES * (2 * W * BACK_STEPS + 4) + BACK_STATES * (2 * W * 32 + 32) + 3 * W * 32 +
+                            3 * BACK_STEPS * W * 32);
+}
+
+// The workspace, in words:
+//   flags     tickets given; (blocks, B, tiles) groups of BACK_STATES states whose mail has come
+//   mail      (B, tiles, N, E) d_h that a tile leaves to the tile before it
+//   partial2  (B, tiles, N + 2, E) a tile's d_A_neg, d_D_skip, d_dt_bias
+//   partial   (blocks, B, tiles, N, W, 2K) d_C_ssm, d_B_ssm summed over 32 channels
+template <typename T, int W, int MINB, int U>
+__global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, ScanBackPlan q) {
+    constexpr int TT = W * BACK_STEPS, THREADS = 32 * W, NS = BACK_STATES / W, XW = W * 32, BC_ROW = 2 * TT + 4,
+                  X_ROW = 2 * XW + 32;
+    static_assert(TT % SCAN_SAVE == 0, "a tile starts at a saved state");
+    extern __shared__ float4 shared[];
+    __shared__ int4 next;        // cb, b, tile; whether there is one
+    float *bc = (float *)shared; // [BACK_STATES] rows: B_ssm (TT), C_ssm (TT)
+    float *x =
+        bc + BACK_STATES *
+                 BC_ROW; // [BACK_STATES] rows: piece's end of h from zero, then its start, then its d_A (W,32); the
+                         // same of d_h (W,32); A_neg log2(e) (32)
+    float *sums = x + BACK_STATES * X_ROW; // [3][W][32] a piece's sums: delta, d_D_skip, d_dt_bias
+    float *kept = sums + 3 * XW;           // [3][BACK_STEPS][W][32] u, slope of softplus, d_z / (y + D_skip u)
+    const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5, L = p.L, E = p.E, N = p.N;
+    const int tiles = q.tiles, items = q.blocks * p.B * tiles, saves = (L + SCAN_SAVE - 1) / SCAN_SAVE;
+    int *flags = (int *)p.workspace + q.flags;
+    float *mail = (float *)p.workspace + q.mail, *partial = (float *)p.workspace + q.partial;
+    const int ld_delta = p.ld_delta * sizeof(T), ld_u = p.ld_u * sizeof(T), ld_z = p.ld_z * sizeof(T),
+              ld_g = p.ld_d_g * sizeof(T);
+    const int ld_B = p.ld_B * sizeof(T), ld_C = p.ld_C * sizeof(T);
+    const int ld_d_delta = p.ld_d_delta * sizeof(T), ld_d_u = p.ld_d_u * sizeof(T), ld_d_z = p.ld_d_z * sizeof(T);
+
+    // Tickets are given in the order of reversed time, so whoever a tile waits for has started.
+    auto take = [&](int i) {
+        return make_int4(i % q.blocks, i / q.blocks % p.B, tiles - 1 - i / (q.blocks * p.B), i < items);
+    };
+    uint32_t ones[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) ones[i] = lane >> 2 == i ? 0x3f800000u : 0;
+    if (tid == 0) next = take(atomicAdd(flags, 1));
+    __syncthreads();
+    for (int4 item = next; item.w;) {
+        const int cb = item.x, b = item.y, tile = item.z;
+        const int e_true = cb * 32 + lane, e = min(e_true, E - 1), t0 = tile * TT + w * BACK_STEPS;
+        const bool live = e_true < E;
+        const size_t bt = (size_t)b * tiles + tile;
+        int *flag = flags + 1 + ((size_t)cb * p.B + b) * tiles + tile;
+        const int left = L - 1 - t0; // steps after t0
+        const int row0 = b * L, r0 = row0 + min(t0, L - 1);
+        const T *delta_raw = row_at(p.delta_raw + e, r0, ld_delta), *u = row_at(p.u + e, r0, ld_u);
+        const T *z = row_at(p.z + e, r0, ld_z), *d_g = row_at(p.d_g + e, r0, ld_g);
+        int ticket = 0;
+        if (tid == 0) ticket = atomicAdd(flags, 1);
+
+        // What all states share. Steps past the end have delta = 0 and leave everything as it is.
+        float delta[BACK_STEPS], delta_u[BACK_STEPS], dy[BACK_STEPS], sA[BACK_STEPS], sB[BACK_STEPS], y[BACK_STEPS],
+            sum = 0.f;
+        {
+            T raw_[BACK_STEPS], u_[BACK_STEPS], z_[BACK_STEPS], g_[BACK_STEPS];
+#pragma unroll
+            for (int k = 0; k < BACK_STEPS; k++) {
+                int i = max(0, min(k, left));
+                raw_[k] = *row_at(delta_raw, i, ld_delta), u_[k] = *row_at(u, i, ld_u);
+                z_[k] = *row_at(z, i, ld_z), g_[k] = *row_at(d_g, i, ld_g);
+            }
+            const float bias = p.dt_bias[e];
+#pragma unroll
+            for (int k = 0; k < BACK_STEPS; k++) {
+                bool in = k <= left && live;
+                float ut = value(u_[k]), zt = value(z_[k]), dgt = value(g_[k]), s = sigmoid(zt), slope;
+                float dt = softplus(value(raw_[k]) + bias, slope), dg_s = in ? dgt * s : 0.f;
+                delta[k] = in ? dt : 0.f;
+                delta_u[k] = delta[k] * ut, dy[k] = dg_s * zt;
+                kept[k * THREADS + tid] = ut;
+                kept[(BACK_STEPS + k) * THREADS + tid] = in ? slope : 0.f;
+                kept[(2 * BACK_STEPS + k) * THREADS + tid] = fmaf(dy[k], 1.f - s, dg_s);
+                sA[k] = sB[k] = y[k] = 0.f;
+                sum += delta[k];
+            }
+        }
+        sums[tid] = sum;
+
+        // d_A_neg of the tile: the pieces' parts in order, after a barrier. A warp has NS states.
+        auto add_d_A = [&](int n0) {
+            float *out = (float *)p.workspace + q.partial2 + (bt * (N + 2) + n0 + w * NS) * E + e;
+#pragma unroll
+            for (int i = 0; i < NS; i++) {
+                float d_A = 0.f;
+#pragma unroll
+                for (int j = 0; j < W; j++) d_A += x[(w * NS + i) * X_ROW + j * 32 + lane];
+                if (n0 + w * NS + i < N && live) out[(size_t)i * E] = d_A;
+            }
+        };
+        for (int n0 = 0; n0 < N; n0 += BACK_STATES) {
+            const int count = min(BACK_STATES, N - n0);
+            const int n_mine = min(n0 + tid % BACK_STATES, N - 1), first = tile * TT;
+            const T *B_ssm = row_at(p.B_ssm + n_mine, row0, ld_B), *C_ssm = row_at(p.C_ssm + n_mine, row0, ld_C);
+#pragma unroll
+            for (int i = 0; i < BACK_STATES * TT; i += THREADS) {
+                int k = (i + tid) / BACK_STATES, t = min(first + k, L - 1);
+                bool in = n0 + tid % BACK_STATES < N && first + k < L;
+                float Bv = value(*row_at(B_ssm, t, ld_B)), Cv = value(*row_at(C_ssm, t, ld_C));
+                bc[tid % BACK_STATES * BC_ROW + k] = in ? Bv : 0.f,
+                                                bc[tid % BACK_STATES * BC_ROW + TT + k] = in ? Cv : 0.f;
+            }
+            float h_start[NS], A2_mine[NS];
+            const float *starts = p.h_starts + ((size_t)b * saves + tile * (TT / SCAN_SAVE)) * N * E + e;
+#pragma unroll
+            for (int i = 0; i < NS; i++) {
+                size_t at = (size_t)min(n0 + w * NS + i, N - 1) * E;
+                A2_mine[i] = LOG2E * p.A_neg[at + e], h_start[i] = starts[at];
+                x[(w * NS + i) * X_ROW + 2 * XW + lane] = A2_mine[i];
+            }
+            __syncthreads();
+            // 1. What a piece makes of zeros, forward and backward.
+            const float *row_bc = bc + w * BACK_STEPS, *row_A = x + 2 * XW + lane;
+            float *row_x = x + tid;
+#pragma unroll 2
+            for (int n = 0; n < count; n++, row_bc += BC_ROW, row_A += X_ROW, row_x += X_ROW) {
+                float A2 = *row_A, h = 0.f, d_h = 0.f, a[BACK_STEPS], Bv[BACK_STEPS], Cv[BACK_STEPS];
+#pragma unroll
+                for (int k = 0; k < BACK_STEPS; k += 4) {
+                    *(float4 *)(Bv + k) = *(const float4 *)(row_bc + k);
+                    *(float4 *)(Cv + k) = *(const float4 *)(row_bc + TT + k);
+                }
+#pragma unroll
+                for (int k = 0; k < BACK_STEPS; k++) {
+                    a[k] = exp2_fast(delta[k] * A2);
+                    h = fmaf(a[k], h, delta_u[k] * Bv[k]);
+                }
+#pragma unroll
+                for (int k = BACK_STEPS - 1; k >= 0; k--) d_h = fmaf(dy[k], Cv[k], d_h) * a[k];
+                row_x[0] = h, row_x[XW] = d_h;
+            }
+            if (tid == 0) next = take(ticket);
+            __syncthreads();
+            // 2. Join the pieces: ends become starts. A piece's decay is that of its sum of delta. A warp has NS states.
+            if (tile + 1 < tiles) {
+                const int *later = flag + 1;
+                if (lane == 0)
+                    for (int polls = 0; load_acquire(later) <= n0 / BACK_STATES; polls++) give_up_after(polls);
+                __syncwarp();
+            }
+#pragma unroll
+            for (int i = 0; i < NS; i++) {
+                const int n = n0 + w * NS + i;
+                if (n >= N) break;
+                float A2 = A2_mine[i], h = h_start[i], decay[W], *ends = x + (w * NS + i) * X_ROW + lane,
+                      *ends2 = ends + XW;
+                float d_h = tile + 1 < tiles ? __ldcg(mail + ((bt + 1) * N + n) * E + e)
+                            : p.d_h_final    ? p.d_h_final[((size_t)b * N + n) * E + e]
+                                             : 0.f;
+#pragma unroll
+                for (int j = 0; j < W; j++) {
+                    decay[j] = exp2_fast(A2 * sums[j * 32 + lane]);
+                    float end = ends[j * 32];
+                    ends[j * 32] = h;
+                    h = fmaf(decay[j], h, end);
+                }
+#pragma unroll
+                for (int j = W - 1; j >= 0; j--) {
+                    float end = ends2[j * 32];
+                    ends2[j * 32] = d_h;
+                    d_h = fmaf(decay[j], d_h, end);
+                }
+                if (live && tile) mail[(bt * N + n) * E + e] = d_h;
+                else if (live && p.d_h0) p.d_h0[((size_t)b * N + n) * E + e] = d_h;
+            }
+            __syncthreads();
+            if (tid == 0 && tile) store_release(flag, n0 / BACK_STATES + 1);
+            if (n0 == 0 && next.w) { // the next tile's rows, into L2: 4 tensors of TT rows, one row a thread
+                const int which = tid / TT, r = next.y * L + min(next.z * TT + tid % TT, L - 1);
+                const T *row = which == 0 ? p.delta_raw : which == 1 ? p.u : which == 2 ? p.z : p.d_g;
+                prefetch_L2(row_at(row + next.x * 32, r,
+                                   which == 0   ? ld_delta
+                                   : which == 1 ? ld_u
+                                   : which == 2 ? ld_z
+                                                : ld_g));
+            }
+            // 3. The pieces from their true starts: forward, then backward. A state's d_B_ssm and d_C_ssm leave during the next
+            // state, whose arithmetic hides the latency of the sums.
+            constexpr bool EXACT = sizeof(T) == 4;
+            float *part = partial + (((cb * (size_t)p.B * tiles + bt) * N + n0) * W + w) * 2 * BACK_STEPS +
+                          lane % 4 * 4 + lane / 16 * 2 + lane / 8 % 2;
+            float d_BC[4] = {};
+            row_bc = bc + w * BACK_STEPS, row_A = x + 2 * XW + lane, row_x = x + tid;
+#pragma unroll U
+            for (int n = 0; n < count; n++, row_bc += BC_ROW, row_A += X_ROW, row_x += X_ROW) {
+                float A2 = *row_A, d_h = row_x[XW], d_A = 0.f, a[BACK_STEPS], h[BACK_STEPS + 1], Bv[BACK_STEPS],
+                      Cv[BACK_STEPS], v[4];
+#pragma unroll
+                for (int k = 0; k < BACK_STEPS; k += 4) {
+                    *(float4 *)(Bv + k) = *(const float4 *)(row_bc + k);
+                    *(float4 *)(Cv + k) = *(const float4 *)(row_bc + TT + k);
+                }
+                float s = group_sums(d_BC, lane);
+                if (!(lane & 4)) *part = s; // at n = 0 nothing yet, soon overwritten
+                part += n ? 2 * BACK_STEPS * W : 0;
+                h[0] = row_x[0];
+#pragma unroll
+                for (int i = 0; i < 4; i++) d_BC[i] = 0.f;
+#pragma unroll
+                for (int k = 0; k < BACK_STEPS; k++) {
+                    a[k] = exp2_fast(delta[k] * A2);
+                    h[k + 1] = fmaf(a[k], h[k], delta_u[k] * Bv[k]);
+                    y[k] = fmaf(Cv[k], h[k + 1], y[k]);
+                    v[k % 4] = dy[k] * h[k + 1];
+                    if (k % 4 == 3) lane_sums<EXACT>(d_BC, v[0], v[1], v[2], v[3], ones + k / 4 * 2);
+                }
+#pragma unroll
+                for (int k = BACK_STEPS - 1; k >= 0; k--) {
+                    d_h = fmaf(dy[k], Cv[k], d_h);
+                    sB[k] = fmaf(d_h, Bv[k], sB[k]);
+                    v[3 - k % 4] = d_h * delta_u[k];
+                    if (k % 4 == 0) lane_sums<EXACT>(d_BC, v[0], v[1], v[2], v[3], ones + (k ? 4 : 6));
+                    d_h *= a[k];
+                    float d_log = d_h * h[k]; // gradient of delta A_neg
+                    sA[k] = fmaf(d_log, A2, sA[k]);
+                    d_A = fmaf(d_log, delta[k], d_A);
+                }
+                row_x[0] = d_A;
+            }
+            float s = group_sums(d_BC, lane);
+            if (!(lane & 4)) *part = s;
+            if (n0 + BACK_STATES < N) {
+                __syncthreads();
+                add_d_A(n0);
+            }
+        }
+        float d_bias = 0.f, d_skip = 0.f;
+        const float skip = p.D_skip[e];
+        T *d_delta_raw = row_at(p.d_delta_raw + e, r0, ld_d_delta), *d_u = row_at(p.d_u + e, r0, ld_d_u),
+          *d_z = row_at(p.d_z + e, r0, ld_d_z);
+        const int steps = live ? left : -1;
+#pragma unroll
+        for (int k = 0; k < BACK_STEPS; k++) {
+            float ut = kept[k * THREADS + tid],
+                  d_raw = fmaf(LN2, sA[k], ut * sB[k]) * kept[(BACK_STEPS + k) * THREADS + tid];
+            if (k <= steps) {
+                *row_at(d_delta_raw, k, ld_d_delta) = to<T>(d_raw);
+                *row_at(d_u, k, ld_d_u) = to<T>(fmaf(delta[k], sB[k], skip * dy[k]));
+                *row_at(d_z, k, ld_d_z) = to<T>(fmaf(skip, ut, y[k]) * kept[(2 * BACK_STEPS + k) * THREADS + tid]);
+            }
+            d_bias += d_raw;
+            d_skip = fmaf(dy[k], ut, d_skip);
+        }
+        sums[XW + tid] = d_skip, sums[2 * XW + tid] = d_bias;
+        __syncthreads();
+        item = next;
+        add_d_A((N - 1) / BACK_STATES * BACK_STATES);
+        if (w < 2 && live) {
+            float s = 0.f;
+#pragma unroll
+            for (int j = 0; j < W; j++) s += sums[(1 + w) * XW + j * 32 + lane];
+            ((float *)p.workspace)[q.partial2 + (bt * (N + 2) + N + w) * E + e] = s;
+        }
+    }
+}
+
+// d_B_ssm and d_C_ssm: the channel blocks' parts in order. One thread an element.
+template <typename T>
+__global__ void scan_back_sum_BC(ScanBackArgs<T> p, const float *partial, int blocks, int tiles, int W) {
+    size_t count = (size_t)p.B * tiles * p.N * W * 16, i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    int v = i % 16, w = i / 16 % W, n = i / (16 * W) % p.N,
+        k = v < BACK_STEPS ? v : 2 * BACK_STEPS - 1 - v; // d_C_ssm upwards, d_B_ssm downwards
+    size_t bt = i / ((size_t)16 * W * p.N);
+    int t = (int)(bt % tiles) * W * BACK_STEPS + w * BACK_STEPS + k;
+    if (t >= p.L) return;
+    float s = 0.f;
+#pragma unroll 8
+    for (int c = 0; c < blocks; c++) s += partial[c * count + i];
+    size_t r = bt / tiles * p.L + t;
+    if (v < BACK_STEPS) p.d_C_ssm[r * p.ld_d_C + n] = to<T>(s);
+    else p.d_B_ssm[r * p.ld_d_B + n] = to<T>(s);
+}
+
+// d_A_log, d_D_skip, d_dt_bias += sums over sequences and tiles: 32 channels and 8 strands of a fixed order a block.
+template <typename T> __global__ void scan_back_sum_A(ScanBackArgs<T> p, const float *partial2, int parts) {
+    __shared__ float strands[8][32];
+    int e = blockIdx.x * 32 + threadIdx.x, n = blockIdx.y, rows = p.N + 2;
+    float s = 0.f;
+    if (e < p.E)
+#pragma unroll 4
+        for (int i = threadIdx.y; i < parts; i += 8) s += partial2[((size_t)i * rows + n) * p.E + e];
+    strands[threadIdx.y][threadIdx.x] = s;
+    __syncthreads();
+    if (threadIdx.y || e >= p.E) return;
+    for (int i = 1; i < 8; i++) s += strands[i][threadIdx.x];
+    if (n < p.N) p.d_A_log[(size_t)e * p.N + n] += s * p.A_neg[(size_t)n * p.E + e];
+    else if (n == p.N) p.d_D_skip[e] += s;
+    else p.d_dt_bias[e] += s;
+}
+
+template <int W> static ScanBackPlan scan_back_plan(int B, int L, int E, int N) {
+    ScanBackPlan q = {};
+    q.blocks = (E + 31) / 32, q.tiles = (L + W * BACK_STEPS - 1) / (W * BACK_STEPS);
+    size_t bt = (size_t)B * q.tiles, items = bt * q.blocks, at = 0;
+    q.flags = at, at += (1 + items + 31) / 32 * 32;
+    q.mail = at, at += bt * N * E;
+    q.partial2 = at, at += (bt * (N + 2) * E + 31) / 32 * 32;
+    q.partial = at, at += items * N * W * 2 * BACK_STEPS;
+    q.bytes = at * 4;
+    return q;
+}
+
+template <typename T, int W, int MINB, int U>
+static cudaError_t scan_back_launch(const ScanBackArgs<T> &p, cudaStream_t stream) {
+    const ScanBackPlan q = scan_back_plan<W>(p.B, p.L, p.E, p.N);
+    auto kernel = scan_back<T, W, MINB, U>;
+    constexpr size_t shared = scan_back_shared<W>();
+    int device, processors;
+    cudaError_t err = cudaGetDevice(&device);
+    if (!err) err = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (!err) err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    if (!err) err = cudaMemsetAsync((int *)p.workspace + q.flags, 0, (q.mail - q.flags) * 4, stream);
+    if (err) return err;
+    size_t items = (size_t)p.B * q.tiles * q.blocks;
+    int grid = items < (size_t)processors * MINB ? (int)items : processors * MINB;
+    kernel<<<grid, 32 * W, shared, stream>>>(p, q);
+    size_t sums = (size_t)p.B * q.tiles * p.N * W * 2 * BACK_STEPS;
+    scan_back_sum_BC<<<(unsigned)((sums + 255) / 256), 256, 0, stream>>>(p, (float *)p.workspace + q.partial, q.blocks,
+                                                                         q.tiles, W);
+    scan_back_sum_A<<<dim3((p.E + 31) / 32, p.N + 2), dim3(32, 8), 0, stream>>>(p, (float *)p.workspace + q.partial2,
+                                                                                p.B * q.tiles);
+    return cudaGetLastError();
+}
+
+// One shape of block serves all sizes: 8 warps, 2 blocks a multiprocessor; phase 3 unrolled twice for bf16. The workspace is aligned to 16 bytes, needs no
+// initial value and may be used for something else between calls.
+static size_t scan_backward_workspace(int B, int L, int E, int N) { return scan_back_plan<8>(B, L, E, N).bytes; }
+template <typename T> static cudaError_t scan_backward(const ScanBackArgs<T> &p, cudaStream_t stream) {
+    return scan_back_launch < T, 8, 2, sizeof(T) == 2 ? 2 : 1 > (p, stream);
+}
+
+// The backward's inputs that are the forward's; outputs are the caller's to set.
+template <class T>
+static ScanBackArgs<T> scan_back_args(const ScanArgs<T> &p, const float *h_starts, const T *d_g, int ld_d_g,
+                                      void *workspace) {
+    ScanBackArgs<T> q = {};
+    q.delta_raw = p.delta_raw, q.u = p.u, q.z = p.z, q.B_ssm = p.B_ssm, q.C_ssm = p.C_ssm;
+    q.A_neg = p.A_neg, q.D_skip = p.D_skip, q.dt_bias = p.dt_bias, q.h_starts = h_starts;
+    q.ld_delta = p.ld_delta, q.ld_u = p.ld_u, q.ld_z = p.ld_z, q.ld_B = p.ld_B, q.ld_C = p.ld_C;
+    q.d_g = d_g, q.ld_d_g = ld_d_g, q.workspace = workspace;
+    q.B = p.B, q.L = p.L, q.E = p.E, q.N = p.N;
+    return q;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 5 Model: weights, block, prefill, state
+// The file's tensors are copied as they lie; matrices of another type than T are converted once. A piece of text is up to
+// PIECE_MAX tokens, so memory does not depend on the prompt's length: window and h go from one piece to the next.
+
+#define POINTER(name, rows, cols, type, init, decays, present) void *name;
+struct LayerWeights { // matrices of type T, vectors float
+    TENSORS_LAYER(POINTER)
+    float *A_neg, *conv_t; // (N,E), (K,E), derived
+};
+struct Weights {
+    TENSORS_FIRST(POINTER)
+    TENSORS_LAST(POINTER)
+    std::vector<LayerWeights> layer;
+};
+#undef POINTER
+
+// One line for each tensor there is: its host tensor, its device pointer's place, whether it is a matrix.
+struct TensorPlace {
+    const Tensor *host;
+    void **device;
+    bool matrix, decays;
+    const char *name;
+    int layer;
+};
+
+static std::vector<TensorPlace> tensor_places(const Model *m, Weights *w) {
+    const Config *c = &m->config;
+    std::vector<TensorPlace> all;
+    const Type matrix_type = c->type;
+    (void)matrix_type;
+    w->layer.resize((size_t)c->n_layer);
+#define PLACE(owner, device_owner, index, name, rows_, cols_, type, init, decays, present) \
+    (device_owner)->name = NULL; \
+    if (present) all.push_back({&(owner)->name, &(device_owner)->name, #type[0] == 'c', decays, #name, index});
+#define PLACE_MODEL(name, rows_, cols_, type, init, decays, present) \
+    PLACE(m, w, -1, name, rows_, cols_, type, init, decays, present)
+#define PLACE_LAYER(name, rows_, cols_, type, init, decays, present) \
+    PLACE(&m->layer[i], &w->layer[(size_t)i], i, name, rows_, cols_, type, init, decays, present)
+    TENSORS_FIRST(PLACE_MODEL)
+    for (int i = 0; i < c->n_layer; i++) {
+        TENSORS_LAYER(PLACE_LAYER)
+    }
+    TENSORS_LAST(PLACE_MODEL)
+#undef PLACE
+#undef PLACE_MODEL
+#undef PLACE_LAYER
+    return all;
+}
+
+// A_neg (N,E) = -exp(A_log) transposed, and conv (E,K) transposed, of one layer.
+__global__ void derive_kernel(float *A_neg, float *conv_t, const float *A_log, const float *conv, int E, int N, int K) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < E * N) A_neg[(size_t)(i % N) * E + i / N] = -expf(A_log[i]);
+    if (i < E * K) conv_t[(size_t)(i % K) * E + i / K] = conv[i];
+}
+static void derive(Device *d, const Config *c, const LayerWeights *w) {
+    int n = c->E * std::max(c->N, c->K);
+    derive_kernel<<<blocks_for((size_t)n, 256), 256, 0, d->stream>>>(w->A_neg, w->conv_t, (const float *)w->A_log,
+                                                                     (const float *)w->conv, c->E, c->N, c->K);
+    check_launch(d, "derive");
+}
+
+// The arrays of one block; in training those that backward needs are of the layer, the others shared.
+template <class T> struct BlockActs {
+    T *xn, *xz, *u, *xdb, *raw, *delta, *g; // as in the glossary; raw: xdb before FalconMamba's norms, or NULL
+    float *h_starts;                        // or NULL
+    uint64_t *mail;                         // workspace of the scan, zero between launches
+};
+
+template <class T> static ScanArgs<T> scan_args(const Config *c, const LayerWeights *w, BlockActs<T> a, int B, int L) {
+    int E = c->E, N = c->N, R = c->R, P = R + 2 * N;
+    ScanArgs<T> p = {};
+    p.delta_raw = a.delta, p.u = a.u, p.z = a.xz + E, p.B_ssm = a.xdb + R, p.C_ssm = a.xdb + R + N, p.mail = a.mail;
+    p.A_neg = w->A_neg, p.D_skip = (const float *)w->D_skip, p.dt_bias = (const float *)w->dt_bias;
+    p.ld_out = p.ld_delta = p.ld_u = E, p.ld_z = 2 * E, p.ld_B = p.ld_C = P;
+    p.B = B, p.L = L, p.E = E, p.N = N;
+    return p;
+}
+
+// res (B*L,D) += block(res). B = 1 or L = 1: with the states in window and h, which move on; else (both NULL) from zero.
+template <class T>
+static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T> a, float *res, int B, int L,
+                  float *window, float *h) {
+    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, rows = B * L;
+    rmsnorm(d, a.xn, (size_t)D, res, (size_t)D, (const float *)w->norm, c->norm_eps, rows, D);
+    matmul(d, a.xz, 2 * (size_t)E, a.xn, (size_t)D, (const T *)w->in_proj, rows, 2 * E, D);
+    add_bias(d, a.xz, 2 * (size_t)E, (const float *)w->in_bias, rows, 2 * E);
+    conv1d_silu(d, a.u, window, a.xz, w->conv_t, (const float *)w->conv_bias, B, L, E, K);
+    matmul(d, a.xdb, (size_t)P, a.u, (size_t)E, (const T *)w->x_proj, rows, P, E);
+    if (c->flags & FLAG_MIXER_NORM) {
+        if (a.raw) cudaMemcpyAsync(a.raw, a.xdb, (size_t)rows * P * sizeof(T), cudaMemcpyDeviceToDevice, d->stream);
+        rmsnorm(d, a.xdb, (size_t)P, a.xdb, (size_t)P, NULL, c->mixer_eps, rows, R);
+        rmsnorm(d, a.xdb + R, (size_t)P, a.xdb + R, (size_t)P, NULL, c->mixer_eps, rows, N);
+        rmsnorm(d, a.xdb + R + N, (size_t)P, a.xdb + R + N, (size_t)P, NULL, c->mixer_eps, rows, N);
+    }
+    matmul(d, a.delta, (size_t)E, a.xdb, (size_t)P, (const T *)w->dt_proj, rows, E, R);
+    ScanArgs<T> scan = scan_args(c, w, a, B, L);
+    scan.out = a.g, scan.h0 = scan.h_final = h, scan.h_starts = a.h_starts;
+    check_cuda(d, L == 1 && h ? scan_step_forward(scan, d->stream) : scan_forward(scan, d->stream), "scan");
+    matmul(d, res, (size_t)D, a.g, (size_t)E, (const T *)w->out_proj, rows, D, E, true);
+    add_bias(d, res, (size_t)D, (const float *)w->out_bias, rows, D);
+}
+
+enum { GPU_PIECE = 16384, GPU_LOGIT_FLOATS = 1 << 26 };
+
+struct Gpu {
+    Device device;
+    Config config;
+    bool bf16_compute;
+    Weights w;
+    std::vector<void *> memory; // everything to free
+    int piece, logit_rows;      // rows that the activations, the logits have room for
+    float *res, *logits;        // (piece,D), (logit_rows,V)
+    BlockActs<float> acts;      // its pointers are T's
+    int32_t *ids;               // (piece)
+    int S;                      // sequences in the state
+    float *window, *h;          // (n_layer,S,K-1,E), (n_layer,S,N,E)
+    float *step_logits;         // (S,V), after the last token of each
+    struct Generation *generation;
+};
+
+static void *gpu_take(Gpu *g, size_t bytes) {
+    void *p = device_alloc(bytes);
+    if (p) g->memory.push_back(p);
+    return p;
+}
+
+template <class T> static BlockActs<T> acts_of(const Gpu *g) {
+    const BlockActs<float> &a = g->acts;
+    return {(T *)a.xn, (T *)a.xz, (T *)a.u, (T *)a.xdb, NULL, (T *)a.delta, (T *)a.g, NULL, a.mail};
+}
+
+template <class T> static int upload_weights(Gpu *g, const Model *m) {
+    const Config *c = &m->config;
+    Device *d = &g->device;
+    const char *host = (const char *)m->embedding.data;
+    char *raw = (char *)gpu_take(g, m->tensors_bytes);
+    Type compute = sizeof(T) == 4 ? F32 : BF16;
+    if (!raw) return -1;
+    if (cudaMemcpy(raw, host, m->tensors_bytes, cudaMemcpyHostToDevice) != cudaSuccess) return finish(d);
+    std::vector<TensorPlace> places = tensor_places(m, &g->w);
+    for (const TensorPlace &p : places) {
+        const void *from = raw + ((const char *)p.host->data - host);
+        size_t n = (size_t)p.host->rows * (size_t)p.host->cols;
+        *p.device = (void *)from;
+        if (!p.matrix || p.host->type == compute) continue;
+        T *to = (T *)gpu_take(g, n * sizeof(T));
+        if (!to) return -1;
+        if (p.host->type == F32) convert(d, to, (const float *)from, n);
+        else if (p.host->type == BF16) convert(d, to, (const bf16 *)from, n);
+        else convert(d, to, (const uint16_t *)from, n);
+        *p.device = to;
+    }
+    if (c->flags & FLAG_TIED) g->w.head = g->w.embedding;
+    float *derived = (float *)gpu_take(g, (size_t)c->n_layer * c->E * (size_t)(c->N + c->K) * sizeof(float));
+    if (!derived) return -1;
+    for (LayerWeights &w : g->w.layer) {
+        w.A_neg = derived, w.conv_t = derived + (size_t)c->E * c->N;
+        derived += (size_t)c->E * (size_t)(c->N + c->K);
+        derive(d, c, &w);
+    }
+    return finish(d);
+}
+
+static int gpu_sequences(Gpu *g, int S);
+static void generation_free(Gpu *g);
+
+static void gpu_close(Gpu *g) {
+    if (!g) return;
+    if (g->device.stream) cudaStreamSynchronize(g->device.stream);
+    generation_free(g);
+    for (void *p : g->memory) cudaFree(p);
+    cudaFree(g->window), cudaFree(g->h), cudaFree(g->step_logits);
+    device_close(&g->device);
+    delete g;
+}
+
+template <class T> static size_t lay_out_acts(Gpu *g, char *base) {
+    const Config *c = &g->config;
+    size_t M = (size_t)g->piece, D = (size_t)c->D, E = (size_t)c->E, P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V;
+    Arena a = {base, 0};
+    BlockActs<float> *b = &g->acts;
+    a.take(g->res, M * D), a.take(g->logits, (size_t)g->logit_rows * V), a.take(g->ids, M);
+    a.take(b->xn, M * D, sizeof(T)), a.take(b->xz, M * 2 * E, sizeof(T)), a.take(b->u, M * E, sizeof(T));
+    a.take(b->xdb, M * P, sizeof(T)), a.take(b->delta, M * E, sizeof(T)), a.take(b->g, M * E, sizeof(T));
+    a.take(b->mail, scan_forward_workspace(1, c->E, c->N) / sizeof *b->mail);
+    return a.used;
+}
+
+// The model on the GPU; float32: compute so whatever the weights are stored as. Zero states. NULL with a sentence.
+static Gpu *gpu_open(const Model *m, int float32) {
+    Gpu *g = new Gpu();
+    const Config *c = &m->config;
+    g->config = *c;
+    g->bf16_compute = c->type == BF16 && !float32;
+    size_t row = (size_t)c->D * 8 + (size_t)c->E * 24,
+           most = ((size_t)3 << 30) / row; // 3 GB of activations at the most
+    g->piece = (int)std::min((size_t)GPU_PIECE, std::max((size_t)64, most / 64 * 64));
+    g->logit_rows = std::max(1, std::min(1024, GPU_LOGIT_FLOATS / c->V));
+    char *arena = NULL;
+    if (device_open(&g->device) == 0 &&
+        (g->bf16_compute ? upload_weights<bf16>(g, m) : upload_weights<float>(g, m)) == 0 &&
+        (arena = (char *)gpu_take(g, g->bf16_compute ? lay_out_acts<bf16>(g, NULL) : lay_out_acts<float>(g, NULL)))) {
+        if (g->bf16_compute) lay_out_acts<bf16>(g, arena);
+        else lay_out_acts<float>(g, arena);
+        cudaMemsetAsync(g->acts.mail, 0, scan_forward_workspace(1, c->E, c->N), g->device.stream);
+        if (gpu_sequences(g, 1) == 0) return g;
+    }
+    gpu_close(g);
+    return NULL;
+}
+
+static float *window_of(const Gpu *g, int layer) {
+    return g->window + (size_t)layer * g->S * (g->config.K - 1) * g->config.E;
+}
+static float *h_of(const Gpu *g, int layer) { return g->h + (size_t)layer * g->S * g->config.N * g->config.E; }
+
+// States of S sequences from now on, each a copy of the first; logits too. 0, or -1 with a sentence.
+static int gpu_sequences(Gpu *g, int S) {
+    const Config *c = &g->config;
+    size_t window = (size_t)(c->K - 1) * c->E * sizeof(float), h = (size_t)c->N * c->E * sizeof(float),
+           logits = (size_t)c->V * sizeof(float), layers = (size_t)c->n_layer;
+    float *new_window = (float *)device_alloc(layers * S * window), *new_h = (float *)device_alloc(layers * S * h),
+          *new_logits = (float *)device_alloc(S * logits);
+    if (!new_window || !new_h || !new_logits) {
+        cudaFree(new_window), cudaFree(new_h), cudaFree(new_logits);
+        return -1;
+    }
+    cudaStream_t stream = g->device.stream;
+    for (int s = 0; s < S; s++) {
+        if (!g->window) {
+            cudaMemset2DAsync((char *)new_window + s * window, S * window, 0, window, layers, stream);
+            cudaMemset2DAsync((char *)new_h + s * h, S * h, 0, h, layers, stream);
+            cudaMemsetAsync((char *)new_logits + s * logits, 0, logits, stream);
+            continue;
+        }
+        if (window)
+            cudaMemcpy2DAsync((char *)new_window + s * window, S * window, g->window, g->S * window, window, layers,
+                              cudaMemcpyDeviceToDevice, stream);
+        cudaMemcpy2DAsync((char *)new_h + s * h, S * h, g->h, g->S * h, h, layers, cudaMemcpyDeviceToDevice, stream);
+        cudaMemcpyAsync((char *)new_logits + s * logits, g->step_logits, logits, cudaMemcpyDeviceToDevice, stream);
+    }
+    int result = finish(&g->device);
+    cudaFree(g->window), cudaFree(g->h), cudaFree(g->step_logits);
+    g->window = new_window, g->h = new_h, g->step_logits = new_logits;
+    g->S = S;
+    generation_free(g);
+    return result;
+}
+
+// One sequence's state from host arrays window (n_layer,K-1,E), h (n_layer,N,E), logits (V). 0, or -1 with a sentence.
+static int gpu_set_state(Gpu *g, const float *window, const float *h, const float *logits) {
+    const Config *c = &g->config;
+    if (g->S != 1 && gpu_sequences(g, 1)) return -1;
+    size_t layers = (size_t)c->n_layer * c->E * sizeof(float);
+    cudaMemcpyAsync(g->window, window, layers * (size_t)(c->K - 1), cudaMemcpyHostToDevice, g->device.stream);
+    cudaMemcpyAsync(g->h, h, layers * (size_t)c->N, cudaMemcpyHostToDevice, g->device.stream);
+    cudaMemcpyAsync(g->step_logits, logits, (size_t)c->V * sizeof(float), cudaMemcpyHostToDevice, g->device.stream);
+    return finish(&g->device);
+}
+
+// The state of the first sequence to host arrays; NULL ones are left out.
+static int gpu_get_state(Gpu *g, float *window, float *h, float *logits) {
+    const Config *c = &g->config;
+    size_t bw = (size_t)(c->K - 1) * c->E * sizeof(float), bh = (size_t)c->N * c->E * sizeof(float),
+           n = (size_t)c->n_layer;
+    cudaStream_t stream = g->device.stream;
+    if (window && bw) cudaMemcpy2DAsync(window, bw, g->window, g->S * bw, bw, n, cudaMemcpyDeviceToHost, stream);
+    if (h) cudaMemcpy2DAsync(h, bh, g->h, g->S * bh, bh, n, cudaMemcpyDeviceToHost, stream);
+    if (logits) cudaMemcpyAsync(logits, g->step_logits, (size_t)c->V * sizeof(float), cudaMemcpyDeviceToHost, stream);
+    return finish(&g->device);
+}
+
+// The network for B sequences of L tokens whose ids are on the device: B = 1 (a piece of text) or L = 1 (a step of S = B).
+// ids NULL: res has the embeddings already. Leaves the normed residual stream in xn.
+template <class T> static void network(Gpu *g, const int32_t *ids, int B, int L) {
+    Device *d = &g->device;
+    const Config *c = &g->config;
+    BlockActs<T> a = acts_of<T>(g);
+    if (ids) embed_kernel<<<(unsigned)(B * L), 128, 0, d->stream>>>(g->res, ids, (const T *)g->w.embedding, c->D);
+    for (int layer = 0; layer < c->n_layer; layer++)
+        block(d, c, &g->w.layer[(size_t)layer], a, g->res, B, L, window_of(g, layer), h_of(g, layer));
+    rmsnorm(d, a.xn, (size_t)c->D, g->res, (size_t)c->D, (const float *)g->w.norm_f, c->norm_eps, B * L, c->D);
+}
+
+template <class T>
+static int prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, const float *), void *context) {
+    Device *d = &g->device;
+    const Config *c = &g->config;
+    size_t D = (size_t)c->D, V = (size_t)c->V;
+    std::vector<float> host(visit ? (size_t)g->logit_rows * V : 0);
+    for (size_t done = 0; done < n;) {
+        int L = (int)std::min(n - done, (size_t)g->piece);
+        cudaMemcpyAsync(g->ids, ids + done, (size_t)L * sizeof *ids, cudaMemcpyHostToDevice, d->stream);
+        network<T>(g, g->ids, 1, L);
+        const T *xn = acts_of<T>(g).xn;
+        for (int t = 0; t < L && visit; t += g->logit_rows) {
+            int rows = std::min(g->logit_rows, L - t);
+            matmul(d, g->logits, V, xn + (size_t)t * D, D, (const T *)g->w.head, rows, c->V, c->D);
+            cudaMemcpyAsync(host.data(), g->logits, (size_t)rows * V * sizeof(float), cudaMemcpyDeviceToHost,
+                            d->stream);
+            if (finish(d)) return -1;
+            for (int r = 0; r < rows; r++) visit(context, host.data() + (size_t)r * V);
+        }
+        done += (size_t)L;
+        if (done == n) matmul(d, g->step_logits, V, xn + (size_t)(L - 1) * D, D, (const T *)g->w.head, 1, c->V, c->D);
+    }
+    return finish(d);
+}
+
+// Reads n tokens into the first sequence's state (ids must be below V); visit gets every position's logits (V), if it is not
+// NULL. 0, or -1 with a sentence.
+static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, const float *), void *context) {
+    if (g->S != 1 && gpu_sequences(g, 1)) return -1;
+    return g->bf16_compute ? prefill<bf16>(g, ids, n, visit, context) : prefill<float>(g, ids, n, visit, context);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 6 Generation: step, sampling, graph
+// A step samples a token for each of S sequences from its logits and reads it, so ids never wait for the host: they are
+// collected on the device and fetched after some steps. The whole step is one graph, captured once for each S.
+
+struct Sequence { // of the sampler, for each sequence
+    uint64_t position, random;
+    int32_t recent[RECENT], n_recent, step; // step: which row of tokens is next
+};
+
+struct Slice;
+
+struct Generation {
+    Sampling *how;          // device
+    Sequence *sequences;    // (S), device
+    unsigned char *allowed; // (V): ids that may be drawn
+    Slice *slices;          // (S,SLICES)
+    int32_t *tokens;        // (GENERATE_MAX,S): what was drawn
+    int32_t *current;       // (S): the token being read
+    float *scratch, *parts; // (S,V); (K_SPLIT_MAX,S,P), sums of parts of x_proj
+    cudaGraphExec_t graph;
+    int S;
+};
+
+enum { GENERATE_MAX = 64 };
+
+// Floats as unsigned integers of the same order, and back.
+__device__ inline uint32_t ordered(float x) {
+    uint32_t bits = __float_as_uint(x);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ inline float unordered(uint32_t key) {
+    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+// The highest x and its lowest index, over the block.
+__device__ inline void block_argmax(float *best, int *index, float *values, int *indices) {
+    for (int lane = 16; lane; lane /= 2) {
+        float x = __shfl_xor_sync(0xffffffffu, *best, lane);
+        int i = __shfl_xor_sync(0xffffffffu, *index, lane);
+        if (x > *best || (x == *best && i < *index)) *best = x, *index = i;
+    }
+    int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) values[warp] = *best, indices[warp] = *index;
+    __syncthreads();
+    *best = values[0], *index = indices[0];
+    for (int w = 1; w < warps; w++)
+        if (values[w] > *best || (values[w] == *best && indices[w] < *index)) *best = values[w], *index = indices[w];
+}
+
+// Repeat penalty, and the likeliest of each of SLICES parts of the vocabulary: what a greedy step needs of V logits is spread over
+// the multiprocessors. Logits as they will be drawn from go to scratch, -inf where no token can be drawn.
+enum { SLICES = 32 };
+struct Slice {
+    float best;
+    int32_t index, bad;
+};
+
+__global__ void __launch_bounds__(256)
+    likeliest_kernel(const Sampling *how, const Sequence *sequences, const float *logits, const unsigned char *allowed,
+                     float *scratch, Slice *slices, int V) {
+    __shared__ float values[32];
+    __shared__ int indices[32], bad;
+    const Sequence *q = &sequences[blockIdx.y];
+    int chunk = (V + SLICES - 1) / SLICES, first = blockIdx.x * chunk, last = min(first + chunk, V);
+    const float *in = logits + (size_t)blockIdx.y * V;
+    float *x = scratch + (size_t)blockIdx.y * V, penalty = how->repeat_penalty, best = -INFINITY;
+    int likeliest = V;
+    if (threadIdx.x == 0) bad = 0;
+    __syncthreads();
+    for (int v = first + threadIdx.x; v < last; v += blockDim.x) {
+        float l = in[v];
+        if (!(l - l == 0)) bad = 1;
+        x[v] = allowed[v] ? l : -INFINITY;
+    }
+    __syncthreads();
+    if (penalty != 1 && threadIdx.x < (unsigned)q->n_recent) { // a token is penalised once, however often it occurs
+        int v = q->recent[threadIdx.x];
+        bool mine = v >= first && v < last;
+        for (int j = 0; j < (int)threadIdx.x && mine; j++) mine = q->recent[j] != v;
+        if (mine) x[v] = x[v] > 0 ? x[v] / penalty : x[v] * penalty;
+    }
+    if (penalty != 1) __syncthreads();
+    for (int v = first + threadIdx.x; v < last; v += blockDim.x)
+        if (x[v] > best) best = x[v], likeliest = v;
+    block_argmax(&best, &likeliest, values, indices);
+    if (threadIdx.x == 0) slices[blockIdx.y * SLICES + blockIdx.x] = {best, likeliest, bad};
+}
+
+// One block draws one sequence's token: temperature, then the lowest logit that top-k, top-p and min-p leave, found by bisection
+// over the 2^32 floats, and of what is left the highest logit + Gumbel noise, which is a draw from the softmax. The noise
+// depends on seed, position and token only. The residual stream starts with the token's embedding.
+template <class T>
+__global__ void __launch_bounds__(1024)
+    sample_kernel(const Sampling *how, Sequence *sequences, const Slice *slices, float *scratch, int32_t *current,
+                  int32_t *tokens, float *res, const T *embedding, int S, int V, int D) {
+    __shared__ float sums[33], values[32];
+    __shared__ int indices[32];
+    Sequence *q = &sequences[blockIdx.x];
+    float *x = scratch + (size_t)blockIdx.x * V, best = -INFINITY, temperature = how->temperature;
+    int choice = V, bad = 0;
+    for (int i = 0; i < SLICES; i++) {
+        Slice slice = slices[blockIdx.x * SLICES + i];
+        if (slice.best > best) best = slice.best, choice = slice.index; // of equal ones the lowest index
+        bad |= slice.bad;
+    }
+    if (temperature != 0 && !bad && choice < V) {
+        float highest = best, lowest = -INFINITY, whole = 1;
+        for (int v = threadIdx.x; v < V; v += blockDim.x) x[v] = (x[v] - highest) / temperature; // now at most 0
+        __syncthreads();
+        bool by_count = how->top_k > 0 && how->top_k < V, by_mass = how->top_p < 1;
+        for (int rule = 0; rule < 2; rule++) {
+            if (!(rule ? by_mass : by_count)) continue;
+            if (rule) { // the mass of what top-k left
+                float mass = 0;
+                for (int v = threadIdx.x; v < V; v += blockDim.x) mass += x[v] >= lowest ? __expf(x[v]) : 0.0f;
+                whole = block_sum(mass, sums);
+            }
+            uint32_t yes = ordered(-INFINITY), no = ordered(0) + 1; // enough is kept above yes, too little above no
+            while (no - yes > 1) {
+                uint32_t middle = yes + (no - yes) / 2;
+                float threshold = fmaxf(unordered(middle), lowest), sum = 0;
+                for (int v = threadIdx.x; v < V; v += blockDim.x)
+                    if (x[v] >= threshold) sum += rule ? __expf(x[v]) : 1.0f;
+                sum = block_sum(sum, sums);
+                if (rule ? sum >= how->top_p * whole : sum >= (float)how->top_k) yes = middle;
+                else no = middle;
+            }
+            lowest = fmaxf(lowest, unordered(yes));
+        }
+        if (how->min_p > 0) lowest = fmaxf(lowest, __logf(how->min_p));
+        if (lowest > 0) lowest = 0;
+        best = -INFINITY, choice = V;
+        uint64_t stream = mix(q->random + 0x9E3779B97F4A7C15u * (q->position + 1));
+        for (int v = threadIdx.x; v < V; v += blockDim.x) {
+            if (x[v] == -INFINITY || !(x[v] >= lowest)) continue;
+            float unit = ((float)(mix(stream + 0x9E3779B97F4A7C15u * (uint64_t)(v + 1)) >> 40) + 0.5f) * 0x1p-24f;
+            float noisy = x[v] - __logf(-__logf(unit));
+            if (noisy > best) best = noisy, choice = v;
+        }
+        block_argmax(&best, &choice, values, indices);
+    }
+    if (choice >= V) bad = 1;
+    if (bad) choice = 0;
+    for (int i = threadIdx.x; i < D; i += blockDim.x)
+        res[(size_t)blockIdx.x * D + i] = value(embedding[(size_t)choice * D + i]);
+    __syncthreads(); // all have read q
+    if (threadIdx.x) return;
+    tokens[(size_t)q->step * S + blockIdx.x] = bad ? -1 : choice;
+    q->step = (q->step + 1) % GENERATE_MAX;
+    current[blockIdx.x] = choice;
+    q->recent[q->position % RECENT] = choice;
+    q->position++;
+    q->n_recent = q->position < RECENT ? (int32_t)q->position : RECENT;
+}
+
+static void generation_free(Gpu *g) {
+    Generation *n = g->generation;
+    if (!n) return;
+    if (n->graph) cudaGraphExecDestroy(n->graph);
+    cudaFree(n->how), cudaFree(n->sequences), cudaFree(n->allowed), cudaFree(n->tokens), cudaFree(n->slices);
+    cudaFree(n->current), cudaFree(n->scratch), cudaFree(n->parts);
+    delete n;
+    g->generation = NULL;
+}
+
+// --- The step in bf16 for up to THIN_MAX sequences (more: network(), whose products are cuBLAS's): four kernels a layer. At batch 1 a step is 0.26 GB of weights and a hundred
+// dependent kernels, so what counts is their number, and that each has its weights in flight before its input is there: they
+// are launched with programmatic dependence and load their first weights before waiting for the kernel before.
+//   1 in_proj      of the residual stream; the norm's factor is applied to the sums, its weight to the inputs
+//   2 x_proj       of silu(conv(x)), computed as it is read; sums of K_SPLIT parts of the channels
+//   3 dt_proj, the scan's step, the gate; moves the window on, which kernel 2 has read
+//   4 out_proj     added to the residual stream
+// Kernels 1, 2 and 4 and the head are one, thin_kernel: S rows of activations times W (O,I). A warp takes 8*NT outputs and a
+// part of I, 32 inputs at a time by two m16n8k16 tensor-core products with activations as the 16 rows. Which of the 32 inputs
+// is which k of a product is ours to choose, as long as both sides agree: lane j of 4 takes inputs 8j..8j+7, one 16-byte load.
+
+enum { THIN_MAX = 16, THIN_WARPS = 8, K_SPLIT_MAX = 16 };
+
+__device__ inline uint32_t pack(float low, float high) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *(uint32_t *)&both;
+}
+__device__ inline float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+__device__ inline void tensor_product(float c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                      uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+struct PlainSource { // rows of bf16
+    const bf16 *x;
+    static constexpr bool norm = false;
+    __device__ uint4 eight(int s, int k, int I, float *) const { return *(const uint4 *)(x + (size_t)s * I + k); }
+};
+struct
+    NormSource { // rows of the residual stream, times the norm's weight; their squares are summed for the norm's factor
+    const float *res, *weight;
+    float eps;
+    static constexpr bool norm = true;
+    __device__ uint4 eight(int s, int k, int I, float *squares) const {
+        const float4 *x = (const float4 *)(res + (size_t)s * I + k), *w = (const float4 *)(weight + k);
+        float4 a = x[0], b = x[1], c = w[0], d = w[1];
+        *squares += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w + b.x * b.x + b.y * b.y + b.z * b.z + b.w * b.w;
+        return make_uint4(pack(a.x * c.x, a.y * c.y), pack(a.z * c.z, a.w * c.w), pack(b.x * d.x, b.y * d.y),
+                          pack(b.z * d.z, b.w * d.w));
+    }
+};
+struct ConvSource { // u = silu(conv(x)) of the x half of xz and the window
+    const bf16 *xz;
+    const float *window, *conv_t, *bias;
+    int K;
+    static constexpr bool norm = false;
+    __device__ uint4 eight(int s, int k, int E, float *) const {
+        uint4 x = *(const uint4 *)(xz + (size_t)s * 2 * E + k);
+        float v[8] = {low_half(x.x), high_half(x.x), low_half(x.y), high_half(x.y),
+                      low_half(x.z), high_half(x.z), low_half(x.w), high_half(x.w)},
+              sum[8];
+        for (int i = 0; i < 8; i++) sum[i] = (bias ? bias[k + i] : 0) + conv_t[(size_t)(K - 1) * E + k + i] * v[i];
+        for (int j = 0; j < K - 1; j++) {
+            const float4 *w = (const float4 *)(window + ((size_t)s * (K - 1) + j) * E + k),
+                         *c = (const float4 *)(conv_t + (size_t)j * E + k);
+            float4 w0 = w[0], w1 = w[1], c0 = c[0], c1 = c[1];
+            sum[0] += w0.x * c0.x, sum[1] += w0.y * c0.y, sum[2] += w0.z * c0.z, sum[3] += w0.w * c0.w;
+            sum[4] += w1.x * c1.x, sum[5] += w1.y * c1.y, sum[6] += w1.z * c1.z, sum[7] += w1.w * c1.w;
+        }
+        for (int i = 0; i < 8; i++) sum[i] = silu(sum[i]);
+        return make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
+    }
+};
+
+struct StoreSink { // out (S,O) = sums, in bf16
+    bf16 *out;
+    __device__ void take(int s, int o, int, int O, float x) const { out[(size_t)s * O + o] = __float2bfloat16_rn(x); }
+};
+struct AddSink { // out (S,O) += sums
+    float *out;
+    __device__ void take(int s, int o, int, int O, float x) const { out[(size_t)s * O + o] += x; }
+};
+struct LogitSink { // out (S,O) = sums
+    float *out;
+    __device__ void take(int s, int o, int, int O, float x) const { out[(size_t)s * O + o] = x; }
+};
+struct PartSink { // out (parts,S,O) = sums
+    float *out;
+    __device__ void take(int s, int o, int S, int O, float x) const { out[((size_t)blockIdx.y * S + s) * O + o] = x; }
+};
+
+template <int NT, int AHEAD, class Source, class Sink>
+__global__ void __launch_bounds__(32 * THIN_WARPS)
+    thin_kernel(Source source, Sink sink, const bf16 *__restrict__ W, int S, int O, int I) {
+    constexpr int COLS = 8 * NT, PITCH = COLS + 1;
+    extern __shared__ float sums[]; // (THIN_WARPS, 16, PITCH), then the squares (THIN_WARPS, 16)
+    float *squares = sums + THIN_WARPS * 16 * PITCH;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, s = lane / 4, o0 = blockIdx.x * COLS;
+    int steps = (I + 31) / 32, parts = gridDim.y * THIN_WARPS, part = blockIdx.y * THIN_WARPS + warp;
+    int step = steps * part / parts, end = steps * (part + 1) / parts, k = step * 32 + lane % 4 * 8;
+    float c[NT][4] = {}, square[2] = {};
+    uint4 w[AHEAD][NT];
+    auto load_weights = [&]() { // of the next AHEAD steps: 8 of each of NT outputs
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                int o = o0 + 8 * n + s, at = k + 32 * i;
+                bool inside = o < O && step + i < end && at < I;
+                w[i][n] = inside ? __ldcs((const uint4 *)(W + (size_t)o * I + at)) : make_uint4(0, 0, 0, 0);
+            }
+    };
+    load_weights();
+    wait_for_input();
+    while (step < end) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            int at = k + 32 * i;
+            bool inside = step + i < end && at < I;
+            uint4 a = inside && s < S ? source.eight(s, at, I, &square[0]) : make_uint4(0, 0, 0, 0);
+            uint4 b = inside && s + 8 < S ? source.eight(s + 8, at, I, &square[1]) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                tensor_product(c[n], a.x, b.x, a.y, b.y, w[i][n].x, w[i][n].y);
+                tensor_product(c[n], a.z, b.z, a.w, b.w, w[i][n].z, w[i][n].w);
+            }
+        }
+        step += AHEAD, k += 32 * AHEAD;
+        if (step < end) load_weights();
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int row = 8 * half + s;
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            for (int i = 0; i < 2; i++) sums[(warp * 16 + row) * PITCH + 8 * n + lane % 4 * 2 + i] = c[n][2 * half + i];
+        if (Source::norm) {
+            float x = square[half];
+            x += __shfl_xor_sync(0xffffffffu, x, 1);
+            x += __shfl_xor_sync(0xffffffffu, x, 2);
+            if (lane % 4 == 0) squares[warp * 16 + row] = x;
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < S * COLS; i += 32 * THIN_WARPS) {
+        int row = i / COLS, o = i % COLS;
+        if (o0 + o >= O) continue;
+        float x = 0, square_sum = 0;
+#pragma unroll
+        for (int v = 0; v < THIN_WARPS; v++) {
+            x += sums[(v * 16 + row) * PITCH + o];
+            if (Source::norm) square_sum += squares[v * 16 + row];
+        }
+        if constexpr (Source::norm) x *= rsqrtf(square_sum / (float)I + source.eps);
+        sink.take(row, o0 + o, S, O, x);
+    }
+}
+
+// Kernel 3, a thread a channel and a block 128 channels of one sequence: xdb from its parts, FalconMamba's norms,
+// delta = softplus(W_dt dt_low + bias), the step of the recurrence, the gate.
+template <int NS, int RV> // states, and groups of 8 weights of dt_proj, that are loaded before the input is there
+__global__ void __launch_bounds__(128)
+    thin_scan_kernel(bf16 *__restrict__ g, float *__restrict__ h, float *__restrict__ window,
+                     const float *__restrict__ parts, int K_SPLIT, const bf16 *__restrict__ xz,
+                     const float *__restrict__ conv_t, const float *__restrict__ conv_bias,
+                     const bf16 *__restrict__ W_dt, const float *__restrict__ dt_bias, const float *__restrict__ A_neg,
+                     const float *__restrict__ D_skip, int E, int N, int K, int R, float norm_eps) {
+    extern __shared__ float xdb[]; // (P)
+    int P = R + 2 * N, s = blockIdx.y, S = gridDim.y, e = blockIdx.x * 128 + threadIdx.x;
+    bool live = e < E;
+    size_t at = (size_t)(live ? e : 0);
+    float A[NS];
+#pragma unroll
+    for (int n = 0; n < NS; n++) A[n] = n < N ? A_neg[(size_t)n * E + at] : 0;
+    uint4 weights[RV];
+    const bf16 *row = W_dt + at * R;
+#pragma unroll
+    for (int i = 0; i < RV; i++)
+        weights[i] = R % 8 == 0 && 8 * i < R ? ((const uint4 *)row)[i] : make_uint4(0, 0, 0, 0);
+    float bias = conv_bias ? conv_bias[at] : 0, dt_start = dt_bias[at], skip = D_skip[at];
+    float last_tap = conv_t[(size_t)(K - 1) * E + at];
+    float ahead[NS], past[3], conv = bias, *state = h + (size_t)s * N * E + at;
+    float *inputs = window + (size_t)s * (K - 1) * E + at;
+#pragma unroll
+    for (int n = 0; n < NS; n++) ahead[n] = n < N ? state[(size_t)n * E] : 0;
+#pragma unroll
+    for (int k = 0; k < 3; k++) past[k] = k < K - 1 ? inputs[(size_t)k * E] : 0;
+    if (K <= 4)
+#pragma unroll
+        for (int k = 0; k < 3; k++) conv += k < K - 1 ? conv_t[(size_t)k * E + at] * past[k] : 0;
+    else
+        for (int k = 0; k < K - 1; k++) conv += conv_t[(size_t)k * E + at] * inputs[(size_t)k * E];
+    wait_for_input();
+    float x = value(xz[(size_t)s * 2 * E + at]), z = value(xz[(size_t)s * 2 * E + E + at]);
+    for (int i = threadIdx.x; i < P; i += 128) {
+        float sum = 0;
+#pragma unroll 8
+        for (int part = 0; part < K_SPLIT; part++) sum += parts[((size_t)part * S + s) * P + i];
+        xdb[i] = sum;
+    }
+    __syncthreads();
+    if (norm_eps > 0) { // FalconMamba: dt_low, B_ssm, C_ssm each to a mean square of 1; a warp each
+        int part = threadIdx.x / 32, first = part == 0 ? 0 : R + (part - 1) * N, n = part == 0 ? R : N;
+        float squares = 0;
+        for (int i = threadIdx.x % 32; i < n && part < 3; i += 32) squares += xdb[first + i] * xdb[first + i];
+        float scale = rsqrtf(warp_sum(squares) / (float)n + norm_eps);
+        for (int i = threadIdx.x % 32; i < n && part < 3; i += 32) xdb[first + i] *= scale;
+        __syncthreads();
+    }
+    if (!live) return;
+        // u again, and only now the window moves on, which kernel 2 has read
+#pragma unroll
+    for (int k = 0; k < 3; k++)
+        if (K <= 4 && k < K - 1) inputs[(size_t)k * E] = k + 2 < K ? past[k < 2 ? k + 1 : 2] : x;
+    for (int k = 0; k < K - 1 && K > 4; k++) inputs[(size_t)k * E] = k + 2 < K ? inputs[(size_t)(k + 1) * E] : x;
+    float u = value(__float2bfloat16_rn(silu(conv + last_tap * x)));
+    auto eight = [&](uint4 w, const float *in) {
+        return low_half(w.x) * in[0] + high_half(w.x) * in[1] + low_half(w.y) * in[2] + high_half(w.y) * in[3] +
+               low_half(w.z) * in[4] + high_half(w.z) * in[5] + low_half(w.w) * in[6] + high_half(w.w) * in[7];
+    };
+    int ready = R % 8 == 0 ? min(R, 8 * RV) : 0;
+    float dt = dt_start;
+#pragma unroll
+    for (int i = 0; i < RV; i++)
+        if (8 * i < ready) dt += eight(weights[i], xdb + 8 * i);
+    if (R % 8 == 0)
+        for (int r = ready; r < R; r += 8) dt += eight(*(const uint4 *)(row + r), xdb + r);
+    else
+        for (int r = 0; r < R; r++) dt += value(row[r]) * xdb[r];
+    float delta = softplus(dt), y = skip * u, inject = delta * u;
+    const float *B_ssm = xdb + R, *C_ssm = B_ssm + N;
+#pragma unroll
+    for (int n = 0; n < NS; n++)
+        if (n < N) {
+            float next = __expf(delta * A[n]) * ahead[n] + inject * B_ssm[n];
+            state[(size_t)n * E] = next, y += C_ssm[n] * next;
+        }
+    for (int n = NS; n < N; n++) {
+        float next = __expf(delta * A_neg[(size_t)n * E + e]) * state[(size_t)n * E] + inject * B_ssm[n];
+        state[(size_t)n * E] = next, y += C_ssm[n] * next;
+    }
+    put(g + (size_t)s * E + e, y * silu(z));
+}
+
+template <class... Parameters, class... Arguments>
+static void launch_dependent(Device *d, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared,
+                             Arguments... arguments) {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = d->stream;
+    config.attrs = &attribute, config.numAttrs = d->hopper ? 1 : 0;
+    cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    check_launch(d, "step");
+}
+
+// Few outputs a block, so that there are blocks for every multiprocessor, and as many steps of a warp ahead as it has.
+template <int NT, int AHEAD, class Source, class Sink>
+static void thin_launch(Device *d, Source source, Sink sink, const bf16 *W, int S, int O, int I, int parts) {
+    size_t shared = (size_t)THIN_WARPS * 16 * (8 * NT + 2) * sizeof(float);
+    launch_dependent(d, thin_kernel<NT, AHEAD, Source, Sink>, dim3(blocks_for((size_t)O, 8 * NT), (unsigned)parts),
+                     32 * (unsigned)THIN_WARPS, shared, source, sink, W, S, O, I);
+}
+template <class Source, class Sink>
+static void thin_product(Device *d, Source source, Sink sink, const bf16 *W, int S, int O, int I, int parts) {
+    int steps = (I + 31) / 32 / (THIN_WARPS * parts); // of a warp
+    if (O >= 16384) thin_launch<4, 3>(d, source, sink, W, S, O, I, parts);
+    else if (O >= 8192) thin_launch<2, 5>(d, source, sink, W, S, O, I, parts);
+    else if (steps <= 1) thin_launch<1, 1>(d, source, sink, W, S, O, I, parts);
+    else if (steps <= 3) thin_launch<1, 3>(d, source, sink, W, S, O, I, parts);
+    else thin_launch<1, 6>(d, source, sink, W, S, O, I, parts);
+}
+
+// Whether the kernels above fit: 16-byte loads need rows of whole 8 weights.
+static bool thin_fits(const Gpu *g, int S) {
+    const Config *c = &g->config;
+    return g->bf16_compute && S <= THIN_MAX && c->D % 8 == 0 && c->E % 8 == 0 && !(c->flags & FLAG_PROJ_BIAS) &&
+           (c->R + 2 * c->N) * sizeof(float) < 48000;
+}
+
+// network() and the head for one token of each of S sequences; res has their embeddings.
+static void thin_step(Gpu *g, int S) {
+    Device *d = &g->device;
+    const Config *c = &g->config;
+    BlockActs<bf16> a = acts_of<bf16>(g);
+    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N;
+    int parts = std::max(1, std::min((int)K_SPLIT_MAX, (E / 32 + THIN_WARPS - 1) / THIN_WARPS));
+    float *sums = g->generation->parts; // (K_SPLIT_MAX,S,P)
+    float eps = c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0;
+    dim3 scan_grid(blocks_for((size_t)E, 128), (unsigned)S);
+    for (int layer = 0; layer < c->n_layer; layer++) {
+        const LayerWeights *w = &g->w.layer[(size_t)layer];
+        const float *conv_bias = (const float *)w->conv_bias;
+        float *window = window_of(g, layer), *h = h_of(g, layer);
+        thin_product(d, NormSource{g->res, (const float *)w->norm, c->norm_eps}, StoreSink{a.xz},
+                     (const bf16 *)w->in_proj, S, 2 * E, D, 1);
+        thin_product(d, ConvSource{a.xz, window, w->conv_t, conv_bias, K}, PartSink{sums}, (const bf16 *)w->x_proj, S,
+                     P, E, parts);
+        launch_dependent(d, R <= 64 ? thin_scan_kernel<16, 8> : thin_scan_kernel<16, 20>, scan_grid, 128,
+                         (size_t)P * sizeof(float), a.g, h, window, sums, parts, a.xz, w->conv_t, conv_bias,
+                         (const bf16 *)w->dt_proj, (const float *)w->dt_bias, w->A_neg, (const float *)w->D_skip, E, N,
+                         K, R, eps);
+        thin_product(d, PlainSource{a.g}, AddSink{g->res}, (const bf16 *)w->out_proj, S, D, E, 1);
+    }
+    thin_product(d, NormSource{g->res, (const float *)g->w.norm_f, c->norm_eps}, LogitSink{g->step_logits},
+                 (const bf16 *)g->w.head, S, c->V, D, 1);
+}
+
+template <class T> static void generation_step(Gpu *g) {
+    Generation *n = g->generation;
+    Device *d = &g->device;
+    const Config *c = &g->config;
+    likeliest_kernel<<<dim3(SLICES, (unsigned)n->S), 256, 0, d->stream>>>(n->how, n->sequences, g->step_logits,
+                                                                          n->allowed, n->scratch, n->slices, c->V);
+    sample_kernel<<<(unsigned)n->S, 1024, 0, d->stream>>>(n->how, n->sequences, n->slices, n->scratch, n->current,
+                                                          n->tokens, g->res, (const T *)g->w.embedding, n->S, c->V,
+                                                          c->D);
+    if (thin_fits(g, n->S)) {
+        thin_step(g, n->S);
+    } else {
+        network<T>(g, NULL, n->S, 1);
+        matmul(d, g->step_logits, (size_t)c->V, acts_of<T>(g).xn, (size_t)c->D, (const T *)g->w.head, n->S, c->V, c->D);
+    }
+    check_launch(d, "step");
+}
+
+// Prepares the generation of S sequences that go on from the first one's state: each with a random generator of its own,
+// `random` (S) numbers; recent: the last n_recent tokens as a ring (position modulo RECENT). 0, or -1 with a sentence.
+static int gpu_generate_start(Gpu *g, int S, const Sampling *how, const uint64_t *random, uint64_t position,
+                              const int32_t *recent, int n_recent, const unsigned char *allowed) {
+    const Config *c = &g->config;
+    Device *d = &g->device;
+    if (S > g->piece) return gpu_fail("%d sequences are too many: %d at the most", S, g->piece);
+    if ((S != g->S || S > 1) && gpu_sequences(g, S)) return -1;
+    if (!g->generation) {
+        Generation *n = g->generation = new Generation();
+        n->S = S;
+        n->how = (Sampling *)device_alloc(sizeof *n->how);
+        n->sequences = (Sequence *)device_alloc((size_t)S * sizeof *n->sequences);
+        n->allowed = (unsigned char *)device_alloc((size_t)c->V);
+        n->tokens = (int32_t *)device_alloc((size_t)GENERATE_MAX * S * sizeof *n->tokens);
+        n->slices = (Slice *)device_alloc((size_t)S * SLICES * sizeof(Slice));
+        n->current = (int32_t *)device_alloc((size_t)S * sizeof *n->current);
+        n->scratch = (float *)device_alloc((size_t)S * c->V * sizeof(float));
+        n->parts = (float *)device_alloc((size_t)K_SPLIT_MAX * S * (size_t)(c->R + 2 * c->N) * sizeof(float));
+        if (!n->how || !n->sequences || !n->allowed || !n->tokens || !n->slices || !n->current || !n->scratch ||
+            !n->parts) {
+            generation_free(g);
+            return -1;
+        }
+        cudaMemcpyAsync(n->allowed, allowed, (size_t)c->V, cudaMemcpyHostToDevice, d->stream);
+        cudaGraph_t graph = NULL;
+        cudaError_t error = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
+        if (error == cudaSuccess) {
+            if (g->bf16_compute) generation_step<bf16>(g);
+            else generation_step<float>(g);
+            error = cudaStreamEndCapture(d->stream, &graph);
+        }
+        if (error == cudaSuccess) error = cudaGraphInstantiate(&n->graph, graph, 0);
+        if (graph) cudaGraphDestroy(graph);
+        if (error != cudaSuccess)
+            return generation_free(g), gpu_fail("GPU: capturing a step: %s", cudaGetErrorString(error));
+    }
+    Generation *n = g->generation;
+    std::vector<Sequence> sequences((size_t)S);
+    for (int s = 0; s < S; s++) {
+        Sequence *q = &sequences[(size_t)s];
+        memset(q, 0, sizeof *q);
+        q->position = position, q->random = random[s], q->n_recent = n_recent;
+        memcpy(q->recent, recent, sizeof q->recent);
+    }
+    cudaMemcpyAsync(n->how, how, sizeof *how, cudaMemcpyHostToDevice, d->stream);
+    cudaMemcpyAsync(n->sequences, sequences.data(), (size_t)S * sizeof(Sequence), cudaMemcpyHostToDevice, d->stream);
+    return finish(d);
+}
+
+// Draws and reads `steps` tokens (at most GENERATE_MAX) for each sequence: ids (steps,S), -1 where logits were not finite.
+static int gpu_generate(Gpu *g, int32_t *ids, int steps) {
+    Generation *n = g->generation;
+    Device *d = &g->device;
+    cudaMemset2DAsync(&n->sequences->step, sizeof(Sequence), 0, sizeof n->sequences->step, (size_t)n->S, d->stream);
+    for (int i = 0; i < steps; i++)
+        if (cudaGraphLaunch(n->graph, d->stream) != cudaSuccess && !d->failed) d->failed = "a step";
+    cudaMemcpyAsync(ids, n->tokens, (size_t)steps * n->S * sizeof *ids, cudaMemcpyDeviceToHost, d->stream);
+    return finish(d);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 7 [train] Training: pass, AdamW
+// Master weights, gradients and the two moments are four float arenas laid out as the file is; matrices are read through a
+// copy in T, made again after every step. What a block's backward needs of its forward is kept, h as chunk starts only.
+
+struct GpuTrainer {
+    Device device;
+    Config config;
+    bool bf16_compute;
+    int B, L;
+    size_t floats;                                // of an arena
+    float *weights, *gradient, *moment, *moment2; // (floats)
+    void *compute;                                // (floats) T, the weights themselves where T is float
+    unsigned char *decays;                        // (floats / 16): weight decay applies
+    Weights w, d;                                 // pointers into compute or weights, into gradient
+    std::vector<TensorPlace> places;
+    std::vector<void *> memory;
+    char *arena;                        // activations
+    std::vector<float *> res;           // (B*L,D), n_layer + 1 of them
+    std::vector<BlockActs<float>> acts; // n_layer; their pointers are T's
+    float *d_res, *logits, *losses, *partial, *norms;
+    void *d_o, *d_xz, *d_u, *d_xdb, *d_delta, *d_g, *d_xn, *d_logits;
+    double *sum;
+    int32_t *ids, *targets, *order, *start, *token, *first;
+    char *scan;
+    int loss_rows;
+};
+
+enum { NORM_PARTS = 1024 };
+
+// Squares of x in NORM_PARTS parts, then their sum: norm[0] = its root, norm[1] = the factor that clipping leaves.
+__global__ void squares_kernel(float *parts, const float *x, size_t n) {
+    __shared__ float scratch[33];
+    float sum = 0;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
+        sum += x[i] * x[i];
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+__global__ void norm_kernel(float *norm, const float *parts, int n, float clip) {
+    __shared__ float scratch[33];
+    float sum = 0;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) sum += parts[i];
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) {
+        norm[0] = sqrtf(sum);
+        norm[1] = clip > 0 && norm[0] > clip ? clip / (norm[0] + 1e-6f) : 1;
+    }
+}
+
+// AdamW on all weights at once; nothing happens where the norm is not finite. The gradient is cleared.
+template <class T>
+__global__ void adamw_kernel(float *weights, T *compute, float *__restrict__ gradient, float *__restrict__ moment,
+                             float *__restrict__ moment2, const unsigned char *__restrict__ decays, const float *norm,
+                             size_t n, float rate, float beta1, float beta2, float epsilon, float keep, float root) {
+    if (!(norm[0] - norm[0] == 0)) return;
+    float scale = norm[1];
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+        float g = gradient[i] * scale, m = beta1 * moment[i] + (1 - beta1) * g,
+              v = beta2 * moment2[i] + (1 - beta2) * g * g;
+        float w = weights[i] * (decays[i / 16] ? keep : 1.0f) - rate * m / (sqrtf(v) * root + epsilon);
+        moment[i] = m, moment2[i] = v, weights[i] = w, gradient[i] = 0;
+        if ((void *)compute != (void *)weights) put(compute + i, w);
+    }
+}
+
+template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
+    const Config *c = &x->config;
+    size_t M = (size_t)x->B * x->L, D = (size_t)c->D, E = (size_t)c->E, P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V,
+           N = (size_t)c->N, t = sizeof(T), chunks = (size_t)x->B * ((x->L + SCAN_SAVE - 1) / SCAN_SAVE);
+    Arena a = {base, 0};
+    BlockActs<float> shared;
+    x->res.resize((size_t)c->n_layer + 1), x->acts.resize((size_t)c->n_layer);
+    a.take(shared.xn, M * D, t);
+    a.take(shared.mail, scan_forward_workspace(x->B, c->E, c->N) / sizeof *shared.mail);
+    for (int layer = 0; layer <= c->n_layer; layer++) {
+        a.take(x->res[(size_t)layer], M * D);
+        if (layer == c->n_layer) break;
+        BlockActs<float> *b = &x->acts[(size_t)layer];
+        *b = shared;
+        a.take(b->xz, M * 2 * E, t), a.take(b->u, M * E, t), a.take(b->xdb, M * P, t);
+        b->raw = NULL;
+        if (c->flags & FLAG_MIXER_NORM) a.take(b->raw, M * P, t);
+        a.take(b->delta, M * E, t), a.take(b->g, M * E, t), a.take(b->h_starts, chunks * N * E);
+    }
+    size_t conv_tiles = (size_t)x->B * ((x->L + CONV_BACK - 1) / CONV_BACK),
+           partial = conv_tiles * (size_t)(c->K + 1) * E;
+    partial += sum_rows_floats(conv_tiles, (size_t)(c->K + 1) * E);
+    partial = std::max(partial, sum_rows_floats(M, 2 * E));
+    partial = std::max(partial, (size_t)NORM_BLOCKS * NORM_WARPS * D + sum_rows_floats(NORM_BLOCKS * NORM_WARPS, D));
+    size_t pieces = M / EMBED_PIECE + std::min(M, V) + 1;
+    partial = std::max(partial, pieces * D);
+    x->loss_rows = (int)std::max((size_t)1, std::min(std::min((size_t)2048, M), (size_t)((size_t)1 << 27) / V));
+    a.take(x->d_res, M * D), a.take(x->logits, (size_t)x->loss_rows * V), a.take(x->losses, M);
+    a.take(x->partial, partial), a.take(x->norms, NORM_PARTS + 2), a.take(x->sum, 1);
+    a.take(x->d_o, M * D, t), a.take(x->d_xz, M * 2 * E, t), a.take(x->d_u, M * E, t), a.take(x->d_xdb, M * P, t);
+    a.take(x->d_delta, M * E, t), a.take(x->d_g, M * E, t), a.take(x->d_xn, M * D, t);
+    a.take(x->d_logits, (size_t)x->loss_rows * V, t);
+    a.take(x->ids, M), a.take(x->targets, M), a.take(x->order, M), a.take(x->start, pieces + 1),
+        a.take(x->token, pieces);
+    a.take(x->first, pieces + 1);
+    a.take(x->scan, scan_backward_workspace(x->B, x->L, c->E, c->N), 1);
+    return a.used;
+}
+
+static size_t trainer_bytes(GpuTrainer *x) {
+    return x->bf16_compute ? lay_out_trainer<bf16>(x, NULL) : lay_out_trainer<float>(x, NULL);
+}
+
+// Passes from now on have B sequences of L tokens. 0, or -1 with a sentence.
+static int gpu_trainer_resize(GpuTrainer *x, int B, int L) {
+    cudaStreamSynchronize(x->device.stream);
+    cudaFree(x->arena);
+    x->B = B, x->L = L;
+    if (!(x->arena = (char *)device_alloc(trainer_bytes(x)))) return -1;
+    if (x->bf16_compute) lay_out_trainer<bf16>(x, x->arena);
+    else lay_out_trainer<float>(x, x->arena);
+    cudaMemsetAsync(x->acts[0].mail, 0, scan_forward_workspace(B, x->config.E, x->config.N), x->device.stream);
+    return 0;
+}
+
+static void gpu_trainer_close(GpuTrainer *x) {
+    if (!x) return;
+    if (x->device.stream) cudaStreamSynchronize(x->device.stream);
+    for (void *p : x->memory) cudaFree(p);
+    cudaFree(x->arena);
+    device_close(&x->device);
+    delete x;
+}
+
+template <class T> __global__ void refresh_kernel(T *compute, const float *weights, size_t n) {
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
+        put(compute + i, weights[i]);
+}
+
+static void derive_all(GpuTrainer *x) {
+    for (const LayerWeights &w : x->w.layer) derive(&x->device, &x->config, &w);
+}
+
+// Weights and both moments (NULL: zeros) from host arenas of the model's layout. 0, or -1 with a sentence.
+static int gpu_trainer_set(GpuTrainer *x, const float *weights, const float *moment, const float *moment2) {
+    size_t bytes = x->floats * sizeof(float);
+    cudaStream_t stream = x->device.stream;
+    cudaMemcpyAsync(x->weights, weights, bytes, cudaMemcpyHostToDevice, stream);
+    if (moment) cudaMemcpyAsync(x->moment, moment, bytes, cudaMemcpyHostToDevice, stream);
+    else cudaMemsetAsync(x->moment, 0, bytes, stream);
+    if (moment2) cudaMemcpyAsync(x->moment2, moment2, bytes, cudaMemcpyHostToDevice, stream);
+    else cudaMemsetAsync(x->moment2, 0, bytes, stream);
+    cudaMemsetAsync(x->gradient, 0, bytes, stream);
+    if (x->bf16_compute) convert(&x->device, (bf16 *)x->compute, x->weights, x->floats);
+    derive_all(x);
+    return finish(&x->device);
+}
+
+// The same back to the host, and the gradient; NULL ones are left out.
+static int gpu_trainer_get(GpuTrainer *x, float *weights, float *moment, float *moment2, float *gradient) {
+    size_t bytes = x->floats * sizeof(float);
+    cudaStream_t stream = x->device.stream;
+    if (weights) cudaMemcpyAsync(weights, x->weights, bytes, cudaMemcpyDeviceToHost, stream);
+    if (moment) cudaMemcpyAsync(moment, x->moment, bytes, cudaMemcpyDeviceToHost, stream);
+    if (moment2) cudaMemcpyAsync(moment2, x->moment2, bytes, cudaMemcpyDeviceToHost, stream);
+    if (gradient) cudaMemcpyAsync(gradient, x->gradient, bytes, cudaMemcpyDeviceToHost, stream);
+    return finish(&x->device);
+}
+
+// A trainer of m's shape (its weights must be float32 and of one arena), B sequences of L tokens a pass; float32: products in
+// float32 instead of bf16. NULL with a sentence.
+static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int float32) {
+    GpuTrainer *x = new GpuTrainer();
+    const Config *c = &m->config;
+    x->config = *c, x->bf16_compute = !float32;
+    x->floats = m->tensors_bytes / sizeof(float);
+    size_t bytes = m->tensors_bytes, flags = x->floats / 16 + 1;
+    bool good = c->K <= 16 && device_open(&x->device) == 0;
+    if (c->K > 16) gpu_fail("training on the GPU needs d_conv of 16 or less, not %d: --cpu trains any", c->K);
+    auto take = [&](size_t n) -> void * {
+        void *p = good ? device_alloc(n) : NULL;
+        if (p) x->memory.push_back(p);
+        else good = false;
+        return p;
+    };
+    x->weights = (float *)take(bytes), x->gradient = (float *)take(bytes), x->moment = (float *)take(bytes);
+    x->moment2 = (float *)take(bytes), x->decays = (unsigned char *)take(flags);
+    x->compute = x->bf16_compute ? take(bytes / 2) : x->weights;
+    float *derived = (float *)take((size_t)c->n_layer * c->E * (size_t)(c->N + c->K) * sizeof(float));
+    if (!good) return gpu_trainer_close(x), (GpuTrainer *)NULL;
+    const float *host = (const float *)m->embedding.data;
+    std::vector<unsigned char> decays(flags, 0);
+    std::vector<TensorPlace> gradients = tensor_places(m, &x->d);
+    x->places = tensor_places(m, &x->w);
+    for (size_t i = 0; i < x->places.size(); i++) {
+        const TensorPlace &p = x->places[i];
+        size_t at = (size_t)((const float *)p.host->data - host), n = (size_t)p.host->rows * (size_t)p.host->cols;
+        *gradients[i].device = x->gradient + at;
+        *p.device = p.matrix && x->bf16_compute ? (void *)((bf16 *)x->compute + at) : (void *)(x->weights + at);
+        for (size_t k = at / 16; k < (at + n + 15) / 16; k++) decays[k] = p.decays;
+    }
+    if (c->flags & FLAG_TIED) x->w.head = x->w.embedding, x->d.head = x->d.embedding;
+    for (LayerWeights &w : x->w.layer) {
+        w.A_neg = derived, w.conv_t = derived + (size_t)c->E * c->N;
+        derived += (size_t)c->E * (size_t)(c->N + c->K);
+    }
+    cudaMemcpy(x->decays, decays.data(), flags, cudaMemcpyHostToDevice);
+    if (gpu_trainer_resize(x, B, L) == 0 && gpu_trainer_set(x, (const float *)m->weights, NULL, NULL) == 0) return x;
+    gpu_trainer_close(x);
+    return NULL;
+}
+
+template <class T> static BlockActs<T> trainer_acts(const GpuTrainer *x, int layer) {
+    const BlockActs<float> &a = x->acts[(size_t)layer];
+    return {(T *)a.xn, (T *)a.xz, (T *)a.u, (T *)a.xdb, (T *)a.raw, (T *)a.delta, (T *)a.g, a.h_starts, a.mail};
+}
+
+// d_x of rmsnorm over `rows`, d_weight (or NULL) added to.
+template <bool ADD, class T, class In, class Out>
+static void rmsnorm_backward(Device *d, Out *d_x, T *copy, float *d_weight, const T *d_out, size_t ld_d, const In *in,
+                             size_t ld, const float *weight, float eps, int rows, int cols, float *partial) {
+    unsigned blocks = std::min((unsigned)NORM_BLOCKS, blocks_for((size_t)rows, NORM_WARPS));
+    size_t parts = (size_t)blocks * NORM_WARPS;
+    auto kernel = cols <= 256    ? rmsnorm_backward_kernel<T, In, Out, ADD, 8>
+                  : cols <= 768  ? rmsnorm_backward_kernel<T, In, Out, ADD, 24>
+                  : cols <= 1024 ? rmsnorm_backward_kernel<T, In, Out, ADD, 32>
+                                 : rmsnorm_backward_kernel<T, In, Out, ADD, 0>;
+    kernel<<<blocks, 32 * NORM_WARPS, 0, d->stream>>>(d_x, copy, d_weight ? partial : NULL, d_out, ld_d, in, ld, weight,
+                                                      eps, rows, cols);
+    check_launch(d, "rmsnorm_backward");
+    sum_rows(d, d_weight, partial, (size_t)cols, (int)parts, cols, partial + parts * (size_t)cols);
+}
+
+__global__ void add_conv_kernel(float *d_conv, float *d_bias, const float *sums, int E, int K) { // sums (K+1,E)
+    int e = blockIdx.x * blockDim.x + threadIdx.x;
+    if (e >= E) return;
+    for (int k = 0; k < K; k++) d_conv[(size_t)e * K + k] += sums[(size_t)k * E + e];
+    if (d_bias) d_bias[e] += sums[(size_t)K * E + e];
+}
+
+template <class T>
+static void conv1d_silu_backward(GpuTrainer *x, T *d_xz, float *d_conv, float *d_bias, const T *d_u, const T *xz,
+                                 const LayerWeights *w) {
+    Device *d = &x->device;
+    int E = x->config.E, K = x->config.K, tiles = x->B * ((x->L + CONV_BACK - 1) / CONV_BACK);
+    int V = E % 2 == 0 && K <= 4 ? 2 : 1;
+    dim3 grid(blocks_for((size_t)E / V, 128), blocks_for((size_t)x->L, CONV_BACK), (unsigned)x->B);
+    auto kernel = K > 4    ? conv1d_silu_backward_kernel<T, 16, 1>
+                  : V == 2 ? conv1d_silu_backward_kernel<T, 4, 2>
+                           : conv1d_silu_backward_kernel<T, 4, 1>;
+    kernel<<<grid, 128, 0, d->stream>>>(d_xz, x->partial, d_u, xz, w->conv_t, (const float *)w->conv_bias, x->L, E, K);
+    size_t cols = (size_t)(K + 1) * E;
+    float *sums = x->partial + (size_t)tiles * cols; // of chunks, then, in the first row, of all
+    unsigned wide = blocks_for(cols, 128), chunks = blocks_for((size_t)tiles, SUM_CHUNK);
+    sum_rows_kernel<<<dim3(wide, chunks), 128, 0, d->stream>>>(sums, x->partial, cols, tiles, (int)cols, SUM_CHUNK,
+                                                               false);
+    sum_rows_kernel<<<dim3(wide, 1), 128, 0, d->stream>>>(x->partial, sums, cols, (int)chunks, (int)cols, (int)chunks,
+                                                          false);
+    add_conv_kernel<<<blocks_for((size_t)E, 128), 128, 0, d->stream>>>(d_conv, d_bias, x->partial, E, K);
+    check_launch(d, "conv1d_silu_backward");
+}
+
+// d_res, the gradient after the layer, and d_o, the same in T, become those before it; weights' gradients are added to.
+template <class T> static void block_backward(GpuTrainer *x, int layer) {
+    Device *d = &x->device;
+    const Config *c = &x->config;
+    const LayerWeights *w = &x->w.layer[(size_t)layer], *dw = &x->d.layer[(size_t)layer];
+    BlockActs<T> a = trainer_acts<T>(x, layer);
+    const float *res = x->res[(size_t)layer];
+    int D = c->D, E = c->E, N = c->N, R = c->R, P = R + 2 * N, rows = x->B * x->L;
+    size_t lE = (size_t)E, lP = (size_t)P, lD = (size_t)D;
+    T *d_o = (T *)x->d_o, *d_xz = (T *)x->d_xz, *d_u = (T *)x->d_u, *d_xdb = (T *)x->d_xdb, *d_delta = (T *)x->d_delta,
+      *d_g = (T *)x->d_g, *d_xn = (T *)x->d_xn;
+    sum_rows(d, (float *)dw->out_bias, x->d_res, lD, rows, D, x->partial);
+    matmul_d_x(d, d_g, lE, d_o, lD, (const T *)w->out_proj, rows, D, E);
+    matmul_d_W(d, (float *)dw->out_proj, d_o, lD, a.g, lE, rows, D, E);
+    ScanArgs<T> scan = scan_args(c, w, a, x->B, x->L);
+    ScanBackArgs<T> back = scan_back_args(scan, a.h_starts, (const T *)d_g, E, x->scan);
+    back.d_delta_raw = d_delta, back.d_u = d_u, back.d_z = d_xz + E, back.d_B_ssm = d_xdb + R,
+    back.d_C_ssm = d_xdb + R + N;
+    back.d_A_log = (float *)dw->A_log, back.d_D_skip = (float *)dw->D_skip, back.d_dt_bias = (float *)dw->dt_bias;
+    back.ld_d_delta = back.ld_d_u = E, back.ld_d_z = 2 * E, back.ld_d_B = back.ld_d_C = P;
+    check_cuda(d, scan_backward(back, d->stream), "backward scan");
+    matmul_d_x(d, d_xdb, lP, d_delta, lE, (const T *)w->dt_proj, rows, E, R);
+    matmul_d_W(d, (float *)dw->dt_proj, d_delta, lE, a.xdb, lP, rows, E, R);
+    if (c->flags & FLAG_MIXER_NORM)
+        for (int part = 0; part < 3; part++) {
+            int at = part ? R + (part - 1) * N : 0, n = part ? N : R;
+            rmsnorm_backward<false>(d, d_xdb + at, (T *)NULL, (float *)NULL, d_xdb + at, lP, a.raw + at, lP, NULL,
+                                    c->mixer_eps, rows, n, x->partial);
+        }
+    matmul_d_x(d, d_u, lE, d_xdb, lP, (const T *)w->x_proj, rows, P, E, true);
+    matmul_d_W(d, (float *)dw->x_proj, d_xdb, lP, a.u, lE, rows, P, E);
+    conv1d_silu_backward(x, d_xz, (float *)dw->conv, (float *)dw->conv_bias, d_u, a.xz, w);
+    sum_rows(d, (float *)dw->in_bias, d_xz, 2 * lE, rows, 2 * E, x->partial);
+    rmsnorm(d, a.xn, lD, res, lD, (const float *)w->norm, c->norm_eps, rows, D);
+    matmul_d_x(d, d_xn, lD, d_xz, 2 * lE, (const T *)w->in_proj, rows, 2 * E, D);
+    matmul_d_W(d, (float *)dw->in_proj, d_xz, 2 * lE, a.xn, lD, rows, 2 * E, D);
+    rmsnorm_backward<true>(d, x->d_res, d_o, (float *)dw->norm, d_xn, lD, res, lD, (const float *)w->norm, c->norm_eps,
+                           rows, D, x->partial);
+}
+
+// Adds the embedding's gradient: rows ordered by token on the host, which needs no more than the ids.
+static void embed_backward(GpuTrainer *x, const int32_t *ids) {
+    Device *d = &x->device;
+    int rows = x->B * x->L, V = x->config.V, D = x->config.D;
+    std::vector<int32_t> count((size_t)V + 1, 0), order((size_t)rows), start, token, first;
+    for (int r = 0; r < rows; r++) count[(size_t)ids[r] + 1]++;
+    for (int v = 0; v < V; v++) {
+        int n = count[(size_t)v + 1], at = count[(size_t)v];
+        if (n) token.push_back(v), first.push_back((int32_t)start.size());
+        for (int i = 0; i < n; i += EMBED_PIECE) start.push_back(at + i);
+        count[(size_t)v + 1] += at;
+    }
+    first.push_back((int32_t)start.size()), start.push_back(rows);
+    for (int r = 0; r < rows; r++) order[(size_t)count[(size_t)ids[r]]++] = r;
+    auto upload = [&](int32_t *to, const std::vector<int32_t> &from) { // from pageable memory: copied before it returns
+        cudaMemcpyAsync(to, from.data(), from.size() * sizeof(int32_t), cudaMemcpyHostToDevice, d->stream);
+    };
+    upload(x->order, order), upload(x->start, start), upload(x->token, token), upload(x->first, first);
+    embed_pieces_kernel<<<(unsigned)start.size() - 1, 128, 0, d->stream>>>(x->partial, x->d_res, x->order, x->start, D);
+    embed_add_kernel<<<(unsigned)token.size(), 128, 0, d->stream>>>((float *)x->d.embedding, x->partial, x->token,
+                                                                    x->first, D);
+    check_launch(d, "embed_backward");
+}
+
+template <class T>
+static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets, float weight, bool backward,
+                      double *sum) {
+    Device *d = &x->device;
+    const Config *c = &x->config;
+    int rows = x->B * x->L, D = c->D, V = c->V;
+    size_t lD = (size_t)D, lV = (size_t)V;
+    cudaMemcpyAsync(x->ids, ids, (size_t)rows * sizeof *ids, cudaMemcpyHostToDevice, d->stream);
+    cudaMemcpyAsync(x->targets, targets, (size_t)rows * sizeof *ids, cudaMemcpyHostToDevice, d->stream);
+    cudaMemsetAsync(x->sum, 0, sizeof *x->sum, d->stream);
+    embed_kernel<<<(unsigned)rows, 128, 0, d->stream>>>(x->res[0], x->ids, (const T *)x->w.embedding, D);
+    for (int layer = 0; layer < c->n_layer; layer++) {
+        float *next = x->res[(size_t)layer + 1];
+        cudaMemcpyAsync(next, x->res[(size_t)layer], (size_t)rows * D * sizeof(float), cudaMemcpyDeviceToDevice,
+                        d->stream);
+        block(d, c, &x->w.layer[(size_t)layer], trainer_acts<T>(x, layer), next, x->B, x->L, (float *)NULL,
+              (float *)NULL);
+    }
+    const float *last = x->res[(size_t)c->n_layer];
+    T *xn = trainer_acts<T>(x, 0).xn, *d_xn = (T *)x->d_xn, *d_logits = (T *)x->d_logits;
+    rmsnorm(d, xn, lD, last, lD, (const float *)x->w.norm_f, c->norm_eps, rows, D);
+    for (int t = 0; t < rows; t += x->loss_rows) { // so many rows of logits exist at a time
+        int n = std::min(x->loss_rows, rows - t);
+        matmul(d, x->logits, lV, xn + (size_t)t * D, lD, (const T *)x->w.head, n, V, D);
+        cross_entropy_kernel<<<(unsigned)n, 512, 0, d->stream>>>(x->losses + t, backward ? d_logits : (T *)NULL,
+                                                                 x->logits, x->targets + t, weight, V);
+        if (!backward) continue;
+        matmul_d_x(d, d_xn + (size_t)t * D, lD, d_logits, lV, (const T *)x->w.head, n, V, D);
+        matmul_d_W(d, (float *)x->d.head, d_logits, lV, xn + (size_t)t * D, lD, n, V, D);
+    }
+    sum_losses_kernel<<<1, 256, 0, d->stream>>>(x->sum, x->losses, rows);
+    check_launch(d, "cross_entropy");
+    if (backward) {
+        rmsnorm_backward<false>(d, x->d_res, (T *)x->d_o, (float *)x->d.norm_f, d_xn, lD, last, lD,
+                                (const float *)x->w.norm_f, c->norm_eps, rows, D, x->partial);
+        for (int layer = c->n_layer - 1; layer >= 0; layer--) block_backward<T>(x, layer);
+        embed_backward(x, ids);
+    }
+    cudaMemcpyAsync(sum, x->sum, sizeof *sum, cudaMemcpyDeviceToHost, d->stream);
+    return finish(d);
+}
+
+// As mamba_train_pass: *sum gets the sum of the losses. 0, or -1 with a sentence.
+static int gpu_train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets, float weight, int backward,
+                          double *sum) {
+    return x->bf16_compute ? train_pass<bf16>(x, ids, targets, weight, backward != 0, sum)
+                           : train_pass<float>(x, ids, targets, weight, backward != 0, sum);
+}
+
+static float gradient_norm(GpuTrainer *x, const float *from, size_t n, float clip) {
+    Device *d = &x->device;
+    float norm = 0;
+    squares_kernel<<<NORM_PARTS, 256, 0, d->stream>>>(x->norms + 2, from, n);
+    norm_kernel<<<1, 1024, 0, d->stream>>>(x->norms, x->norms + 2, NORM_PARTS, clip);
+    check_launch(d, "norm");
+    cudaMemcpyAsync(&norm, x->norms, sizeof norm, cudaMemcpyDeviceToHost, d->stream);
+    return finish(d) ? NAN : norm;
+}
+
+// As mamba_train_step, for step number `step` (from 1): *norm gets the gradient's length. 0, or -1 with the name of the first
+// tensor whose gradient is not finite, the weights untouched.
+static int gpu_train_step(GpuTrainer *x, const AdamW *how, uint64_t step, double *norm) {
+    Device *d = &x->device;
+    *norm = gradient_norm(x, x->gradient, x->floats, how->clip);
+    if (!(*norm - *norm == 0)) {
+        const float *host = (const float *)x->places[0].host->data;
+        for (const TensorPlace &p : x->places) {
+            size_t n = (size_t)p.host->rows * (size_t)p.host->cols;
+            float part = gradient_norm(x, x->gradient + ((const float *)p.host->data - host), n, 0);
+            if (part - part == 0) continue;
+            if (p.layer < 0)
+                return gpu_fail("step %llu: the gradient of %s is not finite", (unsigned long long)step, p.name);
+            return gpu_fail("step %llu: the gradient of layer %d %s is not finite", (unsigned long long)step, p.layer,
+                            p.name);
+        }
+        return gpu_fail("step %llu: the norm of the gradient overflows", (unsigned long long)step);
+    }
+    double unbias = 1 - pow(how->beta1, (double)step), unbias2 = 1 - pow(how->beta2, (double)step);
+    float rate = (float)(how->rate / unbias), root = (float)(1 / sqrt(unbias2)), keep = 1 - how->rate * how->decay;
+    unsigned blocks = (unsigned)d->processors * 8;
+    if (x->bf16_compute)
+        adamw_kernel<<<blocks, 256, 0, d->stream>>>(x->weights, (bf16 *)x->compute, x->gradient, x->moment, x->moment2,
+                                                    x->decays, x->norms, x->floats, rate, how->beta1, how->beta2,
+                                                    how->epsilon, keep, root);
+    else
+        adamw_kernel<<<blocks, 256, 0, d->stream>>>(x->weights, x->weights, x->gradient, x->moment, x->moment2,
+                                                    x->decays, x->norms, x->floats, rate, how->beta1, how->beta2,
+                                                    how->epsilon, keep, root);
+    check_launch(d, "adamw");
+    derive_all(x);
+    return finish(d);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 8 What mamba.c calls
+
+// The machine's ceilings: bytes read and written a second by a copy, operations a second of a bf16 product (either NULL: not
+// asked), device memory in use by everybody, the GPU's name. 0, or -1 with a sentence.
+static int gpu_measure(double *copy_bytes, double *flops, double *used_bytes, char name[256]) {
+    cudaDeviceProp properties;
+    size_t free_bytes = 0, total = 0;
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaGetDeviceProperties(&properties, device) != cudaSuccess)
+        return gpu_fail("no GPU can be used: --cpu runs on the processor");
+    snprintf(name, 256, "%s", properties.name);
+    cudaMemGetInfo(&free_bytes, &total);
+    *used_bytes = (double)(total - free_bytes);
+    if (!copy_bytes) return 0;
+    enum { SIZE = 8192, ROUNDS = 10 };
+    const size_t bytes = (size_t)1 << 30, elements = (size_t)SIZE * SIZE;
+    Device d;
+    char *buffer = NULL;
+    cudaEvent_t event[3];
+    float milliseconds[2] = {1, 1};
+    if (device_open(&d) || !(buffer = (char *)device_alloc(2 * bytes))) return -1;
+    bf16 *a = (bf16 *)buffer, *b = a + elements, *c = b + elements;
+    for (cudaEvent_t &e : event) cudaEventCreate(&e);
+    random_kernel<<<1024, 256, 0, d.stream>>>((bf16 *)buffer, bytes, 1, -1.0f, 1.0f);
+    for (int round = -1; round < ROUNDS; round++) {
+        if (round == 0) cudaEventRecord(event[0], d.stream);
+        cudaMemcpyAsync(buffer + bytes, buffer, bytes, cudaMemcpyDeviceToDevice, d.stream);
+    }
+    cudaEventRecord(event[1], d.stream);
+    for (int round = -1; round < ROUNDS; round++) {
+        if (round == 0) cudaEventRecord(event[1], d.stream);
+        if (round == -1)
+            cudaEventRecord(event[2], d.stream), cudaStreamSynchronize(d.stream),
+                cudaEventElapsedTime(&milliseconds[0], event[0], event[1]);
+        matmul(&d, c, (size_t)SIZE, a, (size_t)SIZE, b, SIZE, SIZE, SIZE);
+    }
+    cudaEventRecord(event[2], d.stream);
+    int result = finish(&d);
+    cudaEventElapsedTime(&milliseconds[1], event[1], event[2]);
+    *copy_bytes = 2.0 * (double)bytes * ROUNDS / milliseconds[0] * 1e3;
+    *flops = 2.0 * SIZE * (double)elements * ROUNDS / milliseconds[1] * 1e3;
+    for (cudaEvent_t &e : event) cudaEventDestroy(e);
+    cudaFree(buffer);
+    device_close(&d);
+    return result;
+}
+
+template <class T> static int time_scan(int B, int E, int L, int N, int repeats, double seconds[4]) {
+    Device d;
+    size_t rows = (size_t)B * L, cells = rows * E, NE = (size_t)N * E, P = 2 * (size_t)N;
+    bool backward = (double)cells < 3e9; // its memory
+    T *x = NULL, *out = NULL, *gradients = NULL;
+    float *constants = NULL, *h_starts = NULL;
+    char *scratch = NULL;
+    if (device_open(&d)) return -1;
+    size_t chunks = (size_t)B * ((L + SCAN_SAVE - 1) / SCAN_SAVE), constant_floats = 2 * NE + 4 * (size_t)E;
+    size_t mail = (scan_forward_workspace(B, E, N) + 255) / 256 * 256,
+           bytes = mail + (backward ? scan_backward_workspace(B, L, E, N) : 0);
+    x = (T *)device_alloc((3 * cells + rows * P) * sizeof(T)), out = (T *)device_alloc(cells * sizeof(T));
+    constants = (float *)device_alloc(constant_floats * sizeof(float));
+    scratch = (char *)device_alloc(bytes + 256);
+    if (backward) {
+        gradients = (T *)device_alloc((4 * cells + rows * P) * sizeof(T));
+        h_starts = (float *)device_alloc(chunks * NE * sizeof(float));
+    }
+    int result = x && out && constants && scratch && (!backward || (gradients && h_starts)) ? 0 : -1;
+    if (result == 0) {
+        T *delta = x, *u = x + cells, *z = u + cells, *BC = z + cells;
+        float *A_neg = constants, *D_skip = constants + NE, *dt_bias = D_skip + E, *d_A = dt_bias + E, *d_D = d_A + NE,
+              *d_bias = d_D + E;
+        random_kernel<<<1024, 256, 0, d.stream>>>(x, 3 * cells + rows * P, 1, -1.0f, 1.0f);
+        random_kernel<<<1024, 256, 0, d.stream>>>(A_neg, NE, 2, -(float)N, -0.5f);
+        random_kernel<<<64, 256, 0, d.stream>>>(D_skip, (size_t)E, 3, 0.5f, 1.5f);
+        random_kernel<<<64, 256, 0, d.stream>>>(dt_bias, (size_t)E, 4, -6.0f, -2.0f);
+        cudaMemsetAsync(scratch, 0, bytes + 256, d.stream);
+        cudaMemsetAsync(d_A, 0, (NE + 2 * (size_t)E) * sizeof(float), d.stream);
+        if (backward) random_kernel<<<1024, 256, 0, d.stream>>>(gradients, cells, 5, -1.0f, 1.0f);
+        ScanArgs<T> scan = {};
+        scan.out = out, scan.delta_raw = delta, scan.u = u, scan.z = z, scan.B_ssm = BC, scan.C_ssm = BC + N;
+        scan.A_neg = A_neg, scan.D_skip = D_skip, scan.dt_bias = dt_bias, scan.h_starts = h_starts;
+        scan.ld_out = scan.ld_delta = scan.ld_u = scan.ld_z = E, scan.ld_B = scan.ld_C = 2 * N;
+        scan.B = B, scan.L = L, scan.E = E, scan.N = N, scan.mail = (uint64_t *)scratch;
+        ScanBackArgs<T> back = scan_back_args(scan, h_starts, (const T *)gradients, E, scratch + mail);
+        back.d_delta_raw = gradients + cells, back.d_u = back.d_delta_raw + cells, back.d_z = back.d_u + cells;
+        back.d_B_ssm = back.d_z + cells, back.d_C_ssm = back.d_B_ssm + N;
+        back.d_A_log = d_A, back.d_D_skip = d_D, back.d_dt_bias = d_bias;
+        back.ld_d_delta = back.ld_d_u = back.ld_d_z = E, back.ld_d_B = back.ld_d_C = 2 * N;
+        cudaEvent_t event[2];
+        for (cudaEvent_t &e : event) cudaEventCreate(&e);
+        for (int what = 0; what < 3 && result == 0; what++) { // forward, backward, copy
+            std::vector<float> time;
+            seconds[what] = 0;
+            if (what == 1 && !backward) continue;
+            for (int round = -2; round < repeats && result == 0; round++) {
+                cudaEventRecord(event[0], d.stream);
+                if (what == 0) check_cuda(&d, scan_forward(scan, d.stream), "scan");
+                if (what == 1) check_cuda(&d, scan_backward(back, d.stream), "backward scan");
+                if (what == 2)
+                    cudaMemcpyAsync(x, x + 2 * cells, cells * sizeof(T), cudaMemcpyDeviceToDevice, d.stream),
+                        cudaMemcpyAsync(out, x + cells, cells * sizeof(T), cudaMemcpyDeviceToDevice, d.stream);
+                cudaEventRecord(event[1], d.stream);
+                result = finish(&d);
+                float milliseconds = 0;
+                cudaEventElapsedTime(&milliseconds, event[0], event[1]);
+                if (round >= 0) time.push_back(milliseconds);
+            }
+            std::sort(time.begin(), time.end());
+            if (!time.empty()) seconds[what] = time[time.size() / 2] * 1e-3;
+        }
+        for (cudaEvent_t &e : event) cudaEventDestroy(e);
+    }
+    cudaFree(x), cudaFree(out), cudaFree(constants), cudaFree(scratch), cudaFree(gradients), cudaFree(h_starts);
+    device_close(&d);
+    return result;
+}
+
+// Medians of the scan's forward, its backward (0 where memory is short), and a copy of as many bytes as the forward reads and
+// writes, on random inputs. 0, or -1 with a sentence.
+static int gpu_time_scan(int B, int E, int L, int N, int float32, int repeats, double seconds[4]) {
+    return float32 ? time_scan<float>(B, E, L, N, repeats, seconds) : time_scan<bf16>(B, E, L, N, repeats, seconds);
+}
+
+extern "C" const GpuBackend mamba_gpu = {
+    gpu_error,          gpu_open,        gpu_close,      gpu_set_state,    gpu_get_state,     gpu_prefill,
+    gpu_generate_start, gpu_generate,    GENERATE_MAX,   gpu_trainer_open, gpu_trainer_close, gpu_trainer_resize,
+    gpu_trainer_set,    gpu_trainer_get, gpu_train_pass, gpu_train_step,   gpu_measure,       gpu_time_scan};
