@@ -3646,6 +3646,10 @@ static double held_out_loss(Training *t) {
 static double learning_rate(const TrainOptions *o, uint64_t step) { // of step 1, 2, ...
     if (step <= (uint64_t)o->warmup) return o->rate * (double)step / (double)o->warmup;
     if (!strcmp(o->schedule, "constant")) return o->rate;
+    if (!strcmp(o->schedule, "wsd")) { // warm-up, stable, decay: a straight line down over the last fifth
+        double left = 5 * (1 - (double)step / (double)o->steps);
+        return o->min_rate + (o->rate - o->min_rate) * fmin(left, 1);
+    }
     double along = (double)(step - (uint64_t)o->warmup) / (double)(o->steps > o->warmup ? o->steps - o->warmup : 1);
     return o->min_rate + (o->rate - o->min_rate) * 0.5 * (1 + cos(3.141592653589793 * fmin(along, 1)));
 }
@@ -3942,7 +3946,8 @@ static int command_train(int argc, char **argv) {
          &o.grow_from, 0, 1 << 24},
         {"--lr", "X", "peak learning rate", OPT_REAL, &o.rate, 0, 10},
         {"--min-lr", "X", "learning rate at the end", OPT_REAL, &o.min_rate, 0, 10},
-        {"--schedule", "S", "cosine or constant, after the warm-up", OPT_TEXT, &o.schedule, 0, 0},
+        {"--schedule", "S", "after the warm-up: cosine, constant, or wsd, constant and in the last fifth a line down",
+         OPT_TEXT, &o.schedule, 0, 0},
         {"--warmup", "N", "steps of linear warm-up", OPT_INT, &o.warmup, 0, 1e9},
         {"--decay", "X", "weight decay of matrices", OPT_REAL, &o.decay, 0, 10},
         {"--clip", "X", "largest norm of the gradient; 0: off", OPT_REAL, &o.clip, 0, 1e9},
@@ -3968,8 +3973,8 @@ static int command_train(int argc, char **argv) {
     while (grown && grown < o.length) grown *= 2;
     if (grown && grown != o.length)
         return fail("--length %ld is not --grow-from %ld doubled some times", o.length, o.grow_from);
-    if (strcmp(o.schedule, "cosine") && strcmp(o.schedule, "constant"))
-        return fail("--schedule needs cosine or constant, not '%s'", o.schedule);
+    if (strcmp(o.schedule, "cosine") && strcmp(o.schedule, "constant") && strcmp(o.schedule, "wsd"))
+        return fail("--schedule needs cosine, constant or wsd, not '%s'", o.schedule);
     Task task;
     if (parse_task(o.task_name, &task)) return -1;
     long shortest = o.grow_from ? o.grow_from : o.length;
