@@ -110,6 +110,8 @@ fails "a first length too short" "--grow-from" -o x.bin --task copying --length 
 fails "accumulate does not divide" "--accumulate" -o x.bin --data text --batch 3 --accumulate 2
 fails "a pass too large" "--accumulate" -o x.bin --data text --batch 65536 --length 16000000
 fails "an unknown schedule" "--schedule" -o x.bin --data text --schedule linear
+"$mamba" train -o wsd.bin --data text --steps 10 --batch 1 --length 20 --d-model 8 --layers 1 --warmup 2 --lr 1e-2 --min-lr 1e-3 --schedule wsd 2> err
+[ "$(cut -d, -f6 wsd.bin.csv | sed 1d | tr "\n" " ")" = "0.005 0.01 0.01 0.01 0.01 0.01 0.01 0.01 0.0055 0.001 " ] && ok "warm-up, stable, decay" || bad "warm-up, stable, decay" "$(cut -d, -f6 wsd.bin.csv | tr "\n" " ")"
 fails "an unwritable folder" "no/such" -o no/such/x.bin --data text --steps 1
 fails "resume without a checkpoint" "x.bin.train" -o x.bin $small --resume
 cp part.bin.train y.bin.train
