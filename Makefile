@@ -67,7 +67,7 @@ tests/test_all: test_all.c $(SOURCES) .flags $(GPU_OBJECT)
 	$(CC) $(FLAGS) $(GPU_FLAGS) test_all.c -o $@ $(GPU_LIBS) -lm
 
 mamba_cuda.o: mamba_cuda.cu mamba.c .flags
-	$(NVCC) -O3 -std=c++17 -arch=$(CUDA_ARCH) -Xcompiler -Wall,-Wextra -c mamba_cuda.cu -o $@
+	$(NVCC) -O3 -std=c++17 -arch=$(CUDA_ARCH) -Xcompiler -Wall,-Wextra $(NVCCFLAGS) -c mamba_cuda.cu -o $@
 
 cuda:                        ## build ./mamba with the GPU backend; needs nvcc, CUDA_ARCH=sm_90 ... without a GPU
 	$(MAKE) all CUDA=1
