@@ -1551,8 +1551,10 @@ typedef struct Acts {
     float *res, *xn, *xz, *u, *xdb, *delta, *y, *packed, *carry, *logits; // logits (LOGIT_ROWS, V), for evaluation
     float *probs;                                                         // (V) and
     int32_t *order;                                                       // (V): the sampler's scratch
-    Gpu *gpu;                                                             // NULL: everything runs on the processor
-    State *held;                                                          // the state that the GPU holds
+    float *selection; // (piece) or NULL: gets the mean of delta over the channels of selection_layer, -1: of all layers
+    int selection_layer;
+    Gpu *gpu;    // NULL: everything runs on the processor
+    State *held; // the state that the GPU holds
 } Acts;
 
 static size_t activation_row_floats(const Config *c) { // floats a token in the arrays of Acts, without packed
@@ -1634,6 +1636,16 @@ Acts *mamba_acts_new(const Model *m, int threads) {
     return a;
 }
 
+// out_t += mean over e of delta_te, divided by `parts`
+static void add_row_means(float *out, const float *delta, int parts, int L, int E) {
+#pragma omp for
+    for (int t = 0; t < L; t++) {
+        double sum = 0;
+        for (int e = 0; e < E; e++) sum += (double)delta[(size_t)t * E + e];
+        out[t] += (float)(sum / E / parts);
+    }
+}
+
 // Layer `layer` applied to L tokens whose residual stream is a->res; conv and h are this layer's part of the state.
 static void block(const Model *m, int layer, State *s, Acts *a, int L) {
     const Config *c = &m->config;
@@ -1654,6 +1666,8 @@ static void block(const Model *m, int layer, State *s, Acts *a, int L) {
     }
     matmul(a->delta, dt_low, (size_t)P, &w->dt_proj, NULL, L, a->packed);
     softplus_bias(a->delta, f32(&w->dt_bias), L, E);
+    if (a->selection && (a->selection_layer < 0 || a->selection_layer == layer))
+        add_row_means(a->selection, a->delta, a->selection_layer < 0 ? c->n_layer : 1, L, E);
     if (L == 1) scan_step(a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm, f32(&w->D_skip), E, N);
     else
         scan_parallel(a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm, (size_t)P, f32(&w->D_skip), L, E, N,
@@ -2633,7 +2647,8 @@ typedef struct {
     long n, top_k, seed, threads;
     double temperature, top_p, min_p, repeat_penalty;
     TextList stop;
-    bool ignore_eos, no_echo, clock_seed;
+    bool ignore_eos, no_echo, clock_seed, show_selection;
+    long layer;
 } GenerateOptions;
 
 // The text on its way to stdout: what might be the start of a stop string is held back until it is clear that it is not.
@@ -2828,15 +2843,73 @@ static void print_report(const Session *x, const Report *r) {
     fprintf(stderr, "\n");
 }
 
+// --- show-selection: the text, each token in the colour of its mean delta: how far the model lets it into its state
+
+static const int HEAT[] = {234, 237, 240, 60,  61,
+                           97,  133, 169, 205, 211}; // of the 256 terminal colours, dark to bright
+
+static void print_selected(const Model *m, int32_t id, float delta, double lowest, double highest, bool colours) {
+    size_t bytes = 0;
+    bool known = m->tokenizer && tokenizer_has(m->tokenizer, id);
+    const unsigned char *text = known ? tokenizer_token(m->tokenizer, id, &bytes) : NULL;
+    double along = highest > lowest ? (log(fmax((double)delta, 1e-30)) - lowest) / (highest - lowest) : 0.5;
+    int shade = (int)fmin(along * COUNT(HEAT), COUNT(HEAT) - 1);
+    if (colours) printf("\033[48;5;%d;38;5;%dm", HEAT[shade], shade < 6 ? 255 : 16);
+    else printf("%d\t%.6g\t", id, (double)delta);
+    for (size_t i = 0; i < bytes; i++) { // control characters are shown, not obeyed
+        if (text[i] == '\n') printf("\\n");
+        else if (text[i] == '\\' && !colours) printf("\\\\");
+        else if (text[i] < ' ' || text[i] == 127) printf("\\x%02x", text[i]);
+        else putchar(text[i]);
+    }
+    if (colours) printf("\033[0m%s", bytes && text[bytes - 1] == '\n' ? "\n" : "");
+    else printf("\n");
+}
+
+// Reads ids and prints each by its delta: coloured on a terminal, else a line of id, delta, text.
+static int show_selection(Session *x, const int32_t *ids, size_t n, long layer) {
+    const Model *m = x->model;
+    size_t piece = (size_t)x->acts->piece;
+    double lowest = INFINITY, highest = -INFINITY; // logarithms
+    bool colours = false;
+#ifdef MAMBA_POSIX
+    colours = isatty(STDOUT_FILENO);
+#endif
+    if (layer >= m->config.n_layer)
+        return fail("--layer %ld: the model has layers 0 to %d", layer, m->config.n_layer - 1);
+    if (n == 0) return fail("--show-selection needs a prompt");
+    float *delta = calloc(n + piece, sizeof *delta);
+    if (!delta) return fail("out of memory: %zu tokens", n);
+    x->acts->selection_layer = (int)layer;
+    int result = 0;
+    for (size_t done = 0; done < n && result == 0; done += piece) {
+        x->acts->selection = delta + done;
+        result = mamba_prefill(m, x->acts, x->state, ids + done, n - done < piece ? n - done : piece, NULL, NULL);
+    }
+    x->acts->selection = NULL;
+    for (size_t t = 0; t < n; t++) {
+        double log_delta = log(fmax((double)delta[t], 1e-30));
+        lowest = fmin(lowest, log_delta), highest = fmax(highest, log_delta);
+    }
+    for (size_t t = 0; t < n && result == 0; t++) print_selected(m, ids[t], delta[t], lowest, highest, colours);
+    if (result == 0 && colours) {
+        printf("\nmean delta %s: %.3g ", layer < 0 ? "of all layers" : "of the layer", exp(lowest));
+        for (int i = 0; i < COUNT(HEAT); i++) printf("\033[48;5;%dm  ", HEAT[i]);
+        printf("\033[0m %.3g, logarithmic\n", exp(highest));
+    }
+    free(delta);
+    return result;
+}
+
 // One prompt: echo it (unless told otherwise), read it, write, save. owned: malloc'd memory that holds the text, or NULL; freed.
 static int generate_once(Session *x, const GenerateOptions *o, const char *text, size_t bytes, char *owned) {
     Report report = {.seed = o->clock_seed && o->temperature > 0 && o->n ? o->seed : -1};
     int32_t *ids = NULL, start = start_token(&x->model->config);
     size_t n = 0;
     int result = bytes && mamba_encode(x->model, text, bytes, &ids, &n) ? fail_in("prompt") : 0;
-    if (result == 0 && n == 0 && x->state->position == 0 && start < 0)
+    if (result == 0 && n == 0 && x->state->position == 0 && start < 0 && !o->show_selection)
         result = fail("this model has no end-of-text token to start from: give a prompt");
-    if (result == 0 && o->n != 0) {
+    if (result == 0 && o->n != 0 && !o->show_selection) {
         unsigned char cut[4]; // a character that the loaded state left unfinished ends where a new text begins
         size_t n_cut = bytes ? utf8_flush(&x->state->pending, cut) : 0;
         fwrite(cut, 1, n_cut, stdout);
@@ -2846,6 +2919,11 @@ static int generate_once(Session *x, const GenerateOptions *o, const char *text,
         x->state->pending.n = 0;
     }
     free(owned); // a long prompt does not stay in memory beside its tokens
+    if (o->show_selection) {
+        if (result == 0) result = show_selection(x, ids, n, o->layer);
+        free(ids);
+        return result;
+    }
     if (result == 0 && n) result = read_prompt(x, ids, n, &report);
     else if (result == 0 && x->state->position == 0) result = read_prompt(x, &start, 1, &report);
     free(ids);
@@ -2992,7 +3070,8 @@ static const char GENERATE_USAGE[] =
     "  mamba info | tokenize | eval | logits | train | bench --help\n";
 
 static int command_generate(int argc, char **argv) {
-    GenerateOptions o = {.n = 256, .seed = LONG_MIN, .temperature = 0.8, .top_p = 0.95, .repeat_penalty = 1};
+    GenerateOptions o = {
+        .n = 256, .seed = LONG_MIN, .temperature = 0.8, .top_p = 0.95, .repeat_penalty = 1, .layer = -1};
     o.threads = default_threads();
     const Option options[] = {
         {"-n", "N", "tokens to write; -1: no limit, 0: only read the prompt", OPT_INT, &o.n, -1, 1e15},
@@ -3005,6 +3084,9 @@ static int command_generate(int argc, char **argv) {
         {"--stop", "STRING", "end before this text would be written; up to 16 times", OPT_LIST, &o.stop, 0, 0},
         {"--ignore-eos", "", "write on after end-of-text", OPT_SWITCH, &o.ignore_eos, 0, 0},
         {"--no-echo", "", "do not repeat the prompt on stdout", OPT_SWITCH, &o.no_echo, 0, 0},
+        {"--show-selection", "", "write nothing: show the prompt, each token by the mean of its step size delta",
+         OPT_SWITCH, &o.show_selection, 0, 0},
+        {"--layer", "N", "the layer whose delta is shown, from 0; -1: the mean of all", OPT_INT, &o.layer, -1, 65535},
         BACKEND_OPTIONS,
         {"-T", "N", "threads; the result does not depend on it", OPT_INT, &o.threads, 1, 1024},
         {"--save-state", "FILE", "save the state at the end, also after Ctrl-C", OPT_TEXT, &o.save, 0, 0},
@@ -3018,6 +3100,8 @@ static int command_generate(int argc, char **argv) {
     int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
     if (n < 0) return -1;
     if (n == 0) return fail("a model.bin is needed");
+    if (o.show_selection && n == 1) return fail("--show-selection needs a prompt");
+    if (o.show_selection) backend.cpu = true; // delta is seen there
     Session x;
     if (session_open(&x, rest[0], o.threads)) return -1;
     int result = o.load ? mamba_state_load(x.model, x.state, o.load) : 0;

@@ -115,6 +115,27 @@ for command in "" info tokenize eval logits bench; do
 done
 
 # --- errors
+# --- show-selection: a line a token; all layers' mean is the mean of each layer's
+text="One day a small dog
+ran away"
+"$mamba" $model "$text" --show-selection > "$dir/all" 2> "$dir/err" || bad "show-selection" "$(cat "$dir/err")"
+"$mamba" tokenize $model - <<EOF > "$dir/ids"
+$text
+EOF
+cut -f1 "$dir/all" > "$dir/shown"
+sed '$d' "$dir/ids" > "$dir/wanted" # the here-document ends in a newline, the prompt does not
+same_file "a line a token" "$dir/shown" "$dir/wanted"
+layers=$("$mamba" info $model | sed -n 's/.*n_layer \([0-9]*\).*/\1/p')
+i=0
+while [ $i -lt "${layers:-0}" ]; do
+    "$mamba" $model "$text" --show-selection --layer $i | cut -f2 > "$dir/layer$i"
+    i=$((i + 1))
+done
+cut -f2 "$dir/all" | paste - "$dir"/layer[0-9]* | awk '{ s = 0; for (i = 2; i <= NF; i++) s += $i; d = s / (NF - 1) / $1 - 1; if (d > 1e-4 || d < -1e-4 || NF < 3) bad = 1 } END { exit bad || !NR }' &&
+    ok "the mean of all layers" || bad "the mean of all layers"
+fails "no such layer" "--layer" $model "x" --show-selection --layer 99
+fails "nothing to show" "needs a prompt" $model --show-selection
+
 fails "no such model" "no-such-model" no-such-model "x"
 fails "unknown option" "--frobnicate" $model "x" --frobnicate
 fails "missing value" "-n" $model "x" -n
