@@ -107,6 +107,7 @@ struct Arena {
 enum { CUBLAS_WORKSPACE = 32 << 20 };
 
 static int device_open(Device *d) {
+    memset(d, 0, sizeof *d);
     int n = 0;
     cudaError_t error = cudaGetDeviceCount(&n);
     if (error != cudaSuccess || n == 0) {
@@ -121,7 +122,6 @@ static int device_open(Device *d) {
         return gpu_fail("this build has no code for this GPU (%s): make cuda CUDA_ARCH=..., or --cpu",
                         cudaGetErrorString(error));
     }
-    memset(d, 0, sizeof *d);
     d->hopper = attributes.ptxVersion >= 90;
     int device = 0;
     cudaGetDevice(&device);
@@ -695,7 +695,7 @@ template <typename T> struct ScanArgs {
     const float *A_neg, *D_skip, *dt_bias, *h0;   // (N,E), (E), (E), (B,N,E) or NULL: zeros
     int ld_out, ld_delta, ld_u, ld_z, ld_B, ld_C; // elements from a row to the next
     int B, L, E, N;
-    uint64_t *mail; // scan_forward_workspace() bytes, zero before the first launch; every launch leaves them zero
+    uint64_t *mail; // scan_forward_workspace() bytes
 };
 
 #define LOG2E 1.44269504f
@@ -1182,8 +1182,8 @@ cudaError_t scan_relay_launch(const ScanArgs<T> &p, cudaStream_t stream) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Few channels: time is cut into tiles, tiles into pieces. The blocks of a tile come before those of the next in the grid, and
-// blocks start in that order, so the block that a block waits for always runs or is done. N is a run-time size; states
+// Few channels: time is cut into tiles, tiles into pieces. Tickets give the blocks of a tile before those of the next, so the
+// block that a block waits for always runs or is done. N is a run-time size; states
 // are staged NB at a time.
 
 struct Yes {
@@ -1202,7 +1202,11 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p) {
     float *first = (float *)(join + 2 * W * 32); // [2][32] state before the tile
     T *zs = (T *)(first + 2 * 32);               // [TILE][32], each thread its own
     const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, groups = (p.E + 31) / 32, L = p.L, E = p.E, N = p.N;
-    const int tile = blockIdx.x / (p.B * groups), in_tile = blockIdx.x % (p.B * groups), b = in_tile / groups;
+    __shared__ unsigned
+        ticket; // the order in which blocks really start: whoever a tile waits for has started before it
+    if (threadIdx.x == 0) ticket = atomicAdd((unsigned *)(p.mail + 2 * (size_t)p.B * N * E), 1u);
+    __syncthreads();
+    const int tile = ticket / (p.B * groups), in_tile = ticket % (p.B * groups), b = in_tile / groups;
     const int e_true = in_tile % groups * 32 + lane, tile_t = tile * TILE, t0 = tile_t + w * K;
     const bool live = e_true < E, last_tile = tile_t + TILE >= L;
     const int e = live ? e_true : E - 1;
@@ -1273,14 +1277,12 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p) {
         if (w == 0) {
             float before = 0.f;
             if (tile == 0 && p.h0) before = p.h0[at];
-            if (tile > 0) {
+            if (tile > 0 && live) {
                 for (int polls = 0; (uint32_t)(mail >> 32) != (uint32_t)tile; polls++) {
                     mail = mail_read(box);
                     give_up_after(polls);
                 }
                 before = __uint_as_float((uint32_t)mail);
-                if (last_tile && live)
-                    mail_write(p.mail + at, 0), mail_write(p.mail + half + at, 0); // read for the last time
             }
             first[turn * 32 + lane] = before;
         }
@@ -1367,11 +1369,16 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p) {
     }
 }
 
+// Bytes of p.mail: two words for each state, and a ticket. Their content between launches does not matter.
+static size_t scan_forward_workspace(int B, int E, int N) { return sizeof(uint64_t) * (2 * (size_t)B * N * E + 1); }
+
 template <typename T, int K, int W, int MINB>
 static cudaError_t scan_tiles_launch(const ScanArgs<T> &p, cudaStream_t stream) {
     constexpr int bytes = (2 * 16 * (K * W + 4) + 16 * 32 + 2 * 32) * 4 + 2 * W * 32 * 8 + K * W * 32 * (int)sizeof(T);
     auto kernel = scan_tiles<T, K, W, MINB>;
     cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (err != cudaSuccess) return err;
+    err = cudaMemsetAsync(p.mail, 0, scan_forward_workspace(p.B, p.E, p.N), stream);
     if (err != cudaSuccess) return err;
     size_t blocks = (size_t)p.B * ((p.E + 31) / 32) * ((p.L + K * W - 1) / (K * W));
     kernel<<<(unsigned)blocks, 32 * W, bytes, stream>>>(p);
@@ -1383,7 +1390,6 @@ static cudaError_t scan_tiles_launch(const ScanArgs<T> &p, cudaStream_t stream) 
 // channels a lane does a block of 64 in 0.9 of the time of two blocks of 32, but its blocks spread less evenly: 192 over 132
 // multiprocessors are two for some, where 384 of 32 channels are three. Shape, alignment and machine alone decide, so every
 // run gives the same bits.
-static size_t scan_forward_workspace(int B, int E, int N) { return 2 * sizeof(uint64_t) * B * N * E; }
 
 template <typename T> static cudaError_t scan_forward(const ScanArgs<T> &p, cudaStream_t stream) {
     int device, sms;
@@ -1722,7 +1728,10 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
             if (tile + 1 < tiles) {
                 const int *later = flag + 1;
                 if (lane == 0)
-                    for (int polls = 0; load_acquire(later) <= n0 / BACK_STATES; polls++) give_up_after(polls);
+                    for (int polls = 0; load_acquire(later) <= n0 / BACK_STATES; polls++) {
+                        give_up_after(polls);
+                        __nanosleep(64);
+                    }
                 __syncwarp();
             }
 #pragma unroll
@@ -1997,7 +2006,7 @@ static void derive(Device *d, const Config *c, const LayerWeights *w) {
 template <class T> struct BlockActs {
     T *xn, *xz, *u, *xdb, *raw, *delta, *g; // as in the glossary; raw: xdb before FalconMamba's norms, or NULL
     float *h_starts;                        // or NULL
-    uint64_t *mail;                         // workspace of the scan, zero between launches
+    uint64_t *mail;                         // workspace of the scan
 };
 
 template <class T> static ScanArgs<T> scan_args(const Config *c, const LayerWeights *w, BlockActs<T> a, int B, int L) {
@@ -2136,7 +2145,6 @@ static Gpu *gpu_open(const Model *m, int float32) {
         (arena = (char *)gpu_take(g, g->bf16_compute ? lay_out_acts<bf16>(g, NULL) : lay_out_acts<float>(g, NULL)))) {
         if (g->bf16_compute) lay_out_acts<bf16>(g, arena);
         else lay_out_acts<float>(g, arena);
-        cudaMemsetAsync(g->acts.mail, 0, scan_forward_workspace(1, c->E, c->N), g->device.stream);
         if (gpu_sequences(g, 1) == 0) return g;
     }
     gpu_close(g);
@@ -2760,7 +2768,6 @@ static int gpu_generate_start(Gpu *g, int S, const Sampling *how, const uint64_t
             generation_free(g);
             return -1;
         }
-        cudaMemcpyAsync(n->allowed, allowed, (size_t)c->V, cudaMemcpyHostToDevice, d->stream);
         cudaGraph_t graph = NULL;
         cudaError_t error = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
         if (error == cudaSuccess) {
@@ -2770,6 +2777,7 @@ static int gpu_generate_start(Gpu *g, int S, const Sampling *how, const uint64_t
         }
         if (error == cudaSuccess) error = cudaGraphInstantiate(&n->graph, graph, 0);
         if (graph) cudaGraphDestroy(graph);
+        if (error != cudaSuccess) cudaGetLastError(), d->failed = NULL;
         if (error != cudaSuccess)
             return generation_free(g), gpu_fail("GPU: capturing a step: %s", cudaGetErrorString(error));
     }
@@ -2781,6 +2789,7 @@ static int gpu_generate_start(Gpu *g, int S, const Sampling *how, const uint64_t
         q->position = position, q->random = random[s], q->n_recent = n_recent;
         memcpy(q->recent, recent, sizeof q->recent);
     }
+    cudaMemcpyAsync(n->allowed, allowed, (size_t)c->V, cudaMemcpyHostToDevice, d->stream);
     cudaMemcpyAsync(n->how, how, sizeof *how, cudaMemcpyHostToDevice, d->stream);
     cudaMemcpyAsync(n->sequences, sequences.data(), (size_t)S * sizeof(Sequence), cudaMemcpyHostToDevice, d->stream);
     return finish(d);
@@ -2910,11 +2919,11 @@ static size_t trainer_bytes(GpuTrainer *x) {
 static int gpu_trainer_resize(GpuTrainer *x, int B, int L) {
     cudaStreamSynchronize(x->device.stream);
     cudaFree(x->arena);
+    x->arena = NULL;
     x->B = B, x->L = L;
     if (!(x->arena = (char *)device_alloc(trainer_bytes(x)))) return -1;
     if (x->bf16_compute) lay_out_trainer<bf16>(x, x->arena);
     else lay_out_trainer<float>(x, x->arena);
-    cudaMemsetAsync(x->acts[0].mail, 0, scan_forward_workspace(B, x->config.E, x->config.N), x->device.stream);
     return 0;
 }
 
@@ -3164,30 +3173,35 @@ static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets,
 // As mamba_train_pass: *sum gets the sum of the losses. 0, or -1 with a sentence.
 static int gpu_train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets, float weight, int backward,
                           double *sum) {
+    if (!x->arena) return gpu_fail("the trainer has no memory for a pass");
     return x->bf16_compute ? train_pass<bf16>(x, ids, targets, weight, backward != 0, sum)
                            : train_pass<float>(x, ids, targets, weight, backward != 0, sum);
 }
 
-static float gradient_norm(GpuTrainer *x, const float *from, size_t n, float clip) {
+// *norm: the length of n numbers; norms[1] on the device: what clipping leaves. 0, or -1 with a sentence.
+static int gradient_norm(GpuTrainer *x, const float *from, size_t n, float clip, float *norm) {
     Device *d = &x->device;
-    float norm = 0;
     squares_kernel<<<NORM_PARTS, 256, 0, d->stream>>>(x->norms + 2, from, n);
     norm_kernel<<<1, 1024, 0, d->stream>>>(x->norms, x->norms + 2, NORM_PARTS, clip);
     check_launch(d, "norm");
-    cudaMemcpyAsync(&norm, x->norms, sizeof norm, cudaMemcpyDeviceToHost, d->stream);
-    return finish(d) ? NAN : norm;
+    cudaMemcpyAsync(norm, x->norms, sizeof *norm, cudaMemcpyDeviceToHost, d->stream);
+    return finish(d);
 }
 
 // As mamba_train_step, for step number `step` (from 1): *norm gets the gradient's length. 0, or -1 with the name of the first
 // tensor whose gradient is not finite, the weights untouched.
 static int gpu_train_step(GpuTrainer *x, const AdamW *how, uint64_t step, double *norm) {
     Device *d = &x->device;
-    *norm = gradient_norm(x, x->gradient, x->floats, how->clip);
+    float length = 0;
+    if (!x->arena) return gpu_fail("the trainer has no memory for a pass");
+    if (gradient_norm(x, x->gradient, x->floats, how->clip, &length)) return -1;
+    *norm = length;
     if (!(*norm - *norm == 0)) {
         const float *host = (const float *)x->places[0].host->data;
         for (const TensorPlace &p : x->places) {
             size_t n = (size_t)p.host->rows * (size_t)p.host->cols;
-            float part = gradient_norm(x, x->gradient + ((const float *)p.host->data - host), n, 0);
+            float part = 0;
+            if (gradient_norm(x, x->gradient + ((const float *)p.host->data - host), n, 0, &part)) return -1;
             if (part - part == 0) continue;
             if (p.layer < 0)
                 return gpu_fail("step %llu: the gradient of %s is not finite", (unsigned long long)step, p.name);
@@ -3233,7 +3247,7 @@ static int gpu_measure(double *copy_bytes, double *flops, double *used_bytes, ch
     char *buffer = NULL;
     cudaEvent_t event[3];
     float milliseconds[2] = {1, 1};
-    if (device_open(&d) || !(buffer = (char *)device_alloc(2 * bytes))) return -1;
+    if (device_open(&d) || !(buffer = (char *)device_alloc(2 * bytes))) return device_close(&d), -1;
     bf16 *a = (bf16 *)buffer, *b = a + elements, *c = b + elements;
     for (cudaEvent_t &e : event) cudaEventCreate(&e);
     random_kernel<<<1024, 256, 0, d.stream>>>((bf16 *)buffer, bytes, 1, -1.0f, 1.0f);
@@ -3267,7 +3281,7 @@ template <class T> static int time_scan(int B, int E, int L, int N, int repeats,
     T *x = NULL, *out = NULL, *gradients = NULL;
     float *constants = NULL, *h_starts = NULL;
     char *scratch = NULL;
-    if (device_open(&d)) return -1;
+    if (device_open(&d)) return device_close(&d), -1;
     size_t chunks = (size_t)B * ((L + SCAN_SAVE - 1) / SCAN_SAVE), constant_floats = 2 * NE + 4 * (size_t)E;
     size_t mail = (scan_forward_workspace(B, E, N) + 255) / 256 * 256,
            bytes = mail + (backward ? scan_backward_workspace(B, L, E, N) : 0);
