@@ -1701,6 +1701,58 @@ static void check_gpu_generation(const char *path, bool float32) {
     mamba_acts_free(cpu), mamba_acts_free(gpu), mamba_free(m);
 }
 
+// The step of S sequences in bf16, kernels of its own (step_kernel) where shapes allow: after 20 greedy tokens every sequence has
+// the same ones, and the first one's logits, h and window are those of the CPU for these tokens.
+static const struct {
+    const char *name;
+    Config config;
+} STEP_SHAPES[] = {
+    {"step", SHAPE(64, 3, 100, 128, 16, 4, 8, FLAG_TIED | FLAG_CONV_BIAS)},
+    {"step, 8 states, falcon", SHAPE(96, 2, 333, 192, 8, 2, 16, FLAG_MIXER_NORM)},
+    {"step, 1048 channels", SHAPE(40, 2, 77, 1048, 4, 3, 24, FLAG_TIED)},
+    {"step, of the 130M model's width", SHAPE(768, 2, 1000, 1536, 16, 4, 48, FLAG_TIED | FLAG_CONV_BIAS)},
+    {"step, of the 2.8B model's width", SHAPE(2560, 1, 301, 5120, 16, 4, 160, FLAG_CONV_BIAS)},
+    {"step, odd", SHAPE(36, 2, 90, 75, 5, 3, 3, FLAG_CONV_BIAS)},
+};
+
+static void check_gpu_step(const char *label, const Config *shape, int S) {
+    enum { STEPS = 20, PROMPT = 9 };
+    Config c = *shape;
+    c.type = BF16;
+    Model *m = mamba_random_model(&c, 21);
+    Acts *cpu = mamba_acts_new(m, 1), *gpu = gpu_acts(m, false);
+    State *s = mamba_state_new(m), *g = mamba_state_new(m), *got = mamba_state_new(m);
+    const Sampling greedy = {.temperature = 0, .top_p = 1, .repeat_penalty = 1};
+    size_t V = (size_t)c.V, layers = (size_t)c.n_layer * (size_t)c.E;
+    int32_t *prompt = random_ids(PROMPT, c.V), *ids = malloc((size_t)(STEPS * S) * sizeof *ids);
+    unsigned char *allowed = malloc(V);
+    uint64_t *random = calloc((size_t)S, sizeof *random);
+    char name[160];
+    memset(allowed, 1, V);
+    mamba_prefill(m, cpu, s, prompt, PROMPT, NULL, NULL);
+    if (mamba_prefill(m, gpu, g, prompt, PROMPT, NULL, NULL)) printf("FAIL prefill %s\n", error_text), n_failed++;
+    GPU->generate_start(gpu->gpu, S, &greedy, random, PROMPT, g->recent, g->n_recent, allowed);
+    if (GPU->generate(gpu->gpu, ids, STEPS)) printf("FAIL generate %s\n", GPU->error()), n_failed++;
+    GPU->get_state(gpu->gpu, got->conv, got->h, got->logits);
+    int same = 0;
+    for (int i = 0; i < STEPS; i++) {
+        for (int q = 0; q < S; q++) same += ids[i * S + q] == ids[i * S];
+        mamba_step(m, cpu, s, ids[i * S]);
+    }
+    snprintf(name, sizeof name, "%s, %d sequences: the same tokens", label, S);
+    report(same == STEPS * S, name, "%d of %d", same, STEPS * S);
+    snprintf(name, sizeof name, "%s, %d sequences: logits", label, S);
+    check_floats(name, got->logits, s->logits, V, 3e-2);
+    snprintf(name, sizeof name, "%s, %d sequences: h", label, S);
+    check_floats(name, got->h, s->h, layers * (size_t)c.N, 3e-2);
+    snprintf(name, sizeof name, "%s, %d sequences: window", label, S);
+    check_floats(name, got->conv, s->conv, layers * (size_t)(c.K - 1), 3e-2);
+    free(prompt), free(ids), free(allowed), free(random);
+    mamba_state_free(s), mamba_state_free(g), mamba_state_free(got);
+    gpu->held = NULL, g->ahead = NULL;
+    mamba_acts_free(cpu), mamba_acts_free(gpu), mamba_free(m);
+}
+
 // The sampler's draws against the probabilities that mamba.c's own rules leave: 4096 first tokens of one state.
 static void check_gpu_draws(const char *name, const Model *m, Acts *cpu, State *s, Sampling how) {
     enum { S = 4096 };
@@ -1762,6 +1814,11 @@ static void test_cuda(void) {
         check_gpu_generation(models[i], true);
     }
     check_gpu_generation("models/tales.bin", false);
+    for (int i = 0; i < COUNT(STEP_SHAPES); i++) {
+        const int sequences[] = {1, 2, 3, 16, 17, 64};
+        for (int k = 0; k < COUNT(sequences); k++)
+            check_gpu_step(STEP_SHAPES[i].name, &STEP_SHAPES[i].config, sequences[k]);
+    }
     check_gpu_training(&GPU_SHAPES[0].config, true, 1e-4);
     check_gpu_training(&GPU_SHAPES[0].config, false, 1e-2);
     check_gpu_training(&GPU_SHAPES[1].config, true, 1e-4);
