@@ -3527,7 +3527,7 @@ static int command_logits(int argc, char **argv) {
 // --- [train] train
 
 typedef struct {
-    const char *out, *from, *tokenizer, *task_name, *log, *schedule;
+    const char *out, *from, *tokenizer, *task_name, *log, *schedule, *held_out_data;
     TextList data;
     long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, grow_from, warmup, seed,
         save_every, eval_every, threads;
@@ -3824,25 +3824,38 @@ static int train_loop(Training *t, const char *checkpoint) {
     return result;
 }
 
-// The text of all --data files as tokens.
+// Adds the text of a file to the data, as tokens. 0, or -1 after fail().
+static int append_tokens(Training *t, const Tokenizer *tokenizer, const char *path) {
+    size_t bytes, n = 0;
+    int32_t *ids = NULL, *all;
+    char *text = read_text(path, &bytes);
+    if (!text) return -1;
+    int bad = tokenizer_encode(tokenizer, text, bytes, &ids, &n);
+    free(text);
+    if (bad) return fail_in(path);
+    if (!(all = realloc(t->data, (t->n_data + n + 1) * sizeof *all)))
+        return free(ids), fail("out of memory: %zu tokens", t->n_data + n);
+    t->data = all;
+    memcpy(all + t->n_data, ids, n * sizeof *all);
+    t->n_data += n;
+    free(ids);
+    return 0;
+}
+
+// All --data files one after another, then what is held out: the end of that, or a file of its own.
 static int read_data(Training *t, const Tokenizer *tokenizer) {
     const TrainOptions *o = t->o;
-    for (int i = 0; i < o->data.n; i++) {
-        size_t bytes, n = 0;
-        int32_t *ids = NULL, *all;
-        char *text = read_text(o->data.item[i], &bytes);
-        if (!text) return -1;
-        int bad = tokenizer_encode(tokenizer, text, bytes, &ids, &n);
-        free(text);
-        if (bad) return fail_in(o->data.item[i]);
-        if (!(all = realloc(t->data, (t->n_data + n + 1) * sizeof *all)))
-            return free(ids), fail("out of memory: %zu tokens", t->n_data + n);
-        t->data = all;
-        memcpy(all + t->n_data, ids, n * sizeof *all);
-        t->n_data += n;
-        free(ids);
-    }
+    for (int i = 0; i < o->data.n; i++)
+        if (append_tokens(t, tokenizer, o->data.item[i])) return -1;
     t->n_held = (size_t)((double)t->n_data * o->held_out);
+    if (o->held_out_data) {
+        size_t before = t->n_data;
+        if (append_tokens(t, tokenizer, o->held_out_data)) return -1;
+        t->n_held = t->n_data - before;
+        if (t->n_held < (size_t)o->length + 1)
+            return fail("--held-out-data %s has %zu tokens, one window needs %ld: a longer file or a smaller --length",
+                        o->held_out_data, t->n_held, o->length + 1);
+    }
     if (t->n_data - t->n_held < (size_t)o->length + 2)
         return fail("the data has %zu tokens to train on, one window needs %ld: more --data or a smaller --length",
                     t->n_data - t->n_held, o->length + 2);
@@ -4037,6 +4050,8 @@ static int command_train(int argc, char **argv) {
         {"--clip", "X", "largest norm of the gradient; 0: off", OPT_REAL, &o.clip, 0, 1e9},
         {"--beta2", "X", "of AdamW", OPT_REAL, &o.beta2, 0, 0.999999},
         {"--held-out", "X", "share of the data, at its end, that is never trained on", OPT_REAL, &o.held_out, 0, 0.9},
+        {"--held-out-data", "FILE", "text to hold out instead: all of --data is trained on", OPT_TEXT,
+         &o.held_out_data, 0, 0},
         {"--eval-every", "N", "steps between held-out losses", OPT_INT, &o.eval_every, 1, 1e9},
         {"--save-every", "N", "steps between checkpoints", OPT_INT, &o.save_every, 1, 1e9},
         {"--log", "FILE", "CSV log; by default out.bin.csv", OPT_TEXT, &o.log, 0, 0},
@@ -4050,6 +4065,11 @@ static int command_train(int argc, char **argv) {
     if (n < 0) return -1;
     if (!o.out) return fail("train needs -o FILE, the model to write");
     if ((o.data.n > 0) == (o.task_name != NULL)) return fail("train needs either --data or --task");
+    if (o.held_out_data && (o.task_name || o.held_out != 0.1))
+        return fail("--held-out-data does not go with %s", o.task_name ? "--task" : "--held-out");
+    for (int i = 0; o.held_out_data && i < o.data.n; i++)
+        if (!strcmp(o.held_out_data, o.data.item[i]))
+            return fail("--held-out-data %s is trained on: it is --data too", o.held_out_data);
     if (o.batch % o.accumulate) return fail("--batch %ld is not a multiple of --accumulate %ld", o.batch, o.accumulate);
     if ((double)(o.batch / o.accumulate) * (double)o.length > 1 << 28)
         return fail("--batch and --length make a pass of more than %d tokens: raise --accumulate", 1 << 28);

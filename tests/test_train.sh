@@ -59,6 +59,22 @@ same_file "a run interrupted and resumed" part.bin whole.bin
 cut -d, -f1,4,5 part.bin.csv > a.csv; cut -d, -f1,4,5 whole.bin.csv > b.csv
 same_file "its log is that of the whole run" a.csv b.csv
 
+# --- a held-out file: a run on the rest of the text is, to the bit, the run that holds out as much at its end
+bytes=$(wc -c < text) held=$(($(wc -c < text) / 10))
+head -c $((bytes - held)) text > learnt; tail -c $held text > held
+apart="--data learnt --held-out-data held ${small#--data text}"
+"$mamba" train -o apart.bin $apart 2> err || bad "a held-out file" "$(cat err)"
+same_file "a held-out file" apart.bin whole.bin
+cut -d, -f1,4,5 apart.bin.csv > a.csv
+same_file "its held-out losses are those of the same text held out at the end" a.csv b.csv
+head -c 1000 text > other
+fails "resume with another held-out file" "another run" -o apart.bin --data learnt --held-out-data other ${small#--data text} --resume
+fails "a held-out file that is trained on" "is trained on" -o x.bin --data text --data held --held-out-data held
+fails "a held-out file too short for a window" "--held-out-data other" -o x.bin --data learnt --held-out-data other --length 1000
+fails "no such held-out file" "no-such" -o x.bin --data text --held-out-data no-such
+fails "a held-out file and a share" "--held-out" -o x.bin --data learnt --held-out-data held --held-out 0.2
+fails "a held-out file of a task" "--task" -o x.bin --task copying --held-out-data held
+
 grown="--task induction --steps 24 --batch 2 --length 64 --grow-from 8 --d-model 16 --layers 1 --save-every 5 --eval-every 8"
 "$mamba" train -o grown.bin $grown -T 1 2> err || bad "a growing length" "$(cat err)"
 "$mamba" train -o cut.bin $grown 2> err &
