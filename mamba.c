@@ -3327,17 +3327,23 @@ static void evaluate(void *context, const float *logits) {
     if (ev->each) printf("%.6f\n", nll);
 }
 
-static int evaluate_ids(Session *x, const int32_t *ids, size_t n, bool each) {
+// With `context` tokens at a time, each from a new state, or all in one.
+static int evaluate_ids(Session *x, const int32_t *ids, size_t n, size_t context, bool each) {
     if (n < 2) return fail("the text has %zu token(s); there is something to predict from 2 on", n);
-    Evaluation ev = {.ids = ids, .n = n, .V = x->model->config.V, .each = each};
-    size_t bytes = 0, length = 0;
-    for (size_t i = 1; i < n; i++) tokenizer_token(x->model->tokenizer, ids[i], &length), bytes += length;
+    Evaluation ev = {.V = x->model->config.V, .each = each};
+    size_t bytes = 0, length = 0, predicted = 0;
     double start = seconds();
-    if (mamba_prefill(x->model, x->acts, x->state, ids, n, evaluate, &ev)) return -1;
-    double nll = ev.sum / (double)(n - 1);
+    for (size_t from = 0; n - from > 1; from += ev.n) { // a last token alone has nothing to be predicted from
+        ev.ids = ids + from, ev.t = 0, ev.n = context && context < n - from ? context : n - from;
+        for (size_t i = 1; i < ev.n; i++) tokenizer_token(x->model->tokenizer, ev.ids[i], &length), bytes += length;
+        if (from) mamba_state_reset(x->model, x->state);
+        if (mamba_prefill(x->model, x->acts, x->state, ev.ids, ev.n, evaluate, &ev)) return -1;
+        predicted += ev.n - 1;
+    }
+    double nll = ev.sum / (double)predicted;
     if (nll != nll) return fail("the likelihood is not a number: the weights are damaged (try info --verify)");
     FILE *f = each ? stderr : stdout;
-    fprintf(f, "tokens         %zu (%zu predicted)\n", n, n - 1);
+    fprintf(f, "tokens         %zu (%zu predicted)\n", n, predicted);
     fprintf(f, "mean_nll       %.6f nats/token\n", nll);
     fprintf(f, "perplexity     %.6g\n", exp(nll));
     fprintf(f, "bits_per_byte  %.6f\n", bytes ? ev.sum / log(2) / (double)bytes : 0);
@@ -3395,7 +3401,7 @@ static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64
 
 static int command_eval(int argc, char **argv) {
     bool each = false;
-    long threads = default_threads(), length = 256, samples = 0, seed = 1;
+    long threads = default_threads(), length = 256, samples = 0, seed = 1, context = 0;
     const char *task_name = NULL;
     const Option options[] = {
         {"--task", "T", "accuracy on induction or copying instead of a text", OPT_TEXT, &task_name, 0, 0},
@@ -3405,6 +3411,8 @@ static int command_eval(int argc, char **argv) {
         {"-s", "SEED", "of the task's sequences, which are never those of training", OPT_INT, &seed, 0, 9e15},
         {"--each", "", "one negative log-likelihood a line on stdout, from the second token on; the summary on stderr",
          OPT_SWITCH, &each, 0, 0},
+        {"--context", "N", "cut the text into pieces of N tokens, each from a new state, its first not predicted; 0: one piece",
+         OPT_INT, &context, 0, 1 << 30},
         BACKEND_OPTIONS,
         {"-T", "N", "threads; the result does not depend on it", OPT_INT, &threads, 1, 1024},
     };
@@ -3414,6 +3422,8 @@ static int command_eval(int argc, char **argv) {
     Task task;
     if (n_rest < 0 || parse_task(task_name, &task)) return -1;
     if (n_rest != (task ? 1 : 2)) return fail("eval needs a model.bin and a text file, or --task");
+    if (context == 1) return fail("--context 1 leaves nothing to predict: at least 2");
+    if (task && context) return fail("--context does not go with --task");
     if (task && length < task_shortest(task))
         return fail("--length %ld is too short for --task %s: at least %d", length, task_name, task_shortest(task));
     Session x;
@@ -3428,7 +3438,7 @@ static int command_eval(int argc, char **argv) {
     int32_t *ids = NULL;
     char *text = read_text(rest[1], &bytes);
     int result = text ? 0 : -1;
-    if (text && (mamba_encode(x.model, text, bytes, &ids, &n) || evaluate_ids(&x, ids, n, each)))
+    if (text && (mamba_encode(x.model, text, bytes, &ids, &n) || evaluate_ids(&x, ids, n, (size_t)context, each)))
         result = fail_in(rest[1]);
     free(text);
     free(ids);

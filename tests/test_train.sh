@@ -11,6 +11,7 @@ passed=0 failed=0
 
 ok()   { passed=$((passed + 1)); echo "ok   $1"; }
 bad()  { failed=$((failed + 1)); echo "FAIL $1"; [ -z "$2" ] || printf '     %s\n' "$2"; }
+same() { if [ "$2" = "$3" ]; then ok "$1"; else bad "$1" "got [$2], want [$3]"; fi; }
 same_file() { if cmp -s "$2" "$3"; then ok "$1"; else bad "$1" "$2 and $3 differ"; fi; }
 fails() { # fails NAME WORD ARGUMENTS of train
     name=$1 word=$2
@@ -42,6 +43,13 @@ awk -v a="$(loss acc.bin.csv)" -v b="$(loss whole.bin.csv)" 'BEGIN { d = a - b; 
 "$mamba" info whole.bin --verify > /dev/null 2> err && ok "info --verify of what was trained" || bad "info --verify of what was trained" "$(cat err)"
 "$mamba" whole.bin "The " -n 5 -t 0 > out 2> err && ok "it writes" || bad "it writes" "$(cat err)"
 "$mamba" eval whole.bin text > out 2> err && ok "it can be evaluated" || bad "it can be evaluated" "$(cat err)"
+head -c 2501 text > long; head -c 1000 text > p1; head -c 2000 text | tail -c 1000 > p2; tail -c +2001 long > p3 # a token is a byte
+for p in p1 p2 p3; do "$mamba" eval whole.bin $p --each 2> /dev/null; done > a.each
+"$mamba" eval whole.bin long --context 1000 --each > b.each 2> err && same_file "eval --context is eval of each piece" b.each a.each || bad "eval --context" "$(cat err)"
+head -c 2001 text > long # the last byte alone is not predicted
+same "its counts" "$("$mamba" eval whole.bin long --context 1000 2> /dev/null | sed -n 1p)" "tokens         2001 (1998 predicted)"
+"$mamba" eval whole.bin long --context 1 > out 2> err && bad "--context 1" "it succeeded" || ok "--context 1 is refused"
+"$mamba" eval whole.bin --task copying --length 50 --context 40 > out 2> err && bad "--context with --task" "it succeeded" || ok "--context with --task is refused"
 first=$(sed -n 2p whole.bin.csv | cut -d, -f4)
 awk -v a="$first" -v b="$(loss whole.bin.csv)" 'BEGIN { exit !(b < a - 0.5 && a < 6) }' && ok "the loss falls: $first to $(loss whole.bin.csv)" || bad "the loss falls" "$first to $(loss whole.bin.csv)"
 
