@@ -10,9 +10,9 @@ uniform distribution over the bytes that stand in the training file:
 
   p_k(s | c) = (n(c s) + alpha_k p_{k-1}(s | c without its first)) / (n(c) + alpha_k)
 
-alpha_k is the weight, in counts, of the order below: of the powers of 2, the one that predicts the last tenth of the
-training file best from the first nine; then everything is counted again over all of it. So the file that is
-measured has no say in anything. Its first K bytes, K the largest order, are only context, for every order.
+alpha_k is the weight, in counts, of the order below: of the powers of 2, the one that predicts a tenth of the training
+file best (every tenth of 1000 pieces, for a file may change on the way) from the rest; then everything is counted again
+over all of it. So the file that is measured has no say in anything. Its first K bytes, K the largest order, are only context, for every order.
 """
 import argparse
 import csv
@@ -68,9 +68,9 @@ def bits(p):
 
 
 def fit(train, order, A):
-    """The alphas, each for the best prediction of the last tenth."""
-    cut = len(train) * 9 // 10
-    known, asked = train[:cut], train[cut:]
+    """The alphas, each for the best prediction of the tenth that is not counted."""
+    tenth = np.arange(len(train)) * 1000 // len(train) % 10 == 9
+    known, asked = train[~tenth], train[tenth]
     p, alphas = np.full(len(asked) - order, 1 / A), []
     for k in range(order + 1):
         both, context = counts(known, asked, k, order, A)
