@@ -95,7 +95,7 @@ def running_mean(values, n):
 
 class Axis:
     def __init__(self, values, log):
-        self.log, low, high = log, min(values), max(values)
+        self.log, self.base2, low, high = log, log == 2, min(values), max(values)
         if log:
             low, high = math.log10(low), math.log10(high)
         gap = (high - low) * 0.03 or abs(high) * 0.1 or 1.0
@@ -111,6 +111,10 @@ class Axis:
         return ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
 
     def ticks(self, wanted):
+        if self.base2:
+            powers = range(math.ceil(self.low / math.log10(2) - 1e-9), math.floor(self.high / math.log10(2) + 1e-9) + 1)
+            every = -(-len(powers) // (2 * wanted))
+            return [(2.0 ** i, "" if (i - powers[0]) % every else power_of_two(i)) for i in powers]
         if not self.log or self.high - self.low < 0.7:
             low, high = (10 ** self.low, 10 ** self.high) if self.log else (self.low, self.high)
             return linear_ticks(low, high, wanted)
@@ -124,6 +128,11 @@ class Axis:
                     value = digit * 10.0 ** power
                     ticks.append((value, short(value) if named else ""))
         return ticks
+
+
+def power_of_two(i):
+    """2^10 is 1k, 2^20 1M: of tokens, as they are counted."""
+    return f"{2.0 ** i:g}" if i < 10 else next(f"{2 ** (i - n)}{unit}" for n, unit in ((30, "G"), (20, "M"), (10, "k")) if i >= n)
 
 
 def linear_ticks(low, high, wanted):
@@ -264,6 +273,9 @@ def legend(curves, top, px, py, width, height):
     corners = [(LEFT + width - w - 10, top + 10), (LEFT + width - w - 10, top + height - h - 10),
                (LEFT + 12, top + height - h - 10), (LEFT + 12, top + 10)]
     places = [(px(x), py(y)) for c in curves for x, y in c[3]]
+    for c in curves:                                                                     # and on the lines between few points
+        ends = [(px(x), py(y)) for x, y in c[3]] if len(c[3]) <= 40 else []
+        places += [(a + (u - a) * i / 10, b + (v - b) * i / 10) for (a, b), (u, v) in zip(ends, ends[1:]) for i in range(1, 10)]
     hidden = lambda corner: sum(-6 < x - corner[0] < w + 6 and -6 < y - corner[1] < h + 6 for x, y in places)
     x, y = min(corners, key=hidden)
     svg = [f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h}" rx="3" fill="{PAPER}" fill-opacity="0.9" stroke="{GRID}"/>']
@@ -303,11 +315,12 @@ def run(a):
     names = [os.path.splitext(os.path.basename(path))[0] for path in a.csv]
     if len(set(names)) < len(names):                              # runs/a/train.csv runs/b/train.csv
         names = [os.path.splitext(path)[0] for path in a.csv]
-    curves = curves_of(tables, names, a.x, columns, a.smooth, a.logx, a.logy)
+    logx = 2 if a.log2x else a.logx
+    curves = curves_of(tables, names, a.x, columns, a.smooth, logx, a.logy)
     if not curves:
         raise PlotError(f"{a.csv[0]}: no line has a number to show for {a.x} and {a.y}")
     ylabel = word(columns[0]) if len(columns) == 1 else "loss" if set(columns) == {"loss", "held_out"} else ""
-    svg = draw(curves, a.xlabel or word(a.x), a.ylabel or ylabel, a.title, a.logx, a.logy, limits(a.ylim, a.logy))
+    svg = draw(curves, a.xlabel or word(a.x), a.ylabel or ylabel, a.title, logx, a.logy, limits(a.ylim, a.logy))
     try:
         with open(a.output, "w", encoding="utf-8") as f:
             f.write(svg)
@@ -323,6 +336,7 @@ def main():
     parser.add_argument("--x", default="step", metavar="COLUMN", help="horizontal: step, tokens, seconds, ... (default step)")
     parser.add_argument("--y", default="loss,held_out", metavar="COLUMN,...", help="curves (default loss,held_out)")
     parser.add_argument("--logx", action="store_true", help="logarithmic horizontal axis")
+    parser.add_argument("--log2x", action="store_true", help="the same with a tick for each power of two: 1k is 1,024")
     parser.add_argument("--logy", action="store_true", help="logarithmic vertical axis")
     parser.add_argument("--ylim", metavar="LOW,HIGH", help="ends of the vertical axis; what lies outside is cut off (default: all fits)")
     parser.add_argument("--smooth", type=int, default=1, metavar="N", help="running mean over N lines (default 1: none)")
