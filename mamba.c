@@ -3411,8 +3411,8 @@ static int command_eval(int argc, char **argv) {
         {"-s", "SEED", "of the task's sequences, which are never those of training", OPT_INT, &seed, 0, 9e15},
         {"--each", "", "one negative log-likelihood a line on stdout, from the second token on; the summary on stderr",
          OPT_SWITCH, &each, 0, 0},
-        {"--context", "N", "cut the text into pieces of N tokens, each from a new state, its first not predicted; 0: one piece",
-         OPT_INT, &context, 0, 1 << 30},
+        {"--context", "N", "cut the text into pieces of N tokens, each from a new state; 0: one piece", OPT_INT, &context, 0,
+         1 << 30},
         BACKEND_OPTIONS,
         {"-T", "N", "threads; the result does not depend on it", OPT_INT, &threads, 1, 1024},
     };
