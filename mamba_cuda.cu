@@ -695,8 +695,19 @@ template <typename T> struct ScanArgs {
     const float *A_neg, *D_skip, *dt_bias, *h0;   // (N,E), (E), (E), (B,N,E) or NULL: zeros
     int ld_out, ld_delta, ld_u, ld_z, ld_B, ld_C; // elements from a row to the next
     int B, L, E, N;
-    uint64_t *mail; // scan_forward_workspace() bytes
+    struct ScanMail *mail; // the host's; scan_tiles alone needs it
 };
+
+// What the blocks of scan_tiles tell each other through, for one launch after the other on one stream. Cleared once: tickets and tags
+// go on from launch to launch, so a word of an earlier launch is never taken for one of this. Launches cannot be captured in a
+// graph, which would replay the same numbers.
+struct ScanMail {
+    uint64_t *words; // device, `bytes`: scan_forward_workspace(). The first holds the tickets given, boxes begin at MAIL_BOXES
+    size_t bytes;
+    uint32_t ticket, tag; // of the next launch: tickets given before it, highest tag before it
+    bool cleared;         // false when new
+};
+enum { MAIL_BOXES = 16 };
 
 #define LOG2E 1.44269504f
 
@@ -1182,9 +1193,11 @@ cudaError_t scan_relay_launch(const ScanArgs<T> &p, cudaStream_t stream) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Few channels: time is cut into tiles, tiles into pieces. Tickets give the blocks of a tile before those of the next, so the
-// block that a block waits for always runs or is done. N is a run-time size; states
-// are staged NB at a time.
+// Few channels: time is cut into tiles, tiles into pieces. Blocks stay and take one tile after the other by ticket, all of a time
+// before those of the next. A block takes tickets in rising order and works on one at a time, so the lowest tile that is not done is
+// being worked on, and what it waits for is done: no order in which blocks start can make all wait. A ticket is taken at a tile's end,
+// behind the gates: earlier it would give the next tile in time to a block that is still far from its end. N is a run-time size;
+// states are staged NB at a time.
 
 struct Yes {
     static constexpr bool value = true;
@@ -1194,183 +1207,206 @@ struct No {
 };
 
 template <typename T, int K, int W, int MINB>
-__global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p) {
+__global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMail m) {
     constexpr int TILE = K * W, PITCH = TILE + 4, NB = 16; // NB: states whose B_ssm and C_ssm are staged at a time
     extern __shared__ float4 shared[];
     float *Bs = (float *)shared, *Cs = Bs + NB * PITCH, *As = Cs + NB * PITCH; // [NB][PITCH] twice, [NB][32]
     float2 *join = (float2 *)(As + NB * 32);     // [2][W][32] of (product of decays, end state)
     float *first = (float *)(join + 2 * W * 32); // [2][32] state before the tile
     T *zs = (T *)(first + 2 * 32);               // [TILE][32], each thread its own
-    const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, groups = (p.E + 31) / 32, L = p.L, E = p.E, N = p.N;
-    __shared__ unsigned
-        ticket; // the order in which blocks really start: whoever a tile waits for has started before it
-    if (threadIdx.x == 0) ticket = atomicAdd((unsigned *)(p.mail + 2 * (size_t)p.B * N * E), 1u);
+    const int groups = (p.E + 31) / 32, L = p.L, E = p.E, N = p.N;
+    // The next tile: its 32 channels, sequence, place in time; and this one's. Registers are short during the states, so what is
+    // seldom needed is read again, which volatile sees to.
+    __shared__ volatile int next_e, next_b, next_tile, here_e, here_b, here_tile;
+    auto take = [&](unsigned ticket) { // thread 0
+        ticket -= m.ticket;            // modulo 2^32, as the counter
+        const unsigned in_row = p.B * groups, tile = ticket / in_row, in_tile = ticket % in_row;
+        next_e = in_tile % groups * 32, next_b = in_tile / groups, next_tile = tile;
+    };
+    unsigned *tickets = (unsigned *)m.words;
+    if (threadIdx.x == 0) take(atomicAdd(tickets, 1u));
     __syncthreads();
-    const int tile = ticket / (p.B * groups), in_tile = ticket % (p.B * groups), b = in_tile / groups;
-    const int e_true = in_tile % groups * 32 + lane, tile_t = tile * TILE, t0 = tile_t + w * K;
-    const bool live = e_true < E, last_tile = tile_t + TILE >= L;
-    const int e = live ? e_true : E - 1;
-    const size_t row0 = (size_t)b * L, half = (size_t)p.B * N * E;
-    const float bias = p.dt_bias[e], skip = p.D_skip[e];
+    while ((unsigned)next_tile < (unsigned)(L + TILE - 1) / TILE) {
+        int tid = threadIdx.x;
+        asm volatile("" : "+r"(tid)); // or what follows from it is kept from tile to tile, in registers that are short
+        const int lane = tid & 31, w = tid >> 5;
+        const int tile = next_tile, b = next_b, e_true = next_e + lane, tile_t = tile * TILE, t0 = tile_t + w * K;
+        const bool live = e_true < E;
+        const int e = live ? e_true : E - 1;
+        const size_t row0 = (size_t)b * L;
+        if (tid == 0) here_e = e_true, here_b = b, here_tile = tile; // seen after the next barrier
+        auto state_at = [&](int n) { return ((size_t)here_b * N + n) * E + min(here_e + lane, E - 1); }; // in (B,N,E)
+        const float bias = p.dt_bias[e], skip = p.D_skip[e];
 
-    const T *d_at = p.delta_raw + (row0 + t0) * p.ld_delta + e, *u_at = p.u + (row0 + t0) * p.ld_u + e,
-            *z_at = p.z + (row0 + t0) * p.ld_z + e;
-    T raw_d[K], raw_u[K], raw_z[K];
-    if (t0 + K <= L) {
+        const T *d_at = p.delta_raw + (row0 + t0) * p.ld_delta + e, *u_at = p.u + (row0 + t0) * p.ld_u + e,
+                *z_at = p.z + (row0 + t0) * p.ld_z + e;
+        T raw_d[K], raw_u[K], raw_z[K];
+        if (t0 + K <= L) {
 #pragma unroll
-        for (int i = 0; i < K; i++)
-            raw_d[i] = *down(d_at, i, p.ld_delta), raw_u[i] = *down(u_at, i, p.ld_u), raw_z[i] = *down(z_at, i, p.ld_z);
-    } else {
-#pragma unroll
-        for (int i = 0; i < K; i++) {
-            raw_d[i] = raw_u[i] = raw_z[i] = to<T>(0.f);
-            if (t0 + i < L)
+            for (int i = 0; i < K; i++)
                 raw_d[i] = *down(d_at, i, p.ld_delta), raw_u[i] = *down(u_at, i, p.ld_u),
                 raw_z[i] = *down(z_at, i, p.ld_z);
+        } else {
+#pragma unroll
+            for (int i = 0; i < K; i++) {
+                raw_d[i] = raw_u[i] = raw_z[i] = to<T>(0.f);
+                if (t0 + i < L)
+                    raw_d[i] = *down(d_at, i, p.ld_delta), raw_u[i] = *down(u_at, i, p.ld_u),
+                    raw_z[i] = *down(z_at, i, p.ld_z);
+            }
         }
-    }
-    // Warps stage 4-step x 8-state units: states 8 (w % 4).. of the 2 NB of B_ssm and C_ssm.
-    const bool is_C = w % 4 >= 2;
-    const int bc_n = w % 2 * 8 + lane % 8, bc_t = w / 4 * 4 + lane / 8, ld_bc = is_C ? p.ld_C : p.ld_B;
-    const T *bc_from = (is_C ? p.C_ssm : p.B_ssm) + (row0 + tile_t + bc_t) * ld_bc + bc_n;
-    float *bc_to = (is_C ? Cs : Bs) + bc_n * PITCH + bc_t;
-    auto stage = [&](int n0) {
-        if (tile_t + TILE <= L && n0 + NB <= N) {
-            T raw[K];
+        // Warps stage 4-step x 8-state units: states 8 (w % 4).. of the 2 NB of B_ssm and C_ssm.
+        auto stage = [&](int n0, int b, int tile, int e, int tid) {
+            const int lane = tid & 31, w = tid >> 5, tile_t = tile * TILE;
+            const bool is_C = w % 4 >= 2;
+            const int bc_n = w % 2 * 8 + lane % 8, bc_t = w / 4 * 4 + lane / 8, ld_bc = is_C ? p.ld_C : p.ld_B;
+            float *bc_to = (is_C ? Cs : Bs) + bc_n * PITCH + bc_t;
+            const T *bc_from = (is_C ? p.C_ssm : p.B_ssm) + ((size_t)b * L + tile_t + bc_t) * ld_bc + bc_n;
+            if (tile_t + TILE <= L && n0 + NB <= N) {
+                T raw[K];
 #pragma unroll
-            for (int v = 0; v < K; v++) raw[v] = down(bc_from, v * W, ld_bc)[n0];
+                for (int v = 0; v < K; v++) raw[v] = down(bc_from, v * W, ld_bc)[n0];
 #pragma unroll
-            for (int v = 0; v < K; v++) bc_to[v * W] = value(raw[v]);
-        } else
+                for (int v = 0; v < K; v++) bc_to[v * W] = value(raw[v]);
+            } else
 #pragma unroll 4
-            for (int v = 0; v < K; v++) {
-                bool in = tile_t + bc_t + v * W < L && n0 + bc_n < N;
-                bc_to[v * W] = in ? value(down(bc_from, v * W, ld_bc)[n0]) : 0.f;
-            }
-        for (int n = w; n < NB; n += W)
-            As[n * 32 + lane] = n0 + n < N ? LOG2E * p.A_neg[(size_t)(n0 + n) * E + e] : 0.f;
-    };
-    stage(0);
-    float d[K], du[K], y[K], elapsed = 0.f;
-#pragma unroll
-    for (int i = 0; i < K; i++) zs[(w * K + i) * 32 + lane] = raw_z[i], d[i] = softplus(value(raw_d[i]) + bias);
-    if (t0 + K > L) // past the end of time delta is 0: decay 1, inject 0
-#pragma unroll
-        for (int i = 0; i < K; i++) d[i] = t0 + i < L ? d[i] : 0.f;
-#pragma unroll
-    for (int i = 0; i < K; i++) du[i] = d[i] * value(raw_u[i]), y[i] = skip * value(raw_u[i]), elapsed += d[i];
-    asm("" : "+f"(elapsed)); // or the compiler sums it again for every state
-
-    // The first warp reads the mailbox of the tile before, the last warp writes this tile's.
-    const bool save = p.h_starts && t0 % SCAN_SAVE == 0 && t0 < L && live;
-    size_t at = (size_t)b * N * E + e; // of the older state below in (B,N,E); the newer one is E on
-    uint64_t *box = p.mail + ((tile - (w == 0)) & 1) * half + at;
-    float *starts =
-        save ? p.h_starts + ((size_t)b * ((L + SCAN_SAVE - 1) / SCAN_SAVE) + t0 / SCAN_SAVE) * N * E + e : NULL;
-    float decay0[K], decay1[K], prod,
-        end; // decays of two states in turn; their product and the end state from 0 of the newer
-    uint64_t mail = 0;
-
-    // The forecast of a state lies in shared memory before the barrier that joins it.
-    auto leave = [&](int turn, size_t at) {
-        join[(turn * W + w) * 32 + lane] = make_float2(prod, end);
-        if (w == 0) {
-            float before = 0.f;
-            if (tile == 0 && p.h0) before = p.h0[at];
-            if (tile > 0 && live) {
-                for (int polls = 0; (uint32_t)(mail >> 32) != (uint32_t)tile; polls++) {
-                    mail = mail_read(box);
-                    give_up_after(polls);
+                for (int v = 0; v < K; v++) {
+                    bool in = tile_t + bc_t + v * W < L && n0 + bc_n < N;
+                    bc_to[v * W] = in ? value(down(bc_from, v * W, ld_bc)[n0]) : 0.f;
                 }
-                before = __uint_as_float((uint32_t)mail);
+            for (int n = w; n < NB; n += W)
+                As[n * 32 + lane] = n0 + n < N ? LOG2E * p.A_neg[(size_t)(n0 + n) * E + e] : 0.f;
+        };
+        stage(0, b, tile, e, tid);
+        float d[K], du[K], y[K], elapsed = 0.f;
+#pragma unroll
+        for (int i = 0; i < K; i++) zs[(w * K + i) * 32 + lane] = raw_z[i], d[i] = softplus(value(raw_d[i]) + bias);
+        if (t0 + K > L) // past the end of time delta is 0: decay 1, inject 0
+#pragma unroll
+            for (int i = 0; i < K; i++) d[i] = t0 + i < L ? d[i] : 0.f;
+#pragma unroll
+        for (int i = 0; i < K; i++) du[i] = d[i] * value(raw_u[i]), y[i] = skip * value(raw_u[i]), elapsed += d[i];
+        asm("" : "+f"(elapsed)); // or the compiler sums it again for every state
+
+        // The first warp reads the mailbox of the tile before, the last warp writes this tile's.
+        const bool save = p.h_starts && t0 % SCAN_SAVE == 0 && t0 < L && live;
+        // The box of state 0; NULL: a sequence's first state is not mail, its last one neither.
+        uint64_t *box = m.words + MAIL_BOXES + ((size_t)((tile - (w == 0)) & 1) * p.B + b) * N * E + e;
+        if (w == 0 ? tile == 0 : tile_t + TILE >= L) box = NULL;
+        // decays of two states in turn; their product and the end state from 0 of the newer
+        float decay0[K], decay1[K], prod, end;
+        uint64_t mail = 0;
+
+        // The forecast of a state lies in shared memory before the barrier that joins it.
+        auto leave = [&](int turn, int n) {
+            join[(turn * W + w) * 32 + lane] = make_float2(prod, end);
+            if (w == 0) {
+                float before = 0.f;
+                if (!box && p.h0 && n < N) before = p.h0[state_at(n)];
+                if (box && live && n < N) {
+                    for (int polls = 0; (uint32_t)(mail >> 32) != m.tag + here_tile; polls++) {
+                        mail = mail_read(down(box, n, E));
+                        give_up_after(polls);
+                    }
+                    before = __uint_as_float((uint32_t)mail);
+                }
+                first[turn * 32 + lane] = before;
             }
-            first[turn * 32 + lane] = before;
-        }
-    };
-    auto forecast = [&](float(&decay)[K], int g, int i, float A) { // four steps of the end state from 0
-        float B[4];
-        unpack(B, load4(Bs + g * PITCH + w * K + i));
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            decay[i + k] = exp2_fast(d[i + k] * A);
-            end = i + k ? fmaf(decay[i + k], end, du[i + k] * B[k]) : du[0] * B[0];
-        }
-    };
-    // State g from its true start, and between its steps, which leave the special-function unit idle, the forecast of state g + 1.
-    auto state_step = [&](auto more, int turn, float(&decay)[K], float(&decay_next)[K], int g) {
-        float h = first[turn * 32 + lane], A = 0.f;
-        float2 m[W - 1];
-#pragma unroll
-        for (int v = 0; v < W - 1; v++) m[v] = load_always(join + (turn * W + v) * 32 + lane);
-        if (more.value) A = As[(g + 1) * 32 + lane];
-        if (more.value && w == 0 && tile > 0) mail = mail_read(box + E);
-#pragma unroll
-        for (int v = 0; v < W - 1; v++)
-            if (v < w) h = fmaf(m[v].x, h, m[v].y);
-        if (w == W - 1 && live) {
-            float after = fmaf(prod, h, end);
-            if (!last_tile) mail_write(box, (uint64_t)(uint32_t)(tile + 1) << 32 | __float_as_uint(after));
-            else if (p.h_final) p.h_final[at] = after;
-        }
-        if (save) *starts = h;
-        box += E, at += E, starts += E;
-        if (more.value) prod = exp2_fast(elapsed * A);
-#pragma unroll
-        for (int i = 0; i < K; i += 4) {
-            float B[4], C[4];
-            if (more.value) forecast(decay_next, g + 1, i, A);
-            unpack(B, load4(Bs + g * PITCH + w * K + i)), unpack(C, load4(Cs + g * PITCH + w * K + i));
+        };
+        auto forecast = [&](float(&decay)[K], int g, int i, float A) { // four steps of the end state from 0
+            float B[4];
+            unpack(B, load4(Bs + g * PITCH + w * K + i));
 #pragma unroll
             for (int k = 0; k < 4; k++) {
-                h = fmaf(decay[i + k], h, du[i + k] * B[k]);
-                y[i + k] = fmaf(C[k], h, y[i + k]);
+                decay[i + k] = exp2_fast(d[i + k] * A);
+                end = i + k ? fmaf(decay[i + k], end, du[i + k] * B[k]) : du[0] * B[0];
             }
-        }
-        if (more.value) {
-            leave(turn ^ 1, at);
+        };
+        // State g from its true start, and between its steps, which leave the special-function unit idle, the forecast of state g + 1.
+        auto state_step = [&](auto more, int turn, float(&decay)[K], float(&decay_next)[K], int g, int n) {
+            float h = first[turn * 32 + lane], A = 0.f;
+            float2 part[W - 1];
+#pragma unroll
+            for (int v = 0; v < W - 1; v++) part[v] = load_always(join + (turn * W + v) * 32 + lane);
+            if (more.value) A = As[(g + 1) * 32 + lane];
+            if (more.value && w == 0 && box && n + 1 < N) mail = mail_read(down(box, n + 1, E));
+#pragma unroll
+            for (int v = 0; v < W - 1; v++)
+                if (v < w) h = fmaf(part[v].x, h, part[v].y);
+            if (w == W - 1 && live && n < N) {
+                float after = fmaf(prod, h, end);
+                if (box) mail_write(down(box, n, E), (uint64_t)(m.tag + here_tile + 1) << 32 | __float_as_uint(after));
+                else if (p.h_final) p.h_final[state_at(n)] = after;
+            }
+            if (save && n < N) {
+                int chunks = (L + SCAN_SAVE - 1) / SCAN_SAVE,
+                    chunk = here_b * chunks + (here_tile * TILE + w * K) / SCAN_SAVE;
+                p.h_starts[((size_t)chunk * N + n) * E + here_e + lane] = h;
+            }
+            if (more.value) prod = exp2_fast(elapsed * A);
+#pragma unroll
+            for (int i = 0; i < K; i += 4) {
+                float B[4], C[4];
+                if (more.value) forecast(decay_next, g + 1, i, A);
+                unpack(B, load4(Bs + g * PITCH + w * K + i)), unpack(C, load4(Cs + g * PITCH + w * K + i));
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    h = fmaf(decay[i + k], h, du[i + k] * B[k]);
+                    y[i + k] = fmaf(C[k], h, y[i + k]);
+                }
+            }
+            if (more.value) {
+                leave(turn ^ 1, n + 1);
+                __syncthreads();
+            }
+        };
+        for (int n0 = 0; n0 < N; n0 += NB) {
+            if (n0) {
+                __syncthreads();         // all are done with the states before
+                int again = threadIdx.x; // computed anew, as above
+                asm volatile("" : "+r"(again));
+                stage(n0, here_b, here_tile, min(here_e + again % 32, E - 1), again);
+            }
             __syncthreads();
+            const int pairs = (min(NB, N - n0) + 1) / 2; // an odd N has one state more, with A_neg = B_ssm = C_ssm = 0
+            if (w == 0 && box) mail = mail_read(down(box, n0, E));
+            prod = exp2_fast(elapsed * As[lane]);
+#pragma unroll
+            for (int i = 0; i < K; i += 4) forecast(decay0, 0, i, As[lane]);
+            leave(0, n0);
+            __syncthreads();
+            int g = 0;
+            for (; g + 2 < 2 * pairs; g += 2) {
+                state_step(Yes(), 0, decay0, decay1, g, n0 + g);
+                state_step(Yes(), 1, decay1, decay0, g + 1, n0 + g + 1);
+            }
+            state_step(Yes(), 0, decay0, decay1, g, n0 + g);
+            state_step(No(), 1, decay1, decay0, g + 1, n0 + g + 1);
         }
-    };
-    for (int n0 = 0; n0 < N; n0 += NB) {
-        if (n0) {
-            __syncthreads(); // all are done with the states before
-            stage(n0);
+        unsigned taken = 0;
+        if (tid == 0) taken = atomicAdd(tickets, 1u); // comes during the gates
+        const int t_out = here_tile * TILE + w * K, e_out = here_e + lane, rows = e_out < E ? L - t_out : 0;
+        T *out = p.out + ((size_t)here_b * L + t_out) * p.ld_out + e_out;
+#pragma unroll
+        for (int i = 0; i < K; i += 2)
+            gate_pair(y[i], y[i + 1], value(zs[(w * K + i) * 32 + lane]), value(zs[(w * K + i + 1) * 32 + lane]));
+        if (rows >= K) {
+#pragma unroll
+            for (int i = 0; i < K; i++) *down(out, i, p.ld_out) = to<T>(y[i]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < K; i++)
+                if (i < rows) *down(out, i, p.ld_out) = to<T>(y[i]);
         }
-        __syncthreads();
-        const int count = min(NB, N - n0);
-        if (w == 0 && tile > 0) mail = mail_read(box);
-        prod = exp2_fast(elapsed * As[lane]);
-#pragma unroll
-        for (int i = 0; i < K; i += 4) forecast(decay0, 0, i, As[lane]);
-        leave(0, at);
-        __syncthreads();
-        int g = 0;
-        for (; g + 2 < count; g += 2) {
-            state_step(Yes(), 0, decay0, decay1, g);
-            state_step(Yes(), 1, decay1, decay0, g + 1);
-        }
-        if (g + 2 == count) {
-            state_step(Yes(), 0, decay0, decay1, g);
-            state_step(No(), 1, decay1, decay0, g + 1);
-        } else state_step(No(), 0, decay0, decay1, g);
-    }
-    T *out = p.out + (row0 + t0) * p.ld_out + e;
-    const int rows = live ? L - t0 : 0;
-#pragma unroll
-    for (int i = 0; i < K; i += 2)
-        gate_pair(y[i], y[i + 1], value(zs[(w * K + i) * 32 + lane]), value(zs[(w * K + i + 1) * 32 + lane]));
-    if (rows >= K) {
-#pragma unroll
-        for (int i = 0; i < K; i++) *down(out, i, p.ld_out) = to<T>(y[i]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < K; i++)
-            if (i < rows) *down(out, i, p.ld_out) = to<T>(y[i]);
+        if (tid == 0) take(taken);
+        __syncthreads(); // all are done with shared memory, too
     }
 }
 
-// Bytes of p.mail: two words for each state, and a ticket. Their content between launches does not matter.
-static size_t scan_forward_workspace(int B, int E, int N) { return sizeof(uint64_t) * (2 * (size_t)B * N * E + 1); }
+// Bytes of a mailbox for scans of up to (B,E,N): two words for each state, and the tickets.
+static size_t scan_forward_workspace(int B, int E, int N) {
+    return sizeof(uint64_t) * (2 * (size_t)B * N * E + MAIL_BOXES);
+}
 
 template <typename T, int K, int W, int MINB>
 static cudaError_t scan_tiles_launch(const ScanArgs<T> &p, cudaStream_t stream) {
@@ -1378,11 +1414,26 @@ static cudaError_t scan_tiles_launch(const ScanArgs<T> &p, cudaStream_t stream) 
     auto kernel = scan_tiles<T, K, W, MINB>;
     cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (err != cudaSuccess) return err;
-    err = cudaMemsetAsync(p.mail, 0, scan_forward_workspace(p.B, p.E, p.N), stream);
+    int device, sms;
+    err = cudaGetDevice(&device);
+    if (err == cudaSuccess) err = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
     if (err != cudaSuccess) return err;
-    size_t blocks = (size_t)p.B * ((p.E + 31) / 32) * ((p.L + K * W - 1) / (K * W));
-    kernel<<<(unsigned)blocks, 32 * W, bytes, stream>>>(p);
-    return cudaGetLastError();
+    size_t tiles = ((size_t)p.L + K * W - 1) / (K * W), items = (size_t)p.B * ((p.E + 31) / 32) * tiles,
+           grid = std::min(items, (size_t)sms * MINB);
+    ScanMail *m = p.mail;
+    if (items + grid > UINT32_MAX || m->bytes < scan_forward_workspace(p.B, p.E, p.N)) return cudaErrorInvalidValue;
+    // Tags rise until they would wrap, which clears the boxes and starts again: a tag is then never older than it looks. Tickets
+    // may wrap: only their difference to the launch's first is used.
+    if (!m->cleared || m->tag > UINT32_MAX - tiles) {
+        err = cudaMemsetAsync(m->words, 0, m->bytes, stream);
+        if (err != cudaSuccess) return err;
+        m->ticket = m->tag = 0, m->cleared = true;
+    }
+    kernel<<<(unsigned)grid, 32 * W, bytes, stream>>>(p, *m);
+    err = cudaGetLastError();
+    if (err != cudaSuccess) return err;
+    m->tag += (uint32_t)tiles, m->ticket += (uint32_t)(items + grid); // every block's last ticket is one too many
+    return cudaSuccess;
 }
 
 // Few blocks of 32 channels, below one and a half a multiprocessor: tiles, unless the text is too short to pay for their start. Else
@@ -2006,7 +2057,7 @@ static void derive(Device *d, const Config *c, const LayerWeights *w) {
 template <class T> struct BlockActs {
     T *xn, *xz, *u, *xdb, *raw, *delta, *g; // as in the glossary; raw: xdb before FalconMamba's norms, or NULL
     float *h_starts;                        // or NULL
-    uint64_t *mail;                         // workspace of the scan
+    ScanMail *mail;                         // of the scan
 };
 
 template <class T> static ScanArgs<T> scan_args(const Config *c, const LayerWeights *w, BlockActs<T> a, int B, int L) {
@@ -2054,6 +2105,7 @@ struct Gpu {
     int piece, logit_rows;      // rows that the activations, the logits have room for
     float *res, *logits;        // (piece,D), (logit_rows,V)
     BlockActs<float> acts;      // its pointers are T's
+    ScanMail mail;
     int32_t *ids;               // (piece)
     int S;                      // sequences in the state
     float *window, *h;          // (n_layer,S,K-1,E), (n_layer,S,N,E)
@@ -2125,7 +2177,8 @@ template <class T> static size_t lay_out_acts(Gpu *g, char *base) {
     a.take(g->res, M * D), a.take(g->logits, (size_t)g->logit_rows * V), a.take(g->ids, M);
     a.take(b->xn, M * D, sizeof(T)), a.take(b->xz, M * 2 * E, sizeof(T)), a.take(b->u, M * E, sizeof(T));
     a.take(b->xdb, M * P, sizeof(T)), a.take(b->delta, M * E, sizeof(T)), a.take(b->g, M * E, sizeof(T));
-    a.take(b->mail, scan_forward_workspace(1, c->E, c->N) / sizeof *b->mail);
+    b->mail = &g->mail, g->mail = {};
+    a.take(g->mail.words, g->mail.bytes = scan_forward_workspace(1, c->E, c->N), 1);
     return a.used;
 }
 
@@ -2826,6 +2879,7 @@ struct GpuTrainer {
     char *arena;                        // activations
     std::vector<float *> res;           // (B*L,D), n_layer + 1 of them
     std::vector<BlockActs<float>> acts; // n_layer; their pointers are T's
+    ScanMail mail;
     float *d_res, *logits, *losses, *partial, *norms;
     void *d_o, *d_xz, *d_u, *d_xdb, *d_delta, *d_g, *d_xn, *d_logits;
     double *sum;
@@ -2880,7 +2934,8 @@ template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
     BlockActs<float> shared;
     x->res.resize((size_t)c->n_layer + 1), x->acts.resize((size_t)c->n_layer);
     a.take(shared.xn, M * D, t);
-    a.take(shared.mail, scan_forward_workspace(x->B, c->E, c->N) / sizeof *shared.mail);
+    shared.mail = &x->mail, x->mail = {};
+    a.take(x->mail.words, x->mail.bytes = scan_forward_workspace(x->B, c->E, c->N), 1);
     for (int layer = 0; layer <= c->n_layer; layer++) {
         a.take(x->res[(size_t)layer], M * D);
         if (layer == c->n_layer) break;
@@ -3304,11 +3359,12 @@ template <class T> static int time_scan(int B, int E, int L, int N, int repeats,
         cudaMemsetAsync(scratch, 0, bytes + 256, d.stream);
         cudaMemsetAsync(d_A, 0, (NE + 2 * (size_t)E) * sizeof(float), d.stream);
         if (backward) random_kernel<<<1024, 256, 0, d.stream>>>(gradients, cells, 5, -1.0f, 1.0f);
+        ScanMail box = {(uint64_t *)scratch, mail, 0, 0, false};
         ScanArgs<T> scan = {};
         scan.out = out, scan.delta_raw = delta, scan.u = u, scan.z = z, scan.B_ssm = BC, scan.C_ssm = BC + N;
         scan.A_neg = A_neg, scan.D_skip = D_skip, scan.dt_bias = dt_bias, scan.h_starts = h_starts;
         scan.ld_out = scan.ld_delta = scan.ld_u = scan.ld_z = E, scan.ld_B = scan.ld_C = 2 * N;
-        scan.B = B, scan.L = L, scan.E = E, scan.N = N, scan.mail = (uint64_t *)scratch;
+        scan.B = B, scan.L = L, scan.E = E, scan.N = N, scan.mail = &box;
         ScanBackArgs<T> back = scan_back_args(scan, h_starts, (const T *)gradients, E, scratch + mail);
         back.d_delta_raw = gradients + cells, back.d_u = back.d_delta_raw + cells, back.d_z = back.d_u + cells;
         back.d_B_ssm = back.d_z + cells, back.d_C_ssm = back.d_B_ssm + N;
