@@ -52,7 +52,7 @@ $(error no GPU found to build for: name one, for example `make cuda CUDA_ARCH=sm
 endif
 GPU_OBJECT = mamba_cuda.o
 GPU_FLAGS  = -DMAMBA_CUDA
-GPU_LIBS   = $(GPU_OBJECT) -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublas -lcudart -lstdc++
+GPU_LIBS   = $(GPU_OBJECT) -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcublas -lcudart -lstdc++
 endif
 
 # .flags changes whenever the compiler or a flag does, so that `make portable` after `make` rebuilds.

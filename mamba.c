@@ -433,6 +433,7 @@ typedef struct GpuBackend {
     int (*set_state)(Gpu *g, const float *window, const float *h, const float *logits);
     int (*get_state)(Gpu *g, float *window, float *h, float *logits);
     int (*prefill)(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, const float *), void *context);
+    int (*gather)(Gpu *g, int s, int S);
     int (*generate_start)(Gpu *g, int S, const Sampling *how, const uint64_t *random, uint64_t position,
                           const int32_t *recent, int n_recent, const unsigned char *allowed);
     int (*generate)(Gpu *g, int32_t *ids, int steps);
@@ -4305,9 +4306,11 @@ static int bench_gpu_prefill(const Model *m, Acts *a, State *s, int L, int repea
     free(ids);
     if (result == 0 && s->logits[0] - s->logits[0] != 0) result = fail("the logits are not finite");
     if (result) return -1;
-    double t = median(time, repeats);
-    printf("prefill %-8d %10.2f ms  %12.0f tokens/s  %5.1f%% of the products' floor\n", L, t * 1e3, L / t,
-           100 * flops_token * L / peak / t);
+    double t = median(time, repeats), used = 0;
+    char name[256];
+    if (GPU->measure(NULL, NULL, &used, name)) return gpu_failed();
+    printf("prefill %-8d %10.2f ms  %12.0f tokens/s  %5.1f%% of the products' floor, %.2f GB\n", L, t * 1e3, L / t,
+           100 * flops_token * L / peak / t, used / 1e9);
     return 0;
 }
 
@@ -4334,6 +4337,46 @@ static int bench_gpu_generate(const Model *m, Acts *a, int S, int repeats, doubl
     double t = median(time, repeats);
     printf("generate x%-6d %10.3f ms  %12.0f tokens/s  %5.1f%% of the bytes' floor\n", S, t * 1e3, S / t,
            100 * (bytes + 2 * S * state_bytes) / copy / t);
+    return 0;
+}
+
+// End to end: S prompts of L random tokens, each its own, read one after the other from zero states, then `steps` tokens for all
+// together. Everything that this takes is in the time.
+static int bench_gpu_dialogues(const Model *m, Acts *a, int S, int L, int steps, int repeats) {
+    const Sampling greedy = {.temperature = 0, .top_p = 1, .repeat_penalty = 1};
+    int V = m->config.V, most = GPU->generate_max, result = -1;
+    double time[BENCH_MAX], reading[BENCH_MAX];
+    State *zero = mamba_state_new(m);
+    uint64_t *random = calloc((size_t)S, sizeof *random), seed = 5;
+    int32_t *prompts = malloc((size_t)S * L * sizeof *prompts), *ids = malloc((size_t)S * most * sizeof *ids);
+    unsigned char *allowed = malloc((size_t)V);
+    if (zero && random && prompts && ids && allowed) {
+        memset(allowed, 1, (size_t)V);
+        for (size_t i = 0; i < (size_t)S * L; i++) prompts[i] = (int32_t)(random_u64(&seed) % (uint64_t)V);
+        result = GPU->set_state(a->gpu, zero->conv, zero->h, zero->logits);
+        for (int round = -1; round < repeats && result == 0; round++) {
+            double start = seconds(), read = 0;
+            for (int s = 0; s < S && result == 0; s++)
+                if (GPU->prefill(a->gpu, prompts + (size_t)s * L, (size_t)L, NULL, NULL) || GPU->gather(a->gpu, s, S))
+                    result = -1;
+            read = seconds() - start;
+            if (result == 0)
+                result = GPU->generate_start(a->gpu, S, &greedy, random, (uint64_t)L, zero->recent, 1, allowed);
+            for (int done = 0; done < steps && result == 0; done += most)
+                result = GPU->generate(a->gpu, ids, steps - done < most ? steps - done : most);
+            time[round < 0 ? 0 : round] = seconds() - start, reading[round < 0 ? 0 : round] = read;
+            if (result == 0) result = GPU->set_state(a->gpu, zero->conv, zero->h, zero->logits);
+        }
+        if (result) result = gpu_failed();
+        for (int s = 0; s < S && result == 0; s++)
+            if (ids[s] < 0) result = fail("the logits are not finite");
+    }
+    mamba_state_free(zero);
+    free(random), free(prompts), free(ids), free(allowed);
+    if (result) return -1;
+    double t = median(time, repeats), r = median(reading, repeats);
+    printf("prompt %d + %d, x%-3d %9.1f ms  %12.0f tokens/s generated, all counted (%.1f ms of it reads the prompts)\n",
+           L, steps, S, t * 1e3, S * steps / t, r * 1e3);
     return 0;
 }
 
@@ -4371,7 +4414,8 @@ static int bench_gpu_train(const Config *shape, int B, int L, int repeats, doubl
 
 static int bench_gpu(const Model *m, int repeats, const char *only) {
     const Config *c = &m->config;
-    const int lengths[] = {512, 2048, 16384}, batches[] = {1, 8, 64, 256}, train[][2] = {{8, 2048}, {1, 16384}};
+    const int lengths[] = {512, 2048, 16384, 1 << 20}, batches[] = {1, 8, 64, 256},
+              train[][2] = {{8, 2048}, {1, 16384}};
     double copy = 0, flops = 0, used = 0, D = c->D, E = c->E;
     double flops_token = 2 * c->n_layer * (2 * E * D + E * (c->R + 2.0 * c->N) + E * c->R + E * D);
     double state_bytes = 4.0 * (c->N + c->K - 1) * c->n_layer * E,
@@ -4386,10 +4430,15 @@ static int bench_gpu(const Model *m, int repeats, const char *only) {
             c->type == BF16 && !backend.float32 ? flops : flops / 15; // float32 units of the same chip, roughly
         printf("%zu parameters in %s on %s: copies %.2f TB/s, bf16 products %.0f TFLOP/s; medians of %d\n", m->n_params,
                type_name(c->type), name, copy / 1e12, flops / 1e12, repeats);
-        for (int i = 0; i < COUNT(lengths) && result == 0 && strchr(only, 'p'); i++)
-            result = bench_gpu_prefill(m, a, s, lengths[i], repeats, flops_token, peak);
+        for (int i = 0; i < COUNT(lengths) && result == 0 && strchr(only, 'p'); i++) {
+            bool very_long = lengths[i] > 1 << 16; // small models only, and not too often
+            if (very_long && m->n_params > 500 * 1000 * 1000) continue;
+            result = bench_gpu_prefill(m, a, s, lengths[i], very_long && repeats > 3 ? 3 : repeats, flops_token, peak);
+        }
         for (int i = 0; i < COUNT(batches) && result == 0 && strchr(only, 'g'); i++)
             result = bench_gpu_generate(m, a, batches[i], repeats, bytes, state_bytes, copy);
+        if (result == 0 && strchr(only, 'd'))
+            result = bench_gpu_dialogues(m, a, 64, 2048, 128, repeats < 3 ? repeats : 3);
     }
     mamba_state_free(s);
     mamba_acts_free(a);
@@ -4424,7 +4473,8 @@ static int command_bench(int argc, char **argv) {
         {"--shape", "S", "random weights of this shape instead of a model", OPT_TEXT, &shape, 0, 0},
         {"--dtype", "T", "their storage type", OPT_TEXT, &dtype, 0, 0},
         {"--scan", "B,E,L", "time the scan alone: sequences, channels, length", OPT_TEXT, &scan, 0, 0},
-        {"--only", "LETTERS", "on a GPU: p prefill, g generation, t training", OPT_TEXT, &only, 0, 0},
+        {"--only", "LETTERS", "on a GPU: p prefill, g generation, t training, d 64 prompts of 2048 and 128 more",
+         OPT_TEXT, &only, 0, 0},
         {"-r", "N", "repeats, of which the median is shown", OPT_INT, &repeats, 1, BENCH_MAX},
         BACKEND_OPTIONS,
         {"-T", "N", "threads", OPT_INT, &threads, 1, 1024},

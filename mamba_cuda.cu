@@ -23,6 +23,7 @@
 #define MAMBA_TYPES_ONLY
 #include "mamba.c"
 
+#include <cublasLt.h>
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -49,6 +50,16 @@ static int gpu_fail(const char *format, ...) {
     return -1;
 }
 
+// A product onto a third matrix (matmul_onto), prepared for one shape.
+struct Onto {
+    int rows, O, I;
+    size_t width; // of x's elements
+    cublasLtMatmulDesc_t product;
+    cublasLtMatrixLayout_t x, W, out;
+    cublasLtMatmulAlgo_t algorithm;
+    bool ready;
+};
+
 struct Device { // what every kernel launch needs
     cudaStream_t stream;
     cublasHandle_t blas;
@@ -56,6 +67,7 @@ struct Device { // what every kernel launch needs
     const char *failed;
     int blas_status, processors;
     bool hopper; // code for sm_90 or later runs: programmatic dependent launches
+    Onto onto;
 };
 
 static void check_blas(Device *d, cublasStatus_t status, const char *where) {
@@ -135,7 +147,15 @@ static int device_open(Device *d) {
     return 0;
 }
 
+static void onto_free(Onto *p) {
+    if (p->product) cublasLtMatmulDescDestroy(p->product);
+    for (cublasLtMatrixLayout_t layout : {p->x, p->W, p->out})
+        if (layout) cublasLtMatrixLayoutDestroy(layout);
+    *p = {};
+}
+
 static void device_close(Device *d) {
+    onto_free(&d->onto);
     if (d->blas) cublasDestroy(d->blas);
     cudaFree(d->workspace);
     if (d->stream) cudaStreamDestroy(d->stream);
@@ -539,11 +559,13 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
 }
 
 // --- [train] cross-entropy: losses_t = -log p(target), d_logits = weight (p - 1 at the target); zero where the target is -1
+// A block takes a row, which it reads from device memory once: KEEP holds it in shared memory (V floats) for the gradient.
 
-template <class T>
-__global__ void cross_entropy_kernel(float *__restrict__ losses, T *__restrict__ d_logits,
-                                     const float *__restrict__ logits, const int32_t *__restrict__ targets,
-                                     float weight, int V) {
+template <class T, bool KEEP>
+__global__ void __launch_bounds__(1024)
+    cross_entropy_kernel(float *__restrict__ losses, T *__restrict__ d_logits, const float *__restrict__ logits,
+                         const int32_t *__restrict__ targets, float weight, int V) {
+    extern __shared__ float4 kept[];
     __shared__ float scratch[33];
     size_t row = blockIdx.x;
     const float *x = logits + row * V;
@@ -560,8 +582,10 @@ __global__ void cross_entropy_kernel(float *__restrict__ losses, T *__restrict__
         sum += __expf(xv - highest);
     };
     bool quads = V % 4 == 0;
-    for (int v = threadIdx.x * 4; v < V && quads; v += blockDim.x * 4) {
-        float4 four = *(const float4 *)(x + v);
+#pragma unroll 4
+    for (int v = threadIdx.x; v < V / 4 && quads; v += blockDim.x) {
+        float4 four = ((const float4 *)x)[v];
+        if (KEEP) kept[v] = four; // read again by the same thread
         take(four.x), take(four.y), take(four.z), take(four.w);
     }
     for (int v = threadIdx.x; v < V && !quads; v += blockDim.x) take(x[v]);
@@ -571,14 +595,32 @@ __global__ void cross_entropy_kernel(float *__restrict__ losses, T *__restrict__
     if (threadIdx.x == 0) losses[row] = log_sum - x[target];
     if (!d_logits) return;
     auto gradient = [&](float xv, int v) { return weight * (__expf(xv - log_sum) - (v == target ? 1.0f : 0.0f)); };
-    for (int v = threadIdx.x * 4; v < V && quads; v += blockDim.x * 4) {
-        float4 four = *(const float4 *)(x + v);
+#pragma unroll 4
+    for (int v = threadIdx.x; v < V / 4 && quads; v += blockDim.x) {
+        float4 four = KEEP ? kept[v] : ((const float4 *)x)[v];
         Group<T, 4> out;
-        put(&out.v[0], gradient(four.x, v)), put(&out.v[1], gradient(four.y, v + 1));
-        put(&out.v[2], gradient(four.z, v + 2)), put(&out.v[3], gradient(four.w, v + 3));
-        *(Group<T, 4> *)(d_logits + row * V + v) = out;
+        put(&out.v[0], gradient(four.x, 4 * v)), put(&out.v[1], gradient(four.y, 4 * v + 1));
+        put(&out.v[2], gradient(four.z, 4 * v + 2)), put(&out.v[3], gradient(four.w, 4 * v + 3));
+        ((Group<T, 4> *)(d_logits + row * V))[v] = out;
     }
     for (int v = threadIdx.x; v < V && !quads; v += blockDim.x) put(d_logits + row * V + v, gradient(x[v], v));
+}
+template <class T>
+static void cross_entropy(Device *d, float *losses, T *d_logits, const float *logits, const int32_t *targets,
+                          float weight, int rows, int V) {
+    int device = 0, most = 0, bytes = V * (int)sizeof(float);
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (d_logits && V % 4 == 0 && bytes + 2048 <= most) { // 2048: scratch and the system's
+        auto kernel = cross_entropy_kernel<T, true>;
+        check_cuda(d, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                   "cross_entropy");
+        kernel<<<(unsigned)rows, V < 4096 ? 256 : 1024, bytes, d->stream>>>(losses, d_logits, logits, targets, weight,
+                                                                            V);
+    } else
+        cross_entropy_kernel<T, false><<<(unsigned)rows, 512, 0, d->stream>>>(losses, d_logits, logits, targets, weight,
+                                                                              V);
+    check_launch(d, "cross_entropy");
 }
 
 // One block adds n floats to *sum (double) in a fixed order.
@@ -642,6 +684,49 @@ template <class T, class Out>
 static void matmul(Device *d, Out *out, size_t ld_out, const T *x, size_t ldx, const T *W, int rows, int O, int I,
                    bool add = false) {
     gemm(d, CUBLAS_OP_T, CUBLAS_OP_N, O, rows, I, W, (size_t)I, x, ldx, out, ld_out, add);
+}
+// out (rows,O) = from (rows,O) + x (rows,I) W^T, rows without gaps: the copy of `from` that += would need is 0.8 ms of a training
+// step of 130m. The algorithm is the heuristic's first, a matter of shape and machine alone, so that runs agree to the bit; where
+// there is none, copy and add.
+template <class T>
+static void matmul_onto(Device *d, float *out, const float *from, const T *x, const T *W, int rows, int O, int I) {
+    Onto *p = &d->onto;
+    if (p->rows != rows || p->O != O || p->I != I || p->width != sizeof(T)) {
+        onto_free(p);
+        p->rows = rows, p->O = O, p->I = I, p->width = sizeof(T);
+        cublasOperation_t transposed = CUBLAS_OP_T;
+        cublasLtMatmulPreference_t limits = NULL;
+        cublasLtMatmulHeuristicResult_t found = {};
+        size_t workspace = CUBLAS_WORKSPACE;
+        uint32_t alignment = 16; // of a weight within the arena
+        int count = 0;
+        p->ready =
+            !cublasLtMatmulDescCreate(&p->product, CUBLAS_COMPUTE_32F, CUDA_R_32F) &&
+            !cublasLtMatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed) &&
+            !cublasLtMatrixLayoutCreate(&p->W, blas_type<T>(), (uint64_t)I, (uint64_t)O, I) &&
+            !cublasLtMatrixLayoutCreate(&p->x, blas_type<T>(), (uint64_t)I, (uint64_t)rows, I) &&
+            !cublasLtMatrixLayoutCreate(&p->out, CUDA_R_32F, (uint64_t)O, (uint64_t)rows, O) &&
+            !cublasLtMatmulPreferenceCreate(&limits) &&
+            !cublasLtMatmulPreferenceSetAttribute(limits, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+                                                  sizeof workspace) &&
+            !cublasLtMatmulPreferenceSetAttribute(limits, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &alignment,
+                                                  sizeof alignment) &&
+            !cublasLtMatmulAlgoGetHeuristic((cublasLtHandle_t)d->blas, p->product, p->W, p->x, p->out, p->out, limits,
+                                            1, &found, &count) &&
+            count > 0 && found.state == CUBLAS_STATUS_SUCCESS;
+        p->algorithm = found.algo;
+        if (limits) cublasLtMatmulPreferenceDestroy(limits);
+    }
+    float one = 1;
+    if (p->ready) {
+        check_blas(d,
+                   cublasLtMatmul((cublasLtHandle_t)d->blas, p->product, &one, W, p->W, x, p->x, &one, from, p->out,
+                                  out, p->out, &p->algorithm, d->workspace, CUBLAS_WORKSPACE, d->stream),
+                   "matrix product");
+        return;
+    }
+    cudaMemcpyAsync(out, from, (size_t)rows * O * sizeof *out, cudaMemcpyDeviceToDevice, d->stream);
+    matmul(d, out, (size_t)O, x, (size_t)I, W, rows, O, I, true);
 }
 // d_x (rows,I) = d_out (rows,O) W; add: += instead
 template <class T>
@@ -2070,10 +2155,11 @@ template <class T> static ScanArgs<T> scan_args(const Config *c, const LayerWeig
     return p;
 }
 
-// res (B*L,D) += block(res). B = 1 or L = 1: with the states in window and h, which move on; else (both NULL) from zero.
+// out (B*L,D) = res + block(res), out may be res. B = 1 or L = 1: with the states in window and h, which move on; else (both NULL)
+// from zero.
 template <class T>
-static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T> a, float *res, int B, int L,
-                  float *window, float *h) {
+static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T> a, float *out, const float *res, int B,
+                  int L, float *window, float *h) {
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, rows = B * L;
     rmsnorm(d, a.xn, (size_t)D, res, (size_t)D, (const float *)w->norm, c->norm_eps, rows, D);
     matmul(d, a.xz, 2 * (size_t)E, a.xn, (size_t)D, (const T *)w->in_proj, rows, 2 * E, D);
@@ -2090,11 +2176,17 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
     ScanArgs<T> scan = scan_args(c, w, a, B, L);
     scan.out = a.g, scan.h0 = scan.h_final = h, scan.h_starts = a.h_starts;
     check_cuda(d, L == 1 && h ? scan_step_forward(scan, d->stream) : scan_forward(scan, d->stream), "scan");
-    matmul(d, res, (size_t)D, a.g, (size_t)E, (const T *)w->out_proj, rows, D, E, true);
-    add_bias(d, res, (size_t)D, (const float *)w->out_bias, rows, D);
+    if (out == res) matmul(d, out, (size_t)D, a.g, (size_t)E, (const T *)w->out_proj, rows, D, E, true);
+    else matmul_onto(d, out, res, a.g, (const T *)w->out_proj, rows, D, E);
+    add_bias(d, out, (size_t)D, (const float *)w->out_bias, rows, D);
 }
 
 enum { GPU_PIECE = 16384, GPU_LOGIT_FLOATS = 1 << 26 };
+
+struct States {            // of S sequences
+    int S;
+    float *window, *h, *logits; // (n_layer,S,K-1,E), (n_layer,S,N,E), (S,V)
+};
 
 struct Gpu {
     Device device;
@@ -2110,6 +2202,7 @@ struct Gpu {
     int S;                      // sequences in the state
     float *window, *h;          // (n_layer,S,K-1,E), (n_layer,S,N,E)
     float *step_logits;         // (S,V), after the last token of each
+    States gathered;            // by gpu_gather(), or S = 0
     struct Generation *generation;
 };
 
@@ -2159,12 +2252,18 @@ template <class T> static int upload_weights(Gpu *g, const Model *m) {
 static int gpu_sequences(Gpu *g, int S);
 static void generation_free(Gpu *g);
 
+static void states_free(States *s) {
+    cudaFree(s->window), cudaFree(s->h), cudaFree(s->logits);
+    *s = {};
+}
+
 static void gpu_close(Gpu *g) {
     if (!g) return;
     if (g->device.stream) cudaStreamSynchronize(g->device.stream);
     generation_free(g);
     for (void *p : g->memory) cudaFree(p);
     cudaFree(g->window), cudaFree(g->h), cudaFree(g->step_logits);
+    states_free(&g->gathered);
     device_close(&g->device);
     delete g;
 }
@@ -2242,6 +2341,35 @@ static int gpu_sequences(Gpu *g, int S) {
     return result;
 }
 
+// Moves the present sequence's state and logits to place s of S and leaves a zero state, for another prompt. The next
+// gpu_generate_start, of S sequences, goes on from those gathered. 0, or -1 with a sentence.
+static int gpu_gather(Gpu *g, int s, int S) {
+    const Config *c = &g->config;
+    size_t window = (size_t)(c->K - 1) * c->E * sizeof(float), h = (size_t)c->N * c->E * sizeof(float),
+           logits = (size_t)c->V * sizeof(float), layers = (size_t)c->n_layer;
+    cudaStream_t stream = g->device.stream;
+    States *to = &g->gathered;
+    if (s < 0 || s >= S) return gpu_fail("place %d of %d sequences", s, S);
+    if (g->S != 1 && gpu_sequences(g, 1)) return -1;
+    if (to->S != S) {
+        states_free(to);
+        to->window = (float *)device_alloc(layers * S * window), to->h = (float *)device_alloc(layers * S * h);
+        to->logits = (float *)device_alloc(S * logits);
+        if (!to->window || !to->h || !to->logits) return states_free(to), -1;
+        to->S = S;
+        cudaMemsetAsync(to->window, 0, layers * S * window, stream);
+        cudaMemsetAsync(to->h, 0, layers * S * h, stream), cudaMemsetAsync(to->logits, 0, S * logits, stream);
+    }
+    if (window)
+        cudaMemcpy2DAsync((char *)to->window + s * window, S * window, g->window, window, window, layers,
+                          cudaMemcpyDeviceToDevice, stream);
+    cudaMemcpy2DAsync((char *)to->h + s * h, S * h, g->h, h, h, layers, cudaMemcpyDeviceToDevice, stream);
+    cudaMemcpyAsync((char *)to->logits + s * logits, g->step_logits, logits, cudaMemcpyDeviceToDevice, stream);
+    cudaMemsetAsync(g->window, 0, layers * window, stream), cudaMemsetAsync(g->h, 0, layers * h, stream);
+    cudaMemsetAsync(g->step_logits, 0, logits, stream);
+    return finish(&g->device);
+}
+
 // One sequence's state from host arrays window (n_layer,K-1,E), h (n_layer,N,E), logits (V). 0, or -1 with a sentence.
 static int gpu_set_state(Gpu *g, const float *window, const float *h, const float *logits) {
     const Config *c = &g->config;
@@ -2273,7 +2401,7 @@ template <class T> static void network(Gpu *g, const int32_t *ids, int B, int L)
     BlockActs<T> a = acts_of<T>(g);
     if (ids) embed_kernel<<<(unsigned)(B * L), 128, 0, d->stream>>>(g->res, ids, (const T *)g->w.embedding, c->D);
     for (int layer = 0; layer < c->n_layer; layer++)
-        block(d, c, &g->w.layer[(size_t)layer], a, g->res, B, L, window_of(g, layer), h_of(g, layer));
+        block(d, c, &g->w.layer[(size_t)layer], a, g->res, g->res, B, L, window_of(g, layer), h_of(g, layer));
     rmsnorm(d, a.xn, (size_t)c->D, g->res, (size_t)c->D, (const float *)g->w.norm_f, c->norm_eps, B * L, c->D);
 }
 
@@ -2797,14 +2925,22 @@ template <class T> static void generation_step(Gpu *g) {
     check_launch(d, "step");
 }
 
-// Prepares the generation of S sequences that go on from the first one's state: each with a random generator of its own,
-// `random` (S) numbers; recent: the last n_recent tokens as a ring (position modulo RECENT). 0, or -1 with a sentence.
+// Prepares the generation of S sequences that go on from those gathered, or else all from the first one's state: each with a
+// random generator of its own, `random` (S) numbers; recent: the last n_recent tokens as a ring (position modulo RECENT). 0, or -1
+// with a sentence.
 static int gpu_generate_start(Gpu *g, int S, const Sampling *how, const uint64_t *random, uint64_t position,
                               const int32_t *recent, int n_recent, const unsigned char *allowed) {
     const Config *c = &g->config;
     Device *d = &g->device;
     if (S > g->piece) return gpu_fail("%d sequences are too many: %d at the most", S, g->piece);
-    if ((S != g->S || S > 1) && gpu_sequences(g, S)) return -1;
+    States *from = &g->gathered;
+    if (from->S) {
+        if (from->S != S) return gpu_fail("%d sequences were gathered, not %d", from->S, S);
+        cudaFree(g->window), cudaFree(g->h), cudaFree(g->step_logits);
+        g->S = S, g->window = from->window, g->h = from->h, g->step_logits = from->logits;
+        *from = {};
+        generation_free(g); // whose graph knows the old addresses
+    } else if ((S != g->S || S > 1) && gpu_sequences(g, S)) return -1;
     if (!g->generation) {
         Generation *n = g->generation = new Generation();
         n->S = S;
@@ -2954,16 +3090,17 @@ template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
     size_t pieces = M / EMBED_PIECE + std::min(M, V) + 1;
     partial = std::max(partial, pieces * D);
     x->loss_rows = (int)std::max((size_t)1, std::min(std::min((size_t)2048, M), (size_t)((size_t)1 << 27) / V));
-    a.take(x->d_res, M * D), a.take(x->logits, (size_t)x->loss_rows * V), a.take(x->losses, M);
+    a.take(x->d_res, M * D), a.take(x->losses, M), a.take(x->d_o, M * D, t), a.take(x->d_xn, M * D, t);
     a.take(x->partial, partial), a.take(x->norms, NORM_PARTS + 2), a.take(x->sum, 1);
-    a.take(x->d_o, M * D, t), a.take(x->d_xz, M * 2 * E, t), a.take(x->d_u, M * E, t), a.take(x->d_xdb, M * P, t);
-    a.take(x->d_delta, M * E, t), a.take(x->d_g, M * E, t), a.take(x->d_xn, M * D, t);
-    a.take(x->d_logits, (size_t)x->loss_rows * V, t);
     a.take(x->ids, M), a.take(x->targets, M), a.take(x->order, M), a.take(x->start, pieces + 1),
         a.take(x->token, pieces);
     a.take(x->first, pieces + 1);
+    Arena loss = a; // logits are done with before the blocks' backward begins: one place for both
+    loss.take(x->logits, (size_t)x->loss_rows * V), loss.take(x->d_logits, (size_t)x->loss_rows * V, t);
+    a.take(x->d_xz, M * 2 * E, t), a.take(x->d_u, M * E, t), a.take(x->d_xdb, M * P, t);
+    a.take(x->d_delta, M * E, t), a.take(x->d_g, M * E, t);
     a.take(x->scan, scan_backward_workspace(x->B, x->L, c->E, c->N), 1);
-    return a.used;
+    return std::max(a.used, loss.used);
 }
 
 static size_t trainer_bytes(GpuTrainer *x) {
@@ -3194,21 +3331,16 @@ static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets,
     cudaMemcpyAsync(x->targets, targets, (size_t)rows * sizeof *ids, cudaMemcpyHostToDevice, d->stream);
     cudaMemsetAsync(x->sum, 0, sizeof *x->sum, d->stream);
     embed_kernel<<<(unsigned)rows, 128, 0, d->stream>>>(x->res[0], x->ids, (const T *)x->w.embedding, D);
-    for (int layer = 0; layer < c->n_layer; layer++) {
-        float *next = x->res[(size_t)layer + 1];
-        cudaMemcpyAsync(next, x->res[(size_t)layer], (size_t)rows * D * sizeof(float), cudaMemcpyDeviceToDevice,
-                        d->stream);
-        block(d, c, &x->w.layer[(size_t)layer], trainer_acts<T>(x, layer), next, x->B, x->L, (float *)NULL,
-              (float *)NULL);
-    }
+    for (int layer = 0; layer < c->n_layer; layer++)
+        block(d, c, &x->w.layer[(size_t)layer], trainer_acts<T>(x, layer), x->res[(size_t)layer + 1],
+              x->res[(size_t)layer], x->B, x->L, (float *)NULL, (float *)NULL);
     const float *last = x->res[(size_t)c->n_layer];
     T *xn = trainer_acts<T>(x, 0).xn, *d_xn = (T *)x->d_xn, *d_logits = (T *)x->d_logits;
     rmsnorm(d, xn, lD, last, lD, (const float *)x->w.norm_f, c->norm_eps, rows, D);
     for (int t = 0; t < rows; t += x->loss_rows) { // so many rows of logits exist at a time
         int n = std::min(x->loss_rows, rows - t);
         matmul(d, x->logits, lV, xn + (size_t)t * D, lD, (const T *)x->w.head, n, V, D);
-        cross_entropy_kernel<<<(unsigned)n, 512, 0, d->stream>>>(x->losses + t, backward ? d_logits : (T *)NULL,
-                                                                 x->logits, x->targets + t, weight, V);
+        cross_entropy(d, x->losses + t, backward ? d_logits : (T *)NULL, x->logits, x->targets + t, weight, n, V);
         if (!backward) continue;
         matmul_d_x(d, d_xn + (size_t)t * D, lD, d_logits, lV, (const T *)x->w.head, n, V, D);
         matmul_d_W(d, (float *)x->d.head, d_logits, lV, xn + (size_t)t * D, lD, n, V, D);
@@ -3407,5 +3539,6 @@ static int gpu_time_scan(int B, int E, int L, int N, int float32, int repeats, d
 
 extern "C" const GpuBackend mamba_gpu = {
     gpu_error,          gpu_open,        gpu_close,      gpu_set_state,    gpu_get_state,     gpu_prefill,
+    gpu_gather,
     gpu_generate_start, gpu_generate,    GENERATE_MAX,   gpu_trainer_open, gpu_trainer_close, gpu_trainer_resize,
     gpu_trainer_set,    gpu_trainer_get, gpu_train_pass, gpu_train_step,   gpu_measure,       gpu_time_scan};

@@ -1701,7 +1701,7 @@ static void check_gpu_generation(const char *path, bool float32) {
     mamba_acts_free(cpu), mamba_acts_free(gpu), mamba_free(m);
 }
 
-// The step of S sequences in bf16, kernels of its own (step_kernel) where shapes allow: after 20 greedy tokens every sequence has
+// The step of S sequences in bf16, kernels of its own where shapes allow: after 20 greedy tokens every sequence has
 // the same ones, and the first one's logits, h and window are those of the CPU for these tokens.
 static const struct {
     const char *name;
@@ -1751,6 +1751,52 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
     mamba_state_free(s), mamba_state_free(g), mamba_state_free(got);
     gpu->held = NULL, g->ahead = NULL;
     mamba_acts_free(cpu), mamba_acts_free(gpu), mamba_free(m);
+}
+
+// Prompts read one after the other and generated from together say what each says alone.
+static void check_gpu_gathered(const char *path) {
+    enum { S = 3, STEPS = 64 };
+    const int lengths[S] = {20, 1, 70};
+    Model *m = mamba_load(path);
+    if (!m) printf("FAIL %s\n", error_text), exit(1);
+    Acts *gpu = gpu_acts(m, true);
+    State *zero = mamba_state_new(m);
+    const Sampling greedy = {.temperature = 0, .top_p = 1, .repeat_penalty = 1};
+    int V = m->config.V, same = 0, differ = 0;
+    int32_t *prompt[S], alone[S][STEPS], together[STEPS * S];
+    uint64_t random[S] = {0};
+    unsigned char *allowed = malloc((size_t)V);
+    char name[160];
+    for (int v = 0; v < V; v++) allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
+    for (int s = 0; s < S; s++) {
+        prompt[s] = random_ids((size_t)lengths[s], V < 200 ? V : 200);
+        if (GPU->set_state(gpu->gpu, zero->conv, zero->h, zero->logits) ||
+            GPU->prefill(gpu->gpu, prompt[s], (size_t)lengths[s], NULL, NULL) ||
+            GPU->generate_start(gpu->gpu, 1, &greedy, random, (uint64_t)lengths[s], zero->recent, 0, allowed) ||
+            GPU->generate(gpu->gpu, alone[s], STEPS))
+            printf("FAIL alone: %s\n", GPU->error()), n_failed++;
+    }
+    for (int round = 0; round < 2; round++) {
+        if (GPU->set_state(gpu->gpu, zero->conv, zero->h, zero->logits))
+            printf("FAIL state: %s\n", GPU->error()), n_failed++;
+        for (int s = 0; s < S; s++)
+            if (GPU->prefill(gpu->gpu, prompt[s], (size_t)lengths[s], NULL, NULL) || GPU->gather(gpu->gpu, s, S))
+                printf("FAIL gather: %s\n", GPU->error()), n_failed++;
+        expect(GPU->generate_start(gpu->gpu, S + 1, &greedy, random, 0, zero->recent, 0, allowed) == -1,
+               "as many sequences as were gathered, or none");
+        if (GPU->generate_start(gpu->gpu, S, &greedy, random, 0, zero->recent, 0, allowed) ||
+            GPU->generate(gpu->gpu, together, STEPS))
+            printf("FAIL together: %s\n", GPU->error()), n_failed++;
+        for (int i = 0; i < STEPS; i++)
+            for (int s = 0; s < S; s++)
+                same += together[i * S + s] == alone[s][i],
+                    differ += s && alone[s][i] != alone[0][i]; // or the test would see nothing
+    }
+    snprintf(name, sizeof name, "%s: three prompts together as each alone", path);
+    report(same == 2 * S * STEPS && differ > STEPS / 4, name, "%d of %d tokens", same, 2 * S * STEPS);
+    for (int s = 0; s < S; s++) free(prompt[s]);
+    free(allowed);
+    mamba_state_free(zero), mamba_acts_free(gpu), mamba_free(m);
 }
 
 // The sampler's draws against the probabilities that mamba.c's own rules leave: 4096 first tokens of one state.
@@ -1819,6 +1865,7 @@ static void test_cuda(void) {
         for (int k = 0; k < COUNT(sequences); k++)
             check_gpu_step(STEP_SHAPES[i].name, &STEP_SHAPES[i].config, sequences[k]);
     }
+    check_gpu_gathered("models/tales.bin");
     check_gpu_training(&GPU_SHAPES[0].config, true, 1e-4);
     check_gpu_training(&GPU_SHAPES[0].config, false, 1e-2);
     check_gpu_training(&GPU_SHAPES[1].config, true, 1e-4);

@@ -1,5 +1,5 @@
 // Ladder of the fused scan backward: every variant checked against a float64 reference, then timed.
-//   nvcc -O3 -std=c++17 -arch=sm_90 -o /tmp/bench dev/scan_backward.cu -lcublas && /tmp/bench check | ladder [all] | one (a single launch, for a profiler)
+//   nvcc -O3 -std=c++17 -arch=sm_90 -o /tmp/bench dev/scan_backward.cu -lcublasLt -lcublas && /tmp/bench check | ladder [all] | one (a single launch, for a profiler)
 #include "../mamba_cuda.cu"
 #include <algorithm>
 #include <math.h>

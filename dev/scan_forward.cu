@@ -1,5 +1,5 @@
 // The ladder of the fused scan's forward and step: checks every rung against a float64 kernel, then times it.
-//   nvcc -O3 -std=c++17 -arch=sm_90 -cudart static -o /tmp/bench dev/scan_forward.cu -lcublas && /tmp/bench [check | ladder [start of a rung's name] | step | mini | prof]
+//   nvcc -O3 -std=c++17 -arch=sm_90 -cudart static -o /tmp/bench dev/scan_forward.cu -lcublasLt -lcublas && /tmp/bench [check | ladder [start of a rung's name] | step | mini | prof]
 // mini: a few checks, for compute-sanitizer; prof: one launch each, for ncu. No argument: check, ladder, step.
 // Inputs are like a trained model's: delta from 0.001 to 0.1, A_neg near -(1..N), the rest random. Outputs are poisoned
 // before every check. Times are medians of CUDA events around single launches (step: of 20 launches).
