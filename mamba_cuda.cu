@@ -1278,11 +1278,9 @@ cudaError_t scan_relay_launch(const ScanArgs<T> &p, cudaStream_t stream) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Few channels: time is cut into tiles, tiles into pieces. Blocks stay and take one tile after the other by ticket, all of a time
-// before those of the next. A block takes tickets in rising order and works on one at a time, so the lowest tile that is not done is
-// being worked on, and what it waits for is done: no order in which blocks start can make all wait. A ticket is taken at a tile's end,
-// behind the gates: earlier it would give the next tile in time to a block that is still far from its end. N is a run-time size;
-// states are staged NB at a time.
+// Few channels: time is cut into tiles, tiles into pieces. Tickets give the blocks of a time before those of the next, so the block
+// that a block waits for always runs or is done, in whatever order they start. Blocks that stay for many tiles were slower: the
+// loop takes registers from the states. N is a run-time size; states are staged NB at a time.
 
 struct Yes {
     static constexpr bool value = true;
@@ -1299,192 +1297,172 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMa
     float2 *join = (float2 *)(As + NB * 32);     // [2][W][32] of (product of decays, end state)
     float *first = (float *)(join + 2 * W * 32); // [2][32] state before the tile
     T *zs = (T *)(first + 2 * 32);               // [TILE][32], each thread its own
-    const int groups = (p.E + 31) / 32, L = p.L, E = p.E, N = p.N;
-    // The next tile: its 32 channels, sequence, place in time; and this one's. Registers are short during the states, so what is
-    // seldom needed is read again, which volatile sees to.
-    __shared__ volatile int next_e, next_b, next_tile, here_e, here_b, here_tile;
-    auto take = [&](unsigned ticket) { // thread 0
-        ticket -= m.ticket;            // modulo 2^32, as the counter
-        const unsigned in_row = p.B * groups, tile = ticket / in_row, in_tile = ticket % in_row;
-        next_e = in_tile % groups * 32, next_b = in_tile / groups, next_tile = tile;
-    };
-    unsigned *tickets = (unsigned *)m.words;
-    if (threadIdx.x == 0) take(atomicAdd(tickets, 1u));
+    const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, groups = (p.E + 31) / 32, L = p.L, E = p.E, N = p.N;
+    __shared__ unsigned
+        ticket; // the order in which blocks really start: whoever a tile waits for has started before it
+    if (threadIdx.x == 0) ticket = atomicAdd((unsigned *)m.words, 1u) - m.ticket; // modulo 2^32, as the counter
     __syncthreads();
-    while ((unsigned)next_tile < (unsigned)(L + TILE - 1) / TILE) {
-        int tid = threadIdx.x;
-        asm volatile("" : "+r"(tid)); // or what follows from it is kept from tile to tile, in registers that are short
-        const int lane = tid & 31, w = tid >> 5;
-        const int tile = next_tile, b = next_b, e_true = next_e + lane, tile_t = tile * TILE, t0 = tile_t + w * K;
-        const bool live = e_true < E;
-        const int e = live ? e_true : E - 1;
-        const size_t row0 = (size_t)b * L;
-        if (tid == 0) here_e = e_true, here_b = b, here_tile = tile; // seen after the next barrier
-        auto state_at = [&](int n) { return ((size_t)here_b * N + n) * E + min(here_e + lane, E - 1); }; // in (B,N,E)
-        const float bias = p.dt_bias[e], skip = p.D_skip[e];
+    const int tile = ticket / (p.B * groups), in_tile = ticket % (p.B * groups), b = in_tile / groups;
+    const int e_true = in_tile % groups * 32 + lane, tile_t = tile * TILE, t0 = tile_t + w * K;
+    const bool live = e_true < E, last_tile = tile_t + TILE >= L;
+    const uint32_t tag = m.tag + tile; // of the mail that this tile waits for
+    const int e = live ? e_true : E - 1;
+    const size_t row0 = (size_t)b * L, half = (size_t)p.B * N * E;
+    const float bias = p.dt_bias[e], skip = p.D_skip[e];
 
-        const T *d_at = p.delta_raw + (row0 + t0) * p.ld_delta + e, *u_at = p.u + (row0 + t0) * p.ld_u + e,
-                *z_at = p.z + (row0 + t0) * p.ld_z + e;
-        T raw_d[K], raw_u[K], raw_z[K];
-        if (t0 + K <= L) {
+    const T *d_at = p.delta_raw + (row0 + t0) * p.ld_delta + e, *u_at = p.u + (row0 + t0) * p.ld_u + e,
+            *z_at = p.z + (row0 + t0) * p.ld_z + e;
+    T raw_d[K], raw_u[K], raw_z[K];
+    if (t0 + K <= L) {
 #pragma unroll
-            for (int i = 0; i < K; i++)
+        for (int i = 0; i < K; i++)
+            raw_d[i] = *down(d_at, i, p.ld_delta), raw_u[i] = *down(u_at, i, p.ld_u), raw_z[i] = *down(z_at, i, p.ld_z);
+    } else {
+#pragma unroll
+        for (int i = 0; i < K; i++) {
+            raw_d[i] = raw_u[i] = raw_z[i] = to<T>(0.f);
+            if (t0 + i < L)
                 raw_d[i] = *down(d_at, i, p.ld_delta), raw_u[i] = *down(u_at, i, p.ld_u),
                 raw_z[i] = *down(z_at, i, p.ld_z);
-        } else {
-#pragma unroll
-            for (int i = 0; i < K; i++) {
-                raw_d[i] = raw_u[i] = raw_z[i] = to<T>(0.f);
-                if (t0 + i < L)
-                    raw_d[i] = *down(d_at, i, p.ld_delta), raw_u[i] = *down(u_at, i, p.ld_u),
-                    raw_z[i] = *down(z_at, i, p.ld_z);
-            }
         }
-        // Warps stage 4-step x 8-state units: states 8 (w % 4).. of the 2 NB of B_ssm and C_ssm.
-        auto stage = [&](int n0, int b, int tile, int e, int tid) {
-            const int lane = tid & 31, w = tid >> 5, tile_t = tile * TILE;
-            const bool is_C = w % 4 >= 2;
-            const int bc_n = w % 2 * 8 + lane % 8, bc_t = w / 4 * 4 + lane / 8, ld_bc = is_C ? p.ld_C : p.ld_B;
-            float *bc_to = (is_C ? Cs : Bs) + bc_n * PITCH + bc_t;
-            const T *bc_from = (is_C ? p.C_ssm : p.B_ssm) + ((size_t)b * L + tile_t + bc_t) * ld_bc + bc_n;
-            if (tile_t + TILE <= L && n0 + NB <= N) {
-                T raw[K];
+    }
+    // Warps stage 4-step x 8-state units: states 8 (w % 4).. of the 2 NB of B_ssm and C_ssm.
+    const bool is_C = w % 4 >= 2;
+    const int bc_n = w % 2 * 8 + lane % 8, bc_t = w / 4 * 4 + lane / 8, ld_bc = is_C ? p.ld_C : p.ld_B;
+    const T *bc_from = (is_C ? p.C_ssm : p.B_ssm) + (row0 + tile_t + bc_t) * ld_bc + bc_n;
+    float *bc_to = (is_C ? Cs : Bs) + bc_n * PITCH + bc_t;
+    auto stage = [&](int n0) {
+        if (tile_t + TILE <= L && n0 + NB <= N) {
+            T raw[K];
 #pragma unroll
-                for (int v = 0; v < K; v++) raw[v] = down(bc_from, v * W, ld_bc)[n0];
+            for (int v = 0; v < K; v++) raw[v] = down(bc_from, v * W, ld_bc)[n0];
 #pragma unroll
-                for (int v = 0; v < K; v++) bc_to[v * W] = value(raw[v]);
-            } else
+            for (int v = 0; v < K; v++) bc_to[v * W] = value(raw[v]);
+        } else
 #pragma unroll 4
-                for (int v = 0; v < K; v++) {
-                    bool in = tile_t + bc_t + v * W < L && n0 + bc_n < N;
-                    bc_to[v * W] = in ? value(down(bc_from, v * W, ld_bc)[n0]) : 0.f;
-                }
-            for (int n = w; n < NB; n += W)
-                As[n * 32 + lane] = n0 + n < N ? LOG2E * p.A_neg[(size_t)(n0 + n) * E + e] : 0.f;
-        };
-        stage(0, b, tile, e, tid);
-        float d[K], du[K], y[K], elapsed = 0.f;
-#pragma unroll
-        for (int i = 0; i < K; i++) zs[(w * K + i) * 32 + lane] = raw_z[i], d[i] = softplus(value(raw_d[i]) + bias);
-        if (t0 + K > L) // past the end of time delta is 0: decay 1, inject 0
-#pragma unroll
-            for (int i = 0; i < K; i++) d[i] = t0 + i < L ? d[i] : 0.f;
-#pragma unroll
-        for (int i = 0; i < K; i++) du[i] = d[i] * value(raw_u[i]), y[i] = skip * value(raw_u[i]), elapsed += d[i];
-        asm("" : "+f"(elapsed)); // or the compiler sums it again for every state
-
-        // The first warp reads the mailbox of the tile before, the last warp writes this tile's.
-        const bool save = p.h_starts && t0 % SCAN_SAVE == 0 && t0 < L && live;
-        // The box of state 0; NULL: a sequence's first state is not mail, its last one neither.
-        uint64_t *box = m.words + MAIL_BOXES + ((size_t)((tile - (w == 0)) & 1) * p.B + b) * N * E + e;
-        if (w == 0 ? tile == 0 : tile_t + TILE >= L) box = NULL;
-        // decays of two states in turn; their product and the end state from 0 of the newer
-        float decay0[K], decay1[K], prod, end;
-        uint64_t mail = 0;
-
-        // The forecast of a state lies in shared memory before the barrier that joins it.
-        auto leave = [&](int turn, int n) {
-            join[(turn * W + w) * 32 + lane] = make_float2(prod, end);
-            if (w == 0) {
-                float before = 0.f;
-                if (!box && p.h0 && n < N) before = p.h0[state_at(n)];
-                if (box && live && n < N) {
-                    for (int polls = 0; (uint32_t)(mail >> 32) != m.tag + here_tile; polls++) {
-                        mail = mail_read(down(box, n, E));
-                        give_up_after(polls);
-                    }
-                    before = __uint_as_float((uint32_t)mail);
-                }
-                first[turn * 32 + lane] = before;
+            for (int v = 0; v < K; v++) {
+                bool in = tile_t + bc_t + v * W < L && n0 + bc_n < N;
+                bc_to[v * W] = in ? value(down(bc_from, v * W, ld_bc)[n0]) : 0.f;
             }
-        };
-        auto forecast = [&](float(&decay)[K], int g, int i, float A) { // four steps of the end state from 0
-            float B[4];
-            unpack(B, load4(Bs + g * PITCH + w * K + i));
+        for (int n = w; n < NB; n += W)
+            As[n * 32 + lane] = n0 + n < N ? LOG2E * p.A_neg[(size_t)(n0 + n) * E + e] : 0.f;
+    };
+    stage(0);
+    float d[K], du[K], y[K], elapsed = 0.f;
+#pragma unroll
+    for (int i = 0; i < K; i++) zs[(w * K + i) * 32 + lane] = raw_z[i], d[i] = softplus(value(raw_d[i]) + bias);
+    if (t0 + K > L) // past the end of time delta is 0: decay 1, inject 0
+#pragma unroll
+        for (int i = 0; i < K; i++) d[i] = t0 + i < L ? d[i] : 0.f;
+#pragma unroll
+    for (int i = 0; i < K; i++) du[i] = d[i] * value(raw_u[i]), y[i] = skip * value(raw_u[i]), elapsed += d[i];
+    asm("" : "+f"(elapsed)); // or the compiler sums it again for every state
+
+    // The first warp reads the mailbox of the tile before, the last warp writes this tile's.
+    const bool save = p.h_starts && t0 % SCAN_SAVE == 0 && t0 < L && live;
+    size_t at = (size_t)b * N * E + e; // of the older state below in (B,N,E); the newer one is E on
+    uint64_t *box = m.words + MAIL_BOXES + ((tile - (w == 0)) & 1) * half + at;
+    float *starts =
+        save ? p.h_starts + ((size_t)b * ((L + SCAN_SAVE - 1) / SCAN_SAVE) + t0 / SCAN_SAVE) * N * E + e : NULL;
+    float decay0[K], decay1[K], prod,
+        end; // decays of two states in turn; their product and the end state from 0 of the newer
+    uint64_t mail = 0;
+
+    // The forecast of a state lies in shared memory before the barrier that joins it.
+    auto leave = [&](int turn, size_t at) {
+        join[(turn * W + w) * 32 + lane] = make_float2(prod, end);
+        if (w == 0) {
+            float before = 0.f;
+            if (tag == m.tag && p.h0) before = p.h0[at];
+            if (tag != m.tag && live) {
+                for (int polls = 0; (uint32_t)(mail >> 32) != tag; polls++) {
+                    mail = mail_read(box);
+                    give_up_after(polls);
+                }
+                before = __uint_as_float((uint32_t)mail);
+            }
+            first[turn * 32 + lane] = before;
+        }
+    };
+    auto forecast = [&](float(&decay)[K], int g, int i, float A) { // four steps of the end state from 0
+        float B[4];
+        unpack(B, load4(Bs + g * PITCH + w * K + i));
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            decay[i + k] = exp2_fast(d[i + k] * A);
+            end = i + k ? fmaf(decay[i + k], end, du[i + k] * B[k]) : du[0] * B[0];
+        }
+    };
+    // State g from its true start, and between its steps, which leave the special-function unit idle, the forecast of state g + 1.
+    auto state_step = [&](auto more, int turn, float(&decay)[K], float(&decay_next)[K], int g) {
+        float h = first[turn * 32 + lane], A = 0.f;
+        float2 part[W - 1];
+#pragma unroll
+        for (int v = 0; v < W - 1; v++) part[v] = load_always(join + (turn * W + v) * 32 + lane);
+        if (more.value) A = As[(g + 1) * 32 + lane];
+        if (more.value && w == 0 && tag != m.tag) mail = mail_read(box + E);
+#pragma unroll
+        for (int v = 0; v < W - 1; v++)
+            if (v < w) h = fmaf(part[v].x, h, part[v].y);
+        if (w == W - 1 && live) {
+            float after = fmaf(prod, h, end);
+            if (!last_tile) mail_write(box, (uint64_t)(tag + 1) << 32 | __float_as_uint(after));
+            else if (p.h_final) p.h_final[at] = after;
+        }
+        if (save) *starts = h;
+        box += E, at += E, starts += E;
+        if (more.value) prod = exp2_fast(elapsed * A);
+#pragma unroll
+        for (int i = 0; i < K; i += 4) {
+            float B[4], C[4];
+            if (more.value) forecast(decay_next, g + 1, i, A);
+            unpack(B, load4(Bs + g * PITCH + w * K + i)), unpack(C, load4(Cs + g * PITCH + w * K + i));
 #pragma unroll
             for (int k = 0; k < 4; k++) {
-                decay[i + k] = exp2_fast(d[i + k] * A);
-                end = i + k ? fmaf(decay[i + k], end, du[i + k] * B[k]) : du[0] * B[0];
+                h = fmaf(decay[i + k], h, du[i + k] * B[k]);
+                y[i + k] = fmaf(C[k], h, y[i + k]);
             }
-        };
-        // State g from its true start, and between its steps, which leave the special-function unit idle, the forecast of state g + 1.
-        auto state_step = [&](auto more, int turn, float(&decay)[K], float(&decay_next)[K], int g, int n) {
-            float h = first[turn * 32 + lane], A = 0.f;
-            float2 part[W - 1];
-#pragma unroll
-            for (int v = 0; v < W - 1; v++) part[v] = load_always(join + (turn * W + v) * 32 + lane);
-            if (more.value) A = As[(g + 1) * 32 + lane];
-            if (more.value && w == 0 && box && n + 1 < N) mail = mail_read(down(box, n + 1, E));
-#pragma unroll
-            for (int v = 0; v < W - 1; v++)
-                if (v < w) h = fmaf(part[v].x, h, part[v].y);
-            if (w == W - 1 && live && n < N) {
-                float after = fmaf(prod, h, end);
-                if (box) mail_write(down(box, n, E), (uint64_t)(m.tag + here_tile + 1) << 32 | __float_as_uint(after));
-                else if (p.h_final) p.h_final[state_at(n)] = after;
-            }
-            if (save && n < N) {
-                int chunks = (L + SCAN_SAVE - 1) / SCAN_SAVE,
-                    chunk = here_b * chunks + (here_tile * TILE + w * K) / SCAN_SAVE;
-                p.h_starts[((size_t)chunk * N + n) * E + here_e + lane] = h;
-            }
-            if (more.value) prod = exp2_fast(elapsed * A);
-#pragma unroll
-            for (int i = 0; i < K; i += 4) {
-                float B[4], C[4];
-                if (more.value) forecast(decay_next, g + 1, i, A);
-                unpack(B, load4(Bs + g * PITCH + w * K + i)), unpack(C, load4(Cs + g * PITCH + w * K + i));
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    h = fmaf(decay[i + k], h, du[i + k] * B[k]);
-                    y[i + k] = fmaf(C[k], h, y[i + k]);
-                }
-            }
-            if (more.value) {
-                leave(turn ^ 1, n + 1);
-                __syncthreads();
-            }
-        };
-        for (int n0 = 0; n0 < N; n0 += NB) {
-            if (n0) {
-                __syncthreads();         // all are done with the states before
-                int again = threadIdx.x; // computed anew, as above
-                asm volatile("" : "+r"(again));
-                stage(n0, here_b, here_tile, min(here_e + again % 32, E - 1), again);
-            }
-            __syncthreads();
-            const int pairs = (min(NB, N - n0) + 1) / 2; // an odd N has one state more, with A_neg = B_ssm = C_ssm = 0
-            if (w == 0 && box) mail = mail_read(down(box, n0, E));
-            prod = exp2_fast(elapsed * As[lane]);
-#pragma unroll
-            for (int i = 0; i < K; i += 4) forecast(decay0, 0, i, As[lane]);
-            leave(0, n0);
-            __syncthreads();
-            int g = 0;
-            for (; g + 2 < 2 * pairs; g += 2) {
-                state_step(Yes(), 0, decay0, decay1, g, n0 + g);
-                state_step(Yes(), 1, decay1, decay0, g + 1, n0 + g + 1);
-            }
-            state_step(Yes(), 0, decay0, decay1, g, n0 + g);
-            state_step(No(), 1, decay1, decay0, g + 1, n0 + g + 1);
         }
-        unsigned taken = 0;
-        if (tid == 0) taken = atomicAdd(tickets, 1u); // comes during the gates
-        const int t_out = here_tile * TILE + w * K, e_out = here_e + lane, rows = e_out < E ? L - t_out : 0;
-        T *out = p.out + ((size_t)here_b * L + t_out) * p.ld_out + e_out;
-#pragma unroll
-        for (int i = 0; i < K; i += 2)
-            gate_pair(y[i], y[i + 1], value(zs[(w * K + i) * 32 + lane]), value(zs[(w * K + i + 1) * 32 + lane]));
-        if (rows >= K) {
-#pragma unroll
-            for (int i = 0; i < K; i++) *down(out, i, p.ld_out) = to<T>(y[i]);
-        } else {
-#pragma unroll
-            for (int i = 0; i < K; i++)
-                if (i < rows) *down(out, i, p.ld_out) = to<T>(y[i]);
+        if (more.value) {
+            leave(turn ^ 1, at);
+            __syncthreads();
         }
-        if (tid == 0) take(taken);
-        __syncthreads(); // all are done with shared memory, too
+    };
+    for (int n0 = 0; n0 < N; n0 += NB) {
+        if (n0) {
+            __syncthreads(); // all are done with the states before
+            stage(n0);
+        }
+        __syncthreads();
+        const int count = min(NB, N - n0);
+        if (w == 0 && tag != m.tag) mail = mail_read(box);
+        prod = exp2_fast(elapsed * As[lane]);
+#pragma unroll
+        for (int i = 0; i < K; i += 4) forecast(decay0, 0, i, As[lane]);
+        leave(0, at);
+        __syncthreads();
+        int g = 0;
+        for (; g + 2 < count; g += 2) {
+            state_step(Yes(), 0, decay0, decay1, g);
+            state_step(Yes(), 1, decay1, decay0, g + 1);
+        }
+        if (g + 2 == count) {
+            state_step(Yes(), 0, decay0, decay1, g);
+            state_step(No(), 1, decay1, decay0, g + 1);
+        } else state_step(No(), 0, decay0, decay1, g);
+    }
+    T *out = p.out + (row0 + t0) * p.ld_out + e;
+    const int rows = live ? L - t0 : 0;
+#pragma unroll
+    for (int i = 0; i < K; i += 2)
+        gate_pair(y[i], y[i + 1], value(zs[(w * K + i) * 32 + lane]), value(zs[(w * K + i + 1) * 32 + lane]));
+    if (rows >= K) {
+#pragma unroll
+        for (int i = 0; i < K; i++) *down(out, i, p.ld_out) = to<T>(y[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < K; i++)
+            if (i < rows) *down(out, i, p.ld_out) = to<T>(y[i]);
     }
 }
 
@@ -1499,14 +1477,9 @@ static cudaError_t scan_tiles_launch(const ScanArgs<T> &p, cudaStream_t stream) 
     auto kernel = scan_tiles<T, K, W, MINB>;
     cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (err != cudaSuccess) return err;
-    int device, sms;
-    err = cudaGetDevice(&device);
-    if (err == cudaSuccess) err = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    if (err != cudaSuccess) return err;
-    size_t tiles = ((size_t)p.L + K * W - 1) / (K * W), items = (size_t)p.B * ((p.E + 31) / 32) * tiles,
-           grid = std::min(items, (size_t)sms * MINB);
+    size_t tiles = ((size_t)p.L + K * W - 1) / (K * W), items = (size_t)p.B * ((p.E + 31) / 32) * tiles;
     ScanMail *m = p.mail;
-    if (items + grid > UINT32_MAX || m->bytes < scan_forward_workspace(p.B, p.E, p.N)) return cudaErrorInvalidValue;
+    if (items > INT32_MAX || m->bytes < scan_forward_workspace(p.B, p.E, p.N)) return cudaErrorInvalidValue;
     // Tags rise until they would wrap, which clears the boxes and starts again: a tag is then never older than it looks. Tickets
     // may wrap: only their difference to the launch's first is used.
     if (!m->cleared || m->tag > UINT32_MAX - tiles) {
@@ -1514,10 +1487,10 @@ static cudaError_t scan_tiles_launch(const ScanArgs<T> &p, cudaStream_t stream) 
         if (err != cudaSuccess) return err;
         m->ticket = m->tag = 0, m->cleared = true;
     }
-    kernel<<<(unsigned)grid, 32 * W, bytes, stream>>>(p, *m);
+    kernel<<<(unsigned)items, 32 * W, bytes, stream>>>(p, *m);
     err = cudaGetLastError();
     if (err != cudaSuccess) return err;
-    m->tag += (uint32_t)tiles, m->ticket += (uint32_t)(items + grid); // every block's last ticket is one too many
+    m->tag += (uint32_t)tiles, m->ticket += (uint32_t)items;
     return cudaSuccess;
 }
 
