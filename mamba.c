@@ -280,6 +280,7 @@ INLINE vec as_float(ivec bits) {
     return v;
 }
 INLINE vec choose(ivec mask, vec yes, vec no) { return as_float((as_int(yes) & mask) | (as_int(no) & ~mask)); }
+INLINE vec at_least(vec x, float lowest) { return choose(MASK(x < lowest), splat(lowest), x); }
 INLINE int lanes_left(int e, int E) { return E - e < VL ? E - e : VL; }
 
 // e^x = 2^n e^r, |r| <= ln2/2. Below -86 the answer is e^-86 (4e-38), above 88 e^88, so that 2^n stays a normal float.
@@ -298,8 +299,16 @@ INLINE vec exp_vec(vec x) {
     return as_float((ivec)((uvec)as_int(p) + (uvec)exponent));
 }
 
-// The same for -1/32 < x <= 0, by its series: the next term is below 3e-10.
-INLINE vec exp_small(vec x) { return 1.0f + x * (1.0f + x * (0.5f + x * (0.166666667f + x * 0.0416666667f))); }
+// 2^x for -126 <= x <= 0, relative error 2e-7, unchecked: half the work of exp_vec, for the scan, which takes E N of them a token.
+// Exactly 1 at 0, and 1 - 2^x right to 3e-7 near it: that is how long a state remembers.
+INLINE vec exp2_negative(vec x) {
+    vec n = x + 12582912.0f, r = x - (n - 12582912.0f);
+    vec p = 0.00967151299f + r * 0.00132647273f; // minimax on [-1/2, 1/2]
+    p = 0.0555073359f + r * p;
+    p = 0.240222424f + r * p;
+    p = 0.693147004f + r * p;
+    return as_float((ivec)((uvec)as_int(1.0f + r * p) + ((uvec)as_int(n) << 23)));
+}
 
 // Whether the condition, a MASK, holds in any lane.
 INLINE bool any_lane(ivec mask) {
@@ -893,12 +902,12 @@ static const void *tensor_row(const Tensor *w, int row) {
     return (const char *)w->data + (size_t)row * (size_t)w->cols * type_bytes(w->type);
 }
 
-// res (L,D) = the rows of embedding (V,D) named by ids (L).
+// res (L,D) = the rows of embedding (V,D) named by ids (L); ids NULL: the first L.
 static void embed(float *res, const int32_t *ids, const Tensor *embedding, int L) {
     int D = embedding->cols;
 #pragma omp for
     for (int t = 0; t < L; t++)
-        TYPE_KERNELS[embedding->type].widen(res + (size_t)t * D, tensor_row(embedding, ids[t]), 0, D);
+        TYPE_KERNELS[embedding->type].widen(res + (size_t)t * D, tensor_row(embedding, ids ? ids[t] : t), 0, D);
 }
 
 // [train] d_embedding[id] += the gradients of every place where id stood. Threads own columns, so places add up in order.
@@ -931,21 +940,29 @@ static void embed_backward(float *d_embedding, const float *d_res, const int32_t
 #endif
 #define NR (2 * VL)
 #define KC 512
-#define PRODUCT_TASKS 32 // at least so many tasks, where the rows allow it
+#define PRODUCT_TASKS 32 // at least so many tasks for a team, where the rows allow it
 #define MATMUL_FEW 4     // below this many rows, packing costs more than it saves
 
-static void matmul_few(float *out, const float *x, size_t ldx, const Tensor *w, const float *bias, int L) {
+static void matmul_few(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w, const float *bias, int L) {
     int O = w->rows, half_O = (O + 1) / 2;
 #pragma omp for
     for (int o = 0; o < half_O; o++) { // rows o and o + half_O: two streams that each run on without a gap
         int o1 = o + half_O < O ? o + half_O : o;
         for (int t = 0; t < L; t++) {
-            float sum[2], *to = out + (size_t)t * O;
+            float sum[2], *to = out + (size_t)t * ldo;
             TYPE_KERNELS[w->type].dot2(sum, tensor_row(w, o), tensor_row(w, o1), x + (size_t)t * ldx, w->cols);
             to[o] = sum[0] + (bias ? bias[o] : 0);
             to[o1] = sum[o1 == o ? 0 : 1] + (bias ? bias[o1] : 0);
         }
     }
+}
+
+static int team_size(void) {
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
 }
 
 // A factor of a product, (rows, depth): element (r,k) lies at data[r * ld + k], or at data[k * ld + r] if by_depth. The
@@ -1034,8 +1051,8 @@ static void product_task(float *out, size_t ldo, const float *packed, const Fact
 static void product(float *out, size_t ldo, Factor a, Factor b, const float *bias, bool add, int rows, int columns,
                     int depth, float *packed) {
     pack_rows(packed, &a, rows, depth);
-    int panels = (columns + NR - 1) / NR,
-        blocks = (PRODUCT_TASKS + panels - 1) / panels;          // few panels: cut the rows too,
+    int panels = (columns + NR - 1) / NR, tasks = team_size() > 1 ? PRODUCT_TASKS : 1,
+        blocks = (tasks + panels - 1) / panels;                  // few panels: cut the rows too,
     int cut = ((rows + blocks - 1) / blocks + MR - 1) / MR * MR; // though each task packs its panel
     if (cut < 4 * MR) cut = 4 * MR;
     blocks = (rows + cut - 1) / cut;
@@ -1050,12 +1067,17 @@ static Factor weight_factor(const Tensor *w, bool by_depth) {
     return (Factor){w->data, (size_t)w->cols, w->type, by_depth};
 }
 
-// packed: room for (L rounded up to MR) * I floats.
-static void matmul(float *out, const float *x, size_t ldx, const Tensor *w, const float *bias, int L, float *packed) {
-    if (L < MATMUL_FEW) matmul_few(out, x, ldx, w, bias, L);
+// packed: room for (L rounded up to MR) * I floats. Rows of out are ldo apart.
+static void matmul_to(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w, const float *bias, int L,
+                      float *packed) {
+    if (L < MATMUL_FEW) matmul_few(out, ldo, x, ldx, w, bias, L);
     else
-        product(out, (size_t)w->rows, (Factor){x, ldx, F32, false}, weight_factor(w, false), bias, false, L, w->rows,
-                w->cols, packed);
+        product(out, ldo, (Factor){x, ldx, F32, false}, weight_factor(w, false), bias, false, L, w->rows, w->cols,
+                packed);
+}
+
+static void matmul(float *out, const float *x, size_t ldx, const Tensor *w, const float *bias, int L, float *packed) {
+    matmul_to(out, (size_t)w->rows, x, ldx, w, bias, L, packed);
 }
 
 // [train] out = x W^T + bias:  d_x (L,I) = d_out W, or += where add; d_W (O,I) += d_out^T x; d_bias (O) += sum over t of d_out. d_out
@@ -1078,15 +1100,27 @@ static const float *conv_input(const float *xz, const float *window, int t, int 
 static void conv1d_silu(float *u, float *window, const float *xz, const float *conv_t, const float *bias, int L, int E,
                         int K) {
 #pragma omp for
-    for (int t = 0; t < L; t++)
-        for (int e = 0; e < E; e += VL) {
+    for (int t = 0; t < L; t++) {
+        const float *past = xz + (size_t)(t < K - 1 ? 0 : t - K + 1) * 2 * E; // the first tap's row, the others follow
+        float *to = u + (size_t)t * E;
+        int e = 0;
+        for (; t >= K - 1 && e + VL <= E; e += VL) { // nearly all of it
+            vec sum = bias ? load(bias + e) : splat(0);
+            for (int k = 0; k < K; k++)
+                sum += load(conv_t + (size_t)k * E + e) * load(past + (size_t)k * 2 * E + e);
+            store(to + e, sum);
+        }
+        for (; e < E; e += VL) {
             int n = lanes_left(e, E);
             vec sum = bias ? load_n(bias + e, n) : splat(0);
             for (int k = 0; k < K; k++)
                 sum +=
                     load_n(conv_t + (size_t)k * E + e, n) * load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
-            store_n(u + (size_t)t * E + e, silu_vec(sum), n);
+            store_n(to + e, sum, n);
         }
+        for (e = 0; e + VL <= E; e += VL) store(to + e, silu_vec(load(to + e))); // apart: a shorter chain each
+        if (e < E) store_n(to + e, silu_vec(load_n(to + e, E - e)), E - e);
+    }
 #pragma omp single
     for (int j = 0; j < K - 1; j++) // forward in j: a piece shorter than the window only moves rows down
         memmove(window + (size_t)j * E, conv_input(xz, window, L - K + 1 + j, E, K), (size_t)E * sizeof(float));
@@ -1150,15 +1184,19 @@ static void conv1d_silu_backward(float *d_xz, float *d_conv, float *d_bias, floa
     }
 }
 
-// delta = softplus(dt + dt_bias), in place.
+INLINE void softplus_lanes(float *p, const float *dt_bias, int n) {
+    store_n(p, softplus_vec(load_n(p, n) + load_n(dt_bias, n)), n);
+}
+
+// delta = softplus(dt + dt_bias), in place. Whole vectors apart from the rest: a test of n in each load doubles the time.
 static void softplus_bias(float *delta, const float *dt_bias, int L, int E) {
 #pragma omp for
-    for (int t = 0; t < L; t++)
-        for (int e = 0; e < E; e += VL) {
-            int n = lanes_left(e, E);
-            float *p = delta + (size_t)t * E + e;
-            store_n(p, softplus_vec(load_n(p, n) + load_n(dt_bias + e, n)), n);
-        }
+    for (int t = 0; t < L; t++) {
+        float *row = delta + (size_t)t * E;
+        int e = 0;
+        for (; e + VL <= E; e += VL) softplus_lanes(row + e, dt_bias + e, VL);
+        if (e < E) softplus_lanes(row + e, dt_bias + e, E - e);
+    }
 }
 
 // [train] softplus' = sigmoid, and sigmoid(softplus^-1(delta)) = 1 - e^-delta: d_delta becomes d_dt, in place.
@@ -1172,15 +1210,18 @@ static void softplus_backward(float *d_delta, const float *delta, int L, int E) 
         }
 }
 
+INLINE void gate_lanes(float *p, const float *z, int n) { store_n(p, load_n(p, n) * silu_vec(load_n(z, n)), n); }
+
 // g = y * silu(z), in place of y; z is the second half of xz.
 static void gate(float *y, const float *xz, int L, int E) {
 #pragma omp for
-    for (int t = 0; t < L; t++)
-        for (int e = 0; e < E; e += VL) {
-            int n = lanes_left(e, E);
-            float *p = y + (size_t)t * E + e;
-            store_n(p, load_n(p, n) * silu_vec(load_n(xz + ((size_t)t * 2 + 1) * E + e, n)), n);
-        }
+    for (int t = 0; t < L; t++) {
+        float *row = y + (size_t)t * E;
+        const float *z = xz + ((size_t)t * 2 + 1) * E;
+        int e = 0;
+        for (; e + VL <= E; e += VL) gate_lanes(row + e, z + e, VL);
+        if (e < E) gate_lanes(row + e, z + e, E - e);
+    }
 }
 
 // [train] d_y = d_g silu(z) and d_z = d_g y silu'(z), the latter into the second half of d_xz; g (L,E) = y silu(z) again, for the
@@ -1244,29 +1285,31 @@ static inline void scan_sequential(float *y, float *h, const float *u, const flo
         }
 }
 
+#define LOG2_E 1.44269504f
+
 // The same for VL channels side by side, from h_in (NULL: zeros) to h_out (NULL: not wanted). y NULL: only the final state
-// is wanted, and delta_sum gets the sum of delta, because the product of all decays is exp(A * sum of delta).
+// is wanted; delta_sum, unless NULL, gets the sum of delta, because the product of all decays is exp(A * sum of delta).
 INLINE void scan_channels(float *y, float *h_out, float *delta_sum, const float *h_in, const float *u,
                           const float *delta, const float *A_neg, const float *B_ssm, const float *C_ssm, size_t ld_bc,
                           const float *D_skip, int L, int E, int N, int lanes) {
     vec h[N_MAX], A[N_MAX], skip = load_n(D_skip, lanes), elapsed = splat(0), steepest = splat(0);
     for (int n = 0; n < N; n++) {
         h[n] = h_in ? load_n(h_in + (size_t)n * E, lanes) : splat(0);
-        A[n] = load_n(A_neg + (size_t)n * E, lanes);
+        A[n] = load_n(A_neg + (size_t)n * E, lanes) * LOG2_E;
         steepest = choose(MASK(A[n] < steepest), A[n], steepest);
     }
     for (int t = 0; t < L; t++) {
         vec dt = load_n(delta + (size_t)t * E, lanes), ut = load_n(u + (size_t)t * E, lanes), dt_u = dt * ut;
         const float *B = B_ssm + t * ld_bc, *C = C_ssm + t * ld_bc;
         vec sum = skip * ut;
-        if (any_lane(~MASK(dt * steepest > -0.03125f))) // a NaN too
+        if (any_lane(~MASK(dt * steepest >= -126.0f))) // a NaN too
             for (int n = 0; n < N; n++) {
-                h[n] = exp_vec(dt * A[n]) * h[n] + dt_u * B[n];
+                h[n] = exp2_negative(at_least(dt * A[n], -126.0f)) * h[n] + dt_u * B[n];
                 sum += h[n] * C[n];
             }
-        else // a token that is let in nowhere, as most are in the synthetic tasks: a quarter of the work
+        else
             for (int n = 0; n < N; n++) {
-                h[n] = exp_small(dt * A[n]) * h[n] + dt_u * B[n];
+                h[n] = exp2_negative(dt * A[n]) * h[n] + dt_u * B[n];
                 sum += h[n] * C[n];
             }
         if (y) store_n(y + (size_t)t * E, sum, lanes);
@@ -1288,7 +1331,7 @@ static int scan_pieces(int L, int E) {
 
 static size_t scan_carry_floats(int E, int N) { return (size_t)SCAN_TASKS * (size_t)(N + 1) * (size_t)E; }
 
-// carry: scan_carry_floats of scratch. Three passes: every piece from zero for its (product of a, b); the operator joins
+// y NULL: only h is wanted. carry: scan_carry_floats of scratch. Three passes: every piece from zero for its (product of a, b); the operator joins
 // them into the state before each piece; every piece again, from that state, for y.
 static void scan_parallel(float *y, float *h, const float *u, const float *delta, const float *A_neg,
                           const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip, int L, int E,
@@ -1317,13 +1360,19 @@ static void scan_parallel(float *y, float *h, const float *u, const float *delta
                 }
     }
 #pragma omp for
-    for (int task = 0; task < blocks * pieces; task++) {
+    for (int task = y ? 0 : blocks * (pieces - 1); task < blocks * pieces; task++) {
         int piece = task / blocks, e = task % blocks * VL, lanes = lanes_left(e, E);
-        size_t t0 = (size_t)L * piece / pieces, t1 = (size_t)L * (piece + 1) / pieces;
+        size_t t0 = (size_t)L * piece / pieces, t1 = (size_t)L * (piece + 1) / pieces, at = t0 * E + e;
         float *end = piece < pieces - 1 ? NULL : pieces == 1 ? h + e : last + e; // h is still being read by piece 0
-        const float *start = piece ? carry + per_piece * (piece - 1) : h;
-        scan_channels(y + t0 * E + e, end, NULL, start + e, u + t0 * E + e, delta + t0 * E + e, A_neg + e,
-                      B_ssm + t0 * ld_bc, C_ssm + t0 * ld_bc, ld_bc, D_skip + e, (int)(t1 - t0), E, N, lanes);
+        const float *start = (piece ? carry + per_piece * (piece - 1) : h) + e;
+        const float *B = B_ssm + t0 * ld_bc, *C = C_ssm + t0 * ld_bc;
+        int n = (int)(t1 - t0);
+        if (y)
+            scan_channels(y + at, end, NULL, start, u + at, delta + at, A_neg + e, B, C, ld_bc, D_skip + e, n, E, N,
+                          lanes);
+        else // apart, so that the compiler leaves y out of it
+            scan_channels(NULL, end, NULL, start, u + at, delta + at, A_neg + e, B, C, ld_bc, D_skip + e, n, E, N,
+                          lanes);
     }
     if (pieces > 1) {
 #pragma omp single
@@ -1346,7 +1395,8 @@ static void scan_step(float *y, float *h, const float *u, const float *delta, co
             for (int e = e0, k = 0; e < e1; e += VL, k++) {
                 int lanes = lanes_left(e, E);
                 float *state = h + (size_t)n * E + e;
-                vec dt = load_n(delta + e, lanes), decay = exp_vec(dt * load_n(A_neg + (size_t)n * E + e, lanes));
+                vec dt = load_n(delta + e, lanes), A = load_n(A_neg + (size_t)n * E + e, lanes) * LOG2_E;
+                vec decay = exp2_negative(at_least(dt * A, -126.0f));
                 vec now = decay * load_n(state, lanes) + dt * load_n(u + e, lanes) * B_ssm[n];
                 store_n(state, now, lanes);
                 sum[k] += now * C_ssm[n];
@@ -1647,23 +1697,43 @@ static void add_row_means(float *out, const float *delta, int parts, int L, int 
     }
 }
 
-// Layer `layer` applied to L tokens whose residual stream is a->res; conv and h are this layer's part of the state.
-static void block(const Model *m, int layer, State *s, Acts *a, int L) {
+// xz of the first layer for L tokens: a token's row depends on its id alone, so with a small vocabulary every id's row is
+// computed once and copied. a->delta, not in use yet, holds the V rows.
+static void in_proj_of_ids(const Model *m, Acts *a, const Tensor *in_proj, const int32_t *ids, int L) {
+    const Config *c = &m->config;
+    const Layer *w = &m->layer[0];
+    size_t row = 2 * (size_t)c->E;
+    embed(a->xn, NULL, &m->embedding, c->V);
+    rmsnorm(a->xn, a->xn, f32(&w->norm), c->norm_eps, c->V, c->D, (size_t)c->D);
+    matmul_to(a->delta, row, a->xn, (size_t)c->D, in_proj, f32(&w->in_bias), c->V, a->packed);
+#pragma omp for
+    for (int t = 0; t < L; t++)
+        memcpy(a->xz + (size_t)t * row, a->delta + (size_t)ids[t] * row, (size_t)in_proj->rows * sizeof(float));
+}
+
+// Layer `layer` applied to L tokens whose residual stream is a->res; conv and h are this layer's part of the state. ids: the tokens,
+// for the first layer, or NULL. state_only, for the last layer: nobody reads res after it, so z, C, y and out_proj are left out.
+static void block(const Model *m, int layer, State *s, Acts *a, const int32_t *ids, bool state_only, int L) {
     const Config *c = &m->config;
     const Layer *w = &m->layer[layer];
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N;
     float *window = s->conv + (size_t)layer * (K - 1) * E, *h = s->h + (size_t)layer * N * E;
     float *dt_low = a->xdb, *B_ssm = a->xdb + R, *C_ssm = a->xdb + R + N; // columns of xdb (L,P)
 
-    rmsnorm(a->xn, a->res, f32(&w->norm), c->norm_eps, L, D, (size_t)D);
-    matmul(a->xz, a->xn, (size_t)D, &w->in_proj, f32(&w->in_bias), L, a->packed);
+    Tensor in_proj = w->in_proj, x_proj = w->x_proj;
+    if (state_only) in_proj.rows = E, x_proj.rows = R + N; // their first rows: x without z, dt_low and B without C
+    if (ids && MATMUL_FEW <= c->V && 2 * c->V <= L) in_proj_of_ids(m, a, &in_proj, ids, L);
+    else {
+        rmsnorm(a->xn, a->res, f32(&w->norm), c->norm_eps, L, D, (size_t)D);
+        matmul_to(a->xz, 2 * (size_t)E, a->xn, (size_t)D, &in_proj, f32(&w->in_bias), L, a->packed);
+    }
     if (L == 1) conv1d_silu_step(a->u, window, a->xz, w->conv_t, f32(&w->conv_bias), E, K);
     else conv1d_silu(a->u, window, a->xz, w->conv_t, f32(&w->conv_bias), L, E, K);
-    matmul(a->xdb, a->u, (size_t)E, &w->x_proj, NULL, L, a->packed);
+    matmul_to(a->xdb, (size_t)P, a->u, (size_t)E, &x_proj, NULL, L, a->packed);
     if (c->flags & FLAG_MIXER_NORM) { // FalconMamba, which trains at sizes where unnormed selection becomes unstable
         rmsnorm(dt_low, dt_low, NULL, c->mixer_eps, L, R, (size_t)P);
         rmsnorm(B_ssm, B_ssm, NULL, c->mixer_eps, L, N, (size_t)P);
-        rmsnorm(C_ssm, C_ssm, NULL, c->mixer_eps, L, N, (size_t)P);
+        if (!state_only) rmsnorm(C_ssm, C_ssm, NULL, c->mixer_eps, L, N, (size_t)P);
     }
     matmul(a->delta, dt_low, (size_t)P, &w->dt_proj, NULL, L, a->packed);
     softplus_bias(a->delta, f32(&w->dt_bias), L, E);
@@ -1671,8 +1741,9 @@ static void block(const Model *m, int layer, State *s, Acts *a, int L) {
         add_row_means(a->selection, a->delta, a->selection_layer < 0 ? c->n_layer : 1, L, E);
     if (L == 1) scan_step(a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm, f32(&w->D_skip), E, N);
     else
-        scan_parallel(a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm, (size_t)P, f32(&w->D_skip), L, E, N,
-                      scan_pieces(L, E), a->carry);
+        scan_parallel(state_only ? NULL : a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm, (size_t)P, f32(&w->D_skip),
+                      L, E, N, scan_pieces(L, E), a->carry);
+    if (state_only) return;
     gate(a->y, a->xz, L, E);
     matmul(a->xn, a->y, (size_t)E, &w->out_proj, f32(&w->out_bias), L, a->packed);
     add_to(a->res, a->xn, L, D);
@@ -1681,8 +1752,10 @@ static void block(const Model *m, int layer, State *s, Acts *a, int L) {
 // What to do with the logits (V) of each position in turn; NULL: only the last position's are computed.
 typedef void LogitsVisitor(void *context, const float *logits);
 
-// One piece of at most a->piece tokens, by a team of threads; s->logits becomes those after the last.
-static void forward(const Model *m, Acts *a, State *s, const int32_t *ids, int L, LogitsVisitor *visit, void *context) {
+// One piece of at most a->piece tokens, by a team of threads; s->logits becomes those after the last, unless more of the text follows
+// and nobody wants to see them.
+static void forward(const Model *m, Acts *a, State *s, const int32_t *ids, int L, bool more, LogitsVisitor *visit,
+                    void *context) {
     const Config *c = &m->config;
     int D = c->D, V = c->V;
     // A small pass runs alone, with the same bits: a team saves it little, and crawls where others use the processors, since a
@@ -1692,7 +1765,8 @@ static void forward(const Model *m, Acts *a, State *s, const int32_t *ids, int L
 #pragma omp parallel num_threads(team)
     {
         embed(a->res, ids, &m->embedding, L);
-        for (int layer = 0; layer < c->n_layer; layer++) block(m, layer, s, a, L);
+        for (int layer = 0; layer < c->n_layer; layer++)
+            block(m, layer, s, a, layer ? NULL : ids, more && !visit && layer == c->n_layer - 1, L);
         if (visit) {
             rmsnorm(a->xn, a->res, f32(&m->norm_f), c->norm_eps, L, D, (size_t)D);
             for (int t = 0; t < L; t += LOGIT_ROWS) {
@@ -1703,7 +1777,7 @@ static void forward(const Model *m, Acts *a, State *s, const int32_t *ids, int L
             }
 #pragma omp single
             memcpy(s->logits, a->logits + (size_t)((L - 1) % LOGIT_ROWS) * V, (size_t)V * sizeof(float));
-        } else {
+        } else if (!more) {
             rmsnorm(a->xn, a->res + (size_t)(L - 1) * D, f32(&m->norm_f), c->norm_eps, 1, D, (size_t)D);
             matmul(s->logits, a->xn, (size_t)D, &m->head, NULL, 1, a->packed);
         }
@@ -1746,8 +1820,8 @@ int mamba_prefill(const Model *m, Acts *a, State *s, const int32_t *ids, size_t 
     if (state_fetch(s)) return -1;
     for (size_t done = 0; done < n;) {
         int L = n - done < (size_t)a->piece ? (int)(n - done) : a->piece;
-        forward(m, a, s, ids + done, L, visit, context);
         done += (size_t)L;
+        forward(m, a, s, ids + done - L, L, done < n, visit, context);
     }
     return 0;
 }
@@ -3372,22 +3446,74 @@ static void score_task(void *context, const float *logits) {
     s->wanted++, s->right += best == target;
 }
 
-static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64_t seed) {
-    if (x->model->config.V < TASK_VOCAB)
-        return fail("the model has %d ids, the tasks need %d", x->model->config.V, TASK_VOCAB);
-    size_t tail = task == TASK_COPYING ? COPY_TOKENS : 1;
-    int32_t *ids = malloc(L * sizeof *ids), *targets = malloc(L * sizeof *ids);
-    uint64_t random = seed ^ 0x6576616C75617465u; // training's generator starts elsewhere
-    TaskScore score = {.targets = targets, .V = x->model->config.V};
-    double start = seconds();
-    int result = ids && targets ? 0 : fail("out of memory: %zu tokens", L);
-    for (size_t i = 0; i < samples && result == 0; i++) {
-        task_sequence(task, ids, targets, L, &random);
-        mamba_state_reset(x->model, x->state);
-        score.t = L - tail;
-        result = mamba_prefill(x->model, x->acts, x->state, ids, L - tail, NULL, NULL);
-        if (result == 0) result = mamba_prefill(x->model, x->acts, x->state, ids + L - tail, tail, score_task, &score);
+typedef struct { // what the threads of eval --task share: each takes the next sequence and reads the whole of it
+    const Model *m;
+    Task task;
+    size_t L, left; // sequences still to be made
+    uint64_t random;
+    int result;
+} TaskQueue;
+
+typedef struct {
+    Acts *acts;
+    State *state;
+    int32_t *ids, *targets;
+    TaskScore score;
+} TaskReader;
+
+static bool next_sequence(TaskQueue *q, TaskReader *r) { // in the order of one generator, so that threads change nothing
+    bool one = false;
+#pragma omp critical
+    if (q->left && q->result == 0) {
+        q->left--, one = true;
+        task_sequence(q->task, r->ids, r->targets, q->L, &q->random);
     }
+    return one;
+}
+
+static void read_sequences(TaskQueue *q, TaskReader *r) {
+    size_t tail = q->task == TASK_COPYING ? COPY_TOKENS : 1, body = q->L - tail; // only the tail has targets
+    while (next_sequence(q, r)) {
+        mamba_state_reset(q->m, r->state);
+        r->score.t = body;
+        if (mamba_prefill(q->m, r->acts, r->state, r->ids, body, NULL, NULL) ||
+            mamba_prefill(q->m, r->acts, r->state, r->ids + body, tail, score_task, &r->score)) {
+#pragma omp critical
+            q->result = -1;
+        }
+    }
+}
+
+// Whole sequences side by side, where there are enough for all threads: no barrier is waited at.
+static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64_t seed) {
+    const Model *m = x->model;
+    if (m->config.V < TASK_VOCAB) return fail("the model has %d ids, the tasks need %d", m->config.V, TASK_VOCAB);
+    int team = x->acts->gpu || samples < (size_t)x->acts->threads ? 1 : x->acts->threads;
+    TaskQueue queue = {m, task, L, samples, seed ^ 0x6576616C75617465u, 0}; // training's generator starts elsewhere
+    TaskReader *reader = calloc((size_t)team, sizeof *reader);
+    TaskScore score = {0};
+    double start = seconds();
+    int result = reader ? 0 : fail("out of memory: %d threads", team);
+    for (int i = 0; i < team && result == 0; i++) {
+        TaskReader *r = &reader[i];
+        r->ids = malloc(L * sizeof *r->ids), r->targets = malloc(L * sizeof *r->targets);
+        r->acts = i ? mamba_acts_new(m, 1) : x->acts, r->state = i ? mamba_state_new(m) : x->state;
+        r->score = (TaskScore){.targets = r->targets, .V = m->config.V};
+        if (!r->acts || !r->state) result = -1;
+        else if (!r->ids || !r->targets) result = fail("out of memory: %d sequences of %zu tokens", team, L);
+    }
+    if (result == 0) {
+#pragma omp parallel for num_threads(team) schedule(static, 1)
+        for (int i = 0; i < team; i++) read_sequences(&queue, &reader[i]);
+        result = queue.result;
+    }
+    for (int i = 0; i < team && reader; i++) {
+        TaskReader *r = &reader[i];
+        score.right += r->score.right, score.wanted += r->score.wanted;
+        free(r->ids), free(r->targets);
+        if (i) mamba_acts_free(r->acts), mamba_state_free(r->state);
+    }
+    free(reader);
     if (result == 0) { // Wilson's interval
         double n = (double)score.wanted, p = (double)score.right / n, z = 1.96,
                middle = (p + z * z / (2 * n)) / (1 + z * z / n);
@@ -3396,7 +3522,6 @@ static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64
                score.right, score.wanted, 100 * fmax(0, middle - half_width), 100 * fmin(1, middle + half_width),
                seconds() - start);
     }
-    free(ids), free(targets);
     return result;
 }
 
