@@ -104,6 +104,7 @@ static float apply(vec (*f)(vec), float x) {
     return lane[0];
 }
 static vec exp_call(vec x) { return exp_vec(x); }
+static vec exp2_call(vec x) { return exp2_negative(x); }
 static vec silu_call(vec x) { return silu_vec(x); }
 static vec softplus_call(vec x) { return softplus_vec(x); }
 
@@ -133,6 +134,9 @@ static void check_function(const char *name, vec (*f)(vec), double (*exact)(doub
 
 static void test_vectors(void) {
     check_function("exp", exp_call, exp, -86, 88, 1.5);
+    check_function("2^x", exp2_call, exp2, -126, 0, 2.5);
+    expect(apply(exp2_call, 0) == 1 && apply(exp2_call, -1e-9f) == 1 && isnan(apply(exp2_call, NAN)),
+           "2^0 is 1, and a NaN stays NaN");
     check_function("silu", silu_call, silu_double, -80, 100, 3);
     check_function("softplus", softplus_call, softplus_double, -86, 100, 3);
     expect(apply(exp_call, -1000) < 1e-37f && apply(exp_call, -1000) >= 0, "exp of very negative is nearly 0");
@@ -288,6 +292,7 @@ static ScanCase scan_case(int L, int E, int N) {
     s.h = random_floats(NE, -3, 3), s.delta = random_floats(LE, 0, 1), s.A_neg = random_floats(NE, 0, 1);
     s.carry = random_floats(scan_carry_floats(E, N), 7, 8);
     for (size_t i = 0; i < LE; i++) s.delta[i] = expf(uniform(-7, 0.5f)); // steps from a thousandth to beyond one
+    for (size_t i = 0; i < LE && L % 2 == 0; i += 17) s.delta[i] *= 300;    // and some that forget everything
     for (size_t i = 0; i < NE; i++) s.A_neg[i] = -expf(uniform(-3, 3));
     s.y = malloc(LE * sizeof *s.y), s.h_end = doubles(s.h, NE);
     for (int t = 0; t < L; t++)
@@ -328,6 +333,13 @@ static void check_scan(const ScanCase *s, int way) {
                            L - split, E, N, way > 0 ? way : 1, s->carry))
     }
     char name[96];
+    if (way > 0) { // without y: the same bits of h
+        float *alone = copy_floats(s->h, (size_t)N * E);
+        TEAM(scan_parallel(NULL, alone, s->u, s->delta, s->A_neg, B, C, ld, s->skip, L, E, N, way, s->carry))
+        snprintf(name, sizeof name, "scan_parallel L %d E %d N %d pieces %d: h without y", L, E, N, way);
+        expect(!memcmp(h, alone, (size_t)N * E * sizeof *h), name);
+        free_aligned(alone);
+    }
     const char *what = way == 0    ? "scan_sequential"
                        : way == -1 ? "scan_step"
                        : way == -2 ? "scan_parallel split"
@@ -456,7 +468,7 @@ static void check_stages(const char *model, Session *x, const int32_t *ids, int 
     }
     TEAM(embed(a->res, ids, &m->embedding, L))
     for (int layer = 0; layer < c->n_layer; layer++) {
-        TEAM(block(m, layer, x->state, a, L))
+        TEAM(block(m, layer, x->state, a, layer ? NULL : ids, false, L))
         STAGE("xz", a->xz, L * 2 * E)
         STAGE("u", a->u, L * E)
         if (!(c->flags & FLAG_MIXER_NORM)) STAGE("dt_BC", a->xdb, L * (c->R + 2 * N)) // ours are normed in place
@@ -575,6 +587,66 @@ static void test_splits(const char *file) {
     session_close(&x);
 }
 
+// What forward leaves out (outputs of the last layer that nobody reads, rows of in_proj that are equal) changes no bit of the state or
+// the logits: every layer in full, one after the other, against mamba_prefill, in pieces around the chunk's edges.
+static void test_left_out(const Model *m, const char *name) {
+    const Config *c = &m->config;
+    const int pieces[] = {1, 2, 33, 64, 512}, beyond[] = {-1, 0, 1, 70};
+    Acts *a = mamba_acts_new(m, 2);
+    State *got = mamba_state_new(m), *want = mamba_state_new(m);
+    int32_t ids[1100];
+    int room = a->piece, bad = 0, count = 0;
+    for (int i = 0; i < 1100; i++) ids[i] = (int32_t)(random_u64(&test_random) % (uint64_t)c->V);
+    for (int p = 0; p < 5; p++)
+        for (int k = 0; k < 4; k++)
+            for (int whole = 1; whole <= 2; whole++) {
+                int n = whole * pieces[p] + beyond[k];
+                if (n < 1 || pieces[p] > room || (c->D > 100 && p < 3)) continue;
+                a->piece = pieces[p];
+                for (size_t i = 0; i < got->floats; i++) got->data[i] = want->data[i] = uniform(-1, 1);
+                mamba_prefill(m, a, got, ids, (size_t)n, NULL, NULL);
+                for (int t = 0, L; t < n; t += L) {
+                    L = n - t < a->piece ? n - t : a->piece;
+                    TEAM(embed(a->res, ids + t, &m->embedding, L))
+                    for (int layer = 0; layer < c->n_layer; layer++)
+                        TEAM(block(m, layer, want, a, NULL, false, L))
+                    TEAM(rmsnorm(a->xn, a->res + (size_t)(L - 1) * c->D, f32(&m->norm_f), c->norm_eps, 1, c->D,
+                                 (size_t)c->D))
+                    TEAM(matmul(want->logits, a->xn, (size_t)c->D, &m->head, NULL, 1, a->packed))
+                }
+                bad += memcmp(got->data, want->data, got->floats * sizeof(float)) != 0, count++;
+            }
+    a->piece = room;
+    report(bad == 0 && count > 0, name, "what is left out changes no bit: %d of %d lengths differ", bad, count);
+    mamba_acts_free(a), mamba_state_free(got), mamba_state_free(want);
+}
+
+// Small vocabularies, where in_proj is computed by id: below, at and above what makes it pay.
+static void test_left_out_small(void) {
+    const int shape[][7] = {// D, n_layer, V, N, K, R, flags
+                            {24, 1, 16, 16, 4, 2, FLAG_TIED | FLAG_CONV_BIAS},
+                            {35, 2, 5, 5, 3, 3, FLAG_PROJ_BIAS | FLAG_CONV_BIAS},
+                            {16, 2, 2, 16, 4, 1, 0},
+                            {24, 2, 32, 8, 1, 2, FLAG_TIED | FLAG_MIXER_NORM},
+                            {8, 1, 256, 3, 4, 1, FLAG_PROJ_BIAS | FLAG_MIXER_NORM | FLAG_CONV_BIAS}};
+    for (int i = 0; i < 5; i++) {
+        const int *s = shape[i];
+        Config c = {.arch = s[6] & FLAG_MIXER_NORM ? 1 : 0, .flags = s[6], .D = s[0], .n_layer = s[1], .V = s[2],
+                    .E = 2 * s[0] + (i == 1), .N = s[3], .K = s[4], .R = s[5], .norm_eps = 1e-5f, .mixer_eps = 1e-5f};
+        Model *m = mamba_random_model(&c, 7);
+        for (int layer = 0; layer < c.n_layer && c.flags & FLAG_PROJ_BIAS; layer++) {
+            float *in = (float *)(uintptr_t)m->layer[layer].in_bias.data;
+            float *out = (float *)(uintptr_t)m->layer[layer].out_bias.data;
+            for (int e = 0; e < 2 * c.E; e++) in[e] = uniform(-1, 1);
+            for (int d = 0; d < c.D; d++) out[d] = uniform(-1, 1);
+        }
+        char name[64];
+        snprintf(name, sizeof name, "D %d E %d V %d layers %d flags %d", c.D, c.E, c.V, c.n_layer, c.flags);
+        test_left_out(m, name);
+        mamba_free(m);
+    }
+}
+
 static void test_threads(const char *file) {
     int32_t ids[700];
     for (int t = 0; t < 700; t++) ids[t] = (int32_t)(random_u64(&test_random) % 256);
@@ -602,6 +674,13 @@ static void test_model(void) {
     test_splits("tests/odd.bin"), test_splits("tests/falcon.bin"), test_splits("tests/plain.bin"),
         test_splits("models/tales.bin");
     test_threads("tests/odd.bin"), test_threads("tests/falcon.bin"), test_threads("models/tales.bin");
+    const char *files[] = {"tests/odd.bin", "tests/falcon.bin", "tests/plain.bin", "models/tales.bin"};
+    for (int i = 0; i < 4; i++) {
+        Session x = test_session(files[i], 1);
+        test_left_out(x.model, files[i]);
+        session_close(&x);
+    }
+    test_left_out_small();
     Session x = test_session("tests/odd.bin", 1);
     const int32_t bad[2][2] = {{1, 259}, {1, -1}};
     uint64_t before = x.state->position;

@@ -120,6 +120,10 @@ done
 "$mamba" train -o vocabulary.bin --tokenizer tales.bin --data text --steps 2 --batch 1 --length 20 --d-model 16 --layers 1 2> err && "$mamba" tokenize vocabulary.bin text > a.ids && "$mamba" tokenize tales.bin text > b.ids && same_file "another model's vocabulary" a.ids b.ids || bad "another model's vocabulary" "$(cat err)"
 for task in induction copying; do
     "$mamba" train -o $task.bin --task $task --steps 3 --batch 2 --length 40 --d-model 16 --layers 1 2> err && "$mamba" eval $task.bin --task $task --length 100 --samples 50 > out 2>> err && grep -q "^length 100  accuracy" out && ok "task $task" || bad "task $task" "$(cat err)"
+    for threads in 1 2 3; do # sequences are shared out, three to two or to fewer than threads
+        for samples in 2 3 7; do "$mamba" eval $task.bin --task $task --length 1100 --samples $samples -T $threads | sed 's/).*/)/'; done > eval$threads
+    done
+    cmp -s eval1 eval2 && cmp -s eval1 eval3 && [ "$(grep -c "of [0-9]*, 95% interval" eval1)" = 3 ] && ok "eval --task $task by 1, 2 and 3 threads" || bad "eval --task $task by threads" "$(cat eval1 eval2 eval3)"
 done
 
 # --- errors
