@@ -123,7 +123,7 @@ def progress(done, total, name):
 # all walk it. `source` is the name in a checkpoint, without the "backbone." in front.
 
 ARCHS = ("mamba", "falcon_mamba")
-DTYPES = ("f32", "f16", "bf16")
+DTYPES = ("f32", "f16", "bf16", "q8", "q4")
 FLAGS = ("tied", "proj_bias", "conv_bias", "mixer_norm")                    # bits 0, 1, 2, 3
 Model = namedtuple("Model", "arch D n_layer V E N K R norm_eps mixer_eps bos pad eos " + " ".join(FLAGS))
 Tensor = namedtuple("Tensor", "name source shape is_w")
@@ -284,7 +284,19 @@ def check_ids(config, m):
 # apart, because that addition can carry it into infinity or through to zero.
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-LARGEST = {"F32": math.inf, "F16": 65504.0, "BF16": 3.3895313892515355e38}
+LARGEST = {"F32": math.inf, "F16": 65504.0, "BF16": 3.3895313892515355e38, "Q8": math.inf, "Q4": math.inf}
+CODE_BITS, TILE = {"Q8": 8, "Q4": 4}, 32
+
+
+def stored_bytes(shape, kind):
+    """Of a tensor in model.bin."""
+    if kind in CODE_BITS:
+        return math.prod(-(-n // TILE) for n in shape) * tile_bytes(kind)
+    return math.prod(shape) * ITEM_BYTES[kind]
+
+
+def tile_bytes(kind):
+    return 2 * TILE + CODE_BITS[kind] * 4 * TILE
 
 
 def f32_to_bf16(x):
@@ -304,17 +316,65 @@ def decode(raw, kind):
     return np.frombuffer(raw, "<f4" if kind == "F32" else "<f2").astype("<f4", copy=False)
 
 
-def encode(x, kind, name, first):
-    """float32 to the bytes of model.bin; x[0] is element `first` of the tensor, for the message."""
+def check_values(x, kind, name, first):
+    """x[0] is element `first` of the tensor, for the message."""
     bad = ~(np.abs(x) <= LARGEST[kind]) | np.isinf(x)                       # NaN compares false
     if bad.any():
         i = int(bad.argmax())
         hint = (f"too large for {kind.lower()}; use --dtype {'bf16 or f32' if kind == 'F16' else 'f32'}" if np.isfinite(x[i])
                 else "so the checkpoint is damaged, or its training diverged")
         raise ExportError(f"tensor {name} holds {x[i]:g} at element {first + i}, {hint}")
+
+
+def encode(x, kind):
+    """float32 to the bytes of model.bin."""
     if kind == "BF16":
         return f32_to_bf16(x).tobytes()
     return x.astype("<f4" if kind == "F32" else "<f2").tobytes()
+
+
+# Q8 and Q4, described in mamba.c section 3: tiles of 32 rows times 32 inputs, a bf16 scale and 32 codes a row. Scales are chosen as
+# mamba.c's quantiser (section 9) chooses them, by operations that have one right result, so the bytes are the same.
+
+def codes_of(w, scale, kind):
+    lowest, highest = (-127, 127) if kind == "Q8" else (-8, 7)
+    return np.clip(np.rint(w / np.where(scale == 0, np.float32(1), scale)), lowest, highest)
+
+
+def quantize(x, kind):
+    """(rows, inputs) to the bytes of their tiles."""
+    bits, rows, inputs = CODE_BITS[kind], *x.shape
+    x = np.pad(x, ((0, -rows % TILE), (0, -inputs % TILE)))
+    w = np.ascontiguousarray(x.reshape(-1, TILE, x.shape[1] // TILE, TILE).transpose(3, 0, 2, 1))  # input, panel, tile, row
+    peak = np.take_along_axis(w, np.abs(w).argmax(0)[None], 0)[0]
+    scale, error = np.zeros_like(peak), np.full(peak.shape, np.inf)
+    for divisor in [127] if kind == "Q8" else [sign * n / 4 for n in range(24, 35) for sign in (-1, 1)]:
+        tried = bf16_to_f32(f32_to_bf16(peak / np.float32(divisor)).reshape(-1)).reshape(peak.shape)
+        total = np.zeros_like(error)
+        for one in w:                                                       # in this order, as mamba.c adds them up
+            total += (one - codes_of(one, tried, kind) * tried).astype("f8") ** 2
+        scale, error = np.where(total < error, tried, scale), np.minimum(total, error)
+    scale = np.where(scale == 0, np.float32(0), scale)                      # not -0
+    codes = (codes_of(w, scale, kind).astype("i4") + (1 << (bits - 1))).astype("u4").reshape(bits, 32 // bits, *peak.shape)
+    words = np.zeros((bits, *peak.shape), "<u4")
+    for j in range(32 // bits):
+        words |= codes[:, j] << np.uint32(bits * j)
+    words = np.ascontiguousarray((words ^ np.uint32(1 << 31)).transpose(1, 2, 0, 3), "<u4").view("u1")
+    scales = np.ascontiguousarray(f32_to_bf16(scale)).view("u1")
+    return np.concatenate([scales, words.reshape(*scales.shape[:2], -1)], axis=-1).tobytes()
+
+
+def dequantize(raw, kind, inputs):
+    """The tiles of whole panels to float32 (rows, inputs), rows rounded up to 32."""
+    bits = CODE_BITS[kind]
+    tiles = np.frombuffer(raw, "u1").reshape(-1, -(-inputs // TILE), tile_bytes(kind))              # panel, tile, byte
+    scale = bf16_to_f32(np.ascontiguousarray(tiles[..., :2 * TILE]).view("<u2"))
+    words = np.ascontiguousarray(tiles[..., 2 * TILE:]).view("<u4") ^ np.uint32(1 << 31)
+    words = words.reshape(*tiles.shape[:2], bits, TILE)
+    codes = np.stack([words >> np.uint32(bits * j) & np.uint32((1 << bits) - 1) for j in range(32 // bits)], axis=3)
+    codes = codes.reshape(*tiles.shape[:2], TILE, TILE).astype("i4") - (1 << (bits - 1))            # panel, tile, input, row
+    w = codes.astype("f4") * scale[:, :, None]
+    return w.transpose(0, 3, 1, 2).reshape(-1, tiles.shape[1] * TILE)[:, :inputs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -522,20 +582,41 @@ def pack_header(m, dtype, blob, tensors_offset, tensors_bytes, tensors_crc):
     return head + struct.pack("<I", zlib.crc32(head))
 
 
+def regrouped(chunks, n):
+    """The same elements, n at a time."""
+    held, count = [], 0
+    for x in chunks:
+        held, count = held + [x], count + len(x)
+        if count >= n:
+            x = np.concatenate(held)
+            yield x[:count - count % n]
+            held, count = [x[count - count % n:]], count % n
+    if count:
+        yield np.concatenate(held)
+
+
+def encoded(want, tensor, kind):
+    """The tensor's bytes in model.bin, piece by piece."""
+    done, row = 0, want.shape[-1]
+    for x in regrouped(tensor.chunks(), TILE * row) if kind in CODE_BITS else tensor.chunks():
+        check_values(x, kind, tensor.name, done)
+        done += len(x)
+        yield quantize(x.reshape(-1, row), kind) if kind in CODE_BITS else encode(x, kind)
+
+
 def write_model(path, m, pairs, blob, dtype):
     start = position = align(256 + len(blob))
-    total = sum(math.prod(want.shape) * ITEM_BYTES[dtype.upper() if want.is_w else "F32"] for want, _ in pairs)
+    total = sum(stored_bytes(want.shape, dtype.upper() if want.is_w else "F32") for want, _ in pairs)
     with atomic_file(path) as f:
         f.write(bytes(256) + blob + bytes(start - 256 - len(blob)))
         crc = 0
         for want, tensor in pairs:
-            gap, done = bytes(align(position) - position), 0
+            gap = bytes(align(position) - position)
             f.write(gap)
             crc, position = zlib.crc32(gap, crc), position + len(gap)
-            for x in tensor.chunks():
-                data = encode(x, dtype.upper() if want.is_w else "F32", tensor.name, done)
+            for data in encoded(want, tensor, dtype.upper() if want.is_w else "F32"):
                 f.write(data)
-                crc, position, done = zlib.crc32(data, crc), position + len(data), done + len(x)
+                crc, position = zlib.crc32(data, crc), position + len(data)
                 progress(position - start, total, want.name)
         f.seek(0)
         f.write(pack_header(m, dtype, blob, start, position - start, crc))
@@ -841,7 +922,8 @@ def unpack_tokenizer(blob):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. model.bin in, transformers out
-# The tensors' bytes are copied as they are, so float32 comes back bit for bit. config.json is written last: a
+# The tensors' bytes are copied as they are, so float32 comes back bit for bit; q8 and q4 become the float32 values that they stand
+# for. config.json is written last: a
 # directory that lacks it was not finished.
 
 def read_header(f, path):
@@ -904,24 +986,30 @@ def write_safetensors(path, m, dtype, f, source, tensors_offset):
     header, entries, position, start = {"__metadata__": {"format": "pt"}}, [], tensors_offset, 0
     for want in tensor_list(m):
         kind, position = dtype.upper() if want.is_w else "F32", align(position)
-        n = math.prod(want.shape) * ITEM_BYTES[kind]
-        header[with_backbone(want.source)] = {"dtype": kind, "shape": want.shape, "data_offsets": [start, start + n]}
-        entries.append((want.name, position, n))
-        position, start = position + n, start + n
-    if position != os.fstat(f.fileno()).st_size:
+        out_kind, stored = "F32" if kind in CODE_BITS else kind, stored_bytes(want.shape, kind)
+        n = stored_bytes(want.shape, out_kind)
+        header[with_backbone(want.source)] = {"dtype": out_kind, "shape": want.shape, "data_offsets": [start, start + n]}
+        entries.append((want, position, stored, kind))
+        position, start = position + stored, start + n
+    size = os.fstat(f.fileno()).st_size
+    if position != size:
         raise ExportError(f"{source}: the sizes in its header do not match its length")
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as out:
         out.write(struct.pack("<Q", len(text)) + text)
         crc = 0
-        for name, position, n in entries:
-            crc = zlib.crc32(read_exactly(f, position - f.tell(), source), crc)
+        for want, position, n, kind in entries:
+            crc, rows = zlib.crc32(read_exactly(f, position - f.tell(), source), crc), want.shape[0]
+            step = -(-want.shape[-1] // TILE) * tile_bytes(kind) if kind in CODE_BITS else 1            # a panel of 32 rows
             while n:
-                data = read_exactly(f, min(n, 4 * CHUNK), source)
-                out.write(data)
+                data = read_exactly(f, min(n, max(1, 4 * CHUNK // step) * step), source)
                 crc, n = zlib.crc32(data, crc), n - len(data)
-                progress(f.tell() - tensors_offset, start, name)
+                if kind in CODE_BITS:
+                    values = dequantize(data, kind, want.shape[-1])[:rows]
+                    data, rows = values.astype("<f4").tobytes(), rows - len(values)
+                out.write(data)
+                progress(f.tell() - tensors_offset, size - tensors_offset, want.name)
         f.seek(124)
         if crc != struct.unpack("<I", f.read(4))[0]:
             raise ExportError(f"{source}: the tensors' checksum is wrong; the file is damaged")
@@ -936,7 +1024,7 @@ def to_transformers(source, folder, force):
         raise ExportError(f"{folder} is not empty; choose another, or add --force to replace the files in it")
     with open(source, "rb") as f:
         m, dtype, blob, tensors_offset = read_header(f, source)
-        texts, (config, generation) = tokenizer_files(m, blob), config_json(m, dtype)
+        texts, (config, generation) = tokenizer_files(m, blob), config_json(m, "f32" if dtype.upper() in CODE_BITS else dtype)
         texts.update({"generation_config.json": json_text(generation), "config.json": json_text(config)})
         if new:
             os.mkdir(folder)
@@ -960,6 +1048,7 @@ EXAMPLES = """examples:
   python export.py state-spaces/mamba-130m-hf model.bin       the same from the hub
   python export.py mamba-2.8b model.bin --dtype bf16 --tokenizer gpt-neox-20b/tokenizer.json
                                                               a state-spaces release, which brings no tokenizer
+  python export.py mamba-2.8b-hf model.bin --dtype q8         8.5 bits a weight (q4: 4.5), as `mamba quantize` writes
   python export.py my-byte-model model.bin --tokenizer bytes  a model whose first 256 ids are bytes
   python export.py tokenizer.json tokenizer.bin               the tokenizer alone
   python export.py --to-hf model.bin DIRECTORY                back to transformers"""

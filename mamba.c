@@ -353,7 +353,7 @@ INLINE vec one_minus_exp_minus(vec x) {
 // format is described field by field in the README.
 
 typedef enum { F32, F16, BF16, Q8, Q4, N_TYPES } Type; // how matrices are stored
-enum { TILE = 32 }; // rows and inputs of a tile of Q8 and Q4, see below
+enum { TILE = 32 };                                    // rows and inputs of a tile of Q8 and Q4, see below
 
 typedef struct Tokenizer Tokenizer;
 enum { RECENT = 64 }; // tokens that the repeat penalty looks back over
@@ -675,7 +675,8 @@ static int read_config(const char *path, const unsigned char *h, Config *c) {
         *field[i].value = (int)value;
     }
     if (u32_at(h + 20) >= N_TYPES)
-        return fail("%s: weight type %u is not known to this version (0 f32, 1 f16, 2 bf16, 3 q8, 4 q4)", path, u32_at(h + 20));
+        return fail("%s: weight type %u is not known to this version (0 f32, 1 f16, 2 bf16, 3 q8, 4 q4)", path,
+                    u32_at(h + 20));
     c->type = (Type)u32_at(h + 20);
     c->norm_eps = f32_at(h + 56), c->mixer_eps = f32_at(h + 60);
     if (!(c->norm_eps >= 0 && c->norm_eps < 1)) return fail("%s: header field norm_eps is not in [0, 1)", path);
@@ -965,7 +966,8 @@ INLINE vec load_scales(const unsigned char *tile, int r) { return read_bf16((con
 // xs (n rounded up to TILE) = x, each input divided by its code's power of two; start[tile] = minus what the shifts add up to.
 INLINE void tile_prepare(float *xs, float *start, const float *x, int n, int bits) {
     float power[TILE], shift[TILE];
-    for (int k = 0; k < TILE; k++) power[k] = code_power(k % (32 / bits), bits), shift[k] = code_shift(k % (32 / bits), bits);
+    for (int k = 0; k < TILE; k++)
+        power[k] = code_power(k % (32 / bits), bits), shift[k] = code_shift(k % (32 / bits), bits);
     for (int k0 = 0; k0 < n; k0 += TILE) {
         vec sum = splat(0);
         for (int k = 0; k < TILE; k += VL) {
@@ -977,23 +979,29 @@ INLINE void tile_prepare(float *xs, float *start, const float *x, int n, int bit
     }
 }
 
-// out (TILE) = the TILE rows of a panel times x, over `tiles` tiles: the loop where writing text spends its time.
+// out (TILE) = the TILE rows of a panel times x, over `tiles` tiles: the loop where writing text spends its time. A multiply-add
+// takes 4 cycles and two may start in each, so 8 sums are on the way at once.
 INLINE void tile_dot(float *out, const unsigned char *tile, const float *xs, const float *start, int tiles, int bits) {
+    enum { VECTORS = TILE / VL < 4 ? 2 : 4, SUMS = 8 / VECTORS };
     vec total[TILE / VL];
     for (int v = 0; v < TILE / VL; v++) total[v] = splat(0);
     for (int g = 0; g < tiles; g++, tile += TILE_SCALES + bits * TILE * 4, xs += TILE)
-        for (int v = 0; v < TILE / VL; v += 2) { // two vectors of rows, two chains of additions each
-            vec sum[4] = {splat(start[g]), splat(0), splat(start[g]), splat(0)};
+        for (int v0 = 0; v0 < TILE / VL; v0 += VECTORS) {
+            vec sum[VECTORS][SUMS];
+            for (int v = 0; v < VECTORS; v++)
+                for (int j = 0; j < SUMS; j++) sum[v][j] = splat(j ? 0 : start[g]);
             for (int i = 0; i < bits; i++) {
-                uvec word0 = load_words(tile, i * TILE + v * VL), word1 = load_words(tile, i * TILE + (v + 1) * VL);
-                for (int j = 0; j < 32 / bits; j++) {
-                    float xj = xs[i * (32 / bits) + j];
-                    sum[j % 2] += LANES_OF(vec, (ivec)(word0 & code_mask(j, bits))) * xj;
-                    sum[j % 2 + 2] += LANES_OF(vec, (ivec)(word1 & code_mask(j, bits))) * xj;
-                }
+                uvec word[VECTORS];
+                for (int v = 0; v < VECTORS; v++) word[v] = load_words(tile, i * TILE + (v0 + v) * VL);
+                for (int j = 0; j < 32 / bits; j++)
+                    for (int v = 0; v < VECTORS; v++)
+                        sum[v][j % SUMS] +=
+                            LANES_OF(vec, (ivec)(word[v] & code_mask(j, bits))) * xs[i * (32 / bits) + j];
             }
-            total[v] += load_scales(tile, v * VL) * (sum[0] + sum[1]);
-            total[v + 1] += load_scales(tile, (v + 1) * VL) * (sum[2] + sum[3]);
+            for (int v = 0; v < VECTORS; v++) {
+                for (int j = 1; j < SUMS; j++) sum[v][0] += sum[v][j];
+                total[v0 + v] += load_scales(tile, (v0 + v) * VL) * sum[v][0];
+            }
         }
     for (int v = 0; v < TILE / VL; v++) store(out + v * VL, total[v]);
 }
@@ -1006,7 +1014,8 @@ INLINE void tile_unpack(float *panel, const unsigned char *tile, int r, int tile
             for (int i = 0; i < bits; i++) {
                 uvec word = load_words(tile, i * TILE + r + v);
                 for (int j = 0; j < 32 / bits; j++) {
-                    vec code = LANES_OF(vec, (ivec)(word & code_mask(j, bits))) * code_power(j, bits) - code_shift(j, bits);
+                    vec code =
+                        LANES_OF(vec, (ivec)(word & code_mask(j, bits))) * code_power(j, bits) - code_shift(j, bits);
                     store(panel + (i * (32 / bits) + j) * NR + v, code * scale);
                 }
             }
@@ -1031,7 +1040,9 @@ INLINE void tile_widen(float *out, const void *data, size_t ld, size_t row, int 
 }
 
 #define TILE_KERNELS(name, bits) \
-    static void prepare_##name(float *xs, float *start, const float *x, int n) { tile_prepare(xs, start, x, n, bits); } \
+    static void prepare_##name(float *xs, float *start, const float *x, int n) { \
+        tile_prepare(xs, start, x, n, bits); \
+    } \
     static void dot_##name(float *out, const unsigned char *tile, const float *xs, const float *start, int tiles) { \
         tile_dot(out, tile, xs, start, tiles, bits); \
     } \
@@ -1119,7 +1130,8 @@ static void matmul_few_tiles(float *out, size_t ldo, const float *x, size_t ldx,
                 float *to = out + (size_t)t * ldo + o;
                 TYPE_KERNELS[w->type].dot(sum, first + (size_t)(o / TILE) * panel_bytes, xs, start,
                                           (int)tiles_of((size_t)n));
-                for (int r = 0; r < TILE && o + r < w->rows; r++) to[r] = sum[r] + (k0 ? to[r] : bias ? bias[o + r] : 0);
+                for (int r = 0; r < TILE && o + r < w->rows; r++)
+                    to[r] = sum[r] + (k0 ? to[r] : bias ? bias[o + r] : 0);
             }
         }
 }
@@ -1205,7 +1217,7 @@ static void pack_panel(float *panel, const Factor *b, int b_rows, int j0, int k0
     if (is_quantized(b->type)) { // NR divides TILE, TILE divides KC
         size_t tile = (size_t)(j0 / TILE) * tiles_of(b->ld) + (size_t)(k0 / TILE);
         TYPE_KERNELS[b->type].unpack(panel, (const unsigned char *)b->data + tile * tile_bytes(b->type), j0 % TILE,
-                                    (int)tiles_of((size_t)kc));
+                                     (int)tiles_of((size_t)kc));
         return;
     }
     if (n < NR) memset(panel, 0, (size_t)kc * NR * sizeof *panel);
@@ -1221,7 +1233,8 @@ static void pack_panel(float *panel, const Factor *b, int b_rows, int j0, int k0
                 for (int i = 0; i < 4 && j + i < n; i++)
                     widen(rows[i], b->data, b->ld, (size_t)(j0 + j + i), k0 + k, width);
                 if (j + 4 > n) memset(rows[n - j], 0, (size_t)(j + 4 - n) * sizeof rows[0]);
-                for (int i = 0; i < width; i += 4) transpose4(panel + (size_t)(k + i) * NR + j, NR, rows[0] + i, STRETCH);
+                for (int i = 0; i < width; i += 4)
+                    transpose4(panel + (size_t)(k + i) * NR + j, NR, rows[0] + i, STRETCH);
             }
 }
 
@@ -2245,8 +2258,8 @@ static float round_bf16(float x) { // to the nearest, ties to even
 INLINE float code_of(float w, float scale, Type type) {
     float code = w / (scale == 0 ? 1 : scale) + 12582912.0f;
     code -= 12582912.0f;
-    if (type == Q8) return code;
-    return code < -8 ? -8 : code > 7 ? 7 : code;
+    float lowest = type == Q8 ? -127 : -8, highest = type == Q8 ? 127 : 7;
+    return code < lowest ? lowest : code > highest ? highest : code;
 }
 
 // For each row r the scale of w[.][r] over a divisor, where that makes a smaller error than the best one before.
@@ -4561,10 +4574,10 @@ static int command_train(int argc, char **argv) {
 
 // --- quantize
 
-static const char QUANTIZE_USAGE[] =
-    "mamba quantize in.bin out.bin q8|q4\n\n"
-    "Writes a model with its matrices in 8.5 or 4.5 bits a weight (32 weights of a row share a scale); what the recurrence\n"
-    "touches stays float32. in.bin holds f32, f16 or bf16 and is not changed.\n";
+static const char QUANTIZE_USAGE[] = "mamba quantize in.bin out.bin q8|q4\n\n"
+                                     "Writes a model with its matrices in 8.5 or 4.5 bits a weight (32 weights of a "
+                                     "row share a scale); what the recurrence\n"
+                                     "touches stays float32. in.bin holds f32, f16 or bf16 and is not changed.\n";
 
 static bool same_file(const char *a, const char *b) {
 #ifdef MAMBA_POSIX
@@ -4585,7 +4598,8 @@ static int command_quantize(int argc, char **argv) {
     Model *m = mamba_load(rest[0]), *quantized = NULL;
     int result = m ? check_writable(rest[1]) : -1;
     if (result == 0 && is_quantized(m->config.type))
-        result = fail("%s is in %s already: quantize the model that it was made from", rest[0], type_name(m->config.type));
+        result =
+            fail("%s is in %s already: quantize the model that it was made from", rest[0], type_name(m->config.type));
     if (result == 0) result = verify(m, rest[0]); // or damage would be given a valid checksum
     if (result == 0) result = (quantized = mamba_quantize(m, four_bits)) ? 0 : fail_in(rest[0]);
     if (result == 0) {
@@ -4594,7 +4608,8 @@ static int command_quantize(int argc, char **argv) {
     }
     if (result == 0)
         fprintf(stderr, "wrote %s: %.1f MB of weights in %s, from %.1f in %s\n", rest[1],
-                (double)quantized->tensors_bytes / 1e6, rest[2], (double)m->tensors_bytes / 1e6, type_name(m->config.type));
+                (double)quantized->tensors_bytes / 1e6, rest[2], (double)m->tensors_bytes / 1e6,
+                type_name(m->config.type));
     mamba_free(quantized);
     mamba_free(m);
     return result;
@@ -4992,8 +5007,8 @@ static int run_command(int argc, char **argv) {
     static const struct {
         const char *name;
         int (*run)(int, char **);
-    } command[] = {{"info", command_info},     {"tokenize", command_tokenize}, {"eval", command_eval},
-                   {"logits", command_logits}, {"train", command_train},       {"bench", command_bench},
+    } command[] = {{"info", command_info},        {"tokenize", command_tokenize}, {"eval", command_eval},
+                   {"logits", command_logits},    {"train", command_train},       {"bench", command_bench},
                    {"quantize", command_quantize}};
     if (argc > 1 && !strcmp(argv[1], "--version")) return printf("mamba.c %s\n", MAMBA_VERSION), 0;
     for (int i = 0; i < COUNT(command) && argc > 1; i++)
