@@ -110,9 +110,35 @@ cp $model "$dir/flipped" && printf 'X' | dd of="$dir/flipped" bs=1 seek=3000000 
 grep -q "damaged\|finite" "$dir/err" && ok "info --verify finds a changed byte" || bad "info --verify finds a changed byte" "$(cat "$dir/err")"
 "$mamba" bench --shape 32,2,300 -r 2 > "$dir/a" 2>&1 && grep -q "decode .* tokens/s" "$dir/a" && ok "bench" || bad "bench" "$(cat "$dir/a")"
 "$mamba" bench --scan 1,20,500 -r 2 > "$dir/a" 2>&1 && grep -q "over channels and time" "$dir/a" && ok "bench --scan" || bad "bench --scan" "$(cat "$dir/a")"
-for command in "" info tokenize eval logits bench; do
+for command in "" info tokenize eval logits quantize bench; do
     "$mamba" $command --help > "$dir/a" 2>&1 && grep -q "mamba" "$dir/a" && ok "help for '$command'" || bad "help for '$command'"
 done
+
+# --- quantize
+for type in q8 q4; do
+    "$mamba" quantize $model "$dir/$type" $type > "$dir/a" 2> "$dir/err" && [ ! -s "$dir/a" ] && grep -q "wrote .*$type" "$dir/err" &&
+        ok "quantize $type" || bad "quantize $type" "$(cat "$dir/err")"
+    "$mamba" info "$dir/$type" --verify | grep -q "parameters in $type" && ok "info of $type" || bad "info of $type"
+    "$mamba" "$dir/$type" "$prompt" -t 0 -n 30 -T 1 > "$dir/a" 2> /dev/null
+    "$mamba" "$dir/$type" "$prompt" -t 0 -n 30 -T 2 > "$dir/b" 2> /dev/null
+    same_file "$type: same text, any threads" "$dir/a" "$dir/b"
+    "$mamba" bench --shape 64,1,300 --dtype $type -r 1 > "$dir/a" 2>&1 && grep -q "in $type" "$dir/a" && ok "bench --dtype $type" || bad "bench --dtype $type" "$(cat "$dir/a")"
+done
+"$mamba" eval $model "$dir/text" 2> /dev/null | awk '/mean_nll/ { print $2 }' > "$dir/nll"
+for type in q8 q4; do "$mamba" eval "$dir/$type" "$dir/text" 2> /dev/null | awk '/mean_nll/ { print $2 }' >> "$dir/nll"; done
+awk '{ x[NR] = $1 } END { d = x[2] / x[1] - 1; e = x[3] / x[1] - 1; exit !(NR == 3 && d < 0.02 && d > -0.02 && e < 0.1 && e > -0.1) }' "$dir/nll" &&
+    ok "the likelihood of a short text stays near" || bad "the likelihood of a short text stays near" "$(cat "$dir/nll")"
+"$mamba" train -o "$dir/tuned" --from "$dir/q8" --data README.md --steps 1 --batch 1 --length 16 > /dev/null 2> "$dir/err" &&
+    "$mamba" info "$dir/tuned" | grep -q "in f32" && ok "train --from a quantized model" || bad "train --from a quantized model" "$(cat "$dir/err")"
+cp $model "$dir/copy"
+fails "quantize onto its input" "another file" quantize "$dir/copy" "$dir/../$(basename "$dir")/copy" q8
+same_file "which stays as it was" $model "$dir/copy"
+fails "quantize what is quantized" "already" quantize "$dir/q8" "$dir/c" q4
+fails "quantize to another type" "q5" quantize $model "$dir/c" q5
+fails "quantize without a type" "needs in.bin" quantize $model "$dir/c"
+fails "quantize to nowhere" "no/such" quantize $model "$dir/no/such/c" q8
+fails "quantize a damaged model" "damaged" quantize "$dir/flipped" "$dir/c" q8
+[ ! -e "$dir/c" ] && ok "and nothing is written" || bad "and nothing is written"
 
 # --- errors
 # --- show-selection: a line a token; all layers' mean is the mean of each layer's

@@ -162,11 +162,12 @@ def read_model(path, s):
     assert not any(f[256 + len(blob):u64(104)]) and u64(104) - 256 - len(blob) < 64
     assert not any(f[128:252])
     assert u32(120) == zlib.crc32(blob) and u32(124) == zlib.crc32(f[u64(104):]) and u32(252) == zlib.crc32(f[:252])
-    tensors, at, item = {}, u64(104), {0: 4, 1: 2, 2: 2}[h["dtype"]]
+    tensors, at, item = {}, u64(104), {0: 4, 1: 2, 2: 2, 3: 1088, 4: 576}[h["dtype"]]
     for name, shape, is_w, _ in layout(s):
         start = (at + 63) // 64 * 64
         assert not any(f[at:start]), f"the gap before {name} is not zero"
-        at = start + int(np.prod(shape)) * (item if is_w else 4)
+        pieces = [(n + 31) // 32 for n in shape] if is_w and item > 4 else shape                    # tiles, or numbers
+        at = start + int(np.prod(pieces)) * (item if is_w else 4)
         assert at <= len(f)
         tensors[name] = f[start:at]
     assert at == len(f), "bytes after the last tensor"
@@ -318,7 +319,7 @@ class Numbers(unittest.TestCase):
         edges = [65504, -65504, 2.0 ** -25, 3 * 2.0 ** -25, 2.0 ** -24, 1 + 2.0 ** -11, 1 + 3 * 2.0 ** -11]
         x = np.concatenate([rng.standard_normal(20000), rng.standard_normal(20000) * 1e-5,
                             rng.uniform(-65504, 65504, 20000), edges]).astype("f4")
-        self.assertEqual(export.encode(x, "F16", "t", 0), b"".join(struct.pack("<e", v) for v in x.tolist()))
+        self.assertEqual(export.encode(x, "F16"), b"".join(struct.pack("<e", v) for v in x.tolist()))
 
     def test_decode(self):
         self.assertEqual(export.decode(struct.pack("<3e", 1.5, -0.0, 6e-8), "F16").tolist(), [1.5, 0.0, 2.0 ** -24])
@@ -366,6 +367,93 @@ class Values(Case):
             self.checkpoint(s, dtype=kinds)
             self.good()
             self.assertEqual(read_model(self.bin, s)[0]["dtype"], code)
+
+
+def tile_values(data, shape, bits):
+    """(rows, inputs) of (code, scale), read number by number from the format's description."""
+    rows, inputs = shape
+    codes, scales = np.zeros(shape), np.zeros(shape)
+    for r in range(rows):
+        for k in range(inputs):
+            tile = (r // 32 * ((inputs + 31) // 32) + k // 32) * (64 + 128 * bits)
+            word, = struct.unpack_from("<I", data, tile + 64 + (k % 32 * bits // 32 * 32 + r % 32) * 4)
+            j, half = k % (32 // bits), 1 << (bits - 1)
+            code = word >> (bits * j) & (2 * half - 1)
+            codes[r, k] = code - half if j < 32 // bits - 1 else code - 2 * half * (code >= half)
+            scales[r, k], = struct.unpack("<f", bytes(2) + data[tile + r % 32 * 2:tile + r % 32 * 2 + 2])
+    return codes, scales
+
+
+class Quantized(Case):
+    SIZES = {**VARIANTS, "larger": Sizes(D=40, E=70, R=33, V=300)}
+
+    def test_every_code(self):
+        for name, s in self.SIZES.items():
+            for dtype, number, bits in (("q8", 3, 8), ("q4", 4, 4)):
+                with self.subTest(name, dtype=dtype):
+                    w, back = weights(s), os.path.join(self.dir, "back-" + name + dtype)
+                    self.checkpoint(s)
+                    self.good(self.src, self.bin, "--tokenizer", "bytes", "--dtype", dtype)
+                    self.good("--to-hf", self.bin, back)
+                    out = read_safetensors(os.path.join(back, "model.safetensors"))
+                    h, _, tensors = read_model(self.bin, s)
+                    self.assertEqual(h["dtype"], number)
+                    self.assertEqual(json.load(open(os.path.join(back, "config.json")))["dtype"], "float32")
+                    for t, shape, is_w, source in layout(s):
+                        if not is_w:
+                            self.assertEqual(tensors[t], raw(w[source], "F32"), t)
+                            continue
+                        codes, scales = tile_values(tensors[t], shape, bits)
+                        self.assertEqual(out[source], ("F32", shape, (codes * scales).astype("<f4").tobytes()))
+                        lowest, highest = (-127, 127) if bits == 8 else (-8, 7)
+                        nearest = np.clip(np.rint(w[source] / np.where(scales == 0, 1, scales)), lowest, highest)
+                        self.assertLessEqual(np.abs(codes - nearest).max(), 0)
+                        error = np.sqrt(((codes * scales - w[source]) ** 2).sum() / (w[source] ** 2).sum())
+                        self.assertLess(error, 0.01 if bits == 8 else 0.11, t)
+
+    def test_the_bytes_are_those_of_mamba_quantize(self):
+        mamba, floats, other = os.path.join(HERE, "..", "mamba"), os.path.join(self.dir, "f.bin"), os.path.join(self.dir, "o.bin")
+        if not os.path.exists(mamba):
+            self.skipTest("./mamba is not built")
+        for name, s in self.SIZES.items():
+            for size in (1, 1e-39, 1e30):                                       # scales that are subnormal, large ones
+                w = {source: (a * np.float32(size)).astype("<f4") for source, a in weights(s).items()}
+                w["backbone.layers.0.mixer.in_proj.weight"][:, :3] = 0
+                for dtype in ("q8", "q4"):
+                    with self.subTest(name, size=size, dtype=dtype):
+                        self.checkpoint(s, tensors=w)
+                        self.good(self.src, floats, "--tokenizer", "bytes")
+                        self.good(self.src, self.bin, "--tokenizer", "bytes", "--dtype", dtype)
+                        subprocess.run([mamba, "quantize", floats, other, dtype], check=True, capture_output=True)
+                        self.assertEqual(open(self.bin, "rb").read(), open(other, "rb").read())
+
+    def test_pieces_do_not_matter(self):
+        for dtype in ("q8", "q4"):
+            self.checkpoint(self.SIZES["larger"])
+            self.good(self.src, self.bin, "--tokenizer", "bytes", "--dtype", dtype)
+            whole = open(self.bin, "rb").read()
+            self.good("--to-hf", self.bin, os.path.join(self.dir, "whole" + dtype))
+            self.small_chunks()
+            self.good(self.src, self.bin, "--tokenizer", "bytes", "--dtype", dtype)
+            self.assertEqual(whole, open(self.bin, "rb").read())
+            self.good("--to-hf", self.bin, os.path.join(self.dir, "pieces" + dtype))
+            self.assertEqual(*(read_safetensors(os.path.join(self.dir, way + dtype, "model.safetensors"))
+                               for way in ("whole", "pieces")))
+
+    def test_refusals(self):
+        w = weights(VARIANTS["plain"])
+        w["backbone.layers.1.mixer.x_proj.weight"][1, 2] = np.nan
+        self.checkpoint(VARIANTS["plain"], tensors=w)
+        self.bad("x_proj", "element 12", arguments=(self.src, self.bin, "--tokenizer", "bytes", "--dtype", "q4"))
+        self.checkpoint(VARIANTS["odd"])
+        self.good(self.src, self.bin, "--tokenizer", "bytes", "--dtype", "q8")
+        whole, broken = open(self.bin, "rb").read(), os.path.join(self.dir, "broken.bin")
+        rng = random.Random(4)
+        for at in [rng.randrange(len(whole)) for _ in range(60)] + [len(whole) - 1]:
+            for data in (whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1:], whole[:at]):
+                write(broken, data)
+                status, text = self.run_main("--to-hf", broken, os.path.join(self.dir, "out"))
+                self.assertEqual((status, len(text.splitlines())), (1, 1), text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -843,7 +931,7 @@ class Output(Case):
 
     def test_command_line(self):
         self.assertEqual(self.run_main("--help")[0], 0)
-        for line in ("", "a", "a b c", "a b --dtype q8", "a b --nonsense", "a b --force", "--to-hf a b --dtype f32"):
+        for line in ("", "a", "a b c", "a b --dtype q5", "a b --nonsense", "a b --force", "--to-hf a b --dtype f32"):
             self.assertEqual(self.run_main(*line.split())[0], 2)
         result = subprocess.run([sys.executable, EXPORT, "none", "out.bin"], capture_output=True, text=True, cwd=self.dir)
         self.assertEqual((result.returncode, result.stdout, result.stderr), (1, "", "export.py: none does not exist\n"))
