@@ -4930,14 +4930,16 @@ static int bench_gpu(const Model *m, int repeats, const char *only) {
     double flops_token = 2 * c->n_layer * (2 * E * D + E * (c->R + 2.0 * c->N) + E * c->R + E * D);
     double state_bytes = 4.0 * (c->N + c->K - 1) * c->n_layer * E,
            bytes = (double)m->tensors_bytes - (c->flags & FLAG_TIED ? 0 : (double)tensor_bytes(&m->embedding));
+    if (is_quantized(c->type)) bytes = (double)m->n_params * (backend.float32 ? 4 : 2); // there they are unpacked
     char name[256];
     Acts *a = mamba_acts_new(m, 1);
     State *s = mamba_state_new(m);
     int result = a && s ? mamba_acts_gpu(a, m, backend.float32) : -1;
     if (result == 0 && GPU->measure(&copy, &flops, &used, name)) result = gpu_failed();
     if (result == 0) {
-        double peak =
-            c->type == BF16 && !backend.float32 ? flops : flops / 15; // float32 units of the same chip, roughly
+        double peak = (c->type == BF16 || is_quantized(c->type)) && !backend.float32
+                          ? flops
+                          : flops / 15; // float32 units of the same chip, roughly
         printf("%zu parameters in %s on %s: copies %.2f TB/s, bf16 products %.0f TFLOP/s; medians of %d\n", m->n_params,
                type_name(c->type), name, copy / 1e12, flops / 1e12, repeats);
         for (int i = 0; i < COUNT(lengths) && result == 0 && strchr(only, 'p'); i++) {

@@ -2190,6 +2190,19 @@ template <class T> static BlockActs<T> acts_of(const Gpu *g) {
     return {(T *)a.xn, (T *)a.xz, (T *)a.u, (T *)a.xdb, NULL, (T *)a.delta, (T *)a.g, NULL, a.mail};
 }
 
+// out (rows, cols) = the tiles of Q8 or Q4 (mamba.c, section 3), one thread a weight.
+template <class T>
+__global__ void dequantize_kernel(T *out, const unsigned char *tiles, int bits, int rows, int cols) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (size_t)rows * cols) return;
+    int row = (int)(i / cols), col = (int)(i % cols), codes = 32 / bits, j = col % codes;
+    size_t at = (size_t)(row / TILE) * ((cols + TILE - 1) / TILE) + col / TILE;
+    const unsigned char *tile = tiles + at * (size_t)(2 * TILE + bits * TILE * 4);
+    uint32_t word = ((const uint32_t *)(tile + 2 * TILE))[col % TILE / codes * TILE + row % TILE] ^ 0x80000000u;
+    int code = (int)(word >> (j * bits) & ((1u << bits) - 1)) - (1 << (bits - 1));
+    out[i] = (T)((float)code * __uint_as_float((uint32_t)((const uint16_t *)tile)[row % TILE] << 16));
+}
+
 template <class T> static int upload_weights(Gpu *g, const Model *m) {
     const Config *c = &m->config;
     Device *d = &g->device;
@@ -2208,7 +2221,11 @@ template <class T> static int upload_weights(Gpu *g, const Model *m) {
         if (!to) return -1;
         if (p.host->type == F32) convert(d, to, (const float *)from, n);
         else if (p.host->type == BF16) convert(d, to, (const bf16 *)from, n);
-        else convert(d, to, (const uint16_t *)from, n);
+        else if (p.host->type == F16) convert(d, to, (const uint16_t *)from, n);
+        else
+            dequantize_kernel<<<blocks_for(n, 256), 256, 0, d->stream>>>(
+                to, (const unsigned char *)from, p.host->type == Q8 ? 8 : 4, p.host->rows, p.host->cols);
+        check_launch(d, "weights");
         *p.device = to;
     }
     if (c->flags & FLAG_TIED) g->w.head = g->w.embedding;
@@ -2259,7 +2276,7 @@ static Gpu *gpu_open(const Model *m, int float32) {
     Gpu *g = new Gpu();
     const Config *c = &m->config;
     g->config = *c;
-    g->bf16_compute = c->type == BF16 && !float32;
+    g->bf16_compute = (c->type == BF16 || c->type == Q8 || c->type == Q4) && !float32;
     size_t row = (size_t)c->D * 8 + (size_t)c->E * 24,
            most = ((size_t)3 << 30) / row; // 3 GB of activations at the most
     g->piece = (int)std::min((size_t)GPU_PIECE, std::max((size_t)64, most / 64 * 64));
