@@ -250,6 +250,12 @@ typedef uint16_t hvec;
 #define INLINE static inline
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)
+#define UNROLL _Pragma("GCC unroll 8") // at -O2 too; clang does it of itself
+#else
+#define UNROLL
+#endif
+
 INLINE vec splat(float x) { return x - (vec){0}; }
 INLINE vec load(const float *p) {
     vec v;
@@ -988,17 +994,21 @@ INLINE void tile_dot(float *out, const unsigned char *tile, const float *xs, con
     for (int g = 0; g < tiles; g++, tile += TILE_SCALES + bits * TILE * 4, xs += TILE)
         for (int v0 = 0; v0 < TILE / VL; v0 += VECTORS) {
             vec sum[VECTORS][SUMS];
-            for (int v = 0; v < VECTORS; v++)
-                for (int j = 0; j < SUMS; j++) sum[v][j] = splat(j ? 0 : start[g]);
+            UNROLL
+            for (int v = 0; v < VECTORS; v++) UNROLL
+            for (int j = 0; j < SUMS; j++) sum[v][j] = splat(j ? 0 : start[g]);
             for (int i = 0; i < bits; i++) {
                 uvec word[VECTORS];
+                UNROLL
                 for (int v = 0; v < VECTORS; v++) word[v] = load_words(tile, i * TILE + (v0 + v) * VL);
-                for (int j = 0; j < 32 / bits; j++)
-                    for (int v = 0; v < VECTORS; v++)
-                        sum[v][j % SUMS] +=
-                            LANES_OF(vec, (ivec)(word[v] & code_mask(j, bits))) * xs[i * (32 / bits) + j];
+                UNROLL
+                for (int j = 0; j < 32 / bits; j++) UNROLL
+                for (int v = 0; v < VECTORS; v++)
+                    sum[v][j % SUMS] += LANES_OF(vec, (ivec)(word[v] & code_mask(j, bits))) * xs[i * (32 / bits) + j];
             }
+            UNROLL
             for (int v = 0; v < VECTORS; v++) {
+                UNROLL
                 for (int j = 1; j < SUMS; j++) sum[v][0] += sum[v][j];
                 total[v0 + v] += load_scales(tile, (v0 + v) * VL) * sum[v][0];
             }
@@ -1013,6 +1023,7 @@ INLINE void tile_unpack(float *panel, const unsigned char *tile, int r, int tile
             vec scale = load_scales(tile, r + v);
             for (int i = 0; i < bits; i++) {
                 uvec word = load_words(tile, i * TILE + r + v);
+                UNROLL
                 for (int j = 0; j < 32 / bits; j++) {
                     vec code =
                         LANES_OF(vec, (ivec)(word & code_mask(j, bits))) * code_power(j, bits) - code_shift(j, bits);
