@@ -1796,8 +1796,8 @@ static int32_t *random_ids(size_t n, int V) {
     return ids;
 }
 
-// All logits of n ids, from state s: (n,V), malloc'd.
-static float *all_logits(const Model *m, Acts *a, State *s, const int32_t *ids, size_t n) {
+// Every logit of n ids, from state s: (n,V), malloc'd.
+static float *every_logit(const Model *m, Acts *a, State *s, const int32_t *ids, size_t n) {
     size_t V = (size_t)m->config.V;
     Collected all = {malloc(n * V * sizeof(float)), 0, V};
     if (mamba_prefill(m, a, s, ids, n, collect, &all)) printf("FAIL prefill: %s\n", error_text), n_failed++;
@@ -1811,7 +1811,7 @@ static void check_gpu_logits(const char *label, const Model *m, const int32_t *i
     State *s = mamba_state_new(m), *g = mamba_state_new(m), *mixed = mamba_state_new(m);
     size_t V = (size_t)m->config.V, cut = n / 3;
     char name[160];
-    float *want = all_logits(m, cpu, s, ids, n), *got = all_logits(m, gpu, g, ids, n);
+    float *want = every_logit(m, cpu, s, ids, n), *got = every_logit(m, gpu, g, ids, n);
     snprintf(name, sizeof name, "%s, %zu tokens: logits", label, n);
     check_floats(name, got, want, n * V, tolerance);
     State *copy = mamba_state_new(m);
@@ -1832,7 +1832,7 @@ static void check_gpu_logits(const char *label, const Model *m, const int32_t *i
         check_floats(name, mixed->logits, want + (n - 1) * V, V, tolerance);
     }
     mamba_state_reset(m, g);
-    float *again = all_logits(m, gpu, g, ids, n);
+    float *again = every_logit(m, gpu, g, ids, n);
     snprintf(name, sizeof name, "%s, %zu tokens: the same bits twice", label, n);
     expect(!memcmp(again, got, n * V * sizeof(float)), name);
     free(want), free(got), free(again);
@@ -2114,6 +2114,13 @@ static void test_cuda(void) {
         check_gpu_generation(models[i], true);
     }
     check_gpu_generation("models/tales.bin", false);
+    for (int four_bits = 0; four_bits < 2; four_bits++) { // unpacked at upload
+        Model *from = mamba_load("models/tales.bin"), *m = mamba_quantize(from, four_bits);
+        int32_t *ids = random_ids(300, m->config.V);
+        check_gpu_logits(four_bits ? "tales in q4" : "tales in q8", m, ids, 300, true, 5e-5);
+        check_gpu_logits(four_bits ? "tales in q4, bf16 products" : "tales in q8, bf16 products", m, ids, 300, false, 3e-2);
+        free(ids), mamba_free(m), mamba_free(from);
+    }
     for (int i = 0; i < COUNT(STEP_SHAPES); i++) {
         const int sequences[] = {1, 2, 3, 16, 17, 64};
         for (int k = 0; k < COUNT(sequences); k++)
