@@ -229,6 +229,16 @@ typedef uint32_t uvec __attribute__((vector_size(4 * VL)));
 typedef uint16_t hvec __attribute__((vector_size(2 * VL)));
 #define LANES_OF(type, v) __builtin_convertvector(v, type)
 #define MASK(condition) ((ivec)(condition)) // 0 or -1 in each lane
+#if __GNUC__ >= 12 && !defined(__clang__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ // see load_halves
+#if VL == 16
+#define HALVES_ORDER \
+    16, 0, 16, 1, 16, 2, 16, 3, 16, 4, 16, 5, 16, 6, 16, 7, 16, 8, 16, 9, 16, 10, 16, 11, 16, 12, 16, 13, 16, 14, 16, 15
+#elif VL == 8
+#define HALVES_ORDER 8, 0, 8, 1, 8, 2, 8, 3, 8, 4, 8, 5, 8, 6, 8, 7
+#else
+#define HALVES_ORDER 4, 0, 4, 1, 4, 2, 4, 3
+#endif
+#endif
 #else
 #define VL 1
 typedef float vec;
@@ -901,24 +911,31 @@ static double log_sum_exp(const float *logits, int V) {
 typedef uint16_t half;
 
 INLINE vec read_f32(const float *p) { return load(p); }
-INLINE vec read_bf16(const half *p) { // a bf16 is the upper half of a float32
+// VL halves, each as the upper half of 32 bits, the lower one 0.
+INLINE uvec load_halves(const half *p) {
     hvec bits;
     memcpy(&bits, p, sizeof bits);
-    return as_float((ivec)(LANES_OF(uvec, bits) << 16));
+#ifdef HALVES_ORDER // gcc converts by taking the vector apart and together again: decoding bf16 gained 15% by this
+    return (uvec)__builtin_shufflevector(bits, (hvec){0}, HALVES_ORDER);
+#else
+    return LANES_OF(uvec, bits) << 16;
+#endif
 }
+INLINE vec read_bf16(const half *p) { return as_float((ivec)load_halves(p)); } // a bf16 is the upper half of a float32
 // f16: put exponent and mantissa where float32 has them, then multiply by 2^(127-15), which mends the exponent's bias and
 // makes subnormals come out exact. Infinities do not occur: export.py refuses weights beyond f16's range.
 INLINE vec read_f16(const half *p) {
-    hvec bits;
-    memcpy(&bits, p, sizeof bits);
-    uvec wide = LANES_OF(uvec, bits);
-    vec magnitude = as_float((ivec)((wide & 0x7FFF) << 13)) * 0x1p112f;
-    return as_float(as_int(magnitude) | (ivec)((wide & 0x8000) << 16));
+    uvec wide = load_halves(p);
+    vec magnitude = as_float((ivec)((wide & 0x7FFF0000u) >> 3)) * 0x1p112f;
+    return as_float(as_int(magnitude) | (ivec)(wide & 0x80000000u));
 }
 
 // For one storage type: dot2 multiplies two rows of n weights with x (n), widen turns n weights of a row, from input `from` on,
-// into float32; ld is the length of a row. Two rows, because loads of x would otherwise be as many as loads of weights; four sums, for independent chains of additions. The
-// tail of a row goes through a zero-padded copy.
+// into float32; ld is the length of a row. Two rows, because loads of x would otherwise be as many as loads of weights; four sums,
+// for independent chains of additions. The tail of a row goes through a zero-padded copy. dots multiplies both rows with T rows of x
+// and adds up in dot2's order, so that the bits are the same: first what dot2 has in its sums 0 and 2, then in 1 and 3, because 4 T
+// sums would not fit in 16 registers.
+enum { FEW = 4 }; // rows of x that dots takes at the most
 #define KERNELS_OF(name, stored) \
     static void dot2_##name(float out[2], const void *row0, const void *row1, const float *x, int n) { \
         const stored *w0 = row0, *w1 = row1; \
@@ -937,6 +954,40 @@ INLINE vec read_f16(const half *p) {
             sum[0] += read_##name(tail0) * xi, sum[2] += read_##name(tail1) * xi; \
         } \
         out[0] = sum_lanes(sum[0] + sum[1]), out[1] = sum_lanes(sum[2] + sum[3]); \
+    } \
+    INLINE void dots_##name##_of(float *out, const stored *w0, const stored *w1, const float *x, size_t ldx, int n, \
+                                 const int T) { \
+        vec first[2][FEW], sum[2][FEW]; \
+        int whole = n / (2 * VL) * 2 * VL; \
+        for (int t = 0; t < T; t++) sum[0][t] = sum[1][t] = splat(0); \
+        for (int i = 0; i < whole; i += 2 * VL) { \
+            vec a = read_##name(w0 + i), b = read_##name(w1 + i); \
+            for (int t = 0; t < T; t++) sum[0][t] += a * load(x + t * ldx + i), sum[1][t] += b * load(x + t * ldx + i); \
+        } \
+        for (int i = whole; i < n; i += VL) { \
+            stored tail0[VL] = {0}, tail1[VL] = {0}; \
+            int left = lanes_left(i, n); \
+            memcpy(tail0, w0 + i, (size_t)left * sizeof(stored)); \
+            memcpy(tail1, w1 + i, (size_t)left * sizeof(stored)); \
+            for (int t = 0; t < T; t++) { \
+                vec xt = load_n(x + t * ldx + i, left); \
+                sum[0][t] += read_##name(tail0) * xt, sum[1][t] += read_##name(tail1) * xt; \
+            } \
+        } \
+        for (int t = 0; t < T; t++) \
+            first[0][t] = sum[0][t], first[1][t] = sum[1][t], sum[0][t] = sum[1][t] = splat(0); \
+        for (int i = VL; i < whole; i += 2 * VL) { \
+            vec a = read_##name(w0 + i), b = read_##name(w1 + i); \
+            for (int t = 0; t < T; t++) sum[0][t] += a * load(x + t * ldx + i), sum[1][t] += b * load(x + t * ldx + i); \
+        } \
+        for (int t = 0; t < T; t++) \
+            out[2 * t] = sum_lanes(first[0][t] + sum[0][t]), out[2 * t + 1] = sum_lanes(first[1][t] + sum[1][t]); \
+    } \
+    static void dots_##name(float *out, const void *row0, const void *row1, const float *x, size_t ldx, int n, int T) { \
+        if (T == 4) dots_##name##_of(out, row0, row1, x, ldx, n, 4); \
+        else if (T == 3) dots_##name##_of(out, row0, row1, x, ldx, n, 3); \
+        else if (T == 2) dots_##name##_of(out, row0, row1, x, ldx, n, 2); \
+        else dot2_##name(out, row0, row1, x, n); \
     } \
     static void widen_##name(float *out, const void *data, size_t ld, size_t row, int from, int n) { \
         const stored *w = (const stored *)data + row * ld + from; \
@@ -1067,16 +1118,17 @@ TILE_KERNELS(q8, 8)
 TILE_KERNELS(q4, 4)
 
 static const struct {
-    void (*dot2)(float out[2], const void *row0, const void *row1, const float *x, int n); // of F32, F16, BF16
+    void (*dot2)(float out[2], const void *row0, const void *row1, const float *x, int n); // this and dots of F32, F16, BF16
+    void (*dots)(float *out, const void *row0, const void *row1, const float *x, size_t ldx, int n, int T);
     void (*widen)(float *out, const void *data, size_t ld, size_t row, int from, int n);
     void (*prepare)(float *xs, float *start, const float *x, int n); // this and the rest of Q8, Q4
     void (*dot)(float *out, const unsigned char *tile, const float *xs, const float *start, int groups);
     void (*unpack)(float *panel, const unsigned char *tile, int r, int groups);
-} TYPE_KERNELS[N_TYPES] = {{dot2_f32, widen_f32, NULL, NULL, NULL},
-                           {dot2_f16, widen_f16, NULL, NULL, NULL},
-                           {dot2_bf16, widen_bf16, NULL, NULL, NULL},
-                           {NULL, widen_q8, prepare_q8, dot_q8, unpack_q8},
-                           {NULL, widen_q4, prepare_q4, dot_q4, unpack_q4}};
+} TYPE_KERNELS[N_TYPES] = {{dot2_f32, dots_f32, widen_f32, NULL, NULL, NULL},
+                           {dot2_f16, dots_f16, widen_f16, NULL, NULL, NULL},
+                           {dot2_bf16, dots_bf16, widen_bf16, NULL, NULL, NULL},
+                           {NULL, NULL, widen_q8, prepare_q8, dot_q8, unpack_q8},
+                           {NULL, NULL, widen_q4, prepare_q4, dot_q4, unpack_q4}};
 
 // out (n) = weights from.. of row `row` of w.
 static void tensor_widen(float *out, const Tensor *w, int row, int from, int n) {
@@ -1127,41 +1179,58 @@ static const void *tensor_row(const Tensor *w, int row) {
     return (const char *)w->data + (size_t)row * (size_t)w->cols * type_bytes(w->type);
 }
 
-// Q8 and Q4: threads share panels of rows, and each prepares x for itself.
+// Q8 and Q4: threads share panels of rows, and each prepares x for itself, TILES_FEW rows of it for one reading of the weights.
+enum { TILES_FEW = 8 };
 static void matmul_few_tiles(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w, const float *bias, int L) {
-    float xs[X_BLOCK], start[X_BLOCK / TILE], sum[TILE];
+    float xs[TILES_FEW][X_BLOCK], start[TILES_FEW][X_BLOCK / TILE], sum[TILE];
     size_t panel_bytes = tiles_of((size_t)w->cols) * tile_bytes(w->type);
-    for (int t = 0; t < L; t++)
+    for (int t0 = 0; t0 < L; t0 += TILES_FEW)
         for (int k0 = 0; k0 < w->cols; k0 += X_BLOCK) {
-            int n = w->cols - k0 < X_BLOCK ? w->cols - k0 : X_BLOCK;
+            int n = w->cols - k0 < X_BLOCK ? w->cols - k0 : X_BLOCK, rows = L - t0 < TILES_FEW ? L - t0 : TILES_FEW;
             const unsigned char *first = (const unsigned char *)w->data + (size_t)(k0 / TILE) * tile_bytes(w->type);
-            TYPE_KERNELS[w->type].prepare(xs, start, x + (size_t)t * ldx + k0, n);
+            for (int t = 0; t < rows; t++)
+                TYPE_KERNELS[w->type].prepare(xs[t], start[t], x + (size_t)(t0 + t) * ldx + k0, n);
 #pragma omp for
-            for (int o = 0; o < w->rows; o += TILE) {
-                float *to = out + (size_t)t * ldo + o;
-                TYPE_KERNELS[w->type].dot(sum, first + (size_t)(o / TILE) * panel_bytes, xs, start,
-                                          (int)tiles_of((size_t)n));
-                for (int r = 0; r < TILE && o + r < w->rows; r++)
-                    to[r] = sum[r] + (k0 ? to[r] : bias ? bias[o + r] : 0);
-            }
+            for (int o = 0; o < w->rows; o += TILE)
+                for (int t = 0; t < rows; t++) {
+                    float *to = out + (size_t)(t0 + t) * ldo + o;
+                    TYPE_KERNELS[w->type].dot(sum, first + (size_t)(o / TILE) * panel_bytes, xs[t], start[t],
+                                              (int)tiles_of((size_t)n));
+                    for (int r = 0; r < TILE && o + r < w->rows; r++)
+                        to[r] = sum[r] + (k0 ? to[r] : bias ? bias[o + r] : 0);
+                }
         }
 }
 
+// One token, or one of each of some sequences: every weight is read from memory once, and a row's bits do not depend on the rows
+// beside it. A task is some pairs of rows of W, o and o + half_O, which makes two streams that each run on without a gap; it
+// takes as many rows of x at a time as stay in the L1 cache, for which W comes from the L2 cache again.
+enum { FEW_PAIRS = 4, FEW_L1 = 6144 }; // pairs of a task; floats of x
 static void matmul_few(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w, const float *bias, int L) {
-    int O = w->rows, half_O = (O + 1) / 2;
     if (is_quantized(w->type)) {
         matmul_few_tiles(out, ldo, x, ldx, w, bias, L);
         return;
     }
+    int O = w->rows, half_O = (O + 1) / 2, width = FEW_L1 / w->cols / FEW * FEW, pairs = L > FEW ? FEW_PAIRS : 1;
+    if (width < FEW) width = FEW;
 #pragma omp for
-    for (int o = 0; o < half_O; o++) { // rows o and o + half_O: two streams that each run on without a gap
-        int o1 = o + half_O < O ? o + half_O : o;
-        for (int t = 0; t < L; t++) {
-            float sum[2], *to = out + (size_t)t * ldo;
-            TYPE_KERNELS[w->type].dot2(sum, tensor_row(w, o), tensor_row(w, o1), x + (size_t)t * ldx, w->cols);
-            to[o] = sum[0] + (bias ? bias[o] : 0);
-            to[o1] = sum[o1 == o ? 0 : 1] + (bias ? bias[o1] : 0);
-        }
+    for (int task = 0; task < (half_O + pairs - 1) / pairs; task++) {
+        int o_end = half_O < (task + 1) * pairs ? half_O : (task + 1) * pairs;
+        for (int t0 = 0; t0 < L; t0 += width)
+            for (int o = task * pairs; o < o_end; o++) {
+                int o1 = o + half_O < O ? o + half_O : o, t_end = L - t0 < width ? L : t0 + width;
+                const void *row0 = tensor_row(w, o), *row1 = tensor_row(w, o1);
+                for (int t = t0, T; t < t_end; t += T) {
+                    float sum[2 * FEW];
+                    T = t_end - t < FEW ? t_end - t : FEW;
+                    TYPE_KERNELS[w->type].dots(sum, row0, row1, x + (size_t)t * ldx, ldx, w->cols, T);
+                    for (int i = 0; i < T; i++) {
+                        float *to = out + (size_t)(t + i) * ldo;
+                        to[o] = sum[2 * i] + (bias ? bias[o] : 0);
+                        to[o1] = sum[2 * i + (o1 != o)] + (bias ? bias[o1] : 0);
+                    }
+                }
+            }
     }
 }
 
@@ -1365,22 +1434,25 @@ static void conv1d_silu(float *u, float *window, const float *xz, const float *c
         memmove(window + (size_t)j * E, conv_input(xz, window, L - K + 1 + j, E, K), (size_t)E * sizeof(float));
 }
 
-// The same for one token: u (E) from x (E).
+// The same for one token, n channels from e: u (E) from x (E).
+static void conv1d_silu_lanes(float *u, float *window, const float *x, const float *conv_t, const float *bias, int e,
+                              int n, int E, int K) {
+    vec now = load_n(x + e, n), sum = now * load_n(conv_t + (size_t)(K - 1) * E + e, n);
+    if (bias) sum += load_n(bias + e, n);
+    for (int k = 0; k < K - 1; k++) {
+        vec past = load_n(window + (size_t)k * E + e, n);
+        sum += load_n(conv_t + (size_t)k * E + e, n) * past;
+        if (k) store_n(window + (size_t)(k - 1) * E + e, past, n);
+    }
+    if (K > 1) store_n(window + (size_t)(K - 2) * E + e, now, n);
+    store_n(u + e, silu_vec(sum), n);
+}
+
 static void conv1d_silu_step(float *u, float *window, const float *x, const float *conv_t, const float *bias, int E,
                              int K) {
 #pragma omp for
-    for (int block = 0; block < (E + VL - 1) / VL; block++) {
-        int e = block * VL, n = lanes_left(e, E);
-        vec now = load_n(x + e, n), sum = now * load_n(conv_t + (size_t)(K - 1) * E + e, n);
-        if (bias) sum += load_n(bias + e, n);
-        for (int k = 0; k < K - 1; k++) {
-            vec past = load_n(window + (size_t)k * E + e, n);
-            sum += load_n(conv_t + (size_t)k * E + e, n) * past;
-            if (k) store_n(window + (size_t)(k - 1) * E + e, past, n);
-        }
-        if (K > 1) store_n(window + (size_t)(K - 2) * E + e, now, n);
-        store_n(u + e, silu_vec(sum), n);
-    }
+    for (int block = 0; block < (E + VL - 1) / VL; block++)
+        conv1d_silu_lanes(u, window, x, conv_t, bias, block * VL, lanes_left(block * VL, E), E, K);
 }
 
 // [train] With c the convolution before SiLU and s = sigmoid(c): d_c = d_u s (1 + c (1 - s)); d_x_t = sum over k of conv[k]
@@ -1620,28 +1692,32 @@ static void scan_parallel(float *y, float *h, const float *u, const float *delta
 }
 
 // One token of one sequence: the recurrence that generates text, in constant time and memory. y, u, delta (E),
-// B_ssm, C_ssm (N).
+// B_ssm, C_ssm (N). First a block of channels from e0, then all of them.
+enum { STEP_BLOCK = 8 * VL }; // channels of a task: h and A_neg are read in runs of this length
+static void scan_step_block(float *y, float *h, const float *u, const float *delta, const float *A_neg,
+                            const float *B_ssm, const float *C_ssm, const float *D_skip, int e0, int E, int N) {
+    int e1 = E - e0 < STEP_BLOCK ? E : e0 + STEP_BLOCK;
+    vec sum[8];
+    for (int e = e0, k = 0; e < e1; e += VL, k++)
+        sum[k] = load_n(D_skip + e, lanes_left(e, E)) * load_n(u + e, lanes_left(e, E));
+    for (int n = 0; n < N; n++)
+        for (int e = e0, k = 0; e < e1; e += VL, k++) {
+            int lanes = lanes_left(e, E);
+            float *state = h + (size_t)n * E + e;
+            vec dt = load_n(delta + e, lanes), A = load_n(A_neg + (size_t)n * E + e, lanes) * LOG2_E;
+            vec decay = exp2_negative(at_least(dt * A, -126.0f));
+            vec now = decay * load_n(state, lanes) + dt * load_n(u + e, lanes) * B_ssm[n];
+            store_n(state, now, lanes);
+            sum[k] += now * C_ssm[n];
+        }
+    for (int e = e0, k = 0; e < e1; e += VL, k++) store_n(y + e, sum[k], lanes_left(e, E));
+}
+
 static void scan_step(float *y, float *h, const float *u, const float *delta, const float *A_neg, const float *B_ssm,
                       const float *C_ssm, const float *D_skip, int E, int N) {
-    enum { BLOCK = 8 * VL }; // channels a task: h and A_neg are read in runs of this length
 #pragma omp for
-    for (int block = 0; block < (E + BLOCK - 1) / BLOCK; block++) {
-        int e0 = block * BLOCK, e1 = E - e0 < BLOCK ? E : e0 + BLOCK;
-        vec sum[8];
-        for (int e = e0, k = 0; e < e1; e += VL, k++)
-            sum[k] = load_n(D_skip + e, lanes_left(e, E)) * load_n(u + e, lanes_left(e, E));
-        for (int n = 0; n < N; n++)
-            for (int e = e0, k = 0; e < e1; e += VL, k++) {
-                int lanes = lanes_left(e, E);
-                float *state = h + (size_t)n * E + e;
-                vec dt = load_n(delta + e, lanes), A = load_n(A_neg + (size_t)n * E + e, lanes) * LOG2_E;
-                vec decay = exp2_negative(at_least(dt * A, -126.0f));
-                vec now = decay * load_n(state, lanes) + dt * load_n(u + e, lanes) * B_ssm[n];
-                store_n(state, now, lanes);
-                sum[k] += now * C_ssm[n];
-            }
-        for (int e = e0, k = 0; e < e1; e += VL, k++) store_n(y + e, sum[k], lanes_left(e, E));
-    }
+    for (int block = 0; block < (E + STEP_BLOCK - 1) / STEP_BLOCK; block++)
+        scan_step_block(y, h, u, delta, A_neg, B_ssm, C_ssm, D_skip, block * STEP_BLOCK, E, N);
 }
 
 // [train] The scan of B sequences of L tokens each, rows one after the other; h (B,N,E). No state but the last is kept.
@@ -1834,7 +1910,7 @@ typedef struct State { // one sequence at one moment; a single allocation, made 
 
 // Tokens that prefill takes at a time, so that memory does not depend on the prompt's length. Large, because the weights
 // are read and packed once a piece; bounded for wide models so that a piece stays within some hundred megabytes.
-enum { PIECE_MAX = 512, PIECE_MIN = 32, LOGIT_ROWS = 32 };
+enum { PIECE_MAX = 512, PIECE_MIN = 32, LOGIT_ROWS = 32, BATCH_MAX = 32 }; // BATCH_MAX: sequences of one step
 
 typedef struct Acts {
     int threads, piece; // team size; rows that the arrays below have room for
@@ -1991,15 +2067,27 @@ static void block(const Model *m, int layer, State *s, Acts *a, const int32_t *i
 // What to do with the logits (V) of each position in turn; NULL: only the last position's are computed.
 typedef void LogitsVisitor(void *context, const float *logits);
 
+// Threads for a pass of so many tokens. A small pass runs alone, with the same bits: a team saves it little, and crawls where
+// others use the processors, since a barrier then waits for a time slice (30 tokens of the tales model: 8 tokens/s by a team,
+// 420 alone).
+static int pass_team(const Model *m, const Acts *a, int tokens) {
+    return (double)m->n_params * tokens < 4e6 ? 1 : a->threads;
+}
+
+// s has read n more tokens.
+static void state_read(State *s, const int32_t *ids, size_t n) {
+    for (size_t t = n > RECENT ? n - RECENT : 0; t < n; t++) s->recent[(s->position + t) % RECENT] = ids[t];
+    s->position += n;
+    s->n_recent = s->position < RECENT ? (int32_t)s->position : RECENT;
+}
+
 // One piece of at most a->piece tokens, by a team of threads; s->logits becomes those after the last, unless more of the text follows
 // and nobody wants to see them.
 static void forward(const Model *m, Acts *a, State *s, const int32_t *ids, int L, bool more, LogitsVisitor *visit,
                     void *context) {
     const Config *c = &m->config;
     int D = c->D, V = c->V;
-    // A small pass runs alone, with the same bits: a team saves it little, and crawls where others use the processors, since a
-    // barrier then waits for a time slice (30 tokens of the tales model: 8 tokens/s by a team, 420 alone).
-    int team = (double)m->n_params * L < 4e6 ? 1 : a->threads;
+    int team = pass_team(m, a, L);
     (void)team;
 #pragma omp parallel num_threads(team)
     {
@@ -2021,9 +2109,7 @@ static void forward(const Model *m, Acts *a, State *s, const int32_t *ids, int L
             matmul(s->logits, a->xn, (size_t)D, &m->head, NULL, 1, a->packed);
         }
     }
-    for (int t = 0; t < L; t++) s->recent[(s->position + (uint64_t)t) % RECENT] = ids[t];
-    s->position += (uint64_t)L;
-    s->n_recent = s->position < RECENT ? (int32_t)s->position : RECENT;
+    state_read(s, ids, (size_t)L);
 }
 
 static int check_ids(const Model *m, const int32_t *ids, size_t n) {
@@ -2044,9 +2130,7 @@ static int prefill_gpu(Acts *a, State *s, const int32_t *ids, size_t n, LogitsVi
     s->ahead = a;
     if (GPU->prefill(a->gpu, ids, n, visit, context) || GPU->get_state(a->gpu, NULL, NULL, s->logits))
         return gpu_failed();
-    for (size_t t = n > RECENT ? n - RECENT : 0; t < n; t++) s->recent[(s->position + t) % RECENT] = ids[t];
-    s->position += n;
-    s->n_recent = s->position < RECENT ? (int32_t)s->position : RECENT;
+    state_read(s, ids, n);
     return 0;
 }
 
@@ -2065,8 +2149,81 @@ int mamba_prefill(const Model *m, Acts *a, State *s, const int32_t *ids, size_t 
     return 0;
 }
 
+// --- step: one token of each of S sequences. The matrix products take the S rows at once, so that every weight is read once for
+// all; convolution and scan are each sequence's own. A row's bits do not depend on S: a sequence alone is the same code.
+
+static void block_step(const Model *m, int layer, State *const *s, Acts *a, int S) {
+    const Config *c = &m->config;
+    const Layer *w = &m->layer[layer];
+    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, blocks = (E + STEP_BLOCK - 1) / STEP_BLOCK;
+    size_t window = (size_t)layer * (K - 1) * E, h = (size_t)layer * N * E; // this layer's place in a state
+    float *dt_low = a->xdb, *B_ssm = a->xdb + R, *C_ssm = a->xdb + R + N;   // columns of xdb (S,P)
+
+    rmsnorm(a->xn, a->res, f32(&w->norm), c->norm_eps, S, D, (size_t)D);
+    matmul_few(a->xz, 2 * (size_t)E, a->xn, (size_t)D, &w->in_proj, f32(&w->in_bias), S);
+#pragma omp for
+    for (int task = 0; task < S * blocks; task++) {
+        int i = task / blocks, e0 = task % blocks * STEP_BLOCK;
+        for (int e = e0; e < E && e < e0 + STEP_BLOCK; e += VL)
+            conv1d_silu_lanes(a->u + (size_t)i * E, s[i]->conv + window, a->xz + (size_t)i * 2 * E, w->conv_t,
+                              f32(&w->conv_bias), e, lanes_left(e, E), E, K);
+    }
+    matmul_few(a->xdb, (size_t)P, a->u, (size_t)E, &w->x_proj, NULL, S);
+    if (c->flags & FLAG_MIXER_NORM) {
+        rmsnorm(dt_low, dt_low, NULL, c->mixer_eps, S, R, (size_t)P);
+        rmsnorm(B_ssm, B_ssm, NULL, c->mixer_eps, S, N, (size_t)P);
+        rmsnorm(C_ssm, C_ssm, NULL, c->mixer_eps, S, N, (size_t)P);
+    }
+    matmul_few(a->delta, (size_t)E, dt_low, (size_t)P, &w->dt_proj, NULL, S);
+#pragma omp for
+    for (int task = 0; task < S * blocks; task++) { // softplus, scan, gate without a barrier between them
+        int i = task / blocks, e0 = task % blocks * STEP_BLOCK, e1 = E - e0 < STEP_BLOCK ? E : e0 + STEP_BLOCK;
+        float *y = a->y + (size_t)i * E, *delta = a->delta + (size_t)i * E;
+        const float *z = a->xz + ((size_t)i * 2 + 1) * E;
+        for (int e = e0; e < e1; e += VL) {
+            int n = lanes_left(e, E);
+            store_n(delta + e, softplus_vec(load_n(delta + e, n) + load_n(f32(&w->dt_bias) + e, n)), n);
+        }
+        scan_step_block(y, s[i]->h + h, a->u + (size_t)i * E, delta, w->A_neg, B_ssm + (size_t)i * P,
+                        C_ssm + (size_t)i * P, f32(&w->D_skip), e0, E, N);
+        for (int e = e0; e < e1; e += VL) {
+            int n = lanes_left(e, E);
+            store_n(y + e, load_n(y + e, n) * silu_vec(load_n(z + e, n)), n);
+        }
+    }
+    matmul_few(a->xn, (size_t)D, a->y, (size_t)E, &w->out_proj, f32(&w->out_bias), S);
+    add_to(a->res, a->xn, S, D);
+}
+
+// Reads ids[i] into s[i], S different states, at most BATCH_MAX. 0, or -1 after fail(), the states untouched.
+int mamba_step_batch(const Model *m, Acts *a, State *const *s, const int32_t *ids, int S) {
+    const Config *c = &m->config;
+    size_t V = (size_t)c->V;
+    assert(S >= 1 && S <= BATCH_MAX && BATCH_MAX <= LOGIT_ROWS && BATCH_MAX <= a->piece);
+    if (check_ids(m, ids, (size_t)S)) return -1;
+    for (int i = 0; i < S; i++)
+        if (state_fetch(s[i])) return -1;
+    int team = pass_team(m, a, S);
+    (void)team;
+#pragma omp parallel num_threads(team)
+    {
+        embed(a->res, ids, &m->embedding, S);
+        for (int layer = 0; layer < c->n_layer; layer++) block_step(m, layer, s, a, S);
+        rmsnorm(a->xn, a->res, f32(&m->norm_f), c->norm_eps, S, c->D, (size_t)c->D);
+        matmul_few(S == 1 ? s[0]->logits : a->logits, V, a->xn, (size_t)c->D, &m->head, NULL, S);
+        if (S > 1) {
+#pragma omp for
+            for (int i = 0; i < S; i++) memcpy(s[i]->logits, a->logits + (size_t)i * V, V * sizeof(float));
+        }
+    }
+    for (int i = 0; i < S; i++) state_read(s[i], ids + i, 1);
+    return 0;
+}
+
 // Reads one token: the recurrence. 0, or -1 after fail().
-int mamba_step(const Model *m, Acts *a, State *s, int32_t id) { return mamba_prefill(m, a, s, &id, 1, NULL, NULL); }
+int mamba_step(const Model *m, Acts *a, State *s, int32_t id) {
+    return a->gpu ? mamba_prefill(m, a, s, &id, 1, NULL, NULL) : mamba_step_batch(m, a, &s, &id, 1);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 8 State: save, load, copy
@@ -4707,11 +4864,11 @@ static double multiply_rate(int threads) {
     return 2.0 * ROUNDS * DEPTH * MR * NR * threads / (seconds() - start);
 }
 
-enum { BENCH_PROMPT = 512, BENCH_DECODE = 16, BENCH_MAX = 101 };
+enum { BENCH_PROMPT = 512, BENCH_DECODE = 16, BENCH_BATCH = 8, BENCH_MAX = 101 };
 
 static int bench_model(const Model *m, int threads, int repeats) {
     const Config *c = &m->config;
-    double prefill[BENCH_MAX], decode[BENCH_MAX], bandwidth[2 * BENCH_MAX], rate[2 * BENCH_MAX];
+    double prefill[BENCH_MAX], decode[BENCH_MAX], batch[BENCH_MAX], bandwidth[2 * BENCH_MAX], rate[2 * BENCH_MAX];
     int32_t ids[BENCH_PROMPT];
     uint64_t seed = 1;
     size_t probe_floats = (size_t)1 << 26, embedding = tensor_bytes(&m->embedding);
@@ -4720,8 +4877,9 @@ static int bench_model(const Model *m, int threads, int repeats) {
            prefill_flops = 2 * c->n_layer * (2 * E * D + E * (c->R + 2.0 * c->N) + E * c->R + E * D);
     float *probe = alloc_aligned(probe_floats * sizeof(float));
     Acts *acts = mamba_acts_new(m, threads);
-    State *s = mamba_state_new(m);
+    State *states[BENCH_BATCH] = {NULL}, *s = states[0] = mamba_state_new(m);
     int result = probe && acts && s ? 0 : -1;
+    for (int i = 1; i < BENCH_BATCH && result == 0; i++) result = (states[i] = mamba_state_new(m)) ? 0 : -1;
     for (int i = 0; i < BENCH_PROMPT; i++) ids[i] = (int32_t)(random_u64(&seed) % (uint64_t)c->V);
     for (size_t i = 0; i < probe_floats && probe; i++) probe[i] = 1;
     for (int round = -1; round < repeats && result == 0; round++) { // round -1 warms caches up and is not counted
@@ -4734,6 +4892,10 @@ static int bench_model(const Model *m, int threads, int repeats) {
         start = seconds();
         for (int i = 0; i < BENCH_DECODE && result == 0; i++) result = mamba_step(m, acts, s, ids[i]);
         decode[k] = seconds() - start;
+        start = seconds();
+        for (int i = 0; i < BENCH_DECODE && result == 0; i++)
+            result = mamba_step_batch(m, acts, states, ids + i, BENCH_BATCH);
+        batch[k] = seconds() - start;
         bandwidth[2 * k + 1] = read_bandwidth(probe, probe_floats, threads);
         rate[2 * k + 1] = multiply_rate(threads);
         if (s->logits[0] - s->logits[0] != 0)
@@ -4749,8 +4911,14 @@ static int bench_model(const Model *m, int threads, int repeats) {
                100 * prefill_flops * BENCH_PROMPT / read_time / gflops / 1e9);
         printf("decode       %10.1f tokens/s  %5.1f%% of the read bandwidth\n", 1 / write_time,
                100 * (double)decode_bytes / write_time / gb / 1e9);
+        double batch_time = median(batch, repeats) / BENCH_DECODE, batch_flops = BENCH_BATCH * (prefill_flops + 2 * D * c->V);
+        double floor = fmax((double)decode_bytes / gb, batch_flops / gflops) / 1e9;
+        printf("decode x%-4d %10.1f tokens/s  %5.1f%% of the floor (%s), %.2f times decode\n", BENCH_BATCH,
+               BENCH_BATCH / batch_time, 100 * floor / batch_time,
+               (double)decode_bytes / gb > batch_flops / gflops ? "bandwidth" : "float32 rate",
+               BENCH_BATCH * write_time / batch_time);
     }
-    mamba_state_free(s);
+    for (int i = 0; i < BENCH_BATCH; i++) mamba_state_free(states[i]);
     mamba_acts_free(acts);
     free_aligned(probe);
     return result;
