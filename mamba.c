@@ -3007,37 +3007,48 @@ static int keep_likeliest(int32_t *order, int n, const float *probs, const Sampl
     return kept;
 }
 
-// The next token, drawn from the logits in s with s's random generator; -1 after fail().
-int32_t mamba_sample(const Model *m, Acts *a, State *s, const Sampling *how) {
+// The next token of s by the scratch arrays logits and order (V): an id, or -1 where none can be drawn, or -2 - v where logit v is
+// not finite. Writes nothing but its arguments: threads may draw for different states.
+static int32_t draw(const Model *m, float *logits, int32_t *order, State *s, const Sampling *how) {
     int V = m->config.V, n = 0;
-    float *logits = a->probs, highest = -INFINITY;
-    if (s->position == 0) return fail("nothing to continue: the state has read no token");
+    float highest = -INFINITY;
     memcpy(logits, s->logits, (size_t)V * sizeof(float));
     for (int v = 0; v < V; v++) // NaN and infinity both make x - x something else than 0
-        if (logits[v] - logits[v] != 0) return fail("the logit of token %d is not finite: run `info --verify`", v);
+        if (logits[v] - logits[v] != 0) return -2 - v;
     if (how->repeat_penalty != 1) penalise_recent(s, logits, how->repeat_penalty);
     int32_t likeliest = -1;
     for (int v = 0; v < V; v++) {
         if (m->tokenizer && !tokenizer_has(m->tokenizer, v)) continue;
-        a->order[n++] = v;
+        order[n++] = v;
         if (logits[v] > highest) highest = logits[v], likeliest = v;
     }
-    if (likeliest < 0 || highest > FLT_MAX)
-        return fail("no token can be drawn: the tokenizer knows none, or the logits overflow");
+    if (likeliest < 0 || highest > FLT_MAX) return -1;
     if (how->temperature == 0) return likeliest;
     double whole = 0;
     for (int i = 0; i < n; i++) { // softmax without its denominator, which the draw divides out
-        float *x = &logits[a->order[i]];
+        float *x = &logits[order[i]];
         whole += *x = expf((*x - highest) / how->temperature);
     }
     bool all = how->top_p >= 1 && how->min_p <= 0 && (how->top_k <= 0 || how->top_k >= n);
-    int kept = all ? n : keep_likeliest(a->order, n, a->probs, how, &whole);
+    int kept = all ? n : keep_likeliest(order, n, logits, how, &whole);
     double point = random_unit(&s->random) * whole;
     for (int i = n - 1; i > n - kept; i--) {
-        point -= a->probs[a->order[i]];
-        if (point < 0) return a->order[i];
+        point -= logits[order[i]];
+        if (point < 0) return order[i];
     }
-    return a->order[n - kept];
+    return order[n - kept];
+}
+
+static int draw_failed(int32_t id) {
+    if (id == -1) return fail("no token can be drawn: the tokenizer knows none, or the logits overflow");
+    return fail("the logit of token %d is not finite: run `info --verify`", -2 - id);
+}
+
+// The next token, drawn from the logits in s with s's random generator; -1 after fail().
+int32_t mamba_sample(const Model *m, Acts *a, State *s, const Sampling *how) {
+    if (s->position == 0) return fail("nothing to continue: the state has read no token");
+    int32_t id = draw(m, a->probs, a->order, s, how);
+    return id < 0 ? draw_failed(id) : id;
 }
 
 // Text to token ids, malloc'd, for the caller to free. 0, or -1 after fail().
@@ -3231,26 +3242,47 @@ typedef struct {
     long n, top_k, seed, threads;
     double temperature, top_p, min_p, repeat_penalty;
     TextList stop;
-    bool ignore_eos, no_echo, clock_seed, show_selection;
-    long layer;
+    bool ignore_eos, no_echo, clock_seed, show_selection, null;
+    long layer, samples;
+    const char *batch;
 } GenerateOptions;
 
 // The text on its way to stdout: what might be the start of a stop string is held back until it is clear that it is not.
 typedef struct {
-    const TextList *stop;
-    char *held;
+    char *bytes;
     size_t n, room;
+} Text;
+
+// 0, or -1 after fail().
+static int text_add(Text *to, const void *bytes, size_t n) {
+    if (n == 0) return 0; // memcpy may not be given NULL
+    if (n > to->room - to->n) {
+        size_t room = size_add(to->n, n) > SIZE_MAX / 2 ? SIZE_MAX : (to->n + n) * 2;
+        char *larger = realloc(to->bytes, room);
+        if (!larger) return fail("out of memory: a text of %zu bytes", size_add(to->n, n));
+        to->bytes = larger, to->room = room;
+    }
+    memcpy(to->bytes + to->n, bytes, n);
+    to->n += n;
+    return 0;
+}
+
+typedef struct {
+    const TextList *stop;
+    Text held;
+    Text *into; // where the text goes instead of stdout, or NULL
 } Output;
 
 // Prints n bytes of what is held. 0, or -1 after fail(): without it, -n -1 would write to a full disk for ever.
 static int output_print(const Output *out, size_t n) {
-    if (n) fwrite(out->held, 1, n, stdout);
+    if (out->into) return text_add(out->into, out->held.bytes, n);
+    if (n) fwrite(out->held.bytes, 1, n, stdout);
     return fflush(stdout) || ferror(stdout) ? fail("stdout: cannot write: %s", strerror(errno)) : 0;
 }
 
 static int output_flush(Output *out) {
-    size_t n = out->n;
-    out->n = 0;
+    size_t n = out->held.n;
+    out->held.n = 0;
     return output_print(out, n);
 }
 
@@ -3267,25 +3299,20 @@ static size_t held_back(const TextList *stop, const char *text, size_t n) {
 
 // Adds bytes, prints what is safe. 1: a stop string appeared; it and what follows it are dropped. -1 after fail().
 static int output_add(Output *out, const unsigned char *bytes, size_t n) {
-    if (n == 0) return 0; // memcpy may not be given the NULL that held starts as
-    if (out->n + n > out->room) {
-        char *larger = realloc(out->held, (out->n + n) * 2);
-        if (!larger) return fail("out of memory: holding back output");
-        out->held = larger, out->room = (out->n + n) * 2;
-    }
-    memcpy(out->held + out->n, bytes, n);
-    out->n += n;
+    Text *held = &out->held;
+    if (n == 0) return 0;
+    if (text_add(held, bytes, n)) return -1;
     size_t cut = SIZE_MAX;
     for (int i = 0; i < out->stop->n; i++) {
         size_t length = strlen(out->stop->item[i]);
-        for (size_t at = 0; at + length <= out->n && at < cut; at++)
-            if (!memcmp(out->held + at, out->stop->item[i], length)) cut = at;
+        for (size_t at = 0; at + length <= held->n && at < cut; at++)
+            if (!memcmp(held->bytes + at, out->stop->item[i], length)) cut = at;
     }
-    size_t keep = cut == SIZE_MAX ? held_back(out->stop, out->held, out->n) : 0;
-    size_t print = cut == SIZE_MAX ? out->n - keep : cut;
+    size_t keep = cut == SIZE_MAX ? held_back(out->stop, held->bytes, held->n) : 0;
+    size_t print = cut == SIZE_MAX ? held->n - keep : cut;
     if (output_print(out, print)) return -1;
-    memmove(out->held, out->held + print, keep);
-    out->n = keep;
+    if (keep) memmove(held->bytes, held->bytes + print, keep);
+    held->n = keep;
     return cut != SIZE_MAX;
 }
 
@@ -3409,7 +3436,7 @@ static int write_tokens(Session *x, const GenerateOptions *o, bool keep_pending,
     if (!keep_pending && result == 0) result = output_add(&out, text, mamba_decode(x->model, x->state, -1, text));
     if (result == 1) x->state->pending.n = 0; // part of what follows the stop string
     if (result >= 0 && output_flush(&out)) result = -1;
-    free(out.held);
+    free(out.held.bytes);
     free(text);
     report->write_seconds = seconds() - start;
     return result < 0 ? -1 : 0;
@@ -3520,6 +3547,209 @@ static int generate_once(Session *x, const GenerateOptions *o, const char *text,
     print_report(x, &report);
     if (o->save && !result)
         fprintf(stderr, "state after %llu tokens saved to %s\n", (unsigned long long)x->state->position, o->save);
+    return result;
+}
+
+// --- several texts at once, --samples and --batch: up to BATCH_MAX sequences share every read of the weights. One that ends makes room
+// for the next, so memory does not depend on how many there are. Texts are printed in order, each when it and those before it are whole.
+
+enum { TEXTS_MAX = 1024 }; // that are begun and not yet printed
+
+typedef struct {
+    const char *text; // a line of the file, or the prompt of the command line
+    size_t bytes, at, n; // its tokens are ids[at..at + n)
+} Prompt;
+
+typedef struct {
+    State *state;
+    Output out;
+    size_t number; // of its text
+    long written;
+} Sequence;
+
+typedef struct {
+    Session *x;
+    const GenerateOptions *o;
+    Prompt *prompt;
+    size_t n_prompts, samples, begun, printed; // texts: number = prompt * samples + sample
+    int32_t *ids, *order;                      // of all prompts; the sampler's scratch, (BATCH_MAX,V)
+    State *start;                              // what every prompt goes on from: zeros or a loaded state
+    uint64_t seed;
+    Sequence sequence[BATCH_MAX];
+    int running, slots;
+    Text text[TEXTS_MAX]; // number n at n % TEXTS_MAX
+    bool whole[TEXTS_MAX];
+    unsigned char *bytes; // one token's
+    size_t ended[4];      // texts by why they ended
+} Many;
+static const char *const ENDED[4] = {"length", "end of text", "stop string", "interrupted"};
+
+// The generator's start for sample s of a prompt: the seed itself for the first, so that it is the text of a run without
+// --samples; for the others the s-th output of a generator that starts there, far from each other on SplitMix64's circle of 2^64.
+static uint64_t sample_seed(uint64_t seed, size_t sample) {
+    uint64_t at = seed + (uint64_t)(sample - 1) * 0x9E3779B97F4A7C15u;
+    return sample ? random_u64(&at) : seed;
+}
+
+// Tokens of all prompts, checked before anything is written. text: the file's, in which lines are the prompts; or the one prompt.
+static int many_prompts(Many *y, const char *text, size_t bytes) {
+    const char *batch = y->o->batch;
+    char where[256] = "prompt";
+    size_t n = 1, room = 0, total = 0;
+    if (batch && bytes == 0) return fail("%s: empty: --batch needs one prompt a line", batch);
+    for (size_t i = 0; batch && i + 1 < bytes; i++) n += text[i] == '\n';
+    y->prompt = calloc(n, sizeof *y->prompt);
+    if (!y->prompt) return fail("out of memory: %zu prompts", n);
+    y->n_prompts = n;
+    for (size_t p = 0, at = 0; p < n; p++) {
+        const char *line = text + at, *end = batch ? memchr(line, '\n', bytes - at) : NULL;
+        size_t length = end ? (size_t)(end - line) : bytes - at, n_ids = 0;
+        at += length + 1;
+        if (batch && length && line[length - 1] == '\r') length--;
+        if (batch) snprintf(where, sizeof where, "%s line %zu", batch, p + 1);
+        int32_t *ids = NULL;
+        if (length && mamba_encode(y->x->model, line, length, &ids, &n_ids)) return fail_in(where);
+        if (n_ids == 0 && y->x->state->position == 0) { // a new text
+            int32_t start = start_token(&y->x->model->config);
+            if (start < 0) return fail("%s: this model has no end-of-text token to start from: give a prompt", where);
+            free(ids);
+            if (!(ids = malloc(sizeof *ids))) return fail("out of memory");
+            ids[0] = start, n_ids = 1;
+        }
+        if (total + n_ids > room) {
+            int32_t *larger = realloc(y->ids, size_mul(room = (total + n_ids) * 2, sizeof *ids));
+            if (!larger) return free(ids), fail("out of memory: %zu tokens of prompts", room);
+            y->ids = larger;
+        }
+        if (n_ids) memcpy(y->ids + total, ids, n_ids * sizeof *ids);
+        free(ids);
+        y->prompt[p] = (Prompt){line, length, total, n_ids};
+        total += n_ids;
+    }
+    return 0;
+}
+
+// Begins the next text in a free place: reads its prompt, unless the text before was another sample of the same.
+static int many_begin(Many *y, Report *report) {
+    const Model *m = y->x->model;
+    const Prompt *p = &y->prompt[y->begun / y->samples];
+    size_t sample = y->begun % y->samples;
+    State *read = y->x->state;
+    if (sample == 0) {
+        Report one = {0};
+        mamba_state_copy(m, read, y->start);
+        if (p->n && read_prompt(y->x, y->ids + p->at, p->n, &one)) return -1;
+        report->n_read += one.n_read, report->read_seconds += one.read_seconds;
+        if (interrupted) return 0;
+    }
+    Sequence *q = &y->sequence[y->running++];
+    Text *text = &y->text[y->begun % TEXTS_MAX];
+    mamba_state_copy(m, q->state, read);
+    q->state->random = sample_seed(y->seed, sample);
+    q->number = y->begun++, q->written = 0;
+    q->out.into = text, q->out.held.n = 0;
+    unsigned char cut[4]; // as for a single prompt
+    size_t n_cut = p->bytes ? utf8_flush(&q->state->pending, cut) : 0;
+    return text_add(text, cut, n_cut) || (!y->o->no_echo && text_add(text, p->text, p->bytes)) ? -1 : 0;
+}
+
+// Takes in what was drawn for q. Returns 0, 1 + the index in ENDED if its text ends, -1 after fail().
+static int many_accept(Many *y, Sequence *q, int32_t id) {
+    const Model *m = y->x->model;
+    if (id < 0) return draw_failed(id);
+    if (is_eos(&m->config, id) && !y->o->ignore_eos) return 2;
+    int stopped = output_add(&q->out, y->bytes, mamba_decode(m, q->state, id, y->bytes));
+    q->written++;
+    return stopped < 0 ? -1 : stopped ? 3 : q->written == y->o->n ? 1 : 0;
+}
+
+// Ends sequence i's text, gives its place to the last one, and prints what can be printed.
+static int many_end(Many *y, int i, int why) {
+    Sequence q = y->sequence[i];
+    if (why != 3 && output_add(&q.out, y->bytes, mamba_decode(y->x->model, q.state, -1, y->bytes)) < 0) return -1;
+    if (output_flush(&q.out)) return -1;
+    y->ended[why - 1]++;
+    y->whole[q.number % TEXTS_MAX] = true;
+    y->sequence[i] = y->sequence[--y->running], y->sequence[y->running] = q;
+    for (size_t k; y->printed < y->begun && y->whole[k = y->printed % TEXTS_MAX]; y->printed++) {
+        Text *text = &y->text[k];
+        if (!y->o->null && y->o->batch && y->samples > 1)
+            printf("=== line %zu, sample %zu\n", y->printed / y->samples + 1, y->printed % y->samples + 1);
+        else if (!y->o->null) printf("=== %s %zu\n", y->o->batch ? "line" : "sample", y->printed + 1);
+        fwrite(text->bytes, 1, text->n, stdout);
+        putchar(y->o->null ? 0 : '\n');
+        free(text->bytes);
+        *text = (Text){0}, y->whole[k] = false;
+    }
+    return fflush(stdout) || ferror(stdout) ? fail("stdout: cannot write: %s", strerror(errno)) : 0;
+}
+
+static int many_loop(Many *y, Report *report) {
+    const Model *m = y->x->model;
+    const GenerateOptions *o = y->o;
+    const Sampling how = {(float)o->temperature, (float)o->top_p, (int)o->top_k, (float)o->min_p,
+                          (float)o->repeat_penalty};
+    Acts *a = y->x->acts;
+    size_t total = size_mul(y->n_prompts, y->samples), V = (size_t)m->config.V;
+    for (;;) {
+        while (y->running < y->slots && y->begun < total && y->begun - y->printed < TEXTS_MAX && !interrupted)
+            if (many_begin(y, report)) return -1;
+        if (y->running == 0) return 0;
+        int32_t ids[BATCH_MAX];
+        State *states[BATCH_MAX];
+        int team = pass_team(m, a, y->running), n = y->running;
+        (void)team;
+#pragma omp parallel for num_threads(team) schedule(dynamic)
+        for (int i = 0; i < n; i++) // a->logits is free: every state has its own by now
+            ids[i] = draw(m, a->logits + (size_t)i * V, y->order + (size_t)i * V, y->sequence[i].state, &how);
+        for (int i = n - 1; i >= 0; i--) { // backward: the one that takes a place is done with
+            int why = interrupted ? 4 : many_accept(y, &y->sequence[i], ids[i]);
+            if (!interrupted) report->n_written += why != 2;
+            if (why < 0 || (why && many_end(y, i, why))) return -1;
+            if (why) ids[i] = ids[y->running];
+        }
+        for (int i = 0; i < y->running; i++) states[i] = y->sequence[i].state;
+        if (y->running && mamba_step_batch(m, a, states, ids, y->running)) return -1;
+    }
+}
+
+// Every text of --samples or --batch. text: the prompt, or the file's.
+static int generate_many(Session *x, const GenerateOptions *o, const char *text, size_t bytes) {
+    Report report = {.seed = o->clock_seed && o->temperature > 0 ? o->seed : -1};
+    Many *y = calloc(1, sizeof *y);
+    if (!y) return fail("out of memory");
+    y->x = x, y->o = o, y->samples = (size_t)o->samples, y->seed = x->state->random;
+    int result = many_prompts(y, text, bytes);
+    size_t total = size_mul(y->n_prompts, y->samples);
+    y->slots = total < BATCH_MAX ? (int)total : BATCH_MAX;
+    if (result == 0) {
+        y->order = malloc(size_mul(size_mul((size_t)y->slots, (size_t)x->model->config.V), sizeof *y->order));
+        y->bytes = malloc(x->model->text_room);
+        y->start = mamba_state_new(x->model);
+        if (!y->order || !y->bytes) result = fail("out of memory: %d sequences", y->slots);
+        if (!y->start) result = -1;
+    }
+    for (int i = 0; i < y->slots && result == 0; i++) {
+        y->sequence[i].out.stop = &o->stop;
+        result = (y->sequence[i].state = mamba_state_new(x->model)) ? 0 : -1;
+    }
+    if (result == 0) {
+        mamba_state_copy(x->model, y->start, x->state);
+        double start = seconds();
+        result = many_loop(y, &report);
+        report.write_seconds = seconds() - start - report.read_seconds;
+    }
+    char ended[160];
+    int at = snprintf(ended, sizeof ended, "%zu texts", y->printed);
+    for (int i = 0; i < 4; i++)
+        if (y->ended[i])
+            at += snprintf(ended + at, sizeof ended - (size_t)at, "%s %zu %s", i && at > 0 ? "," : ":", y->ended[i], ENDED[i]);
+    report.ended = ended;
+    if (result == 0) print_report(x, &report);
+    for (int i = 0; i < BATCH_MAX; i++) mamba_state_free(y->sequence[i].state), free(y->sequence[i].out.held.bytes);
+    for (int i = 0; i < TEXTS_MAX; i++) free(y->text[i].bytes);
+    mamba_state_free(y->start);
+    free(y->prompt), free(y->ids), free(y->order), free(y->bytes), free(y);
     return result;
 }
 
@@ -3655,7 +3885,7 @@ static const char GENERATE_USAGE[] =
 
 static int command_generate(int argc, char **argv) {
     GenerateOptions o = {
-        .n = 256, .seed = LONG_MIN, .temperature = 0.8, .top_p = 0.95, .repeat_penalty = 1, .layer = -1};
+        .n = 256, .seed = LONG_MIN, .temperature = 0.8, .top_p = 0.95, .repeat_penalty = 1, .layer = -1, .samples = 1};
     o.threads = default_threads();
     const Option options[] = {
         {"-n", "N", "tokens to write; -1: no limit, 0: only read the prompt", OPT_INT, &o.n, -1, 1e15},
@@ -3671,6 +3901,9 @@ static int command_generate(int argc, char **argv) {
         {"--show-selection", "", "write nothing: show the prompt, each token by the mean of its step size delta",
          OPT_SWITCH, &o.show_selection, 0, 0},
         {"--layer", "N", "the layer whose delta is shown, from 0; -1: the mean of all", OPT_INT, &o.layer, -1, 65535},
+        {"--samples", "S", "write S texts from the prompt (or each of --batch), 32 at once", OPT_INT, &o.samples, 1, 1e9},
+        {"--batch", "FILE", "write a text from each line of FILE, - for stdin, 32 at once", OPT_TEXT, &o.batch, 0, 0},
+        {"--null", "", "no headings between several texts: a NUL byte after each", OPT_SWITCH, &o.null, 0, 0},
         BACKEND_OPTIONS,
         {"-T", "N", "threads; the result does not depend on it", OPT_INT, &o.threads, 1, 1024},
         {"--save-state", "FILE", "save the state at the end, also after Ctrl-C", OPT_TEXT, &o.save, 0, 0},
@@ -3686,6 +3919,15 @@ static int command_generate(int argc, char **argv) {
     if (n == 0) return fail("a model.bin is needed");
     if (o.show_selection && n == 1) return fail("--show-selection needs a prompt");
     if (o.show_selection) backend.cpu = true; // delta is seen there
+    bool many = o.batch || o.samples > 1;
+    const char *option = o.batch ? "--batch" : "--samples";
+    if (o.batch && n == 2) return fail("--batch takes the prompts from %s: '%s' is one too many", o.batch, rest[1]);
+    if (o.samples > 1 && !o.batch && n == 1) return fail("--samples needs a prompt");
+    if (many && o.show_selection) return fail("--show-selection shows one prompt: it does not go with %s", option);
+    if (many && o.save) return fail("--save-state keeps one text's state: it does not go with %s", option);
+    if (many && o.n == 0) return fail("-n 0 writes nothing: it does not go with %s", option);
+    if (o.null && !many) return fail("--null ends each of several texts: it needs --samples or --batch");
+    if (many && GPU && !backend.cpu) return fail("%s runs on the processor: add --cpu", option);
     Session x;
     if (session_open(&x, rest[0], o.threads)) return -1;
     int result = o.load ? mamba_state_load(x.model, x.state, o.load) : 0;
@@ -3693,13 +3935,15 @@ static int command_generate(int argc, char **argv) {
         if (o.seed == LONG_MIN) o.seed = (long)time(NULL), o.clock_seed = true;
         x.state->random = (uint64_t)o.seed;
     }
-    if (result == 0 && n == 1) result = interactive(&x, &o);
+    if (result == 0 && n == 1 && !o.batch) result = interactive(&x, &o);
     else if (result == 0) {
-        size_t bytes = strlen(rest[1]);
-        char *text = strcmp(rest[1], "-") ? NULL : read_text("-", &bytes); // Ctrl-C still ends the program here
+        const char *prompt = o.batch ? "" : rest[1], *path = o.batch ? o.batch : !strcmp(prompt, "-") ? "-" : NULL;
+        size_t bytes = strlen(prompt);
+        char *text = path ? read_text(path, &bytes) : NULL; // Ctrl-C still ends the program here
         catch_interrupt();
-        if (!text && !strcmp(rest[1], "-")) result = -1;
-        else result = generate_once(&x, &o, text ? text : rest[1], bytes, text);
+        if (path && !text) result = -1;
+        else if (many) result = generate_many(&x, &o, text ? text : prompt, bytes), free(text);
+        else result = generate_once(&x, &o, text ? text : prompt, bytes, text);
     }
     session_close(&x);
     return result;

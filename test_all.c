@@ -253,6 +253,30 @@ static void test_positive(Type type) {
     free_aligned(weights), free_aligned(x), free_aligned(out), free_aligned((void *)(uintptr_t)w.data);
 }
 
+// A row's product has the same bits alone and beside up to 16 others, by any team.
+static void test_few_rows(Type type, int I, int O) {
+    enum { MOST = 17 };
+    size_t n = (size_t)I * O, ldx = (size_t)I + 3;
+    float *x = random_floats(MOST * ldx, -1, 1), *weights = random_floats(n, -1, 1), *bias = random_floats((size_t)O, -1, 1);
+    float *alone = random_floats((size_t)MOST * O, 7, 8), *out = random_floats((size_t)MOST * O + 1, 7, 8), guard;
+    uint16_t *bits = malloc((n + 1) * 2);
+    for (size_t i = 0; i < n; i++) bits[i] = (uint16_t)(random_u64(&test_random) & 0xBBFF); // finite in f16 and bf16
+    Tensor w = {type == F32 ? (void *)weights : (void *)bits, O, I, type};
+    team = 1;
+    for (int t = 0; t < MOST; t++) TEAM(matmul_few(alone + (size_t)t * O, x + t * ldx, ldx, &w, bias, 1))
+    bool same = true;
+    for (team = 1; team <= 3; team++)
+        for (int L = 1; L <= MOST; L++) {
+            guard = out[(size_t)L * O];
+            TEAM(matmul_few(out, x, ldx, &w, bias, L))
+            same = same && !memcmp(out, alone, (size_t)L * O * sizeof *out) && out[(size_t)L * O] == guard;
+        }
+    char name[96];
+    snprintf(name, sizeof name, "1 to %d rows have each row's bits, %s, I %d O %d", MOST, type_name(type), I, O);
+    expect(same, name);
+    free(bits), free_aligned(x), free_aligned(weights), free_aligned(bias), free_aligned(alone), free_aligned(out);
+}
+
 static void test_conv(int L, int E, int K, bool biased) {
     size_t rows = (size_t)(K > 1 ? K - 1 : 0);
     float *xz = random_floats((size_t)L * 2 * E, -2, 2), *w = random_floats((size_t)K * E, -1, 1),
@@ -316,6 +340,9 @@ static void test_kernels(void) {
             test_conv(1, 7, K, true), test_conv(2, VL + 1, K, false), test_conv(19, 2 * VL, K, true);
         test_elementwise(1, 1), test_elementwise(5, 3 * VL + 2);
     }
+    for (int type = 0; type < N_TYPES; type++)
+        test_few_rows((Type)type, 1, 1), test_few_rows((Type)type, 2 * VL - 1, 9), test_few_rows((Type)type, 4 * VL, 2),
+            test_few_rows((Type)type, 6 * VL + 5, 43), test_few_rows((Type)type, FEW_L1 / 4 + 1, 8);
     team = 1;
 }
 
@@ -712,7 +739,50 @@ static void test_threads(const char *file) {
     free_aligned(first);
 }
 
+// Sequences in one step have the bits that each has alone: 1 to 17 of them and BATCH_MAX, by teams of 1, 2 and 3.
+static void test_batches(const char *file) {
+    enum { STEPS = 3 };
+    Session x = test_session(file, 1);
+    State *alone[BATCH_MAX], *s[BATCH_MAX];
+    int32_t ids[STEPS][BATCH_MAX];
+    size_t bytes = x.state->floats * sizeof(float);
+    bool same = true;
+    for (int i = 0; i < BATCH_MAX; i++) {
+        alone[i] = mamba_state_new(x.model), s[i] = mamba_state_new(x.model);
+        for (int t = 0; t < i % 5; t++) mamba_step(x.model, x.acts, alone[i], (i * 7 + t) % 250); // states of their own
+    }
+    for (int t = 0; t < STEPS; t++)
+        for (int i = 0; i < BATCH_MAX; i++) ids[t][i] = (int32_t)(random_u64(&test_random) % 256);
+    State *before[BATCH_MAX];
+    for (int i = 0; i < BATCH_MAX; i++) {
+        before[i] = mamba_state_new(x.model), mamba_state_copy(x.model, before[i], alone[i]);
+        for (int t = 0; t < STEPS; t++) mamba_step(x.model, x.acts, alone[i], ids[t][i]);
+    }
+    for (int threads = 1; threads <= 3; threads++)
+        for (int S = 1; S <= BATCH_MAX; S += S == 17 ? BATCH_MAX - 17 : 1) {
+            x.acts->threads = threads;
+            for (int i = 0; i < S; i++) mamba_state_copy(x.model, s[i], before[i]);
+            for (int t = 0; t < STEPS; t++) mamba_step_batch(x.model, x.acts, s, ids[t], S);
+            for (int i = 0; i < S; i++)
+                same = same && !memcmp(s[i]->data, alone[i]->data, bytes) && s[i]->position == alone[i]->position &&
+                       !memcmp(s[i]->recent, alone[i]->recent, sizeof s[i]->recent);
+        }
+    char name[96];
+    snprintf(name, sizeof name, "%s: sequences in a batch have the bits they have alone", file);
+    expect(same, name);
+    ids[0][1] = x.model->config.V;
+    mamba_state_copy(x.model, s[0], before[0]);
+    expect(mamba_step_batch(x.model, x.acts, s, ids[0], 2) == -1 && s[0]->position == before[0]->position &&
+               !memcmp(s[0]->data, before[0]->data, bytes),
+           "an id beyond the vocabulary leaves every state as it was");
+    for (int i = 0; i < BATCH_MAX; i++)
+        mamba_state_free(alone[i]), mamba_state_free(s[i]), mamba_state_free(before[i]);
+    session_close(&x);
+}
+
 static void test_model(void) {
+    test_batches("tests/odd.bin"), test_batches("tests/falcon.bin"), test_batches("tests/plain.bin"),
+        test_batches("models/tales.bin");
     test_golden_model("odd", "tests/odd.bin");
     test_golden_model("falcon", "tests/falcon.bin");
     test_golden_model("plain", "tests/plain.bin");
@@ -1731,6 +1801,13 @@ static void test_command_line(void) {
         ERROR_IN("--repeat-penalty", m, "x", "--repeat-penalty", "0");
     ERROR_IN("-T", m, "x", "-T", "0"), ERROR_IN("-s", m, "x", "-s", "-5"), ERROR_IN("--stop", m, "x", "--stop", ""),
         ERROR_IN("too many", m, "x", "y");
+    ERROR_IN("--samples", m, "x", "--samples", "0"), ERROR_IN("--samples", m, "x", "--samples", "1000000000000"),
+        ERROR_IN("needs a prompt", m, "--samples", "2"), ERROR_IN("one too many", m, "x", "--batch", "tests/test_cli.sh");
+    ERROR_IN("no-such-prompts", m, "--batch", "tests/no-such-prompts"), ERROR_IN("empty", m, "--batch", "/dev/null");
+    ERROR_IN("--save-state", m, "x", "--samples", "2", "--save-state", "tests/never"),
+        ERROR_IN("--show-selection", m, "x", "--samples", "2", "--show-selection"),
+        ERROR_IN("-n 0", m, "x", "--samples", "2", "-n", "0"), ERROR_IN("--null", m, "x", "--null"),
+        ERROR_IN("line 2", "models/tales.bin", "--batch", "models/tales.bin");
     ERROR_IN("no-such-file", m, "x", "--load-state", "tests/no-such-file"),
         ERROR_IN("no-such-model", "no-such-model", "x");
     ERROR_IN("model.bin", "info"), ERROR_IN("one argument too many", "info", m, m),

@@ -65,6 +65,53 @@ fails "no such state" "none" $model "x" --load-state "$dir/none"
 "$mamba" tests/odd.bin "x" -n 1 --save-state "$dir/odd" > /dev/null 2>&1
 fails "a state of another shape" "another shape" $model "x" --load-state "$dir/odd"
 
+# --- several texts at once: each is the text that it would be alone, whatever stands beside it and wherever it stops
+printf '%s\n' "$prompt" "The old dog" "" "A cat sat on a" "He said" > "$dir/prompts"
+i=0
+while IFS= read -r line; do
+    i=$((i + 1))
+    for sampling in "-s 7 -n 40" "-s 9 -t 1 -n 33 --stop the --no-echo"; do
+        "$mamba" $model "$line" $sampling > "$dir/alone.$i.${sampling%% -n*}" 2> /dev/null
+    done
+done < "$dir/prompts"
+for sampling in "-s 7 -n 40" "-s 9 -t 1 -n 33 --stop the --no-echo"; do
+    for t in 1 2 3; do
+        "$mamba" $model --batch "$dir/prompts" $sampling -T $t --null > "$dir/a" 2> "$dir/err"
+        for i in 1 2 3 4 5; do cat "$dir/alone.$i.${sampling%% -n*}"; printf '\0'; done > "$dir/b"
+        same_file "--batch, $sampling, $t threads: as alone" "$dir/a" "$dir/b"
+    done
+done
+grep -q "5 texts: .* stop string" "$dir/err" && ok "how the texts ended" || bad "how the texts ended" "$(cat "$dir/err")"
+tr '\n' '\r' < "$dir/prompts" | sed "s/\r/\r\n/g" | "$mamba" $model --batch - -s 9 -t 1 -n 33 --stop the --no-echo --null > "$dir/a" 2> /dev/null
+same_file "--batch from stdin, lines that end in CR LF" "$dir/a" "$dir/b"
+"$mamba" $model --batch "$dir/prompts" -s 7 -n 5 --no-echo > "$dir/a" 2> /dev/null
+same "a heading before each text" "$(grep -c '^=== line [1-5]$' "$dir/a")" 5
+"$mamba" $model "$prompt" -s 7 -n 20 --samples 40 --null > "$dir/a" 2> /dev/null
+same "--samples 40: as many texts" "$(tr -dc '\0' < "$dir/a" | wc -c | tr -d ' ')" 40
+same "--samples: most of them different" "$(tr '\n\0' ' \n' < "$dir/a" | sort -u | awk 'END { print (NR > 30) }')" 1
+tr '\n\0' '\001\n' < "$dir/a" | sed -n 1p | tr '\001' '\n' > "$dir/first"
+"$mamba" $model "$prompt" -s 7 -n 20 > "$dir/b" 2> /dev/null
+echo >> "$dir/b"
+same_file "--samples: the first is the one without" "$dir/first" "$dir/b"
+"$mamba" $model "$prompt" -s 7 -n 20 --samples 3 --null > "$dir/b" 2> /dev/null
+head -c "$(wc -c < "$dir/b")" "$dir/a" > "$dir/first"
+same_file "--samples 3 are the first of 40" "$dir/first" "$dir/b"
+"$mamba" $model --batch "$dir/prompts" --samples 2 -s 7 -n 9 --null > "$dir/a" 2> /dev/null
+"$mamba" $model "$prompt" -s 7 -n 9 --samples 2 --null > "$dir/b" 2> /dev/null
+head -c "$(wc -c < "$dir/b")" "$dir/a" > "$dir/first"
+same_file "--batch with --samples: each line's are its own" "$dir/first" "$dir/b"
+"$mamba" $model "$prompt" -n 0 --save-state "$dir/s" 2> /dev/null
+"$mamba" $model "" --load-state "$dir/s" -s 7 -n 9 --samples 2 --no-echo --null > "$dir/a" 2> /dev/null
+"$mamba" $model "$prompt" -s 7 -n 9 --samples 2 --no-echo --null > "$dir/b" 2> /dev/null
+same_file "--samples from a loaded state" "$dir/a" "$dir/b"
+head -c 200000 /dev/zero | tr '\0' a > "$dir/long"
+"$mamba" $model --batch "$dir/long" -n 3 --no-echo > "$dir/a" 2> "$dir/err" && grep -q "=== line 1" "$dir/a" && ok "a line of 200 kB" || bad "a line of 200 kB" "$(cat "$dir/err")"
+printf 'good\nbad \377\n' > "$dir/bytes"
+fails "a line that is not UTF-8" "line 2: the text is not UTF-8 at byte 4" $model --batch "$dir/bytes"
+fails "no such prompts" "no/such" $model --batch no/such
+fails "an empty file of prompts" "empty" $model --batch /dev/null
+fails "no samples" "--samples" $model x --samples 0
+
 # --- Ctrl-C: ends cleanly and saves
 "$mamba" $model "$prompt" -n -1 --ignore-eos -s 1 --save-state "$dir/int" > "$dir/a" 2> "$dir/err" &
 pid=$!
