@@ -108,10 +108,9 @@ debug: $(SOURCES) test_all.c ## mamba-debug and tests/test_all-debug, with addre
 portable:                    ## ./mamba for any processor of this kind: no -march=native
 	$(MAKE) ARCH= all
 
-bench: all                   ## speed on random 130m weights, beside what the machine can do
-	./mamba bench --shape 130m
-	./mamba bench --shape 130m --dtype bf16
-	./mamba bench --scan 1,32,65536
+bench: all                   ## one table of speeds on random weights; LLAMA_BENCH=path/to/llama-bench compares, BENCH=options of dev/bench.py
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && cp Makefile $(SOURCES) "$$dir" && \
+	$(MAKE) -s -C "$$dir" ARCH= mamba && $(PYTHON) dev/bench.py --portable "$$dir/mamba" $(BENCH)
 
 clean:                       ## remove what was built
 	rm -f mamba mamba-debug mamba_cuda.o tests/test_all tests/test_all-debug .flags
