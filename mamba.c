@@ -25,13 +25,13 @@
      y (L,E)     sum over n of C_ssm h, plus D_skip u        g (L,E)  y * silu(z)
 
    CONTENTS ([train]: skip it at a first reading)
-     1 errors, checked sizes, bytes      7 model: block, prefill, step
+     1 errors, checked sizes, bytes      7 model: block, prefill, step of one and of several sequences
      2 vectors: VL floats at a time      8 state: save, load, copy
      3 config, model.bin, TENSORS        9 quantiser: q8 and q4
      4 load                             10 [train] initialisation, loss and backward, AdamW
      5 kernels: embedding, rmsnorm,     11 sampling
-       matmul, conv1d + silu, gate      12 command line: generate, interactive, info, tokenize,
-                                           tasks, eval, logits, train, quantize, bench
+       matmul, conv1d + silu, gate      12 command line: generate, several texts, interactive, info,
+                                           tokenize, tasks, eval, logits, train, quantize, bench
      6 the scan: definition, parallel,
        step, [train] backward
 
@@ -45,7 +45,7 @@
 
    API (#include this file with MAMBA_NO_MAIN defined, as tests/api_example.c does): mamba_error, mamba_load, mamba_free, mamba_acts_new,
    mamba_acts_free, mamba_state_new, mamba_state_copy, mamba_state_reset, mamba_state_save, mamba_state_load,
-   mamba_state_free, mamba_encode, mamba_decode, mamba_prefill, mamba_step, mamba_sample; to train (saving is the command line's), mamba_random_model or
+   mamba_state_free, mamba_encode, mamba_decode, mamba_prefill, mamba_step, mamba_step_batch, mamba_sample; to train (saving is the command line's), mamba_random_model or
    mamba_float_copy, mamba_trainer_new, mamba_train_pass, mamba_train_step, mamba_trainer_free. Functions that can fail
    return NULL or -1 and leave a sentence in mamba_error(). */
 
@@ -228,8 +228,10 @@ typedef int32_t ivec __attribute__((vector_size(4 * VL)));
 typedef uint32_t uvec __attribute__((vector_size(4 * VL)));
 typedef uint16_t hvec __attribute__((vector_size(2 * VL)));
 #define LANES_OF(type, v) __builtin_convertvector(v, type)
-#define MASK(condition) ((ivec)(condition)) // 0 or -1 in each lane
-#if __GNUC__ >= 12 && !defined(__clang__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ // see load_halves
+// 0 or -1 in each lane
+#define MASK(condition) ((ivec)(condition))
+// The order in which load_halves puts a zero before each half, where the compiler is gcc.
+#if __GNUC__ >= 12 && !defined(__clang__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #if VL == 16
 #define HALVES_ORDER \
     16, 0, 16, 1, 16, 2, 16, 3, 16, 4, 16, 5, 16, 6, 16, 7, 16, 8, 16, 9, 16, 10, 16, 11, 16, 12, 16, 13, 16, 14, 16, 15
@@ -962,7 +964,8 @@ enum { FEW = 4 }; // rows of x that dots takes at the most
         for (int t = 0; t < T; t++) sum[0][t] = sum[1][t] = splat(0); \
         for (int i = 0; i < whole; i += 2 * VL) { \
             vec a = read_##name(w0 + i), b = read_##name(w1 + i); \
-            for (int t = 0; t < T; t++) sum[0][t] += a * load(x + t * ldx + i), sum[1][t] += b * load(x + t * ldx + i); \
+            for (int t = 0; t < T; t++) \
+                sum[0][t] += a * load(x + t * ldx + i), sum[1][t] += b * load(x + t * ldx + i); \
         } \
         for (int i = whole; i < n; i += VL) { \
             stored tail0[VL] = {0}, tail1[VL] = {0}; \
@@ -978,12 +981,14 @@ enum { FEW = 4 }; // rows of x that dots takes at the most
             first[0][t] = sum[0][t], first[1][t] = sum[1][t], sum[0][t] = sum[1][t] = splat(0); \
         for (int i = VL; i < whole; i += 2 * VL) { \
             vec a = read_##name(w0 + i), b = read_##name(w1 + i); \
-            for (int t = 0; t < T; t++) sum[0][t] += a * load(x + t * ldx + i), sum[1][t] += b * load(x + t * ldx + i); \
+            for (int t = 0; t < T; t++) \
+                sum[0][t] += a * load(x + t * ldx + i), sum[1][t] += b * load(x + t * ldx + i); \
         } \
         for (int t = 0; t < T; t++) \
             out[2 * t] = sum_lanes(first[0][t] + sum[0][t]), out[2 * t + 1] = sum_lanes(first[1][t] + sum[1][t]); \
     } \
-    static void dots_##name(float *out, const void *row0, const void *row1, const float *x, size_t ldx, int n, int T) { \
+    static void dots_##name(float *out, const void *row0, const void *row1, const float *x, size_t ldx, int n, \
+                            int T) { \
         if (T == 4) dots_##name##_of(out, row0, row1, x, ldx, n, 4); \
         else if (T == 3) dots_##name##_of(out, row0, row1, x, ldx, n, 3); \
         else if (T == 2) dots_##name##_of(out, row0, row1, x, ldx, n, 2); \
@@ -3556,7 +3561,7 @@ static int generate_once(Session *x, const GenerateOptions *o, const char *text,
 enum { TEXTS_MAX = 1024 }; // that are begun and not yet printed
 
 typedef struct {
-    const char *text; // a line of the file, or the prompt of the command line
+    const char *text;    // a line of the file, or the prompt of the command line
     size_t bytes, at, n; // its tokens are ids[at..at + n)
 } Prompt;
 
@@ -3740,10 +3745,11 @@ static int generate_many(Session *x, const GenerateOptions *o, const char *text,
         report.write_seconds = seconds() - start - report.read_seconds;
     }
     char ended[160];
-    int at = snprintf(ended, sizeof ended, "%zu texts", y->printed);
+    int at = snprintf(ended, sizeof ended, "%zu texts", y->printed), colon = at;
     for (int i = 0; i < 4; i++)
         if (y->ended[i])
-            at += snprintf(ended + at, sizeof ended - (size_t)at, "%s %zu %s", i && at > 0 ? "," : ":", y->ended[i], ENDED[i]);
+            at += snprintf(ended + at, sizeof ended - (size_t)at, "%s %zu %s", at == colon ? ":" : ",", y->ended[i],
+                           ENDED[i]);
     report.ended = ended;
     if (result == 0) print_report(x, &report);
     for (int i = 0; i < BATCH_MAX; i++) mamba_state_free(y->sequence[i].state), free(y->sequence[i].out.held.bytes);
@@ -3901,7 +3907,8 @@ static int command_generate(int argc, char **argv) {
         {"--show-selection", "", "write nothing: show the prompt, each token by the mean of its step size delta",
          OPT_SWITCH, &o.show_selection, 0, 0},
         {"--layer", "N", "the layer whose delta is shown, from 0; -1: the mean of all", OPT_INT, &o.layer, -1, 65535},
-        {"--samples", "S", "write S texts from the prompt (or each of --batch), 32 at once", OPT_INT, &o.samples, 1, 1e9},
+        {"--samples", "S", "write S texts from the prompt (or each of --batch), 32 at once", OPT_INT, &o.samples, 1,
+         1e9},
         {"--batch", "FILE", "write a text from each line of FILE, - for stdin, 32 at once", OPT_TEXT, &o.batch, 0, 0},
         {"--null", "", "no headings between several texts: a NUL byte after each", OPT_SWITCH, &o.null, 0, 0},
         BACKEND_OPTIONS,
@@ -5033,7 +5040,9 @@ static const char BENCH_USAGE[] =
     "mamba bench model.bin | --shape 130m|370m|790m|1.4b|2.8b|D,layers,V [--dtype f32|f16|bf16|q8|q4]\n"
     "mamba bench --scan B,E,L\n\n"
     "Tokens per second of prefill and decode, and the share of what the machine could do: of its read bandwidth for\n"
-    "decode (every weight is read once a token), of its float32 multiply-add rate for prefill. --shape makes seeded "
+    "decode (every weight is read once a token), of its float32 multiply-add rate for prefill; x8: eight sequences "
+    "that\n"
+    "share every read, beside the longer of those two times. --shape makes seeded "
     "random\n"
     "weights in memory; --scan times the scan alone, cut over channels only and over channels and time.\n";
 
@@ -5155,7 +5164,8 @@ static int bench_model(const Model *m, int threads, int repeats) {
                100 * prefill_flops * BENCH_PROMPT / read_time / gflops / 1e9);
         printf("decode       %10.1f tokens/s  %5.1f%% of the read bandwidth\n", 1 / write_time,
                100 * (double)decode_bytes / write_time / gb / 1e9);
-        double batch_time = median(batch, repeats) / BENCH_DECODE, batch_flops = BENCH_BATCH * (prefill_flops + 2 * D * c->V);
+        double batch_time = median(batch, repeats) / BENCH_DECODE,
+               batch_flops = BENCH_BATCH * (prefill_flops + 2 * D * c->V);
         double floor = fmax((double)decode_bytes / gb, batch_flops / gflops) / 1e9;
         printf("decode x%-4d %10.1f tokens/s  %5.1f%% of the floor (%s), %.2f times decode\n", BENCH_BATCH,
                BENCH_BATCH / batch_time, 100 * floor / batch_time,

@@ -257,7 +257,8 @@ static void test_positive(Type type) {
 static void test_few_rows(Type type, int I, int O) {
     enum { MOST = 17 };
     size_t n = (size_t)I * O, ldx = (size_t)I + 3;
-    float *x = random_floats(MOST * ldx, -1, 1), *weights = random_floats(n, -1, 1), *bias = random_floats((size_t)O, -1, 1);
+    float *x = random_floats(MOST * ldx, -1, 1), *weights = random_floats(n, -1, 1),
+          *bias = random_floats((size_t)O, -1, 1);
     float *alone = random_floats((size_t)MOST * O, 7, 8), *out = random_floats((size_t)MOST * O + 1, 7, 8), guard;
     uint16_t *bits = malloc((n + 1) * 2);
     for (size_t i = 0; i < n; i++) bits[i] = (uint16_t)(random_u64(&test_random) & 0xBBFF); // finite in f16 and bf16
@@ -775,8 +776,7 @@ static void test_batches(const char *file) {
     expect(mamba_step_batch(x.model, x.acts, s, ids[0], 2) == -1 && s[0]->position == before[0]->position &&
                !memcmp(s[0]->data, before[0]->data, bytes),
            "an id beyond the vocabulary leaves every state as it was");
-    for (int i = 0; i < BATCH_MAX; i++)
-        mamba_state_free(alone[i]), mamba_state_free(s[i]), mamba_state_free(before[i]);
+    for (int i = 0; i < BATCH_MAX; i++) mamba_state_free(alone[i]), mamba_state_free(s[i]), mamba_state_free(before[i]);
     session_close(&x);
 }
 
@@ -1802,7 +1802,8 @@ static void test_command_line(void) {
     ERROR_IN("-T", m, "x", "-T", "0"), ERROR_IN("-s", m, "x", "-s", "-5"), ERROR_IN("--stop", m, "x", "--stop", ""),
         ERROR_IN("too many", m, "x", "y");
     ERROR_IN("--samples", m, "x", "--samples", "0"), ERROR_IN("--samples", m, "x", "--samples", "1000000000000"),
-        ERROR_IN("needs a prompt", m, "--samples", "2"), ERROR_IN("one too many", m, "x", "--batch", "tests/test_cli.sh");
+        ERROR_IN("needs a prompt", m, "--samples", "2"),
+        ERROR_IN("one too many", m, "x", "--batch", "tests/test_cli.sh");
     ERROR_IN("no-such-prompts", m, "--batch", "tests/no-such-prompts"), ERROR_IN("empty", m, "--batch", "/dev/null");
     ERROR_IN("--save-state", m, "x", "--samples", "2", "--save-state", "tests/never"),
         ERROR_IN("--show-selection", m, "x", "--samples", "2", "--show-selection"),
