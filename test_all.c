@@ -264,12 +264,12 @@ static void test_few_rows(Type type, int I, int O) {
     for (size_t i = 0; i < n; i++) bits[i] = (uint16_t)(random_u64(&test_random) & 0xBBFF); // finite in f16 and bf16
     Tensor w = {type == F32 ? (void *)weights : (void *)bits, O, I, type};
     team = 1;
-    for (int t = 0; t < MOST; t++) TEAM(matmul_few(alone + (size_t)t * O, x + t * ldx, ldx, &w, bias, 1))
+    for (int t = 0; t < MOST; t++) TEAM(matmul_few(alone + (size_t)t * O, (size_t)O, x + t * ldx, ldx, &w, bias, 1))
     bool same = true;
     for (team = 1; team <= 3; team++)
         for (int L = 1; L <= MOST; L++) {
             guard = out[(size_t)L * O];
-            TEAM(matmul_few(out, x, ldx, &w, bias, L))
+            TEAM(matmul_few(out, (size_t)O, x, ldx, &w, bias, L))
             same = same && !memcmp(out, alone, (size_t)L * O * sizeof *out) && out[(size_t)L * O] == guard;
         }
     char name[96];
