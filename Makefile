@@ -77,7 +77,7 @@ test-cuda:                   ## the GPU against the CPU: kernels, logits, gradie
 	./tests/test_all cuda
 
 run: all                     ## build, then let the model in the repository tell a story
-	./mamba models/tales.bin "Once upon a time" -n 200 -s 1
+	./mamba models/story.bin "Once upon a time" -n 200 -s 1
 
 # A team of threads that sleeps at barriers instead of spinning: slower alone, but tests also run beside other work.
 test test-all: export OMP_WAIT_POLICY = passive
