@@ -125,6 +125,11 @@ for task in induction copying; do
     done
     cmp -s eval1 eval2 && cmp -s eval1 eval3 && [ "$(grep -c "of [0-9]*, 95% interval" eval1)" = 3 ] && ok "eval --task $task by 1, 2 and 3 threads" || bad "eval --task $task by threads" "$(cat eval1 eval2 eval3)"
 done
+for way in "" --recurrent; do # the models that ship, by the scan and by the recurrence
+    for task in induction copying; do "$mamba" eval "$root/models/$task.bin" --task $task --length 600 --samples 12 $way 2>> err | sed "s/, 95.*//"; done
+done > ways
+[ "$(sort -u ways | wc -l)" = 2 ] && grep -q "100.00%  (12 of 12" ways && ok "induction and copying by scan and by recurrence" || bad "by scan and by recurrence" "$(cat ways)"
+"$mamba" eval whole.bin long --recurrent > out 2> err && bad "--recurrent with a text" "it succeeded" || ok "--recurrent with a text is refused"
 
 # --- errors
 fails "no output" "-o" --data text
