@@ -259,7 +259,13 @@ typedef uint16_t hvec;
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
 #define PREFETCH(p, ahead) __builtin_prefetch((const void *)((uintptr_t)(p) + (ahead)))
+#if defined(__clang__)
+#define APART __attribute__((noinline)) // one piece of machine code, wherever it is called from
 #else
+#define APART __attribute__((noinline, noclone))
+#endif
+#else
+#define APART
 #define INLINE static inline
 #define PREFETCH(p, ahead) ((void)0)
 #endif
@@ -940,7 +946,18 @@ INLINE vec read_f16(const half *p) {
 // and adds up in dot2's order, so that the bits are the same: first what dot2 has in its sums 0 and 2, then in 1 and 3, because 4 T
 // sums would not fit in 16 registers.
 enum { FEW = 4 }; // rows of x that dots takes at the most
+// tail_ is the last n - i numbers for both, a function of its own: inlined, a compiler may fuse a product and a sum here and not there.
 #define KERNELS_OF(name, stored) \
+    APART static void tail_##name(vec *sum0, vec *sum1, const stored *w0, const stored *w1, const float *x, int i, \
+                                  int n) { \
+        for (; i < n; i += VL) { \
+            stored tail0[VL] = {0}, tail1[VL] = {0}; \
+            memcpy(tail0, w0 + i, (size_t)lanes_left(i, n) * sizeof(stored)); \
+            memcpy(tail1, w1 + i, (size_t)lanes_left(i, n) * sizeof(stored)); \
+            vec xi = load_n(x + i, lanes_left(i, n)); \
+            *sum0 += read_##name(tail0) * xi, *sum1 += read_##name(tail1) * xi; \
+        } \
+    } \
     static void dot2_##name(float out[2], const void *row0, const void *row1, const float *x, int n) { \
         const stored *w0 = row0, *w1 = row1; \
         vec sum[4] = {splat(0), splat(0), splat(0), splat(0)}; \
@@ -950,13 +967,7 @@ enum { FEW = 4 }; // rows of x that dots takes at the most
             sum[0] += read_##name(w0 + i) * x0, sum[1] += read_##name(w0 + i + VL) * x1; \
             sum[2] += read_##name(w1 + i) * x0, sum[3] += read_##name(w1 + i + VL) * x1; \
         } \
-        for (; i < n; i += VL) { \
-            stored tail0[VL] = {0}, tail1[VL] = {0}; \
-            memcpy(tail0, w0 + i, (size_t)lanes_left(i, n) * sizeof(stored)); \
-            memcpy(tail1, w1 + i, (size_t)lanes_left(i, n) * sizeof(stored)); \
-            vec xi = load_n(x + i, lanes_left(i, n)); \
-            sum[0] += read_##name(tail0) * xi, sum[2] += read_##name(tail1) * xi; \
-        } \
+        if (i < n) tail_##name(&sum[0], &sum[2], w0, w1, x, i, n); \
         out[0] = sum_lanes(sum[0] + sum[1]), out[1] = sum_lanes(sum[2] + sum[3]); \
     } \
     INLINE void dots_##name##_of(float *out, const stored *w0, const stored *w1, const float *x, size_t ldx, int n, \
@@ -969,16 +980,8 @@ enum { FEW = 4 }; // rows of x that dots takes at the most
             for (int t = 0; t < T; t++) \
                 sum[0][t] += a * load(x + t * ldx + i), sum[1][t] += b * load(x + t * ldx + i); \
         } \
-        for (int i = whole; i < n; i += VL) { \
-            stored tail0[VL] = {0}, tail1[VL] = {0}; \
-            int left = lanes_left(i, n); \
-            memcpy(tail0, w0 + i, (size_t)left * sizeof(stored)); \
-            memcpy(tail1, w1 + i, (size_t)left * sizeof(stored)); \
-            for (int t = 0; t < T; t++) { \
-                vec xt = load_n(x + t * ldx + i, left); \
-                sum[0][t] += read_##name(tail0) * xt, sum[1][t] += read_##name(tail1) * xt; \
-            } \
-        } \
+        for (int t = 0; t < T && whole < n; t++) \
+            tail_##name(&sum[0][t], &sum[1][t], w0, w1, x + t * ldx, whole, n); \
         for (int t = 0; t < T; t++) \
             first[0][t] = sum[0][t], first[1][t] = sum[1][t], sum[0][t] = sum[1][t] = splat(0); \
         for (int i = VL; i < whole; i += 2 * VL) { \
