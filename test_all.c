@@ -31,6 +31,12 @@ static void report(bool good, const char *name, const char *format, ...) {
     else n_failed++;
 }
 
+#ifdef EMULATED // built for a processor that is emulated: what takes minutes there on a larger model is left to the small ones
+enum { LARGER_MODELS = 0 };
+#else
+enum { LARGER_MODELS = 1 };
+#endif
+
 static void skip(const char *name, const char *reason) {
     printf("skip %-46s %s\n", name, reason);
     n_skipped++;
@@ -786,8 +792,9 @@ static void test_batches(const char *file) {
 }
 
 static void test_model(void) {
-    test_batches("tests/odd.bin"), test_batches("tests/falcon.bin"), test_batches("tests/plain.bin"),
-        test_batches("models/tales.bin");
+    test_batches("tests/odd.bin"), test_batches("tests/falcon.bin"), test_batches("tests/plain.bin");
+    if (LARGER_MODELS) test_batches("models/tales.bin");
+    else skip("the tales model in batches, left-out work, quantized", "emulated");
     test_golden_model("odd", "tests/odd.bin");
     test_golden_model("falcon", "tests/falcon.bin");
     test_golden_model("plain", "tests/plain.bin");
@@ -796,7 +803,7 @@ static void test_model(void) {
         test_splits("models/tales.bin");
     test_threads("tests/odd.bin"), test_threads("tests/falcon.bin"), test_threads("models/tales.bin");
     const char *files[] = {"tests/odd.bin", "tests/falcon.bin", "tests/plain.bin", "models/tales.bin"};
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 3 + LARGER_MODELS; i++) {
         Session x = test_session(files[i], 1);
         test_left_out(x.model, files[i]);
         session_close(&x);
@@ -1157,7 +1164,7 @@ static void test_quantiser(void) {
     }
     for (int four_bits = 0; four_bits < 2; four_bits++) {
         test_quantized_model("tests/odd.bin", four_bits), test_quantized_model("tests/falcon.bin", four_bits);
-        test_quantized_model("models/tales.bin", four_bits);
+        if (LARGER_MODELS) test_quantized_model("models/tales.bin", four_bits);
     }
     Config c;
     parse_shape("37,1,50", "q4", &c);
