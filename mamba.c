@@ -270,7 +270,7 @@ typedef uint16_t hvec;
 #define PREFETCH(p, ahead) ((void)0)
 #endif
 
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define UNROLL _Pragma("GCC unroll 8") // at -O2 too; clang does it of itself
 #else
 #define UNROLL
