@@ -83,6 +83,15 @@
 
 #define MAMBA_VERSION "0.1"
 
+// Between COLD and its END, what runs once or waits for a disk: gcc takes a third of the build's time to make that fast, in vain.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__)
+#define COLD _Pragma("GCC push_options") _Pragma("GCC optimize (\"O1\")")
+#define COLD_END _Pragma("GCC pop_options")
+#else
+#define COLD
+#define COLD_END
+#endif
+
 #ifndef MAMBA_TYPES_ONLY // mamba_cuda.cu includes only the types of section 3
 // ---------------------------------------------------------------------------------------------------------------------
 // 1 Errors, checked sizes, bytes
@@ -206,7 +215,9 @@ static uint64_t random_u64(uint64_t *state) {
 }
 static double random_unit(uint64_t *state) { return (double)(random_u64(state) >> 11) * 0x1p-53; } // [0, 1)
 
+COLD
 #include "tokenizer.c"
+COLD_END
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 2 Vectors: VL floats at a time
@@ -283,16 +294,19 @@ INLINE vec load(const float *p) {
     return v;
 }
 INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
-// The first n lanes; the others are zero, or are left as they were in memory.
-INLINE vec load_n(const float *p, int n) {
-    if (n == VL) return load(p);
+// The first n lanes; the others are zero, or are left as they were in memory. What is seldom taken stands apart.
+APART static vec load_part(const float *p, int n) {
     vec v = splat(0);
     memcpy(&v, p, (size_t)n * sizeof(float));
     return v;
 }
+APART static void store_part(float *p, vec v, int n) { memcpy(p, &v, (size_t)n * sizeof(float)); }
+INLINE vec load_n(const float *p, int n) {
+    return n == VL ? load(p) : load_part(p, n);
+}
 INLINE void store_n(float *p, vec v, int n) {
     if (n == VL) store(p, v);
-    else memcpy(p, &v, (size_t)n * sizeof(float));
+    else store_part(p, v, n);
 }
 INLINE float sum_lanes(vec v) {
     float lane[VL];
@@ -540,7 +554,7 @@ static void fix_tensor_endian(const Tensor *w) {
 // Visits every tensor of m in the file's order.
 typedef void TensorVisitor(void *context, const TensorInfo *info, Tensor *w);
 
-static void each_tensor(Model *m, TensorVisitor *visit, void *context) {
+APART static void each_tensor(Model *m, TensorVisitor *visit, void *context) {
     const Config *c = &m->config;
 #define VISIT(owner, index, name, r, k, t, init, decays, present) \
     if (present) { \
@@ -617,6 +631,7 @@ static int make_derived(Model *m) {
     return m->derived ? 0 : -1;
 }
 
+COLD
 // ---------------------------------------------------------------------------------------------------------------------
 // 4 Load
 // The header is believed only as far as the file's length bears it out: every field has a range, and the bytes that the
@@ -810,6 +825,7 @@ static Model *blank_model(const Config *config) {
     return m;
 }
 
+COLD_END
 // ---------------------------------------------------------------------------------------------------------------------
 // 5 Kernels
 // Outputs first, then inputs, weights, sizes. Called by every thread of a team (see THREADS above).
@@ -2239,6 +2255,7 @@ int mamba_step(const Model *m, Acts *a, State *s, int32_t id) {
     return a->gpu ? mamba_prefill(m, a, s, &id, 1, NULL, NULL) : mamba_step_batch(m, a, &s, &id, 1);
 }
 
+COLD
 // ---------------------------------------------------------------------------------------------------------------------
 // 8 State: save, load, copy
 // A sequence's whole past in some megabytes, whatever its length. The file: 512 bytes of little-endian header, then the
@@ -2421,6 +2438,7 @@ int mamba_state_load(const Model *m, State *s, const char *path) {
     return result;
 }
 
+COLD_END
 // ---------------------------------------------------------------------------------------------------------------------
 // 9 Quantiser
 // Q8 and Q4 from wider weights, a tile at a time (section 3 says what that is). A row's scale in a tile is its largest weight
@@ -3085,6 +3103,7 @@ size_t mamba_decode(const Model *m, State *s, int32_t id, unsigned char *out) {
 }
 
 #ifndef MAMBA_NO_MAIN
+COLD
 // ---------------------------------------------------------------------------------------------------------------------
 // 12 Command line
 // Text goes to stdout, everything about it to stderr. Options are described by a table, which parses them, checks their
@@ -5054,6 +5073,7 @@ static int command_quantize(int argc, char **argv) {
     return result;
 }
 
+COLD_END
 // --- bench: every figure beside the machine's own ceilings, measured in the same minutes
 
 static const char BENCH_USAGE[] =
@@ -5137,6 +5157,7 @@ static double multiply_rate(int threads) {
     return 2.0 * ROUNDS * DEPTH * MR * NR * threads / (seconds() - start);
 }
 
+COLD
 enum { BENCH_PROMPT = 512, BENCH_DECODE = 16, BENCH_BATCH = 8, BENCH_MAX = 101 };
 
 static int bench_model(const Model *m, int threads, int repeats) {
@@ -5482,5 +5503,6 @@ int main(int argc, char **argv) {
     return result ? 1 : 0;
 }
 #endif
+COLD_END
 #endif // MAMBA_NO_MAIN
 #endif // MAMBA_TYPES_ONLY
