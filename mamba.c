@@ -1033,7 +1033,7 @@ KERNELS_OF(bf16, half)
 // of a word) times 2^(bits * j); the power of two goes into x beforehand, exactly, and the shift out of a group's sum, the same
 // for all rows. So a weight costs and, convert, multiply-add: 3/VL instructions, besides 1/VL loads of x for two vectors of rows.
 
-enum { X_BLOCK = 4096 }; // inputs that are prepared at a time: xs (float32) stays in the L1 cache
+enum { X_BLOCK = 4096, TILES_AT_ONCE = 4 }; // inputs that are prepared at a time; rows of x that share a conversion
 #define NR (2 * VL)      // rows of W in a packed panel, see matmul
 
 INLINE uint32_t code_mask(int j, int bits) { return (uint32_t)((1 << bits) - 1) << (bits * j); }
@@ -1062,39 +1062,50 @@ INLINE void tile_prepare(float *xs, float *start, const float *x, int n, int bit
     }
 }
 
-// out (TILE) = the TILE rows of a panel times x, over `tiles` tiles: the loop where writing text spends its time. A multiply-add
-// takes 4 cycles and two may start in each, so 8 sums are on the way at once.
-INLINE void tile_dot(float *out, const unsigned char *tile, const float *xs, const float *start, int tiles, int bits) {
-    enum { VECTORS = TILE / VL < 4 ? 2 : 4, SUMS = 8 / VECTORS };
-    vec total[TILE / VL];
-    for (int v = 0; v < TILE / VL; v++) total[v] = splat(0);
+// out (T,TILE) = the TILE rows of a panel times T rows of x, each `tiles` tiles: the loop where writing text spends its time. A
+// multiply-add takes 4 cycles and two may start in each, so 8 sums are on the way at once: of one row of x, or of fewer vectors of
+// weights for several rows, which share the conversion. Every sum adds up in the same order for any T.
+INLINE void tile_dots(float *out, const unsigned char *tile, const float *xs, const float *start, int tiles, int bits,
+                      const int T) {
+    enum { WIDEST = TILE / VL < 4 ? 2 : 4, SUMS = 8 / WIDEST };
+    const int vectors = T < WIDEST ? WIDEST / T : 1;
+    vec total[TILE / VL][TILES_AT_ONCE];
+    for (int v = 0; v < TILE / VL; v++) UNROLL
+    for (int t = 0; t < T; t++) total[v][t] = splat(0);
     for (int g = 0; g < tiles; g++, tile += TILE_SCALES + bits * TILE * 4, xs += TILE)
-        for (int v0 = 0; v0 < TILE / VL; v0 += VECTORS) {
-            vec sum[VECTORS][SUMS];
+        for (int v0 = 0; v0 < TILE / VL; v0 += vectors) {
+            vec sum[WIDEST][TILES_AT_ONCE][SUMS];
             UNROLL
-            for (int v = 0; v < VECTORS; v++) UNROLL
-            for (int j = 0; j < SUMS; j++) sum[v][j] = splat(j ? 0 : start[g]);
+            for (int v = 0; v < vectors; v++) UNROLL
+            for (int t = 0; t < T; t++) UNROLL
+            for (int j = 0; j < SUMS; j++) sum[v][t][j] = splat(j ? 0 : start[t * tiles + g]);
             for (int i = 0; i < bits; i++) {
-                uvec word[VECTORS];
+                uvec word[WIDEST];
                 if (v0 == 0) { // what comes three tiles on: a quarter (q8) to two fifths (q4) more tokens a second
                     PREFETCH(tile, TILE_SCALES + i * TILE * 4 + 3072);
                     PREFETCH(tile, TILE_SCALES + i * TILE * 4 + 3072 + 64);
                 }
                 UNROLL
-                for (int v = 0; v < VECTORS; v++) word[v] = load_words(tile, i * TILE + (v0 + v) * VL);
+                for (int v = 0; v < vectors; v++) word[v] = load_words(tile, i * TILE + (v0 + v) * VL);
                 UNROLL
                 for (int j = 0; j < 32 / bits; j++) UNROLL
-                for (int v = 0; v < VECTORS; v++)
-                    sum[v][j % SUMS] += LANES_OF(vec, (ivec)(word[v] & code_mask(j, bits))) * xs[i * (32 / bits) + j];
+                for (int v = 0; v < vectors; v++) {
+                    vec code = LANES_OF(vec, (ivec)(word[v] & code_mask(j, bits)));
+                    UNROLL
+                    for (int t = 0; t < T; t++)
+                        sum[v][t][j % SUMS] += code * xs[t * tiles * TILE + i * (32 / bits) + j];
+                }
             }
             UNROLL
-            for (int v = 0; v < VECTORS; v++) {
+            for (int v = 0; v < vectors; v++) UNROLL
+            for (int t = 0; t < T; t++) {
                 UNROLL
-                for (int j = 1; j < SUMS; j++) sum[v][0] += sum[v][j];
-                total[v0 + v] += load_scales(tile, (v0 + v) * VL) * sum[v][0];
+                for (int j = 1; j < SUMS; j++) sum[v][t][0] += sum[v][t][j];
+                total[v0 + v][t] += load_scales(tile, (v0 + v) * VL) * sum[v][t][0];
             }
         }
-    for (int v = 0; v < TILE / VL; v++) store(out + v * VL, total[v]);
+    for (int v = 0; v < TILE / VL; v++) UNROLL
+    for (int t = 0; t < T; t++) store(out + t * TILE + v * VL, total[v][t]);
 }
 
 // panel (tiles * TILE, NR) = NR rows, from row r of the tiles on, as float32 and depth-major.
@@ -1135,8 +1146,11 @@ INLINE void tile_widen(float *out, const void *data, size_t ld, size_t row, int 
     static void prepare_##name(float *xs, float *start, const float *x, int n) { \
         tile_prepare(xs, start, x, n, bits); \
     } \
-    static void dot_##name(float *out, const unsigned char *tile, const float *xs, const float *start, int tiles) { \
-        tile_dot(out, tile, xs, start, tiles, bits); \
+    static int dots_##name(float *out, const unsigned char *tile, const float *xs, const float *start, int tiles, \
+                           int T) { \
+        if (T >= 4) return tile_dots(out, tile, xs, start, tiles, bits, 4), 4; \
+        if (T >= 2) return tile_dots(out, tile, xs, start, tiles, bits, 2), 2; \
+        return tile_dots(out, tile, xs, start, tiles, bits, 1), 1; \
     } \
     static void unpack_##name(float *panel, const unsigned char *tile, int r, int tiles) { \
         tile_unpack(panel, tile, r, tiles, bits); \
@@ -1152,13 +1166,13 @@ static const struct {
     void (*dots)(float *out, const void *row0, const void *row1, const float *x, size_t ldx, int n, int T);
     void (*widen)(float *out, const void *data, size_t ld, size_t row, int from, int n);
     void (*prepare)(float *xs, float *start, const float *x, int n); // this and the rest of Q8, Q4
-    void (*dot)(float *out, const unsigned char *tile, const float *xs, const float *start, int groups);
+    int (*tile_dots)(float *out, const unsigned char *tile, const float *xs, const float *start, int tiles, int T); // rows done
     void (*unpack)(float *panel, const unsigned char *tile, int r, int groups);
 } TYPE_KERNELS[N_TYPES] = {{dot2_f32, dots_f32, widen_f32, NULL, NULL, NULL},
                            {dot2_f16, dots_f16, widen_f16, NULL, NULL, NULL},
                            {dot2_bf16, dots_bf16, widen_bf16, NULL, NULL, NULL},
-                           {NULL, NULL, widen_q8, prepare_q8, dot_q8, unpack_q8},
-                           {NULL, NULL, widen_q4, prepare_q4, dot_q4, unpack_q4}};
+                           {NULL, NULL, widen_q8, prepare_q8, dots_q8, unpack_q8},
+                           {NULL, NULL, widen_q4, prepare_q4, dots_q4, unpack_q4}};
 
 // out (n) = weights from.. of row `row` of w.
 static void tensor_widen(float *out, const Tensor *w, int row, int from, int n) {
@@ -1212,22 +1226,25 @@ static const void *tensor_row(const Tensor *w, int row) {
 // Q8 and Q4: threads share panels of rows, and each prepares x for itself, TILES_FEW rows of it for one reading of the weights.
 enum { TILES_FEW = 8 };
 static void matmul_few_tiles(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w, const float *bias, int L) {
-    float xs[TILES_FEW][X_BLOCK], start[TILES_FEW][X_BLOCK / TILE], sum[TILE];
+    float xs[TILES_FEW * X_BLOCK], start[TILES_FEW * X_BLOCK / TILE], sum[TILES_AT_ONCE][TILE];
     size_t panel_bytes = tiles_of((size_t)w->cols) * tile_bytes(w->type);
     for (int t0 = 0; t0 < L; t0 += TILES_FEW)
         for (int k0 = 0; k0 < w->cols; k0 += X_BLOCK) {
             int n = w->cols - k0 < X_BLOCK ? w->cols - k0 : X_BLOCK, rows = L - t0 < TILES_FEW ? L - t0 : TILES_FEW;
             const unsigned char *first = (const unsigned char *)w->data + (size_t)(k0 / TILE) * tile_bytes(w->type);
+            int tiles = (int)tiles_of((size_t)n);
             for (int t = 0; t < rows; t++)
-                TYPE_KERNELS[w->type].prepare(xs[t], start[t], x + (size_t)(t0 + t) * ldx + k0, n);
+                TYPE_KERNELS[w->type].prepare(xs + t * tiles * TILE, start + t * tiles, x + (size_t)(t0 + t) * ldx + k0, n);
 #pragma omp for
             for (int o = 0; o < w->rows; o += TILE)
-                for (int t = 0; t < rows; t++) {
-                    float *to = out + (size_t)(t0 + t) * ldo + o;
-                    TYPE_KERNELS[w->type].dot(sum, first + (size_t)(o / TILE) * panel_bytes, xs[t], start[t],
-                                              (int)tiles_of((size_t)n));
-                    for (int r = 0; r < TILE && o + r < w->rows; r++)
-                        to[r] = sum[r] + (k0 ? to[r] : bias ? bias[o + r] : 0);
+                for (int t = 0, T; t < rows; t += T) {
+                    T = TYPE_KERNELS[w->type].tile_dots(sum[0], first + (size_t)(o / TILE) * panel_bytes,
+                                                        xs + t * tiles * TILE, start + t * tiles, tiles, rows - t);
+                    for (int i = 0; i < T; i++) {
+                        float *to = out + (size_t)(t0 + t + i) * ldo + o;
+                        for (int r = 0; r < TILE && o + r < w->rows; r++)
+                            to[r] = sum[i][r] + (k0 ? to[r] : bias ? bias[o + r] : 0);
+                    }
                 }
         }
 }
