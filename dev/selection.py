@@ -82,6 +82,7 @@ def main():
             p.error("--copying needs a length of 32 or more")
         sys.stdout.buffer.write(copying_sequence(args.copying, args.seed))
         return
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # a token may be half a character
     picture = draw(read_tokens(sys.stdin), args.ids, args.title)
     if args.o:
         with open(args.o, "w", encoding="utf-8") as out:
