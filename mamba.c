@@ -1751,6 +1751,8 @@ static void scan_step_block(float *y, float *h, const float *u, const float *del
         for (int e = e0, k = 0; e < e1; e += VL, k++) {
             int lanes = lanes_left(e, E);
             float *state = h + (size_t)n * E + e;
+            PREFETCH(state, STEP_BLOCK * sizeof(float)); // the next block's: h has left the caches since the last token
+            PREFETCH(A_neg + (size_t)n * E + e, STEP_BLOCK * sizeof(float));
             vec dt = load_n(delta + e, lanes), A = load_n(A_neg + (size_t)n * E + e, lanes) * LOG2_E;
             vec decay = exp2_negative(at_least(dt * A, -126.0f));
             vec now = decay * load_n(state, lanes) + dt * load_n(u + e, lanes) * B_ssm[n];
