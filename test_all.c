@@ -1147,6 +1147,7 @@ static void test_quantized_model(const char *file, bool four_bits) {
     each_tensor(held, verify_tensor, &verdict);
     expect(!strcmp(verdict.bad, "embedding"), "a scale that is not finite is found");
     mamba_free(from), mamba_free(held), mamba_free(m), mamba_free(floats);
+    test_batches(path);
     if (V > 1000) test_threads(path); // the larger model
     else test_splits(path), test_damaged_models(path, test_everything ? 3000 : 60);
     argv[1] = path, argv[2] = "tests/again.tmp.bin";
