@@ -839,14 +839,17 @@ __device__ __forceinline__ void gate_pair(float &y0, float &y1, float z0, float 
     y1 *= z1 * (r * a);
 }
 
-// (state, tag) in one 8-byte word: it arrives whole, so neither flag nor fence is needed.
+// (tag, state) in one 8-byte word: it arrives whole, so neither flag nor fence is needed to read it. It is written by a maximum, the
+// tag on top, because a tile and the one two after it share a word, and nothing orders plain stores by two multiprocessors, though the
+// second waits for a reader of the first: once in some hundred million tiles of 2.8B prompts the older one arrived last, and the
+// reader of the newer waited for ever. Costs nothing that can be measured.
 __device__ __forceinline__ uint64_t mail_read(const uint64_t *p) {
     uint64_t v;
     asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
     return v;
 }
 __device__ __forceinline__ void mail_write(uint64_t *p, uint64_t v) {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+    asm volatile("red.relaxed.gpu.global.max.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
 // i rows of ld elements on, as one 32 x 32 + 64 bit multiply-add. Addresses would otherwise cost as much as the arithmetic.
