@@ -253,43 +253,55 @@ __global__ void embed_kernel(float *__restrict__ res, const int32_t *__restrict_
     for (int i = threadIdx.x; i < D; i += blockDim.x) res[row * D + i] = value(embedding[id * D + i]);
 }
 
-// out = in / sqrt(mean(in^2) + eps) * weight, rows of `cols` numbers; weight NULL: without. A warp a row, whose numbers it keeps
-// in PER registers a lane where they fit (PER = 0: reads them twice). in may be out.
-template <class T, class In, int PER>
-__global__ void rmsnorm_kernel(T *out, size_t ld_out, const In *in, size_t ld_in, const float *__restrict__ weight,
-                               float eps, int rows, int cols) {
-    size_t row = (size_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    int lane = threadIdx.x % 32;
-    if (row >= (size_t)rows) return;
+// out = in / sqrt(mean(in^2) + eps) * weight, rows of `cols` numbers; weight NULL: without. TEAM threads a row, which they keep in PER
+// registers each where it fits (PER = 0: reads it twice). in may be out. A team of a block, for few rows, has the weights on their
+// way before it knows the sum.
+template <class T, class In, int PER, int TEAM>
+__global__ void __launch_bounds__(256)
+    rmsnorm_kernel(T *out, size_t ld_out, const In *in, size_t ld_in, const float *__restrict__ weight, float eps,
+                   int rows, int cols) {
+    __shared__ float scratch[33];
+    size_t row = (size_t)blockIdx.x * (256 / TEAM) + threadIdx.x / TEAM;
+    int first = threadIdx.x % TEAM;
+    if (row >= (size_t)rows) return; // never part of a block of one row
     const In *x = in + row * ld_in;
     out += row * ld_out;
-    float squares = 0, kept[PER + 1];
+    float squares = 0, kept[PER + 1], early[PER + 1];
 #pragma unroll
     for (int k = 0; k < PER; k++) {
-        kept[k] = lane + 32 * k < cols ? value(x[lane + 32 * k]) : 0;
-        squares += kept[k] * kept[k];
+        int i = first + TEAM * k;
+        kept[k] = i < cols ? value(x[i]) : 0;
+        if (TEAM > 32) early[k] = weight && i < cols ? weight[i] : 1;
     }
-    for (int i = lane + 32 * PER; i < cols; i += 32) squares += value(x[i]) * value(x[i]);
-    float scale = rsqrtf(warp_sum(squares) / (float)cols + eps);
+#pragma unroll
+    for (int k = 0; k < PER; k++) squares += kept[k] * kept[k];
+    for (int i = first + TEAM * PER; i < cols; i += TEAM) squares += value(x[i]) * value(x[i]);
+    squares = TEAM > 32 ? block_sum(squares, scratch) : warp_sum(squares);
+    float scale = rsqrtf(squares / (float)cols + eps);
 #pragma unroll
     for (int k = 0; k < PER; k++) {
-        int i = lane + 32 * k;
-        if (i < cols) put(out + i, kept[k] * scale * (weight ? weight[i] : 1.0f));
+        int i = first + TEAM * k;
+        if (i < cols) put(out + i, kept[k] * scale * (TEAM > 32 ? early[k] : weight ? weight[i] : 1.0f));
     }
-    for (int i = lane + 32 * PER; i < cols; i += 32) put(out + i, value(x[i]) * scale * (weight ? weight[i] : 1.0f));
+    for (int i = first + TEAM * PER; i < cols; i += TEAM)
+        put(out + i, value(x[i]) * scale * (weight ? weight[i] : 1.0f));
 }
-template <class T, class In> static auto rmsnorm_choice(int cols) {
-    return cols <= 256    ? rmsnorm_kernel<T, In, 8>
-           : cols <= 768  ? rmsnorm_kernel<T, In, 24>
-           : cols <= 1536 ? rmsnorm_kernel<T, In, 48>
-           : cols <= 2560 ? rmsnorm_kernel<T, In, 80>
-                          : rmsnorm_kernel<T, In, 0>;
+template <class T, class In, int TEAM> static auto rmsnorm_choice(int cols) {
+    int each = (cols + TEAM - 1) / TEAM;
+    return each <= 3    ? rmsnorm_kernel<T, In, 3, TEAM>
+           : each <= 10 ? rmsnorm_kernel<T, In, 10, TEAM>
+           : each <= 24 ? rmsnorm_kernel<T, In, 24, TEAM>
+           : each <= 48 ? rmsnorm_kernel<T, In, 48, TEAM>
+           : each <= 80 ? rmsnorm_kernel<T, In, 80, TEAM>
+                        : rmsnorm_kernel<T, In, 0, TEAM>;
 }
+enum { NORM_FEW = 2048 }; // rows: 8 a block would leave multiprocessors idle
 template <class T, class In>
 static void rmsnorm(Device *d, T *out, size_t ld_out, const In *in, size_t ld_in, const float *weight, float eps,
                     int rows, int cols) {
-    rmsnorm_choice<T, In>(cols)<<<blocks_for((size_t)rows, 8), 256, 0, d->stream>>>(out, ld_out, in, ld_in, weight, eps,
-                                                                                    rows, cols);
+    bool block = rows <= NORM_FEW && cols > 256; // a row of 256 or less is a warp's in any case
+    auto kernel = block ? rmsnorm_choice<T, In, 256>(cols) : rmsnorm_choice<T, In, 32>(cols);
+    kernel<<<blocks_for((size_t)rows, block ? 1 : 8), 256, 0, d->stream>>>(out, ld_out, in, ld_in, weight, eps, rows, cols);
     check_launch(d, "rmsnorm");
 }
 
