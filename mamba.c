@@ -5418,7 +5418,7 @@ static int bench_gpu_train(const Config *shape, int B, int L, int repeats, doubl
 static int bench_gpu(const Model *m, int repeats, const char *only) {
     const Config *c = &m->config;
     const int lengths[] = {512, 2048, 16384, 1 << 20}, batches[] = {1, 8, 64, 256},
-              train[][2] = {{8, 2048}, {1, 16384}};
+              dialogues[] = {1, 8, 64}, train[][2] = {{8, 2048}, {1, 16384}};
     double copy = 0, flops = 0, used = 0, D = c->D, E = c->E;
     double flops_token = 2 * c->n_layer * (2 * E * D + E * (c->R + 2.0 * c->N) + E * c->R + E * D);
     double state_bytes = 4.0 * (c->N + c->K - 1) * c->n_layer * E,
@@ -5442,8 +5442,8 @@ static int bench_gpu(const Model *m, int repeats, const char *only) {
         }
         for (int i = 0; i < COUNT(batches) && result == 0 && strchr(only, 'g'); i++)
             result = bench_gpu_generate(m, a, batches[i], repeats, bytes, state_bytes, copy);
-        if (result == 0 && strchr(only, 'd'))
-            result = bench_gpu_dialogues(m, a, 64, 2048, 128, repeats < 3 ? repeats : 3);
+        for (int i = 0; i < COUNT(dialogues) && result == 0 && strchr(only, 'd'); i++)
+            result = bench_gpu_dialogues(m, a, dialogues[i], 2048, 128, repeats < 3 ? repeats : 3);
     }
     mamba_state_free(s);
     mamba_acts_free(a);
@@ -5478,7 +5478,7 @@ static int command_bench(int argc, char **argv) {
         {"--shape", "S", "random weights of this shape instead of a model", OPT_TEXT, &shape, 0, 0},
         {"--dtype", "T", "their storage type", OPT_TEXT, &dtype, 0, 0},
         {"--scan", "B,E,L", "time the scan alone: sequences, channels, length", OPT_TEXT, &scan, 0, 0},
-        {"--only", "LETTERS", "on a GPU: p prefill, g generation, t training, d 64 prompts of 2048 and 128 more",
+        {"--only", "LETTERS", "on a GPU: p prefill, g generation, t training, d 1, 8, 64 prompts of 2048 and 128 more",
          OPT_TEXT, &only, 0, 0},
         {"-r", "N", "repeats, of which the median is shown", OPT_INT, &repeats, 1, BENCH_MAX},
         BACKEND_OPTIONS,
