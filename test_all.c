@@ -2214,7 +2214,7 @@ static void test_cuda(void) {
         free(ids), mamba_free(m), mamba_free(from);
     }
     for (int i = 0; i < COUNT(STEP_SHAPES); i++) {
-        const int sequences[] = {1, 2, 3, 16, 17, 64};
+        const int sequences[] = {1, 2, 3, 16, 17, 47, 64};
         for (int k = 0; k < COUNT(sequences); k++)
             check_gpu_step(STEP_SHAPES[i].name, &STEP_SHAPES[i].config, sequences[k]);
     }
