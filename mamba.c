@@ -235,13 +235,14 @@ COLD_END
 #define VL 4
 #endif
 typedef float vec __attribute__((vector_size(4 * VL)));
+typedef float vec4 __attribute__((vector_size(16)));
 typedef int32_t ivec __attribute__((vector_size(4 * VL)));
 typedef uint32_t uvec __attribute__((vector_size(4 * VL)));
 typedef uint16_t hvec __attribute__((vector_size(2 * VL)));
 #define LANES_OF(type, v) __builtin_convertvector(v, type)
 // 0 or -1 in each lane
 #define MASK(condition) ((ivec)(condition))
-// The order in which load_halves puts a zero before each half, where the compiler is gcc.
+// The order in which load_halves puts a zero before each half, where the compiler is gcc; every second of 2 VL lanes.
 #if __GNUC__ >= 12 && !defined(__clang__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #if VL == 16
 #define HALVES_ORDER \
@@ -252,6 +253,19 @@ typedef uint16_t hvec __attribute__((vector_size(2 * VL)));
 #define HALVES_ORDER 4, 0, 4, 1, 4, 2, 4, 3
 #endif
 #endif
+#if VL == 16
+#define EVERY_SECOND(c) \
+    c, 2 + c, 4 + c, 6 + c, 8 + c, 10 + c, 12 + c, 14 + c, 16 + c, 18 + c, 20 + c, 22 + c, 24 + c, 26 + c, 28 + c, 30 + c
+#elif VL == 8
+#define EVERY_SECOND(c) c, 2 + c, 4 + c, 6 + c, 8 + c, 10 + c, 12 + c, 14 + c
+#else
+#define EVERY_SECOND(c) c, 2 + c, 4 + c, 6 + c
+#endif
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
 #else
 #define VL 1
 typedef float vec;
@@ -261,6 +275,7 @@ typedef uint16_t hvec;
 #define LANES_OF(type, v) ((type)(v))
 #define MASK(condition) (-(ivec)(condition))
 #endif
+#define PAIR (2 * VL) // what the product of few rows takes at a time
 
 #if defined(__has_builtin) // gcc from 12, clang
 #if __has_builtin(__builtin_shufflevector)
@@ -309,11 +324,16 @@ INLINE void store_n(float *p, vec v, int n) {
     else store_part(p, v, n);
 }
 INLINE float sum_lanes(vec v) {
-    float lane[VL];
-    memcpy(lane, &v, sizeof v);
-    for (int half = VL / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    return lane[0];
+#if VL > 1
+    vec4 part[VL / 4], p;
+    memcpy(part, &v, sizeof v);
+    for (int half = VL / 8; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] += part[i + half];
+    p = part[0];
+    return (p[0] + p[2]) + (p[1] + p[3]);
+#else
+    return v;
+#endif
 }
 INLINE ivec as_int(vec v) {
     ivec bits;
@@ -327,6 +347,15 @@ INLINE vec as_float(ivec bits) {
 }
 INLINE vec choose(ivec mask, vec yes, vec no) { return as_float((as_int(yes) & mask) | (as_int(no) & ~mask)); }
 INLINE vec at_least(vec x, float lowest) { return choose(MASK(x < lowest), splat(lowest), x); }
+// p[c], p[c + 2], p[c + 4] ... with c 0 or 1.
+INLINE vec every_second(const float *p, int c) {
+#if VL > 1
+    vec a = load(p), b = load(p + VL);
+    return c ? SHUFFLE(a, b, EVERY_SECOND(1)) : SHUFFLE(a, b, EVERY_SECOND(0));
+#else
+    return p[c];
+#endif
+}
 INLINE int lanes_left(int e, int E) { return E - e < VL ? E - e : VL; }
 
 // e^x = 2^n e^r, |r| <= ln2/2. Below -86 the answer is e^-86 (4e-38), above 88 e^88, so that 2^n stays a normal float.
@@ -947,73 +976,70 @@ INLINE uvec load_halves(const half *p) {
     return LANES_OF(uvec, bits) << 16;
 #endif
 }
-INLINE vec read_bf16(const half *p) { return as_float((ivec)load_halves(p)); } // a bf16 is the upper half of a float32
+INLINE vec from_bf16(uvec wide) { return as_float((ivec)wide); } // a bf16 is the upper half of a float32
 // f16: put exponent and mantissa where float32 has them, then multiply by 2^(127-15), which mends the exponent's bias and
 // makes subnormals come out exact. Infinities do not occur: export.py refuses weights beyond f16's range.
-INLINE vec read_f16(const half *p) {
-    uvec wide = load_halves(p);
+INLINE vec from_f16(uvec wide) {
     vec magnitude = as_float((ivec)((wide & 0x7FFF0000u) >> 3)) * 0x1p112f;
     return as_float(as_int(magnitude) | (ivec)(wide & 0x80000000u));
 }
+INLINE vec read_bf16(const half *p) { return from_bf16(load_halves(p)); }
+INLINE vec read_f16(const half *p) { return from_f16(load_halves(p)); }
 
-// For one storage type: dot2 multiplies two rows of n weights with x (n), widen turns n weights of a row, from input `from` on,
-// into float32; ld is the length of a row. Two rows, because loads of x would otherwise be as many as loads of weights; four sums,
-// for independent chains of additions. The tail of a row goes through a zero-padded copy. dots multiplies both rows with T rows of x
-// and adds up in dot2's order, so that the bits are the same: first what dot2 has in its sums 0 and 2, then in 1 and 3, because 4 T
-// sums would not fit in 16 registers.
-enum { FEW = 4 }; // rows of x that dots takes at the most
-// tail_ is the last n - i numbers for both, a function of its own: inlined, a compiler may fuse a product and a sum here and not there.
+// The products of few rows take PAIR weights and inputs at a time, in two parts of VL, c = 0 and 1: of halves every second, so
+// that one load and one operation make VL of them wide, where in order it is a load, a shuffle or two and a shift.
+INLINE uvec every_second_half(const half *p, int c) {
+    uvec words;
+    memcpy(&words, p, sizeof words);
+    return host_is_little_endian() == (c == 0) ? words << 16 : words & 0xFFFF0000u;
+}
+INLINE vec weights_f32(const float *p, int c) { return load(p + c * VL); }
+INLINE vec weights_f16(const half *p, int c) { return from_f16(every_second_half(p, c)); }
+INLINE vec weights_bf16(const half *p, int c) { return from_bf16(every_second_half(p, c)); }
+INLINE vec inputs_of(const float *x, int c, bool halves) { return halves ? every_second(x, c) : load(x + c * VL); }
+
+// For one storage type: dots adds n weights of R rows times T rows of x to sums (R,T), n a multiple of PAIR; widen turns n weights of
+// a row, from input `from` on, into float32; ld is the length of a row. A sum is one chain of multiply-adds, in the same order for
+// any T, so that the bits are the same; 4 rows by 1 input, 4 by 2, 2 by 4 or 1 by 8 are chains enough to hide their latency. One
+// row of x is read as it lies; more are packed, see pack_few. ahead, unless 0: the distance in bytes to the weights of
+// the next call, which are fetched meanwhile: rows are too short for the processor to foresee them.
+enum { FEW = 8 }; // rows of x that dots takes at the most
+INLINE int few_rows(int T) { return T == 1 ? 4 : FEW / T; } // R for this T
 #define KERNELS_OF(name, stored) \
-    APART static void tail_##name(vec *sum0, vec *sum1, const stored *w0, const stored *w1, const float *x, int i, \
-                                  int n) { \
-        for (; i < n; i += VL) { \
-            stored tail0[VL] = {0}, tail1[VL] = {0}; \
-            memcpy(tail0, w0 + i, (size_t)lanes_left(i, n) * sizeof(stored)); \
-            memcpy(tail1, w1 + i, (size_t)lanes_left(i, n) * sizeof(stored)); \
-            vec xi = load_n(x + i, lanes_left(i, n)); \
-            *sum0 += read_##name(tail0) * xi, *sum1 += read_##name(tail1) * xi; \
-        } \
-    } \
-    static void dot2_##name(float out[2], const void *row0, const void *row1, const float *x, int n) { \
-        const stored *w0 = row0, *w1 = row1; \
-        vec sum[4] = {splat(0), splat(0), splat(0), splat(0)}; \
-        int i = 0; \
-        for (; i + 2 * VL <= n; i += 2 * VL) { \
-            vec x0 = load(x + i), x1 = load(x + i + VL); \
-            sum[0] += read_##name(w0 + i) * x0, sum[1] += read_##name(w0 + i + VL) * x1; \
-            sum[2] += read_##name(w1 + i) * x0, sum[3] += read_##name(w1 + i + VL) * x1; \
-        } \
-        if (i < n) tail_##name(&sum[0], &sum[2], w0, w1, x, i, n); \
-        out[0] = sum_lanes(sum[0] + sum[1]), out[1] = sum_lanes(sum[2] + sum[3]); \
-    } \
-    INLINE void dots_##name##_of(float *out, const stored *w0, const stored *w1, const float *x, size_t ldx, int n, \
+    INLINE void dots_##name##_of(vec *sums, const void *const *rows, const float *x, int n, size_t ahead, const int R, \
                                  const int T) { \
-        vec first[2][FEW], sum[2][FEW]; \
-        int whole = n / (2 * VL) * 2 * VL; \
-        for (int t = 0; t < T; t++) sum[0][t] = sum[1][t] = splat(0); \
-        for (int i = 0; i < whole; i += 2 * VL) { \
-            vec a = read_##name(w0 + i), b = read_##name(w1 + i); \
-            for (int t = 0; t < T; t++) \
-                sum[0][t] += a * load(x + t * ldx + i), sum[1][t] += b * load(x + t * ldx + i); \
+        enum { LINE = 64 / sizeof(stored) }; /* weights of a cache line */ \
+        const stored *w[4]; \
+        vec sum[FEW]; \
+        UNROLL \
+        for (int r = 0; r < R; r++) w[r] = rows[r]; \
+        UNROLL \
+        for (int k = 0; k < R * T; k++) sum[k] = sums[k]; \
+        for (int i = 0; i < n; i += PAIR, x += PAIR * T) { \
+            for (int k = 0; T > 1 && k < PAIR; k += LINE) UNROLL \
+            for (int r = 0; r < R; r++) \
+                if (i % LINE == 0) PREFETCH(w[r] + i + k, ahead); \
+            UNROLL \
+            for (int c = 0; c < 2; c++) { \
+                vec a[4]; \
+                UNROLL \
+                for (int r = 0; r < R; r++) a[r] = weights_##name(w[r] + i, c); \
+                UNROLL \
+                for (int t = 0; t < T; t++) { \
+                    vec xt = T == 1 ? inputs_of(x, c, sizeof(stored) == 2) : load(x + (c * T + t) * VL); \
+                    UNROLL \
+                    for (int r = 0; r < R; r++) sum[r * T + t] += a[r] * xt; \
+                } \
+            } \
         } \
-        for (int t = 0; t < T && whole < n; t++) \
-            tail_##name(&sum[0][t], &sum[1][t], w0, w1, x + t * ldx, whole, n); \
-        for (int t = 0; t < T; t++) \
-            first[0][t] = sum[0][t], first[1][t] = sum[1][t], sum[0][t] = sum[1][t] = splat(0); \
-        for (int i = VL; i < whole; i += 2 * VL) { \
-            vec a = read_##name(w0 + i), b = read_##name(w1 + i); \
-            for (int t = 0; t < T; t++) \
-                sum[0][t] += a * load(x + t * ldx + i), sum[1][t] += b * load(x + t * ldx + i); \
-        } \
-        for (int t = 0; t < T; t++) \
-            out[2 * t] = sum_lanes(first[0][t] + sum[0][t]), out[2 * t + 1] = sum_lanes(first[1][t] + sum[1][t]); \
+        UNROLL \
+        for (int k = 0; k < R * T; k++) sums[k] = sum[k]; \
     } \
-    static void dots_##name(float *out, const void *row0, const void *row1, const float *x, size_t ldx, int n, \
-                            int T) { \
-        if (T == 4) dots_##name##_of(out, row0, row1, x, ldx, n, 4); \
-        else if (T == 3) dots_##name##_of(out, row0, row1, x, ldx, n, 3); \
-        else if (T == 2) dots_##name##_of(out, row0, row1, x, ldx, n, 2); \
-        else dot2_##name(out, row0, row1, x, n); \
+    static void dots_##name(vec *sums, const void *const *rows, const float *x, int n, size_t ahead, int T) { \
+        if (T == 1) dots_##name##_of(sums, rows, x, n, ahead, 4, 1); \
+        else if (T == 2) dots_##name##_of(sums, rows, x, n, ahead, 4, 2); \
+        else if (T == 4) dots_##name##_of(sums, rows, x, n, ahead, 2, 4); \
+        else dots_##name##_of(sums, rows, x, n, ahead, 1, 8); \
     } \
     static void widen_##name(float *out, const void *data, size_t ld, size_t row, int from, int n) { \
         const stored *w = (const stored *)data + row * ld + from; \
@@ -1162,17 +1188,16 @@ TILE_KERNELS(q8, 8)
 TILE_KERNELS(q4, 4)
 
 static const struct {
-    void (*dot2)(float out[2], const void *row0, const void *row1, const float *x, int n); // this and dots of F32, F16, BF16
-    void (*dots)(float *out, const void *row0, const void *row1, const float *x, size_t ldx, int n, int T);
+    void (*dots)(vec *sums, const void *const *rows, const float *x, int n, size_t ahead, int T); // of F32, F16, BF16
     void (*widen)(float *out, const void *data, size_t ld, size_t row, int from, int n);
     void (*prepare)(float *xs, float *start, const float *x, int n); // this and the rest of Q8, Q4
     int (*tile_dots)(float *out, const unsigned char *tile, const float *xs, const float *start, int tiles, int T); // rows done
     void (*unpack)(float *panel, const unsigned char *tile, int r, int groups);
-} TYPE_KERNELS[N_TYPES] = {{dot2_f32, dots_f32, widen_f32, NULL, NULL, NULL},
-                           {dot2_f16, dots_f16, widen_f16, NULL, NULL, NULL},
-                           {dot2_bf16, dots_bf16, widen_bf16, NULL, NULL, NULL},
-                           {NULL, NULL, widen_q8, prepare_q8, dots_q8, unpack_q8},
-                           {NULL, NULL, widen_q4, prepare_q4, dots_q4, unpack_q4}};
+} TYPE_KERNELS[N_TYPES] = {{dots_f32, widen_f32, NULL, NULL, NULL},
+                           {dots_f16, widen_f16, NULL, NULL, NULL},
+                           {dots_bf16, widen_bf16, NULL, NULL, NULL},
+                           {NULL, widen_q8, prepare_q8, dots_q8, unpack_q8},
+                           {NULL, widen_q4, prepare_q4, dots_q4, unpack_q4}};
 
 // out (n) = weights from.. of row `row` of w.
 static void tensor_widen(float *out, const Tensor *w, int row, int from, int n) {
@@ -1249,36 +1274,77 @@ static void matmul_few_tiles(float *out, size_t ldo, const float *x, size_t ldx,
         }
 }
 
+// sums (R,T) += n weights of R rows times T rows of x, the end of a row through zero-padded copies.
+static void add_dots(vec *sums, const void *const *rows, Type type, const float *x, int n, size_t ahead, int T) {
+    int whole = n / PAIR * PAIR, left = n - whole;
+    TYPE_KERNELS[type].dots(sums, rows, x, whole, ahead, T);
+    if (left) {
+        float end[4][PAIR] = {{0}}, x_end[PAIR] = {0};
+        for (int r = 0; r < few_rows(T); r++)
+            memcpy(end[r], (const char *)rows[r] + (size_t)whole * type_bytes(type), (size_t)left * type_bytes(type));
+        if (T == 1) memcpy(x_end, x + whole, (size_t)left * sizeof *x);
+        TYPE_KERNELS[type].dots(sums, (const void *[]){end[0], end[1], end[2], end[3]}, T == 1 ? x_end : x + whole * T,
+                                PAIR, 0, T);
+    }
+}
+
+// Rows of x go in groups of T = 8, 4, 2 or 1. packed: packed[group][pair of vectors][c][row][lane], rows beyond the last zero, so that
+// the product reads a group in one run; a group of one row is read where it lies.
+INLINE int few_group(int left) { return left > 4 ? 8 : left > 2 ? 4 : left; } // T where so many rows are left
+INLINE size_t few_padded(int I) { return (size_t)((I + PAIR - 1) / PAIR) * PAIR; }
+static void pack_few(float *packed, const float *x, size_t ldx, int I, int L, bool halves) {
+#pragma omp for
+    for (int t = 0; t < (L + FEW - 1) / FEW * FEW; t++) {
+        int t0 = t / FEW * FEW, T = few_group(L - t0);
+        float *to = packed + (size_t)t0 * few_padded(I) + (size_t)(t - t0) * VL;
+        for (int i = 0; T > 1 && t - t0 < T && i < I; i += PAIR, to += PAIR * T) {
+            float end[PAIR] = {0};
+            const float *from = x + (size_t)t * ldx + i;
+            if (t >= L) from = end;
+            else if (I - i < PAIR) memcpy(end, from, (size_t)(I - i) * sizeof *end), from = end;
+            store(to, inputs_of(from, 0, halves)), store(to + T * VL, inputs_of(from, 1, halves));
+        }
+    }
+}
+
 // One token, or one of each of some sequences: every weight is read from memory once, and a row's bits do not depend on the rows
-// beside it. A task is some pairs of rows of W, o and o + half_O, which makes two streams that each run on without a gap; it
-// takes as many rows of x at a time as stay in the L1 cache, for which W comes from the L2 cache again.
-enum { FEW_PAIRS = 4, FEW_L1 = 6144 }; // pairs of a task; floats of x
-static void matmul_few(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w, const float *bias, int L) {
+// beside it. A task is some rows of W, R at a time: up to 8 rows of x, R a half or a quarter of W apart, which makes streams
+// that each run on without a gap; for more, neighbours, which the next group finds in the L2 cache. The task takes all its
+// rows for as many inputs as leave x in the L1 cache. packed: room for L rounded up to 8 rows, each rounded up to PAIR; for L = 1 none.
+enum { FEW_TASK = 16, FEW_L1 = 6144 }; // rows of W at the most; floats of x
+static void matmul_few(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w, const float *bias, int L,
+                       float *packed) {
     if (is_quantized(w->type)) {
         matmul_few_tiles(out, ldo, x, ldx, w, bias, L);
         return;
     }
-    int O = w->rows, half_O = (O + 1) / 2, width = FEW_L1 / w->cols / FEW * FEW, pairs = L > FEW ? FEW_PAIRS : 1;
-    if (width < FEW) width = FEW;
+    int O = w->rows, I = w->cols, rows = L > 4 ? FEW_TASK : 4, streams = L > FEW ? 1 : few_rows(few_group(L)),
+        apart = L > FEW ? 1 : (O + streams - 1) / streams, end = L > FEW ? O : apart;
+    size_t bytes = type_bytes(w->type);
+    if (L > 1) pack_few(packed, x, ldx, I, L, bytes == 2);
 #pragma omp for
-    for (int task = 0; task < (half_O + pairs - 1) / pairs; task++) {
-        int o_end = half_O < (task + 1) * pairs ? half_O : (task + 1) * pairs;
-        for (int t0 = 0; t0 < L; t0 += width)
-            for (int o = task * pairs; o < o_end; o++) {
-                int o1 = o + half_O < O ? o + half_O : o, t_end = L - t0 < width ? L : t0 + width;
-                const void *row0 = tensor_row(w, o), *row1 = tensor_row(w, o1);
-                for (int t = t0, T; t < t_end; t += T) {
-                    float sum[2 * FEW];
-                    T = t_end - t < FEW ? t_end - t : FEW;
-                    TYPE_KERNELS[w->type].dots(sum, row0, row1, x + (size_t)t * ldx, ldx, w->cols, T);
-                    for (int i = 0; i < T; i++) {
-                        float *to = out + (size_t)(t + i) * ldo;
-                        to[o] = sum[2 * i] + (bias ? bias[o] : 0);
-                        to[o1] = sum[2 * i + (o1 != o)] + (bias ? bias[o1] : 0);
-                    }
+    for (int task = 0; task < (end * streams + rows - 1) / rows; task++)
+        for (int t0 = 0, T; t0 < L; t0 += T) {
+            T = few_group(L - t0);
+            const float *xs = T == 1 ? x + (size_t)t0 * ldx : packed + (size_t)t0 * few_padded(I);
+            int R = few_rows(T), step = apart == 1 ? R : 1, inputs = FEW_L1 / T, o0 = task * rows / streams;
+            vec sums[FEW_TASK * FEW];
+            for (int k = 0; k < rows * T; k++) sums[k] = splat(0);
+            for (int i = 0; i < I; i += inputs)
+                for (int k = 0, o = o0; k < rows && o < end; k += R, o += step) {
+                    const void *row[4];
+                    for (int r = 0; r < R; r++)
+                        row[r] = (const char *)tensor_row(w, o + r * apart < O ? o + r * apart : o) + (size_t)i * bytes;
+                    add_dots(sums + k * T, row, w->type, xs + (size_t)i * T, I - i < inputs ? I - i : inputs,
+                             (size_t)step * I * bytes, T);
                 }
+            for (int t = 0; t < T && t0 + t < L; t++) {
+                const vec *sum = sums + t;
+                for (int k = 0, o = o0; k < rows && o < end; k += R, o += step)
+                    for (int r = 0, at = o; r < R; r++, at += apart, sum += T)
+                        if (at < O) out[(size_t)(t0 + t) * ldo + at] = sum_lanes(*sum) + (bias ? bias[at] : 0);
             }
-    }
+        }
 }
 
 static int team_size(void) {
@@ -1317,7 +1383,6 @@ static void pack_rows(float *packed, const Factor *a, int rows, int depth) {
 // to (4,4), rows ldt apart = from (4,4)^T, rows ldf apart. As vectors: element by element, packing took a fifth of prefill.
 INLINE void transpose4(float *to, size_t ldt, const float *from, size_t ldf) {
 #if VL > 1 && defined(HAS_SHUFFLE)
-    typedef float vec4 __attribute__((vector_size(16)));
     vec4 row[4], pair[4];
     for (int i = 0; i < 4; i++) memcpy(&row[i], from + i * ldf, sizeof row[i]);
     for (int i = 0; i < 2; i++) {
@@ -1425,7 +1490,7 @@ static Factor weight_factor(const Tensor *w, bool by_depth) {
 // packed: room for (L rounded up to MR) * I floats. Rows of out are ldo apart.
 static void matmul_to(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w, const float *bias, int L,
                       float *packed) {
-    if (L < MATMUL_FEW) matmul_few(out, ldo, x, ldx, w, bias, L);
+    if (L < MATMUL_FEW) matmul_few(out, ldo, x, ldx, w, bias, L, packed);
     else
         product(out, ldo, (Factor){x, ldx, F32, false}, weight_factor(w, false), bias, false, L, w->rows, w->cols,
                 packed);
@@ -2028,7 +2093,7 @@ Acts *mamba_acts_new(const Model *m, int threads) {
                              piece * P,
                              piece * E,
                              piece * E,
-                             rows * widest,
+                             rows * (widest + PAIR),
                              scan_carry_floats(c->E, c->N),
                              LOGIT_ROWS * V,
                              V,
@@ -2209,7 +2274,7 @@ static void block_step(const Model *m, int layer, State *const *s, Acts *a, int 
     float *dt_low = a->xdb, *B_ssm = a->xdb + R, *C_ssm = a->xdb + R + N;   // columns of xdb (S,P)
 
     rmsnorm(a->xn, a->res, f32(&w->norm), c->norm_eps, S, D, (size_t)D);
-    matmul_few(a->xz, 2 * (size_t)E, a->xn, (size_t)D, &w->in_proj, f32(&w->in_bias), S);
+    matmul_few(a->xz, 2 * (size_t)E, a->xn, (size_t)D, &w->in_proj, f32(&w->in_bias), S, a->packed);
 #pragma omp for
     for (int task = 0; task < S * blocks; task++) {
         int i = task / blocks, e0 = task % blocks * STEP_BLOCK;
@@ -2217,13 +2282,13 @@ static void block_step(const Model *m, int layer, State *const *s, Acts *a, int 
             conv1d_silu_lanes(a->u + (size_t)i * E, s[i]->conv + window, a->xz + (size_t)i * 2 * E, w->conv_t,
                               f32(&w->conv_bias), e, lanes_left(e, E), E, K);
     }
-    matmul_few(a->xdb, (size_t)P, a->u, (size_t)E, &w->x_proj, NULL, S);
+    matmul_few(a->xdb, (size_t)P, a->u, (size_t)E, &w->x_proj, NULL, S, a->packed);
     if (c->flags & FLAG_MIXER_NORM) {
         rmsnorm(dt_low, dt_low, NULL, c->mixer_eps, S, R, (size_t)P);
         rmsnorm(B_ssm, B_ssm, NULL, c->mixer_eps, S, N, (size_t)P);
         rmsnorm(C_ssm, C_ssm, NULL, c->mixer_eps, S, N, (size_t)P);
     }
-    matmul_few(a->delta, (size_t)E, dt_low, (size_t)P, &w->dt_proj, NULL, S);
+    matmul_few(a->delta, (size_t)E, dt_low, (size_t)P, &w->dt_proj, NULL, S, a->packed);
 #pragma omp for
     for (int task = 0; task < S * blocks; task++) { // softplus, scan, gate without a barrier between them
         int i = task / blocks, e0 = task % blocks * STEP_BLOCK, e1 = E - e0 < STEP_BLOCK ? E : e0 + STEP_BLOCK;
@@ -2240,7 +2305,7 @@ static void block_step(const Model *m, int layer, State *const *s, Acts *a, int 
             store_n(y + e, load_n(y + e, n) * silu_vec(load_n(z + e, n)), n);
         }
     }
-    matmul_few(a->xn, (size_t)D, a->y, (size_t)E, &w->out_proj, f32(&w->out_bias), S);
+    matmul_few(a->xn, (size_t)D, a->y, (size_t)E, &w->out_proj, f32(&w->out_bias), S, a->packed);
     add_to(a->res, a->xn, S, D);
 }
 
@@ -2259,7 +2324,7 @@ int mamba_step_batch(const Model *m, Acts *a, State *const *s, const int32_t *id
         embed(a->res, ids, &m->embedding, S);
         for (int layer = 0; layer < c->n_layer; layer++) block_step(m, layer, s, a, S);
         rmsnorm(a->xn, a->res, f32(&m->norm_f), c->norm_eps, S, c->D, (size_t)c->D);
-        matmul_few(S == 1 ? s[0]->logits : a->logits, V, a->xn, (size_t)c->D, &m->head, NULL, S);
+        matmul_few(S == 1 ? s[0]->logits : a->logits, V, a->xn, (size_t)c->D, &m->head, NULL, S, a->packed);
         if (S > 1) {
 #pragma omp for
             for (int i = 0; i < S; i++) memcpy(s[i]->logits, a->logits + (size_t)i * V, V * sizeof(float));
@@ -2713,7 +2778,7 @@ static size_t trainer_layout(Trainer *x, float *at) {
            used = 0;
     size_t widest = 2 * E > D ? 2 * E : D, NE = (size_t)c->N * E, window = (size_t)(c->K - 1) * E;
     if (widest < P) widest = P;
-    size_t packed = (T + widest + 2 * MR) * widest, packed_loss = (V + MR + LOSS_ROWS) * (LOSS_ROWS + MR);
+    size_t packed = (T + widest + 2 * MR) * (widest + PAIR), packed_loss = (V + MR + LOSS_ROWS) * (LOSS_ROWS + MR);
     if (packed < (widest + MR) * (T + MR)) packed = (widest + MR) * (T + MR);
     if (packed < packed_loss) packed = packed_loss;
     bool raw = c->flags & FLAG_MIXER_NORM;

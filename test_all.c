@@ -265,18 +265,19 @@ static void test_few_rows(Type type, int I, int O) {
     size_t n = (size_t)I * O, ldx = (size_t)I + 3;
     float *x = random_floats(MOST * ldx, -1, 1), *weights = random_floats(n, -1, 1),
           *bias = random_floats((size_t)O, -1, 1);
-    float *alone = random_floats((size_t)MOST * O, 7, 8), *out = random_floats((size_t)MOST * O + 1, 7, 8), guard;
+    float *alone = random_floats((size_t)MOST * O, 7, 8), *out = random_floats((size_t)MOST * O + 1, 7, 8), guard,
+          *packed = random_floats((MOST + FEW) * (size_t)(I + PAIR), 7, 8);
     uint16_t *bits = malloc((n + 1) * 2);
     for (size_t i = 0; i < n; i++) bits[i] = (uint16_t)(random_u64(&test_random) & 0xBBFF); // finite in f16 and bf16
     Tensor w = {type == F32 ? (void *)weights : (void *)bits, O, I, type};
     if (is_quantized(type)) w.data = alloc_aligned(tensor_bytes(&w)), quantize_tensor(&w, &(Tensor){weights, O, I, F32});
     team = 1;
-    for (int t = 0; t < MOST; t++) TEAM(matmul_few(alone + (size_t)t * O, (size_t)O, x + t * ldx, ldx, &w, bias, 1))
+    for (int t = 0; t < MOST; t++) TEAM(matmul_few(alone + (size_t)t * O, (size_t)O, x + t * ldx, ldx, &w, bias, 1, NULL))
     bool same = true;
     for (team = 1; team <= 3; team++)
         for (int L = 1; L <= MOST; L++) {
             guard = out[(size_t)L * O];
-            TEAM(matmul_few(out, (size_t)O, x, ldx, &w, bias, L))
+            TEAM(matmul_few(out, (size_t)O, x, ldx, &w, bias, L, packed))
             same = same && !memcmp(out, alone, (size_t)L * O * sizeof *out) && out[(size_t)L * O] == guard;
         }
     char name[96];
@@ -284,6 +285,7 @@ static void test_few_rows(Type type, int I, int O) {
     expect(same, name);
     if (is_quantized(type)) free_aligned((void *)(uintptr_t)w.data);
     free(bits), free_aligned(x), free_aligned(weights), free_aligned(bias), free_aligned(alone), free_aligned(out);
+    free_aligned(packed);
 }
 
 static void test_conv(int L, int E, int K, bool biased) {
