@@ -149,13 +149,19 @@ static int device_open(Device *d) {
     return 0;
 }
 
-static void device_close(Device *d) {
-    for (Product &p : d->products ? *d->products : std::vector<Product>()) {
+static void products_free(Device *d) {
+    if (!d->products) return;
+    for (Product &p : *d->products) {
         if (p.product) cublasLtMatmulDescDestroy(p.product);
         for (cublasLtMatrixLayout_t layout : {p.a, p.b, p.c})
             if (layout) cublasLtMatrixLayoutDestroy(layout);
     }
     delete d->products;
+    d->products = NULL;
+}
+
+static void device_close(Device *d) {
+    products_free(d);
     if (d->blas) cublasDestroy(d->blas);
     cudaFree(d->workspace);
     if (d->stream) cudaStreamDestroy(d->stream);
@@ -738,12 +744,13 @@ __global__ void embed_add_kernel(float *d_embedding, const float *partial, const
 
 template <class T> static cudaDataType_t blas_type() { return sizeof(T) == 4 ? CUDA_R_32F : CUDA_R_16BF; }
 
-enum { LONG_ROWS = 8192 };
+enum { LONG_ROWS = 8192, PRODUCTS_MAX = 64 }; // rows from which algorithms are chosen; products kept
 
 // The product of this shape, prepared when it is met first. The algorithm is a matter of shape and machine alone, so that runs agree to
 // the bit: the heuristic's first, or for many rows in bf16 and not too deep a product the first whose tile is 128 x 160: up to 23%
 // faster for in_proj, out_proj and out_proj's gradient of five widths (doc/SPEED.md), a prompt of 130M 4%.
 static Product *product_of(Device *d, const Product &shape) {
+    if (d->products && d->products->size() >= PRODUCTS_MAX) products_free(d); // prompts of ever new lengths
     if (!d->products) d->products = new std::vector<Product>();
     for (Product &p : *d->products)
         if (p.op_a == shape.op_a && p.op_b == shape.op_b && p.in == shape.in && p.out == shape.out && p.m == shape.m &&
