@@ -235,8 +235,7 @@ static void launch_dependent(Device *d, void (*kernel)(Parameters...), dim3 grid
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = d->stream;
     config.attrs = &attribute, config.numAttrs = d->hopper ? 1 : 0;
-    cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-    check_launch(d, "step");
+    cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...); // callers check, by their own name
 }
 
 __device__ inline uint32_t pack(float low, float high) {
@@ -338,6 +337,7 @@ static void rmsnorm(Device *d, T *out, size_t ld_out, const In *in, size_t ld_in
     auto kernel = block ? rmsnorm_choice<T, In, 256>(cols) : rmsnorm_choice<T, In, 32>(cols);
     launch_dependent(d, kernel, dim3(blocks_for((size_t)rows, block ? 1 : 8)), 256, 0, out, ld_out, in, ld_in, weight,
                      eps, rows, cols);
+    check_launch(d, "rmsnorm");
 }
 
 // x (rows,cols) += bias (cols)
@@ -893,8 +893,8 @@ template <typename T> struct ScanArgs {
 // go on from launch to launch, so a word of an earlier launch is never taken for one of this. Launches cannot be captured in a
 // graph, which would replay the same numbers.
 struct ScanMail {
-    uint64_t *
-        words; // device, `bytes`: scan_forward_workspace(). The first holds the tickets given, boxes begin at MAIL_BOXES
+    // Device, `bytes`: scan_forward_workspace(). The first word holds the tickets given, boxes begin at MAIL_BOXES.
+    uint64_t *words;
     size_t bytes;
     uint32_t ticket, tag; // of the next launch: tickets given before it, highest tag before it
     bool cleared;         // false when new
@@ -948,8 +948,8 @@ __device__ __forceinline__ void gate_pair(float &y0, float &y1, float z0, float 
 
 // (tag, state) in one 8-byte word: it arrives whole, so neither flag nor fence is needed to read it. It is written by a maximum, the
 // tag on top, because a tile and the one two after it share a word, and nothing orders plain stores by two multiprocessors, though the
-// second waits for a reader of the first: once in some hundred million tiles of 2.8B prompts the older one arrived last, and the
-// reader of the newer waited for ever. Costs nothing that can be measured.
+// second waits for a reader of the first: with such stores, once in some hundred million tiles of 2.8B prompts, a tile waited for ever.
+// Costs nothing that can be measured.
 __device__ __forceinline__ uint64_t mail_read(const uint64_t *p) {
     uint64_t v;
     asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
@@ -1814,6 +1814,7 @@ static void dt_step(Device *d, const DtStepArgs &p) {
     launch_dependent(d, dt_scan_step,
                      dim3(blocks_for((size_t)p.E, DT_STEP_WIDTH), blocks_for((size_t)p.S, DT_STEP_ROWS)), 128, shared,
                      p);
+    check_launch(d, "scan");
 }
 
 // --- [train] the scan's backward
