@@ -2061,6 +2061,10 @@ static const struct {
     {"step, of the 130M model's width", SHAPE(768, 2, 1000, 1536, 16, 4, 48, FLAG_TIED | FLAG_CONV_BIAS)},
     {"step, of the 2.8B model's width", SHAPE(2560, 1, 301, 5120, 16, 4, 160, FLAG_CONV_BIAS)},
     {"step, odd", SHAPE(36, 2, 90, 75, 5, 3, 3, FLAG_CONV_BIAS)},
+    {"step, a channel without neighbours", SHAPE(384, 3, 99, 1049, 4, 3, 24, FLAG_TIED)}, // blocks with few channels or none
+    {"step, few channels", SHAPE(128, 3, 1001, 192, 8, 2, 16, FLAG_MIXER_NORM)},
+    {"step, no convolution", SHAPE(1152, 2, 99, 2056, 12, 1, 8, 0)},
+    {"step, of the widest", SHAPE(4096, 1, 64, 8192, 16, 4, 256, FLAG_CONV_BIAS | FLAG_MIXER_NORM)},
 };
 
 static void check_gpu_step(const char *label, const Config *shape, int S) {
@@ -2215,9 +2219,17 @@ static void test_cuda(void) {
         check_gpu_logits(four_bits ? "tales in q4, bf16 products" : "tales in q8, bf16 products", m, ids, 300, false, 3e-2);
         free(ids), mamba_free(m), mamba_free(from);
     }
+    { // products of 8,192 rows and more are others than those of few
+        Config c = SHAPE(512, 2, 60, 1024, 16, 4, 32, FLAG_TIED | FLAG_CONV_BIAS);
+        c.type = BF16;
+        Model *m = mamba_random_model(&c, 5);
+        int32_t *ids = random_ids(16400, c.V);
+        check_gpu_logits("bf16, a long text", m, ids, 16400, false, 3e-2);
+        free(ids), mamba_free(m);
+    }
     for (int i = 0; i < COUNT(STEP_SHAPES); i++) {
         const int sequences[] = {1, 2, 3, 16, 17, 47, 64};
-        for (int k = 0; k < COUNT(sequences); k++)
+        for (int k = 0; k < COUNT(sequences) && (k == 0 || STEP_SHAPES[i].config.D < 4096); k++)
             check_gpu_step(STEP_SHAPES[i].name, &STEP_SHAPES[i].config, sequences[k]);
     }
     check_gpu_gathered("models/tales.bin");
