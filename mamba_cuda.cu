@@ -3178,7 +3178,7 @@ struct SoloVectors {
 
 // Shared memory, in the order in which it lies.
 struct SoloShared {
-    size_t ring, x, res_parts, xdb_parts, xdb, squares, sums, u, gate, u_words, y_words, bytes;
+    size_t ring, x, res_parts, gathered, xdb_parts, xdb, squares, sums, u, gate, u_words, y_words, bytes;
     int sum_rows;
     __host__ __device__ SoloShared(int slots, int slot_bytes, int channels, int D, int P) {
         size_t padded = (size_t)(channels + 15) / 16 * 16;
@@ -3186,7 +3186,8 @@ struct SoloShared {
         ring = (SOLO_BARRIERS * 8 + 127) / 128 * 128;
         x = ring + (size_t)slots * slot_bytes;      // (D), by pairs: each as two bf16
         res_parts = x + (size_t)D * 4;              // (8, D/16, 2)
-        xdb_parts = res_parts + (size_t)D * 4;      // (8, 8 X_TILES, 2)
+        gathered = res_parts + (size_t)D * 4;       // (8, D/16, 2)
+        xdb_parts = gathered + (size_t)D * 4;       // (8, 8 X_TILES, 2)
         xdb = xdb_parts + 8 * 8 * SOLO_X_TILES * 8; // (P)
         squares = xdb + (size_t)P * 4;              // of (8, 16) half-warps
         sums = squares + 128 * 4;                   // (8 warps, sum_rows)
@@ -3353,36 +3354,38 @@ __device__ inline void solo_fetch(const SoloArgs &p, SoloRing ring, int first, i
 }
 
 // sum[r] = the sums of a pair of numbers over the clusters, in all 16 lanes of half-warp i for pairs i, i + 16, ... below `pairs`.
-// One warp polls for two of them, for when all did they saw their words much later (0.34 instead of 0.25 ms a step of 130M).
+// words: (clusters, 16 ROUNDS), of which a warp watches two clusters', by 16 neighbours each: a cluster's words fill lines that nobody
+// else writes. (A line that is polled and that many write is slow: 0.34 ms a step of 130M instead of 0.22.) scratch: (8, 16 ROUNDS).
 template <int ROUNDS>
-__device__ inline void solo_gather(float2 sum[ROUNDS], const ulonglong2 *words, int pairs, int clusters, uint32_t tag) {
-    const int half = threadIdx.x / 16, lane = threadIdx.x % 16;
-    const ulonglong2 *from = words + half * SOLO_CLUSTERS + lane;
-    auto there = [&](ulonglong2 v) { return (uint32_t)(v.x >> 32) == tag && (uint32_t)(v.y >> 32) == tag; };
-    int polls = 0;
-    if (threadIdx.x < 32 && half < pairs && lane < clusters)
-        while (!there(get_words(from)))
-            if (++polls > 1 << 24) __trap(); // seconds: a block is gone
-    sync_workers();
+__device__ inline void solo_gather(float2 sum[ROUNDS], float2 *scratch, const ulonglong2 *words, int pairs,
+                                   int clusters, uint32_t tag) {
+    const int warp = threadIdx.x / 32, half = threadIdx.x / 16, lane = threadIdx.x % 16;
     ulonglong2 v[ROUNDS];
+    int polls = 0;
     bool all;
     do {
         all = true;
 #pragma unroll
         for (int r = 0; r < ROUNDS; r++) {
-            v[r] = make_ulonglong2(0, 0);
-            if (half + 16 * r < pairs && lane < clusters) v[r] = get_words(from + 16 * r * SOLO_CLUSTERS);
+            v[r] = make_ulonglong2((uint64_t)tag << 32, (uint64_t)tag << 32);
+            if (lane + 16 * r < pairs && half < clusters) v[r] = get_words(words + half * 16 * ROUNDS + lane + 16 * r);
         }
 #pragma unroll
         for (int r = 0; r < ROUNDS; r++)
-            if (half + 16 * r < pairs && lane < clusters) all = all && there(v[r]);
-        if (++polls > 1 << 24) __trap();
+            all = all && (uint32_t)(v[r].x >> 32) == tag && (uint32_t)(v[r].y >> 32) == tag;
+        if (++polls > 1 << 24) __trap(); // seconds: a block is gone
     } while (!__all_sync(0xffffffffu, all));
 #pragma unroll
-    for (int r = 0; r < ROUNDS; r++)
-        sum[r] = make_float2(__uint_as_float((uint32_t)v[r].x), __uint_as_float((uint32_t)v[r].y));
+    for (int r = 0; r < ROUNDS; r++) {
+        float2 x = make_float2(__uint_as_float((uint32_t)v[r].x), __uint_as_float((uint32_t)v[r].y));
+        x.x += __shfl_xor_sync(0xffffffffu, x.x, 16), x.y += __shfl_xor_sync(0xffffffffu, x.y, 16);
+        if (threadIdx.x % 32 < 16) scratch[warp * 16 * ROUNDS + lane + 16 * r] = x;
+    }
+    sync_workers();
 #pragma unroll
-    for (int step = 8; step; step /= 2)
+    for (int r = 0; r < ROUNDS; r++) sum[r] = scratch[lane % 8 * 16 * ROUNDS + half + 16 * r];
+#pragma unroll
+    for (int step = 4; step; step /= 2)
 #pragma unroll
         for (int r = 0; r < ROUNDS; r++) {
             sum[r].x += __shfl_xor_sync(0xffffffffu, sum[r].x, step);
@@ -3463,7 +3466,8 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1) solo_kernel(const __grid
     float *squares = floats(place.squares), *xdb = floats(place.xdb), *sums = floats(place.sums), *u = floats(place.u),
           *gate = floats(place.gate);
     uint32_t *u_words = (uint32_t *)(memory + place.u_words), *y_words = (uint32_t *)(memory + place.y_words);
-    float2 *xdb_parts = (float2 *)(memory + place.xdb_parts), *res_parts = (float2 *)(memory + place.res_parts);
+    float2 *xdb_parts = (float2 *)(memory + place.xdb_parts), *res_parts = (float2 *)(memory + place.res_parts),
+           *gathered = (float2 *)(memory + place.gathered);
     SoloRing ring = {(uint32_t)place.ring, (uint32_t)p.slot_bytes, (uint32_t)place.ring, p.slots, 0, 0};
     // Pairs of x_proj's and out_proj's outputs that this block sums up: of every eighth tile from `rank` on, 8 of each; D/16.
     const int x_mine = P / 16 > rank ? (P / 16 - rank + SOLO_CLUSTER - 1) / SOLO_CLUSTER * 8 : 0,
@@ -3508,7 +3512,7 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1) solo_kernel(const __grid
         const uint32_t tag = first_tag + (uint32_t)layer;
         if (layer) { // the residual stream, and what out_proj of the layer before adds to it
             float2 sum[WIDTH];
-            solo_gather<WIDTH>(sum, p.res_words + (size_t)rank * res_each * SOLO_CLUSTERS, res_each, p.clusters,
+            solo_gather<WIDTH>(sum, gathered, p.res_words + rank * SOLO_CLUSTERS * res_each, res_each, p.clusters,
                                tag - 1);
 #pragma unroll
             for (int r = 0; r < WIDTH; r++) res[r].x += sum[r].x, res[r].y += sum[r].y;
@@ -3590,12 +3594,12 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1) solo_kernel(const __grid
 #pragma unroll
             for (int i = 0; i < SOLO_CLUSTER; i++)
                 sum.x += xdb_parts[i * SOLO_X_TILES * 8 + tid].x, sum.y += xdb_parts[i * SOLO_X_TILES * 8 + tid].y;
-            put_words(p.xdb_words + (size_t)(rank * SOLO_X_TILES * 8 + tid) * SOLO_CLUSTERS + cluster, sum.x, sum.y,
-                      tag);
+            put_words(p.xdb_words + (rank * SOLO_CLUSTERS + cluster) * SOLO_X_TILES * 8 + tid, sum.x, sum.y, tag);
         }
         if (tid == 0) barrier_expect(xdb_parts_here, x_part_bytes);
         float2 xdb_sum[1];
-        solo_gather<1>(xdb_sum, p.xdb_words + (size_t)rank * SOLO_X_TILES * 8 * SOLO_CLUSTERS, x_mine, p.clusters, tag);
+        solo_gather<1>(xdb_sum, gathered, p.xdb_words + rank * SOLO_CLUSTERS * SOLO_X_TILES * 8, x_mine, p.clusters,
+                       tag);
         if (half < x_mine && lane < SOLO_CLUSTER) {
             uint32_t there = address_in(shared_address(xdb + (rank + half / 8 * SOLO_CLUSTER) * 16 + half % 8), lane),
                      bar = address_in(shared_address(xdb_here), lane);
@@ -3684,7 +3688,7 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1) solo_kernel(const __grid
 #pragma unroll
             for (int i = 0; i < SOLO_CLUSTER; i++)
                 sum.x += res_parts[i * res_each + q].x, sum.y += res_parts[i * res_each + q].y;
-            put_words(p.res_words + (size_t)(rank * res_each + q) * SOLO_CLUSTERS + cluster, sum.x, sum.y, tag);
+            put_words(p.res_words + (rank * SOLO_CLUSTERS + cluster) * res_each + q, sum.x, sum.y, tag);
         }
         if (tid == 0) barrier_expect(res_parts_here, res_part_bytes);
     }

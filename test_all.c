@@ -2073,10 +2073,11 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
     c.type = BF16;
     Model *m = mamba_random_model(&c, 21);
     Acts *cpu = mamba_acts_new(m, 1), *gpu = gpu_acts(m, false);
-    State *s = mamba_state_new(m), *g = mamba_state_new(m), *got = mamba_state_new(m);
+    State *s = mamba_state_new(m), *g = mamba_state_new(m), *got = mamba_state_new(m), *twice = mamba_state_new(m);
     const Sampling greedy = {.temperature = 0, .top_p = 1, .repeat_penalty = 1};
     size_t V = (size_t)c.V, layers = (size_t)c.n_layer * (size_t)c.E;
-    int32_t *prompt = random_ids(PROMPT, c.V), *ids = malloc((size_t)(STEPS * S) * sizeof *ids);
+    int32_t *prompt = random_ids(PROMPT, c.V), *ids = malloc((size_t)(STEPS * S) * sizeof *ids),
+            *again = malloc((size_t)(STEPS * S) * sizeof *ids);
     unsigned char *allowed = malloc(V);
     uint64_t *random = calloc((size_t)S, sizeof *random);
     char name[160];
@@ -2086,6 +2087,17 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
     GPU->generate_start(gpu->gpu, S, &greedy, random, PROMPT, g->recent, g->n_recent, allowed);
     if (GPU->generate(gpu->gpu, ids, STEPS)) printf("FAIL generate %s\n", GPU->error()), n_failed++;
     GPU->get_state(gpu->gpu, got->conv, got->h, got->logits);
+    mamba_state_reset(m, g); // all of it again
+    gpu->held = NULL, g->ahead = NULL;
+    if (mamba_prefill(m, gpu, g, prompt, PROMPT, NULL, NULL)) printf("FAIL prefill %s\n", error_text), n_failed++;
+    GPU->generate_start(gpu->gpu, S, &greedy, random, PROMPT, g->recent, g->n_recent, allowed);
+    if (GPU->generate(gpu->gpu, again, STEPS)) printf("FAIL generate %s\n", GPU->error()), n_failed++;
+    GPU->get_state(gpu->gpu, twice->conv, twice->h, twice->logits);
+    snprintf(name, sizeof name, "%s, %d sequences: the same bits twice", label, S);
+    expect(!memcmp(again, ids, (size_t)(STEPS * S) * sizeof *ids) &&
+               !memcmp(twice->h, got->h, layers * (size_t)c.N * sizeof(float)) &&
+               !memcmp(twice->logits, got->logits, V * sizeof(float)),
+           name);
     int same = 0;
     for (int i = 0; i < STEPS; i++) {
         for (int q = 0; q < S; q++) same += ids[i * S + q] == ids[i * S];
@@ -2099,8 +2111,8 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
     check_floats(name, got->h, s->h, layers * (size_t)c.N, 3e-2);
     snprintf(name, sizeof name, "%s, %d sequences: window", label, S);
     check_floats(name, got->conv, s->conv, layers * (size_t)(c.K - 1), 3e-2);
-    free(prompt), free(ids), free(allowed), free(random);
-    mamba_state_free(s), mamba_state_free(g), mamba_state_free(got);
+    free(prompt), free(ids), free(again), free(allowed), free(random);
+    mamba_state_free(s), mamba_state_free(g), mamba_state_free(got), mamba_state_free(twice);
     gpu->held = NULL, g->ahead = NULL;
     mamba_acts_free(cpu), mamba_acts_free(gpu), mamba_free(m);
 }
