@@ -754,8 +754,8 @@ template <class T> static cudaDataType_t blas_type() { return sizeof(T) == 4 ? C
 enum { LONG_ROWS = 8192, PRODUCTS_MAX = 64 }; // rows from which algorithms are chosen; products kept
 
 // The product of this shape, prepared when it is met first. The algorithm is a matter of shape and machine alone, so that runs agree to
-// the bit: the heuristic's first, or for many rows in bf16 and not too deep a product the first whose tile is 128 x 160: up to 23%
-// faster for in_proj, out_proj and out_proj's gradient of five widths (doc/SPEED.md), a prompt of 130M 4%.
+// the bit: the heuristic's first, or for many rows in bf16 times a small matrix that is not too deep the first whose tile is 128 x 128,
+// else 128 x 160: up to 30% faster for in_proj, out_proj and out_proj's gradient of 130M and 370M (doc/SPEED.md).
 static Product *product_of(Device *d, const Product &shape) {
     if (d->products && d->products->size() >= PRODUCTS_MAX) products_free(d); // prompts of ever new lengths
     if (!d->products) d->products = new std::vector<Product>();
@@ -788,12 +788,15 @@ static Product *product_of(Device *d, const Product &shape) {
                !cublasLtMatmulAlgoGetHeuristic((cublasLtHandle_t)d->blas, p->product, p->a, p->b, p->c, p->c, limits, 8,
                                                found, &count) &&
                count > 0 && found[0].state == CUBLAS_STATUS_SUCCESS;
-    bool wide = p->n >= LONG_ROWS && p->in == CUDA_R_16BF && p->m >= 512 && p->k >= 512 && p->k <= 2 * p->m;
-    for (int i = count - 1; i >= 0 && wide; i--) {
-        uint32_t tile = 0;
-        cublasLtMatmulAlgoConfigGetAttribute(&found[i].algo, CUBLASLT_ALGO_CONFIG_TILE_ID, &tile, sizeof tile, NULL);
-        if (tile == CUBLASLT_MATMUL_TILE_128x160 && found[i].state == CUBLAS_STATUS_SUCCESS) best = i;
-    }
+    bool wide = p->n >= LONG_ROWS && p->in == CUDA_R_16BF && !flip_b && p->m >= 512 && p->k >= 512 &&
+                p->k <= 2 * p->m && (size_t)p->m * p->k <= 1 << 22;
+    for (auto wanted : {CUBLASLT_MATMUL_TILE_128x160, CUBLASLT_MATMUL_TILE_128x128})
+        for (int i = count - 1; i >= 0 && wide; i--) {
+            uint32_t tile = 0;
+            cublasLtMatmulAlgoConfigGetAttribute(&found[i].algo, CUBLASLT_ALGO_CONFIG_TILE_ID, &tile, sizeof tile,
+                                                 NULL);
+            if (tile == (uint32_t)wanted && found[i].state == CUBLAS_STATUS_SUCCESS) best = i;
+        }
     p->algorithm = found[best].algo;
     if (limits) cublasLtMatmulPreferenceDestroy(limits);
     return p;
@@ -3158,7 +3161,7 @@ struct SoloArgs {
     float *vectors;                    // (n_layer,blocks,vector_floats), see SoloVectors
     const float *res, *norm;           // (D): the token's embedding; the first layer's norm
     float *logits;                     // (V)
-    ulonglong2 *xdb_words, *res_words; // (8,8 X_TILES,SOLO_CLUSTERS), (D/2,SOLO_CLUSTERS): two numbers and their tags
+    ulonglong2 *xdb_words, *res_words; // (8,CLUSTERS,8 X_TILES), (8,CLUSTERS,D/16): pairs, each number with a tag
     uint32_t *turn;                    // steps so far
     int clusters, channels, slots, slot_bytes, flying; // channels: of a block; flying: slots that are being filled
     int vector_floats, n_layer, D, E, N, K, R, P, V;   // P: R + 2 N as a multiple of 16
@@ -3208,8 +3211,8 @@ __device__ inline void barrier_init(uint64_t *barrier, int arrivals) {
 __device__ inline void barrier_arrive(uint64_t *barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-__device__ inline void barrier_expect(uint64_t *barrier,
-                                      int bytes) { // arrives, and the phase lasts until they have too
+// Arrives, and the phase lasts until so many bytes have too.
+__device__ inline void barrier_expect(uint64_t *barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
@@ -3333,6 +3336,7 @@ __device__ inline void solo_fetch(const SoloArgs &p, SoloRing ring, int first, i
     for (int layer = 0; layer < p.n_layer; layer++) {
         SoloLayer w = p.layers[layer];
         rows(w.W_in + (size_t)first * D, n, w.W_in + (size_t)(E + first) * D, 2 * n); // x, then z
+        if (layer == 0) asm volatile("griddepcontrol.wait;" ::: "memory"); // the state is of the step before
         int x_bytes = n * P * 2, dt_bytes = n * R * 2, vector_bytes = p.vector_floats * 4;
         size_t channel = (size_t)layer * E + first;
         unsigned char *to = claim(x_bytes + dt_bytes + vector_bytes);
