@@ -3267,18 +3267,16 @@ __device__ inline ulonglong2 get_words(const ulonglong2 *from) { // each of the 
 extern __shared__ __align__(128) unsigned char solo_memory[];
 __device__ inline void sync_workers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 // Four 8 x 8 matrices of bf16, whose rows the lanes 8i..8i+7 point at.
-__device__ inline uint4 matrices(uint32_t row) {
+template <bool TRANSPOSED> __device__ inline uint4 matrices(uint32_t row) {
     uint4 v;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(row));
-    return v;
-}
-__device__ inline uint4 matrices_transposed(uint32_t row) {
-    uint4 v;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(row));
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(row));
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(row));
     return v;
 }
 __device__ inline uint32_t split(float x) { // into two bf16, the larger below
@@ -3435,7 +3433,7 @@ __device__ inline void solo_in_proj(SoloRing &ring, float *sums, int sum_rows, c
         for (int k = 0; k < WIDTH; k++)
 #pragma unroll
             for (int i = 0; i < GROUP; i++) {
-                uint4 w = matrices(at[i] + k * SOLO_WARPS * 64);
+                uint4 w = matrices<false>(at[i] + k * SOLO_WARPS * 64);
                 tensor_product(c[i], a[2 * k].x, 0, a[2 * k].y, 0, w.x, w.y);
                 tensor_product(c[i], a[2 * k + 1].x, 0, a[2 * k + 1].y, 0, w.z, w.w);
             }
@@ -3500,6 +3498,10 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1) solo_kernel(const __grid
                    res_part_to = address_in(shared_address(res_parts + rank * res_each + tid % 32 / 4), warp);
     const int k_first = 2 * (tid % 4);                       // a product's first input in this lane
     auto column = [&](int q) { return q / 8 * 16 + q % 8; }; // of a pair's first
+    auto norm_scale = [&]() {
+        float4 a = ((const float4 *)squares)[tid % 32];
+        return rsqrtf(warp_sum(a.x + a.y + a.z + a.w) / (float)D + p.eps);
+    };
     wait_for_input();
     const uint32_t first_tag = *(volatile uint32_t *)p.turn * (uint32_t)(p.n_layer + 1) + 1;
     float2 res[WIDTH], norm[WIDTH];
@@ -3535,10 +3537,6 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1) solo_kernel(const __grid
         if (lane < SOLO_CLUSTER) send(address_in(shared_address(squares + rank * 16 + half), lane), square, bar);
         barrier_watch(x_here, phase);
         if (tid == 0) barrier_expect(x_here, x_bytes);
-        auto norm_scale = [&]() {
-            float4 a = ((const float4 *)squares)[tid % 32];
-            return rsqrtf(warp_sum(a.x + a.y + a.z + a.w) / (float)D + p.eps);
-        };
         if (layer == p.n_layer) break;
         solo_in_proj<WIDTH, GROUP>(ring, sums, place.sum_rows, x, 2 * n);
         const float scale = norm_scale();
@@ -3573,7 +3571,7 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1) solo_kernel(const __grid
 #pragma unroll
             for (int i = 0; i < (int)(sizeof *sums / sizeof **sums); i++) {
                 if (i >= tiles) break;
-                uint4 w = matrices_transposed(at + i * stride);
+                uint4 w = matrices<true>(at + i * stride);
                 tensor_product((*sums)[i], w.x & keep0, w.y & keep0, w.z & keep1, w.w & keep1, b0, b1);
             }
         };
@@ -3697,8 +3695,7 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1) solo_kernel(const __grid
         if (tid == 0) barrier_expect(res_parts_here, res_part_bytes);
     }
     { // the head: a slot a warp
-        float4 a = ((const float4 *)squares)[tid % 32];
-        const float scale = rsqrtf(warp_sum(a.x + a.y + a.z + a.w) / (float)D + p.eps);
+        const float scale = norm_scale();
         int rows_each = (p.V + (int)gridDim.x - 1) / (int)gridDim.x, row = blockIdx.x * rows_each,
             rows = max(0, min(rows_each, p.V - row)), pitch = (D + SOLO_PAD) * 2, turn = 0;
         for (int from = 0; from < rows; from += SOLO_ROWS, turn = (turn + 1) % SOLO_WARPS) {
@@ -3707,7 +3704,7 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1) solo_kernel(const __grid
                 float c[4] = {}, d[4] = {};
 #pragma unroll 4
                 for (int k = 0; k < D / 32; k++) {
-                    uint4 w = matrices(at + k * 64);
+                    uint4 w = matrices<false>(at + k * 64);
                     uint2 a = x_operands(x, 2 * k), b = x_operands(x, 2 * k + 1);
                     tensor_product(c, a.x, 0, a.y, 0, w.x, w.y);
                     tensor_product(d, b.x, 0, b.y, 0, w.z, w.w);
