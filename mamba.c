@@ -1059,7 +1059,7 @@ KERNELS_OF(bf16, half)
 // of a word) times 2^(bits * j); the power of two goes into x beforehand, exactly, and the shift out of a group's sum, the same
 // for all rows. So a weight costs and, convert, multiply-add: 3/VL instructions, besides 1/VL loads of x for two vectors of rows.
 
-enum { X_BLOCK = 4096, TILES_AT_ONCE = 4 }; // inputs that are prepared at a time; rows of x that share a conversion
+enum { X_BLOCK = 4096, TILES_AT_ONCE = VL > 4 ? 4 : 8 }; // inputs that are prepared at a time; rows of x that share a conversion
 #define NR (2 * VL)      // rows of W in a packed panel, see matmul
 
 INLINE uint32_t code_mask(int j, int bits) { return (uint32_t)((1 << bits) - 1) << (bits * j); }
@@ -1089,49 +1089,52 @@ INLINE void tile_prepare(float *xs, float *start, const float *x, int n, int bit
 }
 
 // out (T,TILE) = the TILE rows of a panel times T rows of x, each `tiles` tiles: the loop where writing text spends its time. A
-// multiply-add takes 4 cycles and two may start in each, so 8 sums are on the way at once: of one row of x, or of fewer vectors of
-// weights for several rows, which share the conversion. Every sum adds up in the same order for any T.
-INLINE void tile_dots(float *out, const unsigned char *tile, const float *xs, const float *start, int tiles, int bits,
-                      const int T) {
-    enum { WIDEST = TILE / VL < 4 ? 2 : 4, SUMS = 8 / WIDEST };
-    const int vectors = T < WIDEST ? WIDEST / T : 1;
-    vec total[TILE / VL][TILES_AT_ONCE];
-    for (int v = 0; v < TILE / VL; v++) UNROLL
-    for (int t = 0; t < T; t++) total[v][t] = splat(0);
+// row's sum over a tile is one chain of multiply-adds, in the same order for any T and P; one takes 4 cycles and two may start in
+// each, so 8 chains are on the way at once: some vectors of rows by some rows of x, which share the conversion. One row of x
+// by the vectors of a panel may be fewer; then P = 2 panels, `apart` bytes from each other, are taken at once: out (P,TILE).
+INLINE void tile_dots(float *out, const unsigned char *tile, size_t apart, const float *xs, const float *start, int tiles,
+                      int bits, const int P, const int T) {
+    enum { CHAINS = 8, WIDEST = TILE / VL < CHAINS ? TILE / VL : CHAINS };
+    const int vectors = CHAINS / (P * T) < WIDEST ? CHAINS / (P * T) : WIDEST;
+    vec total[2][TILE / VL][TILES_AT_ONCE];
+    for (int p = 0; p < P; p++)
+        for (int v = 0; v < TILE / VL; v++) UNROLL
+    for (int t = 0; t < T; t++) total[p][v][t] = splat(0);
     for (int g = 0; g < tiles; g++, tile += TILE_SCALES + bits * TILE * 4, xs += TILE)
         for (int v0 = 0; v0 < TILE / VL; v0 += vectors) {
-            vec sum[WIDEST][TILES_AT_ONCE][SUMS];
+            vec sum[2][WIDEST][TILES_AT_ONCE];
             UNROLL
+            for (int p = 0; p < P; p++) UNROLL
             for (int v = 0; v < vectors; v++) UNROLL
-            for (int t = 0; t < T; t++) UNROLL
-            for (int j = 0; j < SUMS; j++) sum[v][t][j] = splat(j ? 0 : start[t * tiles + g]);
-            for (int i = 0; i < bits; i++) {
+            for (int t = 0; t < T; t++) sum[p][v][t] = splat(start[t * tiles + g]);
+            for (int i = 0; i < bits; i++) UNROLL
+            for (int p = 0; p < P; p++) {
+                const unsigned char *at = tile + p * apart;
                 uvec word[WIDEST];
                 if (v0 == 0) { // what comes three tiles on: a quarter (q8) to two fifths (q4) more tokens a second
-                    PREFETCH(tile, TILE_SCALES + i * TILE * 4 + 3072);
-                    PREFETCH(tile, TILE_SCALES + i * TILE * 4 + 3072 + 64);
+                    PREFETCH(at, TILE_SCALES + i * TILE * 4 + 3072);
+                    PREFETCH(at, TILE_SCALES + i * TILE * 4 + 3072 + 64);
                 }
                 UNROLL
-                for (int v = 0; v < vectors; v++) word[v] = load_words(tile, i * TILE + (v0 + v) * VL);
+                for (int v = 0; v < vectors; v++) word[v] = load_words(at, i * TILE + (v0 + v) * VL);
                 UNROLL
                 for (int j = 0; j < 32 / bits; j++) UNROLL
                 for (int v = 0; v < vectors; v++) {
                     vec code = LANES_OF(vec, (ivec)(word[v] & code_mask(j, bits)));
                     UNROLL
                     for (int t = 0; t < T; t++)
-                        sum[v][t][j % SUMS] += code * xs[t * tiles * TILE + i * (32 / bits) + j];
+                        sum[p][v][t] += code * xs[t * tiles * TILE + i * (32 / bits) + j];
                 }
             }
             UNROLL
+            for (int p = 0; p < P; p++) UNROLL
             for (int v = 0; v < vectors; v++) UNROLL
-            for (int t = 0; t < T; t++) {
-                UNROLL
-                for (int j = 1; j < SUMS; j++) sum[v][t][0] += sum[v][t][j];
-                total[v0 + v][t] += load_scales(tile, (v0 + v) * VL) * sum[v][t][0];
-            }
+            for (int t = 0; t < T; t++)
+                total[p][v0 + v][t] += load_scales(tile + p * apart, (v0 + v) * VL) * sum[p][v][t];
         }
-    for (int v = 0; v < TILE / VL; v++) UNROLL
-    for (int t = 0; t < T; t++) store(out + t * TILE + v * VL, total[v][t]);
+    for (int p = 0; p < P; p++)
+        for (int v = 0; v < TILE / VL; v++) UNROLL
+    for (int t = 0; t < T; t++) store(out + (p * T + t) * TILE + v * VL, total[p][v][t]);
 }
 
 // panel (tiles * TILE, NR) = NR rows, from row r of the tiles on, as float32 and depth-major.
@@ -1172,11 +1175,13 @@ INLINE void tile_widen(float *out, const void *data, size_t ld, size_t row, int 
     static void prepare_##name(float *xs, float *start, const float *x, int n) { \
         tile_prepare(xs, start, x, n, bits); \
     } \
-    static int dots_##name(float *out, const unsigned char *tile, const float *xs, const float *start, int tiles, \
-                           int T) { \
-        if (T >= 4) return tile_dots(out, tile, xs, start, tiles, bits, 4), 4; \
-        if (T >= 2) return tile_dots(out, tile, xs, start, tiles, bits, 2), 2; \
-        return tile_dots(out, tile, xs, start, tiles, bits, 1), 1; \
+    static int dots_##name(float *out, const unsigned char *tile, size_t apart, const float *xs, const float *start, \
+                           int tiles, int T) { \
+        if (apart) return tile_dots(out, tile, apart, xs, start, tiles, bits, 2, 1), 1; \
+        if (T >= 8 && TILES_AT_ONCE == 8) return tile_dots(out, tile, 0, xs, start, tiles, bits, 1, TILES_AT_ONCE), 8; \
+        if (T >= 4) return tile_dots(out, tile, 0, xs, start, tiles, bits, 1, 4), 4; \
+        if (T >= 2) return tile_dots(out, tile, 0, xs, start, tiles, bits, 1, 2), 2; \
+        return tile_dots(out, tile, 0, xs, start, tiles, bits, 1, 1), 1; \
     } \
     static void unpack_##name(float *panel, const unsigned char *tile, int r, int tiles) { \
         tile_unpack(panel, tile, r, tiles, bits); \
@@ -1191,7 +1196,8 @@ static const struct {
     void (*dots)(vec *sums, const void *const *rows, const float *x, int n, size_t ahead, int T); // of F32, F16, BF16
     void (*widen)(float *out, const void *data, size_t ld, size_t row, int from, int n);
     void (*prepare)(float *xs, float *start, const float *x, int n); // this and the rest of Q8, Q4
-    int (*tile_dots)(float *out, const unsigned char *tile, const float *xs, const float *start, int tiles, int T); // rows done
+    int (*tile_dots)(float *out, const unsigned char *tile, size_t apart, const float *xs, const float *start, int tiles,
+                     int T); // rows of x done; apart, unless 0: two panels by one of them
     void (*unpack)(float *panel, const unsigned char *tile, int r, int groups);
 } TYPE_KERNELS[N_TYPES] = {{dots_f32, widen_f32, NULL, NULL, NULL},
                            {dots_f16, widen_f16, NULL, NULL, NULL},
@@ -1248,11 +1254,22 @@ static const void *tensor_row(const Tensor *w, int row) {
     return (const char *)w->data + (size_t)row * (size_t)w->cols * type_bytes(w->type);
 }
 
-// Q8 and Q4: threads share panels of rows, and each prepares x for itself, TILES_FEW rows of it for one reading of the weights.
+static int team_size(void) {
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+
+// Q8 and Q4: threads share panels of rows, and each prepares x for itself, TILES_FEW rows of it for one reading of the weights. One
+// row alone takes two panels half of W apart at once, unless some thread would get an eighth more of them to do for that.
 enum { TILES_FEW = 8 };
 static void matmul_few_tiles(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w, const float *bias, int L) {
     float xs[TILES_FEW * X_BLOCK], start[TILES_FEW * X_BLOCK / TILE], sum[TILES_AT_ONCE][TILE];
     size_t panel_bytes = tiles_of((size_t)w->cols) * tile_bytes(w->type);
+    int panels = (int)tiles_of((size_t)w->rows), half = (panels + 1) / 2, team = team_size();
+    bool pairs = L == 1 && VL > 4 && (half + team - 1) / team * 2 <= (panels + team - 1) / team * 9 / 8;
     for (int t0 = 0; t0 < L; t0 += TILES_FEW)
         for (int k0 = 0; k0 < w->cols; k0 += X_BLOCK) {
             int n = w->cols - k0 < X_BLOCK ? w->cols - k0 : X_BLOCK, rows = L - t0 < TILES_FEW ? L - t0 : TILES_FEW;
@@ -1261,15 +1278,19 @@ static void matmul_few_tiles(float *out, size_t ldo, const float *x, size_t ldx,
             for (int t = 0; t < rows; t++)
                 TYPE_KERNELS[w->type].prepare(xs + t * tiles * TILE, start + t * tiles, x + (size_t)(t0 + t) * ldx + k0, n);
 #pragma omp for
-            for (int o = 0; o < w->rows; o += TILE)
+            for (int panel = 0; panel < (pairs ? half : panels); panel++)
                 for (int t = 0, T; t < rows; t += T) {
-                    T = TYPE_KERNELS[w->type].tile_dots(sum[0], first + (size_t)(o / TILE) * panel_bytes,
-                                                        xs + t * tiles * TILE, start + t * tiles, tiles, rows - t);
-                    for (int i = 0; i < T; i++) {
-                        float *to = out + (size_t)(t0 + t + i) * ldo + o;
-                        for (int r = 0; r < TILE && o + r < w->rows; r++)
-                            to[r] = sum[i][r] + (k0 ? to[r] : bias ? bias[o + r] : 0);
-                    }
+                    int P = pairs && panel + half < panels ? 2 : 1;
+                    T = TYPE_KERNELS[w->type].tile_dots(sum[0], first + (size_t)panel * panel_bytes,
+                                                        P == 2 ? (size_t)half * panel_bytes : 0, xs + t * tiles * TILE,
+                                                        start + t * tiles, tiles, rows - t);
+                    for (int p = 0; p < P; p++)
+                        for (int i = 0; i < T; i++) {
+                            int o = (panel + p * half) * TILE;
+                            float *to = out + (size_t)(t0 + t + i) * ldo + o;
+                            for (int r = 0; r < TILE && o + r < w->rows; r++)
+                                to[r] = sum[p * T + i][r] + (k0 ? to[r] : bias ? bias[o + r] : 0);
+                        }
                 }
         }
 }
@@ -1345,14 +1366,6 @@ static void matmul_few(float *out, size_t ldo, const float *x, size_t ldx, const
                         if (at < O) out[(size_t)(t0 + t) * ldo + at] = sum_lanes(*sum) + (bias ? bias[at] : 0);
             }
         }
-}
-
-static int team_size(void) {
-#ifdef _OPENMP
-    return omp_get_num_threads();
-#else
-    return 1;
-#endif
 }
 
 // A factor of a product, (rows, depth): element (r,k) lies at data[r * ld + k], or at data[k * ld + r] if by_depth. The

@@ -353,7 +353,8 @@ static void test_kernels(void) {
     }
     for (int type = 0; type < N_TYPES; type++)
         test_few_rows((Type)type, 1, 1), test_few_rows((Type)type, 2 * VL - 1, 9), test_few_rows((Type)type, 4 * VL, 2),
-            test_few_rows((Type)type, 6 * VL + 5, 43), test_few_rows((Type)type, FEW_L1 / 4 + 1, 8);
+            test_few_rows((Type)type, 6 * VL + 5, 43), test_few_rows((Type)type, FEW_L1 / 4 + 1, 8),
+            test_few_rows((Type)type, X_BLOCK + 5, 2 * TILE + 9); // three panels: two at once and one alone
     team = 1;
 }
 
