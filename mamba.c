@@ -323,16 +323,57 @@ INLINE void store_n(float *p, vec v, int n) {
     if (n == VL) store(p, v);
     else store_part(p, v, n);
 }
-INLINE float sum_lanes(vec v) {
 #if VL > 1
-    vec4 part[VL / 4], p;
+INLINE vec4 fold_lanes(vec v) {
+    vec4 part[VL / 4];
     memcpy(part, &v, sizeof v);
     for (int half = VL / 8; half; half /= 2)
         for (int i = 0; i < half; i++) part[i] += part[i + half];
-    p = part[0];
+    return part[0];
+}
+#endif
+INLINE float sum_lanes(vec v) {
+#if VL > 1
+    vec4 p = fold_lanes(v);
     return (p[0] + p[2]) + (p[1] + p[3]);
 #else
     return v;
+#endif
+}
+// to (4,4), rows ldt apart = from (4,4)^T, rows ldf apart. As vectors: element by element, packing took a fifth of prefill.
+INLINE void transpose4(float *to, size_t ldt, const float *from, size_t ldf) {
+#if VL > 1 && defined(HAS_SHUFFLE)
+    vec4 row[4], pair[4];
+    for (int i = 0; i < 4; i++) memcpy(&row[i], from + i * ldf, sizeof row[i]);
+    for (int i = 0; i < 2; i++) {
+        pair[2 * i] = __builtin_shufflevector(row[i], row[i + 2], 0, 4, 1, 5);
+        pair[2 * i + 1] = __builtin_shufflevector(row[i], row[i + 2], 2, 6, 3, 7);
+    }
+    for (int i = 0; i < 2; i++) {
+        row[2 * i] = __builtin_shufflevector(pair[i], pair[i + 2], 0, 4, 1, 5);
+        row[2 * i + 1] = __builtin_shufflevector(pair[i], pair[i + 2], 2, 6, 3, 7);
+    }
+    for (int i = 0; i < 4; i++) memcpy(to + i * ldt, &row[i], sizeof row[i]);
+#else
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++) to[i * ldt + j] = from[j * ldf + i];
+#endif
+}
+
+// to[i] = sum_lanes(v[i * apart]) (+ bias[i]) for four vectors, in one store: one by one they took a tenth of a step of 8 sequences.
+INLINE void sum_lanes4(float *to, const vec *v, int apart, const float *bias) {
+#if VL > 1
+    vec4 p[4], b = {0};
+    float lanes[16], across[16];
+    for (int i = 0; i < 4; i++) p[i] = fold_lanes(v[i * apart]);
+    memcpy(lanes, p, sizeof p);
+    transpose4(across, 4, lanes, 4);
+    memcpy(p, across, sizeof p);
+    if (bias) memcpy(&b, bias, sizeof b);
+    p[0] = (p[0] + p[2]) + (p[1] + p[3]) + b;
+    memcpy(to, p, sizeof p[0]);
+#else
+    for (int i = 0; i < 4; i++) to[i] = v[i * apart] + (bias ? bias[i] : 0);
 #endif
 }
 INLINE ivec as_int(vec v) {
@@ -1361,9 +1402,15 @@ static void matmul_few(float *out, size_t ldo, const float *x, size_t ldx, const
                 }
             for (int t = 0; t < T && t0 + t < L; t++) {
                 const vec *sum = sums + t;
+                float *to = out + (size_t)(t0 + t) * ldo;
+                if (R == 1 && o0 + rows <= O) { // neighbours: outputs side by side
+                    for (int k = 0, o = o0; k < rows; k += 4, o += 4)
+                        sum_lanes4(to + o, sum + k * T, T, bias ? bias + o : NULL);
+                    continue;
+                }
                 for (int k = 0, o = o0; k < rows && o < end; k += R, o += step)
                     for (int r = 0, at = o; r < R; r++, at += apart, sum += T)
-                        if (at < O) out[(size_t)(t0 + t) * ldo + at] = sum_lanes(*sum) + (bias ? bias[at] : 0);
+                        if (at < O) to[at] = sum_lanes(*sum) + (bias ? bias[at] : 0);
             }
         }
 }
@@ -1391,26 +1438,6 @@ static void pack_rows(float *packed, const Factor *a, int rows, int depth) {
             for (int r = 0; r < n; r++)
                 for (int k = 0; k < depth; k++) to[(size_t)k * MR + r] = from[r * a->ld + k];
     }
-}
-
-// to (4,4), rows ldt apart = from (4,4)^T, rows ldf apart. As vectors: element by element, packing took a fifth of prefill.
-INLINE void transpose4(float *to, size_t ldt, const float *from, size_t ldf) {
-#if VL > 1 && defined(HAS_SHUFFLE)
-    vec4 row[4], pair[4];
-    for (int i = 0; i < 4; i++) memcpy(&row[i], from + i * ldf, sizeof row[i]);
-    for (int i = 0; i < 2; i++) {
-        pair[2 * i] = __builtin_shufflevector(row[i], row[i + 2], 0, 4, 1, 5);
-        pair[2 * i + 1] = __builtin_shufflevector(row[i], row[i + 2], 2, 6, 3, 7);
-    }
-    for (int i = 0; i < 2; i++) {
-        row[2 * i] = __builtin_shufflevector(pair[i], pair[i + 2], 0, 4, 1, 5);
-        row[2 * i + 1] = __builtin_shufflevector(pair[i], pair[i + 2], 2, 6, 3, 7);
-    }
-    for (int i = 0; i < 4; i++) memcpy(to + i * ldt, &row[i], sizeof row[i]);
-#else
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++) to[i * ldt + j] = from[j * ldf + i];
-#endif
 }
 
 // panel[k][j] = b(j0 + j, k0 + k), float32; missing rows of b are zero.
