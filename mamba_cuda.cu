@@ -2459,7 +2459,8 @@ template <class T> static int upload_weights(Gpu *g, const Model *m) {
     char *raw = (char *)gpu_take(g, m->tensors_bytes);
     Type compute = sizeof(T) == 4 ? F32 : BF16;
     if (!raw) return -1;
-    if (cudaMemcpy(raw, host, m->tensors_bytes, cudaMemcpyHostToDevice) != cudaSuccess) return finish(d);
+    // On the stream: a plain cudaMemcpy may return before its last bytes have landed, and this stream does not wait for it.
+    check_cuda(d, cudaMemcpyAsync(raw, host, m->tensors_bytes, cudaMemcpyHostToDevice, d->stream), "weights");
     std::vector<TensorPlace> places = tensor_places(m, &g->w);
     for (const TensorPlace &p : places) {
         const void *from = raw + ((const char *)p.host->data - host);
@@ -4189,7 +4190,8 @@ static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int float32) {
         w.A_neg = derived, w.conv_t = derived + (size_t)c->E * c->N;
         derived += (size_t)c->E * (size_t)(c->N + c->K);
     }
-    cudaMemcpy(x->decays, decays.data(), flags, cudaMemcpyHostToDevice);
+    check_cuda(&x->device, cudaMemcpyAsync(x->decays, decays.data(), flags, cudaMemcpyHostToDevice, x->device.stream),
+               "weights");
     if (gpu_trainer_resize(x, B, L) == 0 && gpu_trainer_set(x, (const float *)m->weights, NULL, NULL) == 0) return x;
     gpu_trainer_close(x);
     return NULL;

@@ -2099,6 +2099,9 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
                !memcmp(twice->h, got->h, layers * (size_t)c.N * sizeof(float)) &&
                !memcmp(twice->logits, got->logits, V * sizeof(float)),
            name);
+    static char gpu_name[256];
+    double copied, flops, used; // measured once: it leaves 2 GB of other numbers in the memory that later models get
+    if (!*gpu_name) GPU->measure(&copied, &flops, &used, gpu_name);
     int same = 0;
     for (int i = 0; i < STEPS; i++) {
         for (int q = 0; q < S; q++) same += ids[i * S + q] == ids[i * S];
