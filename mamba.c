@@ -574,6 +574,7 @@ typedef struct GpuBackend {
     int (*train_step)(GpuTrainer *x, const AdamW *how, uint64_t step, double *norm);
     int (*measure)(double *copy_bytes, double *flops, double *used_bytes, char name[256]);
     int (*time_scan)(int B, int E, int L, int N, int float32, int repeats, double seconds[4]);
+    const char *(*step_form)(const Gpu *g);
 } GpuBackend;
 
 #ifndef MAMBA_TYPES_ONLY

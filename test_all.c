@@ -2102,6 +2102,11 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
     static char gpu_name[256];
     double copied, flops, used; // measured once: it leaves 2 GB of other numbers in the memory that later models get
     if (!*gpu_name) GPU->measure(&copied, &flops, &used, gpu_name);
+    if ((c.D == 768 || c.D == 2560) && (strstr(gpu_name, "H100") || strstr(gpu_name, "H200"))) {
+        const char *form = GPU->step_form(gpu->gpu), *wanted = S == 1 ? "one kernel for one sequence" : "one kernel";
+        snprintf(name, sizeof name, "%s, %d sequences: by %s", label, S, wanted);
+        report(!strcmp(form, wanted), name, "%s", form);
+    }
     int same = 0;
     for (int i = 0; i < STEPS; i++) {
         for (int q = 0; q < S; q++) same += ids[i * S + q] == ids[i * S];
@@ -2118,6 +2123,55 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
     free(prompt), free(ids), free(again), free(allowed), free(random);
     mamba_state_free(s), mamba_state_free(g), mamba_state_free(got), mamba_state_free(twice);
     gpu->held = NULL, g->ahead = NULL;
+    mamba_acts_free(cpu), mamba_acts_free(gpu), mamba_free(m);
+}
+
+// Sequences of different prompts in one step: each says the same wherever among the others it is, and the first one's logits and
+// state are those of the CPU.
+static void check_gpu_places(void) {
+    enum { S = 45, STEPS = 16 };
+    Config c = SHAPE(768, 3, 1500, 1536, 16, 4, 48, FLAG_TIED | FLAG_CONV_BIAS);
+    c.type = BF16;
+    Model *m = mamba_random_model(&c, 33);
+    Acts *cpu = mamba_acts_new(m, 1), *gpu = gpu_acts(m, false);
+    State *zero = mamba_state_new(m), *got = mamba_state_new(m), *s = mamba_state_new(m);
+    const Sampling greedy = {.temperature = 0, .top_p = 1, .repeat_penalty = 1};
+    const int turns[] = {0, 1, 19};
+    int V = c.V, same = 0, alike = 0;
+    int32_t *prompt[S], *ids = malloc(sizeof(int32_t) * STEPS * S), *first = malloc(sizeof(int32_t) * STEPS * S);
+    uint64_t random[S] = {0};
+    unsigned char *allowed = malloc((size_t)V);
+    char name[160];
+    memset(allowed, 1, (size_t)V);
+    for (int q = 0; q < S; q++) prompt[q] = random_ids((size_t)(q % 7 + 1), V);
+    for (int k = 0; k < COUNT(turns); k++) {
+        if (GPU->set_state(gpu->gpu, zero->conv, zero->h, zero->logits))
+            printf("FAIL state: %s\n", GPU->error()), n_failed++;
+        for (int place = 0; place < S; place++) {
+            int q = (place + turns[k]) % S;
+            if (GPU->prefill(gpu->gpu, prompt[q], (size_t)(q % 7 + 1), NULL, NULL) || GPU->gather(gpu->gpu, place, S))
+                printf("FAIL gather: %s\n", GPU->error()), n_failed++;
+        }
+        if (GPU->generate_start(gpu->gpu, S, &greedy, random, 0, zero->recent, 0, allowed) ||
+            GPU->generate(gpu->gpu, k ? ids : first, STEPS))
+            printf("FAIL generate: %s\n", GPU->error()), n_failed++;
+        GPU->get_state(gpu->gpu, got->conv, got->h, got->logits);
+        for (int i = 0; i < STEPS * S && k; i++) same += ids[i] == first[i / S * S + (i % S + turns[k]) % S];
+        mamba_state_reset(m, s);
+        mamba_prefill(m, cpu, s, prompt[turns[k]], (size_t)(turns[k] % 7 + 1), NULL, NULL);
+        for (int i = 0; i < STEPS; i++) mamba_step(m, cpu, s, (k ? ids : first)[i * S]);
+        snprintf(name, sizeof name, "45 prompts, the first is number %d: logits", turns[k]);
+        check_floats(name, got->logits, s->logits, (size_t)V, 3e-2);
+        snprintf(name, sizeof name, "45 prompts, the first is number %d: h", turns[k]);
+        check_floats(name, got->h, s->h, (size_t)c.n_layer * (size_t)c.E * (size_t)c.N, 3e-2);
+    }
+    report(same == (COUNT(turns) - 1) * STEPS * S, "45 prompts: the same tokens in any place", "%d of %d", same,
+           (COUNT(turns) - 1) * STEPS * S);
+    for (int q = 1; q < S; q++) alike += first[(STEPS - 1) * S + q] == first[(STEPS - 1) * S];
+    report(alike < S - 1, "45 prompts: not all say the same", "%d of %d do", alike, S - 1);
+    for (int q = 0; q < S; q++) free(prompt[q]);
+    free(ids), free(first), free(allowed);
+    mamba_state_free(zero), mamba_state_free(got), mamba_state_free(s);
     mamba_acts_free(cpu), mamba_acts_free(gpu), mamba_free(m);
 }
 
@@ -2248,6 +2302,7 @@ static void test_cuda(void) {
         for (int k = 0; k < COUNT(sequences) && (k == 0 || STEP_SHAPES[i].config.D < 4096); k++)
             check_gpu_step(STEP_SHAPES[i].name, &STEP_SHAPES[i].config, sequences[k]);
     }
+    check_gpu_places();
     check_gpu_gathered("models/tales.bin");
     check_gpu_training(&GPU_SHAPES[0].config, true, 1e-4);
     check_gpu_training(&GPU_SHAPES[0].config, false, 1e-2);
