@@ -2737,7 +2737,7 @@ __device__ inline void block_argmax(float *best, int *index, float *values, int 
 }
 
 // Repeat penalty, and the likeliest of each of SLICES parts of the vocabulary: what a greedy step needs of V logits is spread over
-// the multiprocessors. Logits as they will be drawn from go to scratch, -inf where no token can be drawn.
+// the multiprocessors. Logits as they will be drawn from go to scratch, -inf where no token can be drawn, unless nothing will be drawn.
 enum { SLICES = 32 };
 struct Slice {
     float best;
@@ -2757,10 +2757,22 @@ __global__ void __launch_bounds__(256)
     int likeliest = V;
     if (threadIdx.x == 0) bad = 0;
     __syncthreads();
-    for (int v = first + threadIdx.x; v < last; v += blockDim.x) {
-        float l = in[v];
-        if (!(l - l == 0)) bad = 1;
-        x[v] = allowed[v] ? l : -INFINITY;
+    const bool again = how->temperature != 0 || penalty != 1; // whether logits are needed after this
+    for (int v = first + threadIdx.x; v < last; v += 4 * blockDim.x) { // four loads on the way at once
+        float l[4];
+        bool may[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int at = v + i * (int)blockDim.x;
+            l[i] = at < last ? in[at] : 0, may[i] = at < last && allowed[at];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int at = v + i * (int)blockDim.x;
+            if (!(l[i] - l[i] == 0)) bad = 1;
+            if (again && at < last) x[at] = may[i] ? l[i] : -INFINITY;
+            if (may[i] && l[i] > best) best = l[i], likeliest = at;
+        }
     }
     __syncthreads();
     if (penalty != 1 && threadIdx.x < (unsigned)q->n_recent) { // a token is penalised once, however often it occurs
@@ -2769,9 +2781,12 @@ __global__ void __launch_bounds__(256)
         for (int j = 0; j < (int)threadIdx.x && mine; j++) mine = q->recent[j] != v;
         if (mine) x[v] = x[v] > 0 ? x[v] / penalty : x[v] * penalty;
     }
-    if (penalty != 1) __syncthreads();
-    for (int v = first + threadIdx.x; v < last; v += blockDim.x)
-        if (x[v] > best) best = x[v], likeliest = v;
+    if (penalty != 1) {
+        __syncthreads();
+        best = -INFINITY, likeliest = V;
+        for (int v = first + threadIdx.x; v < last; v += blockDim.x)
+            if (x[v] > best) best = x[v], likeliest = v;
+    }
     block_argmax(&best, &likeliest, values, indices);
     if (threadIdx.x == 0) slices[blockIdx.y * SLICES + blockIdx.x] = {best, likeliest, bad};
 }
