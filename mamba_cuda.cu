@@ -2757,7 +2757,7 @@ __global__ void __launch_bounds__(256)
     int likeliest = V;
     if (threadIdx.x == 0) bad = 0;
     __syncthreads();
-    const bool again = how->temperature != 0 || penalty != 1; // whether logits are needed after this
+    const bool again = how->temperature != 0 || penalty != 1;          // whether logits are needed after this
     for (int v = first + threadIdx.x; v < last; v += 4 * blockDim.x) { // four loads on the way at once
         float l[4];
         bool may[4];
@@ -3815,6 +3815,22 @@ static void solo_free(Solo *q) {
     delete q;
 }
 
+// How many of so many clusters of 8 blocks run at once; -1 where the kernel does not run at all.
+template <class... Parameters>
+static int clusters_at_once(void (*kernel)(Parameters...), int clusters, int threads, size_t shared) {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = SOLO_CLUSTER, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = (unsigned)(clusters * SOLO_CLUSTER), config.blockDim = (unsigned)threads;
+    config.dynamicSmemBytes = shared, config.attrs = &attribute, config.numAttrs = 1;
+    int at_once = 0;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&at_once, kernel, &config) == cudaSuccess)
+        return at_once;
+    return cudaGetLastError(), -1;
+}
+
 // NULL where shapes do not fit (a D that there is a kernel for, rows of whole 16 bytes, a ring of 4 slots at least), or the GPU, or its memory.
 static Solo *solo_new(Gpu *g) {
     const Config *c = &g->config;
@@ -3860,17 +3876,8 @@ static Solo *solo_new(Gpu *g) {
         default:
             return NULL;
         }
-        cudaLaunchConfig_t config = {};
-        cudaLaunchAttribute attribute = {};
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim.x = SOLO_CLUSTER, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-        config.gridDim = (unsigned)(p->clusters * SOLO_CLUSTER), config.blockDim = SOLO_THREADS + 32,
-        config.dynamicSmemBytes = q.shared;
-        config.attrs = &attribute, config.numAttrs = 1;
-        int at_once = 0;
-        if (cudaFuncSetAttribute(q.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)q.shared) != cudaSuccess ||
-            cudaOccupancyMaxActiveClusters(&at_once, q.kernel, &config) != cudaSuccess)
-            return cudaGetLastError(), (Solo *)NULL;
+        int at_once = clusters_at_once(q.kernel, p->clusters, SOLO_THREADS + 32, q.shared);
+        if (at_once < 0) return NULL;
         if (at_once >= p->clusters) break;
         if (clusters == 1) return NULL;
     }
@@ -4507,7 +4514,11 @@ static bool tensor_map(CUtensorMap *map, bool bf16_, const void *x, size_t rows,
     static PFN_cuTensorMapEncodeTiled_v12000 encode = NULL;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSuccess;
     if (!encode)
+#if CUDART_VERSION >= 12050
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000, cudaEnableDefault, &found);
+#else
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)&encode, cudaEnableDefault, &found);
+#endif
     cuuint64_t size[2] = {cols, rows}, bytes[1] = {cols * (bf16_ ? 2 : 4)};
     cuuint32_t box[2] = {(cuuint32_t)box_cols, (cuuint32_t)box_rows}, steps[2] = {1, 1};
     return encode && !encode(map, bf16_ ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2,
@@ -4587,17 +4598,8 @@ static Wide *wide_new(Gpu *g, int S) {
         p->slots = SOLO_SLOTS;
         while (p->slots && (q.shared = WideShared(*p).bytes) > (size_t)limit) p->slots--;
         if (p->slots < 4 || most > WIDE_EACH || p->out.tiles * 8 > 64 * pairs) return NULL;
-        cudaLaunchConfig_t config = {};
-        cudaLaunchAttribute attribute = {};
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim.x = SOLO_CLUSTER, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-        config.gridDim = (unsigned)(p->clusters * SOLO_CLUSTER), config.blockDim = WIDE_THREADS + 32,
-        config.dynamicSmemBytes = q.shared;
-        config.attrs = &attribute, config.numAttrs = 1;
-        int at_once = 0;
-        if (cudaFuncSetAttribute(q.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)q.shared) != cudaSuccess ||
-            cudaOccupancyMaxActiveClusters(&at_once, q.kernel, &config) != cudaSuccess)
-            return cudaGetLastError(), (Wide *)NULL;
+        int at_once = clusters_at_once(q.kernel, p->clusters, WIDE_THREADS + 32, q.shared);
+        if (at_once < 0) return NULL;
         if (at_once >= p->clusters) break;
     }
     size_t L = (size_t)c->n_layer, places = (size_t)SOLO_CLUSTER * p->subs;
