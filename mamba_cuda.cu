@@ -3944,19 +3944,14 @@ enum {
     WIDE_EACH = 5    // sequences of a cluster, at the most
 };
 
-// What follows from D.
+// What follows from D. SUB: channels at a time, of the slice; PAIRS: of a cluster's columns, in a lane; ITEMS: four channels each, of the
+// convolution, a thread; TEAM: warps that take a sequence of the scan's step.
 template <int D> struct WideShape {
-    static constexpr int E = 2 * D, SLICE = E / SOLO_CLUSTER, CHUNKS = SLICE / 64,
-                         SUB = D == 768 || D == 1536 ? 192
-                               : D == 2560           ? 160
-                                                     : 128, // channels at a time, of the slice
-        SUBS = SLICE / SUB, PITCH = SLICE * 2 + 16, QUADS = SLICE / 4,
-                         PAIRS = D == 768    ? 1
-                                 : D <= 1536 ? 2
-                                             : 3, // of a cluster's columns, in a lane
-        ITEMS =
-            (WIDE_EACH * QUADS + WIDE_THREADS - 1) / WIDE_THREADS, // four channels each, of the convolution, a thread
-        TEAM = SUB / 32, TEAMS = WIDE_WARPS / TEAM;                // warps that take a sequence of the scan's
+    static constexpr int E = 2 * D, SLICE = E / SOLO_CLUSTER, CHUNKS = SLICE / 64, PITCH = SLICE * 2 + 16;
+    static constexpr int SUB = D == 2560 ? 160 : D % 768 == 0 ? 192 : 128, SUBS = SLICE / SUB;
+    static constexpr int PAIRS = D == 768 ? 1 : D <= 1536 ? 2 : 3;
+    static constexpr int QUADS = SLICE / 4, ITEMS = (WIDE_EACH * QUADS + WIDE_THREADS - 1) / WIDE_THREADS;
+    static constexpr int TEAM = SUB / 32, TEAMS = WIDE_WARPS / TEAM;
 };
 
 struct WideLayer {
@@ -3987,27 +3982,28 @@ struct WideArgs {
     float eps;
 };
 
-struct
-    WideShared { // where things lie; the last two from a multiple of 1024 on, as the boxes' order of 16 bytes counts from there
+// Where things lie in shared memory, most of it several things in turn:
+//   sums  out_proj's (8,8,columns), or in_proj's (PARTS,16,rows) in bf16, or u, gate, delta (most,slice)
+//   bc    (most,2N)      scale (8)
+//   end   x or y (SEQUENCES,slice), or x_proj's sums (8,most,P), then, at u and low from there, what is multiplied next in bf16
+//   then the ring. These two begin at a multiple of 1024, from which the boxes' order of 16 bytes counts.
+struct WideShared {
     size_t sums, bc, scale, end, a_bytes, u, low, bytes;
-    int most;
+    int most; // sequences of a cluster
     __host__ __device__ WideShared(const WideArgs &p) {
-        most = (p.S + p.clusters - 1) / p.clusters; // sequences of a cluster
+        most = (p.S + p.clusters - 1) / p.clusters;
         size_t out = (size_t)64 * p.out.tiles * 8 * 4, in = (size_t)WIDE_PARTS * 16 * p.in.tiles * 8 * 2,
                scan = (size_t)3 * most * p.slice * 4, xdb = (size_t)SOLO_CLUSTER * most * p.P * 4,
                pitch = p.slice * 2 + 16, low_pitch = (p.slice / 4 + 63) / 64 * 128 + 16;
-        sums = ((2 * SOLO_SLOTS + 4) * 8 + 127) / 128 *
-               128; // out_proj's (8,8,columns), or in_proj's (PARTS,16,rows) in bf16, or u, gate, delta (most,slice)
         if (out < scan) out = scan;
         if (out < in) out = in;
-        bc = sums + out;                                           // (most,2N)
-        scale = bc + (size_t)most * 2 * p.N * 4, end = scale + 32; // (8)
-        // x or y (SEQUENCES,slice), or x_proj's sums (8,most,P), then u and low of it in bf16
+        sums = ((2 * SOLO_SLOTS + 4) * 8 + 127) / 128 * 128, bc = sums + out;
+        scale = bc + (size_t)most * 2 * p.N * 4, end = scale + 32;
         u = xdb, low = u + 8 * pitch, a_bytes = low + 8 * low_pitch;
         if (a_bytes < (size_t)WIDE_SEQUENCES * p.slice * 2) a_bytes = (size_t)WIDE_SEQUENCES * p.slice * 2;
         a_bytes = (a_bytes + 1023) / 1024 * 1024;
-        bytes = end + 1023 + a_bytes + (size_t)p.slots * p.slot_bytes +
-                WIDE_GROUP * 128; // a product may read beyond its rows
+        bytes = end + 1023 + a_bytes + (size_t)p.slots * p.slot_bytes;
+        bytes += WIDE_GROUP * 128; // a product may read beyond its rows
     }
 };
 
@@ -4088,16 +4084,15 @@ __device__ inline void wide_fetch(const WideArgs &p, const CUtensorMap *map_h, S
 __host__ __device__ constexpr int wide_group(int chunks) { // slots at a time
     return chunks % 4 == 0 ? 4 : chunks % 3 == 0 ? 3 : chunks % 2 == 0 ? 2 : 1;
 }
-__device__ inline uint64_t
-wide_operand(uint32_t at) { // rows of 128 bytes, 8 of them a period of the order of their 16 bytes
+// Rows of 128 bytes, 8 of them a period of the order of their 16 bytes.
+__device__ inline uint64_t wide_operand(uint32_t at) {
     return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
 }
 template <int CHUNKS, class Take>
 __device__ inline void wide_product(SoloRing &ring, int tid, uint32_t a, int m_tiles, int tiles, Take take) {
     constexpr int GROUP = wide_group(CHUNKS);
     const int first = tid / 128 * (WIDE_GROUP / 8), m = tid / 32 % 4;
-    const uint32_t rows =
-        first < tiles ? first * 1024 : 0; // a group without rows does what is not used: branches would cost more
+    const uint32_t rows = first < tiles ? first * 1024 : 0; // a group without rows: sums that nobody takes
     float c[24] = {};
 #pragma unroll 1
     for (int i = 0; i < CHUNKS; i += GROUP) {
@@ -4181,7 +4176,8 @@ __device__ inline uint2 get_tagged(const uint4 *from, uint32_t tag) { // once th
     } while ((uint32_t)(x >> 32) != tag || (uint32_t)(y >> 32) != tag);
     return make_uint2((uint32_t)x, (uint32_t)y);
 }
-// All blocks have written what they had to.
+// All blocks have written what they had to. To hear is no acquire, which would empty the first-level cache: what was written is read
+// past it (cg).
 __device__ inline void wide_say(const WideArgs &p, uint32_t tag) {
     wide_sync();
     if (threadIdx.x == 0)
@@ -4272,8 +4268,8 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
     }
     wait_for_input();
     uint32_t tag = *(volatile uint32_t *)p.turn * (uint32_t)(3 * p.n_layer) + 1;
-    const int own = tid < 256 ? rank * 8 + tid / 32
-                              : WIDE_SEQUENCES; // whose residual stream, of the cluster's columns, this warp has
+    // The sequence whose residual stream, of the cluster's columns, this warp has.
+    const int own = tid < 256 ? rank * 8 + tid / 32 : WIDE_SEQUENCES;
     float2 res[Q::PAIRS], norm[Q::PAIRS];
     auto pairs = [&](auto each) {
         const int lane = tid % 32;
