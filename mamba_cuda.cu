@@ -3940,8 +3940,9 @@ enum {
     WIDE_LINE = 32,  // words from a block's to the next one's
     WIDE_WARPS = 12,
     WIDE_THREADS = 32 * WIDE_WARPS,
-    WIDE_GROUP = 48, // rows that a group of four warps multiplies at once
-    WIDE_EACH = 5    // sequences of a cluster, at the most
+    WIDE_ROWS_FEW = 8 * WIDE_WARPS, // the same of x_proj and dt_proj: a tile a warp
+    WIDE_GROUP = 48,                // rows that a group of four warps multiplies at once
+    WIDE_EACH = 5                   // sequences of a cluster, at the most
 };
 
 // What follows from D. SUB: channels at a time, of the slice; PAIRS: of a cluster's columns, in a lane; ITEMS: four channels each, of the
@@ -3960,8 +3961,8 @@ struct WideLayer {
 // How many rows a block has at the most, in how many slots, and how many a slot.
 struct WideCut {
     int tiles, blocks, rows;
-    void set(int tiles_) {
-        tiles = tiles_, blocks = (tiles * 8 + WIDE_ROWS - 1) / WIDE_ROWS;
+    void set(int tiles_, int rows_) {
+        tiles = tiles_, blocks = (tiles * 8 + rows_ - 1) / rows_;
         rows = (tiles + blocks - 1) / blocks * 8;
     }
 };
@@ -4121,14 +4122,14 @@ __device__ inline void wide_product(SoloRing &ring, int tid, uint32_t a, int m_t
             if (first + n < tiles) take(m, first + n, c + 4 * n);
 }
 
-// The same of up to 8 sequences, whose activations lie at `a` in rows of PITCH bytes; a warp takes every 12th tile. take(tile, sums): of
-// sequence lane / 4.
+// The same of up to 8 sequences, whose activations lie at `a` in rows of PITCH bytes; a tile a warp. take(sums): of sequence lane / 4,
+// rows 8 warp + 2 (lane % 4) and one more.
 template <int PITCH, int CHUNKS, class Take>
 __device__ inline void wide_few(SoloRing &ring, int tid, uint32_t a, int tiles, Take take) {
-    constexpr int NT = (WIDE_ROWS / 8 + WIDE_WARPS - 1) / WIDE_WARPS, GROUP = wide_group(CHUNKS);
-    const int lane = tid % 32, first = tid / 32;
-    const uint32_t a_row = a + lane % 8 * PITCH + lane / 8 * 16, row = lane % 8 * 128;
-    float c[NT][2][4] = {};
+    constexpr int GROUP = wide_group(CHUNKS);
+    const int lane = tid % 32, warp = tid / 32;
+    const uint32_t a_row = a + lane % 8 * PITCH + lane / 8 * 16, row = warp * 1024 + lane % 8 * 128;
+    float c[2][4] = {};
 #pragma unroll 1
     for (int i = 0; i < CHUNKS; i += GROUP) {
         SoloRing ahead = ring;
@@ -4139,24 +4140,16 @@ __device__ inline void wide_few(SoloRing &ring, int tid, uint32_t a, int tiles, 
         for (int g = 0; g < GROUP; g++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                if (first < tiles) {
-                    uint4 v = matrices<false>(a_row + (i + g) * 128 + half * 64);
-#pragma unroll
-                    for (int n = 0; n < NT; n++)
-                        if (first + n * WIDE_WARPS < tiles) {
-                            uint4 w = matrices<false>(slot[g] + row + (first + n * WIDE_WARPS) * 1024 +
-                                                      ((lane / 8 + half * 4) ^ (lane % 8)) * 16);
-                            tensor_product(c[n][0], v.x, 0, v.y, 0, w.x, w.y);
-                            tensor_product(c[n][1], v.z, 0, v.w, 0, w.z, w.w);
-                        }
+                if (warp < tiles) {
+                    uint4 v = matrices<false>(a_row + (i + g) * 128 + half * 64),
+                          w = matrices<false>(slot[g] + row + ((lane / 8 + half * 4) ^ (lane % 8)) * 16);
+                    tensor_product(c[0], v.x, 0, v.y, 0, w.x, w.y);
+                    tensor_product(c[1], v.z, 0, v.w, 0, w.z, w.w);
                 }
 #pragma unroll
         for (int g = 0; g < GROUP; g++) ring.release();
     }
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-        if (first + n * WIDE_WARPS < tiles)
-            take(first + n * WIDE_WARPS, make_float2(c[n][0][0] + c[n][1][0], c[n][0][1] + c[n][1][1]));
+    if (warp < tiles) take(make_float2(c[0][0] + c[1][0], c[0][1] + c[1][1]));
 }
 
 __device__ inline void arrive_at(uint32_t barrier) { // of any block of the cluster
@@ -4394,11 +4387,10 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
 #pragma unroll 1
             for (int b = 0; b < p.x_proj.blocks; b++)
                 wide_few<PITCH, CHUNKS>(ring, tid, shared_address(memory + a_at + place.u),
-                                        min(p.x_proj.rows / 8, p.x_proj.tiles - b * p.x_proj.rows / 8),
-                                        [&](int tile, float2 c) {
+                                        min(p.x_proj.rows / 8, p.x_proj.tiles - b * p.x_proj.rows / 8), [&](float2 c) {
                                             if (lane / 4 >= n_s) return;
                                             uint32_t to = shared_address(xdb_parts + (rank * n_s + lane / 4) * P +
-                                                                         b * p.x_proj.rows + tile * 8 + lane % 4 * 2);
+                                                                         b * p.x_proj.rows + warp * 8 + lane % 4 * 2);
 #pragma unroll 2
                                             for (int i = 0; i < SOLO_CLUSTER; i++)
                                                 send(address_in(to, i), __float_as_uint(c.x), __float_as_uint(c.y),
@@ -4420,12 +4412,12 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
             wide_sync();
 #pragma unroll 1
             for (int b = 0; b < p.dt.blocks; b++)
-                wide_few<LOW_PITCH, LOW_CHUNKS>(
-                    ring, tid, shared_address(memory + a_at + place.low),
-                    min(p.dt.rows / 8, p.dt.tiles - b * p.dt.rows / 8), [&](int tile, float2 c) {
-                        if (lane / 4 < n_s)
-                            *(float2 *)(delta + lane / 4 * SLICE + b * p.dt.rows + tile * 8 + lane % 4 * 2) = c;
-                    });
+                wide_few<LOW_PITCH, LOW_CHUNKS>(ring, tid, shared_address(memory + a_at + place.low),
+                                                min(p.dt.rows / 8, p.dt.tiles - b * p.dt.rows / 8), [&](float2 c) {
+                                                    if (lane / 4 < n_s)
+                                                        *(float2 *)(delta + lane / 4 * SLICE + b * p.dt.rows +
+                                                                    warp * 8 + lane % 4 * 2) = c;
+                                                });
             wide_sync();
             // The scan's step: a channel a lane, all its states; teams of warps take the sequences in turn.
             const int team = warp / Q::TEAM, c = warp % Q::TEAM * 32 + lane;
@@ -4580,13 +4572,15 @@ static Wide *wide_new(Gpu *g, int S) {
     default:
         return NULL;
     }
-    p->x_proj.set((p->P + 7) / 8), p->dt.set(p->slice / 8);
+    // Where little is left for the ring, smaller slots keep more bytes on their way; elsewhere they only are more.
+    const int rows_most = D >= 2048 ? WIDE_ROWS_FEW : WIDE_ROWS;
+    p->x_proj.set((p->P + 7) / 8, WIDE_ROWS_FEW), p->dt.set(p->slice / 8, WIDE_ROWS_FEW);
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     for (p->clusters = SOLO_CLUSTERS;; p->clusters--) { // as many as run at once
         if (!p->clusters) return NULL;
-        p->in.set((E / 4 + 2 * p->clusters - 1) / (2 * p->clusters));
-        p->out.set((D / 8 + p->clusters - 1) / p->clusters);
+        p->in.set((E / 4 + 2 * p->clusters - 1) / (2 * p->clusters), rows_most);
+        p->out.set((D / 8 + p->clusters - 1) / p->clusters, rows_most);
         int most = (S + p->clusters - 1) / p->clusters,
             rows = std::max(std::max(p->in.rows, p->out.rows), std::max(p->x_proj.rows, p->dt.rows));
         p->slot_bytes =
