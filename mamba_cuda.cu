@@ -4496,7 +4496,7 @@ struct Wide {
     void *memory;
 };
 
-// rows of `cols` numbers in boxes; bf16 lies in shared memory with its 16 bytes in the order that ldmatrix reads without conflicts.
+// A map of rows of `cols` numbers, bf16 or float, for boxes (box_rows,box_cols); false if there is none. bf16 lies in shared memory with its 16 bytes in the order that tensor cores read.
 static bool tensor_map(CUtensorMap *map, bool bf16_, const void *x, size_t rows, size_t cols, int box_rows,
                        int box_cols) {
     static PFN_cuTensorMapEncodeTiled_v12000 encode = NULL;
@@ -4541,9 +4541,10 @@ static Wide *wide_new(Gpu *g, int S) {
     Device *d = &g->device;
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, limit = 0, device = 0, there = 0;
     if (!d->hopper || !g->bf16_compute || c->flags & (FLAG_PROJ_BIAS | FLAG_MIXER_NORM) || S > WIDE_SEQUENCES ||
-        E != 2 * D || R % 8 || R > D / 16 || N % 4 || N > SOLO_STATES || K > SOLO_TAPS ||
-        cudaMemcpyFromSymbol(&there, wide_there, sizeof there) != cudaSuccess || !there)
+        E != 2 * D || R % 8 || R > D / 16 || N % 4 || N > SOLO_STATES || K > SOLO_TAPS)
         return NULL;
+    check_cuda(d, cudaMemcpyFromSymbol(&there, wide_there, sizeof there), "the form of a step");
+    if (!there) return NULL;
     Wide q = {};
     WideArgs *p = &q.args;
     p->S = S, p->N = N, p->K = K, p->R = R, p->P = R + 2 * N, p->n_layer = c->n_layer;
@@ -4648,13 +4649,11 @@ template <class T> static void generation_step(Gpu *g) {
                      n->current, n->tokens, g->res, (const T *)g->w.embedding, n->S, c->V, c->D);
     if (n->solo) {
         solo_step(g, n->solo);
-    } else if (n->wide) {
-        wide_step(g, n->wide);
-        matmul(d, g->step_logits, (size_t)c->V, acts_of<T>(g).xn, (size_t)c->D, (const T *)g->w.head, n->S, c->V, c->D);
-    } else if (thin_fits(g, n->S)) {
+    } else if (!n->wide && thin_fits(g, n->S)) {
         thin_step(g, n->S);
     } else {
-        network<T>(g, NULL, n->S, 1);
+        if (n->wide) wide_step(g, n->wide);
+        else network<T>(g, NULL, n->S, 1);
         matmul(d, g->step_logits, (size_t)c->V, acts_of<T>(g).xn, (size_t)c->D, (const T *)g->w.head, n->S, c->V, c->D);
     }
     check_launch(d, "step");

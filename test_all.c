@@ -2061,6 +2061,9 @@ static const struct {
     {"step, 1048 channels", SHAPE(40, 2, 77, 1048, 4, 3, 24, FLAG_TIED)},
     {"step, of the 130M model's width", SHAPE(768, 2, 1000, 1536, 16, 4, 48, FLAG_TIED | FLAG_CONV_BIAS)},
     {"step, of the 2.8B model's width", SHAPE(2560, 1, 301, 5120, 16, 4, 160, FLAG_CONV_BIAS)},
+    {"step, width 1024, 8 states, two taps", SHAPE(1024, 2, 211, 2048, 8, 2, 40, FLAG_TIED)},
+    {"step, width 1536, 12 states, no convolution", SHAPE(1536, 2, 99, 3072, 12, 1, 96, FLAG_CONV_BIAS)},
+    {"step, width 2048, 4 states, three taps", SHAPE(2048, 2, 130, 4096, 4, 3, 128, 0)},
     {"step, odd", SHAPE(36, 2, 90, 75, 5, 3, 3, FLAG_CONV_BIAS)},
     {"step, a channel without neighbours", SHAPE(384, 3, 99, 1049, 4, 3, 24, FLAG_TIED)}, // blocks with few channels or none
     {"step, few channels", SHAPE(128, 3, 1001, 192, 8, 2, 16, FLAG_MIXER_NORM)},
@@ -2102,7 +2105,7 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
     static char gpu_name[256];
     double copied, flops, used; // measured once: it leaves 2 GB of other numbers in the memory that later models get
     if (!*gpu_name) GPU->measure(&copied, &flops, &used, gpu_name);
-    if ((c.D == 768 || c.D == 2560) && (strstr(gpu_name, "H100") || strstr(gpu_name, "H200"))) {
+    if (c.D >= 768 && c.E == 2 * c.D && c.D % 256 == 0 && c.D <= 2560 && (strstr(gpu_name, "H100") || strstr(gpu_name, "H200"))) {
         const char *form = GPU->step_form(gpu->gpu), *wanted = S == 1 ? "one kernel for one sequence" : "one kernel";
         snprintf(name, sizeof name, "%s, %d sequences: by %s", label, S, wanted);
         report(!strcmp(form, wanted), name, "%s", form);
