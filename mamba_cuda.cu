@@ -295,55 +295,78 @@ __global__ void embed_kernel(float *__restrict__ res, const int32_t *__restrict_
     for (int i = threadIdx.x; i < D; i += blockDim.x) res[row * D + i] = value(embedding[id * D + i]);
 }
 
-// out = in / sqrt(mean(in^2) + eps) * weight, rows of `cols` numbers; weight NULL: without. TEAM threads a row, which they keep in PER
-// registers each where it fits (PER = 0: reads it twice). in may be out. A team of a block, for few rows, has the weights on their
-// way before it knows the sum.
-template <class T, class In, int PER, int TEAM>
+// V neighbouring numbers that are read or written at once.
+template <class T, int V> struct alignas(sizeof(T) * V) Group { T v[V]; };
+
+// out = in / sqrt(mean(in^2) + eps) * weight, rows of `cols` numbers, a multiple of V; weight NULL: without. TEAM threads a row, which
+// they keep in PER groups of V each where it fits (PER = 0: reads it twice). in may be out. A team of a block, for few rows, has the
+// weights on their way before it knows the sum.
+template <class T, class In, int PER, int TEAM, int V>
 __global__ void __launch_bounds__(256) rmsnorm_kernel(T *out, size_t ld_out, const In *in, size_t ld_in,
                                                       const float *__restrict__ weight, float eps, int rows, int cols) {
     __shared__ float scratch[33];
+    typedef Group<In, V> Read;
+    typedef Group<float, V> Weights;
     size_t row = (size_t)blockIdx.x * (256 / TEAM) + threadIdx.x / TEAM;
-    int first = threadIdx.x % TEAM;
+    const int first = threadIdx.x % TEAM * V, step = TEAM * V;
     if (row >= (size_t)rows) return; // never part of a block of one row
     const In *x = in + row * ld_in;
     out += row * ld_out;
-    float squares = 0, kept[PER + 1], early[PER + 1];
+    float squares = 0;
+    Read kept[PER + 1];
+    Weights early[PER + 1];
 #pragma unroll
-    for (int k = 0; k < PER; k++) {
-        int i = first + TEAM * k;
-        if (TEAM > 32) early[k] = weight && i < cols ? weight[i] : 1;
-    }
+    for (int k = 0; k < PER; k++)
+        if (TEAM > 32 && weight && first + step * k < cols) early[k] = *(const Weights *)(weight + first + step * k);
     wait_for_input();
 #pragma unroll
-    for (int k = 0; k < PER; k++) kept[k] = first + TEAM * k < cols ? value(x[first + TEAM * k]) : 0;
+    for (int k = 0; k < PER; k++)
+        if (first + step * k < cols) kept[k] = *(const Read *)(x + first + step * k);
+    auto add = [&](const Read &r) {
 #pragma unroll
-    for (int k = 0; k < PER; k++) squares += kept[k] * kept[k];
-    for (int i = first + TEAM * PER; i < cols; i += TEAM) squares += value(x[i]) * value(x[i]);
+        for (int v = 0; v < V; v++) squares += value(r.v[v]) * value(r.v[v]);
+    };
+#pragma unroll
+    for (int k = 0; k < PER; k++)
+        if (first + step * k < cols) add(kept[k]);
+    for (int i = first + step * PER; i < cols; i += step) add(*(const Read *)(x + i));
     squares = TEAM > 32 ? block_sum(squares, scratch) : warp_sum(squares);
     float scale = rsqrtf(squares / (float)cols + eps);
+    auto store = [&](int i, const Read &r, const Weights &w) {
+        Group<T, V> g;
+#pragma unroll
+        for (int v = 0; v < V; v++) put(&g.v[v], value(r.v[v]) * scale * (weight ? w.v[v] : 1.0f));
+        *(Group<T, V> *)(out + i) = g;
+    };
+    Weights none = {};
 #pragma unroll
     for (int k = 0; k < PER; k++) {
-        int i = first + TEAM * k;
-        if (i < cols) put(out + i, kept[k] * scale * (TEAM > 32 ? early[k] : weight ? weight[i] : 1.0f));
+        int i = first + step * k;
+        if (i < cols) store(i, kept[k], TEAM > 32 ? early[k] : weight ? *(const Weights *)(weight + i) : none);
     }
-    for (int i = first + TEAM * PER; i < cols; i += TEAM)
-        put(out + i, value(x[i]) * scale * (weight ? weight[i] : 1.0f));
+    for (int i = first + step * PER; i < cols; i += step)
+        store(i, *(const Read *)(x + i), weight ? *(const Weights *)(weight + i) : none);
 }
-template <class T, class In, int TEAM> static auto rmsnorm_choice(int cols) {
+template <class T, class In, int TEAM, int V> static auto rmsnorm_choice(int cols) {
     int each = (cols + TEAM - 1) / TEAM;
-    return each <= 3    ? rmsnorm_kernel<T, In, 3, TEAM>
-           : each <= 10 ? rmsnorm_kernel<T, In, 10, TEAM>
-           : each <= 24 ? rmsnorm_kernel<T, In, 24, TEAM>
-           : each <= 48 ? rmsnorm_kernel<T, In, 48, TEAM>
-           : each <= 80 ? rmsnorm_kernel<T, In, 80, TEAM>
-                        : rmsnorm_kernel<T, In, 0, TEAM>;
+    if constexpr (V == 1) return each <= 12 ? rmsnorm_kernel<T, In, 12, TEAM, 1> : rmsnorm_kernel<T, In, 0, TEAM, 1>;
+    else
+        return each <= 4    ? rmsnorm_kernel<T, In, 4 / V, TEAM, V>
+               : each <= 12 ? rmsnorm_kernel<T, In, 12 / V, TEAM, V>
+               : each <= 24 ? rmsnorm_kernel<T, In, 24 / V, TEAM, V>
+               : each <= 80 ? rmsnorm_kernel<T, In, 80 / V, TEAM, V>
+                            : rmsnorm_kernel<T, In, 0, TEAM, V>;
 }
 enum { NORM_FEW = 2048 }; // rows: 8 a block would leave multiprocessors idle
 template <class T, class In>
 static void rmsnorm(Device *d, T *out, size_t ld_out, const In *in, size_t ld_in, const float *weight, float eps,
                     int rows, int cols) {
     bool block = rows <= NORM_FEW && cols > 256; // a row of 256 or less is a warp's in any case
-    auto kernel = block ? rmsnorm_choice<T, In, 256>(cols) : rmsnorm_choice<T, In, 32>(cols);
+    bool fours = (ld_out | ld_in | (size_t)cols) % 4 == 0 && (uintptr_t)in % (4 * sizeof(In)) == 0 &&
+                 ((uintptr_t)weight) % 16 == 0 && (uintptr_t)out % (4 * sizeof(T)) == 0;
+    auto kernel = block   ? fours ? rmsnorm_choice<T, In, 256, 4>(cols) : rmsnorm_choice<T, In, 256, 1>(cols)
+                    : fours ? rmsnorm_choice<T, In, 32, 4>(cols)
+                          : rmsnorm_choice<T, In, 32, 1>(cols);
     launch_dependent(d, kernel, dim3(blocks_for((size_t)rows, block ? 1 : 8)), 256, 0, out, ld_out, in, ld_in, weight,
                      eps, rows, cols);
     check_launch(d, "rmsnorm");
@@ -360,29 +383,28 @@ template <class T> static void add_bias(Device *d, T *x, size_t ld, const float 
     check_launch(d, "add_bias");
 }
 
-// V neighbouring numbers that are read or written at once.
-template <class T, int V> struct alignas(sizeof(T) * V) Group { T v[V]; };
-
 // --- conv1d + SiLU: u_t = silu(bias + sum over k of conv[k] x_{t-K+1+k}), before the first token the window, or zeros.
-// A thread takes V channels for CONV_STEPS steps, their last inputs in registers; K > 4 reads them again from the cache.
-enum { CONV_STEPS = 32, CONV_TAPS = 4 };
+// A thread takes V channels for so many steps, their last inputs in registers; K > 4 reads them again from the cache. Whoever has
+// read the window moves it on to the last K-1 inputs (K > 4: conv_window_kernel does, afterwards).
+enum { CONV_TAPS = 4 };
 
 template <class T, int V>
-__global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, const float *__restrict__ window,
+__global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, float *window,
                                    const float *__restrict__ conv_t, const float *__restrict__ bias, int L, int E,
-                                   int K) {
-    int e = (blockIdx.x * blockDim.x + threadIdx.x) * V, t0 = blockIdx.y * CONV_STEPS;
+                                   int K, int steps) {
+    int e = (blockIdx.x * blockDim.x + threadIdx.x) * V, t0 = blockIdx.y * steps;
     if (e >= E) return;
     size_t b = blockIdx.z;
     const T *x = xz + b * L * 2 * E + e;
-    const float *before = window ? window + b * (K - 1) * E + e : NULL;
+    float *before = window ? window + b * (K - 1) * E + e : NULL;
     u += b * L * E + e;
+    wait_for_input();
     auto input = [&](int t, int v) { // x_t of channel e + v
         return t >= 0                ? value(x[(size_t)t * 2 * E + v])
                : before && t + K > 0 ? before[(size_t)(t + K - 1) * E + v]
                                      : 0.0f;
     };
-    int t1 = min(t0 + CONV_STEPS, L);
+    int t1 = min(t0 + steps, L);
     if (K <= CONV_TAPS) {
         float tap[CONV_TAPS][V], past[CONV_TAPS][V], start[V]; // the last K of four taps are used; past[3] is x_t
 #pragma unroll
@@ -408,6 +430,9 @@ __global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, 
             }
             *(Group<T, V> *)(u + (size_t)t * E) = out;
         }
+        if (before && t0 == 0)
+            for (int k = 0; k < K - 1; k++)
+                for (int v = 0; v < V; v++) before[(size_t)k * E + v] = input(L - K + 1 + k, v);
     } else {
         for (int t = t0; t < t1; t++)
             for (int v = 0; v < V; v++) {
@@ -473,8 +498,8 @@ __global__ void conv1d_silu_step_kernel(T *__restrict__ u, float *__restrict__ w
 template <class T>
 static void conv1d_silu(Device *d, T *u, float *window, const T *xz, const float *conv_t, const float *bias, int B,
                         int L, int E, int K) {
-    int V = E % 2 == 0 ? 2 : 1;
-    dim3 grid(blocks_for((size_t)E / V, 128), blocks_for((size_t)L, CONV_STEPS), (unsigned)B);
+    int V = E % 2 == 0 ? 2 : 1, steps = L > 4096 ? 32 : 16; // 16: more blocks, and 3 inputs more for each
+    dim3 grid(blocks_for((size_t)E / V, 128), blocks_for((size_t)L, (size_t)steps), (unsigned)B);
     if (L == 1 && window) {
         if (E % 4 == 0)
             launch_dependent(d, conv1d_silu_step_kernel<T, 4>, dim3(blocks_for((size_t)E / 4, 128), (unsigned)B), 128,
@@ -483,9 +508,9 @@ static void conv1d_silu(Device *d, T *u, float *window, const T *xz, const float
             launch_dependent(d, conv1d_silu_step_kernel<T, 1>, dim3(blocks_for((size_t)E, 128), (unsigned)B), 128, 0, u,
                              window, xz, conv_t, bias, E, K);
     } else
-        (V == 2 ? conv1d_silu_kernel<T, 2>
-                : conv1d_silu_kernel<T, 1>)<<<grid, 128, 0, d->stream>>>(u, xz, window, conv_t, bias, L, E, K);
-    if (L > 1 && window && K > 1) // one sequence: prefill
+        launch_dependent(d, V == 2 ? conv1d_silu_kernel<T, 2> : conv1d_silu_kernel<T, 1>, grid, 128, 0, u, xz, window,
+                         conv_t, bias, L, E, K, steps);
+    if (L > 1 && window && K > CONV_TAPS) // one sequence: prefill
         conv_window_kernel<<<blocks_for((size_t)E, 128), 128, 0, d->stream>>>(window, xz, L, E, K);
     check_launch(d, "conv1d_silu");
 }
@@ -873,8 +898,8 @@ static void matmul_d_W(Device *d, float *d_W, const T *d_out, size_t ld_out, con
 //   - softplus is one ex2 and a polynomial for log1p (exact for small arguments too, where log(1 + e) is not), and two gates share
 //     one reciprocal: 18.5 special functions a token and channel instead of 20;
 //   - a row's address is one multiply-add (down()): 64-bit indices and clamps cost a third of the time before (660 to 499 us).
-// A lane is a channel (in scan_relay also two neighbouring ones, where alignment and shape allow) in every kernel: a row's loads are
-// contiguous whatever its stride and base, so there is one path for all alignments, and no sum crosses lanes.
+// A lane is a channel (in scan_relay and scan_tiles also two neighbouring ones, where alignment and shape allow) in every kernel: a
+// row's loads are contiguous whatever its stride and base, so there is one path for all alignments, and no sum crosses lanes.
 //
 // scan_relay, for many channels and N = 8 or 16: four warps take turns in time and hand the states on; delta, delta*u and y are
 //   registers. About 145 instructions a token and channel instead of 160 (477 instead of 500 us); with two channels a lane, which
@@ -883,7 +908,7 @@ static void matmul_d_W(Device *d, float *d_W, const T *d_out, size_t ld_out, con
 //   of 16 steps. Its S warps share the states of a channel (N/S each, in registers) and, in time, what all states need: softplus,
 //   conversions and the gate, which otherwise every warp would repeat. Shared memory holds delta and delta*u, B_ssm, C_ssm, and the
 //   warps' parts of y.
-// scan_tiles, for few channels: a block is 32 channels and one tile of W*K steps, a warp a piece of K steps, whose delta, delta*u
+// scan_tiles, for few channels: a block is 32 C channels and one tile of W*K steps, a warp a piece of K steps, whose delta, delta*u
 //   and y are registers. For each state a warp computes its K decays and its end state from h = 0 (the forecast), keeps the decays,
 //   leaves (product of decays, end state) in shared memory, joins the pieces before its own and walks the piece again with the
 //   decays it kept: 7 instructions a state and step instead of 5, but no second exponential. All tiles run in parallel; a
@@ -915,6 +940,24 @@ enum { MAIL_BOXES = 16 };
 
 #define LOG2E 1.44269504f
 
+// Starts while the kernel before still runs (from sm_90 on), which every kernel of the scan awaits first.
+template <class... Parameters, class... Arguments>
+static cudaError_t scan_launch(void (*kernel)(Parameters...), size_t blocks, int threads, int shared,
+                               cudaStream_t stream, Arguments... arguments) {
+    int device, major;
+    cudaError_t err = cudaGetDevice(&device);
+    if (!err) err = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (!err) err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (err) return err;
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = (unsigned)blocks, config.blockDim = (unsigned)threads, config.dynamicSmemBytes = (size_t)shared;
+    config.stream = stream, config.attrs = &early, config.numAttrs = major >= 9;
+    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
 // Ends a kernel that waits for another block some ten seconds with an error instead of for ever: only a defect can cause that.
 __device__ __forceinline__ void give_up_after(int polls) {
     if (polls > 1 << 24) __trap();
@@ -935,17 +978,26 @@ __device__ __forceinline__ float rcp_fast(float x) {
     return y;
 }
 
-// max(x, 0) + log1p(exp(-|x|)); log1p(e) / e on [0,1] is a polynomial of degree 8, within 3e-8.
-__device__ __forceinline__ float softplus(float x) {
-    float e = exp2_fast(-LOG2E * fabsf(x)), q = 0.00523268789f;
-    q = fmaf(q, e, -0.0295052132f);
-    q = fmaf(q, e, 0.0782259103f);
-    q = fmaf(q, e, -0.136632423f);
-    q = fmaf(q, e, 0.191060051f);
-    q = fmaf(q, e, -0.248429818f);
-    q = fmaf(q, e, 0.333190968f);
-    q = fmaf(q, e, -0.499994931f);
-    q = fmaf(q, e, 0.99999997f);
+// max(x, 0) + log1p(exp(-|x|)); log1p(e) / e on [0,1] is a polynomial, of degree 8 within 3e-8, for x from bf16 of degree 6 within 1.3e-6.
+template <typename T = float> __device__ __forceinline__ float softplus(float x) {
+    float e = exp2_fast(-LOG2E * fabsf(x)), q;
+    if (sizeof(T) == 2) {
+        q = fmaf(0.0141410241f, e, -0.0664018009f);
+        q = fmaf(q, e, 0.149223876f);
+        q = fmaf(q, e, -0.235038604f);
+        q = fmaf(q, e, 0.33109449f);
+        q = fmaf(q, e, -0.499869656f);
+        q = fmaf(q, e, 0.999998732f);
+    } else {
+        q = fmaf(0.00523268789f, e, -0.0295052132f);
+        q = fmaf(q, e, 0.0782259103f);
+        q = fmaf(q, e, -0.136632423f);
+        q = fmaf(q, e, 0.191060051f);
+        q = fmaf(q, e, -0.248429818f);
+        q = fmaf(q, e, 0.333190968f);
+        q = fmaf(q, e, -0.499994931f);
+        q = fmaf(q, e, 0.99999997f);
+    }
     return fmaf(e, q, fmaxf(x, 0.f));
 }
 
@@ -962,11 +1014,23 @@ __device__ __forceinline__ void gate_pair(float &y0, float &y1, float z0, float 
 // tag on top, because a tile and the one two after it share a word, and nothing orders plain stores by two multiprocessors, though the
 // second waits for a reader of the first: with such stores, once in some hundred million tiles of 2.8B prompts, a tile waited for ever.
 // Costs nothing that can be measured.
-__device__ __forceinline__ uint64_t mail_read(const uint64_t *p) {
-    uint64_t v;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
-    return v;
-}
+template <int C> struct Mail { uint64_t word[C]; }; // of C neighbouring channels
+template <> struct Mail<1> {
+    uint64_t word[1];
+    __device__ __forceinline__ void read(const uint64_t *p) {
+        asm volatile("ld.relaxed.gpu.u64 %0, [%1];" : "=l"(word[0]) : "l"(p) : "memory");
+    }
+    __device__ __forceinline__ bool all(uint32_t tag) const { return (uint32_t)(word[0] >> 32) == tag; }
+};
+template <> struct Mail<2> {
+    uint64_t word[2];
+    __device__ __forceinline__ void read(const uint64_t *p) {
+        asm volatile("ld.relaxed.gpu.v2.u64 {%0, %1}, [%2];" : "=l"(word[0]), "=l"(word[1]) : "l"(p) : "memory");
+    }
+    __device__ __forceinline__ bool all(uint32_t tag) const {
+        return (uint32_t)(word[0] >> 32) == tag && (uint32_t)(word[1] >> 32) == tag;
+    }
+};
 __device__ __forceinline__ void mail_write(uint64_t *p, uint64_t v) {
     asm volatile("red.relaxed.gpu.global.max.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
@@ -976,17 +1040,26 @@ template <typename T> __device__ __forceinline__ T *down(T *p, int i, int ld) {
     return (T *)((char *)p + (long long)(i * (int)sizeof(T)) * ld);
 }
 
+template <int R> struct alignas(R >= 4 ? 16 : 4 * R) Row { float v[R]; };
+
 // A shared load that the compiler leaves outside of conditions, so that several are in flight.
-__device__ __forceinline__ float2 load_always(const float2 *p) {
-    float2 v;
+__device__ __forceinline__ Row<2> load_always(const Row<2> *p) {
+    Row<2> r;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                 : "=f"(v.x), "=f"(v.y)
+                 : "=f"(r.v[0]), "=f"(r.v[1])
                  : "r"((unsigned)__cvta_generic_to_shared(p))
                  : "memory");
-    return v;
+    return r;
+}
+__device__ __forceinline__ Row<4> load_always(const Row<4> *p) {
+    Row<4> r;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(r.v[0]), "=f"(r.v[1]), "=f"(r.v[2]), "=f"(r.v[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(p))
+                 : "memory");
+    return r;
 }
 
-template <int R> struct alignas(R >= 4 ? 16 : 4 * R) Row { float v[R]; };
 __device__ __forceinline__ float4 load4(const float *p) { return *(const float4 *)p; }
 __device__ __forceinline__ void unpack(float *to, float4 v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
 
@@ -1002,6 +1075,7 @@ __global__ void __launch_bounds__(32 * S, MINB) scan_walk(ScanArgs<T> p) {
     float *bc = (float *)shared;   // [2][2N][PITCH]    B_ssm, then C_ssm
     float *dt = bc + 2 * TILE_BC;  // [2][2][32][PITCH] delta, then delta*u
     float *part = dt + 4 * TILE_E; // [2][S][32][PITCH] y, summed over the states of a warp
+    wait_for_input();
     const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, groups = (p.E + 31) / 32;
     const int b = blockIdx.x / groups, e_true = blockIdx.x % groups * 32 + lane, L = p.L, E = p.E;
     const bool live = e_true < E;
@@ -1064,7 +1138,7 @@ __global__ void __launch_bounds__(32 * S, MINB) scan_walk(ScanArgs<T> p) {
         float *bc_to = bc + (tile & 1) * TILE_BC + bc_n * PITCH + bc_t;
         Row<R> d, du;
 #pragma unroll
-        for (int i = 0; i < R; i++) d.v[i] = softplus(value(raw_delta[i]) + bias);
+        for (int i = 0; i < R; i++) d.v[i] = softplus<T>(value(raw_delta[i]) + bias);
         if (tile * TT + TT > L)
 #pragma unroll
             for (int i = 0; i < R; i++) d.v[i] = tile * TT + w * R + i < L ? d.v[i] : 0.f;
@@ -1152,11 +1226,7 @@ __global__ void __launch_bounds__(32 * S, MINB) scan_walk(ScanArgs<T> p) {
 template <typename T, int S, int NS, int UNROLL, int MINB>
 cudaError_t scan_walk_launch(const ScanArgs<T> &p, cudaStream_t stream) {
     constexpr int bytes = (2 * 2 * S * NS + 4 * 32 + 2 * S * 32) * 20 * 4;
-    auto kernel = scan_walk<T, S, NS, UNROLL, MINB>;
-    cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (err != cudaSuccess) return err;
-    kernel<<<(unsigned)((size_t)p.B * ((p.E + 31) / 32)), 32 * S, bytes, stream>>>(p);
-    return cudaGetLastError();
+    return scan_launch(scan_walk<T, S, NS, UNROLL, MINB>, (size_t)p.B * ((p.E + 31) / 32), 32 * S, bytes, stream, p);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1196,6 +1266,7 @@ __global__ void __launch_bounds__(128, MINB) scan_relay(ScanArgs<T> p) {
     extern __shared__ float4 shared[];
     Row<V> *hand = (Row<V> *)shared, *As = hand + W * Q * M * 32; // [W][Q][M][32] states handed on, [Q][M][32] A_neg
     float *bc = (float *)(As + Q * M * 32); // [W][2N][PITCH] B_ssm, then C_ssm, of each warp's steps
+    wait_for_input();
     const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, groups = (p.E + 32 * C - 1) / (32 * C), L = p.L, E = p.E;
     const int b = blockIdx.x / groups, e_true = (blockIdx.x % groups * 32 + lane) * C,
               tiles = (L + W * K - 1) / (W * K);
@@ -1286,7 +1357,7 @@ __global__ void __launch_bounds__(128, MINB) scan_relay(ScanArgs<T> p) {
 #pragma unroll
         for (int i = 0; i < K; i++)
 #pragma unroll
-            for (int c = 0; c < C; c++) d[i][c] = softplus(raw_d[i].get(c) + bias[c]);
+            for (int c = 0; c < C; c++) d[i][c] = softplus<T>(raw_d[i].get(c) + bias[c]);
         if (t0 + K > L)
 #pragma unroll
             for (int i = 0; i < K; i++)
@@ -1392,11 +1463,8 @@ __global__ void __launch_bounds__(128, MINB) scan_relay(ScanArgs<T> p) {
 template <typename T, int NS, int C, int UNROLL, int MINB>
 cudaError_t scan_relay_launch(const ScanArgs<T> &p, cudaStream_t stream) {
     constexpr int bytes = (20 * NS * C * 32 + 32 * NS * 12) * 4;
-    auto kernel = scan_relay<T, NS, C, UNROLL, MINB>;
-    cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (err != cudaSuccess) return err;
-    kernel<<<(unsigned)((size_t)p.B * ((p.E + 32 * C - 1) / (32 * C))), 128, bytes, stream>>>(p);
-    return cudaGetLastError();
+    return scan_launch(scan_relay<T, NS, C, UNROLL, MINB>, (size_t)p.B * ((p.E + 32 * C - 1) / (32 * C)), 128, bytes,
+                       stream, p);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1411,48 +1479,57 @@ struct No {
     static constexpr bool value = false;
 };
 
-template <typename T, int K, int W, int MINB>
+template <typename T, int K, int W, int C, int MINB>
 __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMail m) {
-    constexpr int TILE = K * W, PITCH = TILE + 4, NB = 16; // NB: states whose B_ssm and C_ssm are staged at a time
+    constexpr int TILE = K * W, NB = 16;       // NB: states whose B_ssm, C_ssm and A_neg are staged at a time
+    constexpr int ROW = 2 * TILE + 32 * C + 4; // odd multiples of 4 modulo 32, so that staging has no bank conflicts
+    constexpr int A_IN_ROW = 2 * TILE, JOIN = 2 * W * 32;
+    typedef Pack<T, C> P;
     extern __shared__ float4 shared[];
-    float *Bs = (float *)shared, *Cs = Bs + NB * PITCH, *As = Cs + NB * PITCH; // [NB][PITCH] twice, [NB][32]
-    float2 *join = (float2 *)(As + NB * 32);     // [2][W][32] of (product of decays, end state)
-    float *first = (float *)(join + 2 * W * 32); // [2][32] state before the tile
-    T *zs = (T *)(first + 2 * 32);               // [TILE][32], each thread its own
-    const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, groups = (p.E + 31) / 32, L = p.L, E = p.E, N = p.N;
-    __shared__ unsigned
-        ticket; // the order in which blocks really start: whoever a tile waits for has started before it
+    float *rows = (float *)shared; // [NB][ROW]: B_ssm [TILE], C_ssm [TILE], A_neg [32][C] of a state
+    // [2][2 W][32] pairs (x, y) of a map h -> x h + y: W-1 times nothing, the state before the tile as (0, state), then of each warp
+    // (product of its decays, its end state from 0). So warp w's first state is what W pairs from w on make of anything.
+    auto join = (Row<2 * C> *)(rows + NB * ROW);
+    P *zs = (P *)(join + 2 * JOIN); // [TILE][32], each thread its own
+    const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, groups = (p.E + 32 * C - 1) / (32 * C), L = p.L, E = p.E,
+              N = p.N;
+    // The order in which blocks really start: whoever a tile waits for has started before it.
+    __shared__ unsigned ticket;
+    wait_for_input();
     if (threadIdx.x == 0) ticket = atomicAdd((unsigned *)m.words, 1u) - m.ticket; // modulo 2^32, as the counter
     __syncthreads();
-    const int tile = ticket / (p.B * groups), in_tile = ticket % (p.B * groups), b = in_tile / groups;
-    const int e_true = in_tile % groups * 32 + lane, tile_t = tile * TILE, t0 = tile_t + w * K;
+    const int tile = ticket / (p.B * groups), in_tile = ticket % (p.B * groups), b = in_tile / groups,
+              e_true = (in_tile % groups * 32 + lane) * C, tile_t = tile * TILE, t0 = tile_t + w * K;
     const bool live = e_true < E, last_tile = tile_t + TILE >= L;
-    const uint32_t tag = m.tag + tile; // of the mail that this tile waits for
-    const int e = live ? e_true : E - 1;
+    const uint32_t tag = m.tag + tile;   // of the mail that this tile waits for
+    const int e = live ? e_true : E - C; // C divides E; lanes beyond E do what the last lane within does
     const size_t row0 = (size_t)b * L, half = (size_t)p.B * N * E;
-    const float bias = p.dt_bias[e], skip = p.D_skip[e];
+    float bias[C], skip[C];
+#pragma unroll
+    for (int c = 0; c < C; c++) bias[c] = p.dt_bias[e + c], skip[c] = p.D_skip[e + c];
 
     const T *d_at = p.delta_raw + (row0 + t0) * p.ld_delta + e, *u_at = p.u + (row0 + t0) * p.ld_u + e,
             *z_at = p.z + (row0 + t0) * p.ld_z + e;
-    T raw_d[K], raw_u[K], raw_z[K];
+    P raw_d[K], raw_u[K], raw_z[K];
     if (t0 + K <= L) {
 #pragma unroll
         for (int i = 0; i < K; i++)
-            raw_d[i] = *down(d_at, i, p.ld_delta), raw_u[i] = *down(u_at, i, p.ld_u), raw_z[i] = *down(z_at, i, p.ld_z);
+            raw_d[i] = *(const P *)down(d_at, i, p.ld_delta), raw_u[i] = *(const P *)down(u_at, i, p.ld_u),
+            raw_z[i] = *(const P *)down(z_at, i, p.ld_z);
     } else {
 #pragma unroll
         for (int i = 0; i < K; i++) {
-            raw_d[i] = raw_u[i] = raw_z[i] = to<T>(0.f);
+            raw_d[i].zero(), raw_u[i].zero(), raw_z[i].zero();
             if (t0 + i < L)
-                raw_d[i] = *down(d_at, i, p.ld_delta), raw_u[i] = *down(u_at, i, p.ld_u),
-                raw_z[i] = *down(z_at, i, p.ld_z);
+                raw_d[i] = *(const P *)down(d_at, i, p.ld_delta), raw_u[i] = *(const P *)down(u_at, i, p.ld_u),
+                raw_z[i] = *(const P *)down(z_at, i, p.ld_z);
         }
     }
     // Warps stage 4-step x 8-state units: states 8 (w % 4).. of the 2 NB of B_ssm and C_ssm.
     const bool is_C = w % 4 >= 2;
     const int bc_n = w % 2 * 8 + lane % 8, bc_t = w / 4 * 4 + lane / 8, ld_bc = is_C ? p.ld_C : p.ld_B;
     const T *bc_from = (is_C ? p.C_ssm : p.B_ssm) + (row0 + tile_t + bc_t) * ld_bc + bc_n;
-    float *bc_to = (is_C ? Cs : Bs) + bc_n * PITCH + bc_t;
+    float *bc_to = rows + (is_C ? TILE : 0) + bc_n * ROW + bc_t;
     auto stage = [&](int n0) {
         if (tile_t + TILE <= L && n0 + NB <= N) {
             T raw[K];
@@ -1466,87 +1543,135 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMa
                 bool in = tile_t + bc_t + v * W < L && n0 + bc_n < N;
                 bc_to[v * W] = in ? value(down(bc_from, v * W, ld_bc)[n0]) : 0.f;
             }
-        for (int n = w; n < NB; n += W)
-            As[n * 32 + lane] = n0 + n < N ? LOG2E * p.A_neg[(size_t)(n0 + n) * E + e] : 0.f;
+        for (int n = w; n < NB; n += W) {
+            Row<C> a;
+#pragma unroll
+            for (int c = 0; c < C; c++) a.v[c] = n0 + n < N ? LOG2E * p.A_neg[(size_t)(n0 + n) * E + e + c] : 0.f;
+            ((Row<C> *)(rows + n * ROW + A_IN_ROW))[lane] = a;
+        }
     };
     stage(0);
-    float d[K], du[K], y[K], elapsed = 0.f;
+    if (w < W - 1) join[w * 32 + lane] = join[JOIN + w * 32 + lane] = {};
+    float d[K][C], du[K][C], y[K][C], elapsed[C];
 #pragma unroll
-    for (int i = 0; i < K; i++) zs[(w * K + i) * 32 + lane] = raw_z[i], d[i] = softplus(value(raw_d[i]) + bias);
+    for (int c = 0; c < C; c++) elapsed[c] = 0.f;
+#pragma unroll
+    for (int i = 0; i < K; i++) {
+        zs[(w * K + i) * 32 + lane] = raw_z[i];
+#pragma unroll
+        for (int c = 0; c < C; c++) d[i][c] = softplus<T>(raw_d[i].get(c) + bias[c]);
+    }
     if (t0 + K > L) // past the end of time delta is 0: decay 1, inject 0
 #pragma unroll
-        for (int i = 0; i < K; i++) d[i] = t0 + i < L ? d[i] : 0.f;
+        for (int i = 0; i < K; i++)
 #pragma unroll
-    for (int i = 0; i < K; i++) du[i] = d[i] * value(raw_u[i]), y[i] = skip * value(raw_u[i]), elapsed += d[i];
-    asm("" : "+f"(elapsed)); // or the compiler sums it again for every state
+            for (int c = 0; c < C; c++) d[i][c] = t0 + i < L ? d[i][c] : 0.f;
+#pragma unroll
+    for (int i = 0; i < K; i++)
+#pragma unroll
+        for (int c = 0; c < C; c++) {
+            float u = raw_u[i].get(c);
+            du[i][c] = d[i][c] * u, y[i][c] = skip[c] * u, elapsed[c] += d[i][c];
+        }
+#pragma unroll
+    for (int c = 0; c < C; c++) asm("" : "+f"(elapsed[c])); // or the compiler sums it again for every state
 
     // The first warp reads the mailbox of the tile before, the last warp writes this tile's.
-    const bool save = p.h_starts && t0 % SCAN_SAVE == 0 && t0 < L && live;
-    size_t at = (size_t)b * N * E + e; // of the older state below in (B,N,E); the newer one is E on
-    uint64_t *box = m.words + MAIL_BOXES + ((tile - (w == 0)) & 1) * half + at;
-    float *starts =
-        save ? p.h_starts + ((size_t)b * ((L + SCAN_SAVE - 1) / SCAN_SAVE) + t0 / SCAN_SAVE) * N * E + e : NULL;
-    float decay0[K], decay1[K], prod,
-        end; // decays of two states in turn; their product and the end state from 0 of the newer
-    uint64_t mail = 0;
+    uint64_t *box = m.words + MAIL_BOXES + ((tile - (w == 0)) & 1) * half + (size_t)b * N * E + e;
+    float *starts = p.h_starts && t0 % SCAN_SAVE == 0 && t0 < L
+                        ? p.h_starts + ((size_t)b * ((L + SCAN_SAVE - 1) / SCAN_SAVE) + t0 / SCAN_SAVE) * N * E + e
+                        : NULL;
+    float decay[K][C], prod[C], end[C]; // of one state; their product and the end state from 0
+    Mail<C> mail = {};
+    const float *row = rows + w * K, *A_at = rows + A_IN_ROW + lane * C; // of the state in hand
+    int joined = w * 32 + lane;                                          // in the half of join with the state in hand
+    const bool seldom = w == W - 1 || starts;                            // has more to do than its part of y
 
     // The forecast of a state lies in shared memory before the barrier that joins it.
-    auto leave = [&](int turn, size_t at) {
-        join[(turn * W + w) * 32 + lane] = make_float2(prod, end);
+    auto leave = [&](int n) {
+        Row<2 * C> forecast;
+#pragma unroll
+        for (int c = 0; c < C; c++) forecast.v[c] = prod[c], forecast.v[C + c] = end[c];
+        join[joined + W * 32] = forecast;
         if (w == 0) {
-            float before = 0.f;
-            if (tag == m.tag && p.h0) before = p.h0[at];
-            if (tag != m.tag && live) {
-                for (int polls = 0; (uint32_t)(mail >> 32) != tag; polls++) {
-                    mail = mail_read(box);
+            auto before = Row<2 * C>();
+            if (tile > 0) {
+                for (int polls = 0; !mail.all(tag); polls++) {
+                    mail.read(box);
                     give_up_after(polls);
                 }
-                before = __uint_as_float((uint32_t)mail);
+#pragma unroll
+                for (int c = 0; c < C; c++) before.v[C + c] = __uint_as_float((uint32_t)mail.word[c]);
+            } else if (p.h0)
+#pragma unroll
+                for (int c = 0; c < C; c++) before.v[C + c] = p.h0[((size_t)b * N + n) * E + e + c];
+            join[joined + (W - 1) * 32] = before;
+        }
+    };
+    auto forecast = [&](const float *B, int i, Row<C> A) { // a step of the end state from 0
+#pragma unroll
+        for (int c = 0; c < C; c++) {
+            decay[i][c] = exp2_fast(d[i][c] * A.v[c]);
+            end[c] = i ? fmaf(decay[i][c], end[c], du[i][c] * B[i % 4]) : du[0][c] * B[0];
+        }
+    };
+    // State n from its true start, and between its steps, which leave the special-function unit idle, the forecast of the next state,
+    // whose decays take the places of those that have been used.
+    auto state_step = [&](auto more, int n) {
+        Row<2 * C> part[W];
+        Row<C> h, A;
+#pragma unroll
+        for (int v = 0; v < W; v++) part[v] = load_always(join + joined + v * 32);
+        if (more.value) A = *(const Row<C> *)(A_at + ROW);
+        if (more.value && w == 0 && tile > 0) mail.read(box += E);
+#pragma unroll
+        for (int c = 0; c < C; c++) h.v[c] = part[0].v[C + c];
+#pragma unroll
+        for (int v = 1; v < W; v++)
+#pragma unroll
+            for (int c = 0; c < C; c++) h.v[c] = fmaf(part[v].v[c], h.v[c], part[v].v[C + c]);
+        if (seldom) {
+            if (w == W - 1) {
+                float after[C];
+#pragma unroll
+                for (int c = 0; c < C; c++) after[c] = fmaf(prod[c], h.v[c], end[c]);
+                if (!last_tile) {
+#pragma unroll
+                    for (int c = 0; c < C; c++)
+                        mail_write(box + c, (uint64_t)(tag + 1) << 32 | __float_as_uint(after[c]));
+                    box += E;
+                } else if (p.h_final)
+#pragma unroll
+                    for (int c = 0; c < C; c++) p.h_final[((size_t)b * N + n) * E + e + c] = after[c];
             }
-            first[turn * 32 + lane] = before;
-        }
-    };
-    auto forecast = [&](float(&decay)[K], int g, int i, float A) { // four steps of the end state from 0
-        float B[4];
-        unpack(B, load4(Bs + g * PITCH + w * K + i));
+            if (starts) {
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            decay[i + k] = exp2_fast(d[i + k] * A);
-            end = i + k ? fmaf(decay[i + k], end, du[i + k] * B[k]) : du[0] * B[0];
+                for (int c = 0; c < C; c++) starts[c] = h.v[c];
+                starts += E;
+            }
         }
-    };
-    // State g from its true start, and between its steps, which leave the special-function unit idle, the forecast of state g + 1.
-    auto state_step = [&](auto more, int turn, float(&decay)[K], float(&decay_next)[K], int g) {
-        float h = first[turn * 32 + lane], A = 0.f;
-        float2 part[W - 1];
+        if (more.value)
 #pragma unroll
-        for (int v = 0; v < W - 1; v++) part[v] = load_always(join + (turn * W + v) * 32 + lane);
-        if (more.value) A = As[(g + 1) * 32 + lane];
-        if (more.value && w == 0 && tag != m.tag) mail = mail_read(box + E);
-#pragma unroll
-        for (int v = 0; v < W - 1; v++)
-            if (v < w) h = fmaf(part[v].x, h, part[v].y);
-        if (w == W - 1 && live) {
-            float after = fmaf(prod, h, end);
-            if (!last_tile) mail_write(box, (uint64_t)(tag + 1) << 32 | __float_as_uint(after));
-            else if (p.h_final) p.h_final[at] = after;
-        }
-        if (save) *starts = h;
-        box += E, at += E, starts += E;
-        if (more.value) prod = exp2_fast(elapsed * A);
+            for (int c = 0; c < C; c++) prod[c] = exp2_fast(elapsed[c] * A.v[c]);
 #pragma unroll
         for (int i = 0; i < K; i += 4) {
-            float B[4], C[4];
-            if (more.value) forecast(decay_next, g + 1, i, A);
-            unpack(B, load4(Bs + g * PITCH + w * K + i)), unpack(C, load4(Cs + g * PITCH + w * K + i));
+            float B[4], C_row[4], B_next[4];
+            if (more.value) unpack(B_next, load4(row + ROW + i));
+            unpack(B, load4(row + i)), unpack(C_row, load4(row + TILE + i));
 #pragma unroll
             for (int k = 0; k < 4; k++) {
-                h = fmaf(decay[i + k], h, du[i + k] * B[k]);
-                y[i + k] = fmaf(C[k], h, y[i + k]);
+#pragma unroll
+                for (int c = 0; c < C; c++) {
+                    h.v[c] = fmaf(decay[i + k][c], h.v[c], du[i + k][c] * B[k]);
+                    y[i + k][c] = fmaf(C_row[k], h.v[c], y[i + k][c]);
+                }
+                if (more.value) forecast(B_next, i + k, A);
             }
         }
         if (more.value) {
-            leave(turn ^ 1, at);
+            row += ROW, A_at += ROW;
+            joined = JOIN + 2 * (w * 32 + lane) - joined;
+            leave(n + 1);
             __syncthreads();
         }
     };
@@ -1554,37 +1679,40 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMa
         if (n0) {
             __syncthreads(); // all are done with the states before
             stage(n0);
+            row = rows + w * K, A_at = rows + A_IN_ROW + lane * C;
+            if (w == 0) box += E;
         }
         __syncthreads();
         const int count = min(NB, N - n0);
-        if (w == 0 && tag != m.tag) mail = mail_read(box);
-        prod = exp2_fast(elapsed * As[lane]);
+        if (w == 0 && tile > 0) mail.read(box);
+        const Row<C> A = *(const Row<C> *)A_at;
 #pragma unroll
-        for (int i = 0; i < K; i += 4) forecast(decay0, 0, i, As[lane]);
-        leave(0, at);
-        __syncthreads();
-        int g = 0;
-        for (; g + 2 < count; g += 2) {
-            state_step(Yes(), 0, decay0, decay1, g);
-            state_step(Yes(), 1, decay1, decay0, g + 1);
+        for (int c = 0; c < C; c++) prod[c] = exp2_fast(elapsed[c] * A.v[c]);
+#pragma unroll
+        for (int i = 0; i < K; i += 4) {
+            float B[4];
+            unpack(B, load4(row + i));
+#pragma unroll
+            for (int k = 0; k < 4; k++) forecast(B, i + k, A);
         }
-        if (g + 2 == count) {
-            state_step(Yes(), 0, decay0, decay1, g);
-            state_step(No(), 1, decay1, decay0, g + 1);
-        } else state_step(No(), 0, decay0, decay1, g);
+        leave(n0);
+        __syncthreads();
+        for (int g = 0; g + 1 < count; g++) state_step(Yes(), n0 + g);
+        state_step(No(), n0 + count - 1);
     }
     T *out = p.out + (row0 + t0) * p.ld_out + e;
-    const int rows = live ? L - t0 : 0;
+    const int steps = live ? L - t0 : 0;
 #pragma unroll
-    for (int i = 0; i < K; i += 2)
-        gate_pair(y[i], y[i + 1], value(zs[(w * K + i) * 32 + lane]), value(zs[(w * K + i + 1) * 32 + lane]));
-    if (rows >= K) {
+    for (int i = 0; i < K; i += 2) {
+        P z0 = zs[(w * K + i) * 32 + lane], z1 = zs[(w * K + i + 1) * 32 + lane];
 #pragma unroll
-        for (int i = 0; i < K; i++) *down(out, i, p.ld_out) = to<T>(y[i]);
-    } else {
+        for (int c = 0; c < C; c++) gate_pair(y[i][c], y[i + 1][c], z0.get(c), z1.get(c));
+    }
 #pragma unroll
-        for (int i = 0; i < K; i++)
-            if (i < rows) *down(out, i, p.ld_out) = to<T>(y[i]);
+    for (int i = 0; i < K; i++) {
+        P g;
+        g.set(y[i]);
+        if (i < steps) *(P *)down(out, i, p.ld_out) = g;
     }
 }
 
@@ -1593,50 +1721,53 @@ static size_t scan_forward_workspace(int B, int E, int N) {
     return sizeof(uint64_t) * (2 * (size_t)B * N * E + MAIL_BOXES);
 }
 
-template <typename T, int K, int W, int MINB>
+template <typename T, int K, int W, int C, int MINB>
 static cudaError_t scan_tiles_launch(const ScanArgs<T> &p, cudaStream_t stream) {
-    constexpr int bytes = (2 * 16 * (K * W + 4) + 16 * 32 + 2 * 32) * 4 + 2 * W * 32 * 8 + K * W * 32 * (int)sizeof(T);
-    auto kernel = scan_tiles<T, K, W, MINB>;
-    cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (err != cudaSuccess) return err;
-    size_t tiles = ((size_t)p.L + K * W - 1) / (K * W), items = (size_t)p.B * ((p.E + 31) / 32) * tiles;
+    constexpr int bytes =
+        (16 * (2 * K * W + 32 * C + 4) + 2 * 2 * W * 32 * 2 * C) * 4 + K * W * 32 * C * (int)sizeof(T);
+    const size_t tiles = ((size_t)p.L + K * W - 1) / (K * W),
+                 items = (size_t)p.B * ((p.E + 32 * C - 1) / (32 * C)) * tiles;
     ScanMail *m = p.mail;
     if (items > INT32_MAX || m->bytes < scan_forward_workspace(p.B, p.E, p.N)) return cudaErrorInvalidValue;
     // Tags rise until they would wrap, which clears the boxes and starts again: a tag is then never older than it looks. Tickets
     // may wrap: only their difference to the launch's first is used.
     if (!m->cleared || m->tag > UINT32_MAX - tiles) {
-        err = cudaMemsetAsync(m->words, 0, m->bytes, stream);
+        cudaError_t err = cudaMemsetAsync(m->words, 0, m->bytes, stream);
         if (err != cudaSuccess) return err;
         m->ticket = m->tag = 0, m->cleared = true;
     }
-    kernel<<<(unsigned)items, 32 * W, bytes, stream>>>(p, *m);
-    err = cudaGetLastError();
+    cudaError_t err = scan_launch(scan_tiles<T, K, W, C, MINB>, items, 32 * W, bytes, stream, p, *m);
     if (err != cudaSuccess) return err;
     m->tag += (uint32_t)tiles, m->ticket += (uint32_t)items;
     return cudaSuccess;
 }
 
-// Few blocks of 32 channels, below one and a half a multiprocessor: tiles, unless the text is too short to pay for their start. Else
-// the relay for N = 8 and 16 (the walk where the text is short), the walk for 32 and 64, and tiles for any other N. The relay with two
-// channels a lane does a block of 64 in 0.9 of the time of two blocks of 32, but its blocks spread less evenly: 192 over 132
-// multiprocessors are two for some, where 384 of 32 channels are three. Shape, alignment and machine alone decide, so every
-// run gives the same bits.
+// A relay's time is that of the multiprocessor with most blocks: 88 us for 2,048 steps of one, 134 of two, 187 of three; tiles spread
+// over all and take 0.76 us a block of 32 channels. So tiles take few channels and what is a little over one block a multiprocessor,
+// unless the text is too short to pay for their start. Else the relay for N = 8 and 16 (the walk where the text is short), the walk for 32 and 64,
+// and tiles for any other N. With two channels a lane the relay does a block of 64 in 0.9 of the time of two blocks of 32, but its
+// blocks spread less evenly: 192 over 132 multiprocessors are two for some, where 384 of 32 channels are three. Tiles gain 4 to 8% by
+// two channels a lane where there are enough of them. Shape, alignment and machine alone decide, so every run gives the same bits.
 
 template <typename T> static cudaError_t scan_forward(const ScanArgs<T> &p, cudaStream_t stream) {
     int device, sms;
     cudaError_t err = cudaGetDevice(&device);
     if (err == cudaSuccess) err = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
     if (err != cudaSuccess) return err;
-    size_t blocks = (size_t)p.B * ((p.E + 31) / 32), pairs = (size_t)p.B * ((p.E + 63) / 64);
-    bool few = 2 * blocks < 3 * (size_t)sms, brief = p.L <= 128;
+    size_t blocks = (size_t)p.B * ((p.E + 31) / 32), pairs = (size_t)p.B * ((p.E + 63) / 64), each = (size_t)sms;
+    bool few = 20 * blocks < 18 * each || (blocks > each && 20 * blocks < 27 * each), brief = p.L <= 128;
+    if (p.N != 8 && p.N != 16) few = 2 * blocks < 3 * each;
+    bool paired = false; // two channels of bf16 are 4 bytes
+    if constexpr (sizeof(T) == 2) {
+        uintptr_t bases = (uintptr_t)p.out | (uintptr_t)p.delta_raw | (uintptr_t)p.u | (uintptr_t)p.z;
+        paired = bases % 4 == 0 && (p.ld_out | p.ld_delta | p.ld_u | p.ld_z | p.E) % 2 == 0;
+    }
     if (!few && !brief && (p.N == 8 || p.N == 16)) {
         if (p.N == 8) return scan_relay_launch<T, 2, 1, 4, 4>(p, stream);
-        if constexpr (sizeof(T) == 2) { // two channels are 4 bytes
-            uintptr_t bases = (uintptr_t)p.out | (uintptr_t)p.delta_raw | (uintptr_t)p.u | (uintptr_t)p.z;
-            bool paired = bases % 4 == 0 && (p.ld_out | p.ld_delta | p.ld_u | p.ld_z | p.E) % 2 == 0;
-            if (paired && 9 * 2 * ((pairs + sms - 1) / sms) <= 10 * ((blocks + sms - 1) / sms))
+        if constexpr (sizeof(T) == 2)
+            if (paired && blocks > 2 * each && 9 * 2 * ((pairs + each - 1) / each) <= 10 * ((blocks + each - 1) / each))
                 return scan_relay_launch<T, 4, 2, 1, 3>(p, stream);
-        }
+        if (blocks <= 3 * each) return scan_relay_launch<T, 4, 1, 4, 3>(p, stream);
         return scan_relay_launch<T, 4, 1, 4, 4>(p, stream);
     }
     if (!few || brief) {
@@ -1645,7 +1776,10 @@ template <typename T> static cudaError_t scan_forward(const ScanArgs<T> &p, cuda
         if (p.N == 32) return scan_walk_launch<T, 4, 8, 2, 4>(p, stream);
         if (p.N == 64) return scan_walk_launch<T, 8, 8, 2, 2>(p, stream);
     }
-    return scan_tiles_launch<T, 16, 4, 4>(p, stream);
+    if constexpr (sizeof(T) == 2)
+        if (paired && pairs * (((size_t)p.L + 63) / 64) >= 12 * each)
+            return scan_tiles_launch<T, 16, 4, 2, 3>(p, stream);
+    return scan_tiles_launch<T, 16, 4, 1, 4>(p, stream);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

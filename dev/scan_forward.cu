@@ -193,6 +193,11 @@ template <typename T, int NS, int C, int U, int M> cudaError_t relay_paired(cons
     bool ok = bases % (C * sizeof(T)) == 0 && (p.ld_out | p.ld_delta | p.ld_u | p.ld_z | p.E) % C == 0;
     return ok ? scan_relay_launch<T, NS, C, U, M>(p, s) : scan_relay_launch<T, NS, 1, 4, 4>(p, s);
 }
+template <typename T, int K, int W, int C, int M> cudaError_t tiles_paired(const ScanArgs<T> &p, cudaStream_t s) {
+    uintptr_t bases = (uintptr_t)p.out | (uintptr_t)p.delta_raw | (uintptr_t)p.u | (uintptr_t)p.z;
+    bool ok = bases % (C * sizeof(T)) == 0 && (p.ld_out | p.ld_delta | p.ld_u | p.ld_z | p.E) % C == 0;
+    return ok ? scan_tiles_launch<T, K, W, C, M>(p, s) : scan_tiles_launch<T, K, W, 1, M>(p, s);
+}
 struct Shape {
     int B, E, L, N, bf;
 };
@@ -200,8 +205,8 @@ struct Shape {
     { "walk S" #S " NS" #NS " u" #U " m" #M, scan_walk_launch<T, S, NS, U, M>, S *NS }
 #define RELAY(T, NS, C, U, M) \
     { "relay NS" #NS " C" #C " u" #U " m" #M, relay_paired<T, NS, C, U, M>, NS * 4 }
-#define TILES(T, K, W, M) \
-    { "tiles K" #K " W" #W " m" #M, scan_tiles_launch<T, K, W, M>, 0 }
+#define TILES(T, K, W, C, M) \
+    { "tiles K" #K " W" #W " C" #C " m" #M, tiles_paired<T, K, W, C, M>, 0 }
 #define STEP(T, V, Y) \
     { #V "x" #Y, scan_step_launch < T, V, Y>, 0 }
 template <typename T> std::vector<Rung<T>> ladder_rungs() {
@@ -215,21 +220,23 @@ template <typename T> std::vector<Rung<T>> ladder_rungs() {
                                   RELAY(T, 4, 1, 4, 4),
                                   RELAY(T, 2, 1, 4, 4),
                                   RELAY(T, 8, 1, 1, 4),
-                                  TILES(T, 16, 8, 2),
-                                  TILES(T, 8, 8, 3),
-                                  TILES(T, 16, 4, 4),
+                                  TILES(T, 16, 4, 1, 4),
                                   {"auto", scan_forward<T>, 0}};
     if constexpr (sizeof(T) == 2) {
         rungs.push_back(Rung<T> RELAY(T, 4, 2, 1, 3));
-        rungs.push_back(Rung<T> RELAY(T, 4, 2, 1, 2));
+        rungs.push_back(Rung<T> TILES(T, 16, 4, 2, 3));
+        rungs.push_back(Rung<T> RELAY(T, 4, 1, 4, 3));
     }
     return rungs;
 }
 template <typename T> std::vector<Rung<T>> check_rungs() {
-    std::vector<Rung<T>> rungs = {{"auto", scan_forward<T>, 0}, TILES(T, 16, 4, 4),  WALK(T, 4, 2, 4, 4),
-                                  WALK(T, 4, 4, 4, 4),          WALK(T, 4, 8, 2, 4), WALK(T, 8, 8, 2, 2),
-                                  RELAY(T, 4, 1, 4, 4),         RELAY(T, 2, 1, 4, 4)};
-    if constexpr (sizeof(T) == 2) rungs.push_back(Rung<T> RELAY(T, 4, 2, 1, 3));
+    std::vector<Rung<T>> rungs = {{"auto", scan_forward<T>, 0}, TILES(T, 16, 4, 1, 4), WALK(T, 4, 2, 4, 4),
+                                  WALK(T, 4, 4, 4, 4),          WALK(T, 4, 8, 2, 4),   WALK(T, 8, 8, 2, 2),
+                                  RELAY(T, 4, 1, 4, 4),         RELAY(T, 4, 1, 4, 3),  RELAY(T, 2, 1, 4, 4)};
+    if constexpr (sizeof(T) == 2) {
+        rungs.push_back(Rung<T> RELAY(T, 4, 2, 1, 3));
+        rungs.push_back(Rung<T> TILES(T, 16, 4, 2, 3));
+    }
     return rungs;
 }
 template <typename T> std::vector<Rung<T>> step_rungs() {
@@ -238,10 +245,12 @@ template <typename T> std::vector<Rung<T>> step_rungs() {
 static const Shape shapes[] = {
     {8, 2048, 4096, 16, 1},  {8, 1536, 2048, 16, 1},   {64, 1536, 512, 16, 1},    {1, 1536, 2048, 16, 1},
     {1, 1536, 16384, 16, 1}, {1, 1536, 131072, 16, 1}, {1, 1536, 1048576, 16, 1}, {1, 5120, 32768, 16, 1},
-    {8, 2048, 4096, 16, 0},  {2, 1536, 2048, 16, 1},   {4, 1536, 2048, 16, 1},    {6, 1536, 2048, 16, 1},
-    {8, 2048, 2048, 8, 1},   {8, 2048, 2048, 16, 1},   {8, 2048, 2048, 32, 1},    {8, 2048, 2048, 64, 1},
-    {8, 1530, 2048, 16, 1},  {8, 100, 2048, 16, 1},    {64, 1536, 32, 16, 1},     {64, 1536, 128, 16, 1},
-    {1, 1536, 64, 16, 1},    {1, 1536, 256, 16, 1},    {1, 1536, 2048, 64, 1}};
+    {1, 5120, 2048, 16, 1},  {8, 2048, 4096, 16, 0},   {2, 1536, 2048, 16, 1},    {4, 1536, 2048, 16, 1},
+    {6, 1536, 2048, 16, 1},  {8, 2048, 2048, 8, 1},    {8, 2048, 2048, 16, 1},    {8, 2048, 2048, 32, 1},
+    {8, 2048, 2048, 64, 1},  {8, 1530, 2048, 16, 1},   {5, 1536, 2048, 16, 1},    {3, 4096, 2048, 16, 1},
+    {4, 5120, 2048, 16, 1},  {2, 5120, 2048, 16, 1},   {8, 2560, 2048, 16, 1},    {8, 100, 2048, 16, 1},
+    {64, 1536, 32, 16, 1},   {64, 1536, 128, 16, 1},   {1, 1536, 64, 16, 1},      {1, 1536, 256, 16, 1},
+    {1, 1536, 2048, 64, 1}};
 
 template <typename T> void sweep_odd(const char *type, std::vector<Rung<T>> rungs, bool mini) {
     const int Es[] = {1, 31, 33, 100, 1536}, Ls[] = {1, 2, 31, 33, 63, 65, 1000, 2049},
@@ -374,7 +383,7 @@ int main(int argc, char **argv) {
         Case<bf16> c(8, 1024, 2048, 16, true, false, false);
         for (const Rung<bf16> &r : ladder_rungs<bf16>())
             if (r.name == "walk S4 NS4 u4 m4" || r.name == "relay NS4 C1 u4 m4" || r.name == "relay NS4 C2 u1 m3" ||
-                r.name == "tiles K16 W4 m4")
+                r.name == "tiles K16 W4 C1 m4")
                 CUDA(r.launch(c.p, 0));
     }
     if (what == "step" || what == "") steps<bf16>("bf16", step_rungs<bf16>()), steps<float>("f32", step_rungs<float>());
