@@ -1304,36 +1304,56 @@ static int team_size(void) {
 #endif
 }
 
+// Of the tasks of a product with few rows, those that always go to the same thread, in whose caches their weights may still be.
+// From 5 rows on it computes more than it reads, and the last eighth goes to whoever is done first.
+static int own_tasks(int tasks, int L) { return L > 4 ? tasks - tasks / 8 : tasks; }
+
 // Q8 and Q4: threads share panels of rows, and each prepares x for itself, TILES_FEW rows of it for one reading of the weights. One
 // row alone takes two panels half of W apart at once, unless some thread would get an eighth more of them to do for that.
 enum { TILES_FEW = 8 };
+typedef struct {
+    float *out; // of the first of these rows of x
+    size_t ldo;
+    const Tensor *w;
+    const float *bias, *xs, *start;
+    int k0, tiles, rows, panels, half; // tiles from input k0; half: panels from one of a pair to the other, or 0
+} TileRows;
+
+static void tile_panel(const TileRows *p, int panel) {
+    float sum[TILES_AT_ONCE][TILE];
+    size_t panel_bytes = tiles_of((size_t)p->w->cols) * tile_bytes(p->w->type);
+    const unsigned char *at = (const unsigned char *)p->w->data + (size_t)(p->k0 / TILE) * tile_bytes(p->w->type);
+    for (int t = 0, T; t < p->rows; t += T) {
+        int P = p->half && panel + p->half < p->panels ? 2 : 1;
+        T = TYPE_KERNELS[p->w->type].tile_dots(sum[0], at + (size_t)panel * panel_bytes,
+                                               P == 2 ? (size_t)p->half * panel_bytes : 0, p->xs + t * p->tiles * TILE,
+                                               p->start + t * p->tiles, p->tiles, p->rows - t);
+        for (int k = 0; k < P; k++)
+            for (int i = 0; i < T; i++) {
+                int o = (panel + k * p->half) * TILE;
+                float *to = p->out + (size_t)(t + i) * p->ldo + o;
+                for (int r = 0; r < TILE && o + r < p->w->rows; r++)
+                    to[r] = sum[k * T + i][r] + (p->k0 ? to[r] : p->bias ? p->bias[o + r] : 0);
+            }
+    }
+}
+
 static void matmul_few_tiles(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w, const float *bias, int L) {
-    float xs[TILES_FEW * X_BLOCK], start[TILES_FEW * X_BLOCK / TILE], sum[TILES_AT_ONCE][TILE];
-    size_t panel_bytes = tiles_of((size_t)w->cols) * tile_bytes(w->type);
+    float xs[TILES_FEW * X_BLOCK], start[TILES_FEW * X_BLOCK / TILE];
     int panels = (int)tiles_of((size_t)w->rows), half = (panels + 1) / 2, team = team_size();
     bool pairs = L == 1 && VL > 4 && (half + team - 1) / team * 2 <= (panels + team - 1) / team * 9 / 8;
+    int tasks = pairs ? half : panels, own = own_tasks(tasks, L);
     for (int t0 = 0; t0 < L; t0 += TILES_FEW)
         for (int k0 = 0; k0 < w->cols; k0 += X_BLOCK) {
             int n = w->cols - k0 < X_BLOCK ? w->cols - k0 : X_BLOCK, rows = L - t0 < TILES_FEW ? L - t0 : TILES_FEW;
-            const unsigned char *first = (const unsigned char *)w->data + (size_t)(k0 / TILE) * tile_bytes(w->type);
             int tiles = (int)tiles_of((size_t)n);
             for (int t = 0; t < rows; t++)
                 TYPE_KERNELS[w->type].prepare(xs + t * tiles * TILE, start + t * tiles, x + (size_t)(t0 + t) * ldx + k0, n);
-#pragma omp for
-            for (int panel = 0; panel < (pairs ? half : panels); panel++)
-                for (int t = 0, T; t < rows; t += T) {
-                    int P = pairs && panel + half < panels ? 2 : 1;
-                    T = TYPE_KERNELS[w->type].tile_dots(sum[0], first + (size_t)panel * panel_bytes,
-                                                        P == 2 ? (size_t)half * panel_bytes : 0, xs + t * tiles * TILE,
-                                                        start + t * tiles, tiles, rows - t);
-                    for (int p = 0; p < P; p++)
-                        for (int i = 0; i < T; i++) {
-                            int o = (panel + p * half) * TILE;
-                            float *to = out + (size_t)(t0 + t + i) * ldo + o;
-                            for (int r = 0; r < TILE && o + r < w->rows; r++)
-                                to[r] = sum[p * T + i][r] + (k0 ? to[r] : bias ? bias[o + r] : 0);
-                        }
-                }
+            TileRows p = {out + (size_t)t0 * ldo, ldo, w, bias, xs, start, k0, tiles, rows, panels, pairs ? half : 0};
+#pragma omp for nowait
+            for (int panel = 0; panel < own; panel++) tile_panel(&p, panel);
+#pragma omp for schedule(dynamic)
+            for (int panel = own; panel < tasks; panel++) tile_panel(&p, panel);
         }
 }
 
@@ -1375,45 +1395,62 @@ static void pack_few(float *packed, const float *x, size_t ldx, int I, int L, bo
 // that each run on without a gap; for more, neighbours, which the next group finds in the L2 cache. The task takes all its
 // rows for as many inputs as leave x in the L1 cache. packed: room for L rounded up to 8 rows, each rounded up to PAIR; for L = 1 none.
 enum { FEW_TASK = 16, FEW_L1 = 6144 }; // rows of W at the most; floats of x
+typedef struct {
+    float *out;
+    size_t ldo, ldx;
+    const float *x, *packed, *bias;
+    const Tensor *w;
+    int L, rows, streams, apart, end; // rows: of W in a task; end: of the first rows that streams take
+} FewRows;
+
+static void few_task(const FewRows *f, int task) {
+    const Tensor *w = f->w;
+    int O = w->rows, I = w->cols, rows = f->rows, apart = f->apart, end = f->end;
+    size_t bytes = type_bytes(w->type);
+    for (int t0 = 0, T; t0 < f->L; t0 += T) {
+        T = few_group(f->L - t0);
+        const float *xs = T == 1 ? f->x + (size_t)t0 * f->ldx : f->packed + (size_t)t0 * few_padded(I);
+        int R = few_rows(T), step = apart == 1 ? R : 1, inputs = FEW_L1 / T, o0 = task * rows / f->streams;
+        vec sums[FEW_TASK * FEW];
+        for (int k = 0; k < rows * T; k++) sums[k] = splat(0);
+        for (int i = 0; i < I; i += inputs)
+            for (int k = 0, o = o0; k < rows && o < end; k += R, o += step) {
+                const void *row[4];
+                for (int r = 0; r < R; r++)
+                    row[r] = (const char *)tensor_row(w, o + r * apart < O ? o + r * apart : o) + (size_t)i * bytes;
+                add_dots(sums + k * T, row, w->type, xs + (size_t)i * T, I - i < inputs ? I - i : inputs,
+                         (size_t)step * I * bytes, T);
+            }
+        for (int t = 0; t < T && t0 + t < f->L; t++) {
+            const vec *sum = sums + t;
+            float *to = f->out + (size_t)(t0 + t) * f->ldo;
+            if (R == 1 && o0 + rows <= O) { // neighbours: outputs side by side
+                for (int k = 0, o = o0; k < rows; k += 4, o += 4)
+                    sum_lanes4(to + o, sum + k * T, T, f->bias ? f->bias + o : NULL);
+                continue;
+            }
+            for (int k = 0, o = o0; k < rows && o < end; k += R, o += step)
+                for (int r = 0, at = o; r < R; r++, at += apart, sum += T)
+                    if (at < O) to[at] = sum_lanes(*sum) + (f->bias ? f->bias[at] : 0);
+        }
+    }
+}
+
 static void matmul_few(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w, const float *bias, int L,
                        float *packed) {
     if (is_quantized(w->type)) {
         matmul_few_tiles(out, ldo, x, ldx, w, bias, L);
         return;
     }
-    int O = w->rows, I = w->cols, rows = L > 4 ? FEW_TASK : 4, streams = L > FEW ? 1 : few_rows(few_group(L)),
+    int O = w->rows, rows = L > 4 ? FEW_TASK : 4, streams = L > FEW ? 1 : few_rows(few_group(L)),
         apart = L > FEW ? 1 : (O + streams - 1) / streams, end = L > FEW ? O : apart;
-    size_t bytes = type_bytes(w->type);
-    if (L > 1) pack_few(packed, x, ldx, I, L, bytes == 2);
-#pragma omp for
-    for (int task = 0; task < (end * streams + rows - 1) / rows; task++)
-        for (int t0 = 0, T; t0 < L; t0 += T) {
-            T = few_group(L - t0);
-            const float *xs = T == 1 ? x + (size_t)t0 * ldx : packed + (size_t)t0 * few_padded(I);
-            int R = few_rows(T), step = apart == 1 ? R : 1, inputs = FEW_L1 / T, o0 = task * rows / streams;
-            vec sums[FEW_TASK * FEW];
-            for (int k = 0; k < rows * T; k++) sums[k] = splat(0);
-            for (int i = 0; i < I; i += inputs)
-                for (int k = 0, o = o0; k < rows && o < end; k += R, o += step) {
-                    const void *row[4];
-                    for (int r = 0; r < R; r++)
-                        row[r] = (const char *)tensor_row(w, o + r * apart < O ? o + r * apart : o) + (size_t)i * bytes;
-                    add_dots(sums + k * T, row, w->type, xs + (size_t)i * T, I - i < inputs ? I - i : inputs,
-                             (size_t)step * I * bytes, T);
-                }
-            for (int t = 0; t < T && t0 + t < L; t++) {
-                const vec *sum = sums + t;
-                float *to = out + (size_t)(t0 + t) * ldo;
-                if (R == 1 && o0 + rows <= O) { // neighbours: outputs side by side
-                    for (int k = 0, o = o0; k < rows; k += 4, o += 4)
-                        sum_lanes4(to + o, sum + k * T, T, bias ? bias + o : NULL);
-                    continue;
-                }
-                for (int k = 0, o = o0; k < rows && o < end; k += R, o += step)
-                    for (int r = 0, at = o; r < R; r++, at += apart, sum += T)
-                        if (at < O) to[at] = sum_lanes(*sum) + (bias ? bias[at] : 0);
-            }
-        }
+    if (L > 1) pack_few(packed, x, ldx, w->cols, L, type_bytes(w->type) == 2);
+    FewRows f = {out, ldo, ldx, x, packed, bias, w, L, rows, streams, apart, end};
+    int tasks = (end * streams + rows - 1) / rows, own = own_tasks(tasks, L);
+#pragma omp for nowait
+    for (int task = 0; task < own; task++) few_task(&f, task);
+#pragma omp for schedule(dynamic)
+    for (int task = own; task < tasks; task++) few_task(&f, task);
 }
 
 // A factor of a product, (rows, depth): element (r,k) lies at data[r * ld + k], or at data[k * ld + r] if by_depth. The
@@ -1520,7 +1557,7 @@ static void product(float *out, size_t ldo, Factor a, Factor b, const float *bia
     int cut = ((rows + blocks - 1) / blocks + MR - 1) / MR * MR; // though each task packs its panel
     if (cut < 4 * MR) cut = 4 * MR;
     blocks = (rows + cut - 1) / cut;
-#pragma omp for
+#pragma omp for schedule(guided) // a thread that was held up leaves the rest to others
     for (int task = 0; task < panels * blocks; task++) {
         int r0 = task % blocks * cut, r1 = r0 + cut < rows ? r0 + cut : rows;
         product_task(out, ldo, packed, &b, bias, add, r0, r1, task / blocks * NR, columns, depth);
