@@ -1312,10 +1312,10 @@ static int own_tasks(int tasks, int L) { return L > 4 ? tasks - tasks / 8 : task
 // row alone takes two panels half of W apart at once, unless some thread would get an eighth more of them to do for that.
 enum { TILES_FEW = 8 };
 typedef struct {
-    float *out; // of the first of these rows of x
+    float *out; // (rows,O), of these rows of x
     size_t ldo;
-    const Tensor *w;
-    const float *bias, *xs, *start;
+    const Tensor *w;                // (O,I)
+    const float *bias, *xs, *start; // (O); rows of x and what they begin with, as the type prepares them
     int k0, tiles, rows, panels, half; // tiles from input k0; half: panels from one of a pair to the other, or 0
 } TileRows;
 
@@ -1401,7 +1401,7 @@ typedef struct {
     const float *x, *packed, *bias;
     const Tensor *w;
     int L, rows, streams, apart, end; // rows: of W in a task; end: of the first rows that streams take
-} FewRows;
+} FewRows; // out (L,O), x (L,I), packed as pack_few() leaves it, bias (O), w (O,I)
 
 static void few_task(const FewRows *f, int task) {
     const Tensor *w = f->w;
