@@ -1,3 +1,4 @@
+// clang-format off
 /* mamba.c - Mamba, the selective state-space language model, in one C file.
 
    What it is: load a trained Mamba (Gu & Dao 2023, arXiv 2312.00752), read a prompt with matrix products and a
@@ -48,6 +49,7 @@
    mamba_state_free, mamba_encode, mamba_decode, mamba_prefill, mamba_step, mamba_step_batch, mamba_sample; to train (saving is the command line's), mamba_random_model or
    mamba_float_copy, mamba_trainer_new, mamba_train_pass, mamba_train_step, mamba_trainer_free. Functions that can fail
    return NULL or -1 and leave a sentence in mamba_error(). */
+// clang-format on
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE // mmap, getrusage, fileno, fsync under any -std
@@ -83,7 +85,8 @@
 
 #define MAMBA_VERSION "0.1"
 
-// Between COLD and its END, what runs once or waits for a disk: gcc takes a third of the build's time to make that fast, in vain.
+// Between COLD and its END, what runs once or waits for a disk: gcc takes a third of the build's
+// time to make that fast, in vain.
 #if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__)
 #define COLD _Pragma("GCC push_options") _Pragma("GCC optimize (\"O1\")")
 #define COLD_END _Pragma("GCC pop_options")
@@ -95,9 +98,9 @@
 #ifndef MAMBA_TYPES_ONLY // mamba_cuda.cu includes only the types of section 3
 // ---------------------------------------------------------------------------------------------------------------------
 // 1 Errors, checked sizes, bytes
-// A failing function says why with fail() and returns; only main exits. Sizes that come from a file saturate instead of
-// wrapping, so one comparison with the file's length catches every overflow. Files are read byte by byte: any machine
-// reads the same little-endian file.
+// A failing function says why with fail() and returns; only main exits. Sizes that come from a file
+// saturate instead of wrapping, so one comparison with the file's length catches every overflow.
+// Files are read byte by byte: any machine reads the same little-endian file.
 
 static char error_text[512];
 
@@ -131,10 +134,13 @@ static void *alloc_aligned(size_t bytes) {
         return NULL;
     }
 #ifdef MADV_HUGEPAGE
-    // Large arrays on pages of 2 MB: from 4 kB pages weights stream a quarter slower and more (doc/SPEED.md).
-    if (bytes >= (size_t)8 << 20) madvise(base + (4096 - (uintptr_t)base % 4096), bytes - 4096, MADV_HUGEPAGE);
+    // Large arrays on pages of 2 MB: from 4 kB pages weights stream a quarter slower and more
+    // (doc/SPEED.md).
+    if (bytes >= (size_t)8 << 20)
+        madvise(base + (4096 - (uintptr_t)base % 4096), bytes - 4096, MADV_HUGEPAGE);
 #endif
-    char *p = base + align - ((uintptr_t)base % align) + align; // room for the base pointer just below
+    char *p =
+        base + align - ((uintptr_t)base % align) + align; // room for the base pointer just below
     memcpy(p - sizeof base, &base, sizeof base);
     return p;
 }
@@ -171,7 +177,8 @@ static bool host_is_little_endian(void) {
     return first == 1;
 }
 
-// Reverses the bytes of every `width`-byte element on a big-endian host; nothing on a little-endian one.
+// Reverses the bytes of every `width`-byte element on a big-endian host; nothing on a little-endian
+// one.
 static void fix_endian(void *data, size_t bytes, size_t width) {
     if (host_is_little_endian()) return;
     unsigned char *p = data;
@@ -183,7 +190,8 @@ static void fix_endian(void *data, size_t bytes, size_t width) {
         }
 }
 
-// CRC-32 (polynomial 0xEDB88320, zlib's), eight bytes a step: start with crc = 0 and feed pieces in order.
+// CRC-32 (polynomial 0xEDB88320, zlib's), eight bytes a step: start with crc = 0 and feed pieces in
+// order.
 static uint32_t crc32_of(uint32_t crc, const void *data, size_t bytes) {
     static uint32_t table[8][256];
     if (!table[7][255]) { // row 0 is the bytewise table, row k is row 0 applied k more times
@@ -193,40 +201,46 @@ static uint32_t crc32_of(uint32_t crc, const void *data, size_t bytes) {
             table[0][i] = c;
         }
         for (int k = 1; k < 8; k++)
-            for (int i = 0; i < 256; i++) table[k][i] = table[0][table[k - 1][i] & 255] ^ (table[k - 1][i] >> 8);
+            for (int i = 0; i < 256; i++)
+                table[k][i] = table[0][table[k - 1][i] & 255] ^ (table[k - 1][i] >> 8);
     }
     const unsigned char *p = data;
     crc = ~crc;
     for (; bytes >= 8; bytes -= 8, p += 8) {
         uint32_t lo = crc ^ u32_at(p), hi = u32_at(p + 4);
-        crc = table[7][lo & 255] ^ table[6][lo >> 8 & 255] ^ table[5][lo >> 16 & 255] ^ table[4][lo >> 24] ^
-              table[3][hi & 255] ^ table[2][hi >> 8 & 255] ^ table[1][hi >> 16 & 255] ^ table[0][hi >> 24];
+        crc = table[7][lo & 255] ^ table[6][lo >> 8 & 255] ^ table[5][lo >> 16 & 255] ^
+              table[4][lo >> 24] ^ table[3][hi & 255] ^ table[2][hi >> 8 & 255] ^
+              table[1][hi >> 16 & 255] ^ table[0][hi >> 24];
     }
     for (; bytes; bytes--) crc = table[0][(crc ^ *p++) & 255] ^ (crc >> 8);
     return ~crc;
 }
 
-// SplitMix64 (Steele, Lea & Flood 2014): one 64-bit word of state, the same stream on every machine.
+// SplitMix64 (Steele, Lea & Flood 2014): one 64-bit word of state, the same stream on every
+// machine.
 static uint64_t random_u64(uint64_t *state) {
     uint64_t x = *state += 0x9E3779B97F4A7C15u;
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
     return x ^ (x >> 31);
 }
-static double random_unit(uint64_t *state) { return (double)(random_u64(state) >> 11) * 0x1p-53; } // [0, 1)
+static double random_unit(uint64_t *state) {
+    return (double)(random_u64(state) >> 11) * 0x1p-53;
+} // [0, 1)
 
 COLD
 #include "tokenizer.c"
-COLD_END
+    COLD_END
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 2 Vectors: VL floats at a time
-// gcc's and clang's vector extensions, on processors known to have vectors: ordinary arithmetic on VL lanes. Elsewhere VL = 1,
-// where `vec` is a float and the same lines are plain C.
-// Accuracy, checked in test_all.c: exp 1.5 ulp for x in [-86, 88], softplus and silu 3 ulp where the answer is above 1e-37;
-// below that they stop at about that size. A NaN stays NaN.
+// gcc's and clang's vector extensions, on processors known to have vectors: ordinary arithmetic on
+// VL lanes. Elsewhere VL = 1, where `vec` is a float and the same lines are plain C. Accuracy,
+// checked in test_all.c: exp 1.5 ulp for x in [-86, 88], softplus and silu 3 ulp where the answer
+// is above 1e-37; below that they stop at about that size. A NaN stays NaN.
 
-#if defined(__GNUC__) && (defined(__SSE2__) || defined(__ARM_NEON) || defined(__VSX__) || defined(__riscv_vector))
+#if defined(__GNUC__) && \
+    (defined(__SSE2__) || defined(__ARM_NEON) || defined(__VSX__) || defined(__riscv_vector))
 #if defined(__AVX512F__)
 #define VL 16
 #elif defined(__AVX__)
@@ -234,7 +248,7 @@ COLD_END
 #else
 #define VL 4
 #endif
-typedef float vec __attribute__((vector_size(4 * VL)));
+    typedef float vec __attribute__((vector_size(4 * VL)));
 typedef float vec4 __attribute__((vector_size(16)));
 typedef int32_t ivec __attribute__((vector_size(4 * VL)));
 typedef uint32_t uvec __attribute__((vector_size(4 * VL)));
@@ -242,11 +256,13 @@ typedef uint16_t hvec __attribute__((vector_size(2 * VL)));
 #define LANES_OF(type, v) __builtin_convertvector(v, type)
 // 0 or -1 in each lane
 #define MASK(condition) ((ivec)(condition))
-// The order in which load_halves puts a zero before each half, where the compiler is gcc; every second of 2 VL lanes.
+// The order in which load_halves puts a zero before each half, where the compiler is gcc; every
+// second of 2 VL lanes.
 #if __GNUC__ >= 12 && !defined(__clang__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #if VL == 16
 #define HALVES_ORDER \
-    16, 0, 16, 1, 16, 2, 16, 3, 16, 4, 16, 5, 16, 6, 16, 7, 16, 8, 16, 9, 16, 10, 16, 11, 16, 12, 16, 13, 16, 14, 16, 15
+    16, 0, 16, 1, 16, 2, 16, 3, 16, 4, 16, 5, 16, 6, 16, 7, 16, 8, 16, 9, 16, 10, 16, 11, 16, 12, \
+        16, 13, 16, 14, 16, 15
 #elif VL == 8
 #define HALVES_ORDER 8, 0, 8, 1, 8, 2, 8, 3, 8, 4, 8, 5, 8, 6, 8, 7
 #else
@@ -255,7 +271,8 @@ typedef uint16_t hvec __attribute__((vector_size(2 * VL)));
 #endif
 #if VL == 16
 #define EVERY_SECOND(c) \
-    c, 2 + c, 4 + c, 6 + c, 8 + c, 10 + c, 12 + c, 14 + c, 16 + c, 18 + c, 20 + c, 22 + c, 24 + c, 26 + c, 28 + c, 30 + c
+    c, 2 + c, 4 + c, 6 + c, 8 + c, 10 + c, 12 + c, 14 + c, 16 + c, 18 + c, 20 + c, 22 + c, 24 + c, \
+        26 + c, 28 + c, 30 + c
 #elif VL == 8
 #define EVERY_SECOND(c) c, 2 + c, 4 + c, 6 + c, 8 + c, 10 + c, 12 + c, 14 + c
 #else
@@ -268,7 +285,7 @@ typedef uint16_t hvec __attribute__((vector_size(2 * VL)));
 #endif
 #else
 #define VL 1
-typedef float vec;
+    typedef float vec;
 typedef int32_t ivec;
 typedef uint32_t uvec;
 typedef uint16_t hvec;
@@ -297,9 +314,10 @@ typedef uint16_t hvec;
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define UNROLL _Pragma("GCC unroll 16") // at -O2 too; clang does it of itself
+#define UNROLLED_FOR(...) \
+    _Pragma("GCC unroll 16") for (__VA_ARGS__) // at -O2 too; clang does it of itself
 #else
-#define UNROLL
+#define UNROLLED_FOR(...) for (__VA_ARGS__)
 #endif
 
 INLINE vec splat(float x) { return x - (vec){0}; }
@@ -309,16 +327,15 @@ INLINE vec load(const float *p) {
     return v;
 }
 INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
-// The first n lanes; the others are zero, or are left as they were in memory. What is seldom taken stands apart.
+// The first n lanes; the others are zero, or are left as they were in memory. What is seldom taken
+// stands apart.
 APART static vec load_part(const float *p, int n) {
     vec v = splat(0);
     memcpy(&v, p, (size_t)n * sizeof(float));
     return v;
 }
 APART static void store_part(float *p, vec v, int n) { memcpy(p, &v, (size_t)n * sizeof(float)); }
-INLINE vec load_n(const float *p, int n) {
-    return n == VL ? load(p) : load_part(p, n);
-}
+INLINE vec load_n(const float *p, int n) { return n == VL ? load(p) : load_part(p, n); }
 INLINE void store_n(float *p, vec v, int n) {
     if (n == VL) store(p, v);
     else store_part(p, v, n);
@@ -340,7 +357,8 @@ INLINE float sum_lanes(vec v) {
     return v;
 #endif
 }
-// to (4,4), rows ldt apart = from (4,4)^T, rows ldf apart. As vectors: element by element, packing took a fifth of prefill.
+// to (4,4), rows ldt apart = from (4,4)^T, rows ldf apart. As vectors: element by element, packing
+// took a fifth of prefill.
 INLINE void transpose4(float *to, size_t ldt, const float *from, size_t ldf) {
 #if VL > 1 && defined(HAS_SHUFFLE)
     vec4 row[4], pair[4];
@@ -360,7 +378,8 @@ INLINE void transpose4(float *to, size_t ldt, const float *from, size_t ldf) {
 #endif
 }
 
-// to[i] = sum_lanes(v[i * apart]) (+ bias[i]) for four vectors, in one store: one by one they took a tenth of a step of 8 sequences.
+// to[i] = sum_lanes(v[i * apart]) (+ bias[i]) for four vectors, in one store: one by one they took
+// a tenth of a step of 8 sequences.
 INLINE void sum_lanes4(float *to, const vec *v, int apart, const float *bias) {
 #if VL > 1
     vec4 p[4], b = {0};
@@ -386,7 +405,9 @@ INLINE vec as_float(ivec bits) {
     memcpy(&v, &bits, sizeof v);
     return v;
 }
-INLINE vec choose(ivec mask, vec yes, vec no) { return as_float((as_int(yes) & mask) | (as_int(no) & ~mask)); }
+INLINE vec choose(ivec mask, vec yes, vec no) {
+    return as_float((as_int(yes) & mask) | (as_int(no) & ~mask));
+}
 INLINE vec at_least(vec x, float lowest) { return choose(MASK(x < lowest), splat(lowest), x); }
 // p[c], p[c + 2], p[c + 4] ... with c 0 or 1.
 INLINE vec every_second(const float *p, int c) {
@@ -399,15 +420,17 @@ INLINE vec every_second(const float *p, int c) {
 }
 INLINE int lanes_left(int e, int E) { return E - e < VL ? E - e : VL; }
 
-// e^x = 2^n e^r, |r| <= ln2/2. Below -86 the answer is e^-86 (4e-38), above 88 e^88, so that 2^n stays a normal float.
-// Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low bits, ready to be moved to the exponent.
+// e^x = 2^n e^r, |r| <= ln2/2. Below -86 the answer is e^-86 (4e-38), above 88 e^88, so that 2^n
+// stays a normal float. Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low
+// bits, ready to be moved to the exponent.
 INLINE vec exp_vec(vec x) {
     x = choose(MASK(x < -86.0f), splat(-86.0f), choose(MASK(x > 88.0f), splat(88.0f), x));
     vec n = x * 1.44269504f + 12582912.0f;
     ivec exponent = (ivec)((uvec)as_int(n) << 23);
     n = n - 12582912.0f;
-    vec r = x - n * 0.693145752f - n * 1.42860677e-6f; // ln2 in two parts: the first product is exact
-    vec p = 0.0083687101f + r * 0.00138146128f;        // minimax on [-ln2/2, ln2/2], relative error 3e-9
+    vec r =
+        x - n * 0.693145752f - n * 1.42860677e-6f; // ln2 in two parts: the first product is exact
+    vec p = 0.0083687101f + r * 0.00138146128f; // minimax on [-ln2/2, ln2/2], relative error 3e-9
     p = 0.0416683890f + r * p;
     p = 0.166665211f + r * p;
     p = 0.499999940f + r * p;
@@ -415,8 +438,9 @@ INLINE vec exp_vec(vec x) {
     return as_float((ivec)((uvec)as_int(p) + (uvec)exponent));
 }
 
-// 2^x for -126 <= x <= 0, relative error 2e-7, unchecked: half the work of exp_vec, for the scan, which takes E N of them a token.
-// Exactly 1 at 0, and 1 - 2^x right to 3e-7 near it: that is how long a state remembers.
+// 2^x for -126 <= x <= 0, relative error 2e-7, unchecked: half the work of exp_vec, for the scan,
+// which takes E N of them a token. Exactly 1 at 0, and 1 - 2^x right to 3e-7 near it: that is how
+// long a state remembers.
 INLINE vec exp2_negative(vec x) {
     vec n = x + 12582912.0f, r = x - (n - 12582912.0f);
     vec p = 0.00967151299f + r * 0.00132647273f; // minimax on [-1/2, 1/2]
@@ -436,8 +460,9 @@ INLINE bool any_lane(ivec mask) {
 
 INLINE vec silu_vec(vec x) { return x / (1.0f + exp_vec(-x)); }
 
-// softplus(x) = log(1 + e^x) = max(x, 0) + log1p(e^-|x|), which never overflows. log1p(e) = 2 atanh(e / (2 + e)) keeps
-// full relative accuracy where e is tiny, and that is where a trained delta lives (0.001 to 0.1).
+// softplus(x) = log(1 + e^x) = max(x, 0) + log1p(e^-|x|), which never overflows. log1p(e) = 2
+// atanh(e / (2 + e)) keeps full relative accuracy where e is tiny, and that is where a trained
+// delta lives (0.001 to 0.1).
 INLINE vec softplus_vec(vec x) {
     vec e = exp_vec(as_float(as_int(x) | INT32_MIN));
     vec s = e / (2.0f + e), z = s * s;
@@ -448,10 +473,13 @@ INLINE vec softplus_vec(vec x) {
     return choose(MASK(x > 0.0f), x, splat(0)) + log1p;
 }
 
-// 1 - e^-x for x >= 0, the derivative of softplus where softplus is x. Below 1/4 by its series: the difference would cancel.
+// 1 - e^-x for x >= 0, the derivative of softplus where softplus is x. Below 1/4 by its series: the
+// difference would cancel.
 INLINE vec one_minus_exp_minus(vec x) {
     vec series =
-        x * (1.0f - x * (0.5f - x * (0.166666667f - x * (0.0416666667f - x * (0.00833333333f - x * 0.00138888889f)))));
+        x *
+        (1.0f - x * (0.5f - x * (0.166666667f -
+                                 x * (0.0416666667f - x * (0.00833333333f - x * 0.00138888889f)))));
     return choose(MASK(x < 0.25f), series, 1.0f - exp_vec(-x));
 }
 
@@ -459,11 +487,11 @@ INLINE vec one_minus_exp_minus(vec x) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 3 Config, model.bin, TENSORS
-// One list says everything about a tensor; the struct, the file's layout and the initialisation are made from it. The
-// format is described field by field in the README.
+// One list says everything about a tensor; the struct, the file's layout and the initialisation are
+// made from it. The format is described field by field in the README.
 
 typedef enum { F32, F16, BF16, Q8, Q4, N_TYPES } Type; // how matrices are stored
-enum { TILE = 32 };                                    // rows and inputs of a tile of Q8 and Q4, see below
+enum { TILE = 32 }; // rows and inputs of a tile of Q8 and Q4, see below
 
 typedef struct Tokenizer Tokenizer;
 enum { RECENT = 64 }; // tokens that the repeat penalty looks back over
@@ -541,7 +569,8 @@ typedef struct {
     float top_p;          // keep the likeliest that together reach this probability; 1: all
     int top_k;            // keep this many; 0: all
     float min_p;          // drop what is less likely than this times the likeliest; 0: none
-    float repeat_penalty; // divides positive and multiplies negative logits of the last RECENT tokens; 1: none
+    float repeat_penalty; // divides positive and multiplies negative logits of the last RECENT
+                          // tokens; 1: none
 } Sampling;
 
 typedef struct {
@@ -549,7 +578,8 @@ typedef struct {
         clip; // clip: largest norm of the gradient of all weights together; 0: none
 } AdamW;
 
-// What a GPU backend offers; mamba_cuda.cu has the only one, and says there what each function does. -1 or NULL: error() knows why.
+// What a GPU backend offers; mamba_cuda.cu has the only one, and says there what each function
+// does. -1 or NULL: error() knows why.
 typedef struct Gpu Gpu;
 typedef struct GpuTrainer GpuTrainer;
 typedef struct GpuBackend {
@@ -558,19 +588,23 @@ typedef struct GpuBackend {
     void (*close)(Gpu *g);
     int (*set_state)(Gpu *g, const float *window, const float *h, const float *logits);
     int (*get_state)(Gpu *g, float *window, float *h, float *logits);
-    int (*prefill)(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, const float *), void *context);
+    int (*prefill)(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, const float *),
+                   void *context);
     int (*gather)(Gpu *g, int s, int S);
-    int (*generate_start)(Gpu *g, int S, const Sampling *how, const uint64_t *random, uint64_t position,
-                          const int32_t *recent, int n_recent, const unsigned char *allowed);
+    int (*generate_start)(Gpu *g, int S, const Sampling *how, const uint64_t *random,
+                          uint64_t position, const int32_t *recent, int n_recent,
+                          const unsigned char *allowed);
     int (*generate)(Gpu *g, int32_t *ids, int steps);
     int generate_max; // steps of one call
     GpuTrainer *(*trainer_open)(const Model *m, int B, int L, int float32);
     void (*trainer_close)(GpuTrainer *x);
     int (*trainer_resize)(GpuTrainer *x, int B, int L);
-    int (*trainer_set)(GpuTrainer *x, const float *weights, const float *moment, const float *moment2);
-    int (*trainer_get)(GpuTrainer *x, float *weights, float *moment, float *moment2, float *gradient);
-    int (*train_pass)(GpuTrainer *x, const int32_t *ids, const int32_t *targets, float weight, int backward,
-                      double *sum);
+    int (*trainer_set)(GpuTrainer *x, const float *weights, const float *moment,
+                       const float *moment2);
+    int (*trainer_get)(GpuTrainer *x, float *weights, float *moment, float *moment2,
+                       float *gradient);
+    int (*train_pass)(GpuTrainer *x, const int32_t *ids, const int32_t *targets, float weight,
+                      int backward, double *sum);
     int (*train_step)(GpuTrainer *x, const AdamW *how, uint64_t step, double *norm);
     int (*measure)(double *copy_bytes, double *flops, double *used_bytes, char name[256]);
     int (*time_scan)(int B, int E, int L, int N, int float32, int repeats, double seconds[4]);
@@ -591,12 +625,14 @@ static void tensor_label(char label[LABEL], const TensorInfo *info) {
     else snprintf(label, LABEL, "layer %d %s", info->layer, info->name);
 }
 
-// Q8 and Q4: a matrix is cut into tiles of TILE rows times TILE inputs, the tiles of one panel of TILE rows one after the
-// other, the last ones filled up with zeros. A row's 32 weights in a tile are scale * code, with a bf16 scale of their own and
-// whole codes: -127..127 or -8..7. So a tile is TILE scales, then `bits` times TILE words of 32 bits: word (i,r) holds 32 / bits
-// codes of row r, inputs i * 32 / bits and on, the first in the lowest bits. Codes are stored plus 128 or 8, but the last of
-// a word in two's complement: masked where it lies and taken as an int32, each is code (+ 128 or 8) times a power of two. That is
-// 8.5 and 4.5 bits a weight, in one long stream, with VL rows side by side as the vectors want them.
+// Q8 and Q4: a matrix is cut into tiles of TILE rows times TILE inputs, the tiles of one panel of
+// TILE rows one after the other, the last ones filled up with zeros. A row's 32 weights in a tile
+// are scale * code, with a bf16 scale of their own and whole codes: -127..127 or -8..7. So a tile
+// is TILE scales, then `bits` times TILE words of 32 bits: word (i,r) holds 32 / bits codes of row
+// r, inputs i * 32 / bits and on, the first in the lowest bits. Codes are stored plus 128 or 8, but
+// the last of a word in two's complement: masked where it lies and taken as an int32, each is code
+// (+ 128 or 8) times a power of two. That is 8.5 and 4.5 bits a weight, in one long stream, with VL
+// rows side by side as the vectors want them.
 enum { TILE_SCALES = TILE * 2 }; // bytes
 static bool is_quantized(Type type) { return type >= Q8; }
 static int code_bits(Type type) { return type == Q8 ? 8 : 4; }
@@ -604,14 +640,18 @@ static size_t tile_bytes(Type type) { return TILE_SCALES + (size_t)code_bits(typ
 static size_t tiles_of(size_t n) { return (n + TILE - 1) / TILE; }
 
 static size_t type_bytes(Type type) { return type == F32 ? 4 : 2; } // not of Q8 and Q4
-static size_t tensor_elements(const Tensor *w) { return size_mul((size_t)w->rows, (size_t)w->cols); }
+static size_t tensor_elements(const Tensor *w) {
+    return size_mul((size_t)w->rows, (size_t)w->cols);
+}
 static size_t tensor_bytes(const Tensor *w) {
     if (!is_quantized(w->type)) return size_mul(tensor_elements(w), type_bytes(w->type));
-    return size_mul(size_mul(tiles_of((size_t)w->rows), tiles_of((size_t)w->cols)), tile_bytes(w->type));
+    return size_mul(size_mul(tiles_of((size_t)w->rows), tiles_of((size_t)w->cols)),
+                    tile_bytes(w->type));
 }
 static const float *f32(const Tensor *w) { return w->data; } // NULL for an absent bias
 
-// Numbers as in files to the machine's order of bytes, or back: nothing happens on a little-endian machine.
+// Numbers as in files to the machine's order of bytes, or back: nothing happens on a little-endian
+// machine.
 static void fix_tensor_endian(const Tensor *w) {
     unsigned char *data = (unsigned char *)(uintptr_t)w->data;
     size_t bytes = tensor_bytes(w), tile = is_quantized(w->type) ? tile_bytes(w->type) : bytes;
@@ -619,7 +659,8 @@ static void fix_tensor_endian(const Tensor *w) {
     if (!is_quantized(w->type)) fix_endian(data, bytes, type_bytes(w->type));
     else
         for (size_t at = 0; at < bytes; at += tile)
-            fix_endian(data + at, TILE_SCALES, 2), fix_endian(data + at + TILE_SCALES, tile - TILE_SCALES, 4);
+            fix_endian(data + at, TILE_SCALES, 2),
+                fix_endian(data + at + TILE_SCALES, tile - TILE_SCALES, 4);
 }
 
 // Visits every tensor of m in the file's order.
@@ -632,7 +673,8 @@ APART static void each_tensor(Model *m, TensorVisitor *visit, void *context) {
         (owner)->name.rows = (r), (owner)->name.cols = (k), (owner)->name.type = (t); \
         visit(context, &(TensorInfo){#name, index, init, decays}, &(owner)->name); \
     }
-#define VISIT_MODEL(name, r, k, t, init, decays, present) VISIT(m, -1, name, r, k, t, init, decays, present)
+#define VISIT_MODEL(name, r, k, t, init, decays, present) \
+    VISIT(m, -1, name, r, k, t, init, decays, present)
 #define VISIT_LAYER(name, r, k, t, init, decays, present) \
     VISIT(&m->layer[layer], layer, name, r, k, t, init, decays, present)
     TENSORS_FIRST(VISIT_MODEL)
@@ -662,8 +704,9 @@ static void layout_tensor(void *context, const TensorInfo *info, Tensor *w) {
     at->n_params += tensor_elements(w);
 }
 
-// Bytes from the first tensor to the end of the last; SIZE_MAX when the config asks for more than a size_t. n_layer may
-// still be a lie here, so nothing of its size is allocated: layers start aligned, so each adds what the second one adds.
+// Bytes from the first tensor to the end of the last; SIZE_MAX when the config asks for more than a
+// size_t. n_layer may still be a lie here, so nothing of its size is allocated: layers start
+// aligned, so each adds what the second one adds.
 static size_t config_tensor_bytes(const Config *config) {
     Layer layers[2];
     Model probe = {.config = *config, .layer = layers};
@@ -696,20 +739,23 @@ static void refresh_derived(Model *m) {
 // 0, or -1 after fail().
 static int make_derived(Model *m) {
     const Config *c = &m->config;
-    m->derived = alloc_aligned(
-        size_mul(size_mul((size_t)(c->N + c->K), (size_t)c->E), size_mul((size_t)c->n_layer, sizeof(float))));
+    m->derived = alloc_aligned(size_mul(size_mul((size_t)(c->N + c->K), (size_t)c->E),
+                                        size_mul((size_t)c->n_layer, sizeof(float))));
     if (m->derived) refresh_derived(m);
     return m->derived ? 0 : -1;
 }
 
 COLD
-// ---------------------------------------------------------------------------------------------------------------------
-// 4 Load
-// The header is believed only as far as the file's length bears it out: every field has a range, and the bytes that the
-// config asks for must be the bytes that are there, before any pointer is made.
+    // ---------------------------------------------------------------------------------------------------------------------
+    // 4 Load
+    // The header is believed only as far as the file's length bears it out: every field has a
+    // range, and the bytes that the config asks for must be the bytes that are there, before any
+    // pointer is made.
 
-// A file in memory: mapped, read-only, where the platform can; else read (big-endian hosts too, which swap it in place).
-static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
+    // A file in memory: mapped, read-only, where the platform can; else read (big-endian hosts too,
+    // which swap it in place).
+    static unsigned char *
+    file_map(const char *path, size_t *bytes, bool *mapped) {
     *mapped = false;
 #ifdef MAMBA_POSIX
     int fd = open(path, O_RDONLY | O_NONBLOCK); // a FIFO without a writer would wait here
@@ -782,19 +828,24 @@ static int read_config(const char *path, const unsigned char *h, Config *c) {
     for (size_t i = 0; i < sizeof field / sizeof *field; i++) {
         uint32_t value = u32_at(h + field[i].offset);
         if (value < field[i].lowest || value > field[i].highest)
-            return fail("%s: header field %s is %u, outside %u..%u: the file is damaged or not a model.bin", path,
-                        field[i].name, value, field[i].lowest, field[i].highest);
+            return fail(
+                "%s: header field %s is %u, outside %u..%u: the file is damaged or not a model.bin",
+                path, field[i].name, value, field[i].lowest, field[i].highest);
         *field[i].value = (int)value;
     }
     if (u32_at(h + 20) >= N_TYPES)
-        return fail("%s: weight type %u is not known to this version (0 f32, 1 f16, 2 bf16, 3 q8, 4 q4)", path,
-                    u32_at(h + 20));
+        return fail(
+            "%s: weight type %u is not known to this version (0 f32, 1 f16, 2 bf16, 3 q8, 4 q4)",
+            path, u32_at(h + 20));
     c->type = (Type)u32_at(h + 20);
     c->norm_eps = f32_at(h + 56), c->mixer_eps = f32_at(h + 60);
-    if (!(c->norm_eps >= 0 && c->norm_eps < 1)) return fail("%s: header field norm_eps is not in [0, 1)", path);
-    if (!(c->mixer_eps >= 0 && c->mixer_eps < 1)) return fail("%s: header field mixer_eps is not in [0, 1)", path);
+    if (!(c->norm_eps >= 0 && c->norm_eps < 1))
+        return fail("%s: header field norm_eps is not in [0, 1)", path);
+    if (!(c->mixer_eps >= 0 && c->mixer_eps < 1))
+        return fail("%s: header field mixer_eps is not in [0, 1)", path);
     c->bos = (int32_t)u32_at(h + 64), c->pad = (int32_t)u32_at(h + 68);
-    if (check_token_id(path, "bos", c->bos, c->V) || check_token_id(path, "pad", c->pad, c->V)) return -1;
+    if (check_token_id(path, "bos", c->bos, c->V) || check_token_id(path, "pad", c->pad, c->V))
+        return -1;
     for (int i = 0; i < 4; i++) {
         c->eos[i] = (int32_t)u32_at(h + 72 + 4 * i);
         if (check_token_id(path, "eos", c->eos[i], c->V)) return -1;
@@ -807,30 +858,39 @@ static int read_header(Model *m, const char *path) {
     if (m->file_bytes < HEADER_BYTES || memcmp(h, MODEL_MAGIC, sizeof MODEL_MAGIC))
         return fail("%s: not a model.bin (make one with export.py)", path);
     if (u32_at(h + 8) != FILE_VERSION || u32_at(h + 12) != HEADER_BYTES)
-        return fail("%s: format version %u with a header of %u bytes, this program reads version %d with %d", path,
-                    u32_at(h + 8), u32_at(h + 12), FILE_VERSION, HEADER_BYTES);
+        return fail("%s: format version %u with a header of %u bytes, this program reads version "
+                    "%d with %d",
+                    path, u32_at(h + 8), u32_at(h + 12), FILE_VERSION, HEADER_BYTES);
     if (read_config(path, h, &m->config)) return -1;
-    uint64_t tok_offset = u64_at(h + 88), tok_bytes = u64_at(h + 96), offset = u64_at(h + 104), bytes = u64_at(h + 112);
+    uint64_t tok_offset = u64_at(h + 88), tok_bytes = u64_at(h + 96), offset = u64_at(h + 104),
+             bytes = u64_at(h + 112);
     uint64_t size = m->file_bytes;
-    if (offset > size || bytes > size - offset || offset < HEADER_BYTES || tok_offset != HEADER_BYTES ||
-        tok_bytes > offset - HEADER_BYTES || offset % ALIGN || offset - HEADER_BYTES - tok_bytes >= ALIGN)
-        return fail("%s: tokenizer or tensors lie outside the file of %zu bytes: it is truncated or damaged", path,
-                    m->file_bytes);
+    if (offset > size || bytes > size - offset || offset < HEADER_BYTES ||
+        tok_offset != HEADER_BYTES || tok_bytes > offset - HEADER_BYTES || offset % ALIGN ||
+        offset - HEADER_BYTES - tok_bytes >= ALIGN)
+        return fail("%s: tokenizer or tensors lie outside the file of %zu bytes: it is truncated "
+                    "or damaged",
+                    path, m->file_bytes);
     size_t needed = config_tensor_bytes(&m->config);
     if (bytes != size - offset || bytes != needed)
-        return fail("%s: the header's config needs %zu bytes of tensors, the file has %zu: it is truncated or damaged",
+        return fail("%s: the header's config needs %zu bytes of tensors, the file has %zu: it is "
+                    "truncated or damaged",
                     path, needed, (size_t)(size - offset));
     if (crc32_of(0, h, HEADER_BYTES - 4) != u32_at(h + HEADER_BYTES - 4))
         return fail("%s: the header's checksum does not match: the file is damaged", path);
     if (crc32_of(0, h + tok_offset, (size_t)tok_bytes) != u32_at(h + 120))
         return fail("%s: the tokenizer's checksum does not match: the file is damaged", path);
-    for (uint64_t i = tok_offset + tok_bytes; i < offset; i++) // the only bytes that no checksum covers
+    for (uint64_t i = tok_offset + tok_bytes; i < offset;
+         i++) // the only bytes that no checksum covers
         if (h[i])
-            return fail("%s: byte %llu between tokenizer and tensors is not zero: the file is damaged", path,
-                        (unsigned long long)i);
-    m->tokenizer_bytes = (size_t)tok_bytes, m->tensors_offset = (size_t)offset, m->tensors_bytes = (size_t)bytes;
+            return fail(
+                "%s: byte %llu between tokenizer and tensors is not zero: the file is damaged",
+                path, (unsigned long long)i);
+    m->tokenizer_bytes = (size_t)tok_bytes, m->tensors_offset = (size_t)offset,
+    m->tensors_bytes = (size_t)bytes;
     m->tensors_crc = u32_at(h + 124);
-    m->id = u32_at(h + HEADER_BYTES - 4); // not the CRC of all 256: that of bytes and their own CRC is a constant
+    m->id = u32_at(h + HEADER_BYTES -
+                   4); // not the CRC of all 256: that of bytes and their own CRC is a constant
     return 0;
 }
 
@@ -850,11 +910,13 @@ static int open_model(Model *m, const char *path) {
     m->tokenizer = tokenizer_open(m->file + HEADER_BYTES, m->tokenizer_bytes);
     if (!m->tokenizer) return fail_in(path);
     if (tokenizer_size(m->tokenizer) > m->config.V)
-        return fail("%s: the tokenizer has %d ids, the model only %d", path, tokenizer_size(m->tokenizer), m->config.V);
+        return fail("%s: the tokenizer has %d ids, the model only %d", path,
+                    tokenizer_size(m->tokenizer), m->config.V);
     for (int id = 0; id < tokenizer_size(m->tokenizer); id++) {
         size_t bytes = 0, room;
         tokenizer_token(m->tokenizer, id, &bytes);
-        if ((room = 3 * (bytes + PENDING)) > m->text_room) m->text_room = room; // each byte may become a U+FFFD
+        if ((room = 3 * (bytes + PENDING)) > m->text_room)
+            m->text_room = room; // each byte may become a U+FFFD
     }
     m->layer = calloc((size_t)m->config.n_layer, sizeof *m->layer);
     if (!m->layer) return fail("out of memory: %d layers", m->config.n_layer);
@@ -901,9 +963,10 @@ COLD_END
 // 5 Kernels
 // Outputs first, then inputs, weights, sizes. Called by every thread of a team (see THREADS above).
 
-// xn (L,D) = x / rms(x) * weight. weight NULL: FalconMamba's weightless norm. x and xn may be the same array; ld is the
-// distance between rows of both.
-static void rmsnorm(float *xn, const float *x, const float *weight, float eps, int L, int D, size_t ld) {
+// xn (L,D) = x / rms(x) * weight. weight NULL: FalconMamba's weightless norm. x and xn may be the
+// same array; ld is the distance between rows of both.
+static void rmsnorm(float *xn, const float *x, const float *weight, float eps, int L, int D,
+                    size_t ld) {
 #pragma omp for
     for (int t = 0; t < L; t++) {
         const float *row = x + (size_t)t * ld;
@@ -932,7 +995,8 @@ static void add_to(float *out, const float *in, int L, int D) {
         }
 }
 
-// [train] out (D) += the sum over t of rows of x (L,D), which are ld apart: the gradient of anything added to every row.
+// [train] out (D) += the sum over t of rows of x (L,D), which are ld apart: the gradient of
+// anything added to every row.
 static void sum_rows(float *out, const float *x, size_t ld, int L, int D) {
 #pragma omp for
     for (int block = 0; block < (D + VL - 1) / VL; block++) {
@@ -943,10 +1007,12 @@ static void sum_rows(float *out, const float *x, size_t ld, int L, int D) {
     }
 }
 
-// [train] xn = x r w with r = 1 / rms(x):  d_x = r (d_xn w - x r^2 mean(d_xn w x)), or += where add; d_weight += sum over t of
-// d_xn x r. scale (L) is scratch for r. d_x and d_xn may be the same array unless add; weight NULL as in rmsnorm.
-static void rmsnorm_backward(float *d_x, float *d_weight, const float *d_xn, const float *x, const float *weight,
-                             float eps, bool add, int L, int D, size_t ld, float *scale) {
+// [train] xn = x r w with r = 1 / rms(x):  d_x = r (d_xn w - x r^2 mean(d_xn w x)), or += where
+// add; d_weight += sum over t of d_xn x r. scale (L) is scratch for r. d_x and d_xn may be the same
+// array unless add; weight NULL as in rmsnorm.
+static void rmsnorm_backward(float *d_x, float *d_weight, const float *d_xn, const float *x,
+                             const float *weight, float eps, bool add, int L, int D, size_t ld,
+                             float *scale) {
 #pragma omp for
     for (int t = 0; t < L; t++) {
         vec squares = splat(0);
@@ -962,7 +1028,8 @@ static void rmsnorm_backward(float *d_x, float *d_weight, const float *d_xn, con
             int d = block * VL, n = lanes_left(d, D);
             vec sum = load_n(d_weight + d, n);
             for (int t = 0; t < L; t++)
-                sum += load_n(d_xn + (size_t)t * ld + d, n) * load_n(x + (size_t)t * ld + d, n) * scale[t];
+                sum += load_n(d_xn + (size_t)t * ld + d, n) * load_n(x + (size_t)t * ld + d, n) *
+                       scale[t];
             store_n(d_weight + d, sum, n);
         }
     }
@@ -1003,7 +1070,8 @@ static double log_sum_exp(const float *logits, int V) {
     return highest + log(sum);
 }
 
-// --- storage types: VL weights to float32. A new type adds its reader and a line in TYPE_KERNELS; nothing else changes.
+// --- storage types: VL weights to float32. A new type adds its reader and a line in TYPE_KERNELS;
+// nothing else changes.
 
 typedef uint16_t half;
 
@@ -1012,15 +1080,19 @@ INLINE vec read_f32(const float *p) { return load(p); }
 INLINE uvec load_halves(const half *p) {
     hvec bits;
     memcpy(&bits, p, sizeof bits);
-#ifdef HALVES_ORDER // gcc converts by taking the vector apart and together again: decoding bf16 gained 15% by this
+#ifdef HALVES_ORDER // gcc converts by taking the vector apart and together again: decoding bf16
+                    // gained 15% by this
     return (uvec)__builtin_shufflevector(bits, (hvec){0}, HALVES_ORDER);
 #else
     return LANES_OF(uvec, bits) << 16;
 #endif
 }
-INLINE vec from_bf16(uvec wide) { return as_float((ivec)wide); } // a bf16 is the upper half of a float32
-// f16: put exponent and mantissa where float32 has them, then multiply by 2^(127-15), which mends the exponent's bias and
-// makes subnormals come out exact. Infinities do not occur: export.py refuses weights beyond f16's range.
+INLINE vec from_bf16(uvec wide) {
+    return as_float((ivec)wide);
+} // a bf16 is the upper half of a float32
+// f16: put exponent and mantissa where float32 has them, then multiply by 2^(127-15), which mends
+// the exponent's bias and makes subnormals come out exact. Infinities do not occur: export.py
+// refuses weights beyond f16's range.
 INLINE vec from_f16(uvec wide) {
     vec magnitude = as_float((ivec)((wide & 0x7FFF0000u) >> 3)) * 0x1p112f;
     return as_float(as_int(magnitude) | (ivec)(wide & 0x80000000u));
@@ -1028,8 +1100,9 @@ INLINE vec from_f16(uvec wide) {
 INLINE vec read_bf16(const half *p) { return from_bf16(load_halves(p)); }
 INLINE vec read_f16(const half *p) { return from_f16(load_halves(p)); }
 
-// The products of few rows take PAIR weights and inputs at a time, in two parts of VL, c = 0 and 1: of halves every second, so
-// that one load and one operation make VL of them wide, where in order it is a load, a shuffle or two and a shift.
+// The products of few rows take PAIR weights and inputs at a time, in two parts of VL, c = 0 and 1:
+// of halves every second, so that one load and one operation make VL of them wide, where in order
+// it is a load, a shuffle or two and a shift.
 INLINE uvec every_second_half(const half *p, int c) {
     uvec words;
     memcpy(&words, p, sizeof words);
@@ -1038,52 +1111,52 @@ INLINE uvec every_second_half(const half *p, int c) {
 INLINE vec weights_f32(const float *p, int c) { return load(p + c * VL); }
 INLINE vec weights_f16(const half *p, int c) { return from_f16(every_second_half(p, c)); }
 INLINE vec weights_bf16(const half *p, int c) { return from_bf16(every_second_half(p, c)); }
-INLINE vec inputs_of(const float *x, int c, bool halves) { return halves ? every_second(x, c) : load(x + c * VL); }
+INLINE vec inputs_of(const float *x, int c, bool halves) {
+    return halves ? every_second(x, c) : load(x + c * VL);
+}
 
-// For one storage type: dots adds n weights of R rows times T rows of x to sums (R,T), n a multiple of PAIR; widen turns n weights of
-// a row, from input `from` on, into float32; ld is the length of a row. A sum is one chain of multiply-adds, in the same order for
-// any T, so that the bits are the same; 4 rows by 1 input, 4 by 2, 2 by 4 or 1 by 8 are chains enough to hide their latency. One
-// row of x is read as it lies; more are packed, see pack_few. ahead, unless 0: the distance in bytes to the weights of
-// the next call, which are fetched meanwhile: rows are too short for the processor to foresee them.
-enum { FEW = 8 }; // rows of x that dots takes at the most
+// For one storage type: dots adds n weights of R rows times T rows of x to sums (R,T), n a multiple
+// of PAIR; widen turns n weights of a row, from input `from` on, into float32; ld is the length of
+// a row. A sum is one chain of multiply-adds, in the same order for any T, so that the bits are the
+// same; 4 rows by 1 input, 4 by 2, 2 by 4 or 1 by 8 are chains enough to hide their latency. One
+// row of x is read as it lies; more are packed, see pack_few. ahead, unless 0: the distance in
+// bytes to the weights of the next call, which are fetched meanwhile: rows are too short for the
+// processor to foresee them.
+enum { FEW = 8 };                                           // rows of x that dots takes at the most
 INLINE int few_rows(int T) { return T == 1 ? 4 : FEW / T; } // R for this T
 #define KERNELS_OF(name, stored) \
-    INLINE void dots_##name##_of(vec *sums, const void *const *rows, const float *x, int n, size_t ahead, const int R, \
-                                 const int T) { \
+    INLINE void dots_##name##_of(vec *sums, const void *const *rows, const float *x, int n, \
+                                 size_t ahead, const int R, const int T) { \
         enum { LINE = 64 / sizeof(stored) }; /* weights of a cache line */ \
         const stored *w[4]; \
         vec sum[FEW]; \
-        UNROLL \
-        for (int r = 0; r < R; r++) w[r] = rows[r]; \
-        UNROLL \
-        for (int k = 0; k < R * T; k++) sum[k] = sums[k]; \
+        UNROLLED_FOR (int r = 0; r < R; r++) w[r] = rows[r]; \
+        UNROLLED_FOR (int k = 0; k < R * T; k++) sum[k] = sums[k]; \
         for (int i = 0; i < n; i += PAIR, x += PAIR * T) { \
-            for (int k = 0; T > 1 && k < PAIR; k += LINE) UNROLL \
-            for (int r = 0; r < R; r++) \
-                if (i % LINE == 0) PREFETCH(w[r] + i + k, ahead); \
-            UNROLL \
-            for (int c = 0; c < 2; c++) { \
+            for (int k = 0; T > 1 && k < PAIR; k += LINE) \
+                UNROLLED_FOR (int r = 0; r < R; r++) \
+                    if (i % LINE == 0) PREFETCH(w[r] + i + k, ahead); \
+            UNROLLED_FOR (int c = 0; c < 2; c++) { \
                 vec a[4]; \
-                UNROLL \
-                for (int r = 0; r < R; r++) a[r] = weights_##name(w[r] + i, c); \
-                UNROLL \
-                for (int t = 0; t < T; t++) { \
-                    vec xt = T == 1 ? inputs_of(x, c, sizeof(stored) == 2) : load(x + (c * T + t) * VL); \
-                    UNROLL \
-                    for (int r = 0; r < R; r++) sum[r * T + t] += a[r] * xt; \
+                UNROLLED_FOR (int r = 0; r < R; r++) a[r] = weights_##name(w[r] + i, c); \
+                UNROLLED_FOR (int t = 0; t < T; t++) { \
+                    vec xt = T == 1 ? inputs_of(x, c, sizeof(stored) == 2) \
+                                    : load(x + (c * T + t) * VL); \
+                    UNROLLED_FOR (int r = 0; r < R; r++) sum[r * T + t] += a[r] * xt; \
                 } \
             } \
         } \
-        UNROLL \
-        for (int k = 0; k < R * T; k++) sums[k] = sum[k]; \
+        UNROLLED_FOR (int k = 0; k < R * T; k++) sums[k] = sum[k]; \
     } \
-    static void dots_##name(vec *sums, const void *const *rows, const float *x, int n, size_t ahead, int T) { \
+    static void dots_##name(vec *sums, const void *const *rows, const float *x, int n, \
+                            size_t ahead, int T) { \
         if (T == 1) dots_##name##_of(sums, rows, x, n, ahead, 4, 1); \
         else if (T == 2) dots_##name##_of(sums, rows, x, n, ahead, 4, 2); \
         else if (T == 4) dots_##name##_of(sums, rows, x, n, ahead, 2, 4); \
         else dots_##name##_of(sums, rows, x, n, ahead, 1, 8); \
     } \
-    static void widen_##name(float *out, const void *data, size_t ld, size_t row, int from, int n) { \
+    static void widen_##name(float *out, const void *data, size_t ld, size_t row, int from, \
+                             int n) { \
         const stored *w = (const stored *)data + row * ld + from; \
         int i = 0; \
         for (; i + VL <= n; i += VL) store(out + i, read_##name(w + i)); \
@@ -1097,24 +1170,33 @@ KERNELS_OF(f32, float)
 KERNELS_OF(f16, half)
 KERNELS_OF(bf16, half)
 
-// --- Q8 and Q4: codes stay where they lie in their words. word & mask, as an int32, is the code (plus `shift`, but for the last
-// of a word) times 2^(bits * j); the power of two goes into x beforehand, exactly, and the shift out of a group's sum, the same
-// for all rows. So a weight costs and, convert, multiply-add: 3/VL instructions, besides 1/VL loads of x for two vectors of rows.
+// --- Q8 and Q4: codes stay where they lie in their words. word & mask, as an int32, is the code
+// (plus `shift`, but for the last of a word) times 2^(bits * j); the power of two goes into x
+// beforehand, exactly, and the shift out of a group's sum, the same for all rows. So a weight costs
+// and, convert, multiply-add: 3/VL instructions, besides 1/VL loads of x for two vectors of rows.
 
-enum { X_BLOCK = 4096, TILES_AT_ONCE = VL > 4 ? 4 : 8 }; // inputs that are prepared at a time; rows of x that share a conversion
-#define NR (2 * VL)      // rows of W in a packed panel, see matmul
+enum {
+    X_BLOCK = 4096,
+    TILES_AT_ONCE = VL > 4 ? 4 : 8
+};                  // inputs that are prepared at a time; rows of x that share a conversion
+#define NR (2 * VL) // rows of W in a packed panel, see matmul
 
 INLINE uint32_t code_mask(int j, int bits) { return (uint32_t)((1 << bits) - 1) << (bits * j); }
 INLINE float code_power(int j, int bits) { return 1.0f / (float)((uint32_t)1 << (bits * j)); }
-INLINE float code_shift(int j, int bits) { return j == 32 / bits - 1 ? 0 : (float)(1 << (bits - 1)); }
+INLINE float code_shift(int j, int bits) {
+    return j == 32 / bits - 1 ? 0 : (float)(1 << (bits - 1));
+}
 INLINE uvec load_words(const unsigned char *tile, int i) {
     uvec words;
     memcpy(&words, tile + TILE_SCALES + (size_t)i * 4, sizeof words);
     return words;
 }
-INLINE vec load_scales(const unsigned char *tile, int r) { return read_bf16((const half *)(const void *)tile + r); }
+INLINE vec load_scales(const unsigned char *tile, int r) {
+    return read_bf16((const half *)(const void *)tile + r);
+}
 
-// xs (n rounded up to TILE) = x, each input divided by its code's power of two; start[tile] = minus what the shifts add up to.
+// xs (n rounded up to TILE) = x, each input divided by its code's power of two; start[tile] = minus
+// what the shifts add up to.
 INLINE void tile_prepare(float *xs, float *start, const float *x, int n, int bits) {
     float power[TILE], shift[TILE];
     for (int k = 0; k < TILE; k++)
@@ -1130,53 +1212,54 @@ INLINE void tile_prepare(float *xs, float *start, const float *x, int n, int bit
     }
 }
 
-// out (T,TILE) = the TILE rows of a panel times T rows of x, each `tiles` tiles: the loop where writing text spends its time. A
-// row's sum over a tile is one chain of multiply-adds, in the same order for any T and P; one takes 4 cycles and two may start in
-// each, so 8 chains are on the way at once: some vectors of rows by some rows of x, which share the conversion. One row of x
-// by the vectors of a panel may be fewer; then P = 2 panels, `apart` bytes from each other, are taken at once: out (P,TILE).
-INLINE void tile_dots(float *out, const unsigned char *tile, size_t apart, const float *xs, const float *start, int tiles,
-                      int bits, const int P, const int T) {
+// out (T,TILE) = the TILE rows of a panel times T rows of x, each `tiles` tiles: the loop where
+// writing text spends its time. A row's sum over a tile is one chain of multiply-adds, in the same
+// order for any T and P; one takes 4 cycles and two may start in each, so 8 chains are on the way
+// at once: some vectors of rows by some rows of x, which share the conversion. One row of x by the
+// vectors of a panel may be fewer; then P = 2 panels, `apart` bytes from each other, are taken at
+// once: out (P,TILE).
+INLINE void tile_dots(float *out, const unsigned char *tile, size_t apart, const float *xs,
+                      const float *start, int tiles, int bits, const int P, const int T) {
     enum { CHAINS = 8, WIDEST = TILE / VL < CHAINS ? TILE / VL : CHAINS };
     const int vectors = CHAINS / (P * T) < WIDEST ? CHAINS / (P * T) : WIDEST;
     vec total[2][TILE / VL][TILES_AT_ONCE];
     for (int p = 0; p < P; p++)
-        for (int v = 0; v < TILE / VL; v++) UNROLL
-    for (int t = 0; t < T; t++) total[p][v][t] = splat(0);
+        for (int v = 0; v < TILE / VL; v++)
+            UNROLLED_FOR (int t = 0; t < T; t++) total[p][v][t] = splat(0);
     for (int g = 0; g < tiles; g++, tile += TILE_SCALES + bits * TILE * 4, xs += TILE)
         for (int v0 = 0; v0 < TILE / VL; v0 += vectors) {
             vec sum[2][WIDEST][TILES_AT_ONCE];
-            UNROLL
-            for (int p = 0; p < P; p++) UNROLL
-            for (int v = 0; v < vectors; v++) UNROLL
-            for (int t = 0; t < T; t++) sum[p][v][t] = splat(start[t * tiles + g]);
-            for (int i = 0; i < bits; i++) UNROLL
-            for (int p = 0; p < P; p++) {
-                const unsigned char *at = tile + p * apart;
-                uvec word[WIDEST];
-                if (v0 == 0) { // what comes three tiles on: a quarter (q8) to two fifths (q4) more tokens a second
-                    PREFETCH(at, TILE_SCALES + i * TILE * 4 + 3072);
-                    PREFETCH(at, TILE_SCALES + i * TILE * 4 + 3072 + 64);
+            UNROLLED_FOR (int p = 0; p < P; p++)
+                UNROLLED_FOR (int v = 0; v < vectors; v++)
+                    UNROLLED_FOR (int t = 0; t < T; t++) sum[p][v][t] = splat(start[t * tiles + g]);
+            for (int i = 0; i < bits; i++)
+                UNROLLED_FOR (int p = 0; p < P; p++) {
+                    const unsigned char *at = tile + p * apart;
+                    uvec word[WIDEST];
+                    if (v0 == 0) { // what comes three tiles on: a quarter (q8) to two fifths (q4)
+                                   // more tokens a second
+                        PREFETCH(at, TILE_SCALES + i * TILE * 4 + 3072);
+                        PREFETCH(at, TILE_SCALES + i * TILE * 4 + 3072 + 64);
+                    }
+                    UNROLLED_FOR (int v = 0; v < vectors; v++)
+                        word[v] = load_words(at, i * TILE + (v0 + v) * VL);
+                    UNROLLED_FOR (int j = 0; j < 32 / bits; j++)
+                        UNROLLED_FOR (int v = 0; v < vectors; v++) {
+                            vec code = LANES_OF(vec, (ivec)(word[v] & code_mask(j, bits)));
+                            UNROLLED_FOR (int t = 0; t < T; t++)
+                                sum[p][v][t] += code * xs[t * tiles * TILE + i * (32 / bits) + j];
+                        }
                 }
-                UNROLL
-                for (int v = 0; v < vectors; v++) word[v] = load_words(at, i * TILE + (v0 + v) * VL);
-                UNROLL
-                for (int j = 0; j < 32 / bits; j++) UNROLL
-                for (int v = 0; v < vectors; v++) {
-                    vec code = LANES_OF(vec, (ivec)(word[v] & code_mask(j, bits)));
-                    UNROLL
-                    for (int t = 0; t < T; t++)
-                        sum[p][v][t] += code * xs[t * tiles * TILE + i * (32 / bits) + j];
-                }
-            }
-            UNROLL
-            for (int p = 0; p < P; p++) UNROLL
-            for (int v = 0; v < vectors; v++) UNROLL
-            for (int t = 0; t < T; t++)
-                total[p][v0 + v][t] += load_scales(tile + p * apart, (v0 + v) * VL) * sum[p][v][t];
+            UNROLLED_FOR (int p = 0; p < P; p++)
+                UNROLLED_FOR (int v = 0; v < vectors; v++)
+                    UNROLLED_FOR (int t = 0; t < T; t++)
+                        total[p][v0 + v][t] +=
+                            load_scales(tile + p * apart, (v0 + v) * VL) * sum[p][v][t];
         }
     for (int p = 0; p < P; p++)
-        for (int v = 0; v < TILE / VL; v++) UNROLL
-    for (int t = 0; t < T; t++) store(out + (p * T + t) * TILE + v * VL, total[p][v][t]);
+        for (int v = 0; v < TILE / VL; v++)
+            UNROLLED_FOR (int t = 0; t < T; t++)
+                store(out + (p * T + t) * TILE + v * VL, total[p][v][t]);
 }
 
 // panel (tiles * TILE, NR) = NR rows, from row r of the tiles on, as float32 and depth-major.
@@ -1186,17 +1269,18 @@ INLINE void tile_unpack(float *panel, const unsigned char *tile, int r, int tile
             vec scale = load_scales(tile, r + v);
             for (int i = 0; i < bits; i++) {
                 uvec word = load_words(tile, i * TILE + r + v);
-                UNROLL
-                for (int j = 0; j < 32 / bits; j++) {
+                UNROLLED_FOR (int j = 0; j < 32 / bits; j++) {
                     vec code =
-                        LANES_OF(vec, (ivec)(word & code_mask(j, bits))) * code_power(j, bits) - code_shift(j, bits);
+                        LANES_OF(vec, (ivec)(word & code_mask(j, bits))) * code_power(j, bits) -
+                        code_shift(j, bits);
                     store(panel + (i * (32 / bits) + j) * NR + v, code * scale);
                 }
             }
         }
 }
 
-INLINE void tile_widen(float *out, const void *data, size_t ld, size_t row, int from, int n, int bits) {
+INLINE void tile_widen(float *out, const void *data, size_t ld, size_t row, int from, int n,
+                       int bits) {
     size_t bytes = TILE_SCALES + (size_t)bits * TILE * 4, r = row % TILE;
     const unsigned char *panel = (const unsigned char *)data + row / TILE * tiles_of(ld) * bytes;
     for (int k = from; k < from + n; k++) {
@@ -1204,8 +1288,11 @@ INLINE void tile_widen(float *out, const void *data, size_t ld, size_t row, int 
         uint32_t word;
         half upper;
         memcpy(&upper, tile + r * sizeof upper, sizeof upper);
-        memcpy(&word, tile + TILE_SCALES + ((size_t)(k % TILE / (32 / bits)) * TILE + r) * sizeof word, sizeof word);
-        int code = (int)((word ^ 0x80000000u) >> (k % (32 / bits) * bits) & ((1u << bits) - 1)) - (1 << (bits - 1));
+        memcpy(&word,
+               tile + TILE_SCALES + ((size_t)(k % TILE / (32 / bits)) * TILE + r) * sizeof word,
+               sizeof word);
+        int code = (int)((word ^ 0x80000000u) >> (k % (32 / bits) * bits) & ((1u << bits) - 1)) -
+                   (1 << (bits - 1));
         uint32_t scale_bits = (uint32_t)upper << 16;
         float scale;
         memcpy(&scale, &scale_bits, sizeof scale);
@@ -1217,10 +1304,11 @@ INLINE void tile_widen(float *out, const void *data, size_t ld, size_t row, int 
     static void prepare_##name(float *xs, float *start, const float *x, int n) { \
         tile_prepare(xs, start, x, n, bits); \
     } \
-    static int dots_##name(float *out, const unsigned char *tile, size_t apart, const float *xs, const float *start, \
-                           int tiles, int T) { \
+    static int dots_##name(float *out, const unsigned char *tile, size_t apart, const float *xs, \
+                           const float *start, int tiles, int T) { \
         if (apart) return tile_dots(out, tile, apart, xs, start, tiles, bits, 2, 1), 1; \
-        if (T >= 8 && TILES_AT_ONCE == 8) return tile_dots(out, tile, 0, xs, start, tiles, bits, 1, TILES_AT_ONCE), 8; \
+        if (T >= 8 && TILES_AT_ONCE == 8) \
+            return tile_dots(out, tile, 0, xs, start, tiles, bits, 1, TILES_AT_ONCE), 8; \
         if (T >= 4) return tile_dots(out, tile, 0, xs, start, tiles, bits, 1, 4), 4; \
         if (T >= 2) return tile_dots(out, tile, 0, xs, start, tiles, bits, 1, 2), 2; \
         return tile_dots(out, tile, 0, xs, start, tiles, bits, 1, 1), 1; \
@@ -1228,17 +1316,20 @@ INLINE void tile_widen(float *out, const void *data, size_t ld, size_t row, int 
     static void unpack_##name(float *panel, const unsigned char *tile, int r, int tiles) { \
         tile_unpack(panel, tile, r, tiles, bits); \
     } \
-    static void widen_##name(float *out, const void *data, size_t ld, size_t row, int from, int n) { \
+    static void widen_##name(float *out, const void *data, size_t ld, size_t row, int from, \
+                             int n) { \
         tile_widen(out, data, ld, row, from, n, bits); \
     }
 TILE_KERNELS(q8, 8)
 TILE_KERNELS(q4, 4)
 
 static const struct {
-    void (*dots)(vec *sums, const void *const *rows, const float *x, int n, size_t ahead, int T); // of F32, F16, BF16
+    void (*dots)(vec *sums, const void *const *rows, const float *x, int n, size_t ahead,
+                 int T); // of F32, F16, BF16
     void (*widen)(float *out, const void *data, size_t ld, size_t row, int from, int n);
     void (*prepare)(float *xs, float *start, const float *x, int n); // this and the rest of Q8, Q4
-    int (*tile_dots)(float *out, const unsigned char *tile, size_t apart, const float *xs, const float *start, int tiles,
+    int (*tile_dots)(float *out, const unsigned char *tile, size_t apart, const float *xs,
+                     const float *start, int tiles,
                      int T); // rows of x done; apart, unless 0: two panels by one of them
     void (*unpack)(float *panel, const unsigned char *tile, int r, int groups);
 } TYPE_KERNELS[N_TYPES] = {{dots_f32, widen_f32, NULL, NULL, NULL},
@@ -1260,8 +1351,10 @@ static void embed(float *res, const int32_t *ids, const Tensor *embedding, int L
         tensor_widen(res + (size_t)t * D, embedding, ids ? ids[t] : t, 0, D);
 }
 
-// [train] d_embedding[id] += the gradients of every place where id stood. Threads own columns, so places add up in order.
-static void embed_backward(float *d_embedding, const float *d_res, const int32_t *ids, int L, int D) {
+// [train] d_embedding[id] += the gradients of every place where id stood. Threads own columns, so
+// places add up in order.
+static void embed_backward(float *d_embedding, const float *d_res, const int32_t *ids, int L,
+                           int D) {
 #pragma omp for
     for (int block = 0; block < (D + VL - 1) / VL; block++) {
         int d = block * VL, n = lanes_left(d, D);
@@ -1272,16 +1365,19 @@ static void embed_backward(float *d_embedding, const float *d_res, const int32_t
     }
 }
 
-// --- matmul: out (L,O) = x (L,I) W^T (+ bias), W (O,I) of any storage type; rows of x are ldx apart.
-// The one entry for every product in the model. Few rows (a token being generated): every weight is used once, so the
-// product runs at the speed of memory; each thread streams its own rows of W. Many rows: the blocked product.
+// --- matmul: out (L,O) = x (L,I) W^T (+ bias), W (O,I) of any storage type; rows of x are ldx
+// apart. The one entry for every product in the model. Few rows (a token being generated): every
+// weight is used once, so the product runs at the speed of memory; each thread streams its own rows
+// of W. Many rows: the blocked product.
 //
+// clang-format off
 //        o0..o0+NR
 //       +---------+        A task is NR outputs (a panel of W) times a block of rows of x. For KC inputs at a time the
 //    KC | panel   |        thread widens its panel of W to float32, transposed, so that NR outputs are side by side (L1
 //       +---------+        cache). Then for every MR rows of x, packed the same way beforehand: load NR weights, multiply
 //   MR |  tile    |        by MR single inputs, add into MR x NR sums that never leave the registers until KC is done.
 //       +---------+        Per step MR*NR multiply-adds need only NR/VL + MR loads, so the FMA units are the limit.
+// clang-format on
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define MR 12 // 12 x 2 sums + 2 weights + 1 input of 32 registers
@@ -1304,30 +1400,35 @@ static int team_size(void) {
 #endif
 }
 
-// Of the tasks of a product with few rows, those that always go to the same thread, in whose caches their weights may still be.
-// From 5 rows on it computes more than it reads, and the last eighth goes to whoever is done first.
+// Of the tasks of a product with few rows, those that always go to the same thread, in whose caches
+// their weights may still be. From 5 rows on it computes more than it reads, and the last eighth
+// goes to whoever is done first.
 static int own_tasks(int tasks, int L) { return L > 4 ? tasks - tasks / 8 : tasks; }
 
-// Q8 and Q4: threads share panels of rows, and each prepares x for itself, TILES_FEW rows of it for one reading of the weights. One
-// row alone takes two panels half of W apart at once, unless some thread would get an eighth more of them to do for that.
+// Q8 and Q4: threads share panels of rows, and each prepares x for itself, TILES_FEW rows of it for
+// one reading of the weights. One row alone takes two panels half of W apart at once, unless some
+// thread would get an eighth more of them to do for that.
 enum { TILES_FEW = 8 };
 typedef struct {
     float *out; // (rows,O), of these rows of x
     size_t ldo;
-    const Tensor *w;                // (O,I)
-    const float *bias, *xs, *start; // (O); rows of x and what they begin with, as the type prepares them
-    int k0, tiles, rows, panels, half; // tiles from input k0; half: panels from one of a pair to the other, or 0
+    const Tensor *w; // (O,I)
+    const float *bias, *xs,
+        *start; // (O); rows of x and what they begin with, as the type prepares them
+    int k0, tiles, rows, panels,
+        half; // tiles from input k0; half: panels from one of a pair to the other, or 0
 } TileRows;
 
 static void tile_panel(const TileRows *p, int panel) {
     float sum[TILES_AT_ONCE][TILE];
     size_t panel_bytes = tiles_of((size_t)p->w->cols) * tile_bytes(p->w->type);
-    const unsigned char *at = (const unsigned char *)p->w->data + (size_t)(p->k0 / TILE) * tile_bytes(p->w->type);
+    const unsigned char *at =
+        (const unsigned char *)p->w->data + (size_t)(p->k0 / TILE) * tile_bytes(p->w->type);
     for (int t = 0, T; t < p->rows; t += T) {
         int P = p->half && panel + p->half < p->panels ? 2 : 1;
-        T = TYPE_KERNELS[p->w->type].tile_dots(sum[0], at + (size_t)panel * panel_bytes,
-                                               P == 2 ? (size_t)p->half * panel_bytes : 0, p->xs + t * p->tiles * TILE,
-                                               p->start + t * p->tiles, p->tiles, p->rows - t);
+        T = TYPE_KERNELS[p->w->type].tile_dots(
+            sum[0], at + (size_t)panel * panel_bytes, P == 2 ? (size_t)p->half * panel_bytes : 0,
+            p->xs + t * p->tiles * TILE, p->start + t * p->tiles, p->tiles, p->rows - t);
         for (int k = 0; k < P; k++)
             for (int i = 0; i < T; i++) {
                 int o = (panel + k * p->half) * TILE;
@@ -1338,18 +1439,23 @@ static void tile_panel(const TileRows *p, int panel) {
     }
 }
 
-static void matmul_few_tiles(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w, const float *bias, int L) {
+static void matmul_few_tiles(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w,
+                             const float *bias, int L) {
     float xs[TILES_FEW * X_BLOCK], start[TILES_FEW * X_BLOCK / TILE];
     int panels = (int)tiles_of((size_t)w->rows), half = (panels + 1) / 2, team = team_size();
-    bool pairs = L == 1 && VL > 4 && (half + team - 1) / team * 2 <= (panels + team - 1) / team * 9 / 8;
+    bool pairs =
+        L == 1 && VL > 4 && (half + team - 1) / team * 2 <= (panels + team - 1) / team * 9 / 8;
     int tasks = pairs ? half : panels, own = own_tasks(tasks, L);
     for (int t0 = 0; t0 < L; t0 += TILES_FEW)
         for (int k0 = 0; k0 < w->cols; k0 += X_BLOCK) {
-            int n = w->cols - k0 < X_BLOCK ? w->cols - k0 : X_BLOCK, rows = L - t0 < TILES_FEW ? L - t0 : TILES_FEW;
+            int n = w->cols - k0 < X_BLOCK ? w->cols - k0 : X_BLOCK,
+                rows = L - t0 < TILES_FEW ? L - t0 : TILES_FEW;
             int tiles = (int)tiles_of((size_t)n);
             for (int t = 0; t < rows; t++)
-                TYPE_KERNELS[w->type].prepare(xs + t * tiles * TILE, start + t * tiles, x + (size_t)(t0 + t) * ldx + k0, n);
-            TileRows p = {out + (size_t)t0 * ldo, ldo, w, bias, xs, start, k0, tiles, rows, panels, pairs ? half : 0};
+                TYPE_KERNELS[w->type].prepare(xs + t * tiles * TILE, start + t * tiles,
+                                              x + (size_t)(t0 + t) * ldx + k0, n);
+            TileRows p = {out + (size_t)t0 * ldo, ldo, w, bias, xs, start, k0, tiles, rows, panels,
+                          pairs ? half : 0};
 #pragma omp for nowait
             for (int panel = 0; panel < own; panel++) tile_panel(&p, panel);
 #pragma omp for schedule(dynamic)
@@ -1358,22 +1464,27 @@ static void matmul_few_tiles(float *out, size_t ldo, const float *x, size_t ldx,
 }
 
 // sums (R,T) += n weights of R rows times T rows of x, the end of a row through zero-padded copies.
-static void add_dots(vec *sums, const void *const *rows, Type type, const float *x, int n, size_t ahead, int T) {
+static void add_dots(vec *sums, const void *const *rows, Type type, const float *x, int n,
+                     size_t ahead, int T) {
     int whole = n / PAIR * PAIR, left = n - whole;
     TYPE_KERNELS[type].dots(sums, rows, x, whole, ahead, T);
     if (left) {
         float end[4][PAIR] = {{0}}, x_end[PAIR] = {0};
         for (int r = 0; r < few_rows(T); r++)
-            memcpy(end[r], (const char *)rows[r] + (size_t)whole * type_bytes(type), (size_t)left * type_bytes(type));
+            memcpy(end[r], (const char *)rows[r] + (size_t)whole * type_bytes(type),
+                   (size_t)left * type_bytes(type));
         if (T == 1) memcpy(x_end, x + whole, (size_t)left * sizeof *x);
-        TYPE_KERNELS[type].dots(sums, (const void *[]){end[0], end[1], end[2], end[3]}, T == 1 ? x_end : x + whole * T,
-                                PAIR, 0, T);
+        TYPE_KERNELS[type].dots(sums, (const void *[]){end[0], end[1], end[2], end[3]},
+                                T == 1 ? x_end : x + whole * T, PAIR, 0, T);
     }
 }
 
-// Rows of x go in groups of T = 8, 4, 2 or 1. packed: packed[group][pair of vectors][c][row][lane], rows beyond the last zero, so that
-// the product reads a group in one run; a group of one row is read where it lies.
-INLINE int few_group(int left) { return left > 4 ? 8 : left > 2 ? 4 : left; } // T where so many rows are left
+// Rows of x go in groups of T = 8, 4, 2 or 1. packed: packed[group][pair of vectors][c][row][lane],
+// rows beyond the last zero, so that the product reads a group in one run; a group of one row is
+// read where it lies.
+INLINE int few_group(int left) {
+    return left > 4 ? 8 : left > 2 ? 4 : left;
+} // T where so many rows are left
 INLINE size_t few_padded(int I) { return (size_t)((I + PAIR - 1) / PAIR) * PAIR; }
 static void pack_few(float *packed, const float *x, size_t ldx, int I, int L, bool halves) {
 #pragma omp for
@@ -1390,18 +1501,21 @@ static void pack_few(float *packed, const float *x, size_t ldx, int I, int L, bo
     }
 }
 
-// One token, or one of each of some sequences: every weight is read from memory once, and a row's bits do not depend on the rows
-// beside it. A task is some rows of W, R at a time: up to 8 rows of x, R a half or a quarter of W apart, which makes streams
-// that each run on without a gap; for more, neighbours, which the next group finds in the L2 cache. The task takes all its
-// rows for as many inputs as leave x in the L1 cache. packed: room for L rounded up to 8 rows, each rounded up to PAIR; for L = 1 none.
+// One token, or one of each of some sequences: every weight is read from memory once, and a row's
+// bits do not depend on the rows beside it. A task is some rows of W, R at a time: up to 8 rows of
+// x, R a half or a quarter of W apart, which makes streams that each run on without a gap; for
+// more, neighbours, which the next group finds in the L2 cache. The task takes all its rows for as
+// many inputs as leave x in the L1 cache. packed: room for L rounded up to 8 rows, each rounded up
+// to PAIR; for L = 1 none.
 enum { FEW_TASK = 16, FEW_L1 = 6144 }; // rows of W at the most; floats of x
 typedef struct {
     float *out;
     size_t ldo, ldx;
     const float *x, *packed, *bias;
     const Tensor *w;
-    int L, rows, streams, apart, end; // rows: of W in a task; end: of the first rows that streams take
-} FewRows; // out (L,O), x (L,I), packed as pack_few() leaves it, bias (O), w (O,I)
+    int L, rows, streams, apart,
+        end; // rows: of W in a task; end: of the first rows that streams take
+} FewRows;   // out (L,O), x (L,I), packed as pack_few() leaves it, bias (O), w (O,I)
 
 static void few_task(const FewRows *f, int task) {
     const Tensor *w = f->w;
@@ -1409,17 +1523,20 @@ static void few_task(const FewRows *f, int task) {
     size_t bytes = type_bytes(w->type);
     for (int t0 = 0, T; t0 < f->L; t0 += T) {
         T = few_group(f->L - t0);
-        const float *xs = T == 1 ? f->x + (size_t)t0 * f->ldx : f->packed + (size_t)t0 * few_padded(I);
-        int R = few_rows(T), step = apart == 1 ? R : 1, inputs = FEW_L1 / T, o0 = task * rows / f->streams;
+        const float *xs =
+            T == 1 ? f->x + (size_t)t0 * f->ldx : f->packed + (size_t)t0 * few_padded(I);
+        int R = few_rows(T), step = apart == 1 ? R : 1, inputs = FEW_L1 / T,
+            o0 = task * rows / f->streams;
         vec sums[FEW_TASK * FEW];
         for (int k = 0; k < rows * T; k++) sums[k] = splat(0);
         for (int i = 0; i < I; i += inputs)
             for (int k = 0, o = o0; k < rows && o < end; k += R, o += step) {
                 const void *row[4];
                 for (int r = 0; r < R; r++)
-                    row[r] = (const char *)tensor_row(w, o + r * apart < O ? o + r * apart : o) + (size_t)i * bytes;
-                add_dots(sums + k * T, row, w->type, xs + (size_t)i * T, I - i < inputs ? I - i : inputs,
-                         (size_t)step * I * bytes, T);
+                    row[r] = (const char *)tensor_row(w, o + r * apart < O ? o + r * apart : o) +
+                             (size_t)i * bytes;
+                add_dots(sums + k * T, row, w->type, xs + (size_t)i * T,
+                         I - i < inputs ? I - i : inputs, (size_t)step * I * bytes, T);
             }
         for (int t = 0; t < T && t0 + t < f->L; t++) {
             const vec *sum = sums + t;
@@ -1436,8 +1553,8 @@ static void few_task(const FewRows *f, int task) {
     }
 }
 
-static void matmul_few(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w, const float *bias, int L,
-                       float *packed) {
+static void matmul_few(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w,
+                       const float *bias, int L, float *packed) {
     if (is_quantized(w->type)) {
         matmul_few_tiles(out, ldo, x, ldx, w, bias, L);
         return;
@@ -1453,8 +1570,9 @@ static void matmul_few(float *out, size_t ldo, const float *x, size_t ldx, const
     for (int task = own; task < tasks; task++) few_task(&f, task);
 }
 
-// A factor of a product, (rows, depth): element (r,k) lies at data[r * ld + k], or at data[k * ld + r] if by_depth. The
-// forward product needs only the first kind; the second is what makes the same code serve both gradients.
+// A factor of a product, (rows, depth): element (r,k) lies at data[r * ld + k], or at data[k * ld +
+// r] if by_depth. The forward product needs only the first kind; the second is what makes the same
+// code serve both gradients.
 typedef struct {
     const void *data;
     size_t ld;
@@ -1462,7 +1580,8 @@ typedef struct {
     bool by_depth;
 } Factor;
 
-// packed: panels of MR rows of a (float32), depth-major: packed[panel][k][row]. Missing rows of the last panel are zero.
+// packed: panels of MR rows of a (float32), depth-major: packed[panel][k][row]. Missing rows of the
+// last panel are zero.
 static void pack_rows(float *packed, const Factor *a, int rows, int depth) {
 #pragma omp for
     for (int panel = 0; panel < (rows + MR - 1) / MR; panel++) {
@@ -1471,7 +1590,8 @@ static void pack_rows(float *packed, const Factor *a, int rows, int depth) {
         const float *from = (const float *)a->data + (size_t)panel * MR * (a->by_depth ? 1 : a->ld);
         if (n < MR) memset(to, 0, (size_t)MR * depth * sizeof *to);
         if (a->by_depth)
-            for (int k = 0; k < depth; k++) memcpy(to + (size_t)k * MR, from + k * a->ld, (size_t)n * sizeof *to);
+            for (int k = 0; k < depth; k++)
+                memcpy(to + (size_t)k * MR, from + k * a->ld, (size_t)n * sizeof *to);
         else
             for (int r = 0; r < n; r++)
                 for (int k = 0; k < depth; k++) to[(size_t)k * MR + r] = from[r * a->ld + k];
@@ -1480,20 +1600,25 @@ static void pack_rows(float *packed, const Factor *a, int rows, int depth) {
 
 // panel[k][j] = b(j0 + j, k0 + k), float32; missing rows of b are zero.
 static void pack_panel(float *panel, const Factor *b, int b_rows, int j0, int k0, int kc) {
-    enum { STRETCH = 64 }; // inputs at a time, so that the part of the panel that is written to stays in the L1 cache
+    enum {
+        STRETCH = 64
+    }; // inputs at a time, so that the part of the panel that is written to stays in the L1 cache
     void (*widen)(float *, const void *, size_t, size_t, int, int) = TYPE_KERNELS[b->type].widen;
     int n = b_rows - j0 < NR ? b_rows - j0 : NR;
     float rows[4][STRETCH] = {{0}};
     if (is_quantized(b->type)) { // NR divides TILE, TILE divides KC
         size_t tile = (size_t)(j0 / TILE) * tiles_of(b->ld) + (size_t)(k0 / TILE);
-        TYPE_KERNELS[b->type].unpack(panel, (const unsigned char *)b->data + tile * tile_bytes(b->type), j0 % TILE,
-                                     (int)tiles_of((size_t)kc));
+        TYPE_KERNELS[b->type].unpack(panel,
+                                     (const unsigned char *)b->data + tile * tile_bytes(b->type),
+                                     j0 % TILE, (int)tiles_of((size_t)kc));
         return;
     }
     if (n < NR) memset(panel, 0, (size_t)kc * NR * sizeof *panel);
-    if (b->by_depth && b->type == F32 && n == NR) // training: a call a row would cost a tenth of a step
+    if (b->by_depth && b->type == F32 &&
+        n == NR) // training: a call a row would cost a tenth of a step
         for (int k = 0; k < kc; k++)
-            memcpy(panel + k * NR, (const float *)b->data + (size_t)(k0 + k) * b->ld + j0, NR * sizeof(float));
+            memcpy(panel + k * NR, (const float *)b->data + (size_t)(k0 + k) * b->ld + j0,
+                   NR * sizeof(float));
     else if (b->by_depth)
         for (int k = 0; k < kc; k++) widen(panel + k * NR, b->data, b->ld, (size_t)(k0 + k), j0, n);
     else
@@ -1511,26 +1636,24 @@ static void pack_panel(float *panel, const Factor *b, int b_rows, int j0, int k0
 // tile (MR,NR) = a (kc,MR)^T b (kc,NR): the loop where prefill spends its time.
 static void micro_kernel(float *tile, const float *a, const float *b, int kc) {
     vec sum[MR][2];
-    UNROLL
-    for (int r = 0; r < MR; r++) sum[r][0] = sum[r][1] = splat(0);
+    UNROLLED_FOR (int r = 0; r < MR; r++) sum[r][0] = sum[r][1] = splat(0);
     for (int k = 0; k < kc; k++, a += MR, b += NR) {
         vec b0 = load(b), b1 = load(b + VL);
-        UNROLL
-        for (int r = 0; r < MR; r++) {
+        UNROLLED_FOR (int r = 0; r < MR; r++) {
             sum[r][0] += a[r] * b0;
             sum[r][1] += a[r] * b1;
         }
     }
-    UNROLL
-    for (int r = 0; r < MR; r++) {
+    UNROLLED_FOR (int r = 0; r < MR; r++) {
         store(tile + r * NR, sum[r][0]);
         store(tile + r * NR + VL, sum[r][1]);
     }
 }
 
 // One task: columns j0.. of rows r0..r1 of out, the whole depth.
-static void product_task(float *out, size_t ldo, const float *packed, const Factor *b, const float *bias, bool add,
-                         int r0, int r1, int j0, int columns, int depth) {
+static void product_task(float *out, size_t ldo, const float *packed, const Factor *b,
+                         const float *bias, bool add, int r0, int r1, int j0, int columns,
+                         int depth) {
     float panel[KC * NR], tile[MR * NR];
     int width = columns - j0 < NR ? columns - j0 : NR;
     for (int k0 = 0; k0 < depth; k0 += KC) {
@@ -1547,10 +1670,10 @@ static void product_task(float *out, size_t ldo, const float *packed, const Fact
     }
 }
 
-// out (rows, columns) = a (rows, depth) b (columns, depth)^T (+ bias), or += where add. packed: room for rows rounded up to
-// MR times depth.
-static void product(float *out, size_t ldo, Factor a, Factor b, const float *bias, bool add, int rows, int columns,
-                    int depth, float *packed) {
+// out (rows, columns) = a (rows, depth) b (columns, depth)^T (+ bias), or += where add. packed:
+// room for rows rounded up to MR times depth.
+static void product(float *out, size_t ldo, Factor a, Factor b, const float *bias, bool add,
+                    int rows, int columns, int depth, float *packed) {
     pack_rows(packed, &a, rows, depth);
     int panels = (columns + NR - 1) / NR, tasks = team_size() > 1 ? PRODUCT_TASKS : 1,
         blocks = (tasks + panels - 1) / panels;                  // few panels: cut the rows too,
@@ -1569,40 +1692,48 @@ static Factor weight_factor(const Tensor *w, bool by_depth) {
 }
 
 // packed: room for (L rounded up to MR) * I floats. Rows of out are ldo apart.
-static void matmul_to(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w, const float *bias, int L,
-                      float *packed) {
+static void matmul_to(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w,
+                      const float *bias, int L, float *packed) {
     if (L < MATMUL_FEW) matmul_few(out, ldo, x, ldx, w, bias, L, packed);
     else
-        product(out, ldo, (Factor){x, ldx, F32, false}, weight_factor(w, false), bias, false, L, w->rows, w->cols,
-                packed);
+        product(out, ldo, (Factor){x, ldx, F32, false}, weight_factor(w, false), bias, false, L,
+                w->rows, w->cols, packed);
 }
 
-static void matmul(float *out, const float *x, size_t ldx, const Tensor *w, const float *bias, int L, float *packed) {
+static void matmul(float *out, const float *x, size_t ldx, const Tensor *w, const float *bias,
+                   int L, float *packed) {
     matmul_to(out, (size_t)w->rows, x, ldx, w, bias, L, packed);
 }
 
-// [train] out = x W^T + bias:  d_x (L,I) = d_out W, or += where add; d_W (O,I) += d_out^T x; d_bias (O) += sum over t of d_out. d_out
-// has rows ldo apart, d_x and x rows ldx. packed: room for (L rounded up) * O and for (O rounded up) * L floats.
-static void matmul_backward(float *d_x, float *d_W, float *d_bias, const float *d_out, size_t ldo, const float *x,
-                            size_t ldx, const Tensor *w, bool add, int L, float *packed) {
+// [train] out = x W^T + bias:  d_x (L,I) = d_out W, or += where add; d_W (O,I) += d_out^T x; d_bias
+// (O) += sum over t of d_out. d_out has rows ldo apart, d_x and x rows ldx. packed: room for (L
+// rounded up) * O and for (O rounded up) * L floats.
+static void matmul_backward(float *d_x, float *d_W, float *d_bias, const float *d_out, size_t ldo,
+                            const float *x, size_t ldx, const Tensor *w, bool add, int L,
+                            float *packed) {
     int O = w->rows, I = w->cols;
-    if (d_x) product(d_x, ldx, (Factor){d_out, ldo, F32, false}, weight_factor(w, true), NULL, add, L, I, O, packed);
-    product(d_W, (size_t)I, (Factor){d_out, ldo, F32, true}, (Factor){x, ldx, F32, true}, NULL, true, O, I, L, packed);
+    if (d_x)
+        product(d_x, ldx, (Factor){d_out, ldo, F32, false}, weight_factor(w, true), NULL, add, L, I,
+                O, packed);
+    product(d_W, (size_t)I, (Factor){d_out, ldo, F32, true}, (Factor){x, ldx, F32, true}, NULL,
+            true, O, I, L, packed);
     if (d_bias) sum_rows(d_bias, d_out, ldo, L, O);
 }
 
-// --- conv1d + SiLU: u_t = silu(bias + sum over k of conv[k] x_{t-K+1+k}), each channel by itself, causal: the last tap
-// meets the current input. window (K-1,E) holds the inputs before t = 0 and becomes the last K-1 inputs of this piece.
-// x has rows 2E apart (it is the first half of xz). Time-major rows are read whole, so t is what threads share.
+// --- conv1d + SiLU: u_t = silu(bias + sum over k of conv[k] x_{t-K+1+k}), each channel by itself,
+// causal: the last tap meets the current input. window (K-1,E) holds the inputs before t = 0 and
+// becomes the last K-1 inputs of this piece. x has rows 2E apart (it is the first half of xz).
+// Time-major rows are read whole, so t is what threads share.
 static const float *conv_input(const float *xz, const float *window, int t, int E, int K) {
     return t >= 0 ? xz + (size_t)t * 2 * E : window + (size_t)(K - 1 + t) * E;
 }
 
-static void conv1d_silu(float *u, float *window, const float *xz, const float *conv_t, const float *bias, int L, int E,
-                        int K) {
+static void conv1d_silu(float *u, float *window, const float *xz, const float *conv_t,
+                        const float *bias, int L, int E, int K) {
 #pragma omp for
     for (int t = 0; t < L; t++) {
-        const float *past = xz + (size_t)(t < K - 1 ? 0 : t - K + 1) * 2 * E; // the first tap's row, the others follow
+        const float *past = xz + (size_t)(t < K - 1 ? 0 : t - K + 1) * 2 *
+                                     E; // the first tap's row, the others follow
         float *to = u + (size_t)t * E;
         int e = 0;
         for (; t >= K - 1 && e + VL <= E; e += VL) { // nearly all of it
@@ -1615,21 +1746,24 @@ static void conv1d_silu(float *u, float *window, const float *xz, const float *c
             int n = lanes_left(e, E);
             vec sum = bias ? load_n(bias + e, n) : splat(0);
             for (int k = 0; k < K; k++)
-                sum +=
-                    load_n(conv_t + (size_t)k * E + e, n) * load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
+                sum += load_n(conv_t + (size_t)k * E + e, n) *
+                       load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
             store_n(to + e, sum, n);
         }
-        for (e = 0; e + VL <= E; e += VL) store(to + e, silu_vec(load(to + e))); // apart: a shorter chain each
+        for (e = 0; e + VL <= E; e += VL)
+            store(to + e, silu_vec(load(to + e))); // apart: a shorter chain each
         if (e < E) store_n(to + e, silu_vec(load_n(to + e, E - e)), E - e);
     }
 #pragma omp single
-    for (int j = 0; j < K - 1; j++) // forward in j: a piece shorter than the window only moves rows down
-        memmove(window + (size_t)j * E, conv_input(xz, window, L - K + 1 + j, E, K), (size_t)E * sizeof(float));
+    for (int j = 0; j < K - 1;
+         j++) // forward in j: a piece shorter than the window only moves rows down
+        memmove(window + (size_t)j * E, conv_input(xz, window, L - K + 1 + j, E, K),
+                (size_t)E * sizeof(float));
 }
 
 // The same for one token, n channels from e: u (E) from x (E).
-static void conv1d_silu_lanes(float *u, float *window, const float *x, const float *conv_t, const float *bias, int e,
-                              int n, int E, int K) {
+static void conv1d_silu_lanes(float *u, float *window, const float *x, const float *conv_t,
+                              const float *bias, int e, int n, int E, int K) {
     vec now = load_n(x + e, n), sum = now * load_n(conv_t + (size_t)(K - 1) * E + e, n);
     if (bias) sum += load_n(bias + e, n);
     for (int k = 0; k < K - 1; k++) {
@@ -1641,19 +1775,21 @@ static void conv1d_silu_lanes(float *u, float *window, const float *x, const flo
     store_n(u + e, silu_vec(sum), n);
 }
 
-static void conv1d_silu_step(float *u, float *window, const float *x, const float *conv_t, const float *bias, int E,
-                             int K) {
+static void conv1d_silu_step(float *u, float *window, const float *x, const float *conv_t,
+                             const float *bias, int E, int K) {
 #pragma omp for
     for (int block = 0; block < (E + VL - 1) / VL; block++)
         conv1d_silu_lanes(u, window, x, conv_t, bias, block * VL, lanes_left(block * VL, E), E, K);
 }
 
-// [train] With c the convolution before SiLU and s = sigmoid(c): d_c = d_u s (1 + c (1 - s)); d_x_t = sum over k of conv[k]
-// d_c_{t+K-1-k}; d_conv[k] += sum over t of d_c_t x_{t-K+1+k}. c is computed again. d_xz has rows 2E apart and gets its first
-// half; d_conv is (E,K) as stored. window (K-1,E), inputs before t = 0, gets its gradient in d_window. d_c (L,E) is scratch.
-static void conv1d_silu_backward(float *d_xz, float *d_conv, float *d_bias, float *d_window, const float *d_u,
-                                 const float *xz, const float *window, const float *conv_t, const float *bias, int L,
-                                 int E, int K, float *d_c) {
+// [train] With c the convolution before SiLU and s = sigmoid(c): d_c = d_u s (1 + c (1 - s)); d_x_t
+// = sum over k of conv[k] d_c_{t+K-1-k}; d_conv[k] += sum over t of d_c_t x_{t-K+1+k}. c is
+// computed again. d_xz has rows 2E apart and gets its first half; d_conv is (E,K) as stored. window
+// (K-1,E), inputs before t = 0, gets its gradient in d_window. d_c (L,E) is scratch.
+static void conv1d_silu_backward(float *d_xz, float *d_conv, float *d_bias, float *d_window,
+                                 const float *d_u, const float *xz, const float *window,
+                                 const float *conv_t, const float *bias, int L, int E, int K,
+                                 float *d_c) {
 #pragma omp for
     for (int block = 0; block < (E + VL - 1) / VL; block++) {
         int e = block * VL, n = lanes_left(e, E);
@@ -1661,8 +1797,10 @@ static void conv1d_silu_backward(float *d_xz, float *d_conv, float *d_bias, floa
         for (int t = 0; t < L; t++) {
             vec c = bias ? load_n(bias + e, n) : splat(0);
             for (int k = 0; k < K; k++)
-                c += load_n(conv_t + (size_t)k * E + e, n) * load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
-            vec s = 1.0f / (1.0f + exp_vec(-c)), dc = load_n(d_u + (size_t)t * E + e, n) * s * (1.0f + c * (1.0f - s));
+                c += load_n(conv_t + (size_t)k * E + e, n) *
+                     load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
+            vec s = 1.0f / (1.0f + exp_vec(-c)),
+                dc = load_n(d_u + (size_t)t * E + e, n) * s * (1.0f + c * (1.0f - s));
             store_n(d_c + (size_t)t * E + e, dc, n);
             d_b += dc;
         }
@@ -1671,7 +1809,8 @@ static void conv1d_silu_backward(float *d_xz, float *d_conv, float *d_bias, floa
             float lane[VL];
             vec sum = splat(0);
             for (int t = 0; t < L; t++)
-                sum += load_n(d_c + (size_t)t * E + e, n) * load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
+                sum += load_n(d_c + (size_t)t * E + e, n) *
+                       load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
             store(lane, sum);
             for (int i = 0; i < n; i++) d_conv[(size_t)(e + i) * K + k] += lane[i];
         }
@@ -1680,7 +1819,8 @@ static void conv1d_silu_backward(float *d_xz, float *d_conv, float *d_bias, floa
             for (int k = K - 1; k >= 0; k--) {
                 int later = t + K - 1 - k;
                 if (later >= 0 && later < L)
-                    dx += load_n(conv_t + (size_t)k * E + e, n) * load_n(d_c + (size_t)later * E + e, n);
+                    dx += load_n(conv_t + (size_t)k * E + e, n) *
+                          load_n(d_c + (size_t)later * E + e, n);
             }
             if (t >= 0) store_n(d_xz + (size_t)t * 2 * E + e, dx, n);
             else store_n(d_window + (size_t)(K - 1 + t) * E + e, dx, n);
@@ -1692,7 +1832,8 @@ INLINE void softplus_lanes(float *p, const float *dt_bias, int n) {
     store_n(p, softplus_vec(load_n(p, n) + load_n(dt_bias, n)), n);
 }
 
-// delta = softplus(dt + dt_bias), in place. Whole vectors apart from the rest: a test of n in each load doubles the time.
+// delta = softplus(dt + dt_bias), in place. Whole vectors apart from the rest: a test of n in each
+// load doubles the time.
 static void softplus_bias(float *delta, const float *dt_bias, int L, int E) {
 #pragma omp for
     for (int t = 0; t < L; t++) {
@@ -1703,7 +1844,8 @@ static void softplus_bias(float *delta, const float *dt_bias, int L, int E) {
     }
 }
 
-// [train] softplus' = sigmoid, and sigmoid(softplus^-1(delta)) = 1 - e^-delta: d_delta becomes d_dt, in place.
+// [train] softplus' = sigmoid, and sigmoid(softplus^-1(delta)) = 1 - e^-delta: d_delta becomes
+// d_dt, in place.
 static void softplus_backward(float *d_delta, const float *delta, int L, int E) {
 #pragma omp for
     for (int t = 0; t < L; t++)
@@ -1714,7 +1856,9 @@ static void softplus_backward(float *d_delta, const float *delta, int L, int E) 
         }
 }
 
-INLINE void gate_lanes(float *p, const float *z, int n) { store_n(p, load_n(p, n) * silu_vec(load_n(z, n)), n); }
+INLINE void gate_lanes(float *p, const float *z, int n) {
+    store_n(p, load_n(p, n) * silu_vec(load_n(z, n)), n);
+}
 
 // g = y * silu(z), in place of y; z is the second half of xz.
 static void gate(float *y, const float *xz, int L, int E) {
@@ -1728,10 +1872,10 @@ static void gate(float *y, const float *xz, int L, int E) {
     }
 }
 
-// [train] d_y = d_g silu(z) and d_z = d_g y silu'(z), the latter into the second half of d_xz; g (L,E) = y silu(z) again, for the
-// gradient of out_proj. d_y may be d_g.
-static void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, const float *y, const float *xz, int L,
-                          int E) {
+// [train] d_y = d_g silu(z) and d_z = d_g y silu'(z), the latter into the second half of d_xz; g
+// (L,E) = y silu(z) again, for the gradient of out_proj. d_y may be d_g.
+static void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, const float *y,
+                          const float *xz, int L, int E) {
 #pragma omp for
     for (int t = 0; t < L; t++)
         for (int e = 0; e < E; e += VL) {
@@ -1747,32 +1891,36 @@ static void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, c
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 6 The scan
-// A continuous system h' = A h + B u, sampled with a step delta. Where A is diagonal, holding the input for the step
-// gives exactly  h_t = exp(delta A) h_{t-1} + (exp(delta A) - 1)/A B u_t.  Mamba keeps the first factor and replaces the
-// second by its first-order value delta B (as delta -> 0 they agree; the model trains with it, so it is the model):
+// A continuous system h' = A h + B u, sampled with a step delta. Where A is diagonal, holding the
+// input for the step gives exactly  h_t = exp(delta A) h_{t-1} + (exp(delta A) - 1)/A B u_t.  Mamba
+// keeps the first factor and replaces the second by its first-order value delta B (as delta -> 0
+// they agree; the model trains with it, so it is the model):
 //
-//     h_t = decay_t h_{t-1} + inject_t        decay_t = exp(delta_t A)    inject_t = delta_t B_t u_t
-//     y_t = C_t h_t + D u_t
+//     h_t = decay_t h_{t-1} + inject_t        decay_t = exp(delta_t A)    inject_t = delta_t B_t
+//     u_t y_t = C_t h_t + D u_t
 //
-// for each channel e and state n by itself; only the sum in y mixes states. What is *selective*: delta, B and C come from
-// the token. delta near 0 skips the token (decay 1, inject 0), a large delta forgets the past and takes the token in.
+// for each channel e and state n by itself; only the sum in y mixes states. What is *selective*:
+// delta, B and C come from the token. delta near 0 skips the token (decay 1, inject 0), a large
+// delta forgets the past and takes the token in.
 //
 // One step is the map h -> a h + b. Two steps, (a1,b1) first, are again such a map:
 //
 //     (a1, b1) * (a2, b2) = (a1 a2, a2 b1 + b2)
 //
-// and composing maps is associative, so the prefix products over time can be taken in any grouping: a parallel scan.
-// Example, from h = 0, a = 1/2 1/2 1/2 1/2 and b = 1 2 3 4:  h = 1, 2.5, 4.25, 6.125.  In two halves at once:
-// (1/4, 2.5) and (1/4, 5.5); joined: 1/4 * 2.5 + 5.5 = 6.125. The order matters: swapped they give 1/4 * 5.5 + 2.5.
+// and composing maps is associative, so the prefix products over time can be taken in any grouping:
+// a parallel scan. Example, from h = 0, a = 1/2 1/2 1/2 1/2 and b = 1 2 3 4:  h =
+// 1, 2.5, 4.25, 6.125.  In two halves at once: (1/4, 2.5) and (1/4, 5.5); joined: 1/4 * 2.5 + 5.5
+// = 6.125. The order matters: swapped they give 1/4 * 5.5 + 2.5.
 //
-// The expanded (L,E,N) states never exist in memory: h lives in registers or L1 while a block of channels walks through
-// time. Shapes below: y, u, delta (L,E); A_neg, h (N,E); B_ssm, C_ssm rows of N, ld_bc apart; D_skip (E). h is the state
-// before t = 0 on entry and after the last token on return.
+// The expanded (L,E,N) states never exist in memory: h lives in registers or L1 while a block of
+// channels walks through time. Shapes below: y, u, delta (L,E); A_neg, h (N,E); B_ssm, C_ssm rows
+// of N, ld_bc apart; D_skip (E). h is the state before t = 0 on entry and after the last token on
+// return.
 
 // The definition, by one thread: read this one. Tests hold the others to it.
-static inline void scan_sequential(float *y, float *h, const float *u, const float *delta, const float *A_neg,
-                                   const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip, int L,
-                                   int E, int N) {
+static inline void scan_sequential(float *y, float *h, const float *u, const float *delta,
+                                   const float *A_neg, const float *B_ssm, const float *C_ssm,
+                                   size_t ld_bc, const float *D_skip, int L, int E, int N) {
 #pragma omp single
     for (int t = 0; t < L; t++)
         for (int e = 0; e < E; e++) {
@@ -1791,11 +1939,13 @@ static inline void scan_sequential(float *y, float *h, const float *u, const flo
 
 #define LOG2_E 1.44269504f
 
-// The same for VL channels side by side, from h_in (NULL: zeros) to h_out (NULL: not wanted). y NULL: only the final state
-// is wanted; delta_sum, unless NULL, gets the sum of delta, because the product of all decays is exp(A * sum of delta).
-INLINE void scan_channels(float *y, float *h_out, float *delta_sum, const float *h_in, const float *u,
-                          const float *delta, const float *A_neg, const float *B_ssm, const float *C_ssm, size_t ld_bc,
-                          const float *D_skip, int L, int E, int N, int lanes) {
+// The same for VL channels side by side, from h_in (NULL: zeros) to h_out (NULL: not wanted). y
+// NULL: only the final state is wanted; delta_sum, unless NULL, gets the sum of delta, because the
+// product of all decays is exp(A * sum of delta).
+INLINE void scan_channels(float *y, float *h_out, float *delta_sum, const float *h_in,
+                          const float *u, const float *delta, const float *A_neg,
+                          const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip,
+                          int L, int E, int N, int lanes) {
     vec h[N_MAX], A[N_MAX], skip = load_n(D_skip, lanes), elapsed = splat(0), steepest = splat(0);
     for (int n = 0; n < N; n++) {
         h[n] = h_in ? load_n(h_in + (size_t)n * E, lanes) : splat(0);
@@ -1803,7 +1953,8 @@ INLINE void scan_channels(float *y, float *h_out, float *delta_sum, const float 
         steepest = choose(MASK(A[n] < steepest), A[n], steepest);
     }
     for (int t = 0; t < L; t++) {
-        vec dt = load_n(delta + (size_t)t * E, lanes), ut = load_n(u + (size_t)t * E, lanes), dt_u = dt * ut;
+        vec dt = load_n(delta + (size_t)t * E, lanes), ut = load_n(u + (size_t)t * E, lanes),
+            dt_u = dt * ut;
         const float *B = B_ssm + t * ld_bc, *C = C_ssm + t * ld_bc;
         vec sum = skip * ut;
         if (any_lane(~MASK(dt * steepest >= -126.0f))) // a NaN too
@@ -1823,23 +1974,29 @@ INLINE void scan_channels(float *y, float *h_out, float *delta_sum, const float 
     if (delta_sum) store_n(delta_sum, elapsed, lanes);
 }
 
-// Pieces of time that scan_parallel cuts L tokens into. Channels are independent and cost nothing extra to share, so
-// time is cut only where they run out (E / SCAN_LANES blocks of channels for SCAN_TASKS threads): cutting makes every piece
-// but one walk twice. Shapes alone decide, never the number of threads or the machine, so the bits stay the same.
+// Pieces of time that scan_parallel cuts L tokens into. Channels are independent and cost nothing
+// extra to share, so time is cut only where they run out (E / SCAN_LANES blocks of channels for
+// SCAN_TASKS threads): cutting makes every piece but one walk twice. Shapes alone decide, never the
+// number of threads or the machine, so the bits stay the same.
 enum { SCAN_TASKS = 16, SCAN_PIECE = 32, SCAN_LANES = 16 };
 static int scan_pieces(int L, int E) {
     int blocks = (E + SCAN_LANES - 1) / SCAN_LANES, pieces = SCAN_TASKS / blocks;
     if (pieces > L / SCAN_PIECE) pieces = L / SCAN_PIECE;
-    return pieces >= 8 ? pieces : 1; // with c pieces a task walks 2/c of the time; 4 gained 1.2 times on 16 cores
+    return pieces >= 8
+               ? pieces
+               : 1; // with c pieces a task walks 2/c of the time; 4 gained 1.2 times on 16 cores
 }
 
-static size_t scan_carry_floats(int E, int N) { return (size_t)SCAN_TASKS * (size_t)(N + 1) * (size_t)E; }
+static size_t scan_carry_floats(int E, int N) {
+    return (size_t)SCAN_TASKS * (size_t)(N + 1) * (size_t)E;
+}
 
-// y NULL: only h is wanted. carry: scan_carry_floats of scratch. Three passes: every piece from zero for its (product of a, b); the operator joins
-// them into the state before each piece; every piece again, from that state, for y.
-static void scan_parallel(float *y, float *h, const float *u, const float *delta, const float *A_neg,
-                          const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip, int L, int E,
-                          int N, int pieces, float *carry) {
+// y NULL: only h is wanted. carry: scan_carry_floats of scratch. Three passes: every piece from
+// zero for its (product of a, b); the operator joins them into the state before each piece; every
+// piece again, from that state, for y.
+static void scan_parallel(float *y, float *h, const float *u, const float *delta,
+                          const float *A_neg, const float *B_ssm, const float *C_ssm, size_t ld_bc,
+                          const float *D_skip, int L, int E, int N, int pieces, float *carry) {
     int blocks = (E + VL - 1) / VL;
     size_t per_piece = (size_t)(N + 1) * E; // b (N,E), sum of delta (E)
     float *last = carry + per_piece * (pieces - 1);
@@ -1850,9 +2007,9 @@ static void scan_parallel(float *y, float *h, const float *u, const float *delta
             int piece = task / blocks, e = task % blocks * VL;
             size_t t0 = (size_t)L * piece / pieces, t1 = (size_t)L * (piece + 1) / pieces;
             float *b = carry + per_piece * piece;
-            scan_channels(NULL, b + e, b + (size_t)N * E + e, NULL, u + t0 * E + e, delta + t0 * E + e, A_neg + e,
-                          B_ssm + t0 * ld_bc, C_ssm + t0 * ld_bc, ld_bc, D_skip + e, (int)(t1 - t0), E, N,
-                          lanes_left(e, E));
+            scan_channels(NULL, b + e, b + (size_t)N * E + e, NULL, u + t0 * E + e,
+                          delta + t0 * E + e, A_neg + e, B_ssm + t0 * ld_bc, C_ssm + t0 * ld_bc,
+                          ld_bc, D_skip + e, (int)(t1 - t0), E, N, lanes_left(e, E));
         }
 #pragma omp for
         for (int n = 0; n < N; n++)
@@ -1866,17 +2023,20 @@ static void scan_parallel(float *y, float *h, const float *u, const float *delta
 #pragma omp for
     for (int task = y ? 0 : blocks * (pieces - 1); task < blocks * pieces; task++) {
         int piece = task / blocks, e = task % blocks * VL, lanes = lanes_left(e, E);
-        size_t t0 = (size_t)L * piece / pieces, t1 = (size_t)L * (piece + 1) / pieces, at = t0 * E + e;
-        float *end = piece < pieces - 1 ? NULL : pieces == 1 ? h + e : last + e; // h is still being read by piece 0
+        size_t t0 = (size_t)L * piece / pieces, t1 = (size_t)L * (piece + 1) / pieces,
+               at = t0 * E + e;
+        float *end = piece < pieces - 1 ? NULL
+                     : pieces == 1      ? h + e
+                                        : last + e; // h is still being read by piece 0
         const float *start = (piece ? carry + per_piece * (piece - 1) : h) + e;
         const float *B = B_ssm + t0 * ld_bc, *C = C_ssm + t0 * ld_bc;
         int n = (int)(t1 - t0);
         if (y)
-            scan_channels(y + at, end, NULL, start, u + at, delta + at, A_neg + e, B, C, ld_bc, D_skip + e, n, E, N,
-                          lanes);
+            scan_channels(y + at, end, NULL, start, u + at, delta + at, A_neg + e, B, C, ld_bc,
+                          D_skip + e, n, E, N, lanes);
         else // apart, so that the compiler leaves y out of it
-            scan_channels(NULL, end, NULL, start, u + at, delta + at, A_neg + e, B, C, ld_bc, D_skip + e, n, E, N,
-                          lanes);
+            scan_channels(NULL, end, NULL, start, u + at, delta + at, A_neg + e, B, C, ld_bc,
+                          D_skip + e, n, E, N, lanes);
     }
     if (pieces > 1) {
 #pragma omp single
@@ -1884,11 +2044,12 @@ static void scan_parallel(float *y, float *h, const float *u, const float *delta
     }
 }
 
-// One token of one sequence: the recurrence that generates text, in constant time and memory. y, u, delta (E),
-// B_ssm, C_ssm (N). First a block of channels from e0, then all of them.
+// One token of one sequence: the recurrence that generates text, in constant time and memory. y, u,
+// delta (E), B_ssm, C_ssm (N). First a block of channels from e0, then all of them.
 enum { STEP_BLOCK = 8 * VL }; // channels of a task: h and A_neg are read in runs of this length
-static void scan_step_block(float *y, float *h, const float *u, const float *delta, const float *A_neg,
-                            const float *B_ssm, const float *C_ssm, const float *D_skip, int e0, int E, int N) {
+static void scan_step_block(float *y, float *h, const float *u, const float *delta,
+                            const float *A_neg, const float *B_ssm, const float *C_ssm,
+                            const float *D_skip, int e0, int E, int N) {
     int e1 = E - e0 < STEP_BLOCK ? E : e0 + STEP_BLOCK;
     vec sum[8];
     for (int e = e0, k = 0; e < e1; e += VL, k++)
@@ -1897,9 +2058,13 @@ static void scan_step_block(float *y, float *h, const float *u, const float *del
         for (int e = e0, k = 0; e < e1; e += VL, k++) {
             int lanes = lanes_left(e, E);
             float *state = h + (size_t)n * E + e;
-            PREFETCH(state, STEP_BLOCK * sizeof(float)); // the next block's: h has left the caches since the last token
+            PREFETCH(
+                state,
+                STEP_BLOCK *
+                    sizeof(float)); // the next block's: h has left the caches since the last token
             PREFETCH(A_neg + (size_t)n * E + e, STEP_BLOCK * sizeof(float));
-            vec dt = load_n(delta + e, lanes), A = load_n(A_neg + (size_t)n * E + e, lanes) * LOG2_E;
+            vec dt = load_n(delta + e, lanes),
+                A = load_n(A_neg + (size_t)n * E + e, lanes) * LOG2_E;
             vec decay = exp2_negative(at_least(dt * A, -126.0f));
             vec now = decay * load_n(state, lanes) + dt * load_n(u + e, lanes) * B_ssm[n];
             store_n(state, now, lanes);
@@ -1908,52 +2073,59 @@ static void scan_step_block(float *y, float *h, const float *u, const float *del
     for (int e = e0, k = 0; e < e1; e += VL, k++) store_n(y + e, sum[k], lanes_left(e, E));
 }
 
-static void scan_step(float *y, float *h, const float *u, const float *delta, const float *A_neg, const float *B_ssm,
-                      const float *C_ssm, const float *D_skip, int E, int N) {
+static void scan_step(float *y, float *h, const float *u, const float *delta, const float *A_neg,
+                      const float *B_ssm, const float *C_ssm, const float *D_skip, int E, int N) {
 #pragma omp for
     for (int block = 0; block < (E + STEP_BLOCK - 1) / STEP_BLOCK; block++)
         scan_step_block(y, h, u, delta, A_neg, B_ssm, C_ssm, D_skip, block * STEP_BLOCK, E, N);
 }
 
-// [train] The scan of B sequences of L tokens each, rows one after the other; h (B,N,E). No state but the last is kept.
-static void scan_sequences(float *y, float *h, const float *u, const float *delta, const float *A_neg,
-                           const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip, int B, int L,
-                           int E, int N) {
+// [train] The scan of B sequences of L tokens each, rows one after the other; h (B,N,E). No state
+// but the last is kept.
+static void scan_sequences(float *y, float *h, const float *u, const float *delta,
+                           const float *A_neg, const float *B_ssm, const float *C_ssm, size_t ld_bc,
+                           const float *D_skip, int B, int L, int E, int N) {
     int blocks = (E + VL - 1) / VL;
 #pragma omp for
     for (int task = 0; task < B * blocks; task++) {
         int b = task / blocks, e = task % blocks * VL;
         size_t row = (size_t)b * L, at = row * E + e;
         float *state = h + (size_t)b * N * E + e;
-        scan_channels(y + at, state, NULL, state, u + at, delta + at, A_neg + e, B_ssm + row * ld_bc,
-                      C_ssm + row * ld_bc, ld_bc, D_skip + e, L, E, N, lanes_left(e, E));
+        scan_channels(y + at, state, NULL, state, u + at, delta + at, A_neg + e,
+                      B_ssm + row * ld_bc, C_ssm + row * ld_bc, ld_bc, D_skip + e, L, E, N,
+                      lanes_left(e, E));
     }
 }
 
-// [train] The backward scan. With g_t the gradient of h_t, which flows back through time as g_t = C_t d_y_t + decay_{t+1} g_{t+1}:
+// [train] The backward scan. With g_t the gradient of h_t, which flows back through time as g_t =
+// C_t d_y_t + decay_{t+1} g_{t+1}:
 //
 //     d_C_t = sum over e of d_y_t h_t                d_B_t = sum over e of g_t delta_t u_t
 //     d_u_t = D d_y_t + sum over n of g_t delta_t B_t            d_D = sum over t of d_y_t u_t
-//     d_delta_t = sum over n of g_t (decay_t A h_{t-1} + B_t u_t)      d_A = sum over t of g_t decay_t delta_t h_{t-1}
+//     d_delta_t = sum over n of g_t (decay_t A h_{t-1} + B_t u_t)      d_A = sum over t of g_t
+//     decay_t delta_t h_{t-1}
 //
-// and d_A_log = d_A A, since A = -exp(A_log). It needs every h_t, and none was stored. So: walk forward once and keep the state at
-// the start of every SCAN_CHUNK steps; then, from the last chunk to the first, walk the chunk again, now keeping its few states,
-// and walk it backward. Memory O(E N L / SCAN_CHUNK) instead of O(E N L), for two more forward walks.
+// and d_A_log = d_A A, since A = -exp(A_log). It needs every h_t, and none was stored. So: walk
+// forward once and keep the state at the start of every SCAN_CHUNK steps; then, from the last chunk
+// to the first, walk the chunk again, now keeping its few states, and walk it backward. Memory O(E
+// N L / SCAN_CHUNK) instead of O(E N L), for two more forward walks.
 //
-// A task is SCAN_SETS vectors of channels and all sequences; d_B and d_C sum over channels, so each task leaves its part, and the
-// parts are added in order. d_u, d_delta, d_B_ssm and d_C_ssm are set (the last two with rows ld_bc apart), d_A_log (E,N) and d_D (E)
-// are added to. h (B,N,E): the states before t = 0; d_h (B,N,E): gradient of the states at the end, becomes that of h. scratch:
+// A task is SCAN_SETS vectors of channels and all sequences; d_B and d_C sum over channels, so each
+// task leaves its part, and the parts are added in order. d_u, d_delta, d_B_ssm and d_C_ssm are set
+// (the last two with rows ld_bc apart), d_A_log (E,N) and d_D (E) are added to. h (B,N,E): the
+// states before t = 0; d_h (B,N,E): gradient of the states at the end, becomes that of h. scratch:
 // scan_backward_floats().
 enum { SCAN_CHUNK = 32, SCAN_SETS = 4, SCAN_WIDTH = SCAN_SETS * VL };
 
 static size_t scan_backward_floats(int B, int L, int E, int N) {
-    size_t tasks = ((size_t)E + SCAN_WIDTH - 1) / SCAN_WIDTH, chunks = ((size_t)L + SCAN_CHUNK - 1) / SCAN_CHUNK;
+    size_t tasks = ((size_t)E + SCAN_WIDTH - 1) / SCAN_WIDTH,
+           chunks = ((size_t)L + SCAN_CHUNK - 1) / SCAN_CHUNK;
     return tasks * ((size_t)N * SCAN_WIDTH * (chunks + 2 * SCAN_CHUNK + 3) + (size_t)B * L * 2 * N);
 }
 
 // h_t from h_{t-1} for the task's channels; decay NULL: not kept.
-INLINE void scan_rebuild(float *h, float *decay, const float *before, const float *A, const float *u,
-                         const float *delta, const float *B, int N, int width) {
+INLINE void scan_rebuild(float *h, float *decay, const float *before, const float *A,
+                         const float *u, const float *delta, const float *B, int N, int width) {
     vec dt[SCAN_SETS], dt_u[SCAN_SETS];
     int sets = (width + VL - 1) / VL;
     for (int s = 0; s < sets; s++) {
@@ -1969,16 +2141,19 @@ INLINE void scan_rebuild(float *h, float *decay, const float *before, const floa
         }
 }
 
-// One step back. g (N,SCAN_WIDTH) is the gradient of h_t without y_t's part on entry, of h_{t-1} on return.
-INLINE void scan_step_backward(float *g, float *d_A, vec *d_D, float *d_u, float *d_delta, float *part,
-                               const float *d_y, const float *u, const float *delta, const float *A, const float *B,
-                               const float *C, const float *D_skip, const float *h, const float *decay,
-                               const float *before, int N, int width) {
+// One step back. g (N,SCAN_WIDTH) is the gradient of h_t without y_t's part on entry, of h_{t-1} on
+// return.
+INLINE void scan_step_backward(float *g, float *d_A, vec *d_D, float *d_u, float *d_delta,
+                               float *part, const float *d_y, const float *u, const float *delta,
+                               const float *A, const float *B, const float *C, const float *D_skip,
+                               const float *h, const float *decay, const float *before, int N,
+                               int width) {
     vec dy[SCAN_SETS], dt[SCAN_SETS], ut[SCAN_SETS], d_ut[SCAN_SETS], d_dt[SCAN_SETS];
     int sets = (width + VL - 1) / VL;
     for (int s = 0; s < sets; s++) {
         int e = s * VL, lanes = lanes_left(e, width);
-        dy[s] = load_n(d_y + e, lanes), dt[s] = load_n(delta + e, lanes), ut[s] = load_n(u + e, lanes);
+        dy[s] = load_n(d_y + e, lanes), dt[s] = load_n(delta + e, lanes),
+        ut[s] = load_n(u + e, lanes);
         d_ut[s] = load_n(D_skip + e, lanes) * dy[s], d_dt[s] = splat(0);
         d_D[s] += dy[s] * ut[s];
     }
@@ -1986,8 +2161,8 @@ INLINE void scan_step_backward(float *g, float *d_A, vec *d_D, float *d_u, float
         vec d_B = splat(0), d_C = splat(0);
         for (int s = 0; s < sets; s++) {
             size_t at = (size_t)n * SCAN_WIDTH + s * VL;
-            vec gt = load(g + at) + dy[s] * C[n], a = load(decay + at), d_dtA = gt * a * load(before + at),
-                gu = gt * ut[s];
+            vec gt = load(g + at) + dy[s] * C[n], a = load(decay + at),
+                d_dtA = gt * a * load(before + at), gu = gt * ut[s];
             d_C += dy[s] * load(h + at);
             d_B += gu * dt[s];
             d_dt[s] += d_dtA * load(A + at) + gu * B[n];
@@ -2011,9 +2186,10 @@ INLINE void scan_gather(float *to, const float *from, int N, int E, int width) {
     }
 }
 
-static void scan_backward(float *d_u, float *d_delta, float *d_B_ssm, float *d_C_ssm, float *d_A_log, float *d_D,
-                          float *d_h, const float *d_y, const float *u, const float *delta, const float *A_neg,
-                          const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip, const float *h,
+static void scan_backward(float *d_u, float *d_delta, float *d_B_ssm, float *d_C_ssm,
+                          float *d_A_log, float *d_D, float *d_h, const float *d_y, const float *u,
+                          const float *delta, const float *A_neg, const float *B_ssm,
+                          const float *C_ssm, size_t ld_bc, const float *D_skip, const float *h,
                           int B, int L, int E, int N, float *scratch) {
     int tasks = (E + SCAN_WIDTH - 1) / SCAN_WIDTH, chunks = (L + SCAN_CHUNK - 1) / SCAN_CHUNK;
     size_t step = (size_t)N * SCAN_WIDTH, per_task = step * ((size_t)chunks + 2 * SCAN_CHUNK + 3);
@@ -2032,7 +2208,8 @@ static void scan_backward(float *d_u, float *d_delta, float *d_B_ssm, float *d_C
             size_t row = (size_t)b * L, state = (size_t)b * N * E + e;
             scan_gather(starts, h + state, N, E, width);
             scan_gather(g, d_h + state, N, E, width);
-            for (int t = 0; t < (chunks - 1) * SCAN_CHUNK; t++) { // in place, copied on where a chunk starts
+            for (int t = 0; t < (chunks - 1) * SCAN_CHUNK;
+                 t++) { // in place, copied on where a chunk starts
                 float *at = starts + step * (t / SCAN_CHUNK + 1);
                 scan_rebuild(at, NULL, t % SCAN_CHUNK ? at : at - step, A, u + (row + t) * E + e,
                              delta + (row + t) * E + e, B_ssm + (row + t) * ld_bc, N, width);
@@ -2042,26 +2219,31 @@ static void scan_backward(float *d_u, float *d_delta, float *d_B_ssm, float *d_C
                 const float *start = starts + step * chunk;
                 for (int t = t0; t < t1; t++) {
                     size_t i = t - t0;
-                    scan_rebuild(states + step * i, decays + step * i, i ? states + step * (i - 1) : start, A,
-                                 u + (row + t) * E + e, delta + (row + t) * E + e, B_ssm + (row + t) * ld_bc, N, width);
+                    scan_rebuild(states + step * i, decays + step * i,
+                                 i ? states + step * (i - 1) : start, A, u + (row + t) * E + e,
+                                 delta + (row + t) * E + e, B_ssm + (row + t) * ld_bc, N, width);
                 }
                 for (int t = t1 - 1; t >= t0; t--) {
                     size_t i = t - t0, at = (row + t) * E + e;
                     scan_step_backward(g, d_A, d_D_sum, d_u + at, d_delta + at,
-                                       parts + ((size_t)task * B * L + row + t) * 2 * N, d_y + at, u + at, delta + at,
-                                       A, B_ssm + (row + t) * ld_bc, C_ssm + (row + t) * ld_bc, D_skip + e,
-                                       states + step * i, decays + step * i, i ? states + step * (i - 1) : start, N,
+                                       parts + ((size_t)task * B * L + row + t) * 2 * N, d_y + at,
+                                       u + at, delta + at, A, B_ssm + (row + t) * ld_bc,
+                                       C_ssm + (row + t) * ld_bc, D_skip + e, states + step * i,
+                                       decays + step * i, i ? states + step * (i - 1) : start, N,
                                        width);
                 }
             }
             for (int n = 0; n < N; n++)
-                memcpy(d_h + state + (size_t)n * E, g + (size_t)n * SCAN_WIDTH, (size_t)width * sizeof *g);
+                memcpy(d_h + state + (size_t)n * E, g + (size_t)n * SCAN_WIDTH,
+                       (size_t)width * sizeof *g);
         }
         for (int n = 0; n < N; n++)
             for (int i = 0; i < width; i++)
-                d_A_log[(size_t)(e + i) * N + n] += d_A[(size_t)n * SCAN_WIDTH + i] * A[(size_t)n * SCAN_WIDTH + i];
+                d_A_log[(size_t)(e + i) * N + n] +=
+                    d_A[(size_t)n * SCAN_WIDTH + i] * A[(size_t)n * SCAN_WIDTH + i];
         for (int i = 0; i < width; i += VL)
-            store_n(d_D + e + i, load_n(d_D + e + i, lanes_left(i, width)) + d_D_sum[i / VL], lanes_left(i, width));
+            store_n(d_D + e + i, load_n(d_D + e + i, lanes_left(i, width)) + d_D_sum[i / VL],
+                    lanes_left(i, width));
     }
 #pragma omp for
     for (int t = 0; t < B * L; t++)
@@ -2077,11 +2259,12 @@ static void scan_backward(float *d_u, float *d_delta, float *d_B_ssm, float *d_C
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 7 Model: block, prefill, step
-// A block is  res += out_proj(g)  with  g = scan(silu(conv(x)), selection) * silu(z)  and  [x | z] = in_proj(rmsnorm(res)).
-// Three arenas: the weights (mapped), the activations of one piece of text (Acts), and the state, which is all that a
-// sequence remembers.
+// A block is  res += out_proj(g)  with  g = scan(silu(conv(x)), selection) * silu(z)  and  [x | z]
+// = in_proj(rmsnorm(res)). Three arenas: the weights (mapped), the activations of one piece of text
+// (Acts), and the state, which is all that a sequence remembers.
 
-// --- where the model runs: Acts with a gpu run there. A state's numbers are then newer on the GPU until somebody asks for them.
+// --- where the model runs: Acts with a gpu run there. A state's numbers are then newer on the GPU
+// until somebody asks for them.
 
 #ifdef MAMBA_CUDA
 extern const GpuBackend mamba_gpu;
@@ -2098,31 +2281,41 @@ typedef struct State { // one sequence at one moment; a single allocation, made 
     uint64_t floats;   // how many numbers follow
     int32_t recent[RECENT], n_recent;
     Utf8Pending pending;
-    struct Acts *ahead;       // whose GPU has newer conv and h than are here; NULL: these are the newest
+    struct Acts *ahead; // whose GPU has newer conv and h than are here; NULL: these are the newest
     float *logits, *conv, *h; // (V), after the last token; (n_layer, K-1, E); (n_layer, N, E)
     float data[];
 } State;
 
-// Tokens that prefill takes at a time, so that memory does not depend on the prompt's length. Large, because the weights
-// are read and packed once a piece; bounded for wide models so that a piece stays within some hundred megabytes.
-enum { PIECE_MAX = 512, PIECE_MIN = 32, LOGIT_ROWS = 32, BATCH_MAX = 32 }; // BATCH_MAX: sequences of one step
+// Tokens that prefill takes at a time, so that memory does not depend on the prompt's length.
+// Large, because the weights are read and packed once a piece; bounded for wide models so that a
+// piece stays within some hundred megabytes.
+enum {
+    PIECE_MAX = 512,
+    PIECE_MIN = 32,
+    LOGIT_ROWS = 32,
+    BATCH_MAX = 32
+}; // BATCH_MAX: sequences of one step
 
 typedef struct Acts {
     int threads, piece; // team size; rows that the arrays below have room for
-    float *res, *xn, *xz, *u, *xdb, *delta, *y, *packed, *carry, *logits; // logits (LOGIT_ROWS, V), for evaluation
-    float *probs;                                                         // (V) and
-    int32_t *order;                                                       // (V): the sampler's scratch
-    float *selection; // (piece) or NULL: gets the mean of delta over the channels of selection_layer, -1: of all layers
+    float *res, *xn, *xz, *u, *xdb, *delta, *y, *packed, *carry,
+        *logits;      // logits (LOGIT_ROWS, V), for evaluation
+    float *probs;     // (V) and
+    int32_t *order;   // (V): the sampler's scratch
+    float *selection; // (piece) or NULL: gets the mean of delta over the channels of
+                      // selection_layer, -1: of all layers
     int selection_layer;
     Gpu *gpu;    // NULL: everything runs on the processor
     State *held; // the state that the GPU holds
 } Acts;
 
-static size_t activation_row_floats(const Config *c) { // floats a token in the arrays of Acts, without packed
+static size_t
+activation_row_floats(const Config *c) { // floats a token in the arrays of Acts, without packed
     return 2 * (size_t)c->D + 5 * (size_t)c->E + (size_t)(c->R + 2 * c->N);
 }
 
-// Default number of threads: the processors there are, but half of many, since those are often two to a core.
+// Default number of threads: the processors there are, but half of many, since those are often two
+// to a core.
 static int default_threads(void) {
 #ifdef _OPENMP
     int n = omp_get_num_procs();
@@ -2146,7 +2339,8 @@ static void state_detach(State *s) {
     s->ahead = NULL;
 }
 
-// From now on the passes of a run on the GPU, float32: with float32 products for bf16 weights too. 0, or -1 after fail().
+// From now on the passes of a run on the GPU, float32: with float32 products for bf16 weights too.
+// 0, or -1 after fail().
 int mamba_acts_gpu(Acts *a, const Model *m, bool float32) {
     if (!GPU) return fail("this build has no GPU backend: make cuda");
     a->gpu = GPU->open(m, float32);
@@ -2163,7 +2357,8 @@ void mamba_acts_free(Acts *a) {
 Acts *mamba_acts_new(const Model *m, int threads) {
     const Config *c = &m->config;
     size_t D = (size_t)c->D, E = (size_t)c->E, P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V;
-    size_t piece = ((size_t)1 << 25) / activation_row_floats(c); // 128 MB at the most, unless PIECE_MIN needs more
+    size_t piece = ((size_t)1 << 25) /
+                   activation_row_floats(c); // 128 MB at the most, unless PIECE_MIN needs more
     piece = piece > PIECE_MAX ? PIECE_MAX : piece < PIECE_MIN ? PIECE_MIN : piece;
     size_t widest = E > D ? E : D, rows = (piece + MR - 1) / MR * MR;
     if (widest < (size_t)c->R) widest = (size_t)c->R;
@@ -2181,13 +2376,14 @@ Acts *mamba_acts_new(const Model *m, int threads) {
                              V};
     float **member[12], *at;
     size_t total = size_add(sizeof(Acts), ALIGN);
-    for (size_t i = 0; i < 12; i++) total = size_add(total, size_mul(floats[i] + 16, sizeof(float)));
+    for (size_t i = 0; i < 12; i++)
+        total = size_add(total, size_mul(floats[i] + 16, sizeof(float)));
     Acts *a = alloc_aligned(total);
     if (!a) return NULL;
     float *order;
     memcpy(member,
-           (float **[]){&a->res, &a->xn, &a->xz, &a->u, &a->xdb, &a->delta, &a->y, &a->packed, &a->carry, &a->logits,
-                        &a->probs, &order},
+           (float **[]){&a->res, &a->xn, &a->xz, &a->u, &a->xdb, &a->delta, &a->y, &a->packed,
+                        &a->carry, &a->logits, &a->probs, &order},
            sizeof member);
     at = (float *)((char *)a + (sizeof *a + ALIGN - 1) / ALIGN * ALIGN);
     for (size_t i = 0; i < 12; i++) *member[i] = at, at += (floats[i] + 15) / 16 * 16;
@@ -2207,9 +2403,11 @@ static void add_row_means(float *out, const float *delta, int parts, int L, int 
     }
 }
 
-// xz of the first layer for L tokens: a token's row depends on its id alone, so with a small vocabulary every id's row is
-// computed once and copied. a->delta, not in use yet, holds the V rows.
-static void in_proj_of_ids(const Model *m, Acts *a, const Tensor *in_proj, const int32_t *ids, int L) {
+// xz of the first layer for L tokens: a token's row depends on its id alone, so with a small
+// vocabulary every id's row is computed once and copied. a->delta, not in use yet, holds the V
+// rows.
+static void in_proj_of_ids(const Model *m, Acts *a, const Tensor *in_proj, const int32_t *ids,
+                           int L) {
     const Config *c = &m->config;
     const Layer *w = &m->layer[0];
     size_t row = 2 * (size_t)c->E;
@@ -2218,12 +2416,15 @@ static void in_proj_of_ids(const Model *m, Acts *a, const Tensor *in_proj, const
     matmul_to(a->delta, row, a->xn, (size_t)c->D, in_proj, f32(&w->in_bias), c->V, a->packed);
 #pragma omp for
     for (int t = 0; t < L; t++)
-        memcpy(a->xz + (size_t)t * row, a->delta + (size_t)ids[t] * row, (size_t)in_proj->rows * sizeof(float));
+        memcpy(a->xz + (size_t)t * row, a->delta + (size_t)ids[t] * row,
+               (size_t)in_proj->rows * sizeof(float));
 }
 
-// Layer `layer` applied to L tokens whose residual stream is a->res; conv and h are this layer's part of the state. ids: the tokens,
-// for the first layer, or NULL. state_only, for the last layer: nobody reads res after it, so z, C, y and out_proj are left out.
-static void block(const Model *m, int layer, State *s, Acts *a, const int32_t *ids, bool state_only, int L) {
+// Layer `layer` applied to L tokens whose residual stream is a->res; conv and h are this layer's
+// part of the state. ids: the tokens, for the first layer, or NULL. state_only, for the last layer:
+// nobody reads res after it, so z, C, y and out_proj are left out.
+static void block(const Model *m, int layer, State *s, Acts *a, const int32_t *ids, bool state_only,
+                  int L) {
     const Config *c = &m->config;
     const Layer *w = &m->layer[layer];
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N;
@@ -2231,7 +2432,9 @@ static void block(const Model *m, int layer, State *s, Acts *a, const int32_t *i
     float *dt_low = a->xdb, *B_ssm = a->xdb + R, *C_ssm = a->xdb + R + N; // columns of xdb (L,P)
 
     Tensor in_proj = w->in_proj, x_proj = w->x_proj;
-    if (state_only) in_proj.rows = E, x_proj.rows = R + N; // their first rows: x without z, dt_low and B without C
+    if (state_only)
+        in_proj.rows = E,
+        x_proj.rows = R + N; // their first rows: x without z, dt_low and B without C
     if (ids && MATMUL_FEW <= c->V && 2 * c->V <= L) in_proj_of_ids(m, a, &in_proj, ids, L);
     else {
         rmsnorm(a->xn, a->res, f32(&w->norm), c->norm_eps, L, D, (size_t)D);
@@ -2240,7 +2443,8 @@ static void block(const Model *m, int layer, State *s, Acts *a, const int32_t *i
     if (L == 1) conv1d_silu_step(a->u, window, a->xz, w->conv_t, f32(&w->conv_bias), E, K);
     else conv1d_silu(a->u, window, a->xz, w->conv_t, f32(&w->conv_bias), L, E, K);
     matmul_to(a->xdb, (size_t)P, a->u, (size_t)E, &x_proj, NULL, L, a->packed);
-    if (c->flags & FLAG_MIXER_NORM) { // FalconMamba, which trains at sizes where unnormed selection becomes unstable
+    if (c->flags & FLAG_MIXER_NORM) { // FalconMamba, which trains at sizes where unnormed selection
+                                      // becomes unstable
         rmsnorm(dt_low, dt_low, NULL, c->mixer_eps, L, R, (size_t)P);
         rmsnorm(B_ssm, B_ssm, NULL, c->mixer_eps, L, N, (size_t)P);
         if (!state_only) rmsnorm(C_ssm, C_ssm, NULL, c->mixer_eps, L, N, (size_t)P);
@@ -2251,35 +2455,38 @@ static void block(const Model *m, int layer, State *s, Acts *a, const int32_t *i
         add_row_means(a->selection, a->delta, a->selection_layer < 0 ? c->n_layer : 1, L, E);
     if (L == 1) scan_step(a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm, f32(&w->D_skip), E, N);
     else
-        scan_parallel(state_only ? NULL : a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm, (size_t)P, f32(&w->D_skip),
-                      L, E, N, scan_pieces(L, E), a->carry);
+        scan_parallel(state_only ? NULL : a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm,
+                      (size_t)P, f32(&w->D_skip), L, E, N, scan_pieces(L, E), a->carry);
     if (state_only) return;
     gate(a->y, a->xz, L, E);
     matmul(a->xn, a->y, (size_t)E, &w->out_proj, f32(&w->out_bias), L, a->packed);
     add_to(a->res, a->xn, L, D);
 }
 
-// What to do with the logits (V) of each position in turn; NULL: only the last position's are computed.
+// What to do with the logits (V) of each position in turn; NULL: only the last position's are
+// computed.
 typedef void LogitsVisitor(void *context, const float *logits);
 
-// Threads for a pass of so many tokens. A small pass runs alone, with the same bits: a team saves it little, and crawls where
-// others use the processors, since a barrier then waits for a time slice (story.bin: 16 tokens/s by a team beside a busy test run,
-// 700 to 1,500 alone; on a quiet machine 1,820 and 1,240).
+// Threads for a pass of so many tokens. A small pass runs alone, with the same bits: a team saves
+// it little, and crawls where others use the processors, since a barrier then waits for a time
+// slice (story.bin: 16 tokens/s by a team beside a busy test run, 700 to 1,500 alone; on a quiet
+// machine 1,820 and 1,240).
 static int pass_team(const Model *m, const Acts *a, int tokens) {
     return (double)m->n_params * tokens < 16e6 ? 1 : a->threads;
 }
 
 // s has read n more tokens.
 static void state_read(State *s, const int32_t *ids, size_t n) {
-    for (size_t t = n > RECENT ? n - RECENT : 0; t < n; t++) s->recent[(s->position + t) % RECENT] = ids[t];
+    for (size_t t = n > RECENT ? n - RECENT : 0; t < n; t++)
+        s->recent[(s->position + t) % RECENT] = ids[t];
     s->position += n;
     s->n_recent = s->position < RECENT ? (int32_t)s->position : RECENT;
 }
 
-// One piece of at most a->piece tokens, by a team of threads; s->logits becomes those after the last, unless more of the text follows
-// and nobody wants to see them.
-static void forward(const Model *m, Acts *a, State *s, const int32_t *ids, int L, bool more, LogitsVisitor *visit,
-                    void *context) {
+// One piece of at most a->piece tokens, by a team of threads; s->logits becomes those after the
+// last, unless more of the text follows and nobody wants to see them.
+static void forward(const Model *m, Acts *a, State *s, const int32_t *ids, int L, bool more,
+                    LogitsVisitor *visit, void *context) {
     const Config *c = &m->config;
     int D = c->D, V = c->V;
     int team = pass_team(m, a, L);
@@ -2293,14 +2500,17 @@ static void forward(const Model *m, Acts *a, State *s, const int32_t *ids, int L
             rmsnorm(a->xn, a->res, f32(&m->norm_f), c->norm_eps, L, D, (size_t)D);
             for (int t = 0; t < L; t += LOGIT_ROWS) {
                 int rows = L - t < LOGIT_ROWS ? L - t : LOGIT_ROWS;
-                matmul(a->logits, a->xn + (size_t)t * D, (size_t)D, &m->head, NULL, rows, a->packed);
+                matmul(a->logits, a->xn + (size_t)t * D, (size_t)D, &m->head, NULL, rows,
+                       a->packed);
 #pragma omp single
                 for (int r = 0; r < rows; r++) visit(context, a->logits + (size_t)r * V);
             }
 #pragma omp single
-            memcpy(s->logits, a->logits + (size_t)((L - 1) % LOGIT_ROWS) * V, (size_t)V * sizeof(float));
+            memcpy(s->logits, a->logits + (size_t)((L - 1) % LOGIT_ROWS) * V,
+                   (size_t)V * sizeof(float));
         } else if (!more) {
-            rmsnorm(a->xn, a->res + (size_t)(L - 1) * D, f32(&m->norm_f), c->norm_eps, 1, D, (size_t)D);
+            rmsnorm(a->xn, a->res + (size_t)(L - 1) * D, f32(&m->norm_f), c->norm_eps, 1, D,
+                    (size_t)D);
             matmul(s->logits, a->xn, (size_t)D, &m->head, NULL, 1, a->packed);
         }
     }
@@ -2310,12 +2520,15 @@ static void forward(const Model *m, Acts *a, State *s, const int32_t *ids, int L
 static int check_ids(const Model *m, const int32_t *ids, size_t n) {
     for (size_t i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= m->config.V)
-            return fail("token id %d at position %zu is not in the vocabulary of %d", ids[i], i, m->config.V);
+            return fail("token id %d at position %zu is not in the vocabulary of %d", ids[i], i,
+                        m->config.V);
     return 0;
 }
 
-// mamba_prefill where a has a GPU: the state goes there once, and stays while the same one is read into.
-static int prefill_gpu(Acts *a, State *s, const int32_t *ids, size_t n, LogitsVisitor *visit, void *context) {
+// mamba_prefill where a has a GPU: the state goes there once, and stays while the same one is read
+// into.
+static int prefill_gpu(Acts *a, State *s, const int32_t *ids, size_t n, LogitsVisitor *visit,
+                       void *context) {
     if (n == 0) return 0;
     if (a->held != s || s->ahead != a) {
         if (a->held && a->held != s && a->held->ahead == a && state_fetch(a->held)) return -1;
@@ -2323,16 +2536,18 @@ static int prefill_gpu(Acts *a, State *s, const int32_t *ids, size_t n, LogitsVi
         a->held = s;
     }
     s->ahead = a;
-    if (GPU->prefill(a->gpu, ids, n, visit, context) || GPU->get_state(a->gpu, NULL, NULL, s->logits))
+    if (GPU->prefill(a->gpu, ids, n, visit, context) ||
+        GPU->get_state(a->gpu, NULL, NULL, s->logits))
         return gpu_failed();
     state_read(s, ids, n);
     return 0;
 }
 
-// Reads n tokens into the state: any number, in memory that does not grow with it. Leaves the logits after the last one
-// in the state, and hands every position's to visit where that is not NULL. 0, or -1 after fail(), the state untouched.
-int mamba_prefill(const Model *m, Acts *a, State *s, const int32_t *ids, size_t n, LogitsVisitor *visit,
-                  void *context) {
+// Reads n tokens into the state: any number, in memory that does not grow with it. Leaves the
+// logits after the last one in the state, and hands every position's to visit where that is not
+// NULL. 0, or -1 after fail(), the state untouched.
+int mamba_prefill(const Model *m, Acts *a, State *s, const int32_t *ids, size_t n,
+                  LogitsVisitor *visit, void *context) {
     if (check_ids(m, ids, n)) return -1;
     if (a->gpu) return prefill_gpu(a, s, ids, n, visit, context);
     if (state_fetch(s)) return -1;
@@ -2344,15 +2559,18 @@ int mamba_prefill(const Model *m, Acts *a, State *s, const int32_t *ids, size_t 
     return 0;
 }
 
-// --- step: one token of each of S sequences. The matrix products take the S rows at once, so that every weight is read once for
-// all; convolution and scan are each sequence's own. A row's bits do not depend on S: a sequence alone is the same code.
+// --- step: one token of each of S sequences. The matrix products take the S rows at once, so that
+// every weight is read once for all; convolution and scan are each sequence's own. A row's bits do
+// not depend on S: a sequence alone is the same code.
 
 static void block_step(const Model *m, int layer, State *const *s, Acts *a, int S) {
     const Config *c = &m->config;
     const Layer *w = &m->layer[layer];
-    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, blocks = (E + STEP_BLOCK - 1) / STEP_BLOCK;
-    size_t window = (size_t)layer * (K - 1) * E, h = (size_t)layer * N * E; // this layer's place in a state
-    float *dt_low = a->xdb, *B_ssm = a->xdb + R, *C_ssm = a->xdb + R + N;   // columns of xdb (S,P)
+    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N,
+        blocks = (E + STEP_BLOCK - 1) / STEP_BLOCK;
+    size_t window = (size_t)layer * (K - 1) * E,
+           h = (size_t)layer * N * E; // this layer's place in a state
+    float *dt_low = a->xdb, *B_ssm = a->xdb + R, *C_ssm = a->xdb + R + N; // columns of xdb (S,P)
 
     rmsnorm(a->xn, a->res, f32(&w->norm), c->norm_eps, S, D, (size_t)D);
     matmul_few(a->xz, 2 * (size_t)E, a->xn, (size_t)D, &w->in_proj, f32(&w->in_bias), S, a->packed);
@@ -2360,8 +2578,8 @@ static void block_step(const Model *m, int layer, State *const *s, Acts *a, int 
     for (int task = 0; task < S * blocks; task++) {
         int i = task / blocks, e0 = task % blocks * STEP_BLOCK;
         for (int e = e0; e < E && e < e0 + STEP_BLOCK; e += VL)
-            conv1d_silu_lanes(a->u + (size_t)i * E, s[i]->conv + window, a->xz + (size_t)i * 2 * E, w->conv_t,
-                              f32(&w->conv_bias), e, lanes_left(e, E), E, K);
+            conv1d_silu_lanes(a->u + (size_t)i * E, s[i]->conv + window, a->xz + (size_t)i * 2 * E,
+                              w->conv_t, f32(&w->conv_bias), e, lanes_left(e, E), E, K);
     }
     matmul_few(a->xdb, (size_t)P, a->u, (size_t)E, &w->x_proj, NULL, S, a->packed);
     if (c->flags & FLAG_MIXER_NORM) {
@@ -2371,16 +2589,19 @@ static void block_step(const Model *m, int layer, State *const *s, Acts *a, int 
     }
     matmul_few(a->delta, (size_t)E, dt_low, (size_t)P, &w->dt_proj, NULL, S, a->packed);
 #pragma omp for
-    for (int task = 0; task < S * blocks; task++) { // softplus, scan, gate without a barrier between them
-        int i = task / blocks, e0 = task % blocks * STEP_BLOCK, e1 = E - e0 < STEP_BLOCK ? E : e0 + STEP_BLOCK;
+    for (int task = 0; task < S * blocks;
+         task++) { // softplus, scan, gate without a barrier between them
+        int i = task / blocks, e0 = task % blocks * STEP_BLOCK,
+            e1 = E - e0 < STEP_BLOCK ? E : e0 + STEP_BLOCK;
         float *y = a->y + (size_t)i * E, *delta = a->delta + (size_t)i * E;
         const float *z = a->xz + ((size_t)i * 2 + 1) * E;
         for (int e = e0; e < e1; e += VL) {
             int n = lanes_left(e, E);
-            store_n(delta + e, softplus_vec(load_n(delta + e, n) + load_n(f32(&w->dt_bias) + e, n)), n);
+            store_n(delta + e, softplus_vec(load_n(delta + e, n) + load_n(f32(&w->dt_bias) + e, n)),
+                    n);
         }
-        scan_step_block(y, s[i]->h + h, a->u + (size_t)i * E, delta, w->A_neg, B_ssm + (size_t)i * P,
-                        C_ssm + (size_t)i * P, f32(&w->D_skip), e0, E, N);
+        scan_step_block(y, s[i]->h + h, a->u + (size_t)i * E, delta, w->A_neg,
+                        B_ssm + (size_t)i * P, C_ssm + (size_t)i * P, f32(&w->D_skip), e0, E, N);
         for (int e = e0; e < e1; e += VL) {
             int n = lanes_left(e, E);
             store_n(y + e, load_n(y + e, n) * silu_vec(load_n(z + e, n)), n);
@@ -2390,7 +2611,8 @@ static void block_step(const Model *m, int layer, State *const *s, Acts *a, int 
     add_to(a->res, a->xn, S, D);
 }
 
-// Reads ids[i] into s[i], S different states, at most BATCH_MAX. 0, or -1 after fail(), the states untouched.
+// Reads ids[i] into s[i], S different states, at most BATCH_MAX. 0, or -1 after fail(), the states
+// untouched.
 int mamba_step_batch(const Model *m, Acts *a, State *const *s, const int32_t *ids, int S) {
     const Config *c = &m->config;
     size_t V = (size_t)c->V;
@@ -2405,10 +2627,12 @@ int mamba_step_batch(const Model *m, Acts *a, State *const *s, const int32_t *id
         embed(a->res, ids, &m->embedding, S);
         for (int layer = 0; layer < c->n_layer; layer++) block_step(m, layer, s, a, S);
         rmsnorm(a->xn, a->res, f32(&m->norm_f), c->norm_eps, S, c->D, (size_t)c->D);
-        matmul_few(S == 1 ? s[0]->logits : a->logits, V, a->xn, (size_t)c->D, &m->head, NULL, S, a->packed);
+        matmul_few(S == 1 ? s[0]->logits : a->logits, V, a->xn, (size_t)c->D, &m->head, NULL, S,
+                   a->packed);
         if (S > 1) {
 #pragma omp for
-            for (int i = 0; i < S; i++) memcpy(s[i]->logits, a->logits + (size_t)i * V, V * sizeof(float));
+            for (int i = 0; i < S; i++)
+                memcpy(s[i]->logits, a->logits + (size_t)i * V, V * sizeof(float));
         }
     }
     for (int i = 0; i < S; i++) state_read(s[i], ids + i, 1);
@@ -2421,16 +2645,20 @@ int mamba_step(const Model *m, Acts *a, State *s, int32_t id) {
 }
 
 COLD
-// ---------------------------------------------------------------------------------------------------------------------
-// 8 State: save, load, copy
-// A sequence's whole past in some megabytes, whatever its length. The file: 512 bytes of little-endian header, then the
-// numbers of State.data; the README has the fields.
+    // ---------------------------------------------------------------------------------------------------------------------
+    // 8 State: save, load, copy
+    // A sequence's whole past in some megabytes, whatever its length. The file: 512 bytes of
+    // little-endian header, then the numbers of State.data; the README has the fields.
 
-enum { STATE_HEADER = 512, STATE_VERSION = 1 };
+    enum {
+        STATE_HEADER = 512,
+        STATE_VERSION = 1
+    };
 static const char STATE_MAGIC[8] = {'m', 'a', 'm', 'b', 'a', '.', 's', '\n'};
 
 static size_t state_floats(const Config *c) {
-    return size_add((size_t)c->V, size_mul((size_t)c->n_layer * (size_t)(c->N + c->K - 1), (size_t)c->E));
+    return size_add((size_t)c->V,
+                    size_mul((size_t)c->n_layer * (size_t)(c->N + c->K - 1), (size_t)c->E));
 }
 
 void mamba_state_free(State *s) {
@@ -2506,7 +2734,8 @@ static int replace_file(const char *from, const char *to) {
     return rename(from, to);
 }
 
-// Whether path is a regular file or nothing yet. Rename would put a file in the place of /dev/null too.
+// Whether path is a regular file or nothing yet. Rename would put a file in the place of /dev/null
+// too.
 static bool is_replaceable(const char *path) {
 #ifdef MAMBA_POSIX
     struct stat info;
@@ -2530,7 +2759,8 @@ typedef struct { // of a file
     size_t bytes;
 } Piece;
 
-// Writes a file beside its target and renames it, so that whatever fails leaves an older one whole. 0, or -1 after fail().
+// Writes a file beside its target and renames it, so that whatever fails leaves an older one whole.
+// 0, or -1 after fail().
 static int write_pieces(const char *path, const Piece *piece, int n) {
     char *temporary = temporary_name(path);
     if (!temporary) return -1;
@@ -2539,7 +2769,8 @@ static int write_pieces(const char *path, const Piece *piece, int n) {
     for (int i = 0; i < n && result == 0; i++)
         if (fwrite(piece[i].data, 1, piece[i].bytes, f) != piece[i].bytes)
             result = fail("cannot write %s: %s", temporary, strerror(errno));
-    if (f && close_synced(f) && result == 0) result = fail("cannot write %s: %s", temporary, strerror(errno));
+    if (f && close_synced(f) && result == 0)
+        result = fail("cannot write %s: %s", temporary, strerror(errno));
     if (result == 0 && replace_file(temporary, path))
         result = fail("cannot rename %s to %s: %s", temporary, path, strerror(errno));
     if (f && result) remove(temporary);
@@ -2562,12 +2793,15 @@ int mamba_state_save(const Model *m, const State *s, const char *path) {
     return result;
 }
 
-static int read_state(const Model *m, State *s, const unsigned char *h, size_t bytes, const char *path) {
+static int read_state(const Model *m, State *s, const unsigned char *h, size_t bytes,
+                      const char *path) {
     const Config *c = &m->config;
     const int sizes[] = {c->V, c->n_layer, c->E, c->N, c->K};
-    if (bytes < STATE_HEADER || memcmp(h, STATE_MAGIC, sizeof STATE_MAGIC)) return fail("%s: not a state file", path);
+    if (bytes < STATE_HEADER || memcmp(h, STATE_MAGIC, sizeof STATE_MAGIC))
+        return fail("%s: not a state file", path);
     if (u32_at(h + 8) != STATE_VERSION || u32_at(h + 12) != STATE_HEADER)
-        return fail("%s: state version %u, this program reads version %d", path, u32_at(h + 8), STATE_VERSION);
+        return fail("%s: state version %u, this program reads version %d", path, u32_at(h + 8),
+                    STATE_VERSION);
     if (crc32_of(0, h, STATE_HEADER - 4) != u32_at(h + STATE_HEADER - 4))
         return fail("%s: the header's checksum does not match: the state file is damaged", path);
     for (int i = 0; i < 5; i++)
@@ -2575,8 +2809,8 @@ static int read_state(const Model *m, State *s, const unsigned char *h, size_t b
             return fail("%s: the state was saved with a model of another shape", path);
     if (u32_at(h + 36) != m->id) return fail("%s: the state was saved with another model", path);
     if (u64_at(h + 56) != s->floats || bytes - STATE_HEADER != s->floats * sizeof(float))
-        return fail("%s: %zu bytes where %zu are needed: the state file is truncated or damaged", path, bytes,
-                    STATE_HEADER + (size_t)s->floats * sizeof(float));
+        return fail("%s: %zu bytes where %zu are needed: the state file is truncated or damaged",
+                    path, bytes, STATE_HEADER + (size_t)s->floats * sizeof(float));
     if (crc32_of(0, h + STATE_HEADER, bytes - STATE_HEADER) != u32_at(h + 332))
         return fail("%s: the checksum does not match: the state file is damaged", path);
     uint32_t n_recent = u32_at(h + 64), n_pending = u32_at(h + 324);
@@ -2593,7 +2827,8 @@ static int read_state(const Model *m, State *s, const unsigned char *h, size_t b
     return 0;
 }
 
-// Replaces s by what mamba_state_save wrote with the same model. 0, or -1 after fail(), s untouched.
+// Replaces s by what mamba_state_save wrote with the same model. 0, or -1 after fail(), s
+// untouched.
 int mamba_state_load(const Model *m, State *s, const char *path) {
     size_t bytes;
     bool mapped;
@@ -2606,10 +2841,12 @@ int mamba_state_load(const Model *m, State *s, const char *path) {
 COLD_END
 // ---------------------------------------------------------------------------------------------------------------------
 // 9 Quantiser
-// Q8 and Q4 from wider weights, a tile at a time (section 3 says what that is). A row's scale in a tile is its largest weight
-// over one of some divisors: 127 for Q8; for Q4 the one of 22 whose codes leave the smallest sum of squared errors, which takes
-// that error from 9.7 to 8.1% of the weights (normally distributed ones). What would round otherwise elsewhere is avoided, so
-// that export.py writes the same bytes: a scale is rounded before it divides, weight - code * scale is exact, and so is its square.
+// Q8 and Q4 from wider weights, a tile at a time (section 3 says what that is). A row's scale in a
+// tile is its largest weight over one of some divisors: 127 for Q8; for Q4 the one of 22 whose
+// codes leave the smallest sum of squared errors, which takes that error from 9.7 to 8.1% of the
+// weights (normally distributed ones). What would round otherwise elsewhere is avoided, so that
+// export.py writes the same bytes: a scale is rounded before it divides, weight - code * scale is
+// exact, and so is its square.
 
 static float round_bf16(float x) { // to the nearest, ties to even
     uint32_t bits;
@@ -2619,7 +2856,8 @@ static float round_bf16(float x) { // to the nearest, ties to even
     return x;
 }
 
-// The code of weight w: w / scale to the nearest whole number, ties to even, by the constant that exp_vec rounds with.
+// The code of weight w: w / scale to the nearest whole number, ties to even, by the constant that
+// exp_vec rounds with.
 INLINE float code_of(float w, float scale, Type type) {
     float code = w / (scale == 0 ? 1 : scale) + 12582912.0f;
     code -= 12582912.0f;
@@ -2627,9 +2865,10 @@ INLINE float code_of(float w, float scale, Type type) {
     return code < lowest ? lowest : code > highest ? highest : code;
 }
 
-// For each row r the scale of w[.][r] over a divisor, where that makes a smaller error than the best one before.
-static void try_divisor(float scale[TILE], double error[TILE], const float w[TILE][TILE], const float peak[TILE],
-                        float divisor, Type type) {
+// For each row r the scale of w[.][r] over a divisor, where that makes a smaller error than the
+// best one before.
+static void try_divisor(float scale[TILE], double error[TILE], const float w[TILE][TILE],
+                        const float peak[TILE], float divisor, Type type) {
     float tried[TILE];
     double sum[TILE] = {0};
     for (int r = 0; r < TILE; r++) tried[r] = round_bf16(peak[r] / divisor);
@@ -2688,7 +2927,8 @@ static int quantize_tensor(const Tensor *to, const Tensor *from) {
             }
             if (!bad)
                 quantize_tile((unsigned char *)(uintptr_t)to->data +
-                                  ((size_t)(r0 / TILE) * tiles + (size_t)(k0 / TILE)) * tile_bytes(to->type),
+                                  ((size_t)(r0 / TILE) * tiles + (size_t)(k0 / TILE)) *
+                                      tile_bytes(to->type),
                               w, to->type);
         }
     return bad ? -1 : 0;
@@ -2717,7 +2957,8 @@ static int copy_tensor(const Tensor *to, const Tensor *from, const TensorInfo *i
     char label[LABEL];
     if (!is_quantized(to->type))
         for (int row = 0; row < to->rows; row++)
-            tensor_widen((float *)(uintptr_t)to->data + (size_t)row * (size_t)to->cols, from, row, 0, from->cols);
+            tensor_widen((float *)(uintptr_t)to->data + (size_t)row * (size_t)to->cols, from, row,
+                         0, from->cols);
     else if (quantize_tensor(to, from)) {
         tensor_label(label, info);
         return fail("%s holds a value that is not finite", label);
@@ -2740,28 +2981,32 @@ static Model *copy_as(Model *from, Type type) {
     return NULL;
 }
 
-// Their tokenizer stays with the original, which must outlive them. The float32 copy is ready to be trained.
+// Their tokenizer stays with the original, which must outlive them. The float32 copy is ready to be
+// trained.
 Model *mamba_float_copy(Model *from) { return copy_as(from, F32); }
 Model *mamba_quantize(Model *from, bool four_bits) { return copy_as(from, four_bits ? Q4 : Q8); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 10 [train] Training: initialisation, loss and backward of the model, AdamW
-// Weights, gradients and the optimizer's two moments are four arenas of one layout, all float32. A pass takes B sequences of L
-// tokens, B * L rows; what a block's backward needs of its forward is kept (Saved), everything else is computed again.
+// Weights, gradients and the optimizer's two moments are four arenas of one layout, all float32. A
+// pass takes B sequences of L tokens, B * L rows; what a block's backward needs of its forward is
+// kept (Saved), everything else is computed again.
 
 typedef struct {
     uint64_t seed;
     const Config *config;
 } InitContext;
 
-static void narrow(void *to, size_t i, float value, Type type) { // float32 to storage; f16 only in its normal range
+static void narrow(void *to, size_t i, float value,
+                   Type type) { // float32 to storage; f16 only in its normal range
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     if (type == F32) ((float *)to)[i] = value;
     else if (type == BF16) ((half *)to)[i] = (half)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
     else
         ((half *)to)[i] =
-            (half)((bits >> 16 & 0x8000) | (fabsf(value) < 0x1p-14f ? 0 : ((bits & 0x7FFFFFFF) - 0x38000000) >> 13));
+            (half)((bits >> 16 & 0x8000) |
+                   (fabsf(value) < 0x1p-14f ? 0 : ((bits & 0x7FFFFFFF) - 0x38000000) >> 13));
 }
 
 static double random_normal(uint64_t *state) { // Box-Muller, one of the pair
@@ -2769,8 +3014,9 @@ static double random_normal(uint64_t *state) { // Box-Muller, one of the pair
     return r * cos(6.283185307179586 * random_unit(state));
 }
 
-// As the reference implementation starts: dt_bias so that softplus(dt_bias) is log-uniform in [0.001, 0.1], never below 1e-4;
-// A = -1 .. -N; out_proj smaller with depth, so that the residual stream's variance does not grow with it.
+// As the reference implementation starts: dt_bias so that softplus(dt_bias) is log-uniform in
+// [0.001, 0.1], never below 1e-4; A = -1 .. -N; out_proj smaller with depth, so that the residual
+// stream's variance does not grow with it.
 static float initial_value(Init init, int fan_in, int column, int n_layer, uint64_t *random) {
     double uniform = 2 * random_unit(random) - 1, range = 1 / sqrt((double)fan_in);
     if (init == INIT_ONES) return 1;
@@ -2801,7 +3047,8 @@ static void init_tiles(const Tensor *w, uint64_t seed, Init init, int fan_in, in
                 for (int k = 0; k < TILE && k0 + k < w->cols; k++)
                     value[k][r] = initial_value(init, fan_in, k0 + k, n_layer, &random[r]);
             quantize_tile((unsigned char *)(uintptr_t)w->data +
-                              ((size_t)(r0 / TILE) * tiles + (size_t)(k0 / TILE)) * tile_bytes(w->type),
+                              ((size_t)(r0 / TILE) * tiles + (size_t)(k0 / TILE)) *
+                                  tile_bytes(w->type),
                           value, w->type);
         }
     }
@@ -2809,12 +3056,15 @@ static void init_tiles(const Tensor *w, uint64_t seed, Init init, int fan_in, in
 
 static void init_tensor(void *context, const TensorInfo *info, Tensor *w) {
     InitContext *c = context;
-    uint64_t seed = random_u64(&c->seed); // each row has a stream of its own, so that rows can be shared among threads
-    int fan_in = info->init == INIT_CONV ? c->config->K : w->cols; // the conv's bias has the conv's fan-in
+    uint64_t seed = random_u64(
+        &c->seed); // each row has a stream of its own, so that rows can be shared among threads
+    int fan_in =
+        info->init == INIT_CONV ? c->config->K : w->cols; // the conv's bias has the conv's fan-in
 #pragma omp parallel for
     for (int row = 0; row < w->rows; row++) {
         uint64_t at = seed ^ (uint64_t)row,
-                 random = random_u64(&at); // hashed: neighbouring states are shifted copies of a stream
+                 random =
+                     random_u64(&at); // hashed: neighbouring states are shifted copies of a stream
         for (int i = 0; i < w->cols && !is_quantized(w->type); i++)
             narrow((void *)(uintptr_t)w->data, (size_t)row * (size_t)w->cols + (size_t)i,
                    initial_value(info->init, fan_in, i, c->config->n_layer, &random), w->type);
@@ -2834,7 +3084,8 @@ Model *mamba_random_model(const Config *config, uint64_t seed) {
 
 // --- loss and backward
 
-typedef struct { // of one layer: its input, and what its kernels produced; raw is xdb before FalconMamba's norms
+typedef struct { // of one layer: its input, and what its kernels produced; raw is xdb before
+                 // FalconMamba's norms
     float *res, *xz, *u, *xdb, *raw, *delta, *y;
 } Saved;
 
@@ -2848,30 +3099,35 @@ typedef struct Trainer {
     uint64_t step;           // optimizer steps taken
     Saved *saved;            // n_layer + 1: the last has only res
     float *arena;            // of everything below and in saved
-    float *xn, *g, *d_res, *d_xn, *d_xz, *d_u, *d_delta, *d_y, *d_xdb, *d_c, *scale, *losses, *logits, *packed;
+    float *xn, *g, *d_res, *d_xn, *d_xz, *d_u, *d_delta, *d_y, *d_xdb, *d_c, *scale, *losses,
+        *logits, *packed;
     float *h0, *h, *d_h, *window0, *window, *d_window, *scan;
 } Trainer;
 
 // Lays the activations out from `at`, or only measures where it is NULL; returns floats.
 static size_t trainer_layout(Trainer *x, float *at) {
     const Config *c = &x->model->config;
-    size_t T = (size_t)x->B * x->L, D = (size_t)c->D, E = (size_t)c->E, P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V,
-           used = 0;
+    size_t T = (size_t)x->B * x->L, D = (size_t)c->D, E = (size_t)c->E,
+           P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V, used = 0;
     size_t widest = 2 * E > D ? 2 * E : D, NE = (size_t)c->N * E, window = (size_t)(c->K - 1) * E;
     if (widest < P) widest = P;
-    size_t packed = (T + widest + 2 * MR) * (widest + PAIR), packed_loss = (V + MR + LOSS_ROWS) * (LOSS_ROWS + MR);
+    size_t packed = (T + widest + 2 * MR) * (widest + PAIR),
+           packed_loss = (V + MR + LOSS_ROWS) * (LOSS_ROWS + MR);
     if (packed < (widest + MR) * (T + MR)) packed = (widest + MR) * (T + MR);
     if (packed < packed_loss) packed = packed_loss;
     bool raw = c->flags & FLAG_MIXER_NORM;
-#define TAKE(member, floats) (member) = at ? at + used : NULL, used = size_add(used, ((floats) + 15) / 16 * 16)
+#define TAKE(member, floats) \
+    (member) = at ? at + used : NULL, used = size_add(used, ((floats) + 15) / 16 * 16)
     for (int layer = 0; layer <= c->n_layer; layer++) {
         Saved none, *s = at ? &x->saved[layer] : &none;
         TAKE(s->res, T * D);
         if (layer == c->n_layer) break;
-        TAKE(s->xz, T * 2 * E), TAKE(s->u, T * E), TAKE(s->xdb, T * P), TAKE(s->delta, T * E), TAKE(s->y, T * E);
+        TAKE(s->xz, T * 2 * E), TAKE(s->u, T * E), TAKE(s->xdb, T * P), TAKE(s->delta, T * E),
+            TAKE(s->y, T * E);
         TAKE(s->raw, raw ? T * P : 0);
     }
-    TAKE(x->xn, T * D), TAKE(x->g, T * E), TAKE(x->d_res, T * D), TAKE(x->d_xn, T * D), TAKE(x->d_xz, T * 2 * E);
+    TAKE(x->xn, T * D), TAKE(x->g, T * E), TAKE(x->d_res, T * D), TAKE(x->d_xn, T * D),
+        TAKE(x->d_xz, T * 2 * E);
     TAKE(x->d_u, T * E), TAKE(x->d_delta, T * E), TAKE(x->d_y, T * E), TAKE(x->d_xdb, T * P),
         TAKE(x->d_c, (size_t)x->L * E);
     TAKE(x->scale, T), TAKE(x->losses, T), TAKE(x->logits, LOSS_ROWS * V), TAKE(x->packed, packed);
@@ -2902,8 +3158,8 @@ int mamba_trainer_resize(Trainer *x, int B, int L) {
     return 0;
 }
 
-// The same on the GPU, with bf16 products unless float32: m's weights and the moments here are then old until mamba_trainer_fetch.
-// NULL after fail().
+// The same on the GPU, with bf16 products unless float32: m's weights and the moments here are then
+// old until mamba_trainer_fetch. NULL after fail().
 Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, bool float32) {
     if (!GPU) return fail("this build has no GPU backend: make cuda"), NULL;
     Trainer *x = calloc(1, sizeof *x);
@@ -2916,7 +3172,8 @@ Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, bool float32) {
     return NULL;
 }
 
-// Weights and moments from the GPU to the host, or, store: the other way. Nothing to do without one. 0, or -1 after fail().
+// Weights and moments from the GPU to the host, or, store: the other way. Nothing to do without
+// one. 0, or -1 after fail().
 int mamba_trainer_fetch(Trainer *x, bool store) {
     if (!x->gpu) return 0;
     float *weights = x->model->weights;
@@ -2934,15 +3191,19 @@ Trainer *mamba_trainer_new(Model *m, int B, int L, int threads) {
     x->saved = calloc((size_t)m->config.n_layer + 1, sizeof *x->saved);
     x->gradient = blank_model(&m->config);
     x->moment = alloc_aligned(m->tensors_bytes), x->moment2 = alloc_aligned(m->tensors_bytes);
-    if (x->saved && x->gradient && x->moment && x->moment2 && mamba_trainer_resize(x, B, L) == 0) return x;
+    if (x->saved && x->gradient && x->moment && x->moment2 && mamba_trainer_resize(x, B, L) == 0)
+        return x;
     mamba_trainer_free(x);
     return NULL;
 }
 
-static float *grad(const Tensor *w) { return (float *)(uintptr_t)w->data; } // NULL for an absent bias
+static float *grad(const Tensor *w) {
+    return (float *)(uintptr_t)w->data;
+} // NULL for an absent bias
 
-// block() for training: T = B * L rows, sequences from the states in x->window0 and x->h0 (zeros, unless somebody writes there),
-// everything that backward needs kept in s[0]; s[1].res is the residual stream after the layer, x->h the states after it.
+// block() for training: T = B * L rows, sequences from the states in x->window0 and x->h0 (zeros,
+// unless somebody writes there), everything that backward needs kept in s[0]; s[1].res is the
+// residual stream after the layer, x->h the states after it.
 static void block_train(Trainer *x, int layer) {
     const Config *c = &x->model->config;
     const Layer *w = &x->model->layer[layer];
@@ -2955,7 +3216,8 @@ static void block_train(Trainer *x, int layer) {
         size_t row = (size_t)b * x->L;
 #pragma omp single
         memcpy(x->window, x->window0 + b * window, window * sizeof(float));
-        conv1d_silu(s->u + row * E, x->window, s->xz + row * 2 * E, w->conv_t, f32(&w->conv_bias), x->L, E, K);
+        conv1d_silu(s->u + row * E, x->window, s->xz + row * 2 * E, w->conv_t, f32(&w->conv_bias),
+                    x->L, E, K);
     }
     matmul(s->xdb, s->u, (size_t)E, &w->x_proj, NULL, T, x->packed);
     if (c->flags & FLAG_MIXER_NORM) {
@@ -2969,8 +3231,8 @@ static void block_train(Trainer *x, int layer) {
     softplus_bias(s->delta, f32(&w->dt_bias), T, E);
 #pragma omp single
     memcpy(x->h, x->h0, (size_t)x->B * N * E * sizeof(float));
-    scan_sequences(s->y, x->h, s->u, s->delta, w->A_neg, s->xdb + R, s->xdb + R + N, (size_t)P, f32(&w->D_skip), x->B,
-                   x->L, E, N);
+    scan_sequences(s->y, x->h, s->u, s->delta, w->A_neg, s->xdb + R, s->xdb + R + N, (size_t)P,
+                   f32(&w->D_skip), x->B, x->L, E, N);
 #pragma omp single
     memcpy(x->g, s->y, (size_t)T * E * sizeof(float));
     gate(x->g, s->xz, T, E);
@@ -2978,50 +3240,54 @@ static void block_train(Trainer *x, int layer) {
     add_to(s[1].res, s->res, T, D);
 }
 
-// d_res: the gradient after the layer, becomes that before it. d_h: that of the states after it, becomes that of h0. d_window gets
-// that of window0.
+// d_res: the gradient after the layer, becomes that before it. d_h: that of the states after it,
+// becomes that of h0. d_window gets that of window0.
 static void block_backward(Trainer *x, int layer) {
     const Config *c = &x->model->config;
     const Layer *w = &x->model->layer[layer], *d = &x->gradient->layer[layer];
     const Saved *s = &x->saved[layer];
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, T = x->B * x->L;
     size_t window = (size_t)(K - 1) * E;
-    // g = y silu(z), out = out_proj(g): d_g first (in d_y), then g again, which the weight's gradient needs
-    product(x->d_y, (size_t)E, (Factor){x->d_res, (size_t)D, F32, false}, weight_factor(&w->out_proj, true), NULL,
-            false, T, E, D, x->packed);
+    // g = y silu(z), out = out_proj(g): d_g first (in d_y), then g again, which the weight's
+    // gradient needs
+    product(x->d_y, (size_t)E, (Factor){x->d_res, (size_t)D, F32, false},
+            weight_factor(&w->out_proj, true), NULL, false, T, E, D, x->packed);
     gate_backward(x->d_y, x->d_xz, x->g, x->d_y, s->y, s->xz, T, E);
-    matmul_backward(NULL, grad(&d->out_proj), grad(&d->out_bias), x->d_res, (size_t)D, x->g, (size_t)E, &w->out_proj,
-                    false, T, x->packed);
-    scan_backward(x->d_u, x->d_delta, x->d_xdb + R, x->d_xdb + R + N, grad(&d->A_log), grad(&d->D_skip), x->d_h, x->d_y,
-                  s->u, s->delta, w->A_neg, s->xdb + R, s->xdb + R + N, (size_t)P, f32(&w->D_skip), x->h0, x->B, x->L,
-                  E, N, x->scan);
+    matmul_backward(NULL, grad(&d->out_proj), grad(&d->out_bias), x->d_res, (size_t)D, x->g,
+                    (size_t)E, &w->out_proj, false, T, x->packed);
+    scan_backward(x->d_u, x->d_delta, x->d_xdb + R, x->d_xdb + R + N, grad(&d->A_log),
+                  grad(&d->D_skip), x->d_h, x->d_y, s->u, s->delta, w->A_neg, s->xdb + R,
+                  s->xdb + R + N, (size_t)P, f32(&w->D_skip), x->h0, x->B, x->L, E, N, x->scan);
     softplus_backward(x->d_delta, s->delta, T, E);
     sum_rows(grad(&d->dt_bias), x->d_delta, (size_t)E, T, E);
-    matmul_backward(x->d_xdb, grad(&d->dt_proj), NULL, x->d_delta, (size_t)E, s->xdb, (size_t)P, &w->dt_proj, false, T,
-                    x->packed);
+    matmul_backward(x->d_xdb, grad(&d->dt_proj), NULL, x->d_delta, (size_t)E, s->xdb, (size_t)P,
+                    &w->dt_proj, false, T, x->packed);
     if (c->flags & FLAG_MIXER_NORM)
         for (int part = 0; part < 3; part++) {
             int at = part ? R + (part - 1) * N : 0, n = part ? N : R;
-            rmsnorm_backward(x->d_xdb + at, NULL, x->d_xdb + at, s->raw + at, NULL, c->mixer_eps, false, T, n,
-                             (size_t)P, x->scale);
+            rmsnorm_backward(x->d_xdb + at, NULL, x->d_xdb + at, s->raw + at, NULL, c->mixer_eps,
+                             false, T, n, (size_t)P, x->scale);
         }
-    matmul_backward(x->d_u, grad(&d->x_proj), NULL, x->d_xdb, (size_t)P, s->u, (size_t)E, &w->x_proj, true, T,
-                    x->packed);
+    matmul_backward(x->d_u, grad(&d->x_proj), NULL, x->d_xdb, (size_t)P, s->u, (size_t)E,
+                    &w->x_proj, true, T, x->packed);
     for (int b = 0; b < x->B; b++) {
         size_t row = (size_t)b * x->L;
-        conv1d_silu_backward(x->d_xz + row * 2 * E, grad(&d->conv), grad(&d->conv_bias), x->d_window + b * window,
-                             x->d_u + row * E, s->xz + row * 2 * E, x->window0 + b * window, w->conv_t,
-                             f32(&w->conv_bias), x->L, E, K, x->d_c);
+        conv1d_silu_backward(x->d_xz + row * 2 * E, grad(&d->conv), grad(&d->conv_bias),
+                             x->d_window + b * window, x->d_u + row * E, s->xz + row * 2 * E,
+                             x->window0 + b * window, w->conv_t, f32(&w->conv_bias), x->L, E, K,
+                             x->d_c);
     }
     rmsnorm(x->xn, s->res, f32(&w->norm), c->norm_eps, T, D, (size_t)D);
-    matmul_backward(x->d_xn, grad(&d->in_proj), grad(&d->in_bias), x->d_xz, 2 * (size_t)E, x->xn, (size_t)D,
-                    &w->in_proj, false, T, x->packed);
-    rmsnorm_backward(x->d_res, grad(&d->norm), x->d_xn, s->res, f32(&w->norm), c->norm_eps, true, T, D, (size_t)D,
-                     x->scale);
+    matmul_backward(x->d_xn, grad(&d->in_proj), grad(&d->in_bias), x->d_xz, 2 * (size_t)E, x->xn,
+                    (size_t)D, &w->in_proj, false, T, x->packed);
+    rmsnorm_backward(x->d_res, grad(&d->norm), x->d_xn, s->res, f32(&w->norm), c->norm_eps, true, T,
+                     D, (size_t)D, x->scale);
 }
 
-// losses[t] = -log p(target), and logits become weight * (p - 1 at the target); zero where the target is -1.
-static void cross_entropy(float *losses, float *logits, const int32_t *targets, float weight, int rows, int V) {
+// losses[t] = -log p(target), and logits become weight * (p - 1 at the target); zero where the
+// target is -1.
+static void cross_entropy(float *losses, float *logits, const int32_t *targets, float weight,
+                          int rows, int V) {
 #pragma omp for
     for (int t = 0; t < rows; t++) {
         float *row = logits + (size_t)t * V;
@@ -3029,22 +3295,27 @@ static void cross_entropy(float *losses, float *logits, const int32_t *targets, 
         losses[t] = targets[t] < 0 ? 0 : (float)(log_sum - (double)row[targets[t]]);
         for (int v = 0; v < V; v += VL) {
             int n = lanes_left(v, V);
-            store_n(row + v, targets[t] < 0 ? splat(0) : weight * exp_vec(load_n(row + v, n) - (float)log_sum), n);
+            store_n(row + v,
+                    targets[t] < 0 ? splat(0)
+                                   : weight * exp_vec(load_n(row + v, n) - (float)log_sum),
+                    n);
         }
         if (targets[t] >= 0) row[targets[t]] -= weight;
     }
 }
 
-// Adds to the gradient that of weight * the sum of -log p(targets), for B * L rows of ids; targets of -1 do not count. Returns
-// the sum of the losses (without weight); NaN where a GPU failed, after fail(). backward false: the loss only. ids and targets must
-// be below V.
-double mamba_train_pass(Trainer *x, const int32_t *ids, const int32_t *targets, float weight, bool backward) {
+// Adds to the gradient that of weight * the sum of -log p(targets), for B * L rows of ids; targets
+// of -1 do not count. Returns the sum of the losses (without weight); NaN where a GPU failed, after
+// fail(). backward false: the loss only. ids and targets must be below V.
+double mamba_train_pass(Trainer *x, const int32_t *ids, const int32_t *targets, float weight,
+                        bool backward) {
     Model *m = x->model, *d = x->gradient;
     const Config *c = &m->config;
     int D = c->D, V = c->V, T = x->B * x->L;
     if (x->gpu) {
         double sum = 0;
-        return GPU->train_pass(x->gpu, ids, targets, weight, backward, &sum) ? (gpu_failed(), NAN) : sum;
+        return GPU->train_pass(x->gpu, ids, targets, weight, backward, &sum) ? (gpu_failed(), NAN)
+                                                                             : sum;
     }
     Saved *last = &x->saved[c->n_layer];
     int team = (double)m->n_params * T < 4e6 ? 1 : x->threads;
@@ -3060,15 +3331,17 @@ double mamba_train_pass(Trainer *x, const int32_t *ids, const int32_t *targets, 
             matmul(x->logits, xn, (size_t)D, &m->head, NULL, rows, x->packed);
             cross_entropy(x->losses + t, x->logits, targets + t, weight, rows, V);
             if (backward)
-                matmul_backward(x->d_xn + (size_t)t * D, grad(&d->head), NULL, x->logits, (size_t)V, xn, (size_t)D,
-                                &m->head, false, rows, x->packed);
+                matmul_backward(x->d_xn + (size_t)t * D, grad(&d->head), NULL, x->logits, (size_t)V,
+                                xn, (size_t)D, &m->head, false, rows, x->packed);
         }
         if (backward) {
-            rmsnorm_backward(x->d_res, grad(&d->norm_f), x->d_xn, last->res, f32(&m->norm_f), c->norm_eps, false, T, D,
-                             (size_t)D, x->scale);
+            rmsnorm_backward(x->d_res, grad(&d->norm_f), x->d_xn, last->res, f32(&m->norm_f),
+                             c->norm_eps, false, T, D, (size_t)D, x->scale);
             for (int layer = c->n_layer - 1; layer >= 0; layer--) {
 #pragma omp single
-                memset(x->d_h, 0, (size_t)x->B * c->N * c->E * sizeof(float)); // nothing comes after the last token
+                memset(x->d_h, 0,
+                       (size_t)x->B * c->N * c->E *
+                           sizeof(float)); // nothing comes after the last token
                 block_backward(x, layer);
             }
             embed_backward(grad(&d->embedding), x->d_res, ids, T, D);
@@ -3099,7 +3372,8 @@ static void norm_tensor(void *context, const TensorInfo *info, Tensor *w) {
     AdamWPass *p = context;
     const float *g = beside(p, w, p->x->gradient->weights);
     double sum = 0;
-    for (size_t i = 0, n = tensor_elements(w); i < n; i += 4096) { // float lanes within a block, blocks in double
+    for (size_t i = 0, n = tensor_elements(w); i < n;
+         i += 4096) { // float lanes within a block, blocks in double
         vec squares = splat(0);
         for (size_t k = i; k < n && k < i + 4096; k += VL) {
             vec v = load_n(g + k, n - k < VL ? (int)(n - k) : VL);
@@ -3114,16 +3388,18 @@ static void norm_tensor(void *context, const TensorInfo *info, Tensor *w) {
 static void adamw_tensor(void *context, const TensorInfo *info, Tensor *w) {
     AdamWPass *p = context;
     const AdamW *how = p->how;
-    float *weights = beside(p, w, p->x->model->weights), *gradients = beside(p, w, p->x->gradient->weights);
+    float *weights = beside(p, w, p->x->model->weights),
+          *gradients = beside(p, w, p->x->gradient->weights);
     float *moments = beside(p, w, p->x->moment), *moments2 = beside(p, w, p->x->moment2);
-    float keep = info->decays ? 1 - how->rate * how->decay : 1, rate = (float)(how->rate / p->unbias);
+    float keep = info->decays ? 1 - how->rate * how->decay : 1,
+          rate = (float)(how->rate / p->unbias);
     float root = (float)(1 / sqrt(p->unbias2)), scale = p->scale;
     float beta1 = how->beta1, beta2 = how->beta2, epsilon = how->epsilon;
 #pragma omp parallel for num_threads(p->x->threads)
     for (int row = 0; row < w->rows; row++) {
         size_t at = (size_t)row * w->cols;
-        float *restrict weight = weights + at, *restrict g = gradients + at, *restrict m = moments + at,
-                        *restrict v = moments2 + at;
+        float *restrict weight = weights + at, *restrict g = gradients + at,
+                        *restrict m = moments + at, *restrict v = moments2 + at;
         for (int i = 0; i < w->cols; i++) {
             float gi = g[i] * scale;
             m[i] = beta1 * m[i] + (1 - beta1) * gi;
@@ -3134,8 +3410,8 @@ static void adamw_tensor(void *context, const TensorInfo *info, Tensor *w) {
     }
 }
 
-// One step along the gradient, which is cleared. *norm gets its length before clipping. 0, or -1 after fail() with the weights
-// untouched, where a gradient is not finite.
+// One step along the gradient, which is cleared. *norm gets its length before clipping. 0, or -1
+// after fail() with the weights untouched, where a gradient is not finite.
 int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
     if (x->gpu) {
         if (GPU->train_step(x->gpu, how, x->step + 1, norm)) return gpu_failed();
@@ -3144,10 +3420,13 @@ int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
     AdamWPass p = {.x = x, .how = how, .scale = 1, .base = x->model->weights};
     each_tensor(x->model, norm_tensor, &p);
     *norm = sqrt(p.squares);
-    if (p.bad[0]) return fail("step %llu: the gradient of %s is not finite", (unsigned long long)x->step + 1, p.bad);
+    if (p.bad[0])
+        return fail("step %llu: the gradient of %s is not finite", (unsigned long long)x->step + 1,
+                    p.bad);
     if (how->clip > 0 && *norm > how->clip) p.scale = (float)(how->clip / (*norm + 1e-6));
     x->step++;
-    p.unbias = 1 - pow(how->beta1, (double)x->step), p.unbias2 = 1 - pow(how->beta2, (double)x->step);
+    p.unbias = 1 - pow(how->beta1, (double)x->step),
+    p.unbias2 = 1 - pow(how->beta2, (double)x->step);
     each_tensor(x->model, adamw_tensor, &p);
     if (x->model->config.flags & FLAG_TIED) x->model->head = x->model->embedding;
     refresh_derived(x->model);
@@ -3156,9 +3435,9 @@ int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 11 Sampling
-// In this order: repeat penalty, temperature, top-k, top-p, min-p, then one draw. Ids that the tokenizer does not know
-// (the padding of a vocabulary) are never drawn. Candidates leave a heap one by one, the likeliest first, so nothing is
-// sorted that will not be used.
+// In this order: repeat penalty, temperature, top-k, top-p, min-p, then one draw. Ids that the
+// tokenizer does not know (the padding of a vocabulary) are never drawn. Candidates leave a heap
+// one by one, the likeliest first, so nothing is sorted that will not be used.
 
 static void heap_down(int32_t *heap, int n, int i, const float *probs) {
     for (int child; (child = 2 * i + 1) < n; i = child) {
@@ -3185,13 +3464,16 @@ static void penalise_recent(const State *s, float *logits, float penalty) {
     }
 }
 
-// Candidates by probability: order[n-1] the likeliest, order[n-2] the next ... Returns how many are kept.
-static int keep_likeliest(int32_t *order, int n, const float *probs, const Sampling *how, double *mass) {
+// Candidates by probability: order[n-1] the likeliest, order[n-2] the next ... Returns how many are
+// kept.
+static int keep_likeliest(int32_t *order, int n, const float *probs, const Sampling *how,
+                          double *mass) {
     for (int i = n / 2 - 1; i >= 0; i--) heap_down(order, n, i, probs);
     int limit = how->top_k > 0 && how->top_k < n ? how->top_k : n, popped = 0, kept = 0;
     double whole = 0, sum = 0;
     if (limit < n)
-        for (; popped < limit; popped++) heap_pop(order, n - popped, probs), whole += probs[order[n - 1 - popped]];
+        for (; popped < limit; popped++)
+            heap_pop(order, n - popped, probs), whole += probs[order[n - 1 - popped]];
     else
         for (int i = 0; i < n; i++) whole += probs[order[i]];
     while (kept < limit && !(kept && sum >= how->top_p * whole)) {
@@ -3204,8 +3486,9 @@ static int keep_likeliest(int32_t *order, int n, const float *probs, const Sampl
     return kept;
 }
 
-// The next token of s by the scratch arrays logits and order (V): an id, or -1 where none can be drawn, or -2 - v where logit v is
-// not finite. Writes nothing but its arguments: threads may draw for different states.
+// The next token of s by the scratch arrays logits and order (V): an id, or -1 where none can be
+// drawn, or -2 - v where logit v is not finite. Writes nothing but its arguments: threads may draw
+// for different states.
 static int32_t draw(const Model *m, float *logits, int32_t *order, State *s, const Sampling *how) {
     int V = m->config.V, n = 0;
     float highest = -INFINITY;
@@ -3237,7 +3520,8 @@ static int32_t draw(const Model *m, float *logits, int32_t *order, State *s, con
 }
 
 static int draw_failed(int32_t id) {
-    if (id == -1) return fail("no token can be drawn: the tokenizer knows none, or the logits overflow");
+    if (id == -1)
+        return fail("no token can be drawn: the tokenizer knows none, or the logits overflow");
     return fail("the logit of token %d is not finite: run `info --verify`", -2 - id);
 }
 
@@ -3254,9 +3538,10 @@ int mamba_encode(const Model *m, const char *text, size_t bytes, int32_t **ids, 
     return tokenizer_encode(m->tokenizer, text, bytes, ids, n);
 }
 
-// The text that token id adds to what s has written so far: whole UTF-8 characters only; the bytes of an unfinished one
-// wait in s, and what cannot become a character turns into U+FFFD. A bytes tokenizer's bytes pass as they are. id -1: the
-// end, what still waits. out needs room for m->text_room bytes; returns how many it got.
+// The text that token id adds to what s has written so far: whole UTF-8 characters only; the bytes
+// of an unfinished one wait in s, and what cannot become a character turns into U+FFFD. A bytes
+// tokenizer's bytes pass as they are. id -1: the end, what still waits. out needs room for
+// m->text_room bytes; returns how many it got.
 size_t mamba_decode(const Model *m, State *s, int32_t id, unsigned char *out) {
     size_t bytes = 0;
     if (id < 0) return utf8_flush(&s->pending, out);
@@ -3269,18 +3554,20 @@ size_t mamba_decode(const Model *m, State *s, int32_t id, unsigned char *out) {
 
 #ifndef MAMBA_NO_MAIN
 COLD
-// ---------------------------------------------------------------------------------------------------------------------
-// 12 Command line
-// Text goes to stdout, everything about it to stderr. Options are described by a table, which parses them, checks their
-// ranges and prints the help with the defaults.
+    // ---------------------------------------------------------------------------------------------------------------------
+    // 12 Command line
+    // Text goes to stdout, everything about it to stderr. Options are described by a table, which
+    // parses them, checks their ranges and prints the help with the defaults.
 
-static double seconds(void) {
+    static double
+    seconds(void) {
 #ifdef TIME_UTC
     struct timespec now;
     timespec_get(&now, TIME_UTC);
     return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
 #else
-    return (double)clock() / CLOCKS_PER_SEC; // wall-clock time on Windows, where timespec_get may be missing
+    return (double)clock() /
+           CLOCKS_PER_SEC; // wall-clock time on Windows, where timespec_get may be missing
 #endif
 }
 
@@ -3316,8 +3603,10 @@ static int parse_value(const Option *o, const char *text) {
     } else {
         double x = o->kind == OPT_INT ? (double)strtoll(text, &end, 10) : strtod(text, &end);
         if (end == text || *end || errno == ERANGE || x != x)
-            return fail("%s needs %s, not '%s'", o->name, o->kind == OPT_INT ? "a whole number" : "a number", text);
-        double highest = o->kind == OPT_INT ? fmin(o->highest, (double)LONG_MAX) : o->highest; // where long has 32 bits
+            return fail("%s needs %s, not '%s'", o->name,
+                        o->kind == OPT_INT ? "a whole number" : "a number", text);
+        double highest = o->kind == OPT_INT ? fmin(o->highest, (double)LONG_MAX)
+                                            : o->highest; // where long has 32 bits
         if (!(x >= o->lowest && x <= highest))
             return fail("%s %s is out of range: %.10g to %.10g", o->name, text, o->lowest, highest);
         if (o->kind == OPT_INT) *(long *)o->value = strtol(text, NULL, 10);
@@ -3326,9 +3615,11 @@ static int parse_value(const Option *o, const char *text) {
     return 0;
 }
 
-// Takes options out of argv[1..argc) and leaves the others, in order, in rest (room for max). Returns how many of those
-// there are, -1 after fail(). After `--` nothing is an option; `-` alone and numbers such as -1 after a flag never are.
-static int parse_options(int argc, char **argv, const Option *options, int n_options, const char **rest, int max) {
+// Takes options out of argv[1..argc) and leaves the others, in order, in rest (room for max).
+// Returns how many of those there are, -1 after fail(). After `--` nothing is an option; `-` alone
+// and numbers such as -1 after a flag never are.
+static int parse_options(int argc, char **argv, const Option *options, int n_options,
+                         const char **rest, int max) {
     int n_rest = 0;
     bool only_rest = false;
     for (int i = 1; i < argc; i++) {
@@ -3336,13 +3627,16 @@ static int parse_options(int argc, char **argv, const Option *options, int n_opt
         if (!only_rest && !strcmp(arg, "--")) {
             only_rest = true;
         } else if (only_rest || arg[0] != '-' || !arg[1]) {
-            if (n_rest == max) return fail("one argument too many: '%s' (a prompt with spaces needs quotes)", arg);
+            if (n_rest == max)
+                return fail("one argument too many: '%s' (a prompt with spaces needs quotes)", arg);
             rest[n_rest++] = arg;
         } else {
             const Option *o = NULL;
             for (int k = 0; k < n_options && !o; k++)
                 if (!strcmp(arg, options[k].name)) o = &options[k];
-            if (!o) return fail("unknown option '%s' (put -- before a prompt that starts with a dash)", arg);
+            if (!o)
+                return fail("unknown option '%s' (put -- before a prompt that starts with a dash)",
+                            arg);
             if (o->kind == OPT_SWITCH) *(bool *)o->value = true;
             else if (i + 1 == argc) return fail("%s needs a value: %s", o->name, o->argument);
             else if (parse_value(o, argv[++i])) return -1;
@@ -3358,9 +3652,11 @@ static void print_help(const char *usage, const Option *options, int n_options) 
         const Option *o = &options[i];
         int width = printf("  %s %s", o->name, o->argument);
         printf("%*s%s", width < 22 ? 22 - width : 1, "", o->help);
-        if (o->kind == OPT_INT && *(long *)o->value != LONG_MIN) printf(" (default %ld)", *(long *)o->value);
+        if (o->kind == OPT_INT && *(long *)o->value != LONG_MIN)
+            printf(" (default %ld)", *(long *)o->value);
         if (o->kind == OPT_REAL) printf(" (default %g)", *(double *)o->value);
-        if (o->kind == OPT_TEXT && *(const char **)o->value) printf(" (default %s)", *(const char **)o->value);
+        if (o->kind == OPT_TEXT && *(const char **)o->value)
+            printf(" (default %s)", *(const char **)o->value);
         printf("\n");
     }
 }
@@ -3445,7 +3741,8 @@ typedef struct {
     const char *batch;
 } GenerateOptions;
 
-// The text on its way to stdout: what might be the start of a stop string is held back until it is clear that it is not.
+// The text on its way to stdout: what might be the start of a stop string is held back until it is
+// clear that it is not.
 typedef struct {
     char *bytes;
     size_t n, room;
@@ -3471,7 +3768,8 @@ typedef struct {
     Text *into; // where the text goes instead of stdout, or NULL
 } Output;
 
-// Prints n bytes of what is held. 0, or -1 after fail(): without it, -n -1 would write to a full disk for ever.
+// Prints n bytes of what is held. 0, or -1 after fail(): without it, -n -1 would write to a full
+// disk for ever.
 static int output_print(const Output *out, size_t n) {
     if (out->into) return text_add(out->into, out->held.bytes, n);
     if (n) fwrite(out->held.bytes, 1, n, stdout);
@@ -3484,7 +3782,8 @@ static int output_flush(Output *out) {
     return output_print(out, n);
 }
 
-// Length of the longest end of text that begins some stop string: the part that cannot be printed yet.
+// Length of the longest end of text that begins some stop string: the part that cannot be printed
+// yet.
 static size_t held_back(const TextList *stop, const char *text, size_t n) {
     size_t most = 0;
     for (int i = 0; i < stop->n; i++) {
@@ -3495,7 +3794,8 @@ static size_t held_back(const TextList *stop, const char *text, size_t n) {
     return most;
 }
 
-// Adds bytes, prints what is safe. 1: a stop string appeared; it and what follows it are dropped. -1 after fail().
+// Adds bytes, prints what is safe. 1: a stop string appeared; it and what follows it are dropped.
+// -1 after fail().
 static int output_add(Output *out, const unsigned char *bytes, size_t n) {
     Text *held = &out->held;
     if (n == 0) return 0;
@@ -3527,12 +3827,20 @@ static void session_close(Session *x) {
     mamba_free(x->model);
 }
 
-static struct { bool cpu, float32; } backend; // where commands run the model
+static struct {
+    bool cpu, float32;
+} backend; // where commands run the model
 #define BACKEND_OPTIONS \
-    {"--cpu", "", "run on the processor, also where the build has a GPU backend", OPT_SWITCH, &backend.cpu, 0, 0}, { \
-        "--float32", "", "on a GPU: float32 products also for bf16 weights and in training", OPT_SWITCH, \
-            &backend.float32, 0, 0 \
-    }
+    {"--cpu",    "",           "run on the processor, also where the build has a GPU backend", \
+     OPT_SWITCH, &backend.cpu, 0, \
+     0}, \
+        {"--float32", \
+         "", \
+         "on a GPU: float32 products also for bf16 weights and in training", \
+         OPT_SWITCH, \
+         &backend.float32, \
+         0, \
+         0}
 
 static int session_open(Session *x, const char *path, long threads) {
     double start = seconds();
@@ -3568,7 +3876,8 @@ static int read_prompt(Session *x, const int32_t *ids, size_t n, Report *report)
     double start = seconds();
     size_t done = 0;
     while (done < n && !interrupted) {
-        size_t most = x->acts->gpu ? 1 << 16 : (size_t)x->acts->piece, piece = n - done < most ? n - done : most;
+        size_t most = x->acts->gpu ? 1 << 16 : (size_t)x->acts->piece,
+               piece = n - done < most ? n - done : most;
         if (mamba_prefill(x->model, x->acts, x->state, ids + done, piece, NULL, NULL)) return -1;
         done += piece;
     }
@@ -3578,8 +3887,9 @@ static int read_prompt(Session *x, const int32_t *ids, size_t n, Report *report)
     return 0;
 }
 
-// The next tokens, drawn and read on the GPU some at a time, since a launch for each would take longer than a step. Where text
-// ends within them, the state is too far: only for a state that nobody wants afterwards. Returns the next id, -1 after fail().
+// The next tokens, drawn and read on the GPU some at a time, since a launch for each would take
+// longer than a step. Where text ends within them, the state is too far: only for a state that
+// nobody wants afterwards. Returns the next id, -1 after fail().
 typedef struct {
     int32_t ids[64];
     int at, n;
@@ -3592,8 +3902,10 @@ static int32_t burst_next(Burst *b, Session *x, const Sampling *how) {
     if (b->n == 0) {
         unsigned char *allowed = malloc((size_t)m->config.V);
         if (!allowed) return fail("out of memory");
-        for (int v = 0; v < m->config.V; v++) allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
-        int bad = GPU->generate_start(x->acts->gpu, 1, how, &s->random, s->position, s->recent, s->n_recent, allowed);
+        for (int v = 0; v < m->config.V; v++)
+            allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
+        int bad = GPU->generate_start(x->acts->gpu, 1, how, &s->random, s->position, s->recent,
+                                      s->n_recent, allowed);
         free(allowed);
         if (bad) return gpu_failed();
     }
@@ -3605,7 +3917,8 @@ static int32_t burst_next(Burst *b, Session *x, const Sampling *how) {
     return b->ids[b->at++];
 }
 
-// Writes up to o->n tokens from the state. keep_pending: an unfinished character stays in the state for later.
+// Writes up to o->n tokens from the state. keep_pending: an unfinished character stays in the state
+// for later.
 static int write_tokens(Session *x, const GenerateOptions *o, bool keep_pending, Report *report) {
     const Sampling how = {(float)o->temperature, (float)o->top_p, (int)o->top_k, (float)o->min_p,
                           (float)o->repeat_penalty};
@@ -3631,7 +3944,8 @@ static int write_tokens(Session *x, const GenerateOptions *o, bool keep_pending,
         if (!bursts && mamba_step(x->model, x->acts, x->state, id)) result = -1;
         report->n_written++;
     }
-    if (!keep_pending && result == 0) result = output_add(&out, text, mamba_decode(x->model, x->state, -1, text));
+    if (!keep_pending && result == 0)
+        result = output_add(&out, text, mamba_decode(x->model, x->state, -1, text));
     if (result == 1) x->state->pending.n = 0; // part of what follows the stop string
     if (result >= 0 && output_flush(&out)) result = -1;
     free(out.held.bytes);
@@ -3644,7 +3958,8 @@ static void print_report(const Session *x, const Report *r) {
     fprintf(stderr, "load %.3f s", x->load_seconds);
     if (r->seed >= 0) fprintf(stderr, " | seed %ld", r->seed);
     if (r->n_read)
-        fprintf(stderr, " | prefill %zu tokens, %.1f tokens/s", r->n_read, (double)r->n_read / r->read_seconds);
+        fprintf(stderr, " | prefill %zu tokens, %.1f tokens/s", r->n_read,
+                (double)r->n_read / r->read_seconds);
     if (r->n_written)
         fprintf(stderr, " | decode %zu tokens, %.1f tokens/s (%s)", r->n_written,
                 (double)r->n_written / r->write_seconds, r->ended);
@@ -3652,16 +3967,19 @@ static void print_report(const Session *x, const Report *r) {
     fprintf(stderr, "\n");
 }
 
-// --- show-selection: the text, each token in the colour of its mean delta: how far the model lets it into its state
+// --- show-selection: the text, each token in the colour of its mean delta: how far the model lets
+// it into its state
 
 static const int HEAT[] = {234, 237, 240, 60,  61,
                            97,  133, 169, 205, 211}; // of the 256 terminal colours, dark to bright
 
-static void print_selected(const Model *m, int32_t id, float delta, double lowest, double highest, bool colours) {
+static void print_selected(const Model *m, int32_t id, float delta, double lowest, double highest,
+                           bool colours) {
     size_t bytes = 0;
     bool known = m->tokenizer && tokenizer_has(m->tokenizer, id);
     const unsigned char *text = known ? tokenizer_token(m->tokenizer, id, &bytes) : NULL;
-    double along = highest > lowest ? (log(fmax((double)delta, 1e-30)) - lowest) / (highest - lowest) : 0.5;
+    double along =
+        highest > lowest ? (log(fmax((double)delta, 1e-30)) - lowest) / (highest - lowest) : 0.5;
     int shade = (int)fmin(along * COUNT(HEAT), COUNT(HEAT) - 1);
     if (colours) printf("\033[48;5;%d;38;5;%dm", HEAT[shade], shade < 6 ? 255 : 16);
     else printf("%d\t%.6g\t", id, (double)delta);
@@ -3693,14 +4011,16 @@ static int show_selection(Session *x, const int32_t *ids, size_t n, long layer) 
     int result = 0;
     for (size_t done = 0; done < n && result == 0; done += piece) {
         x->acts->selection = delta + done;
-        result = mamba_prefill(m, x->acts, x->state, ids + done, n - done < piece ? n - done : piece, NULL, NULL);
+        result = mamba_prefill(m, x->acts, x->state, ids + done,
+                               n - done < piece ? n - done : piece, NULL, NULL);
     }
     x->acts->selection = NULL;
     for (size_t t = 0; t < n; t++) {
         double log_delta = log(fmax((double)delta[t], 1e-30));
         lowest = fmin(lowest, log_delta), highest = fmax(highest, log_delta);
     }
-    for (size_t t = 0; t < n && result == 0; t++) print_selected(m, ids[t], delta[t], lowest, highest, colours);
+    for (size_t t = 0; t < n && result == 0; t++)
+        print_selected(m, ids[t], delta[t], lowest, highest, colours);
     if (result == 0 && colours) {
         printf("\nmean delta %s: %.3g ", layer < 0 ? "of all layers" : "of the layer", exp(lowest));
         for (int i = 0; i < COUNT(HEAT); i++) printf("\033[48;5;%dm  ", HEAT[i]);
@@ -3710,8 +4030,10 @@ static int show_selection(Session *x, const int32_t *ids, size_t n, long layer) 
     return result;
 }
 
-// One prompt: echo it (unless told otherwise), read it, write, save. owned: malloc'd memory that holds the text, or NULL; freed.
-static int generate_once(Session *x, const GenerateOptions *o, const char *text, size_t bytes, char *owned) {
+// One prompt: echo it (unless told otherwise), read it, write, save. owned: malloc'd memory that
+// holds the text, or NULL; freed.
+static int generate_once(Session *x, const GenerateOptions *o, const char *text, size_t bytes,
+                         char *owned) {
     Report report = {.seed = o->clock_seed && o->temperature > 0 && o->n ? o->seed : -1};
     int32_t *ids = NULL, start = start_token(&x->model->config);
     size_t n = 0;
@@ -3719,7 +4041,8 @@ static int generate_once(Session *x, const GenerateOptions *o, const char *text,
     if (result == 0 && n == 0 && x->state->position == 0 && start < 0 && !o->show_selection)
         result = fail("this model has no end-of-text token to start from: give a prompt");
     if (result == 0 && o->n != 0 && !o->show_selection) {
-        unsigned char cut[4]; // a character that the loaded state left unfinished ends where a new text begins
+        unsigned char cut[4]; // a character that the loaded state left unfinished ends where a new
+                              // text begins
         size_t n_cut = bytes ? utf8_flush(&x->state->pending, cut) : 0;
         fwrite(cut, 1, n_cut, stdout);
         if (!o->no_echo && bytes) fwrite(text, 1, bytes, stdout);
@@ -3744,12 +4067,14 @@ static int generate_once(Session *x, const GenerateOptions *o, const char *text,
     if (o->save && mamba_state_save(x->model, x->state, o->save)) result = -1;
     print_report(x, &report);
     if (o->save && !result)
-        fprintf(stderr, "state after %llu tokens saved to %s\n", (unsigned long long)x->state->position, o->save);
+        fprintf(stderr, "state after %llu tokens saved to %s\n",
+                (unsigned long long)x->state->position, o->save);
     return result;
 }
 
-// --- several texts at once, --samples and --batch: up to BATCH_MAX sequences share every read of the weights. One that ends makes room
-// for the next, so memory does not depend on how many there are. Texts are printed in order, each when it and those before it are whole.
+// --- several texts at once, --samples and --batch: up to BATCH_MAX sequences share every read of
+// the weights. One that ends makes room for the next, so memory does not depend on how many there
+// are. Texts are printed in order, each when it and those before it are whole.
 
 enum { TEXTS_MAX = 1024 }; // that are begun and not yet printed
 
@@ -3770,8 +4095,8 @@ typedef struct {
     const GenerateOptions *o;
     Prompt *prompt;
     size_t n_prompts, samples, begun, printed; // texts: number = prompt * samples + sample
-    int32_t *ids, *order;                      // of all prompts; the sampler's scratch, (BATCH_MAX,V)
-    State *start;                              // what every prompt goes on from: zeros or a loaded state
+    int32_t *ids, *order; // of all prompts; the sampler's scratch, (BATCH_MAX,V)
+    State *start;         // what every prompt goes on from: zeros or a loaded state
     uint64_t seed;
     Sequence sequence[BATCH_MAX];
     int running, slots;
@@ -3782,14 +4107,17 @@ typedef struct {
 } Many;
 static const char *const ENDED[4] = {"length", "end of text", "stop string", "interrupted"};
 
-// The generator's start for sample s of a prompt: the seed itself for the first, so that it is the text of a run without
-// --samples; for the others the s-th output of a generator that starts there, far from each other on SplitMix64's circle of 2^64.
+// The generator's start for sample s of a prompt: the seed itself for the first, so that it is the
+// text of a run without
+// --samples; for the others the s-th output of a generator that starts there, far from each other
+// on SplitMix64's circle of 2^64.
 static uint64_t sample_seed(uint64_t seed, size_t sample) {
     uint64_t at = seed + (uint64_t)(sample - 1) * 0x9E3779B97F4A7C15u;
     return sample ? random_u64(&at) : seed;
 }
 
-// Tokens of all prompts, checked before anything is written. text: the file's, in which lines are the prompts; or the one prompt.
+// Tokens of all prompts, checked before anything is written. text: the file's, in which lines are
+// the prompts; or the one prompt.
 static int many_prompts(Many *y, const char *text, size_t bytes) {
     const char *batch = y->o->batch;
     char where[256] = "prompt";
@@ -3809,7 +4137,9 @@ static int many_prompts(Many *y, const char *text, size_t bytes) {
         if (length && mamba_encode(y->x->model, line, length, &ids, &n_ids)) return fail_in(where);
         if (n_ids == 0 && y->x->state->position == 0) { // a new text
             int32_t start = start_token(&y->x->model->config);
-            if (start < 0) return fail("%s: this model has no end-of-text token to start from: give a prompt", where);
+            if (start < 0)
+                return fail("%s: this model has no end-of-text token to start from: give a prompt",
+                            where);
             free(ids);
             if (!(ids = malloc(sizeof *ids))) return fail("out of memory");
             ids[0] = start, n_ids = 1;
@@ -3827,7 +4157,8 @@ static int many_prompts(Many *y, const char *text, size_t bytes) {
     return 0;
 }
 
-// Begins the next text in a free place: reads its prompt, unless the text before was another sample of the same.
+// Begins the next text in a free place: reads its prompt, unless the text before was another sample
+// of the same.
 static int many_begin(Many *y, Report *report) {
     const Model *m = y->x->model;
     const Prompt *p = &y->prompt[y->begun / y->samples];
@@ -3848,10 +4179,12 @@ static int many_begin(Many *y, Report *report) {
     q->out.into = text, q->out.held.n = 0;
     unsigned char cut[4]; // as for a single prompt
     size_t n_cut = p->bytes ? utf8_flush(&q->state->pending, cut) : 0;
-    return text_add(text, cut, n_cut) || (!y->o->no_echo && text_add(text, p->text, p->bytes)) ? -1 : 0;
+    return text_add(text, cut, n_cut) || (!y->o->no_echo && text_add(text, p->text, p->bytes)) ? -1
+                                                                                               : 0;
 }
 
-// Takes in what was drawn for q. Returns 0, 1 + the index in ENDED if its text ends, -1 after fail().
+// Takes in what was drawn for q. Returns 0, 1 + the index in ENDED if its text ends, -1 after
+// fail().
 static int many_accept(Many *y, Sequence *q, int32_t id) {
     const Model *m = y->x->model;
     if (id < 0) return draw_failed(id);
@@ -3864,7 +4197,9 @@ static int many_accept(Many *y, Sequence *q, int32_t id) {
 // Ends sequence i's text, gives its place to the last one, and prints what can be printed.
 static int many_end(Many *y, int i, int why) {
     Sequence q = y->sequence[i];
-    if (why != 3 && output_add(&q.out, y->bytes, mamba_decode(y->x->model, q.state, -1, y->bytes)) < 0) return -1;
+    if (why != 3 &&
+        output_add(&q.out, y->bytes, mamba_decode(y->x->model, q.state, -1, y->bytes)) < 0)
+        return -1;
     if (output_flush(&q.out)) return -1;
     y->ended[why - 1]++;
     y->whole[q.number % TEXTS_MAX] = true;
@@ -3872,8 +4207,10 @@ static int many_end(Many *y, int i, int why) {
     for (size_t k; y->printed < y->begun && y->whole[k = y->printed % TEXTS_MAX]; y->printed++) {
         Text *text = &y->text[k];
         if (!y->o->null && y->o->batch && y->samples > 1)
-            printf("=== line %zu, sample %zu\n", y->printed / y->samples + 1, y->printed % y->samples + 1);
-        else if (!y->o->null) printf("=== %s %zu\n", y->o->batch ? "line" : "sample", y->printed + 1);
+            printf("=== line %zu, sample %zu\n", y->printed / y->samples + 1,
+                   y->printed % y->samples + 1);
+        else if (!y->o->null)
+            printf("=== %s %zu\n", y->o->batch ? "line" : "sample", y->printed + 1);
         fwrite(text->bytes, 1, text->n, stdout);
         putchar(y->o->null ? 0 : '\n');
         free(text->bytes);
@@ -3890,7 +4227,8 @@ static int many_loop(Many *y, Report *report) {
     Acts *a = y->x->acts;
     size_t total = size_mul(y->n_prompts, y->samples), V = (size_t)m->config.V;
     for (;;) {
-        while (y->running < y->slots && y->begun < total && y->begun - y->printed < TEXTS_MAX && !interrupted)
+        while (y->running < y->slots && y->begun < total && y->begun - y->printed < TEXTS_MAX &&
+               !interrupted)
             if (many_begin(y, report)) return -1;
         if (y->running == 0) return 0;
         int32_t ids[BATCH_MAX];
@@ -3899,7 +4237,8 @@ static int many_loop(Many *y, Report *report) {
         (void)team;
 #pragma omp parallel for num_threads(team) schedule(dynamic)
         for (int i = 0; i < n; i++) // a->logits is free: every state has its own by now
-            ids[i] = draw(m, a->logits + (size_t)i * V, y->order + (size_t)i * V, y->sequence[i].state, &how);
+            ids[i] = draw(m, a->logits + (size_t)i * V, y->order + (size_t)i * V,
+                          y->sequence[i].state, &how);
         for (int i = n - 1; i >= 0; i--) { // backward: the one that takes a place is done with
             int why = interrupted ? 4 : many_accept(y, &y->sequence[i], ids[i]);
             if (!interrupted) report->n_written += why != 2;
@@ -3921,7 +4260,8 @@ static int generate_many(Session *x, const GenerateOptions *o, const char *text,
     size_t total = size_mul(y->n_prompts, y->samples);
     y->slots = total < BATCH_MAX ? (int)total : BATCH_MAX;
     if (result == 0) {
-        y->order = malloc(size_mul(size_mul((size_t)y->slots, (size_t)x->model->config.V), sizeof *y->order));
+        y->order = malloc(
+            size_mul(size_mul((size_t)y->slots, (size_t)x->model->config.V), sizeof *y->order));
         y->bytes = malloc(x->model->text_room);
         y->start = mamba_state_new(x->model);
         if (!y->order || !y->bytes) result = fail("out of memory: %d sequences", y->slots);
@@ -3941,11 +4281,12 @@ static int generate_many(Session *x, const GenerateOptions *o, const char *text,
     int at = snprintf(ended, sizeof ended, "%zu texts", y->printed), colon = at;
     for (int i = 0; i < 4; i++)
         if (y->ended[i])
-            at += snprintf(ended + at, sizeof ended - (size_t)at, "%s %zu %s", at == colon ? ":" : ",", y->ended[i],
-                           ENDED[i]);
+            at += snprintf(ended + at, sizeof ended - (size_t)at, "%s %zu %s",
+                           at == colon ? ":" : ",", y->ended[i], ENDED[i]);
     report.ended = ended;
     if (result == 0) print_report(x, &report);
-    for (int i = 0; i < BATCH_MAX; i++) mamba_state_free(y->sequence[i].state), free(y->sequence[i].out.held.bytes);
+    for (int i = 0; i < BATCH_MAX; i++)
+        mamba_state_free(y->sequence[i].state), free(y->sequence[i].out.held.bytes);
     for (int i = 0; i < TEXTS_MAX; i++) free(y->text[i].bytes);
     mamba_state_free(y->start);
     free(y->prompt), free(y->ids), free(y->order), free(y->bytes), free(y);
@@ -3986,12 +4327,14 @@ static void undo_pop(UndoStack *undo, const Model *m, State *s) {
 }
 
 static const char SESSION_HELP[] =
-    "A line is read as it stands, and the model goes on from there; an empty line lets it write more.\n"
+    "A line is read as it stands, and the model goes on from there; an empty line lets it write "
+    "more.\n"
     "  /undo        take the last turn back (up to 32)\n"
     "  /reset       forget everything\n"
     "  /save FILE   save the state      /load FILE   load one\n"
     "  /help        this text           /quit        leave (so does end of input)\n"
-    "Ctrl-C stops the writing, not the session. A line that begins with // is text that begins with /.\n";
+    "Ctrl-C stops the writing, not the session. A line that begins with // is text that begins "
+    "with /.\n";
 
 static void session_command(Session *x, UndoStack *undo, const char *line) {
     const Model *m = x->model;
@@ -4013,7 +4356,8 @@ static void session_command(Session *x, UndoStack *undo, const char *line) {
     } else fprintf(stderr, "unknown command '%s' (try /help)\n", line);
 }
 
-// One line of stdin without its end; NULL at end of input (*failed: after fail()). Ctrl-C ends the input too.
+// One line of stdin without its end; NULL at end of input (*failed: after fail()). Ctrl-C ends the
+// input too.
 static char *read_line(size_t *length, bool *failed) {
     size_t room = 256, n = 0;
     *failed = false;
@@ -4027,8 +4371,10 @@ static char *read_line(size_t *length, bool *failed) {
         }
         if (line) line[n++] = (char)byte;
     }
-    if (!line) return *failed = true, fail("stdin: out of memory after %zu bytes of a line", n), NULL;
-    if (byte == EOF && ferror(stdin) && !interrupted) *failed = true, fail("stdin: %s", strerror(errno));
+    if (!line)
+        return *failed = true, fail("stdin: out of memory after %zu bytes of a line", n), NULL;
+    if (byte == EOF && ferror(stdin) && !interrupted)
+        *failed = true, fail("stdin: %s", strerror(errno));
     if (byte == EOF && (n == 0 || ferror(stdin))) {
         free(line);
         return NULL;
@@ -4078,41 +4424,61 @@ static int interactive(Session *x, const GenerateOptions *o) {
 
 static const char GENERATE_USAGE[] =
     "mamba.c " MAMBA_VERSION ": the Mamba language model in one C file\n\n"
-    "  mamba model.bin \"prompt\" [options]   go on with a text; prompt - reads it from stdin, \"\" starts a new text\n"
-    "  mamba model.bin [options]            interactive session, the state carries on from line to line\n"
+    "  mamba model.bin \"prompt\" [options]   go on with a text; prompt - reads it from stdin, "
+    "\"\" starts a new text\n"
+    "  mamba model.bin [options]            interactive session, the state carries on from line to "
+    "line\n"
     "  mamba info | tokenize | eval | logits | train | bench --help\n";
 
 static int command_generate(int argc, char **argv) {
-    GenerateOptions o = {
-        .n = 256, .seed = LONG_MIN, .temperature = 0.8, .top_p = 0.95, .repeat_penalty = 1, .layer = -1, .samples = 1};
+    GenerateOptions o = {.n = 256,
+                         .seed = LONG_MIN,
+                         .temperature = 0.8,
+                         .top_p = 0.95,
+                         .repeat_penalty = 1,
+                         .layer = -1,
+                         .samples = 1};
     o.threads = default_threads();
     const Option options[] = {
-        {"-n", "N", "tokens to write; -1: no limit, 0: only read the prompt", OPT_INT, &o.n, -1, 1e15},
+        {"-n", "N", "tokens to write; -1: no limit, 0: only read the prompt", OPT_INT, &o.n, -1,
+         1e15},
         {"-t", "X", "temperature; 0: always the likeliest token", OPT_REAL, &o.temperature, 0, 100},
-        {"-p", "X", "top-p: sample from the likeliest tokens that reach this probability", OPT_REAL, &o.top_p, 0, 1},
+        {"-p", "X", "top-p: sample from the likeliest tokens that reach this probability", OPT_REAL,
+         &o.top_p, 0, 1},
         {"-k", "K", "top-k: sample from the K likeliest tokens; 0: all", OPT_INT, &o.top_k, 0, 1e9},
-        {"--min-p", "X", "drop tokens less likely than X times the likeliest", OPT_REAL, &o.min_p, 0, 1},
-        {"--repeat-penalty", "X", "weaken the last 64 tokens; 1: off", OPT_REAL, &o.repeat_penalty, 0.01, 100},
-        {"-s", "SEED", "random seed; by default the clock, or the loaded state's generator", OPT_INT, &o.seed, 0, 9e15},
-        {"--stop", "STRING", "end before this text would be written; up to 16 times", OPT_LIST, &o.stop, 0, 0},
+        {"--min-p", "X", "drop tokens less likely than X times the likeliest", OPT_REAL, &o.min_p,
+         0, 1},
+        {"--repeat-penalty", "X", "weaken the last 64 tokens; 1: off", OPT_REAL, &o.repeat_penalty,
+         0.01, 100},
+        {"-s", "SEED", "random seed; by default the clock, or the loaded state's generator",
+         OPT_INT, &o.seed, 0, 9e15},
+        {"--stop", "STRING", "end before this text would be written; up to 16 times", OPT_LIST,
+         &o.stop, 0, 0},
         {"--ignore-eos", "", "write on after end-of-text", OPT_SWITCH, &o.ignore_eos, 0, 0},
         {"--no-echo", "", "do not repeat the prompt on stdout", OPT_SWITCH, &o.no_echo, 0, 0},
-        {"--show-selection", "", "write nothing: show the prompt, each token by the mean of its step size delta",
+        {"--show-selection", "",
+         "write nothing: show the prompt, each token by the mean of its step size delta",
          OPT_SWITCH, &o.show_selection, 0, 0},
-        {"--layer", "N", "the layer whose delta is shown, from 0; -1: the mean of all", OPT_INT, &o.layer, -1, 65535},
-        {"--samples", "S", "write S texts from the prompt (or each of --batch), 32 at once", OPT_INT, &o.samples, 1,
-         1e9},
-        {"--batch", "FILE", "write a text from each line of FILE, - for stdin, 32 at once", OPT_TEXT, &o.batch, 0, 0},
-        {"--null", "", "no headings between several texts: a NUL byte after each", OPT_SWITCH, &o.null, 0, 0},
+        {"--layer", "N", "the layer whose delta is shown, from 0; -1: the mean of all", OPT_INT,
+         &o.layer, -1, 65535},
+        {"--samples", "S", "write S texts from the prompt (or each of --batch), 32 at once",
+         OPT_INT, &o.samples, 1, 1e9},
+        {"--batch", "FILE", "write a text from each line of FILE, - for stdin, 32 at once",
+         OPT_TEXT, &o.batch, 0, 0},
+        {"--null", "", "no headings between several texts: a NUL byte after each", OPT_SWITCH,
+         &o.null, 0, 0},
         BACKEND_OPTIONS,
         {"-T", "N", "threads; the result does not depend on it", OPT_INT, &o.threads, 1, 1024},
-        {"--save-state", "FILE", "save the state at the end, also after Ctrl-C", OPT_TEXT, &o.save, 0, 0},
+        {"--save-state", "FILE", "save the state at the end, also after Ctrl-C", OPT_TEXT, &o.save,
+         0, 0},
         {"--load-state", "FILE", "start from a saved state", OPT_TEXT, &o.load, 0, 0},
     };
     const char *rest[2];
     if (argc < 2 || wants_help(argc, argv)) {
         print_help(GENERATE_USAGE, options, COUNT(options));
-        return argc < 2 ? fail("a model.bin is needed, for example: mamba models/tales.bin \"Once upon a time\"") : 0;
+        return argc < 2 ? fail("a model.bin is needed, for example: mamba models/tales.bin \"Once "
+                               "upon a time\"")
+                        : 0;
     }
     int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
     if (n < 0) return -1;
@@ -4121,12 +4487,16 @@ static int command_generate(int argc, char **argv) {
     if (o.show_selection) backend.cpu = true; // delta is seen there
     bool many = o.batch || o.samples > 1;
     const char *option = o.batch ? "--batch" : "--samples";
-    if (o.batch && n == 2) return fail("--batch takes the prompts from %s: '%s' is one too many", o.batch, rest[1]);
+    if (o.batch && n == 2)
+        return fail("--batch takes the prompts from %s: '%s' is one too many", o.batch, rest[1]);
     if (o.samples > 1 && !o.batch && n == 1) return fail("--samples needs a prompt");
-    if (many && o.show_selection) return fail("--show-selection shows one prompt: it does not go with %s", option);
-    if (many && o.save) return fail("--save-state keeps one text's state: it does not go with %s", option);
+    if (many && o.show_selection)
+        return fail("--show-selection shows one prompt: it does not go with %s", option);
+    if (many && o.save)
+        return fail("--save-state keeps one text's state: it does not go with %s", option);
     if (many && o.n == 0) return fail("-n 0 writes nothing: it does not go with %s", option);
-    if (o.null && !many) return fail("--null ends each of several texts: it needs --samples or --batch");
+    if (o.null && !many)
+        return fail("--null ends each of several texts: it needs --samples or --batch");
     if (many && GPU && !backend.cpu) return fail("%s runs on the processor: add --cpu", option);
     Session x;
     if (session_open(&x, rest[0], o.threads)) return -1;
@@ -4137,7 +4507,9 @@ static int command_generate(int argc, char **argv) {
     }
     if (result == 0 && n == 1 && !o.batch) result = interactive(&x, &o);
     else if (result == 0) {
-        const char *prompt = o.batch ? "" : rest[1], *path = o.batch ? o.batch : !strcmp(prompt, "-") ? "-" : NULL;
+        const char *prompt = o.batch ? "" : rest[1], *path = o.batch                ? o.batch
+                                                             : !strcmp(prompt, "-") ? "-"
+                                                                                    : NULL;
         size_t bytes = strlen(prompt);
         char *text = path ? read_text(path, &bytes) : NULL; // Ctrl-C still ends the program here
         catch_interrupt();
@@ -4151,7 +4523,8 @@ static int command_generate(int argc, char **argv) {
 
 // --- info
 
-static const char INFO_USAGE[] = "mamba info model.bin [--verify]\n\nShows what is in a model file.\n";
+static const char INFO_USAGE[] =
+    "mamba info model.bin [--verify]\n\nShows what is in a model file.\n";
 
 typedef struct {
     char bad[LABEL]; // the first tensor with a value that is not finite
@@ -4166,13 +4539,15 @@ static void verify_tensor(void *context, const TensorInfo *info, Tensor *w) {
             tensor_widen(row, w, r, from, n);
             for (int i = 0; i < n && !verdict->bad[0]; i++)
                 if (row[i] - row[i] != 0 ||
-                    (w->type == F16 && fabsf(row[i]) > 65504)) { // f16's infinity and NaN widen to more
+                    (w->type == F16 &&
+                     fabsf(row[i]) > 65504)) { // f16's infinity and NaN widen to more
                     tensor_label(verdict->bad, info);
                 }
         }
 }
 
-static void swap_tensor(void *context, const TensorInfo *info, Tensor *w) { // does nothing on a little-endian machine
+static void swap_tensor(void *context, const TensorInfo *info,
+                        Tensor *w) { // does nothing on a little-endian machine
     (void)context, (void)info;
     fix_tensor_endian(w);
 }
@@ -4185,13 +4560,15 @@ static int verify(Model *m, const char *path) {
     each_tensor(m, swap_tensor, NULL); // the checksum is of the bytes as stored
     uint32_t crc = crc32_of(0, m->file + m->tensors_offset, m->tensors_bytes);
     each_tensor(m, swap_tensor, NULL);
-    if (crc != m->tensors_crc) return fail("%s: the checksum of the tensors does not match: the file is damaged", path);
+    if (crc != m->tensors_crc)
+        return fail("%s: the checksum of the tensors does not match: the file is damaged", path);
     return 0;
 }
 
 static int command_info(int argc, char **argv) {
     bool check = false;
-    const Option options[] = {{"--verify", "", "check every byte against its checksum", OPT_SWITCH, &check, 0, 0}};
+    const Option options[] = {
+        {"--verify", "", "check every byte against its checksum", OPT_SWITCH, &check, 0, 0}};
     const char *path;
     if (wants_help(argc, argv)) return print_help(INFO_USAGE, options, COUNT(options)), 0;
     int n = parse_options(argc, argv, options, COUNT(options), &path, 1);
@@ -4200,23 +4577,27 @@ static int command_info(int argc, char **argv) {
     if (!m) return -1;
     const Config *c = &m->config;
     printf("file         %s, %zu bytes, format %d\n", path, m->file_bytes, FILE_VERSION);
-    printf("model        %s, %zu parameters in %s\n", c->arch == ARCH_MAMBA ? "mamba" : "falcon_mamba", m->n_params,
-           type_name(c->type));
-    printf("sizes        d_model %d, n_layer %d, vocab_size %d, d_inner %d, d_state %d, d_conv %d, dt_rank %d\n", c->D,
-           c->n_layer, c->V, c->E, c->N, c->K, c->R);
+    printf("model        %s, %zu parameters in %s\n",
+           c->arch == ARCH_MAMBA ? "mamba" : "falcon_mamba", m->n_params, type_name(c->type));
+    printf("sizes        d_model %d, n_layer %d, vocab_size %d, d_inner %d, d_state %d, d_conv %d, "
+           "dt_rank %d\n",
+           c->D, c->n_layer, c->V, c->E, c->N, c->K, c->R);
     printf("options      %s head, %sprojection biases, %sconv bias, norm eps %g",
            c->flags & FLAG_TIED ? "tied" : "untied", c->flags & FLAG_PROJ_BIAS ? "" : "no ",
            c->flags & FLAG_CONV_BIAS ? "" : "no ", c->norm_eps);
     if (c->flags & FLAG_MIXER_NORM) printf(", norms on delta, B and C with eps %g", c->mixer_eps);
-    printf("\ntokenizer    %s, %d ids", tokenizer_is_bytes(m->tokenizer) ? "bytes" : "byte-level BPE",
+    printf("\ntokenizer    %s, %d ids",
+           tokenizer_is_bytes(m->tokenizer) ? "bytes" : "byte-level BPE",
            tokenizer_size(m->tokenizer));
     printf("; end-of-text");
     for (int i = 0; i < 4; i++)
         if (c->eos[i] >= 0) printf(" %d", c->eos[i]);
     printf("%s\n", c->eos[0] < 0 ? " none" : "");
-    printf("state        %zu bytes a sequence, whatever its length\n", STATE_HEADER + state_floats(c) * sizeof(float));
+    printf("state        %zu bytes a sequence, whatever its length\n",
+           STATE_HEADER + state_floats(c) * sizeof(float));
     int result = check ? verify(m, path) : 0;
-    if (check && result == 0) printf("checksums    header, tokenizer and tensors match; every weight is finite\n");
+    if (check && result == 0)
+        printf("checksums    header, tokenizer and tensors match; every weight is finite\n");
     mamba_free(m);
     return result;
 }
@@ -4225,7 +4606,8 @@ static int command_info(int argc, char **argv) {
 
 static const char TOKENIZE_USAGE[] =
     "mamba tokenize model.bin [FILE|-] [--decode]\n\n"
-    "Text to token ids, one a line; with --decode token ids to text. Reads stdin without FILE. Instead of a model, a\n"
+    "Text to token ids, one a line; with --decode token ids to text. Reads stdin without FILE. "
+    "Instead of a model, a\n"
     "tokenizer file made by `export.py tokenizer.json tokenizer.bin` will do.\n";
 
 static int print_decoded(const Tokenizer *t, const char *text, size_t bytes) {
@@ -4240,8 +4622,8 @@ static int print_decoded(const Tokenizer *t, const char *text, size_t bytes) {
         if (stop == p || errno || (stop < end && (!*stop || !strchr(" \t\r\n,", *stop))))
             return fail("byte %zu of the input is not part of a token id", (size_t)(p - text));
         if (id < 0 || id > INT_MAX || !tokenizer_has(t, (int)id))
-            return fail("token id %ld at byte %zu is not in the tokenizer of %d ids", id, (size_t)(p - text),
-                        tokenizer_size(t));
+            return fail("token id %ld at byte %zu is not in the tokenizer of %d ids", id,
+                        (size_t)(p - text), tokenizer_size(t));
         size_t n;
         const unsigned char *token = tokenizer_token(t, (int)id, &n);
         unsigned char *out = malloc(3 * (n + 4));
@@ -4267,8 +4649,9 @@ static int print_ids(const Tokenizer *t, const char *text, size_t bytes) {
 
 static int command_tokenize(int argc, char **argv) {
     bool decode = false, mapped = false;
-    const Option options[] = {
-        {"--decode", "", "token ids (between spaces, commas or line ends) to text", OPT_SWITCH, &decode, 0, 0}};
+    const Option options[] = {{"--decode", "",
+                               "token ids (between spaces, commas or line ends) to text",
+                               OPT_SWITCH, &decode, 0, 0}};
     const char *rest[2] = {NULL, "-"};
     if (wants_help(argc, argv)) return print_help(TOKENIZE_USAGE, options, COUNT(options)), 0;
     int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
@@ -4284,7 +4667,8 @@ static int command_tokenize(int argc, char **argv) {
     char *text = result ? NULL : read_text(rest[1], &bytes);
     const Tokenizer *t = m ? m->tokenizer : alone;
     if (!text) result = -1;
-    else if ((result = decode ? print_decoded(t, text, bytes) : print_ids(t, text, bytes))) fail_in(rest[1]);
+    else if ((result = decode ? print_decoded(t, text, bytes) : print_ids(t, text, bytes)))
+        fail_in(rest[1]);
     free(text);
     if (alone) tokenizer_close(alone);
     if (file) file_unmap(file, file_bytes, mapped);
@@ -4302,16 +4686,19 @@ static int parse_task(const char *name, Task *task) {
             : !strcmp(name, "induction") ? TASK_INDUCTION
             : !strcmp(name, "copying")   ? TASK_COPYING
                                          : TASK_NONE;
-    return name && *task == TASK_NONE ? fail("--task needs induction or copying, not '%s'", name) : 0;
+    return name && *task == TASK_NONE ? fail("--task needs induction or copying, not '%s'", name)
+                                      : 0;
 }
 
 static int task_shortest(Task task) { return task == TASK_COPYING ? 2 * COPY_TOKENS : 4; }
 
-// One sequence of L tokens and, where something is to be predicted, its targets (-1 elsewhere). The paper leaves the layout open:
-//   induction: ids 0..14 at random; the special id 15 stands once at a random place and again at the very end, where the token
-//   that followed it the first time is wanted.
-//   copying: noise is id 0; 16 data tokens of ids 1..14 stand at random places, in their order, before the last 16 places, which
-//   hold the marker 15; at the i-th marker the i-th data token is wanted. L counts all of it.
+// One sequence of L tokens and, where something is to be predicted, its targets (-1 elsewhere). The
+// paper leaves the layout open:
+//   induction: ids 0..14 at random; the special id 15 stands once at a random place and again at
+//   the very end, where the token that followed it the first time is wanted. copying: noise is id
+//   0; 16 data tokens of ids 1..14 stand at random places, in their order, before the last 16
+//   places, which hold the marker 15; at the i-th marker the i-th data token is wanted. L counts
+//   all of it.
 static void task_sequence(Task task, int32_t *ids, int32_t *targets, size_t L, uint64_t *random) {
     for (size_t t = 0; t < L; t++) targets[t] = -1;
     if (task == TASK_INDUCTION) {
@@ -4322,8 +4709,8 @@ static void task_sequence(Task task, int32_t *ids, int32_t *targets, size_t L, u
         return;
     }
     size_t body = L - COPY_TOKENS, left = COPY_TOKENS;
-    for (size_t t = 0; t < body;
-         t++) { // each set of places is equally likely: take this one with probability left / places
+    for (size_t t = 0; t < body; t++) { // each set of places is equally likely: take this one with
+                                        // probability left / places
         bool data = random_u64(random) % (body - t) < left;
         ids[t] = data ? 1 + (int32_t)(random_u64(random) % (TASK_VOCAB - 2)) : 0;
         if (data) targets[L - left--] = ids[t];
@@ -4336,9 +4723,11 @@ static void task_sequence(Task task, int32_t *ids, int32_t *targets, size_t L, u
 static const char EVAL_USAGE[] =
     "mamba eval model.bin FILE|- [--each] [-T N]\n"
     "mamba eval model.bin --task induction|copying [--length L] [--samples S]\n\n"
-    "How well the model predicts a text: every token but the first, each from all tokens before it. Prints the number "
+    "How well the model predicts a text: every token but the first, each from all tokens before "
+    "it. Prints the number "
     "of\n"
-    "tokens, the mean negative log-likelihood in nats, the perplexity, and bits per byte of the predicted text.\n";
+    "tokens, the mean negative log-likelihood in nats, the perplexity, and bits per byte of the "
+    "predicted text.\n";
 
 typedef struct {
     const int32_t *ids;
@@ -4362,15 +4751,18 @@ static int evaluate_ids(Session *x, const int32_t *ids, size_t n, size_t context
     Evaluation ev = {.V = x->model->config.V, .each = each};
     size_t bytes = 0, length = 0, predicted = 0;
     double start = seconds();
-    for (size_t from = 0; n - from > 1; from += ev.n) { // a last token alone has nothing to be predicted from
+    for (size_t from = 0; n - from > 1;
+         from += ev.n) { // a last token alone has nothing to be predicted from
         ev.ids = ids + from, ev.t = 0, ev.n = context && context < n - from ? context : n - from;
-        for (size_t i = 1; i < ev.n; i++) tokenizer_token(x->model->tokenizer, ev.ids[i], &length), bytes += length;
+        for (size_t i = 1; i < ev.n; i++)
+            tokenizer_token(x->model->tokenizer, ev.ids[i], &length), bytes += length;
         if (from) mamba_state_reset(x->model, x->state);
         if (mamba_prefill(x->model, x->acts, x->state, ev.ids, ev.n, evaluate, &ev)) return -1;
         predicted += ev.n - 1;
     }
     double nll = ev.sum / (double)predicted;
-    if (nll != nll) return fail("the likelihood is not a number: the weights are damaged (try info --verify)");
+    if (nll != nll)
+        return fail("the likelihood is not a number: the weights are damaged (try info --verify)");
     FILE *f = each ? stderr : stdout;
     fprintf(f, "tokens         %zu (%zu predicted)\n", n, predicted);
     fprintf(f, "mean_nll       %.6f nats/token\n", nll);
@@ -4382,7 +4774,8 @@ static int evaluate_ids(Session *x, const int32_t *ids, size_t n, size_t context
     return 0;
 }
 
-// --- [train] eval --task: accuracy at any length, in memory that does not depend on it (token ids aside)
+// --- [train] eval --task: accuracy at any length, in memory that does not depend on it (token ids
+// aside)
 
 typedef struct {
     const int32_t *targets;
@@ -4400,7 +4793,8 @@ static void score_task(void *context, const float *logits) {
     s->wanted++, s->right += best == target;
 }
 
-typedef struct { // what the threads of eval --task share: each takes the next sequence and reads the whole of it
+typedef struct { // what the threads of eval --task share: each takes the next sequence and reads
+                 // the whole of it
     const Model *m;
     Task task;
     size_t L, left; // sequences still to be made
@@ -4416,7 +4810,9 @@ typedef struct {
     TaskScore score;
 } TaskReader;
 
-static bool next_sequence(TaskQueue *q, TaskReader *r) { // in the order of one generator, so that threads change nothing
+static bool
+next_sequence(TaskQueue *q,
+              TaskReader *r) { // in the order of one generator, so that threads change nothing
     bool one = false;
 #pragma omp critical
     if (q->left && q->result == 0) {
@@ -4426,8 +4822,10 @@ static bool next_sequence(TaskQueue *q, TaskReader *r) { // in the order of one 
     return one;
 }
 
-static int read_tokens(const TaskQueue *q, TaskReader *r, const int32_t *ids, size_t n, bool score) {
-    if (!q->recurrent) return mamba_prefill(q->m, r->acts, r->state, ids, n, score ? score_task : NULL, &r->score);
+static int read_tokens(const TaskQueue *q, TaskReader *r, const int32_t *ids, size_t n,
+                       bool score) {
+    if (!q->recurrent)
+        return mamba_prefill(q->m, r->acts, r->state, ids, n, score ? score_task : NULL, &r->score);
     for (size_t t = 0; t < n; t++) {
         if (mamba_step(q->m, r->acts, r->state, ids[t])) return -1;
         if (score) score_task(&r->score, r->state->logits);
@@ -4436,11 +4834,13 @@ static int read_tokens(const TaskQueue *q, TaskReader *r, const int32_t *ids, si
 }
 
 static void read_sequences(TaskQueue *q, TaskReader *r) {
-    size_t tail = q->task == TASK_COPYING ? COPY_TOKENS : 1, body = q->L - tail; // only the tail has targets
+    size_t tail = q->task == TASK_COPYING ? COPY_TOKENS : 1,
+           body = q->L - tail; // only the tail has targets
     while (next_sequence(q, r)) {
         mamba_state_reset(q->m, r->state);
         r->score.t = body;
-        if (read_tokens(q, r, r->ids, body, false) || read_tokens(q, r, r->ids + body, tail, true)) {
+        if (read_tokens(q, r, r->ids, body, false) ||
+            read_tokens(q, r, r->ids + body, tail, true)) {
 #pragma omp critical
             q->result = -1;
         }
@@ -4448,11 +4848,14 @@ static void read_sequences(TaskQueue *q, TaskReader *r) {
 }
 
 // Whole sequences side by side, where there are enough for all threads: no barrier is waited at.
-static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64_t seed, bool recurrent) {
+static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64_t seed,
+                         bool recurrent) {
     const Model *m = x->model;
-    if (m->config.V < TASK_VOCAB) return fail("the model has %d ids, the tasks need %d", m->config.V, TASK_VOCAB);
+    if (m->config.V < TASK_VOCAB)
+        return fail("the model has %d ids, the tasks need %d", m->config.V, TASK_VOCAB);
     int team = x->acts->gpu || samples < (size_t)x->acts->threads ? 1 : x->acts->threads;
-    TaskQueue queue = {m, task, L, samples, seed ^ 0x6576616C75617465u, 0, recurrent}; // training's generator starts elsewhere
+    TaskQueue queue = {m, task,     L, samples, seed ^ 0x6576616C75617465u,
+                       0, recurrent}; // training's generator starts elsewhere
     TaskReader *reader = calloc((size_t)team, sizeof *reader);
     TaskScore score = {0};
     double start = seconds();
@@ -4463,7 +4866,8 @@ static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64
         r->acts = i ? mamba_acts_new(m, 1) : x->acts, r->state = i ? mamba_state_new(m) : x->state;
         r->score = (TaskScore){.targets = r->targets, .V = m->config.V};
         if (!r->acts || !r->state) result = -1;
-        else if (!r->ids || !r->targets) result = fail("out of memory: %d sequences of %zu tokens", team, L);
+        else if (!r->ids || !r->targets)
+            result = fail("out of memory: %d sequences of %zu tokens", team, L);
     }
     if (result == 0) {
 #pragma omp parallel for num_threads(team) schedule(static, 1)
@@ -4481,9 +4885,9 @@ static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64
         double n = (double)score.wanted, p = (double)score.right / n, z = 1.96,
                middle = (p + z * z / (2 * n)) / (1 + z * z / n);
         double half_width = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n));
-        printf("length %zu  accuracy %.2f%%  (%zu of %zu, 95%% interval %.2f to %.2f%%)  %.1f s\n", L, 100 * p,
-               score.right, score.wanted, 100 * fmax(0, middle - half_width), 100 * fmin(1, middle + half_width),
-               seconds() - start);
+        printf("length %zu  accuracy %.2f%%  (%zu of %zu, 95%% interval %.2f to %.2f%%)  %.1f s\n",
+               L, 100 * p, score.right, score.wanted, 100 * fmax(0, middle - half_width),
+               100 * fmin(1, middle + half_width), seconds() - start);
     }
     return result;
 }
@@ -4493,16 +4897,24 @@ static int command_eval(int argc, char **argv) {
     long threads = default_threads(), length = 256, samples = 0, seed = 1, context = 0;
     const char *task_name = NULL;
     const Option options[] = {
-        {"--task", "T", "accuracy on induction or copying instead of a text", OPT_TEXT, &task_name, 0, 0},
+        {"--task", "T", "accuracy on induction or copying instead of a text", OPT_TEXT, &task_name,
+         0, 0},
         {"--length", "L", "tokens a sequence of the task", OPT_INT, &length, 1, 1 << 30},
-        {"--samples", "S", "sequences of the task; 0: 1024 up to 2^14 tokens, then fewer, 64 from 2^18 on", OPT_INT,
+        {"--samples", "S",
+         "sequences of the task; 0: 1024 up to 2^14 tokens, then fewer, 64 from 2^18 on", OPT_INT,
          &samples, 0, 1e9},
-        {"-s", "SEED", "of the task's sequences, which are never those of training", OPT_INT, &seed, 0, 9e15},
-        {"--recurrent", "", "read them token by token, as text is generated, instead of by the scan", OPT_SWITCH, &recurrent, 0, 0},
-        {"--each", "", "one negative log-likelihood a line on stdout, from the second token on; the summary on stderr",
+        {"-s", "SEED", "of the task's sequences, which are never those of training", OPT_INT, &seed,
+         0, 9e15},
+        {"--recurrent", "",
+         "read them token by token, as text is generated, instead of by the scan", OPT_SWITCH,
+         &recurrent, 0, 0},
+        {"--each", "",
+         "one negative log-likelihood a line on stdout, from the second token on; the summary on "
+         "stderr",
          OPT_SWITCH, &each, 0, 0},
-        {"--context", "N", "cut the text into pieces of N tokens, each from a new state; 0: one piece", OPT_INT, &context, 0,
-         1 << 30},
+        {"--context", "N",
+         "cut the text into pieces of N tokens, each from a new state; 0: one piece", OPT_INT,
+         &context, 0, 1 << 30},
         BACKEND_OPTIONS,
         {"-T", "N", "threads; the result does not depend on it", OPT_INT, &threads, 1, 1024},
     };
@@ -4516,12 +4928,15 @@ static int command_eval(int argc, char **argv) {
     if (task && context) return fail("--context does not go with --task");
     if (recurrent && !task) return fail("--recurrent goes with --task");
     if (task && length < task_shortest(task))
-        return fail("--length %ld is too short for --task %s: at least %d", length, task_name, task_shortest(task));
+        return fail("--length %ld is too short for --task %s: at least %d", length, task_name,
+                    task_shortest(task));
     Session x;
     if (session_open(&x, rest[0], threads)) return -1;
     if (task) {
-        if (samples == 0) samples = length <= 1 << 14 ? 1024 : length >= 1 << 18 ? 64 : (1 << 24) / length;
-        int result = evaluate_task(&x, task, (size_t)length, (size_t)samples, (uint64_t)seed, recurrent);
+        if (samples == 0)
+            samples = length <= 1 << 14 ? 1024 : length >= 1 << 18 ? 64 : (1 << 24) / length;
+        int result =
+            evaluate_task(&x, task, (size_t)length, (size_t)samples, (uint64_t)seed, recurrent);
         session_close(&x);
         return result;
     }
@@ -4529,7 +4944,8 @@ static int command_eval(int argc, char **argv) {
     int32_t *ids = NULL;
     char *text = read_text(rest[1], &bytes);
     int result = text ? 0 : -1;
-    if (text && (mamba_encode(x.model, text, bytes, &ids, &n) || evaluate_ids(&x, ids, n, (size_t)context, each)))
+    if (text && (mamba_encode(x.model, text, bytes, &ids, &n) ||
+                 evaluate_ids(&x, ids, n, (size_t)context, each)))
         result = fail_in(rest[1]);
     free(text);
     free(ids);
@@ -4539,10 +4955,10 @@ static int command_eval(int argc, char **argv) {
 
 // --- logits
 
-static const char LOGITS_USAGE[] =
-    "mamba logits model.bin \"prompt\" [--all] [-o FILE]\n"
-    "mamba logits model.bin --tokens 1,2,3 [--all] [-o FILE]\n\n"
-    "The logits after the last token, or after each: V numbers a line, or with -o raw little-endian float32, (L,V).\n";
+static const char LOGITS_USAGE[] = "mamba logits model.bin \"prompt\" [--all] [-o FILE]\n"
+                                   "mamba logits model.bin --tokens 1,2,3 [--all] [-o FILE]\n\n"
+                                   "The logits after the last token, or after each: V numbers a "
+                                   "line, or with -o raw little-endian float32, (L,V).\n";
 
 typedef struct {
     FILE *raw; // NULL: text
@@ -4581,7 +4997,8 @@ static int command_logits(int argc, char **argv) {
     long threads = default_threads();
     const char *tokens = NULL, *path = NULL, *rest[2];
     const Option options[] = {
-        {"--tokens", "LIST", "token ids between commas, instead of a prompt", OPT_TEXT, &tokens, 0, 0},
+        {"--tokens", "LIST", "token ids between commas, instead of a prompt", OPT_TEXT, &tokens, 0,
+         0},
         {"--all", "", "after every token, not only the last", OPT_SWITCH, &all, 0, 0},
         {"-o", "FILE", "write raw float32 instead of text", OPT_TEXT, &path, 0, 0},
         BACKEND_OPTIONS,
@@ -4590,7 +5007,8 @@ static int command_logits(int argc, char **argv) {
     if (wants_help(argc, argv)) return print_help(LOGITS_USAGE, options, COUNT(options)), 0;
     int n_rest = parse_options(argc, argv, options, COUNT(options), rest, 2);
     if (n_rest < 0) return -1;
-    if (n_rest != (tokens ? 1 : 2)) return fail("logits needs a model.bin and either a prompt or --tokens");
+    if (n_rest != (tokens ? 1 : 2))
+        return fail("logits needs a model.bin and either a prompt or --tokens");
     Session x;
     if (session_open(&x, rest[0], threads)) return -1;
     int32_t *ids = NULL, start = start_token(&x.model->config);
@@ -4600,7 +5018,8 @@ static int command_logits(int argc, char **argv) {
     if (!tokens && !strcmp(rest[1], "-") && !text) result = -1;
     if (!tokens && result == 0 && mamba_encode(x.model, text ? text : rest[1], bytes, &ids, &n))
         result = fail_in("prompt");
-    if (result == 0 && n == 0 && start < 0) result = fail("an empty prompt, and no end-of-text token to start from");
+    if (result == 0 && n == 0 && start < 0)
+        result = fail("an empty prompt, and no end-of-text token to start from");
     LogitsWriter writer = {.V = x.model->config.V};
     if (result == 0 && check_ids(x.model, n ? ids : &start, n ? n : 1)) result = -1;
     bool special = path && !is_replaceable(path); // /dev/stdout, a pipe: written as it is
@@ -4609,12 +5028,13 @@ static int command_logits(int argc, char **argv) {
     if (result == 0 && path && !(writer.raw = fopen(special ? path : temporary, "wb")))
         result = fail("%s: %s", path, strerror(errno));
     if (result == 0)
-        result =
-            mamba_prefill(x.model, x.acts, x.state, n ? ids : &start, n ? n : 1, all ? write_logits : NULL, &writer);
+        result = mamba_prefill(x.model, x.acts, x.state, n ? ids : &start, n ? n : 1,
+                               all ? write_logits : NULL, &writer);
     if (result == 0 && !all) write_logits(&writer, x.state->logits);
     if (writer.raw && special && ((ferror(writer.raw) | fclose(writer.raw)) && result == 0))
         result = fail("%s: cannot write: %s", path, strerror(errno));
-    if (writer.raw && !special && (close_synced(writer.raw) || result || replace_file(temporary, path))) {
+    if (writer.raw && !special &&
+        (close_synced(writer.raw) || result || replace_file(temporary, path))) {
         if (result == 0) result = fail("%s: cannot write: %s", path, strerror(errno));
         remove(temporary);
     }
@@ -4630,8 +5050,8 @@ static int command_logits(int argc, char **argv) {
 typedef struct {
     const char *out, *from, *tokenizer, *task_name, *log, *schedule, *held_out_data;
     TextList data;
-    long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, grow_from, warmup, seed,
-        save_every, eval_every, threads;
+    long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, grow_from,
+        warmup, seed, save_every, eval_every, threads;
     double rate, min_rate, decay, clip, beta2, held_out;
     bool resume;
 } TrainOptions;
@@ -4658,7 +5078,8 @@ enum { CHECKPOINT_HEADER = 1024, CHECKPOINT_VERSION = 1 };
 static const char CHECKPOINT_MAGIC[8] = {'m', 'a', 'm', 'b', 'a', '.', 't', '\n'};
 
 // The 256 bytes before a model's tokenizer and tensors.
-static void model_header(unsigned char *h, const Model *m, const unsigned char *tokenizer, size_t tokenizer_bytes) {
+static void model_header(unsigned char *h, const Model *m, const unsigned char *tokenizer,
+                         size_t tokenizer_bytes) {
     const Config *c = &m->config;
     const int sizes[] = {c->D, c->n_layer, c->V, c->E, c->N, c->K, c->R},
               ids[] = {c->bos, c->pad, c->eos[0], c->eos[1], c->eos[2], c->eos[3]};
@@ -4694,7 +5115,8 @@ static int check_writable(const char *path) {
 static const unsigned char ZEROS[ALIGN];
 
 // A model.bin from weights in memory, which must be little-endian at the time.
-static int save_model(const Model *m, const unsigned char *tokenizer, size_t tokenizer_bytes, const char *path) {
+static int save_model(const Model *m, const unsigned char *tokenizer, size_t tokenizer_bytes,
+                      const char *path) {
     unsigned char header[HEADER_BYTES];
     model_header(header, m, tokenizer, tokenizer_bytes);
     const Piece piece[] = {{header, HEADER_BYTES},
@@ -4704,7 +5126,8 @@ static int save_model(const Model *m, const unsigned char *tokenizer, size_t tok
     return write_pieces(path, piece, 4);
 }
 
-// A checkpoint is one file, so that it is of one moment: header, model.bin's header and tokenizer, weights, both moments.
+// A checkpoint is one file, so that it is of one moment: header, model.bin's header and tokenizer,
+// weights, both moments.
 static int save_checkpoint(const Training *t, const char *path, double spent) {
     unsigned char h[CHECKPOINT_HEADER] = {0}, model[HEADER_BYTES];
     const Trainer *x = t->trainer;
@@ -4713,21 +5136,26 @@ static int save_checkpoint(const Training *t, const char *path, double spent) {
     memcpy(&held, &t->held_loss, 8), memcpy(&time_bits, &spent, 8);
     memcpy(h, CHECKPOINT_MAGIC, sizeof CHECKPOINT_MAGIC);
     put_u32(h + 8, CHECKPOINT_VERSION), put_u32(h + 12, CHECKPOINT_HEADER);
-    put_u64(h + 16, x->step), put_u64(h + 24, t->random), put_u64(h + 32, held), put_u64(h + 40, time_bits),
-        put_u64(h + 48, t->tokenizer_bytes);
+    put_u64(h + 16, x->step), put_u64(h + 24, t->random), put_u64(h + 32, held),
+        put_u64(h + 40, time_bits), put_u64(h + 48, t->tokenizer_bytes);
     put_u64(h + 56, bytes);
     memcpy(h + 128, t->settings, sizeof t->settings);
     model_header(model, t->model, t->tokenizer, t->tokenizer_bytes);
-    put_u32(h + 64, crc32_of(0, model, HEADER_BYTES)), put_u32(h + 68, crc32_of(0, x->moment, bytes)),
+    put_u32(h + 64, crc32_of(0, model, HEADER_BYTES)),
+        put_u32(h + 68, crc32_of(0, x->moment, bytes)),
         put_u32(h + 72, crc32_of(0, x->moment2, bytes));
     put_u32(h + CHECKPOINT_HEADER - 4, crc32_of(0, h, CHECKPOINT_HEADER - 4));
-    const Piece piece[] = {
-        {h, sizeof h},      {model, HEADER_BYTES}, {t->tokenizer, t->tokenizer_bytes}, {t->model->weights, bytes},
-        {x->moment, bytes}, {x->moment2, bytes}};
+    const Piece piece[] = {{h, sizeof h},
+                           {model, HEADER_BYTES},
+                           {t->tokenizer, t->tokenizer_bytes},
+                           {t->model->weights, bytes},
+                           {x->moment, bytes},
+                           {x->moment2, bytes}};
     return write_pieces(path, piece, 6);
 }
 
-// Numbers in memory to the order of bytes in files, or back: nothing happens on a little-endian machine.
+// Numbers in memory to the order of bytes in files, or back: nothing happens on a little-endian
+// machine.
 static void swap_training(const Training *t) {
     size_t bytes = t->model->tensors_bytes;
     fix_endian(t->model->weights, bytes, 4), fix_endian(t->trainer->moment, bytes, 4),
@@ -4742,29 +5170,35 @@ static int fail_other_run(const char *path, const unsigned char *stored, const c
     for (size_t i = 0; there[i] && there[i] == here[i]; i++)
         if (there[i] == ',') from = i + 1;
     return fail("%s: the checkpoint is of another run: it has%.*s, this one has%.*s", path,
-                (int)strcspn(there + from, ","), there + from, (int)strcspn(here + from, ","), here + from);
+                (int)strcspn(there + from, ","), there + from, (int)strcspn(here + from, ","),
+                here + from);
 }
 
-// Takes up weights, moments, step and generator from a checkpoint of the same run. 0, or -1 after fail().
+// Takes up weights, moments, step and generator from a checkpoint of the same run. 0, or -1 after
+// fail().
 static int load_checkpoint(Training *t, const char *path) {
     size_t size = 0, bytes = t->model->tensors_bytes;
     bool mapped;
     unsigned char *h = file_map(path, &size, &mapped);
     Trainer *x = t->trainer;
     int result = h ? 0 : -1;
-    if (result == 0 &&
-        (size < CHECKPOINT_HEADER || memcmp(h, CHECKPOINT_MAGIC, 8) || u32_at(h + 8) != CHECKPOINT_VERSION))
+    if (result == 0 && (size < CHECKPOINT_HEADER || memcmp(h, CHECKPOINT_MAGIC, 8) ||
+                        u32_at(h + 8) != CHECKPOINT_VERSION))
         result = fail("%s: not a training checkpoint of this version", path);
-    else if (result == 0 && crc32_of(0, h, CHECKPOINT_HEADER - 4) != u32_at(h + CHECKPOINT_HEADER - 4))
+    else if (result == 0 &&
+             crc32_of(0, h, CHECKPOINT_HEADER - 4) != u32_at(h + CHECKPOINT_HEADER - 4))
         result = fail("%s: the checkpoint is damaged", path);
     else if (result == 0 && memcmp(h + 128, t->settings, sizeof t->settings))
         result = fail_other_run(path, h + 128, t->settings);
-    else if (result == 0 && (u64_at(h + 48) != t->tokenizer_bytes || u64_at(h + 56) != bytes ||
-                             size != CHECKPOINT_HEADER + HEADER_BYTES + t->tokenizer_bytes + 3 * bytes))
+    else if (result == 0 &&
+             (u64_at(h + 48) != t->tokenizer_bytes || u64_at(h + 56) != bytes ||
+              size != CHECKPOINT_HEADER + HEADER_BYTES + t->tokenizer_bytes + 3 * bytes))
         result = fail("%s: the checkpoint is truncated or of another model", path);
     if (result == 0) {
-        const unsigned char *model = h + CHECKPOINT_HEADER, *weights = model + HEADER_BYTES + t->tokenizer_bytes;
-        if (crc32_of(0, model, HEADER_BYTES) != u32_at(h + 64) || crc32_of(0, weights, bytes) != u32_at(model + 124) ||
+        const unsigned char *model = h + CHECKPOINT_HEADER,
+                            *weights = model + HEADER_BYTES + t->tokenizer_bytes;
+        if (crc32_of(0, model, HEADER_BYTES) != u32_at(h + 64) ||
+            crc32_of(0, weights, bytes) != u32_at(model + 124) ||
             crc32_of(0, weights + bytes, bytes) != u32_at(h + 68) ||
             crc32_of(0, weights + 2 * bytes, bytes) != u32_at(h + 72))
             result = fail("%s: the checkpoint is damaged", path);
@@ -4796,7 +5230,8 @@ static void draw_batch(Training *t, int32_t *ids, int32_t *targets, int B, int L
     }
 }
 
-// Tokens a sequence at the step after `step`: with --grow-from short ones first, twice as long in each of equal parts of the run.
+// Tokens a sequence at the step after `step`: with --grow-from short ones first, twice as long in
+// each of equal parts of the run.
 static int stage_length(const TrainOptions *o, uint64_t step) {
     int stages = 1, stage;
     for (long L = o->grow_from; L && L < o->length; L *= 2) stages++;
@@ -4804,7 +5239,8 @@ static int stage_length(const TrainOptions *o, uint64_t step) {
     return (int)(o->length >> (stage < stages ? stages - 1 - stage : 0));
 }
 
-// Mean loss over windows spread evenly over the held-out text; a task's: over sequences of a generator of their own.
+// Mean loss over windows spread evenly over the held-out text; a task's: over sequences of a
+// generator of their own.
 static double held_out_loss(Training *t) {
     Trainer *x = t->trainer;
     int L = x->L, B = x->B, passes = (32 + B - 1) / B;
@@ -4818,7 +5254,8 @@ static double held_out_loss(Training *t) {
         else
             for (int b = 0; b < B; b++) {
                 size_t start =
-                    t->n_data - t->n_held + (t->n_held - (size_t)L - 1) * (size_t)(pass * B + b) / (size_t)(passes * B);
+                    t->n_data - t->n_held +
+                    (t->n_held - (size_t)L - 1) * (size_t)(pass * B + b) / (size_t)(passes * B);
                 memcpy(t->ids + (size_t)b * L, t->data + start, (size_t)L * sizeof *t->ids);
                 memcpy(t->targets + (size_t)b * L, t->data + start + 1, (size_t)L * sizeof *t->ids);
             }
@@ -4831,12 +5268,15 @@ static double held_out_loss(Training *t) {
 static double learning_rate(const TrainOptions *o, uint64_t step) { // of step 1, 2, ...
     if (step <= (uint64_t)o->warmup) return o->rate * (double)step / (double)o->warmup;
     if (!strcmp(o->schedule, "constant")) return o->rate;
-    if (!strcmp(o->schedule, "wsd")) { // warm-up, stable, decay: a straight line down over the last fifth
+    if (!strcmp(o->schedule,
+                "wsd")) { // warm-up, stable, decay: a straight line down over the last fifth
         double left = 5 * (1 - (double)step / (double)o->steps);
         return o->min_rate + (o->rate - o->min_rate) * fmin(left, 1);
     }
-    double along = (double)(step - (uint64_t)o->warmup) / (double)(o->steps > o->warmup ? o->steps - o->warmup : 1);
-    return o->min_rate + (o->rate - o->min_rate) * 0.5 * (1 + cos(3.141592653589793 * fmin(along, 1)));
+    double along = (double)(step - (uint64_t)o->warmup) /
+                   (double)(o->steps > o->warmup ? o->steps - o->warmup : 1);
+    return o->min_rate +
+           (o->rate - o->min_rate) * 0.5 * (1 + cos(3.141592653589793 * fmin(along, 1)));
 }
 
 // The CSV so far, without lines after `step`: a resumed run writes those again.
@@ -4845,7 +5285,9 @@ static FILE *open_log(const char *path, uint64_t step) {
     char *old = step ? read_text(path, &bytes) : NULL;
     FILE *f = fopen(path, "wb");
     if (!f) fail("%s: %s", path, strerror(errno));
-    if (f && !old) fprintf(f, "step,tokens,seconds,loss,held_out,learning_rate,gradient_norm,tokens_per_second\n");
+    if (f && !old)
+        fprintf(
+            f, "step,tokens,seconds,loss,held_out,learning_rate,gradient_norm,tokens_per_second\n");
     for (char *line = old; f && line && *line;) {
         char *end = strchr(line, '\n');
         size_t n = end ? (size_t)(end + 1 - line) : 0; // an unfinished line is dropped
@@ -4880,7 +5322,8 @@ static int train_loop(Training *t, const char *checkpoint) {
         double sum = 0;
         int L = stage_length(o, x->step);
         if (L != x->L && (result = mamba_trainer_resize(x, rows / L, L))) break;
-        for (int pass = 0; pass < o->accumulate; pass++) { // what counts is known once all are drawn: draw twice
+        for (int pass = 0; pass < o->accumulate;
+             pass++) { // what counts is known once all are drawn: draw twice
             draw_batch(t, t->ids, t->targets, x->B, x->L);
             for (int i = 0; i < rows; i++) counted += t->targets[i] >= 0;
         }
@@ -4890,37 +5333,47 @@ static int train_loop(Training *t, const char *checkpoint) {
             sum += mamba_train_pass(x, t->ids, t->targets, 1.0f / (float)counted, true);
         }
         loss = sum / (double)counted;
-        AdamW how = {
-            (float)learning_rate(o, x->step + 1), 0.9f, (float)o->beta2, 1e-8f, (float)o->decay, (float)o->clip};
+        AdamW how = {(float)learning_rate(o, x->step + 1),
+                     0.9f,
+                     (float)o->beta2,
+                     1e-8f,
+                     (float)o->decay,
+                     (float)o->clip};
         if ((result = mamba_train_step(x, &how, &norm))) {
             t->random = before;
             break;
         }
-        bool last = x->step == (uint64_t)o->steps, evaluate_now = last || x->step % (uint64_t)o->eval_every == 0;
+        bool last = x->step == (uint64_t)o->steps,
+             evaluate_now = last || x->step % (uint64_t)o->eval_every == 0;
         if (evaluate_now) t->held_loss = held_out_loss(t);
-        double spent = seconds() - begun, speed = (double)(x->step - first) * rows * o->accumulate / spent;
+        double spent = seconds() - begun,
+               speed = (double)(x->step - first) * rows * o->accumulate / spent;
         if (evaluate_now && t->held_loss == t->held_loss)
             fprintf(log, "%llu,%.0f,%.3f,%.6f,%.6f,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
-                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss, t->held_loss, (double)how.rate,
-                    norm, speed);
+                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss, t->held_loss,
+                    (double)how.rate, norm, speed);
         else
             fprintf(log, "%llu,%.0f,%.3f,%.6f,,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
-                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss, (double)how.rate, norm, speed);
+                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss,
+                    (double)how.rate, norm, speed);
         if (spent - shown > 1 || evaluate_now) {
             shown = spent;
-            fprintf(stderr, "step %llu/%ld  loss %.4f", (unsigned long long)x->step, o->steps, loss);
+            fprintf(stderr, "step %llu/%ld  loss %.4f", (unsigned long long)x->step, o->steps,
+                    loss);
             if (t->held_loss == t->held_loss) fprintf(stderr, "  held-out %.4f", t->held_loss);
             fprintf(stderr, "  %.0f tokens/s  %.0f s left%s", speed,
                     spent / (double)(x->step - first) * (double)((uint64_t)o->steps - x->step),
                     evaluate_now ? "\n" : "   \r");
             fflush(log);
         }
-        if (!last && x->step % (uint64_t)o->save_every == 0) result = save_all(t, checkpoint, t->seconds + spent);
+        if (!last && x->step % (uint64_t)o->save_every == 0)
+            result = save_all(t, checkpoint, t->seconds + spent);
     }
     if (fclose(log) && result == 0) result = fail("%s: %s", o->log, strerror(errno));
     if (result == 0) result = save_all(t, checkpoint, t->seconds + seconds() - begun);
     if (result == 0 && interrupted)
-        fprintf(stderr, "\ninterrupted after step %llu and saved: the same command with --resume goes on\n",
+        fprintf(stderr,
+                "\ninterrupted after step %llu and saved: the same command with --resume goes on\n",
                 (unsigned long long)x->step);
     return result;
 }
@@ -4954,11 +5407,13 @@ static int read_data(Training *t, const Tokenizer *tokenizer) {
         if (append_tokens(t, tokenizer, o->held_out_data)) return -1;
         t->n_held = t->n_data - before;
         if (t->n_held < (size_t)o->length + 1)
-            return fail("--held-out-data %s has %zu tokens, one window needs %ld: a longer file or a smaller --length",
+            return fail("--held-out-data %s has %zu tokens, one window needs %ld: a longer file or "
+                        "a smaller --length",
                         o->held_out_data, t->n_held, o->length + 1);
     }
     if (t->n_data - t->n_held < (size_t)o->length + 2)
-        return fail("the data has %zu tokens to train on, one window needs %ld: more --data or a smaller --length",
+        return fail("the data has %zu tokens to train on, one window needs %ld: more --data or a "
+                    "smaller --length",
                     t->n_data - t->n_held, o->length + 2);
     return 0;
 }
@@ -5020,7 +5475,8 @@ static int train_model(Training *t, const Tokenizer *tokenizer) {
     for (int i = 0; i < 4; i++) c.eos[i] = -1;
     int32_t *eos = NULL;
     size_t n = 0;
-    if (!tokenizer_is_bytes(tokenizer) && tokenizer_encode(tokenizer, "<|endoftext|>", 13, &eos, &n) == 0 && n == 1)
+    if (!tokenizer_is_bytes(tokenizer) &&
+        tokenizer_encode(tokenizer, "<|endoftext|>", 13, &eos, &n) == 0 && n == 1)
         c.eos[0] = c.bos = eos[0];
     free(eos);
     t->model = mamba_random_model(&c, (uint64_t)o->seed);
@@ -5040,45 +5496,55 @@ static int train_run(Training *t) {
     if (result == 0) result = train_model(t, tokenizer);
     if (result == 0) {
         int L = stage_length(o, 0),
-            B = (int)(o->batch / o->accumulate * o->length / L); // the shortest need the most memory
+            B = (int)(o->batch / o->accumulate * o->length /
+                      L); // the shortest need the most memory
         const Config *c = &t->model->config;
         snprintf(t->settings, sizeof t->settings,
-                 " task %s, data %zu tokens (checksum %08x), held out %zu, d_model %d, layers %d, d_state %d, d_conv "
-                 "%d, d_inner %d, vocabulary %d, batch %ld, accumulate %ld, length %ld, seed %ld, lr %.9g, schedule "
-                 "%s over %ld steps, warm-up %ld, min lr %.9g, decay %.9g, clip %.9g, beta2 %.9g, grow from %ld",
-                 o->task_name ? o->task_name : "none", t->n_data, crc32_of(0, t->data, t->n_data * sizeof *t->data),
-                 t->n_held, c->D, c->n_layer, c->N, c->K, c->E, c->V, o->batch, o->accumulate, o->length, o->seed,
-                 o->rate, o->schedule, strcmp(o->schedule, "constant") || o->grow_from ? o->steps : 0L, o->warmup,
-                 o->min_rate, o->decay, o->clip, o->beta2, o->grow_from);
+                 " task %s, data %zu tokens (checksum %08x), held out %zu, d_model %d, layers %d, "
+                 "d_state %d, d_conv "
+                 "%d, d_inner %d, vocabulary %d, batch %ld, accumulate %ld, length %ld, seed %ld, "
+                 "lr %.9g, schedule "
+                 "%s over %ld steps, warm-up %ld, min lr %.9g, decay %.9g, clip %.9g, beta2 %.9g, "
+                 "grow from %ld",
+                 o->task_name ? o->task_name : "none", t->n_data,
+                 crc32_of(0, t->data, t->n_data * sizeof *t->data), t->n_held, c->D, c->n_layer,
+                 c->N, c->K, c->E, c->V, o->batch, o->accumulate, o->length, o->seed, o->rate,
+                 o->schedule, strcmp(o->schedule, "constant") || o->grow_from ? o->steps : 0L,
+                 o->warmup, o->min_rate, o->decay, o->clip, o->beta2, o->grow_from);
         Trainer measure = {.model = t->model, .B = B, .L = L};
         Saved *none = calloc((size_t)c->n_layer + 1, sizeof *none);
         measure.saved = none;
-        double activations = 4.0 * (double)trainer_layout(&measure, NULL), weights = (double)t->model->tensors_bytes;
+        double activations = 4.0 * (double)trainer_layout(&measure, NULL),
+               weights = (double)t->model->tensors_bytes;
         free(none);
         bool gpu = GPU && !backend.cpu;
         if (!gpu)
-            fprintf(
-                stderr,
-                "%zu parameters; memory: weights %.1f MB, gradients %.1f MB, optimizer %.1f MB, activations of %d x %d "
-                "tokens %.1f MB\n",
-                t->model->n_params, weights / 1e6, weights / 1e6, 2 * weights / 1e6, B, L, activations / 1e6);
+            fprintf(stderr,
+                    "%zu parameters; memory: weights %.1f MB, gradients %.1f MB, optimizer %.1f "
+                    "MB, activations of %d x %d "
+                    "tokens %.1f MB\n",
+                    t->model->n_params, weights / 1e6, weights / 1e6, 2 * weights / 1e6, B, L,
+                    activations / 1e6);
         t->trainer = gpu ? mamba_trainer_new_gpu(t->model, B, L, backend.float32)
                          : mamba_trainer_new(t->model, B, L, (int)o->threads);
         double used;
         char name[256];
         if (gpu && t->trainer && GPU->measure(NULL, NULL, &used, name) == 0)
-            fprintf(stderr, "%zu parameters; %s, %.2f GB in use, %s products\n", t->model->n_params, name, used / 1e9,
-                    backend.float32 ? "float32" : "bf16");
-        t->ids = malloc((size_t)B * L * sizeof *t->ids), t->targets = malloc((size_t)B * L * sizeof *t->ids);
+            fprintf(stderr, "%zu parameters; %s, %.2f GB in use, %s products\n", t->model->n_params,
+                    name, used / 1e9, backend.float32 ? "float32" : "bf16");
+        t->ids = malloc((size_t)B * L * sizeof *t->ids),
+        t->targets = malloc((size_t)B * L * sizeof *t->ids);
         if (!t->trainer) result = -1;
         else if (!t->ids || !t->targets) result = fail("out of memory: a batch");
     }
-    uint64_t seed = (uint64_t)o->seed; // hashed: multiples of the generator's increment are one stream, shifted
+    uint64_t seed =
+        (uint64_t)o->seed; // hashed: multiples of the generator's increment are one stream, shifted
     t->random = random_u64(&seed);
     t->held_loss = NAN;
     if (result == 0 && !t->task && t->n_held < (size_t)o->length + 1)
-        fprintf(stderr, "no held-out losses: the held-out part has %zu tokens, one window needs %ld\n", t->n_held,
-                o->length + 1);
+        fprintf(stderr,
+                "no held-out losses: the held-out part has %zu tokens, one window needs %ld\n",
+                t->n_held, o->length + 1);
     if (result == 0 && o->resume) result = load_checkpoint(t, checkpoint);
     if (result == 0) result = check_writable(o->out) || check_writable(checkpoint) ? -1 : 0;
     if (result == 0) result = train_loop(t, checkpoint);
@@ -5094,9 +5560,11 @@ static const char TRAIN_USAGE[] =
     "mamba train -o out.bin --data FILE [--data FILE ...] [options]\n"
     "mamba train -o out.bin --task induction|copying [options]\n"
     "mamba train -o out.bin --from model.bin --data FILE [options]\n\n"
-    "Trains a model on text of your own, on one of the paper's synthetic tasks, or fine-tunes one. Writes out.bin, a "
+    "Trains a model on text of your own, on one of the paper's synthetic tasks, or fine-tunes one. "
+    "Writes out.bin, a "
     "model like any\n"
-    "other (float32), out.bin.train, from which --resume goes on bit for bit, and a CSV log. Ctrl-C saves and "
+    "other (float32), out.bin.train, from which --resume goes on bit for bit, and a CSV log. "
+    "Ctrl-C saves and "
     "leaves.\n";
 
 static int command_train(int argc, char **argv) {
@@ -5125,34 +5593,40 @@ static int command_train(int argc, char **argv) {
     const Option options[] = {
         {"-o", "FILE", "the model to write", OPT_TEXT, &o.out, 0, 0},
         {"--data", "FILE", "text to learn; up to 16 files", OPT_LIST, &o.data, 0, 0},
-        {"--tokenizer", "T", "bytes, a model.bin whose vocabulary to use, or a tokenizer file", OPT_TEXT, &o.tokenizer,
-         0, 0},
+        {"--tokenizer", "T", "bytes, a model.bin whose vocabulary to use, or a tokenizer file",
+         OPT_TEXT, &o.tokenizer, 0, 0},
         {"--task", "T", "induction or copying instead of data", OPT_TEXT, &o.task_name, 0, 0},
-        {"--from", "FILE", "start from this model (sizes and tokenizer are its own)", OPT_TEXT, &o.from, 0, 0},
+        {"--from", "FILE", "start from this model (sizes and tokenizer are its own)", OPT_TEXT,
+         &o.from, 0, 0},
         {"--resume", "", "go on from out.bin.train", OPT_SWITCH, &o.resume, 0, 0},
         {"--d-model", "N", "width", OPT_INT, &o.d_model, 1, 16384},
         {"--layers", "N", "blocks", OPT_INT, &o.layers, 1, 1024},
         {"--d-state", "N", "states a channel", OPT_INT, &o.d_state, 1, N_MAX},
         {"--d-conv", "N", "taps of the convolution", OPT_INT, &o.d_conv, 1, 64},
-        {"--expand", "N", "channels of the SSM, in multiples of the width", OPT_INT, &o.expand, 1, 16},
+        {"--expand", "N", "channels of the SSM, in multiples of the width", OPT_INT, &o.expand, 1,
+         16},
         {"--steps", "N", "optimizer steps", OPT_INT, &o.steps, 1, 1e9},
         {"--batch", "N", "sequences a step", OPT_INT, &o.batch, 1, 65536},
-        {"--accumulate", "N", "passes that a step is divided into, for less memory", OPT_INT, &o.accumulate, 1, 65536},
+        {"--accumulate", "N", "passes that a step is divided into, for less memory", OPT_INT,
+         &o.accumulate, 1, 65536},
         {"--length", "N", "tokens a sequence", OPT_INT, &o.length, 1, 1 << 24},
         {"--grow-from", "N",
-         "start with sequences of N tokens, --length / N times as many, and double them on the way; 0: off", OPT_INT,
-         &o.grow_from, 0, 1 << 24},
+         "start with sequences of N tokens, --length / N times as many, and double them on the "
+         "way; 0: off",
+         OPT_INT, &o.grow_from, 0, 1 << 24},
         {"--lr", "X", "peak learning rate", OPT_REAL, &o.rate, 0, 10},
         {"--min-lr", "X", "learning rate at the end", OPT_REAL, &o.min_rate, 0, 10},
-        {"--schedule", "S", "after the warm-up: cosine, constant, or wsd, constant and in the last fifth a line down",
+        {"--schedule", "S",
+         "after the warm-up: cosine, constant, or wsd, constant and in the last fifth a line down",
          OPT_TEXT, &o.schedule, 0, 0},
         {"--warmup", "N", "steps of linear warm-up", OPT_INT, &o.warmup, 0, 1e9},
         {"--decay", "X", "weight decay of matrices", OPT_REAL, &o.decay, 0, 10},
         {"--clip", "X", "largest norm of the gradient; 0: off", OPT_REAL, &o.clip, 0, 1e9},
         {"--beta2", "X", "of AdamW", OPT_REAL, &o.beta2, 0, 0.999999},
-        {"--held-out", "X", "share of the data, at its end, that is never trained on", OPT_REAL, &o.held_out, 0, 0.9},
-        {"--held-out-data", "FILE", "text to hold out instead: all of --data is trained on", OPT_TEXT,
-         &o.held_out_data, 0, 0},
+        {"--held-out", "X", "share of the data, at its end, that is never trained on", OPT_REAL,
+         &o.held_out, 0, 0.9},
+        {"--held-out-data", "FILE", "text to hold out instead: all of --data is trained on",
+         OPT_TEXT, &o.held_out_data, 0, 0},
         {"--eval-every", "N", "steps between held-out losses", OPT_INT, &o.eval_every, 1, 1e9},
         {"--save-every", "N", "steps between checkpoints", OPT_INT, &o.save_every, 1, 1e9},
         {"--log", "FILE", "CSV log; by default out.bin.csv", OPT_TEXT, &o.log, 0, 0},
@@ -5171,21 +5645,25 @@ static int command_train(int argc, char **argv) {
     for (int i = 0; o.held_out_data && i < o.data.n; i++)
         if (!strcmp(o.held_out_data, o.data.item[i]))
             return fail("--held-out-data %s is trained on: it is --data too", o.held_out_data);
-    if (o.batch % o.accumulate) return fail("--batch %ld is not a multiple of --accumulate %ld", o.batch, o.accumulate);
+    if (o.batch % o.accumulate)
+        return fail("--batch %ld is not a multiple of --accumulate %ld", o.batch, o.accumulate);
     if ((double)(o.batch / o.accumulate) * (double)o.length > 1 << 28)
-        return fail("--batch and --length make a pass of more than %d tokens: raise --accumulate", 1 << 28);
+        return fail("--batch and --length make a pass of more than %d tokens: raise --accumulate",
+                    1 << 28);
     long grown = o.grow_from;
     while (grown && grown < o.length) grown *= 2;
     if (grown && grown != o.length)
-        return fail("--length %ld is not --grow-from %ld doubled some times", o.length, o.grow_from);
+        return fail("--length %ld is not --grow-from %ld doubled some times", o.length,
+                    o.grow_from);
     if (strcmp(o.schedule, "cosine") && strcmp(o.schedule, "constant") && strcmp(o.schedule, "wsd"))
         return fail("--schedule needs cosine, constant or wsd, not '%s'", o.schedule);
     Task task;
     if (parse_task(o.task_name, &task)) return -1;
     long shortest = o.grow_from ? o.grow_from : o.length;
     if (task && shortest < task_shortest(task))
-        return fail("%s %ld is too short for --task %s: at least %d", o.grow_from ? "--grow-from" : "--length",
-                    shortest, o.task_name, task_shortest(task));
+        return fail("%s %ld is too short for --task %s: at least %d",
+                    o.grow_from ? "--grow-from" : "--length", shortest, o.task_name,
+                    task_shortest(task));
     if (task && o.from) return fail("--from does not go with --task");
     char *log = o.log ? NULL : malloc(strlen(o.out) + 5);
     if (log) sprintf(log, "%s.csv", o.out), o.log = log;
@@ -5197,15 +5675,17 @@ static int command_train(int argc, char **argv) {
 
 // --- quantize
 
-static const char QUANTIZE_USAGE[] = "mamba quantize in.bin out.bin q8|q4\n\n"
-                                     "Writes a model with its matrices in 8.5 or 4.5 bits a weight (32 weights of a "
-                                     "row share a scale); what the recurrence\n"
-                                     "touches stays float32. in.bin holds f32, f16 or bf16 and is not changed.\n";
+static const char QUANTIZE_USAGE[] =
+    "mamba quantize in.bin out.bin q8|q4\n\n"
+    "Writes a model with its matrices in 8.5 or 4.5 bits a weight (32 weights of a "
+    "row share a scale); what the recurrence\n"
+    "touches stays float32. in.bin holds f32, f16 or bf16 and is not changed.\n";
 
 static bool same_file(const char *a, const char *b) {
 #ifdef MAMBA_POSIX
     struct stat one, other;
-    if (stat(a, &one) == 0 && stat(b, &other) == 0) return one.st_dev == other.st_dev && one.st_ino == other.st_ino;
+    if (stat(a, &one) == 0 && stat(b, &other) == 0)
+        return one.st_dev == other.st_dev && one.st_ino == other.st_ino;
 #endif
     return !strcmp(a, b);
 }
@@ -5216,13 +5696,15 @@ static int command_quantize(int argc, char **argv) {
     int n = parse_options(argc, argv, NULL, 0, rest, 3);
     if (n != 3) return n < 0 ? -1 : fail("quantize needs in.bin, out.bin and q8 or q4");
     bool four_bits = !strcmp(rest[2], "q4");
-    if (!four_bits && strcmp(rest[2], "q8")) return fail("quantize needs q8 or q4 at the end, not '%s'", rest[2]);
-    if (same_file(rest[0], rest[1])) return fail("%s: the output must be another file than the input", rest[1]);
+    if (!four_bits && strcmp(rest[2], "q8"))
+        return fail("quantize needs q8 or q4 at the end, not '%s'", rest[2]);
+    if (same_file(rest[0], rest[1]))
+        return fail("%s: the output must be another file than the input", rest[1]);
     Model *m = mamba_load(rest[0]), *quantized = NULL;
     int result = m ? check_writable(rest[1]) : -1;
     if (result == 0 && is_quantized(m->config.type))
-        result =
-            fail("%s is in %s already: quantize the model that it was made from", rest[0], type_name(m->config.type));
+        result = fail("%s is in %s already: quantize the model that it was made from", rest[0],
+                      type_name(m->config.type));
     if (result == 0) result = verify(m, rest[0]); // or damage would be given a valid checksum
     if (result == 0) result = (quantized = mamba_quantize(m, four_bits)) ? 0 : fail_in(rest[0]);
     if (result == 0) {
@@ -5242,20 +5724,28 @@ COLD_END
 // --- bench: every figure beside the machine's own ceilings, measured in the same minutes
 
 static const char BENCH_USAGE[] =
-    "mamba bench model.bin | --shape 130m|370m|790m|1.4b|2.8b|D,layers,V [--dtype f32|f16|bf16|q8|q4]\n"
+    "mamba bench model.bin | --shape 130m|370m|790m|1.4b|2.8b|D,layers,V [--dtype "
+    "f32|f16|bf16|q8|q4]\n"
     "mamba bench --scan B,E,L\n\n"
-    "Tokens per second of prefill and decode, and the share of what the machine could do: of its read bandwidth for\n"
-    "decode (every weight is read once a token), of its float32 multiply-add rate for prefill; x8: eight sequences "
+    "Tokens per second of prefill and decode, and the share of what the machine could do: of its "
+    "read bandwidth for\n"
+    "decode (every weight is read once a token), of its float32 multiply-add rate for prefill; x8: "
+    "eight sequences "
     "that\n"
     "share every read, beside the longer of those two times. --shape makes seeded "
     "random\n"
-    "weights in memory; --scan times the scan alone, cut over channels only and over channels and time.\n";
+    "weights in memory; --scan times the scan alone, cut over channels only and over channels and "
+    "time.\n";
 
 static int parse_shape(const char *text, const char *dtype, Config *c) {
     static const struct {
         const char *name;
         int D, n_layer;
-    } known[] = {{"130m", 768, 24}, {"370m", 1024, 48}, {"790m", 1536, 48}, {"1.4b", 2048, 48}, {"2.8b", 2560, 64}};
+    } known[] = {{"130m", 768, 24},
+                 {"370m", 1024, 48},
+                 {"790m", 1536, 48},
+                 {"1.4b", 2048, 48},
+                 {"2.8b", 2560, 64}};
     *c = (Config){.flags = FLAG_TIED | FLAG_CONV_BIAS,
                   .V = 50280,
                   .N = 16,
@@ -5269,7 +5759,8 @@ static int parse_shape(const char *text, const char *dtype, Config *c) {
     char extra;
     if (!c->D && sscanf(text, "%d,%d,%d%c", &c->D, &c->n_layer, &c->V, &extra) != 3)
         return fail("--shape needs 130m, 370m, 790m, 1.4b, 2.8b or D,layers,V, not '%s'", text);
-    if (c->D < 1 || c->D > 1 << 19 || c->n_layer < 1 || c->n_layer > 1 << 16 || c->V < 1 || c->V > 1 << 26)
+    if (c->D < 1 || c->D > 1 << 19 || c->n_layer < 1 || c->n_layer > 1 << 16 || c->V < 1 ||
+        c->V > 1 << 26)
         return fail("--shape %s is out of range", text);
     c->E = 2 * c->D, c->R = (c->D + 15) / 16;
     for (int type = 0; type < N_TYPES; type++)
@@ -5288,7 +5779,8 @@ static double median(double *values, int n) {
 
 static volatile float bench_sink; // keeps the compiler from dropping what is only timed
 
-// Bytes per second that `threads` threads read together, each its own part of a buffer far larger than the caches.
+// Bytes per second that `threads` threads read together, each its own part of a buffer far larger
+// than the caches.
 static double read_bandwidth(const float *buffer, size_t floats, int threads) {
     double start = seconds();
     (void)threads;
@@ -5303,7 +5795,8 @@ static double read_bandwidth(const float *buffer, size_t floats, int threads) {
     return (double)floats * sizeof(float) / (seconds() - start);
 }
 
-// Multiply-adds of the product's own inner loop on data that stays in the cache, times two: operations per second.
+// Multiply-adds of the product's own inner loop on data that stays in the cache, times two:
+// operations per second.
 static double multiply_rate(int threads) {
     enum { ROUNDS = 4000, DEPTH = 128 };
     double start = seconds();
@@ -5316,32 +5809,36 @@ static double multiply_rate(int threads) {
         for (int i = 0; i < ROUNDS; i++) {
             a[i % (DEPTH * MR)] += 1; // no two rounds are the same
             micro_kernel(tile, a, b, DEPTH);
-            bench_sink = tile[i % (MR * NR)]; // any of them, or the compiler would only compute the one
+            bench_sink =
+                tile[i % (MR * NR)]; // any of them, or the compiler would only compute the one
         }
     }
     return 2.0 * ROUNDS * DEPTH * MR * NR * threads / (seconds() - start);
 }
 
-COLD
-enum { BENCH_PROMPT = 512, BENCH_DECODE = 16, BENCH_BATCH = 8, BENCH_MAX = 101 };
+COLD enum { BENCH_PROMPT = 512, BENCH_DECODE = 16, BENCH_BATCH = 8, BENCH_MAX = 101 };
 
 static int bench_model(const Model *m, int threads, int repeats) {
     const Config *c = &m->config;
-    double prefill[BENCH_MAX], decode[BENCH_MAX], batch[BENCH_MAX], bandwidth[2 * BENCH_MAX], rate[2 * BENCH_MAX];
+    double prefill[BENCH_MAX], decode[BENCH_MAX], batch[BENCH_MAX], bandwidth[2 * BENCH_MAX],
+        rate[2 * BENCH_MAX];
     int32_t ids[BENCH_PROMPT];
     uint64_t seed = 1;
     size_t probe_floats = (size_t)1 << 26, embedding = tensor_bytes(&m->embedding);
     size_t decode_bytes = m->tensors_bytes - (c->flags & FLAG_TIED ? 0 : embedding);
     double D = c->D, E = c->E,
-           prefill_flops = 2 * c->n_layer * (2 * E * D + E * (c->R + 2.0 * c->N) + E * c->R + E * D);
+           prefill_flops =
+               2 * c->n_layer * (2 * E * D + E * (c->R + 2.0 * c->N) + E * c->R + E * D);
     float *probe = alloc_aligned(probe_floats * sizeof(float));
     Acts *acts = mamba_acts_new(m, threads);
     State *states[BENCH_BATCH] = {NULL}, *s = states[0] = mamba_state_new(m);
     int result = probe && acts && s ? 0 : -1;
-    for (int i = 1; i < BENCH_BATCH && result == 0; i++) result = (states[i] = mamba_state_new(m)) ? 0 : -1;
+    for (int i = 1; i < BENCH_BATCH && result == 0; i++)
+        result = (states[i] = mamba_state_new(m)) ? 0 : -1;
     for (int i = 0; i < BENCH_PROMPT; i++) ids[i] = (int32_t)(random_u64(&seed) % (uint64_t)c->V);
     for (size_t i = 0; i < probe_floats && probe; i++) probe[i] = 1;
-    for (int round = -1; round < repeats && result == 0; round++) { // round -1 warms caches up and is not counted
+    for (int round = -1; round < repeats && result == 0;
+         round++) { // round -1 warms caches up and is not counted
         int k = round < 0 ? 0 : round;
         bandwidth[2 * k] = read_bandwidth(probe, probe_floats, threads);
         double start = seconds();
@@ -5349,7 +5846,8 @@ static int bench_model(const Model *m, int threads, int repeats) {
         prefill[k] = seconds() - start;
         rate[2 * k] = multiply_rate(threads);
         start = seconds();
-        for (int i = 0; i < BENCH_DECODE && result == 0; i++) result = mamba_step(m, acts, s, ids[i]);
+        for (int i = 0; i < BENCH_DECODE && result == 0; i++)
+            result = mamba_step(m, acts, s, ids[i]);
         decode[k] = seconds() - start;
         start = seconds();
         for (int i = 0; i < BENCH_DECODE && result == 0; i++)
@@ -5361,20 +5859,23 @@ static int bench_model(const Model *m, int threads, int repeats) {
             result = fail("the logits are not finite: these weights cannot be timed honestly");
     }
     if (result == 0) {
-        double read_time = median(prefill, repeats), write_time = median(decode, repeats) / BENCH_DECODE;
+        double read_time = median(prefill, repeats),
+               write_time = median(decode, repeats) / BENCH_DECODE;
         double gb = median(bandwidth, 2 * repeats) / 1e9, gflops = median(rate, 2 * repeats) / 1e9;
-        printf("%zu parameters in %s, %.1f MB of weights, %d thread%s, medians of %d\n", m->n_params,
-               type_name(c->type), (double)m->tensors_bytes / 1e6, threads, threads > 1 ? "s" : "", repeats);
+        printf("%zu parameters in %s, %.1f MB of weights, %d thread%s, medians of %d\n",
+               m->n_params, type_name(c->type), (double)m->tensors_bytes / 1e6, threads,
+               threads > 1 ? "s" : "", repeats);
         printf("machine      %.1f GB/s read, %.1f GFLOP/s float32\n", gb, gflops);
-        printf("prefill %d  %10.1f tokens/s  %5.1f%% of the float32 rate\n", BENCH_PROMPT, BENCH_PROMPT / read_time,
+        printf("prefill %d  %10.1f tokens/s  %5.1f%% of the float32 rate\n", BENCH_PROMPT,
+               BENCH_PROMPT / read_time,
                100 * prefill_flops * BENCH_PROMPT / read_time / gflops / 1e9);
         printf("decode       %10.1f tokens/s  %5.1f%% of the read bandwidth\n", 1 / write_time,
                100 * (double)decode_bytes / write_time / gb / 1e9);
         double batch_time = median(batch, repeats) / BENCH_DECODE,
                batch_flops = BENCH_BATCH * (prefill_flops + 2 * D * c->V);
         double floor = fmax((double)decode_bytes / gb, batch_flops / gflops) / 1e9;
-        printf("decode x%-4d %10.1f tokens/s  %5.1f%% of the floor (%s), %.2f times decode\n", BENCH_BATCH,
-               BENCH_BATCH / batch_time, 100 * floor / batch_time,
+        printf("decode x%-4d %10.1f tokens/s  %5.1f%% of the floor (%s), %.2f times decode\n",
+               BENCH_BATCH, BENCH_BATCH / batch_time, 100 * floor / batch_time,
                (double)decode_bytes / gb > batch_flops / gflops ? "bandwidth" : "float32 rate",
                BENCH_BATCH * write_time / batch_time);
     }
@@ -5390,7 +5891,9 @@ static int bench_scan(const char *text, int threads, int repeats) {
     char extra;
     if (sscanf(text, "%d,%d,%d%c", &B, &E, &L, &extra) != 3 || B < 1 || E < 1 || L < 1 ||
         (double)B * L * ((double)E + 2 * N) > 1e9 || E > 1 << 20)
-        return fail("--scan needs B,E,L with B * L * (E + 32) at most 1e9 and E at most 1048576, not '%s'", text);
+        return fail(
+            "--scan needs B,E,L with B * L * (E + 32) at most 1e9 and E at most 1048576, not '%s'",
+            text);
     size_t BLE = (size_t)B * E * L, NE = (size_t)N * E;
     float *u = alloc_aligned(BLE * 4), *delta = alloc_aligned(BLE * 4), *y = alloc_aligned(BLE * 4),
           *A_neg = alloc_aligned(NE * 4);
@@ -5404,11 +5907,14 @@ static int bench_scan(const char *text, int threads, int repeats) {
             u[i] = (float)random_unit(&seed) - 0.5f, delta[i] = 0.1f * (float)random_unit(&seed);
         for (size_t i = 0; i < NE; i++) A_neg[i] = -(float)(i / (size_t)E + 1);
         for (size_t i = 0; i < (size_t)B * L * 2 * N; i++) BC[i] = (float)random_unit(&seed) - 0.5f;
-        int shapes_say = scan_pieces(L, E), time_pieces = shapes_say > 1 ? shapes_say : SCAN_TASKS / 2;
+        int shapes_say = scan_pieces(L, E),
+            time_pieces = shapes_say > 1 ? shapes_say : SCAN_TASKS / 2;
         const struct {
             const char *name;
             int pieces;
-        } way[] = {{"definition, 1 thread", 0}, {"over channels", 1}, {"over channels and time", time_pieces}};
+        } way[] = {{"definition, 1 thread", 0},
+                   {"over channels", 1},
+                   {"over channels and time", time_pieces}};
         for (int k = 0; k < 3; k++) {
             double time[BENCH_MAX];
             for (int round = 0; round < repeats; round++) {
@@ -5418,29 +5924,32 @@ static int bench_scan(const char *text, int threads, int repeats) {
                     size_t at = (size_t)b * L * E;
                     const float *B_ssm = BC + (size_t)b * L * 2 * N;
                     if (way[k].pieces == 0)
-                        scan_sequential(y + at, h, u + at, delta + at, A_neg, B_ssm, B_ssm + N, 2 * (size_t)N, skip, L,
-                                        E, N);
+                        scan_sequential(y + at, h, u + at, delta + at, A_neg, B_ssm, B_ssm + N,
+                                        2 * (size_t)N, skip, L, E, N);
                     else
-                        scan_parallel(y + at, h, u + at, delta + at, A_neg, B_ssm, B_ssm + N, 2 * (size_t)N, skip, L, E,
-                                      N, way[k].pieces, carry);
+                        scan_parallel(y + at, h, u + at, delta + at, A_neg, B_ssm, B_ssm + N,
+                                      2 * (size_t)N, skip, L, E, N, way[k].pieces, carry);
                 }
                 time[round] = seconds() - start;
             }
             double t = median(time, repeats);
-            printf("%-24s %9.3f ms  %8.1f million exponentials/s  %6.2f GB/s\n", way[k].name, t * 1e3,
-                   (double)BLE * N / t / 1e6, (double)BLE * 12 / t / 1e9);
+            printf("%-24s %9.3f ms  %8.1f million exponentials/s  %6.2f GB/s\n", way[k].name,
+                   t * 1e3, (double)BLE * N / t / 1e6, (double)BLE * 12 / t / 1e9);
         }
-        printf("%d threads; for this shape the model cuts time into %d piece%s\n", threads, shapes_say,
-               shapes_say > 1 ? "s" : "");
+        printf("%d threads; for this shape the model cuts time into %d piece%s\n", threads,
+               shapes_say, shapes_say > 1 ? "s" : "");
     }
-    free_aligned(u), free_aligned(delta), free_aligned(y), free_aligned(A_neg), free_aligned(BC), free_aligned(h);
+    free_aligned(u), free_aligned(delta), free_aligned(y), free_aligned(A_neg), free_aligned(BC),
+        free_aligned(h);
     free_aligned(skip), free_aligned(carry);
     return result;
 }
 
-// --- bench on a GPU: prefill by length, generation by batch, a training step, each beside its floor
+// --- bench on a GPU: prefill by length, generation by batch, a training step, each beside its
+// floor
 
-static int bench_gpu_prefill(const Model *m, Acts *a, State *s, int L, int repeats, double flops_token, double peak) {
+static int bench_gpu_prefill(const Model *m, Acts *a, State *s, int L, int repeats,
+                             double flops_token, double peak) {
     double time[BENCH_MAX];
     int32_t *ids = malloc((size_t)L * sizeof *ids);
     uint64_t seed = 1;
@@ -5458,13 +5967,13 @@ static int bench_gpu_prefill(const Model *m, Acts *a, State *s, int L, int repea
     double t = median(time, repeats), used = 0;
     char name[256];
     if (GPU->measure(NULL, NULL, &used, name)) return gpu_failed();
-    printf("prefill %-8d %10.2f ms  %12.0f tokens/s  %5.1f%% of the products' floor, %.2f GB\n", L, t * 1e3, L / t,
-           100 * flops_token * L / peak / t, used / 1e9);
+    printf("prefill %-8d %10.2f ms  %12.0f tokens/s  %5.1f%% of the products' floor, %.2f GB\n", L,
+           t * 1e3, L / t, 100 * flops_token * L / peak / t, used / 1e9);
     return 0;
 }
 
-static int bench_gpu_generate(const Model *m, Acts *a, int S, int repeats, double bytes, double state_bytes,
-                              double copy) {
+static int bench_gpu_generate(const Model *m, Acts *a, int S, int repeats, double bytes,
+                              double state_bytes, double copy) {
     const Sampling greedy = {.temperature = 0, .top_p = 1, .repeat_penalty = 1};
     int steps = GPU->generate_max, result = -1;
     double time[BENCH_MAX];
@@ -5473,7 +5982,9 @@ static int bench_gpu_generate(const Model *m, Acts *a, int S, int repeats, doubl
     unsigned char *allowed = malloc((size_t)m->config.V);
     if (random && ids && allowed) {
         memset(allowed, 1, (size_t)m->config.V);
-        result = GPU->generate_start(a->gpu, S, &greedy, random, 1, recent, 1, allowed) ? gpu_failed() : 0;
+        result = GPU->generate_start(a->gpu, S, &greedy, random, 1, recent, 1, allowed)
+                     ? gpu_failed()
+                     : 0;
         for (int round = -1; round < repeats && result == 0; round++) {
             double start = seconds();
             if (GPU->generate(a->gpu, ids, steps)) result = gpu_failed();
@@ -5484,33 +5995,37 @@ static int bench_gpu_generate(const Model *m, Acts *a, int S, int repeats, doubl
     free(random), free(ids), free(allowed);
     if (result) return -1;
     double t = median(time, repeats);
-    printf("generate x%-6d %10.3f ms  %12.0f tokens/s  %5.1f%% of the bytes' floor\n", S, t * 1e3, S / t,
-           100 * (bytes + 2 * S * state_bytes) / copy / t);
+    printf("generate x%-6d %10.3f ms  %12.0f tokens/s  %5.1f%% of the bytes' floor\n", S, t * 1e3,
+           S / t, 100 * (bytes + 2 * S * state_bytes) / copy / t);
     return 0;
 }
 
-// End to end: S prompts of L random tokens, each its own, read one after the other from zero states, then `steps` tokens for all
-// together. Everything that this takes is in the time.
+// End to end: S prompts of L random tokens, each its own, read one after the other from zero
+// states, then `steps` tokens for all together. Everything that this takes is in the time.
 static int bench_gpu_dialogues(const Model *m, Acts *a, int S, int L, int steps, int repeats) {
     const Sampling greedy = {.temperature = 0, .top_p = 1, .repeat_penalty = 1};
     int V = m->config.V, most = GPU->generate_max, result = -1;
     double time[BENCH_MAX], reading[BENCH_MAX];
     State *zero = mamba_state_new(m);
     uint64_t *random = calloc((size_t)S, sizeof *random), seed = 5;
-    int32_t *prompts = malloc((size_t)S * L * sizeof *prompts), *ids = malloc((size_t)S * most * sizeof *ids);
+    int32_t *prompts = malloc((size_t)S * L * sizeof *prompts),
+            *ids = malloc((size_t)S * most * sizeof *ids);
     unsigned char *allowed = malloc((size_t)V);
     if (zero && random && prompts && ids && allowed) {
         memset(allowed, 1, (size_t)V);
-        for (size_t i = 0; i < (size_t)S * L; i++) prompts[i] = (int32_t)(random_u64(&seed) % (uint64_t)V);
+        for (size_t i = 0; i < (size_t)S * L; i++)
+            prompts[i] = (int32_t)(random_u64(&seed) % (uint64_t)V);
         result = GPU->set_state(a->gpu, zero->conv, zero->h, zero->logits);
         for (int round = -1; round < repeats && result == 0; round++) {
             double start = seconds(), read = 0;
             for (int s = 0; s < S && result == 0; s++)
-                if (GPU->prefill(a->gpu, prompts + (size_t)s * L, (size_t)L, NULL, NULL) || GPU->gather(a->gpu, s, S))
+                if (GPU->prefill(a->gpu, prompts + (size_t)s * L, (size_t)L, NULL, NULL) ||
+                    GPU->gather(a->gpu, s, S))
                     result = -1;
             read = seconds() - start;
             if (result == 0)
-                result = GPU->generate_start(a->gpu, S, &greedy, random, (uint64_t)L, zero->recent, 1, allowed);
+                result = GPU->generate_start(a->gpu, S, &greedy, random, (uint64_t)L, zero->recent,
+                                             1, allowed);
             for (int done = 0; done < steps && result == 0; done += most)
                 result = GPU->generate(a->gpu, ids, steps - done < most ? steps - done : most);
             time[round < 0 ? 0 : round] = seconds() - start, reading[round < 0 ? 0 : round] = read;
@@ -5524,7 +6039,8 @@ static int bench_gpu_dialogues(const Model *m, Acts *a, int S, int L, int steps,
     free(random), free(prompts), free(ids), free(allowed);
     if (result) return -1;
     double t = median(time, repeats), r = median(reading, repeats);
-    printf("prompt %d + %d, x%-3d %9.1f ms  %12.0f tokens/s generated, all counted (%.1f ms of it reads the prompts)\n",
+    printf("prompt %d + %d, x%-3d %9.1f ms  %12.0f tokens/s generated, all counted (%.1f ms of it "
+           "reads the prompts)\n",
            L, steps, S, t * 1e3, S * steps / t, r * 1e3);
     return 0;
 }
@@ -5534,7 +6050,8 @@ static int bench_gpu_train(const Config *shape, int B, int L, int repeats, doubl
     c.type = F32;
     Model *m = mamba_random_model(&c, 42);
     Trainer *x = m ? mamba_trainer_new_gpu(m, B, L, backend.float32) : NULL;
-    int32_t *ids = malloc((size_t)B * L * sizeof *ids), *targets = malloc((size_t)B * L * sizeof *ids);
+    int32_t *ids = malloc((size_t)B * L * sizeof *ids),
+            *targets = malloc((size_t)B * L * sizeof *ids);
     const AdamW how = {1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, 1};
     double time[BENCH_MAX], norm = 0, sum = 0, used = 0;
     char name[256];
@@ -5552,8 +6069,10 @@ static int bench_gpu_train(const Config *shape, int B, int L, int repeats, doubl
     if (result == 0) {
         double t = median(time, repeats), tokens = (double)B * L;
         GPU->measure(NULL, NULL, &used, name);
-        printf("train %dx%-7d %10.2f ms  %12.0f tokens/s  %5.1f%% of 6 operations a weight, %.2f GB, loss %.3f\n", B, L,
-               t * 1e3, tokens / t, 100 * 6 * (double)m->n_params * tokens / peak / t, used / 1e9, sum / tokens);
+        printf("train %dx%-7d %10.2f ms  %12.0f tokens/s  %5.1f%% of 6 operations a weight, %.2f "
+               "GB, loss %.3f\n",
+               B, L, t * 1e3, tokens / t, 100 * 6 * (double)m->n_params * tokens / peak / t,
+               used / 1e9, sum / tokens);
     }
     mamba_trainer_free(x);
     mamba_free(m);
@@ -5568,8 +6087,10 @@ static int bench_gpu(const Model *m, int repeats, const char *only) {
     double copy = 0, flops = 0, used = 0, D = c->D, E = c->E;
     double flops_token = 2 * c->n_layer * (2 * E * D + E * (c->R + 2.0 * c->N) + E * c->R + E * D);
     double state_bytes = 4.0 * (c->N + c->K - 1) * c->n_layer * E,
-           bytes = (double)m->tensors_bytes - (c->flags & FLAG_TIED ? 0 : (double)tensor_bytes(&m->embedding));
-    if (is_quantized(c->type)) bytes = (double)m->n_params * (backend.float32 ? 4 : 2); // there they are unpacked
+           bytes = (double)m->tensors_bytes -
+                   (c->flags & FLAG_TIED ? 0 : (double)tensor_bytes(&m->embedding));
+    if (is_quantized(c->type))
+        bytes = (double)m->n_params * (backend.float32 ? 4 : 2); // there they are unpacked
     char name[256];
     Acts *a = mamba_acts_new(m, 1);
     State *s = mamba_state_new(m);
@@ -5579,12 +6100,14 @@ static int bench_gpu(const Model *m, int repeats, const char *only) {
         double peak = (c->type == BF16 || is_quantized(c->type)) && !backend.float32
                           ? flops
                           : flops / 15; // float32 units of the same chip, roughly
-        printf("%zu parameters in %s on %s: copies %.2f TB/s, bf16 products %.0f TFLOP/s; medians of %d\n", m->n_params,
-               type_name(c->type), name, copy / 1e12, flops / 1e12, repeats);
+        printf("%zu parameters in %s on %s: copies %.2f TB/s, bf16 products %.0f TFLOP/s; medians "
+               "of %d\n",
+               m->n_params, type_name(c->type), name, copy / 1e12, flops / 1e12, repeats);
         for (int i = 0; i < COUNT(lengths) && result == 0 && strchr(only, 'p'); i++) {
             bool very_long = lengths[i] > 1 << 16; // small models only, and not too often
             if (very_long && m->n_params > 500 * 1000 * 1000) continue;
-            result = bench_gpu_prefill(m, a, s, lengths[i], very_long && repeats > 3 ? 3 : repeats, flops_token, peak);
+            result = bench_gpu_prefill(m, a, s, lengths[i], very_long && repeats > 3 ? 3 : repeats,
+                                       flops_token, peak);
         }
         for (int i = 0; i < COUNT(batches) && result == 0 && strchr(only, 'g'); i++)
             result = bench_gpu_generate(m, a, batches[i], repeats, bytes, state_bytes, copy);
@@ -5604,16 +6127,18 @@ static int bench_gpu_scan(const char *text, int repeats) {
     char dtype[8] = "bf16", extra;
     double t[4];
     int n = sscanf(text, "%d,%d,%d,%7[a-z0-9]%c", &B, &E, &L, dtype, &extra);
-    if ((n != 3 && n != 4) || B < 1 || E < 1 || L < 1 || (strcmp(dtype, "bf16") && strcmp(dtype, "f32")))
+    if ((n != 3 && n != 4) || B < 1 || E < 1 || L < 1 ||
+        (strcmp(dtype, "bf16") && strcmp(dtype, "f32")))
         return fail("--scan needs B,E,L or B,E,L,f32, not '%s'", text);
     if (GPU->time_scan(B, E, L, 16, !strcmp(dtype, "f32"), repeats, t)) return gpu_failed();
-    double cells = (double)B * E * L, width = !strcmp(dtype, "f32") ? 4 : 2, bytes = cells * 4 * width;
+    double cells = (double)B * E * L, width = !strcmp(dtype, "f32") ? 4 : 2,
+           bytes = cells * 4 * width;
     printf("copy of the same bytes %9.4f ms  %6.3f TB/s\n", t[2] * 1e3, bytes / t[2] / 1e12);
-    printf("scan forward           %9.4f ms  %6.3f TB/s  %6.2f trillion exponentials/s\n", t[0] * 1e3,
-           bytes / t[0] / 1e12, cells * 16 / t[0] / 1e12);
+    printf("scan forward           %9.4f ms  %6.3f TB/s  %6.2f trillion exponentials/s\n",
+           t[0] * 1e3, bytes / t[0] / 1e12, cells * 16 / t[0] / 1e12);
     if (t[1] > 0)
-        printf("scan backward          %9.4f ms  %6.3f TB/s  %6.2f trillion exponentials/s\n", t[1] * 1e3,
-               2 * bytes / t[1] / 1e12, cells * 16 / t[1] / 1e12);
+        printf("scan backward          %9.4f ms  %6.3f TB/s  %6.2f trillion exponentials/s\n",
+               t[1] * 1e3, 2 * bytes / t[1] / 1e12, cells * 16 / t[1] / 1e12);
     return 0;
 }
 
@@ -5623,8 +6148,10 @@ static int command_bench(int argc, char **argv) {
     const Option options[] = {
         {"--shape", "S", "random weights of this shape instead of a model", OPT_TEXT, &shape, 0, 0},
         {"--dtype", "T", "their storage type", OPT_TEXT, &dtype, 0, 0},
-        {"--scan", "B,E,L", "time the scan alone: sequences, channels, length", OPT_TEXT, &scan, 0, 0},
-        {"--only", "LETTERS", "on a GPU: p prefill, g generation, t training, d 1, 8, 64 prompts of 2048 and 128 more",
+        {"--scan", "B,E,L", "time the scan alone: sequences, channels, length", OPT_TEXT, &scan, 0,
+         0},
+        {"--only", "LETTERS",
+         "on a GPU: p prefill, g generation, t training, d 1, 8, 64 prompts of 2048 and 128 more",
          OPT_TEXT, &only, 0, 0},
         {"-r", "N", "repeats, of which the median is shown", OPT_INT, &repeats, 1, BENCH_MAX},
         BACKEND_OPTIONS,
@@ -5633,13 +6160,18 @@ static int command_bench(int argc, char **argv) {
     if (wants_help(argc, argv)) return print_help(BENCH_USAGE, options, COUNT(options)), 0;
     int n = parse_options(argc, argv, options, COUNT(options), &path, 1);
     if (n < 0) return -1;
-    if (n + (shape != NULL) + (scan != NULL) != 1) return fail("bench needs one of: a model.bin, --shape, --scan");
+    if (n + (shape != NULL) + (scan != NULL) != 1)
+        return fail("bench needs one of: a model.bin, --shape, --scan");
     bool gpu = GPU && !backend.cpu;
-    if (scan) return gpu ? bench_gpu_scan(scan, (int)repeats) : bench_scan(scan, (int)threads, (int)repeats);
+    if (scan)
+        return gpu ? bench_gpu_scan(scan, (int)repeats)
+                   : bench_scan(scan, (int)threads, (int)repeats);
     Config c;
     if (shape && parse_shape(shape, dtype, &c)) return -1;
     Model *m = shape ? mamba_random_model(&c, 42) : mamba_load(path);
-    int result = !m ? -1 : gpu ? bench_gpu(m, (int)repeats, only) : bench_model(m, (int)threads, (int)repeats);
+    int result = !m    ? -1
+                 : gpu ? bench_gpu(m, (int)repeats, only)
+                       : bench_model(m, (int)threads, (int)repeats);
     mamba_free(m);
     return result;
 }
@@ -5648,8 +6180,9 @@ static int run_command(int argc, char **argv) {
     static const struct {
         const char *name;
         int (*run)(int, char **);
-    } command[] = {{"info", command_info},        {"tokenize", command_tokenize}, {"eval", command_eval},
-                   {"logits", command_logits},    {"train", command_train},       {"bench", command_bench},
+    } command[] = {{"info", command_info},        {"tokenize", command_tokenize},
+                   {"eval", command_eval},        {"logits", command_logits},
+                   {"train", command_train},      {"bench", command_bench},
                    {"quantize", command_quantize}};
     if (argc > 1 && !strcmp(argv[1], "--version")) return printf("mamba.c %s\n", MAMBA_VERSION), 0;
     for (int i = 0; i < COUNT(command) && argc > 1; i++)
@@ -5663,7 +6196,8 @@ int main(int argc, char **argv) {
     _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY); // bytes, not lines
 #endif
     int result = run_command(argc, argv);
-    if ((fflush(stdout) || ferror(stdout)) && !result) result = fail("stdout: cannot write: %s", strerror(errno));
+    if ((fflush(stdout) || ferror(stdout)) && !result)
+        result = fail("stdout: cannot write: %s", strerror(errno));
     if (result) fprintf(stderr, "mamba: %s\n", error_text);
     return result ? 1 : 0;
 }

@@ -1,5 +1,6 @@
 // Ladder of the fused scan backward: every variant checked against a float64 reference, then timed.
-//   nvcc -O3 -std=c++17 -arch=sm_90 -o /tmp/bench dev/scan_backward.cu -lcublasLt -lcublas && /tmp/bench check | ladder [all] | one (a single launch, for a profiler)
+//   nvcc -O3 -std=c++17 -arch=sm_90 -o /tmp/bench dev/scan_backward.cu -lcublasLt -lcublas &&
+//   /tmp/bench check | ladder [all] | one (a single launch, for a profiler)
 #include "../mamba_cuda.cu"
 #include <algorithm>
 #include <math.h>
@@ -17,7 +18,8 @@
     } while (0)
 
 static __host__ __device__ uint64_t hash64(uint64_t x) {
-    x += 0x9e3779b97f4a7c15ull, x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull, x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+    x += 0x9e3779b97f4a7c15ull, x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull,
+                                x = (x ^ x >> 27) * 0x94d049bb133111ebull;
     return x ^ x >> 31;
 }
 static __host__ __device__ float uniform(uint64_t seed, uint64_t i) {
@@ -27,9 +29,12 @@ static __host__ __device__ float normal(uint64_t seed, uint64_t i) {
     return sqrtf(-2 * logf(uniform(seed, 2 * i) + 1e-7f)) * cospif(2 * uniform(seed, 2 * i + 1));
 }
 // kind 0: normal * scale; 1: delta_raw, softplus of it log-uniform in 0.001..0.1
-template <typename T> __global__ void fill(T *x, size_t count, uint64_t seed, int kind, float scale) {
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x) {
-        float v = kind ? logf(expm1f(0.001f * expf(4.6f * uniform(seed, i)))) : normal(seed, i) * scale;
+template <typename T>
+__global__ void fill(T *x, size_t count, uint64_t seed, int kind, float scale) {
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count;
+         i += (size_t)gridDim.x * blockDim.x) {
+        float v =
+            kind ? logf(expm1f(0.001f * expf(4.6f * uniform(seed, i)))) : normal(seed, i) * scale;
         x[i] = to<T>(v);
     }
 }
@@ -40,7 +45,8 @@ __global__ void fill_A(float *A_neg, int N, int E) {
 
 // --- The float64 reference, one thread a chain or a sum, states kept.
 struct Ref {
-    double *d_delta_raw, *d_u, *d_z, *d_B, *d_C, *d_A_log, *d_D, *d_bias, *d_h0, *h_final, *H, *G, *y; // H, G (B,L,N,E)
+    double *d_delta_raw, *d_u, *d_z, *d_B, *d_C, *d_A_log, *d_D, *d_bias, *d_h0, *h_final, *H, *G,
+        *y; // H, G (B,L,N,E)
 };
 template <typename T> __device__ double ref_delta(const ScanBackArgs<T> &p, size_t r, int e) {
     double x = (double)value(p.delta_raw[r * p.ld_delta + e]) + p.dt_bias[e];
@@ -50,7 +56,8 @@ template <typename T> __global__ void ref_chain(ScanBackArgs<T> p, Ref q, const 
     size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, states = (size_t)p.N * p.E;
     if (i >= p.B * states) return;
     int b = i / states, n = i % states / p.E, e = i % p.E;
-    double A = p.A_neg[n * (size_t)p.E + e], h = h0 ? h0[i] : 0, g = p.d_h_final ? p.d_h_final[i] : 0, dA = 0;
+    double A = p.A_neg[n * (size_t)p.E + e], h = h0 ? h0[i] : 0,
+           g = p.d_h_final ? p.d_h_final[i] : 0, dA = 0;
     for (int t = 0; t < p.L; t++) {
         size_t r = (size_t)b * p.L + t;
         double d = ref_delta(p, r, e);
@@ -81,13 +88,14 @@ template <typename T> __global__ void ref_rows(ScanBackArgs<T> p, Ref q, const f
     for (int n = 0; n < p.N; n++) {
         size_t at = (r * p.N + n) * p.E + e;
         double A = p.A_neg[n * (size_t)p.E + e], before = r % p.L ? q.H[at - (size_t)p.N * p.E]
-                                                          : h0    ? h0[(r / p.L * p.N + n) * p.E + e]
-                                                                  : 0;
+                                                          : h0 ? h0[(r / p.L * p.N + n) * p.E + e]
+                                                               : 0;
         y += value(p.C_ssm[r * p.ld_C + n]) * q.H[at];
         sB += q.G[at] * value(p.B_ssm[r * p.ld_B + n]);
         sA += q.G[at] * exp(d * A) * before * A;
     }
-    double x = (double)value(p.delta_raw[r * p.ld_delta + e]) + p.dt_bias[e], d_raw = (sA + u * sB) / (1 + exp(-x));
+    double x = (double)value(p.delta_raw[r * p.ld_delta + e]) + p.dt_bias[e],
+           d_raw = (sA + u * sB) / (1 + exp(-x));
     q.d_delta_raw[i] = d_raw, q.d_u[i] = d * sB + p.D_skip[e] * dy;
     q.d_z[i] = dg * (y + p.D_skip[e] * u) * s * (1 + z * (1 - s));
     q.y[i] = (y + p.D_skip[e] * u) * z * s;
@@ -99,34 +107,41 @@ template <typename T> __global__ void ref_BC(ScanBackArgs<T> p, Ref q) {
     size_t r = i / p.N;
     double dB = 0, dC = 0;
     for (int e = 0; e < p.E; e++) {
-        double z = value(p.z[r * p.ld_z + e]), dy = value(p.d_g[r * p.ld_d_g + e]) * z / (1 + exp(-z));
+        double z = value(p.z[r * p.ld_z + e]),
+               dy = value(p.d_g[r * p.ld_d_g + e]) * z / (1 + exp(-z));
         dB += q.G[i * p.E + e] * ref_delta(p, r, e) * value(p.u[r * p.ld_u + e]);
         dC += dy * q.H[i * p.E + e];
     }
     q.d_B[i] = dB, q.d_C[i] = dC;
 }
 // Saved states, by a float walk.
-template <typename T> __global__ void make_starts(ScanBackArgs<T> p, float *starts, const float *h0) {
+template <typename T>
+__global__ void make_starts(ScanBackArgs<T> p, float *starts, const float *h0) {
     size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, states = (size_t)p.N * p.E;
     if (i >= p.B * states) return;
-    int b = i / states, n = i % states / p.E, e = i % p.E, saves = (p.L + SCAN_SAVE - 1) / SCAN_SAVE;
+    int b = i / states, n = i % states / p.E, e = i % p.E,
+        saves = (p.L + SCAN_SAVE - 1) / SCAN_SAVE;
     float A2 = LOG2E * p.A_neg[n * (size_t)p.E + e], h = h0 ? h0[i] : 0;
     for (int t = 0; t < p.L; t++) {
         size_t r = (size_t)b * p.L + t;
-        if (t % SCAN_SAVE == 0) starts[((size_t)b * saves + t / SCAN_SAVE) * states + i % states] = h;
+        if (t % SCAN_SAVE == 0)
+            starts[((size_t)b * saves + t / SCAN_SAVE) * states + i % states] = h;
         float slope, d = softplus(value(p.delta_raw[r * p.ld_delta + e]) + p.dt_bias[e], slope);
-        h = fmaf(exp2_fast(d * A2), h, d * value(p.u[r * p.ld_u + e]) * value(p.B_ssm[r * p.ld_B + n]));
+        h = fmaf(exp2_fast(d * A2), h,
+                 d * value(p.u[r * p.ld_u + e]) * value(p.B_ssm[r * p.ld_B + n]));
     }
 }
-// Rung 0: one thread a channel, N states in local arrays, the states of a chunk of SCAN_SAVE steps in global memory (SCAN_SAVE,N,B*E), sums
-// over channels by 5 shuffles each.
-template <typename T, int N> __global__ void naive_back(ScanBackArgs<T> p, float *H, float *part, float *dA_part) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x, e = i % p.E, b = i / p.E, saves = (p.L + SCAN_SAVE - 1) / SCAN_SAVE;
+// Rung 0: one thread a channel, N states in local arrays, the states of a chunk of SCAN_SAVE steps
+// in global memory (SCAN_SAVE,N,B*E), sums over channels by 5 shuffles each.
+template <typename T, int N>
+__global__ void naive_back(ScanBackArgs<T> p, float *H, float *part, float *dA_part) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, e = i % p.E, b = i / p.E,
+        saves = (p.L + SCAN_SAVE - 1) / SCAN_SAVE;
     if (i >= p.B * p.E) return;
     float A[N], g[N], dA[N], h[N], dD = 0, dbias = 0;
     for (int n = 0; n < N; n++)
-        A[n] = p.A_neg[(size_t)n * p.E + e], g[n] = p.d_h_final ? p.d_h_final[((size_t)b * N + n) * p.E + e] : 0,
-        dA[n] = 0;
+        A[n] = p.A_neg[(size_t)n * p.E + e],
+        g[n] = p.d_h_final ? p.d_h_final[((size_t)b * N + n) * p.E + e] : 0, dA[n] = 0;
     size_t lanes = (size_t)p.B * p.E;
     for (int c = saves - 1; c >= 0; c--) {
         int t0 = c * SCAN_SAVE, t1 = min(p.L, t0 + SCAN_SAVE);
@@ -142,33 +157,37 @@ template <typename T, int N> __global__ void naive_back(ScanBackArgs<T> p, float
         }
         for (int t = t1 - 1; t >= t0; t--) {
             size_t r = (size_t)b * p.L + t;
-            float x = value(p.delta_raw[r * p.ld_delta + e]) + p.dt_bias[e], slope, d = softplus(x, slope),
-                  u = value(p.u[r * p.ld_u + e]);
-            float z = value(p.z[r * p.ld_z + e]), dg = value(p.d_g[r * p.ld_d_g + e]), s = sigmoid(z), dy = dg * z * s,
-                  sA = 0, sB = 0, y = p.D_skip[e] * u;
+            float x = value(p.delta_raw[r * p.ld_delta + e]) + p.dt_bias[e], slope,
+                  d = softplus(x, slope), u = value(p.u[r * p.ld_u + e]);
+            float z = value(p.z[r * p.ld_z + e]), dg = value(p.d_g[r * p.ld_d_g + e]),
+                  s = sigmoid(z), dy = dg * z * s, sA = 0, sB = 0, y = p.D_skip[e] * u;
             for (int n = 0; n < N; n++) {
                 float a = expf(d * A[n]), before = H[((t - t0) * N + n) * lanes + i],
                       Bn = value(p.B_ssm[r * p.ld_B + n]), Cn = value(p.C_ssm[r * p.ld_C + n]);
                 float hn = a * before + d * u * Bn;
                 g[n] += dy * Cn, y += Cn * hn, sB += g[n] * Bn;
                 float v = g[n] * d * u, v2 = dy * hn;
-                for (int o = 16; o; o /= 2) v += __shfl_xor_sync(~0u, v, o), v2 += __shfl_xor_sync(~0u, v2, o);
+                for (int o = 16; o; o /= 2)
+                    v += __shfl_xor_sync(~0u, v, o), v2 += __shfl_xor_sync(~0u, v2, o);
                 if (threadIdx.x % 32 == 0)
-                    part[((size_t)(e / 32) * p.B * p.L + r) * 2 * N + n] = v,
-                                                                      part[((size_t)(e / 32) * p.B * p.L + r) * 2 * N +
-                                                                           N + n] = v2;
+                    part[((size_t)(e / 32) * p.B * p.L + r) * 2 * N +
+                         n] = v,
+                         part[((size_t)(e / 32) * p.B * p.L + r) * 2 * N + N + n] = v2;
                 g[n] *= a;
                 sA += g[n] * before * A[n], dA[n] += g[n] * before * d;
             }
             float d_raw = (sA + u * sB) * slope;
             p.d_delta_raw[r * p.ld_d_delta + e] = to<T>(d_raw),
-                                             p.d_u[r * p.ld_d_u + e] = to<T>(d * sB + p.D_skip[e] * dy);
+                                             p.d_u[r * p.ld_d_u + e] =
+                                                 to<T>(d * sB + p.D_skip[e] * dy);
             p.d_z[r * p.ld_d_z + e] = to<T>(dg * y * s * (1 + z * (1 - s)));
             dD += dy * u, dbias += d_raw;
         }
     }
     for (int n = 0; n < N; n++) dA_part[((size_t)b * (N + 2) + n) * p.E + e] = dA[n];
-    dA_part[((size_t)b * (N + 2) + N) * p.E + e] = dD, dA_part[((size_t)b * (N + 2) + N + 1) * p.E + e] = dbias;
+    dA_part[((size_t)b * (N + 2) + N) * p.E + e] = dD,
+                                              dA_part[((size_t)b * (N + 2) + N + 1) * p.E + e] =
+                                                  dbias;
 }
 
 template <typename T> struct Problem {
@@ -195,11 +214,12 @@ template <typename T> struct Problem {
             return (const T *)x;
         };
         p.ld_delta = E + 2 * o, p.ld_u = E + 3 * o, p.ld_z = 2 * E + o, p.ld_d_g = E + o;
-        p.delta_raw = in(p.ld_delta, 1, 0, 1), p.u = in(p.ld_u, 0, 1, 2), p.z = in(p.ld_z, 0, 1, 3) + E,
-        p.d_g = in(p.ld_d_g, 0, 1, 4);
+        p.delta_raw = in(p.ld_delta, 1, 0, 1), p.u = in(p.ld_u, 0, 1, 2),
+        p.z = in(p.ld_z, 0, 1, 3) + E, p.d_g = in(p.ld_d_g, 0, 1, 4);
         p.ld_B = p.ld_C = P;
         p.B_ssm = in(P, 0, 1, 5) + Rk, p.C_ssm = p.B_ssm + N;
-        p.ld_d_delta = E + o, p.ld_d_u = E + 2 * o, p.ld_d_z = 2 * E + 3 * o, p.ld_d_B = p.ld_d_C = P;
+        p.ld_d_delta = E + o, p.ld_d_u = E + 2 * o, p.ld_d_z = 2 * E + 3 * o,
+        p.ld_d_B = p.ld_d_C = P;
         p.d_delta_raw = (T *)take((rows * p.ld_d_delta + 8) * sizeof(T)) + o,
         p.d_u = (T *)take((rows * p.ld_d_u + 8) * sizeof(T)) + o;
         p.d_z = (T *)take((rows * p.ld_d_z + 8) * sizeof(T)) + E;
@@ -209,7 +229,8 @@ template <typename T> struct Problem {
             fill<<<64, 256>>>(x, count, seed, 0, scale);
             return x;
         };
-        p.d_A_log = floats((size_t)E * N, 6, 1), p.d_D_skip = floats(E, 7, 1), p.d_dt_bias = floats(E, 8, 1);
+        p.d_A_log = floats((size_t)E * N, 6, 1), p.d_D_skip = floats(E, 7, 1),
+        p.d_dt_bias = floats(E, 8, 1);
         float *A = (float *)take((size_t)N * E * 4);
         fill_A<<<(N * E + 255) / 256, 256>>>(A, N, E);
         p.A_neg = A, p.D_skip = floats(E, 9, 1), p.dt_bias = floats(E, 10, 0.1f);
@@ -241,8 +262,8 @@ template <typename T> struct Problem {
         auto take_T = [&](const T *x, size_t ld, int cols) {
             size_t rows = (size_t)p.B * p.L;
             std::vector<T> raw(rows * cols);
-            CHECK(cudaMemcpy2D(raw.data(), cols * sizeof(T), x, ld * sizeof(T), cols * sizeof(T), rows,
-                               cudaMemcpyDeviceToHost));
+            CHECK(cudaMemcpy2D(raw.data(), cols * sizeof(T), x, ld * sizeof(T), cols * sizeof(T),
+                               rows, cudaMemcpyDeviceToHost));
             std::vector<double> d(raw.size());
             for (size_t i = 0; i < d.size(); i++) d[i] = (float)raw[i];
             all.push_back(d);
@@ -251,17 +272,20 @@ template <typename T> struct Problem {
             std::vector<float> raw(count);
             CHECK(cudaMemcpy(raw.data(), x, count * 4, cudaMemcpyDeviceToHost));
             all.emplace_back(count);
-            for (size_t i = 0; i < count; i++) all.back()[i] = seed ? raw[i] - normal(seed, i) : raw[i];
+            for (size_t i = 0; i < count; i++)
+                all.back()[i] = seed ? raw[i] - normal(seed, i) : raw[i];
         };
-        take_T(p.d_delta_raw, p.ld_d_delta, p.E), take_T(p.d_u, p.ld_d_u, p.E), take_T(p.d_z, p.ld_d_z, p.E);
+        take_T(p.d_delta_raw, p.ld_d_delta, p.E), take_T(p.d_u, p.ld_d_u, p.E),
+            take_T(p.d_z, p.ld_d_z, p.E);
         take_T(p.d_B_ssm, p.ld_d_B, p.N), take_T(p.d_C_ssm, p.ld_d_C, p.N);
-        take_f(p.d_A_log, (size_t)p.E * p.N, 6), take_f(p.d_D_skip, p.E, 7), take_f(p.d_dt_bias, p.E, 8);
+        take_f(p.d_A_log, (size_t)p.E * p.N, 6), take_f(p.d_D_skip, p.E, 7),
+            take_f(p.d_dt_bias, p.E, 8);
         if (p.d_h0) take_f(p.d_h0, (size_t)p.B * p.N * p.E, 0);
         return all;
     }
     std::vector<std::vector<double>> reference(double *loss = NULL) {
-        size_t rE = (size_t)p.B * p.L * p.E, rN = (size_t)p.B * p.L * p.N, EN = (size_t)p.E * p.N, st = p.B * EN,
-               E = p.E;
+        size_t rE = (size_t)p.B * p.L * p.E, rN = (size_t)p.B * p.L * p.N, EN = (size_t)p.E * p.N,
+               st = p.B * EN, E = p.E;
         size_t sizes[] = {rE, rE, rE, rN, rN, EN, E, E, st, st, rN * E, rN * E, rE};
         Ref q;
         double **at = (double **)&q;
@@ -286,8 +310,8 @@ template <typename T> struct Problem {
             std::vector<float> dhf(st);
             CHECK(cudaMemcpy(g.data(), q.y, rE * 8, cudaMemcpyDeviceToHost));
             CHECK(cudaMemcpy(hf.data(), q.h_final, st * 8, cudaMemcpyDeviceToHost));
-            CHECK(cudaMemcpy2D(dg.data(), E * sizeof(T), p.d_g, p.ld_d_g * sizeof(T), E * sizeof(T), (size_t)p.B * p.L,
-                               cudaMemcpyDeviceToHost));
+            CHECK(cudaMemcpy2D(dg.data(), E * sizeof(T), p.d_g, p.ld_d_g * sizeof(T), E * sizeof(T),
+                               (size_t)p.B * p.L, cudaMemcpyDeviceToHost));
             CHECK(cudaMemcpy(dhf.data(), p.d_h_final, st * 4, cudaMemcpyDeviceToHost));
             *loss = 0;
             for (size_t i = 0; i < rE; i++) *loss += g[i] * (float)dg[i];
@@ -297,9 +321,11 @@ template <typename T> struct Problem {
         return all;
     }
 };
-static const char *out_names[] = {"d_delta_raw", "d_u", "d_z", "d_B", "d_C", "d_A_log", "d_D", "d_bias", "d_h0"};
+static const char *out_names[] = {"d_delta_raw", "d_u", "d_z",    "d_B", "d_C",
+                                  "d_A_log",     "d_D", "d_bias", "d_h0"};
 
-// The reference against central differences: each input element is a float, moved by about 2^-9, the outputs in float64.
+// The reference against central differences: each input element is a float, moved by about 2^-9,
+// the outputs in float64.
 static int check_reference() {
     const int B = 2, L = 5, E = 3, N = 4;
     Problem<float> q(B, L, E, N, false, true);
@@ -317,7 +343,8 @@ static int check_reference() {
         CHECK(cudaMemcpy(x + index, &v, 4, cudaMemcpyHostToDevice));
         double got = (up - down) / ((double)plus - minus);
         worst = fmax(worst, fabs(got - want) / (1e-2 + fabs(want)));
-        if (!(fabs(got - want) <= 1e-4 * (0.1 + fabs(want)))) printf("  difference %g reference %g\n", got, want);
+        if (!(fabs(got - want) <= 1e-4 * (0.1 + fabs(want))))
+            printf("  difference %g reference %g\n", got, want);
     };
     for (int i = 0; i < B * L * E; i += 4) {
         int r = i / E, e = i % E;
@@ -335,13 +362,17 @@ static int check_reference() {
         CHECK(cudaMemcpy(&A, q.p.A_neg + n * E + e, 4, cudaMemcpyDeviceToHost));
         probe((float *)q.p.A_neg, n * E + e, ref[5][i] / A);
     }
-    for (int e = 0; e < E; e++) probe((float *)q.p.D_skip, e, ref[6][e]), probe((float *)q.p.dt_bias, e, ref[7][e]);
+    for (int e = 0; e < E; e++)
+        probe((float *)q.p.D_skip, e, ref[6][e]), probe((float *)q.p.dt_bias, e, ref[7][e]);
     for (int i = 0; i < B * N * E; i += 3) probe(q.h0, i, ref[8][i]);
-    printf("reference against central differences: worst %.2g %s\n", worst, worst < 1e-4 ? "ok" : "FAIL");
+    printf("reference against central differences: worst %.2g %s\n", worst,
+           worst < 1e-4 ? "ok" : "FAIL");
     return worst < 1e-4 ? 0 : 1;
 }
 
-template <int W_, int MINB_, int U_> struct Shape { static constexpr int W = W_, MINB = MINB_, U = U_; };
+template <int W_, int MINB_, int U_> struct Shape {
+    static constexpr int W = W_, MINB = MINB_, U = U_;
+};
 template <typename T, class S> static cudaError_t launch(const ScanBackArgs<T> &p) {
     return scan_back_launch<T, S::W, S::MINB, S::U>(p, 0);
 }
@@ -349,7 +380,8 @@ template <typename T, class S> struct Runner {
     ScanBackPlan q;
     Runner(Problem<T> &x) {
         q = scan_back_plan<S::W>(x.p.B, x.p.L, x.p.E, x.p.N);
-        if (S::W == 8 && q.bytes != scan_backward_workspace(x.p.B, x.p.L, x.p.E, x.p.N)) printf("FAIL: workspace\n");
+        if (S::W == 8 && q.bytes != scan_backward_workspace(x.p.B, x.p.L, x.p.E, x.p.N))
+            printf("FAIL: workspace\n");
         CHECK(cudaMalloc(&x.p.workspace, q.bytes));
         workspace = x.p.workspace;
     }
@@ -357,7 +389,8 @@ template <typename T, class S> struct Runner {
     ~Runner() { cudaFree(workspace); }
 };
 
-template <typename T, class S> static int check_one(int B, int L, int E, int N, bool odd, bool with_h, bool loud) {
+template <typename T, class S>
+static int check_one(int B, int L, int E, int N, bool odd, bool with_h, bool loud) {
     Problem<T> x(B, L, E, N, odd, with_h);
     Runner<T, S> r(x);
     auto want = x.reference();
@@ -375,25 +408,29 @@ template <typename T, class S> static int check_one(int B, int L, int E, int N, 
     for (size_t o = 0; o < want.size(); o++) {
         double num = 0, den = 0;
         for (size_t i = 0; i < want[o].size(); i++)
-            num += (got[o][i] - want[o][i]) * (got[o][i] - want[o][i]), den += want[o][i] * want[o][i];
+            num += (got[o][i] - want[o][i]) * (got[o][i] - want[o][i]),
+                den += want[o][i] * want[o][i];
         double err = sqrt(num) / (sqrt(den) + 1e-30);
         // float outputs that were added to a random start keep only its rounding
         if (o >= 5 && o < 8)
-            err = sqrt(num) / (sqrt(den) + 1e-2 * sqrt((double)want[o].size()) * (sizeof(T) == 4 ? 10 : 1));
+            err = sqrt(num) /
+                  (sqrt(den) + 1e-2 * sqrt((double)want[o].size()) * (sizeof(T) == 4 ? 10 : 1));
         bool same = !memcmp(got[o].data(), again[o].data(), got[o].size() * 8);
         if (!(err <= tol) || !same)
-            bad++, snprintf(line + strlen(line), sizeof line - strlen(line), " %s=%.2g%s!", out_names[o], err,
-                            same ? "" : " bits");
-        else if (loud) snprintf(line + strlen(line), sizeof line - strlen(line), " %s=%.1e", out_names[o], err);
+            bad++, snprintf(line + strlen(line), sizeof line - strlen(line), " %s=%.2g%s!",
+                            out_names[o], err, same ? "" : " bits");
+        else if (loud)
+            snprintf(line + strlen(line), sizeof line - strlen(line), " %s=%.1e", out_names[o],
+                     err);
     }
     if (bad || loud)
-        printf("%s %s W%dU%d B%d L%d E%d N%d odd%d h%d:%s\n", bad ? "FAIL" : "ok", sizeof(T) == 4 ? "f32 " : "bf16",
-               S::W, S::U, B, L, E, N, odd, with_h, line);
+        printf("%s %s W%dU%d B%d L%d E%d N%d odd%d h%d:%s\n", bad ? "FAIL" : "ok",
+               sizeof(T) == 4 ? "f32 " : "bf16", S::W, S::U, B, L, E, N, odd, with_h, line);
     return bad;
 }
 template <typename T, class S> static void check_all() {
-    int Ls[] = {1, 2, 31, 33, 63, 65, 200, 1000}, Es[] = {1, 31, 33, 100, 130}, Ns[] = {1, 4, 8, 16, 17, 32, 64},
-        bad = 0, count = 0;
+    int Ls[] = {1, 2, 31, 33, 63, 65, 200, 1000}, Es[] = {1, 31, 33, 100, 130},
+        Ns[] = {1, 4, 8, 16, 17, 32, 64}, bad = 0, count = 0;
     bad += check_one<T, S>(2, 300, 200, 16, false, true, true), count++;
     for (int i = 0; i < 24; i++, count++)
         bad += check_one<T, S>(1 + i % 3, Ls[i % 8], Es[i % 5], Ns[i % 7], i % 2, i / 2 % 2, false);
@@ -402,7 +439,8 @@ template <typename T, class S> static void check_all() {
         bad += check_one<T, S>(2, 70, 1536, 16, false, false, false);
     bad += check_one<T, S>(1, 130, 40, 256, true, true, false),
         bad += check_one<T, S>(1, 66, 33, 100, true, true, false), count += 5;
-    printf("check %s W%dU%d: %d cases, %d wrong outputs\n", sizeof(T) == 4 ? "f32" : "bf16", S::W, S::U, count, bad);
+    printf("check %s W%dU%d: %d cases, %d wrong outputs\n", sizeof(T) == 4 ? "f32" : "bf16", S::W,
+           S::U, count, bad);
     fflush(stdout);
 }
 
@@ -431,21 +469,22 @@ template <typename T, class S> static void time_one(Problem<T> &x) {
     size_t sums = (size_t)x.p.B * r.q.tiles * x.p.N * S::W * 2 * BACK_STEPS;
     double sumBC = median_ms(
         [&] {
-            scan_back_sum_BC<<<(unsigned)((sums + 255) / 256), 256>>>(x.p, words + r.q.partial, r.q.blocks, r.q.tiles,
-                                                                      S::W);
+            scan_back_sum_BC<<<(unsigned)((sums + 255) / 256), 256>>>(x.p, words + r.q.partial,
+                                                                      r.q.blocks, r.q.tiles, S::W);
         },
         21);
     double sumA = median_ms(
         [&] {
-            scan_back_sum_A<<<dim3((x.p.E + 31) / 32, x.p.N + 2), dim3(32, 8)>>>(x.p, words + r.q.partial2,
-                                                                                 x.p.B * r.q.tiles);
+            scan_back_sum_A<<<dim3((x.p.E + 31) / 32, x.p.N + 2), dim3(32, 8)>>>(
+                x.p, words + r.q.partial2, x.p.B * r.q.tiles);
         },
         21);
     CHECK(cudaDeviceSynchronize());
     double states = (double)x.p.B * x.p.L * x.p.E * x.p.N;
-    printf("%s %d,%d,%d N%d  W%dM%dU%d: %8.3f ms (sum_BC %.3f, sum_A %.3f)  %.2f ps/state-step, workspace %.0f MB\n",
-           sizeof(T) == 4 ? "f32 " : "bf16", x.p.B, x.p.E, x.p.L, x.p.N, S::W, S::MINB, S::U, all, sumBC, sumA,
-           all * 1e9 / states, r.q.bytes * 1e-6);
+    printf("%s %d,%d,%d N%d  W%dM%dU%d: %8.3f ms (sum_BC %.3f, sum_A %.3f)  %.2f ps/state-step, "
+           "workspace %.0f MB\n",
+           sizeof(T) == 4 ? "f32 " : "bf16", x.p.B, x.p.E, x.p.L, x.p.N, S::W, S::MINB, S::U, all,
+           sumBC, sumA, all * 1e9 / states, r.q.bytes * 1e-6);
     fflush(stdout);
 }
 template <typename T, class S> static void same_bits(Problem<T> &x) {
@@ -458,14 +497,17 @@ template <typename T, class S> static void same_bits(Problem<T> &x) {
         again.clear();
         auto add = [&](const void *p, size_t bytes) {
             again.resize(again.size() + bytes);
-            CHECK(cudaMemcpy(again.data() + again.size() - bytes, p, bytes, cudaMemcpyDeviceToHost));
+            CHECK(
+                cudaMemcpy(again.data() + again.size() - bytes, p, bytes, cudaMemcpyDeviceToHost));
         };
         add(x.p.d_B_ssm, (rows * x.p.ld_d_B - 64) * sizeof(T)),
             add(x.p.d_delta_raw, rows * x.p.ld_d_delta * sizeof(T) / 4);
-        add(x.p.d_A_log, (size_t)x.p.E * x.p.N * 4), add(x.p.d_dt_bias, x.p.E * 4), add(x.p.d_D_skip, x.p.E * 4);
+        add(x.p.d_A_log, (size_t)x.p.E * x.p.N * 4), add(x.p.d_dt_bias, x.p.E * 4),
+            add(x.p.d_D_skip, x.p.E * 4);
         add(x.p.d_h0, (size_t)x.p.B * x.p.N * x.p.E * 4);
         if (!run) first = again;
-        else if (memcmp(first.data(), again.data(), first.size())) printf("FAIL: other bits in run %d\n", run);
+        else if (memcmp(first.data(), again.data(), first.size()))
+            printf("FAIL: other bits in run %d\n", run);
     }
     printf("six runs of %d,%d,%d compared bit by bit\n", x.p.B, x.p.E, x.p.L);
 }
@@ -475,7 +517,8 @@ template <typename T> static void time_naive(Problem<T> &x) {
     CHECK(cudaMalloc(&H, lanes * SCAN_SAVE * 16 * 4));
     CHECK(cudaMalloc(&part, (size_t)x.p.B * x.p.L * 32 * 4 * (x.p.E / 32)));
     CHECK(cudaMalloc(&dA, lanes * 18 * 4));
-    double ms = median_ms([&] { naive_back<T, 16><<<(unsigned)(lanes / 128), 128>>>(x.p, H, part, dA); }, 3);
+    double ms = median_ms(
+        [&] { naive_back<T, 16><<<(unsigned)(lanes / 128), 128>>>(x.p, H, part, dA); }, 3);
     CHECK(cudaDeviceSynchronize());
     printf("naive, a thread a channel, states of a chunk in global memory: %.3f ms\n", ms);
     fflush(stdout);
@@ -488,8 +531,8 @@ template <typename T> static void time_copy(double bytes) {
     CHECK(cudaMalloc((void **)&b, n));
     CHECK(cudaMemset(a, 1, n));
     double ms = median_ms([&] { cudaMemcpyAsync(b, a, n, cudaMemcpyDeviceToDevice); }, 21);
-    printf("copy of the same bytes (%.0f MB read and written together): %.3f ms, %.2f TB/s\n", bytes * 1e-6, ms,
-           bytes / ms * 1e-9);
+    printf("copy of the same bytes (%.0f MB read and written together): %.3f ms, %.2f TB/s\n",
+           bytes * 1e-6, ms, bytes / ms * 1e-9);
     cudaFree(a), cudaFree(b);
 }
 // W warps, MINB blocks a multiprocessor, phase 3 unrolled U times.
@@ -499,7 +542,9 @@ typedef Shape<8, 3, 1> M3;
 typedef Shape<16, 1, 1> M4;
 template <class... V> struct List {};
 typedef List<M, M2, M3, M4> ALL_;
-template <typename T, class... V> static void time_list(Problem<T> &x, List<V...>) { (time_one<T, V>(x), ...); }
+template <typename T, class... V> static void time_list(Problem<T> &x, List<V...>) {
+    (time_one<T, V>(x), ...);
+}
 int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "check";
     if (!strcmp(what, "check")) {

@@ -1,5 +1,5 @@
-/* api_example.c - mamba.c inside another program: compile with -DMAMBA_NO_MAIN. Writes 20 likeliest tokens, rolls the
-   state back, writes them again, and succeeds if both are the same. */
+/* api_example.c - mamba.c inside another program: compile with -DMAMBA_NO_MAIN. Writes 20 likeliest
+   tokens, rolls the state back, writes them again, and succeeds if both are the same. */
 #include "../mamba.c"
 
 static int write_twenty(const Model *m, Acts *a, State *s, int32_t ids[20]) {
@@ -24,7 +24,8 @@ int main(int argc, char **argv) {
     State *s = a ? mamba_state_new(m) : NULL, *before = s ? mamba_state_new(m) : NULL;
     int32_t *prompt_ids = NULL, first[20], second[20];
     size_t n = 0;
-    int bad = !before || mamba_encode(m, prompt, strlen(prompt), &prompt_ids, &n) || mamba_prefill(m, a, s, prompt_ids, n, NULL, NULL);
+    int bad = !before || mamba_encode(m, prompt, strlen(prompt), &prompt_ids, &n) ||
+              mamba_prefill(m, a, s, prompt_ids, n, NULL, NULL);
     if (!bad) mamba_state_copy(m, before, s);
     bad = bad || write_twenty(m, a, s, first);
     if (!bad) mamba_state_copy(m, s, before);
