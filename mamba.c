@@ -230,7 +230,7 @@ static double random_unit(uint64_t *state) {
 
 COLD
 #include "tokenizer.c"
-    COLD_END
+COLD_END
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 2 Vectors: VL floats at a time
@@ -239,16 +239,26 @@ COLD
 // checked in test_all.c: exp 1.5 ulp for x in [-86, 88], softplus and silu 3 ulp where the answer
 // is above 1e-37; below that they stop at about that size. A NaN stays NaN.
 
-#if defined(__GNUC__) && \
-    (defined(__SSE2__) || defined(__ARM_NEON) || defined(__VSX__) || defined(__riscv_vector))
-#if defined(__AVX512F__)
+#ifndef VL // -DVL=1, 4, 8 or 16 chooses for the tests; 1 works everywhere
+#if !defined(__GNUC__)
+#define VL 1
+#elif defined(__AVX512F__)
 #define VL 16
 #elif defined(__AVX__)
 #define VL 8
-#else
+#elif defined(__SSE2__) || defined(__ARM_NEON) || defined(__VSX__) || defined(__riscv_vector)
 #define VL 4
+#else
+#define VL 1
 #endif
-    typedef float vec __attribute__((vector_size(4 * VL)));
+#endif
+// exp_vec rounds by adding a large float: sums must be rounded to float, not kept wider.
+#if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
+#error "float sums are kept in a wider format; on 32-bit x86 add -msse2 -mfpmath=sse"
+#endif
+
+#if VL > 1
+typedef float vec __attribute__((vector_size(4 * VL)));
 typedef float vec4 __attribute__((vector_size(16)));
 typedef int32_t ivec __attribute__((vector_size(4 * VL)));
 typedef uint32_t uvec __attribute__((vector_size(4 * VL)));
@@ -284,8 +294,7 @@ typedef uint16_t hvec __attribute__((vector_size(2 * VL)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
 #else
-#define VL 1
-    typedef float vec;
+typedef float vec;
 typedef int32_t ivec;
 typedef uint32_t uvec;
 typedef uint16_t hvec;
@@ -746,16 +755,15 @@ static int make_derived(Model *m) {
 }
 
 COLD
-    // ---------------------------------------------------------------------------------------------------------------------
-    // 4 Load
-    // The header is believed only as far as the file's length bears it out: every field has a
-    // range, and the bytes that the config asks for must be the bytes that are there, before any
-    // pointer is made.
+// ---------------------------------------------------------------------------------------------------------------------
+// 4 Load
+// The header is believed only as far as the file's length bears it out: every field has a
+// range, and the bytes that the config asks for must be the bytes that are there, before any
+// pointer is made.
 
-    // A file in memory: mapped, read-only, where the platform can; else read (big-endian hosts too,
-    // which swap it in place).
-    static unsigned char *
-    file_map(const char *path, size_t *bytes, bool *mapped) {
+// A file in memory: mapped, read-only, where the platform can; else read (big-endian hosts too,
+// which swap it in place).
+static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
     *mapped = false;
 #ifdef MAMBA_POSIX
     int fd = open(path, O_RDONLY | O_NONBLOCK); // a FIFO without a writer would wait here
@@ -1178,7 +1186,7 @@ KERNELS_OF(bf16, half)
 enum {
     X_BLOCK = 4096,
     TILES_AT_ONCE = VL > 4 ? 4 : 8
-};                  // inputs that are prepared at a time; rows of x that share a conversion
+}; // inputs that are prepared at a time; rows of x that share a conversion
 #define NR (2 * VL) // rows of W in a packed panel, see matmul
 
 INLINE uint32_t code_mask(int j, int bits) { return (uint32_t)((1 << bits) - 1) << (bits * j); }
@@ -1601,11 +1609,12 @@ static void pack_rows(float *packed, const Factor *a, int rows, int depth) {
 // panel[k][j] = b(j0 + j, k0 + k), float32; missing rows of b are zero.
 static void pack_panel(float *panel, const Factor *b, int b_rows, int j0, int k0, int kc) {
     enum {
+        ROWS = NR < 4 ? NR : 4,
         STRETCH = 64
     }; // inputs at a time, so that the part of the panel that is written to stays in the L1 cache
     void (*widen)(float *, const void *, size_t, size_t, int, int) = TYPE_KERNELS[b->type].widen;
     int n = b_rows - j0 < NR ? b_rows - j0 : NR;
-    float rows[4][STRETCH] = {{0}};
+    float rows[ROWS][STRETCH] = {{0}};
     if (is_quantized(b->type)) { // NR divides TILE, TILE divides KC
         size_t tile = (size_t)(j0 / TILE) * tiles_of(b->ld) + (size_t)(k0 / TILE);
         TYPE_KERNELS[b->type].unpack(panel,
@@ -1623,13 +1632,16 @@ static void pack_panel(float *panel, const Factor *b, int b_rows, int j0, int k0
         for (int k = 0; k < kc; k++) widen(panel + k * NR, b->data, b->ld, (size_t)(k0 + k), j0, n);
     else
         for (int k = 0; k < kc; k += STRETCH)
-            for (int j = 0; j < n; j += 4) {
+            for (int j = 0; j < n; j += ROWS) {
                 int width = kc - k < STRETCH ? kc - k : STRETCH;
-                for (int i = 0; i < 4 && j + i < n; i++)
+                for (int i = 0; i < ROWS && j + i < n; i++)
                     widen(rows[i], b->data, b->ld, (size_t)(j0 + j + i), k0 + k, width);
-                if (j + 4 > n) memset(rows[n - j], 0, (size_t)(j + 4 - n) * sizeof rows[0]);
-                for (int i = 0; i < width; i += 4)
-                    transpose4(panel + (size_t)(k + i) * NR + j, NR, rows[0] + i, STRETCH);
+                if (j + ROWS > n) memset(rows[n - j], 0, (size_t)(j + ROWS - n) * sizeof rows[0]);
+                float *to = panel + (size_t)k * NR + j;
+                for (int i = 0; ROWS == 4 && i < width; i += 4)
+                    transpose4(to + (size_t)i * NR, NR, rows[0] + i, STRETCH);
+                for (int i = 0; ROWS < 4 && i < width; i++)
+                    for (int r = 0; r < ROWS; r++) to[(size_t)i * NR + r] = rows[r][i];
             }
 }
 
@@ -2645,15 +2657,12 @@ int mamba_step(const Model *m, Acts *a, State *s, int32_t id) {
 }
 
 COLD
-    // ---------------------------------------------------------------------------------------------------------------------
-    // 8 State: save, load, copy
-    // A sequence's whole past in some megabytes, whatever its length. The file: 512 bytes of
-    // little-endian header, then the numbers of State.data; the README has the fields.
+// ---------------------------------------------------------------------------------------------------------------------
+// 8 State: save, load, copy
+// A sequence's whole past in some megabytes, whatever its length. The file: 512 bytes of
+// little-endian header, then the numbers of State.data; the README has the fields.
 
-    enum {
-        STATE_HEADER = 512,
-        STATE_VERSION = 1
-    };
+enum { STATE_HEADER = 512, STATE_VERSION = 1 };
 static const char STATE_MAGIC[8] = {'m', 'a', 'm', 'b', 'a', '.', 's', '\n'};
 
 static size_t state_floats(const Config *c) {
@@ -3554,13 +3563,12 @@ size_t mamba_decode(const Model *m, State *s, int32_t id, unsigned char *out) {
 
 #ifndef MAMBA_NO_MAIN
 COLD
-    // ---------------------------------------------------------------------------------------------------------------------
-    // 12 Command line
-    // Text goes to stdout, everything about it to stderr. Options are described by a table, which
-    // parses them, checks their ranges and prints the help with the defaults.
+// ---------------------------------------------------------------------------------------------------------------------
+// 12 Command line
+// Text goes to stdout, everything about it to stderr. Options are described by a table, which
+// parses them, checks their ranges and prints the help with the defaults.
 
-    static double
-    seconds(void) {
+static double seconds(void) {
 #ifdef TIME_UTC
     struct timespec now;
     timespec_get(&now, TIME_UTC);
@@ -5816,7 +5824,8 @@ static double multiply_rate(int threads) {
     return 2.0 * ROUNDS * DEPTH * MR * NR * threads / (seconds() - start);
 }
 
-COLD enum { BENCH_PROMPT = 512, BENCH_DECODE = 16, BENCH_BATCH = 8, BENCH_MAX = 101 };
+COLD
+enum { BENCH_PROMPT = 512, BENCH_DECODE = 16, BENCH_BATCH = 8, BENCH_MAX = 101 };
 
 static int bench_model(const Model *m, int threads, int repeats) {
     const Config *c = &m->config;
