@@ -64,7 +64,7 @@ FORCE:
 mamba: $(SOURCES) .flags $(GPU_OBJECT)
 	$(CC) $(FLAGS) $(GPU_FLAGS) mamba.c -o $@ $(GPU_LIBS) -lm
 
-tests/test_all: test_all.c $(SOURCES) .flags $(GPU_OBJECT)
+tests/test_all: test_all.c $(wildcard tests/*.h) $(SOURCES) .flags $(GPU_OBJECT)
 	$(CC) $(FLAGS) $(GPU_FLAGS) test_all.c -o $@ $(GPU_LIBS) -lm
 
 mamba_cuda.o: mamba_cuda.cu mamba.c .flags
@@ -102,7 +102,7 @@ test-export: all             ## tests of export.py and of the tokenizer against 
 	$(PYTHON) tests/test_tokenizer.py --command ./mamba
 
 SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
-debug: $(SOURCES) test_all.c ## mamba-debug and tests/test_all-debug, with address and undefined sanitizers
+debug: $(SOURCES) test_all.c $(wildcard tests/*.h) ## mamba-debug and tests/test_all-debug, with address and undefined sanitizers
 	$(CC) $(FLAGS) $(SANITIZE) mamba.c -o mamba-debug -lm
 	$(CC) $(FLAGS) $(SANITIZE) test_all.c -o tests/test_all-debug -lm
 

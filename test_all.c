@@ -1,33 +1,36 @@
-// clang-format off
-/* test_all.c - the tests of mamba.c. It includes mamba.c and so reaches everything.
+/* test_all.c - the tests of mamba.c. It includes mamba.c and so reaches everything in it.
 
-   ./tests/test_all [all] [NAME]    a fixed sample, or the whole; only the groups whose name contains NAME
+   ./tests/test_all [all] [NAME]
+       a fixed sample of the tests, or all of them; with NAME only the groups whose name contains it
 
-   Each check prints its name, the largest error, the tolerance and where; the last line is `N passed, N failed, N
-   skipped`, and the exit status is the verdict. References are not mamba.c's own: formulas in double precision written
-   here from the paper's equations, and golden files that transformers and tokenizers computed (dev/make_golden.py,
-   dev/make_tok_golden.py). An error is relative to the largest magnitude of the reference tensor, since elementwise
-   relative errors are meaningless where values cancel.
+   The tests of a group are in tests/test_GROUP.h. Each check prints its name, the largest error,
+   the tolerance and the place. The last line is `N passed, N failed, N skipped`. The exit status is
+   0 if no check failed.
 
-   CONTENTS  comparator | vectors | kernels | scan | model: golden, splits, threads | gradients | state |
-             loader | quantiser | tokenizer | sampler | command line | cuda */
-// clang-format on
+   No reference comes from mamba.c itself. References are formulas in double precision, written here
+   from the paper's equations, and golden files, which transformers and tokenizers computed
+   (dev/make_golden.py, dev/make_train_golden.py, dev/make_tok_golden.py). An error is relative to
+   the largest magnitude in the reference tensor: where values cancel, the relative error of one
+   element means nothing. */
 
 #define TESTING
 #include "mamba.c"
 #include "tests/common.h"
+#include "tests/golden.h"
 #include "tests/test_vectors.h"
 #include "tests/test_kernels.h"
 #include "tests/test_scan.h"
 #include "tests/test_model.h"
+#include "tests/test_gradients.h"
 #include "tests/test_state.h"
 #include "tests/test_loader.h"
 #include "tests/test_quantiser.h"
-#include "tests/test_gradients.h"
 #include "tests/test_tokenizer.h"
 #include "tests/test_sampler.h"
 #include "tests/test_command_line.h"
+#ifdef MAMBA_CUDA
 #include "tests/test_cuda.h"
+#endif
 
 int main(int argc, char **argv) {
     const struct {
@@ -55,7 +58,7 @@ int main(int argc, char **argv) {
         else only = argv[i];
     }
     setvbuf(stdout, NULL, _IOLBF, 0);
-    backend.cpu = true; // the groups other than cuda
+    backend.cpu = true; // only the cuda group uses the GPU
     for (int i = 0; i < COUNT(group); i++) {
         if (only && !strstr(group[i].name, only)) continue;
         double start = seconds();

@@ -1,9 +1,24 @@
+// What every group of tests shares: the report of a check, the comparison with a reference, random
+// numbers, teams of threads.
+
 static int n_passed, n_failed, n_skipped;
 static bool test_everything;
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Comparator
+// Runs a function of mamba.c that expects to be called by a whole team, on `team` threads.
+#define TEAM(call) \
+    _Pragma("omp parallel num_threads(team)") { call; }
+static int team = 1;
 
+// FREE(a, b, ...) and FREE_ALIGNED(a, b, ...) free every pointer of the list.
+static void free_each(void (*release)(void *), void *const *p, size_t n) {
+    for (size_t i = 0; i < n; i++) release(p[i]);
+}
+#define FREE_LIST(release, ...) \
+    free_each(release, (void *[]){__VA_ARGS__}, sizeof((void *[]){__VA_ARGS__}) / sizeof(void *))
+#define FREE(...) FREE_LIST(free, __VA_ARGS__)
+#define FREE_ALIGNED(...) FREE_LIST(free_aligned, __VA_ARGS__)
+
+// Prints one line for a check and counts it.
 static void report(bool good, const char *name, const char *format, ...) {
     va_list args;
     va_start(args, format);
@@ -15,8 +30,14 @@ static void report(bool good, const char *name, const char *format, ...) {
     else n_failed++;
 }
 
-#ifdef EMULATED // built for a processor that is emulated: what takes minutes there on a larger
-                // model is left to the small ones
+// For a failure without which the rest of the group means nothing.
+static _Noreturn void give_up(const char *what, const char *message) {
+    printf("FAIL %s: %s\n", what, message);
+    exit(1);
+}
+
+// -DEMULATED: built for an emulated processor. The larger models would take minutes there.
+#ifdef EMULATED
 enum { LARGER_MODELS = 0 };
 #else
 enum { LARGER_MODELS = 1 };
@@ -32,7 +53,7 @@ static bool expect(bool condition, const char *name) {
     return condition;
 }
 
-// Largest error relative to the largest magnitude of want; NaN or infinity anywhere counts as
+// The largest error relative to the largest magnitude of want. A NaN or an infinity makes it
 // infinite.
 static double error_of(const float *got, const double *want, size_t n, size_t *where) {
     double scale = 0, worst = 0;
@@ -41,7 +62,10 @@ static double error_of(const float *got, const double *want, size_t n, size_t *w
     if (scale == 0) scale = 1;
     for (size_t i = 0; i < n; i++) {
         double error = fabs((double)got[i] - want[i]) / scale;
-        if (!(error <= worst)) worst = error, *where = i;
+        if (!(error <= worst)) {
+            worst = error;
+            *where = i;
+        }
         if (!(error < INFINITY)) return INFINITY;
     }
     return worst;
@@ -73,6 +97,11 @@ static bool check_floats(const char *name, const float *got, const float *want, 
     return good;
 }
 
+// Definitions in double precision.
+static double softplus_double(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
+static double silu_double(double x) { return x / (1 + exp(-x)); }
+
+// Random numbers. The generator has a fixed seed, so a failure can be repeated.
 static uint64_t test_random = 20260101;
 static float uniform(float lowest, float highest) {
     return lowest + (highest - lowest) * (float)random_unit(&test_random);
@@ -86,4 +115,16 @@ static float *copy_floats(const float *x, size_t n) {
     float *copy = alloc_aligned((n + 1) * sizeof *copy);
     memcpy(copy, x, n * sizeof *copy);
     return copy;
+}
+
+static bool write_file(const char *path, const unsigned char *bytes, size_t n) {
+    FILE *f = fopen(path, "wb");
+    bool good = f && fwrite(bytes, 1, n, f) == n;
+    return f && fclose(f) == 0 && good;
+}
+
+static Session test_session(const char *path, int threads) {
+    Session x;
+    if (session_open(&x, path, threads)) give_up(path, error_text);
+    return x;
 }

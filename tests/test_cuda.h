@@ -1,8 +1,7 @@
-// ---------------------------------------------------------------------------------------------------------------------
-// The GPU against the processor (make test-cuda; only in a build with the backend): logits, states
-// in both directions, gradients, training, generation, on odd shapes, everything twice for its bits
+// The GPU against the CPU (make test-cuda; only in a build with the backend): logits, states in
+// both directions, gradients, training, generation. Odd shapes are among them. Everything runs
+// twice and must give the same bits.
 
-#ifdef MAMBA_CUDA
 static const struct {
     const char *name;
     Config config;
@@ -46,8 +45,7 @@ static const struct {
 static Acts *gpu_acts(const Model *m, bool float32) {
     Acts *a = mamba_acts_new(m, 1);
     if (a && mamba_acts_gpu(a, m, float32) == 0) return a;
-    printf("FAIL no GPU: %s\n", error_text);
-    exit(1);
+    give_up("no GPU", error_text);
 }
 
 static int32_t *random_ids(size_t n, int V) {
@@ -56,17 +54,18 @@ static int32_t *random_ids(size_t n, int V) {
     return ids;
 }
 
-// Every logit of n ids, from state s: (n,V), malloc'd.
+// The logits of all n ids, from state s: (n,V), to be freed.
 static float *every_logit(const Model *m, Acts *a, State *s, const int32_t *ids, size_t n) {
     size_t V = (size_t)m->config.V;
     Collected all = {malloc(n * V * sizeof(float)), 0, V};
-    if (mamba_prefill(m, a, s, ids, n, collect, &all))
-        printf("FAIL prefill: %s\n", error_text), n_failed++;
+    if (mamba_prefill(m, a, s, ids, n, collect, &all)) {
+        report(false, "prefill", "%s", error_text);
+    }
     return all.all;
 }
 
-// Logits of n tokens read in two pieces, the second of them possibly on the other side; and once
-// more for the same bits.
+// The logits of n tokens; then in two pieces, one on the GPU and one on the CPU; then again on the
+// GPU, for the same bits.
 static void check_gpu_logits(const char *label, const Model *m, const int32_t *ids, size_t n,
                              bool float32, double tolerance) {
     Acts *cpu = mamba_acts_new(m, 1), *gpu = gpu_acts(m, float32);
@@ -77,7 +76,7 @@ static void check_gpu_logits(const char *label, const Model *m, const int32_t *i
     snprintf(name, sizeof name, "%s, %zu tokens: logits", label, n);
     check_floats(name, got, want, n * V, tolerance);
     State *copy = mamba_state_new(m);
-    mamba_state_copy(m, copy, g); // fetches
+    mamba_state_copy(m, copy, g); // copies it from the GPU first
     snprintf(name, sizeof name, "%s, %zu tokens: state h", label, n);
     check_floats(name, copy->h, s->h,
                  (size_t)m->config.n_layer * (size_t)m->config.N * (size_t)m->config.E, tolerance);
@@ -101,9 +100,13 @@ static void check_gpu_logits(const char *label, const Model *m, const int32_t *i
     float *again = every_logit(m, gpu, g, ids, n);
     snprintf(name, sizeof name, "%s, %zu tokens: the same bits twice", label, n);
     expect(!memcmp(again, got, n * V * sizeof(float)), name);
-    free(want), free(got), free(again);
-    mamba_state_free(s), mamba_state_free(g), mamba_state_free(mixed), mamba_state_free(copy);
-    mamba_acts_free(cpu), mamba_acts_free(gpu);
+    FREE(want, got, again);
+    mamba_state_free(s);
+    mamba_state_free(g);
+    mamba_state_free(mixed);
+    mamba_state_free(copy);
+    mamba_acts_free(cpu);
+    mamba_acts_free(gpu);
 }
 
 typedef struct {
@@ -129,7 +132,7 @@ static void check_gpu_gradients(const char *label, Model *m, int B, int L, bool 
     Trainer *cpu = mamba_trainer_new(m, B, L, 1), *gpu = mamba_trainer_new_gpu(m, B, L, float32);
     float *got = malloc(floats * sizeof(float)), *again = malloc(floats * sizeof(float));
     char name[160];
-    if (!gpu) printf("FAIL trainer: %s\n", error_text), exit(1);
+    if (!gpu) give_up("trainer", error_text);
     double want_loss = mamba_train_pass(cpu, ids, targets, 1.0f / (float)rows, true) / (double)rows;
     float loss =
         (float)(mamba_train_pass(gpu, ids, targets, 1.0f / (float)rows, true) / (double)rows);
@@ -144,8 +147,9 @@ static void check_gpu_gradients(const char *label, Model *m, int B, int L, bool 
     GPU->trainer_get(gpu->gpu, NULL, NULL, NULL, again);
     snprintf(name, sizeof name, "%s, %d x %d: the same gradient bits twice", label, B, L);
     expect(!memcmp(got, again, floats * sizeof(float)), name);
-    mamba_trainer_free(cpu), mamba_trainer_free(gpu);
-    free(ids), free(targets), free(got), free(again);
+    mamba_trainer_free(cpu);
+    mamba_trainer_free(gpu);
+    FREE(ids, targets, got, again);
 }
 
 // Twenty steps from the same weights on the same batches.
@@ -160,14 +164,18 @@ static void check_gpu_training(const Config *c, bool float32, double tolerance) 
     for (int step = 0; step < STEPS; step++) {
         AdamW how = {3e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 1};
         int32_t *ids = random_ids(B * L, c->V), *targets = random_ids(B * L, c->V);
-        for (int i = 0; i < B * L; i++) // half of it can be learnt
-            if (i % 2) ids[i] = pattern[i], targets[i] = pattern[i + 1];
+        for (int i = 0; i < B * L; i++) // every second target can be learnt
+            if (i % 2) {
+                ids[i] = pattern[i];
+                targets[i] = pattern[i + 1];
+            }
         want[step] = mamba_train_pass(cpu, ids, targets, 1.0f / (B * L), true) / (B * L);
         got[step] = (float)(mamba_train_pass(gpu, ids, targets, 1.0f / (B * L), true) / (B * L));
-        if (mamba_train_step(cpu, &how, &want_norm) || mamba_train_step(gpu, &how, &norm))
-            printf("FAIL step: %s\n", error_text), n_failed++;
+        if (mamba_train_step(cpu, &how, &want_norm) || mamba_train_step(gpu, &how, &norm)) {
+            report(false, "step", "%s", error_text);
+        }
         worst_norm = fmaxf(worst_norm, (float)fabs(norm / want_norm - 1));
-        free(ids), free(targets);
+        FREE(ids, targets);
     }
     check(float32 ? "twenty losses, float32" : "twenty losses, bf16", got, want, STEPS, tolerance);
     double zero = 0;
@@ -178,22 +186,26 @@ static void check_gpu_training(const Config *c, bool float32, double tolerance) 
     if (float32)
         check_floats("weights after twenty steps", other->weights, m->weights, m->tensors_bytes / 4,
                      20 * tolerance);
-    memset(other->weights, 0, 4); // still usable: a NaN weight stops the next step by name
-    ((float *)other->weights)[0] = NAN, mamba_trainer_fetch(gpu, true);
+    // A NaN weight stops the next step, and the error names it.
+    memset(other->weights, 0, 4);
+    ((float *)other->weights)[0] = NAN;
+    mamba_trainer_fetch(gpu, true);
     int32_t *ids = calloc(B * L, sizeof *ids);
     mamba_train_pass(gpu, ids, ids, 1, true);
     AdamW how = {3e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 1};
     expect(mamba_train_step(gpu, &how, &norm) == -1 && strstr(error_text, "not finite"),
            "a NaN stops the step");
-    free(ids), free(pattern);
-    mamba_trainer_free(cpu), mamba_trainer_free(gpu);
-    mamba_free(m), mamba_free(other);
+    FREE(ids, pattern);
+    mamba_trainer_free(cpu);
+    mamba_trainer_free(gpu);
+    mamba_free(m);
+    mamba_free(other);
 }
 
 static void check_gpu_generation(const char *path, bool float32) {
     enum { STEPS = 64 };
     Model *m = mamba_load(path);
-    if (!m) printf("FAIL %s\n", error_text), exit(1);
+    if (!m) give_up(path, error_text);
     Acts *cpu = mamba_acts_new(m, 1), *gpu = gpu_acts(m, float32);
     State *s = mamba_state_new(m), *g = mamba_state_new(m);
     const Sampling greedy = {.temperature = 0, .top_p = 1, .repeat_penalty = 1};
@@ -204,22 +216,28 @@ static void check_gpu_generation(const char *path, bool float32) {
     char name[160];
     for (int v = 0; v < V; v++) allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
     mamba_prefill(m, cpu, s, prompt, 20, NULL, NULL);
-    for (int i = 0; i < 3 * STEPS; i++)
-        want[i] = mamba_sample(m, cpu, s, &greedy), mamba_step(m, cpu, s, want[i]);
+    for (int i = 0; i < 3 * STEPS; i++) {
+        want[i] = mamba_sample(m, cpu, s, &greedy);
+        mamba_step(m, cpu, s, want[i]);
+    }
     const int batches[] = {1, 2, 7, 33, 65};
     for (int k = 0; k < COUNT(batches); k++) {
         int S = batches[k], same = 0, total = 0;
         uint64_t random[65] = {0};
         mamba_state_reset(m, g);
-        if (mamba_prefill(m, gpu, g, prompt, 20, NULL, NULL))
-            printf("FAIL prefill %s\n", error_text), n_failed++;
+        if (mamba_prefill(m, gpu, g, prompt, 20, NULL, NULL)) {
+            report(false, "prefill", "%s", error_text);
+        }
         GPU->generate_start(gpu->gpu, S, &greedy, random, 20, g->recent, g->n_recent, allowed);
         for (int part = 0; part < 3; part++) {
-            if (GPU->generate(gpu->gpu, ids, STEPS))
-                printf("FAIL generate %s\n", GPU->error()), n_failed++;
+            if (GPU->generate(gpu->gpu, ids, STEPS)) {
+                report(false, "generate", "%s", GPU->error());
+            }
             for (int i = 0; i < STEPS; i++)
-                for (int q = 0; q < S; q++)
-                    same += ids[i * S + q] == want[part * STEPS + i], total++;
+                for (int q = 0; q < S; q++) {
+                    same += ids[i * S + q] == want[part * STEPS + i];
+                    total++;
+                }
         }
         snprintf(name, sizeof name, "%s: greedy tokens, %d sequences%s", path, S,
                  float32 ? "" : ", bf16");
@@ -227,17 +245,21 @@ static void check_gpu_generation(const char *path, bool float32) {
         else
             report(same >= 8 * S, name, "%d of %d as on the CPU (rounding may part ways)", same,
                    total);
-        mamba_state_reset(m, g); // the next prefill sets a fresh state
-        gpu->held = NULL, g->ahead = NULL;
+        mamba_state_reset(m, g); // the next prefill starts from zero
+        gpu->held = NULL;
+        g->ahead = NULL;
     }
-    free(prompt), free(ids), free(allowed);
-    mamba_state_free(s), mamba_state_free(g);
-    mamba_acts_free(cpu), mamba_acts_free(gpu), mamba_free(m);
+    FREE(prompt, ids, allowed);
+    mamba_state_free(s);
+    mamba_state_free(g);
+    mamba_acts_free(cpu);
+    mamba_acts_free(gpu);
+    mamba_free(m);
 }
 
-// The step of S sequences in bf16, kernels of its own where shapes allow: after 20 greedy tokens
-// every sequence has the same ones, and the first one's logits, h and window are those of the CPU
-// for these tokens.
+// The step of S sequences in bf16. Some shapes have special kernels. All sequences start alike, so
+// after 20 greedy tokens all have the same ones. The logits, h and window of the first are those
+// that the CPU computes for these tokens.
 static const struct {
     const char *name;
     Config config;
@@ -254,7 +276,7 @@ static const struct {
     {"step, width 2048, 4 states, three taps", SHAPE(2048, 2, 130, 4096, 4, 3, 128, 0)},
     {"step, odd", SHAPE(36, 2, 90, 75, 5, 3, 3, FLAG_CONV_BIAS)},
     {"step, a channel without neighbours",
-     SHAPE(384, 3, 99, 1049, 4, 3, 24, FLAG_TIED)}, // blocks with few channels or none
+     SHAPE(384, 3, 99, 1049, 4, 3, 24, FLAG_TIED)}, // some blocks have few channels or none
     {"step, few channels", SHAPE(128, 3, 1001, 192, 8, 2, 16, FLAG_MIXER_NORM)},
     {"step, no convolution", SHAPE(1152, 2, 99, 2056, 12, 1, 8, 0)},
     {"step, of the widest", SHAPE(4096, 1, 64, 8192, 16, 4, 256, FLAG_CONV_BIAS | FLAG_MIXER_NORM)},
@@ -277,18 +299,24 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
     char name[160];
     memset(allowed, 1, V);
     mamba_prefill(m, cpu, s, prompt, PROMPT, NULL, NULL);
-    if (mamba_prefill(m, gpu, g, prompt, PROMPT, NULL, NULL))
-        printf("FAIL prefill %s\n", error_text), n_failed++;
+    if (mamba_prefill(m, gpu, g, prompt, PROMPT, NULL, NULL)) {
+        report(false, "prefill", "%s", error_text);
+    }
     GPU->generate_start(gpu->gpu, S, &greedy, random, PROMPT, g->recent, g->n_recent, allowed);
-    if (GPU->generate(gpu->gpu, ids, STEPS)) printf("FAIL generate %s\n", GPU->error()), n_failed++;
+    if (GPU->generate(gpu->gpu, ids, STEPS)) {
+        report(false, "generate", "%s", GPU->error());
+    }
     GPU->get_state(gpu->gpu, got->conv, got->h, got->logits);
-    mamba_state_reset(m, g); // all of it again
-    gpu->held = NULL, g->ahead = NULL;
-    if (mamba_prefill(m, gpu, g, prompt, PROMPT, NULL, NULL))
-        printf("FAIL prefill %s\n", error_text), n_failed++;
+    mamba_state_reset(m, g); // once more
+    gpu->held = NULL;
+    g->ahead = NULL;
+    if (mamba_prefill(m, gpu, g, prompt, PROMPT, NULL, NULL)) {
+        report(false, "prefill", "%s", error_text);
+    }
     GPU->generate_start(gpu->gpu, S, &greedy, random, PROMPT, g->recent, g->n_recent, allowed);
-    if (GPU->generate(gpu->gpu, again, STEPS))
-        printf("FAIL generate %s\n", GPU->error()), n_failed++;
+    if (GPU->generate(gpu->gpu, again, STEPS)) {
+        report(false, "generate", "%s", GPU->error());
+    }
     GPU->get_state(gpu->gpu, twice->conv, twice->h, twice->logits);
     snprintf(name, sizeof name, "%s, %d sequences: the same bits twice", label, S);
     expect(!memcmp(again, ids, (size_t)(STEPS * S) * sizeof *ids) &&
@@ -319,14 +347,20 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
     check_floats(name, got->h, s->h, layers * (size_t)c.N, 3e-2);
     snprintf(name, sizeof name, "%s, %d sequences: window", label, S);
     check_floats(name, got->conv, s->conv, layers * (size_t)(c.K - 1), 3e-2);
-    free(prompt), free(ids), free(again), free(allowed), free(random);
-    mamba_state_free(s), mamba_state_free(g), mamba_state_free(got), mamba_state_free(twice);
-    gpu->held = NULL, g->ahead = NULL;
-    mamba_acts_free(cpu), mamba_acts_free(gpu), mamba_free(m);
+    FREE(prompt, ids, again, allowed, random);
+    mamba_state_free(s);
+    mamba_state_free(g);
+    mamba_state_free(got);
+    mamba_state_free(twice);
+    gpu->held = NULL;
+    g->ahead = NULL;
+    mamba_acts_free(cpu);
+    mamba_acts_free(gpu);
+    mamba_free(m);
 }
 
-// Sequences of different prompts in one step: each says the same wherever among the others it is,
-// and the first one's logits and state are those of the CPU.
+// Sequences of different prompts in one step. Each gives the same tokens at any place in the batch.
+// The logits and state of the first are those of the CPU.
 static void check_gpu_places(void) {
     enum { S = 45, STEPS = 16 };
     Config c = SHAPE(768, 3, 1500, 1536, 16, 4, 48, FLAG_TIED | FLAG_CONV_BIAS);
@@ -345,17 +379,20 @@ static void check_gpu_places(void) {
     memset(allowed, 1, (size_t)V);
     for (int q = 0; q < S; q++) prompt[q] = random_ids((size_t)(q % 7 + 1), V);
     for (int k = 0; k < COUNT(turns); k++) {
-        if (GPU->set_state(gpu->gpu, zero->conv, zero->h, zero->logits))
-            printf("FAIL state: %s\n", GPU->error()), n_failed++;
+        if (GPU->set_state(gpu->gpu, zero->conv, zero->h, zero->logits)) {
+            report(false, "state", "%s", GPU->error());
+        }
         for (int place = 0; place < S; place++) {
             int q = (place + turns[k]) % S;
             if (GPU->prefill(gpu->gpu, prompt[q], (size_t)(q % 7 + 1), NULL, NULL) ||
-                GPU->gather(gpu->gpu, place, S))
-                printf("FAIL gather: %s\n", GPU->error()), n_failed++;
+                GPU->gather(gpu->gpu, place, S)) {
+                report(false, "gather", "%s", GPU->error());
+            }
         }
         if (GPU->generate_start(gpu->gpu, S, &greedy, random, 0, zero->recent, 0, allowed) ||
-            GPU->generate(gpu->gpu, k ? ids : first, STEPS))
-            printf("FAIL generate: %s\n", GPU->error()), n_failed++;
+            GPU->generate(gpu->gpu, k ? ids : first, STEPS)) {
+            report(false, "generate", "%s", GPU->error());
+        }
         GPU->get_state(gpu->gpu, got->conv, got->h, got->logits);
         for (int i = 0; i < STEPS * S && k; i++)
             same += ids[i] == first[i / S * S + (i % S + turns[k]) % S];
@@ -372,17 +409,22 @@ static void check_gpu_places(void) {
     for (int q = 1; q < S; q++) alike += first[(STEPS - 1) * S + q] == first[(STEPS - 1) * S];
     report(alike < S - 1, "45 prompts: not all say the same", "%d of %d do", alike, S - 1);
     for (int q = 0; q < S; q++) free(prompt[q]);
-    free(ids), free(first), free(allowed);
-    mamba_state_free(zero), mamba_state_free(got), mamba_state_free(s);
-    mamba_acts_free(cpu), mamba_acts_free(gpu), mamba_free(m);
+    FREE(ids, first, allowed);
+    mamba_state_free(zero);
+    mamba_state_free(got);
+    mamba_state_free(s);
+    mamba_acts_free(cpu);
+    mamba_acts_free(gpu);
+    mamba_free(m);
 }
 
-// Prompts read one after the other and generated from together say what each says alone.
+// Prompts are read one after the other, then continued together: each gives the tokens that it
+// gives alone.
 static void check_gpu_gathered(const char *path) {
     enum { S = 3, STEPS = 64 };
     const int lengths[S] = {20, 1, 70};
     Model *m = mamba_load(path);
-    if (!m) printf("FAIL %s\n", error_text), exit(1);
+    if (!m) give_up(path, error_text);
     Acts *gpu = gpu_acts(m, true);
     State *zero = mamba_state_new(m);
     const Sampling greedy = {.temperature = 0, .top_p = 1, .repeat_penalty = 1};
@@ -398,37 +440,44 @@ static void check_gpu_gathered(const char *path) {
             GPU->prefill(gpu->gpu, prompt[s], (size_t)lengths[s], NULL, NULL) ||
             GPU->generate_start(gpu->gpu, 1, &greedy, random, (uint64_t)lengths[s], zero->recent, 0,
                                 allowed) ||
-            GPU->generate(gpu->gpu, alone[s], STEPS))
-            printf("FAIL alone: %s\n", GPU->error()), n_failed++;
+            GPU->generate(gpu->gpu, alone[s], STEPS)) {
+            report(false, "alone", "%s", GPU->error());
+        }
     }
     for (int round = 0; round < 2; round++) {
-        if (GPU->set_state(gpu->gpu, zero->conv, zero->h, zero->logits))
-            printf("FAIL state: %s\n", GPU->error()), n_failed++;
+        if (GPU->set_state(gpu->gpu, zero->conv, zero->h, zero->logits)) {
+            report(false, "state", "%s", GPU->error());
+        }
         for (int s = 0; s < S; s++)
             if (GPU->prefill(gpu->gpu, prompt[s], (size_t)lengths[s], NULL, NULL) ||
-                GPU->gather(gpu->gpu, s, S))
-                printf("FAIL gather: %s\n", GPU->error()), n_failed++;
+                GPU->gather(gpu->gpu, s, S)) {
+                report(false, "gather", "%s", GPU->error());
+            }
         expect(GPU->generate_start(gpu->gpu, S + 1, &greedy, random, 0, zero->recent, 0, allowed) ==
                    -1,
                "as many sequences as were gathered, or none");
         if (GPU->generate_start(gpu->gpu, S, &greedy, random, 0, zero->recent, 0, allowed) ||
-            GPU->generate(gpu->gpu, together, STEPS))
-            printf("FAIL together: %s\n", GPU->error()), n_failed++;
+            GPU->generate(gpu->gpu, together, STEPS)) {
+            report(false, "together", "%s", GPU->error());
+        }
         for (int i = 0; i < STEPS; i++)
-            for (int s = 0; s < S; s++)
-                same += together[i * S + s] == alone[s][i],
-                    differ += s && alone[s][i] != alone[0][i]; // or the test would see nothing
+            for (int s = 0; s < S; s++) {
+                same += together[i * S + s] == alone[s][i];
+                differ += s && alone[s][i] != alone[0][i];
+            }
     }
     snprintf(name, sizeof name, "%s: three prompts together as each alone", path);
     report(same == 2 * S * STEPS && differ > STEPS / 4, name, "%d of %d tokens", same,
            2 * S * STEPS);
     for (int s = 0; s < S; s++) free(prompt[s]);
     free(allowed);
-    mamba_state_free(zero), mamba_acts_free(gpu), mamba_free(m);
+    mamba_state_free(zero);
+    mamba_acts_free(gpu);
+    mamba_free(m);
 }
 
-// The sampler's draws against the probabilities that mamba.c's own rules leave: 4096 first tokens
-// of one state.
+// The sampler: 4096 first tokens of one state, drawn on the GPU and on the CPU, have the same
+// distribution.
 static void check_gpu_draws(const char *name, const Model *m, Acts *cpu, State *s, Sampling how) {
     enum { S = 4096 };
     Acts *gpu = gpu_acts(m, true);
@@ -444,23 +493,30 @@ static void check_gpu_draws(const char *name, const Model *m, Acts *cpu, State *
     mamba_state_copy(m, g, s);
     GPU->set_state(gpu->gpu, g->conv, g->h, g->logits);
     GPU->generate_start(gpu->gpu, S, &how, random, g->position, g->recent, g->n_recent, allowed);
-    if (GPU->generate(gpu->gpu, ids, 1)) printf("FAIL generate %s\n", GPU->error()), n_failed++;
+    if (GPU->generate(gpu->gpu, ids, 1)) {
+        report(false, "generate", "%s", GPU->error());
+    }
     bool allowed_only = true;
     for (int i = 0; i < S; i++) {
         allowed_only &= ids[i] >= 0 && allowed[ids[i]];
         gpu_share[ids[i] < 0 ? 0 : ids[i]] += 1.0f / S;
         cpu_share[mamba_sample(m, cpu, s, &how)] += 1.0f / S;
     }
-    double chi = 0; // two samples of one distribution: mean as many as there are kinds
+    // Two samples of one distribution: the mean of chi squared is the number of kinds.
+    double chi = 0;
     int kinds = 0;
     for (int v = 0; v < V; v++) {
         double a = gpu_share[v] * S, b = cpu_share[v] * S;
-        if (a + b > 10) chi += (a - b) * (a - b) / (a + b), kinds++;
+        if (a + b > 10) {
+            chi += (a - b) * (a - b) / (a + b);
+            kinds++;
+        }
     }
     bool good = allowed_only && chi < kinds + 5 * sqrt(2.0 * kinds) + 5;
     report(good, name, "chi squared %.1f for %d kinds of tokens", chi, kinds);
-    free(allowed), free(random), free(ids), free(gpu_share), free(cpu_share);
-    mamba_state_free(g), mamba_acts_free(gpu);
+    FREE(allowed, random, ids, gpu_share, cpu_share);
+    mamba_state_free(g);
+    mamba_acts_free(gpu);
 }
 
 static void test_cuda(void) {
@@ -474,8 +530,9 @@ static void test_cuda(void) {
             check_gpu_logits(GPU_SHAPES[i].name, m, ids, (size_t)L, true, 2e-5);
             free(ids);
             check_gpu_gradients(GPU_SHAPES[i].name, m, B, L, true, 2e-4);
-            if (k % 2 || GPU_SHAPES[i].config.D == 1)
-                continue; // a norm of one number has a derivative of 0: only rounding is left
+            // D = 1: the norm of one number has a derivative of 0, so only rounding errors are
+            // left.
+            if (k % 2 || GPU_SHAPES[i].config.D == 1) continue;
             snprintf(name, sizeof name, "%s, bf16", GPU_SHAPES[i].name);
             check_gpu_gradients(name, m, B, L, false, 5e-2);
         }
@@ -489,25 +546,29 @@ static void test_cuda(void) {
         check_gpu_logits(models[i], m, ids, 1100, true, 5e-5);
         if (m->config.type == BF16)
             check_gpu_logits("tales, bf16 products", m, ids, 1100, false, 3e-2);
-        free(ids), mamba_free(m);
+        free(ids);
+        mamba_free(m);
         check_gpu_generation(models[i], true);
     }
     check_gpu_generation("models/tales.bin", false);
-    for (int four_bits = 0; four_bits < 2; four_bits++) { // unpacked at upload
+    for (int four_bits = 0; four_bits < 2; four_bits++) { // the GPU stores them unpacked
         Model *from = mamba_load("models/tales.bin"), *m = mamba_quantize(from, four_bits);
         int32_t *ids = random_ids(300, m->config.V);
         check_gpu_logits(four_bits ? "tales in q4" : "tales in q8", m, ids, 300, true, 5e-5);
         check_gpu_logits(four_bits ? "tales in q4, bf16 products" : "tales in q8, bf16 products", m,
                          ids, 300, false, 3e-2);
-        free(ids), mamba_free(m), mamba_free(from);
+        free(ids);
+        mamba_free(m);
+        mamba_free(from);
     }
-    { // products of 8,192 rows and more are others than those of few
+    { // from 8,192 rows on, another kernel makes the products
         Config c = SHAPE(512, 2, 60, 1024, 16, 4, 32, FLAG_TIED | FLAG_CONV_BIAS);
         c.type = BF16;
         Model *m = mamba_random_model(&c, 5);
         int32_t *ids = random_ids(16400, c.V);
         check_gpu_logits("bf16, a long text", m, ids, 16400, false, 3e-2);
-        free(ids), mamba_free(m);
+        free(ids);
+        mamba_free(m);
     }
     for (int i = 0; i < COUNT(STEP_SHAPES); i++) {
         const int sequences[] = {1, 2, 3, 16, 17, 47, 64};
@@ -539,4 +600,3 @@ static void test_cuda(void) {
     free(ids);
     session_close(&x);
 }
-#endif

@@ -1,6 +1,5 @@
-// ---------------------------------------------------------------------------------------------------------------------
-// Gradients: every parameter's and those of initial states against PyTorch in float64; the scan's
-// and the conv's also by central differences
+// Gradients: of every parameter and of the initial states, against PyTorch in float64. Those of the
+// scan and of the convolution also against central differences.
 
 typedef struct {
     const char *model;
@@ -31,8 +30,10 @@ static void test_model_gradients(const char *model) {
         Trainer *x = mamba_trainer_new(m, B, L - 1, 2);
         int32_t *in = malloc(sizeof *in * (size_t)B * (L - 1)),
                 *targets = malloc(sizeof *in * (size_t)B * (L - 1));
-        for (int i = 0; i < B * (L - 1); i++)
-            in[i] = ids[i % (L - 1)], targets[i] = ids[i % (L - 1) + 1];
+        for (int i = 0; i < B * (L - 1); i++) {
+            in[i] = ids[i % (L - 1)];
+            targets[i] = ids[i % (L - 1) + 1];
+        }
         double loss = mamba_train_pass(x, in, targets, 1.0f / (float)(B * (L - 1)), true) /
                       (B * (L - 1)),
                want = (double)golden_get("loss")->data[0];
@@ -40,18 +41,19 @@ static void test_model_gradients(const char *model) {
         report(fabs(loss - want) <= 1e-5 * want, "loss", "%.7f, want %.7f", loss, want);
         each_tensor(x->gradient, check_gradient, &c);
         mamba_trainer_free(x);
-        free(in), free(targets);
+        FREE(in, targets);
     }
     free(ids);
-    mamba_free(m), mamba_free(stored);
+    mamba_free(m);
+    mamba_free(stored);
     golden_close();
 }
 
-// Gradients at other lengths, from nothing and from states: passes whose goldens
-// dev/make_train_golden.py describes.
+// Gradients at other lengths, from zero states and from given ones. dev/make_train_golden.py
+// describes the golden files of these passes.
 typedef struct {
-    char label[64], prefix[24]; // of the golden's names
-    const int32_t *ids;         // (rows) of the pass
+    char label[64], prefix[24]; // prefix: of the names in the golden file
+    const int32_t *ids;         // (rows)
     int rows, n;
     bool layers_only;
     double worst;
@@ -62,13 +64,16 @@ static void compare_with(PassCheck *c, const char *name, const float *got, const
                          size_t n) {
     size_t where;
     double *d = doubles(want, n), error = error_of(got, d, n, &where);
-    if (!(error <= c->worst)) c->worst = error, snprintf(c->where, sizeof c->where, "%s", name);
+    if (!(error <= c->worst)) {
+        c->worst = error;
+        snprintf(c->where, sizeof c->where, "%s", name);
+    }
     c->n++;
     free(d);
 }
 
-// The golden holds all of the tensor, or a sample; of the embedding then only the rows of the
-// pass's ids.
+// The golden file holds the whole tensor or a sample of it. A sample of the embedding has only rows
+// of the ids in this pass.
 static void compare_sample(void *context, const TensorInfo *info, Tensor *w) {
     PassCheck *c = context;
     char name[LABEL];
@@ -79,7 +84,8 @@ static void compare_sample(void *context, const TensorInfo *info, Tensor *w) {
     if (c->layers_only && info->layer < 0 && strcmp(name, "embedding")) return;
     const Golden *g = golden_get("%s%s", c->prefix, name);
     if (!g) {
-        c->worst = INFINITY, snprintf(c->where, sizeof c->where, "the golden: no %.20s", name);
+        c->worst = INFINITY;
+        snprintf(c->where, sizeof c->where, "the golden: no %.20s", name);
         return;
     }
     bool gathered = g->n != n && !strcmp(name, "embedding");
@@ -98,7 +104,8 @@ static void report_pass(const PassCheck *c) {
            c->where);
 }
 
-static int32_t *pass_rows(int B, int L, int from) { // ids, or with from = 1 targets, of B sequences
+// The ids of B sequences; with from = 1 their targets.
+static int32_t *pass_rows(int B, int L, int from) {
     const Golden *text = golden_get("text");
     int32_t *ids = malloc(sizeof *ids * (size_t)B * L);
     for (int i = 0; i < B * L; i++)
@@ -117,11 +124,11 @@ static void test_pass(const char *model, Model *m, int B, int L) {
     each_tensor(x->gradient, compare_sample, &c);
     report_pass(&c);
     mamba_trainer_free(x);
-    free(ids), free(targets);
+    FREE(ids, targets);
 }
 
-// The layers alone, as mamba_train_pass calls them, but from random states and with a gradient of
-// the states at the end.
+// The layers alone, as mamba_train_pass calls them, but from random initial states and with a
+// gradient of the final states.
 static void test_pass_from_states(const char *model, Model *m, int B, int L) {
     const Config *config = &m->config;
     size_t D = (size_t)config->D, NE = (size_t)config->N * config->E,
@@ -166,7 +173,8 @@ static void test_pass_from_states(const char *model, Model *m, int B, int L) {
     compare_with(&c, "window0", got_window, d_window0->data, d_window0->n);
     report_pass(&c);
     mamba_trainer_free(x);
-    free(ids), free_aligned(got_h), free_aligned(got_window);
+    free(ids);
+    FREE_ALIGNED(got_h, got_window);
 }
 
 static void test_passes(const char *model) {
@@ -183,12 +191,13 @@ static void test_passes(const char *model) {
         test_pass_from_states(model, m, (int)pass[2], (int)pass[0]);
     }
     team = 1;
-    mamba_free(m), mamba_free(stored);
+    mamba_free(m);
+    mamba_free(stored);
     golden_close();
 }
 
-// Central differences: d is the gradient that is checked, x the doubles it belongs to, loss what
-// they are plugged into. A sample of elements; errors relative to the largest gradient in it.
+// Central differences. d: the gradient under test; x: the variables, which loss(context) reads. A
+// sample of elements is compared. Errors are relative to the largest gradient in the sample.
 static void check_differences(const char *name, const float *d, double *x, size_t n,
                               double (*loss)(void *), void *context) {
     size_t picked = n < 60 ? n : 60;
@@ -197,17 +206,21 @@ static void check_differences(const char *name, const float *d, double *x, size_
     for (size_t k = 0; k < picked; k++) {
         size_t i = picked == n ? k : random_u64(&test_random) % n;
         double old = x[i], step = 1e-5 * fmax(1, fabs(old)), up, down;
-        x[i] = old + step, up = loss(context);
-        x[i] = old - step, down = loss(context);
+        x[i] = old + step;
+        up = loss(context);
+        x[i] = old - step;
+        down = loss(context);
         x[i] = old;
-        got[k] = d[i], want[k] = (up - down) / (2 * step);
+        got[k] = d[i];
+        want[k] = (up - down) / (2 * step);
     }
     check(name, got, want, picked, 1e-4);
-    free_aligned(got), free(want);
+    free_aligned(got);
+    free(want);
 }
 
-typedef struct { // doubles of everything the scan reads, and the weights of the scalar that it is
-                 // turned into
+// Everything the scan reads, in double precision. w_y and w_h turn its outputs into one number.
+typedef struct {
     int B, L, E, N;
     double *u, *delta, *A_log, *BC, *D, *h, *w_y, *w_h;
 } ScanLoss;
@@ -265,23 +278,20 @@ static void test_scan_backward(int B, int L, int E, int N) {
     for (int i = 0; i < 6; i++)
         snprintf(name[i], sizeof name[i], "scan_backward B %d L %d E %d N %d: d_%s", B, L, E, N,
                  what[i]);
-    check_differences(name[0], d_u, s.u, BLE, scan_loss, &s),
-        check_differences(name[1], d_delta, s.delta, BLE, scan_loss, &s);
-    check_differences(name[2], d_A, s.A_log, NE, scan_loss, &s),
-        check_differences(name[3], d_BC, s.BC, bc, scan_loss, &s);
-    check_differences(name[4], d_D, s.D, (size_t)E, scan_loss, &s),
-        check_differences(name[5], d_h, s.h, BNE, scan_loss, &s);
-    free(s.u), free(s.delta), free(s.A_log), free(s.BC), free(s.D), free(s.h), free(s.w_y),
-        free(s.w_h);
-    free_aligned(u), free_aligned(delta), free_aligned(A_log), free_aligned(BC), free_aligned(D),
-        free_aligned(h), free_aligned(w_y), free_aligned(d_h);
-    free_aligned(d_u), free_aligned(d_delta), free_aligned(d_BC), free_aligned(d_A),
-        free_aligned(d_D), free_aligned(A_neg), free_aligned(scratch);
+    check_differences(name[0], d_u, s.u, BLE, scan_loss, &s);
+    check_differences(name[1], d_delta, s.delta, BLE, scan_loss, &s);
+    check_differences(name[2], d_A, s.A_log, NE, scan_loss, &s);
+    check_differences(name[3], d_BC, s.BC, bc, scan_loss, &s);
+    check_differences(name[4], d_D, s.D, (size_t)E, scan_loss, &s);
+    check_differences(name[5], d_h, s.h, BNE, scan_loss, &s);
+    FREE(s.u, s.delta, s.A_log, s.BC, s.D, s.h, s.w_y, s.w_h);
+    FREE_ALIGNED(u, delta, A_log, BC, D, h, w_y, d_h);
+    FREE_ALIGNED(d_u, d_delta, d_BC, d_A, d_D, A_neg, scratch);
 }
 
 typedef struct {
     int L, E, K;
-    double *x, *window, *conv, *bias, *w_u; // x (L,E)
+    double *x, *window, *conv, *bias, *w_u; // (L,E) (K-1,E) (E,K) (E) (L,E)
 } ConvLoss;
 
 static double conv_loss(void *context) {
@@ -326,21 +336,18 @@ static void test_conv_backward(int L, int E, int K) {
                   doubles(conv, KE),
                   doubles(bias, (size_t)E),
                   doubles(w_u, LE)};
-    check_differences("conv1d_silu_backward: d_x", d_x, s.x, LE, conv_loss, &s),
-        check_differences("conv1d_silu_backward: d_conv", d_conv, s.conv, KE, conv_loss, &s);
+    check_differences("conv1d_silu_backward: d_x", d_x, s.x, LE, conv_loss, &s);
+    check_differences("conv1d_silu_backward: d_conv", d_conv, s.conv, KE, conv_loss, &s);
     check_differences("conv1d_silu_backward: d_bias", d_bias, s.bias, (size_t)E, conv_loss, &s);
     if (K > 1)
         check_differences("conv1d_silu_backward: d_window", d_window, s.window, (size_t)(K - 1) * E,
                           conv_loss, &s);
-    free(s.x), free(s.window), free(s.conv), free(s.bias), free(s.w_u);
-    free_aligned(xz), free_aligned(x), free_aligned(window), free_aligned(conv),
-        free_aligned(conv_t), free_aligned(bias), free_aligned(w_u), free_aligned(d_xz);
-    free_aligned(d_x), free_aligned(d_conv), free_aligned(d_bias), free_aligned(d_window),
-        free_aligned(d_c);
+    FREE(s.x, s.window, s.conv, s.bias, s.w_u);
+    FREE_ALIGNED(xz, x, window, conv, conv_t, bias, w_u, d_xz);
+    FREE_ALIGNED(d_x, d_conv, d_bias, d_window, d_c);
 }
 
-// Ten steps of AdamW with clipping, against PyTorch's on the same batches
-// (dev/make_train_golden.py).
+// Ten steps of AdamW with clipping, against those of PyTorch on the same batches.
 static void check_final(void *context, const TensorInfo *info, Tensor *w) {
     GradientCheck *c = context;
     char name[96];
@@ -367,7 +374,8 @@ static void test_adamw(const char *model) {
     for (int step = 0; step < steps; step++) {
         for (int i = 0; i < B * L; i++) {
             size_t at = ((size_t)step * B + i / L) * (L + 1) + i % L;
-            in[i] = (int32_t)ids->data[at], targets[i] = (int32_t)ids->data[at + 1];
+            in[i] = (int32_t)ids->data[at];
+            targets[i] = (int32_t)ids->data[at + 1];
         }
         double norm = 0;
         got[step] =
@@ -379,17 +387,19 @@ static void test_adamw(const char *model) {
     snprintf(name, sizeof name, "%s: ten losses of AdamW", model);
     check_floats(name, got, losses->data, losses->n, 1e-4);
     snprintf(name, sizeof name, "%s: ten norms of the gradient", model);
-    check_floats(name, got_norms, norms->data, norms->n,
-                 3e-4); // falcon's move by 4e-5 when its weights move by 1e-7
+    // The norms of falcon change by 4e-5 when its weights change by 1e-7.
+    check_floats(name, got_norms, norms->data, norms->n, 3e-4);
     GradientCheck c = {model, 0};
     each_tensor(m, check_final, &c);
     mamba_trainer_free(x);
-    free(in), free(targets), free_aligned(got), free_aligned(got_norms);
-    mamba_free(m), mamba_free(stored);
+    FREE(in, targets);
+    FREE_ALIGNED(got, got_norms);
+    mamba_free(m);
+    mamba_free(stored);
     golden_close();
 }
 
-// Fresh weights: what the reference's own initialisation promises.
+// Initial weights have the distribution that the reference implementation gives them.
 static void test_initialisation(void) {
     Config c;
     parse_shape("64,2,300", "f32", &c);
@@ -400,15 +410,17 @@ static void test_initialisation(void) {
     for (int layer = 0; layer < 2; layer++)
         for (int e = 0; e < c.E; e++) {
             double dt = softplus_double((double)f32(&m->layer[layer].dt_bias)[e]);
-            lowest = fmin(lowest, dt), highest = fmax(highest, dt);
+            lowest = fmin(lowest, dt);
+            highest = fmax(highest, dt);
             D_good &= f32(&m->layer[layer].D_skip)[e] == 1;
             for (int n = 0; n < c.N; n++)
                 A_good &=
                     fabs(exp((double)f32(&m->layer[layer].A_log)[e * c.N + n]) - (n + 1)) < 1e-4;
         }
-    for (size_t i = 0; i < 300 * 64; i++)
-        mean += f32(&m->embedding)[i],
-            square += (double)f32(&m->embedding)[i] * f32(&m->embedding)[i];
+    for (size_t i = 0; i < 300 * 64; i++) {
+        mean += f32(&m->embedding)[i];
+        square += (double)f32(&m->embedding)[i] * f32(&m->embedding)[i];
+    }
     report(lowest >= 0.00099 && highest <= 0.1001 && lowest < 0.0015 && highest > 0.07,
            "softplus(dt_bias) spans [0.001, 0.1]", "%.5f to %.5f", lowest, highest);
     expect(A_good && D_good, "A is -1 to -N and D is 1");
@@ -417,11 +429,13 @@ static void test_initialisation(void) {
     expect(!memcmp(m->weights, again->weights, m->tensors_bytes) &&
                memcmp(m->weights, other->weights, m->tensors_bytes),
            "the seed fixes the weights");
-    mamba_free(m), mamba_free(again), mamba_free(other);
+    mamba_free(m);
+    mamba_free(again);
+    mamba_free(other);
 }
 
-static void
-test_masked_loss(void) { // masked rows add nothing, neither to the loss nor to a gradient
+// Masked rows add nothing to the loss or to a gradient.
+static void test_masked_loss(void) {
     Config c;
     parse_shape("16,1,20", "f32", &c);
     Model *m = mamba_random_model(&c, 1);
@@ -446,20 +460,33 @@ test_masked_loss(void) { // masked rows add nothing, neither to the loss nor to 
     expect(mamba_train_step(x, &(AdamW){1, 0.9f, 0.95f, 1e-8f, 0, 1}, &norm) == -1 &&
                strstr(error_text, "not finite") && f32(&m->embedding)[0] == before,
            "a NaN stops the run, names a tensor, and leaves the weights");
-    mamba_state_free(s), mamba_acts_free(a), mamba_trainer_free(x), mamba_free(m);
+    mamba_state_free(s);
+    mamba_acts_free(a);
+    mamba_trainer_free(x);
+    mamba_free(m);
 }
 
 static void test_gradients(void) {
     for (team = 1; team <= 3; team += 2) {
-        test_scan_backward(1, 1, 1, 1), test_scan_backward(2, SCAN_CHUNK + 1, 5, 3),
-            test_scan_backward(1, 3 * SCAN_CHUNK, SCAN_WIDTH + 3, 4);
+        test_scan_backward(1, 1, 1, 1);
+        test_scan_backward(2, SCAN_CHUNK + 1, 5, 3);
+        test_scan_backward(1, 3 * SCAN_CHUNK, SCAN_WIDTH + 3, 4);
         test_scan_backward(3, 2 * SCAN_CHUNK - 1, 2 * SCAN_WIDTH, 2);
-        test_conv_backward(1, 3, 4), test_conv_backward(2, VL + 1, 4),
-            test_conv_backward(17, 2 * VL, 1), test_conv_backward(9, 5, 3);
+        test_conv_backward(1, 3, 4);
+        test_conv_backward(2, VL + 1, 4);
+        test_conv_backward(17, 2 * VL, 1);
+        test_conv_backward(9, 5, 3);
     }
     team = 1;
-    test_adamw("plain"), test_adamw("odd"), test_adamw("falcon");
-    test_initialisation(), test_masked_loss();
-    test_model_gradients("plain"), test_model_gradients("odd"), test_model_gradients("falcon");
-    test_passes("plain"), test_passes("odd"), test_passes("falcon");
+    test_adamw("plain");
+    test_adamw("odd");
+    test_adamw("falcon");
+    test_initialisation();
+    test_masked_loss();
+    test_model_gradients("plain");
+    test_model_gradients("odd");
+    test_model_gradients("falcon");
+    test_passes("plain");
+    test_passes("odd");
+    test_passes("falcon");
 }

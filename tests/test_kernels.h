@@ -1,9 +1,4 @@
-// ---------------------------------------------------------------------------------------------------------------------
-// Kernels, each against a double reference, by teams of 1 and 3 threads
-
-#define TEAM(call) \
-    _Pragma("omp parallel num_threads(team)") { call; }
-static int team = 1;
+// Kernels: each against a reference in double precision, on teams of 1 and 3 threads.
 
 static void test_rmsnorm(int L, int D, int ld, bool weighted) {
     float *x = random_floats((size_t)L * ld, -3, 3), *w = random_floats((size_t)D, -2, 2),
@@ -17,7 +12,8 @@ static void test_rmsnorm(int L, int D, int ld, bool weighted) {
     }
     TEAM(rmsnorm(out, x, weighted ? w : NULL, 1e-5f, L, D, (size_t)ld))
     check("rmsnorm", out, want, (size_t)L * ld, 1e-6);
-    free_aligned(x), free_aligned(w), free_aligned(out), free(want);
+    FREE_ALIGNED(x, w, out);
+    free(want);
 }
 
 static double bf16_value(uint16_t bits) {
@@ -27,6 +23,7 @@ static double bf16_value(uint16_t bits) {
     return bits >> 15 ? -x : x;
 }
 
+// Q8 and Q4: the scale of 32 weights, the tile that holds it, and one code.
 static double stored_scale(const Tensor *w, int row, int column, const unsigned char **tile) {
     size_t tiles = ((size_t)w->cols + 31) / 32, bytes = w->type == Q8 ? 64 + 1024 : 64 + 512;
     *tile = (const unsigned char *)w->data +
@@ -47,8 +44,8 @@ static int stored_code(const Tensor *w, int row, int column) {
     return j < codes - 1 ? code - half : code >= half ? code - 2 * half : code;
 }
 
-static double stored_value(const Tensor *w, int row,
-                           int column) { // an own reader of the storage types
+// Reads one weight of any storage type. Written here again, from the format's definition.
+static double stored_value(const Tensor *w, int row, int column) {
     size_t i = (size_t)row * w->cols + column;
     const unsigned char *tile;
     if (w->type == F32) return (double)((const float *)w->data)[i];
@@ -62,11 +59,22 @@ static double stored_value(const Tensor *w, int row,
     return bits >> 15 ? -x : x;
 }
 
+static uint16_t random_bf16(void) {
+    uint64_t sign_mantissa = random_u64(&test_random) & 0x807F;
+    return (uint16_t)(sign_mantissa | (110 + random_u64(&test_random) % 17) << 7);
+}
+static uint16_t random_f16(void) { // one in five is subnormal
+    uint64_t bits = random_u64(&test_random);
+    return (uint16_t)(bits & (random_u64(&test_random) % 5 ? 0xBBFF : 0x83FF));
+}
+
+// matmul of random weights: any bit pattern that is finite, subnormal numbers too.
 static void test_matmul(Type type, int L, int I, int O, int ldx, bool biased) {
     size_t n = (size_t)I * O;
     Tensor w = {NULL, O, I, type};
-    size_t bytes = tensor_bytes(&w),
-           scales = is_quantized(type) ? TILE_SCALES : bytes; // of every tile, of all
+    size_t bytes = tensor_bytes(&w);
+    size_t part = is_quantized(type) ? tile_bytes(type) : bytes;
+    size_t scales = is_quantized(type) ? TILE_SCALES : bytes; // at the start of each part
     uint16_t *bits = alloc_aligned(bytes + 2);
     float *weights = random_floats(n, -1, 1), *x = random_floats((size_t)L * ldx, -1, 1),
           *bias = random_floats((size_t)O, -1, 1);
@@ -74,13 +82,9 @@ static void test_matmul(Type type, int L, int I, int O, int ldx, bool biased) {
           *packed = random_floats((size_t)(L + MR) * I, 7, 8);
     for (size_t i = 0; i < bytes; i++)
         ((unsigned char *)bits)[i] = (unsigned char)random_u64(&test_random);
-    for (size_t at = 0; at < bytes; at += is_quantized(type) ? tile_bytes(type) : bytes)
-        for (size_t i = at / 2; i < (at + scales) / 2;
-             i++) // any bit pattern that is finite, subnormal ones too
-            bits[i] = type != F16 ? (uint16_t)((random_u64(&test_random) & 0x807F) |
-                                               (110 + random_u64(&test_random) % 17) << 7)
-                                  : (uint16_t)(random_u64(&test_random) &
-                                               (random_u64(&test_random) % 5 ? 0xBBFF : 0x83FF));
+    for (size_t at = 0; at < bytes; at += part)
+        for (size_t i = at / 2; i < (at + scales) / 2; i++)
+            bits[i] = type == F16 ? random_f16() : random_bf16();
     w.data = type == F32 ? (void *)weights : (void *)bits;
     double *want = malloc(((size_t)L * O + 1) * sizeof *want);
     for (int t = 0; t < L; t++)
@@ -95,15 +99,15 @@ static void test_matmul(Type type, int L, int I, int O, int ldx, bool biased) {
     snprintf(name, sizeof name, "matmul %s L %d I %d O %d, team of %d", type_name(type), L, I, O,
              team);
     check(name, out, want, (size_t)L * O,
-          I > 1000 ? 5e-6 : 2e-6); // where VL is 1 a dot product has few sums
+          I > 1000 ? 5e-6 : 2e-6); // VL = 1: a long dot product has few partial sums
     if (out[(size_t)L * O] != guard) expect(false, "matmul wrote past its output");
-    free(want), free_aligned(bits);
-    free_aligned(weights), free_aligned(x), free_aligned(bias), free_aligned(out),
-        free_aligned(packed);
+    free(want);
+    free_aligned(bits);
+    FREE_ALIGNED(weights, x, bias, out, packed);
 }
 
-// Where all of x has one sign the codes' shift, of 128 or 8, is most of a sum: some bits are lost,
-// and this is how many.
+// x of one sign. The codes are stored with an offset of 128 or 8. Here the offset's part of the sum
+// is larger than the sum, so some bits are lost; the tolerance says how many.
 static void test_positive(Type type) {
     enum { O = 40, I = 768 };
     Tensor w = {NULL, O, I, type};
@@ -116,11 +120,10 @@ static void test_positive(Type type) {
         for (int i = 0; i < I; i++) want[o] += stored_value(&w, o, i) * x[i];
     TEAM(matmul(out, x, I, &w, NULL, 1, NULL))
     check(type == Q8 ? "matmul q8, one sign" : "matmul q4, one sign", out, want, O, 2e-6);
-    free_aligned(weights), free_aligned(x), free_aligned(out),
-        free_aligned((void *)(uintptr_t)w.data);
+    FREE_ALIGNED(weights, x, out, (void *)(uintptr_t)w.data);
 }
 
-// A row's product has the same bits alone and beside up to 16 others, by any team.
+// The product of a row has the same bits alone and beside up to 16 other rows, on any team.
 static void test_few_rows(Type type, int I, int O) {
     enum { MOST = 17 };
     size_t n = (size_t)I * O, ldx = (size_t)I + 3;
@@ -133,9 +136,10 @@ static void test_few_rows(Type type, int I, int O) {
     for (size_t i = 0; i < n; i++)
         bits[i] = (uint16_t)(random_u64(&test_random) & 0xBBFF); // finite in f16 and bf16
     Tensor w = {type == F32 ? (void *)weights : (void *)bits, O, I, type};
-    if (is_quantized(type))
-        w.data = alloc_aligned(tensor_bytes(&w)),
+    if (is_quantized(type)) {
+        w.data = alloc_aligned(tensor_bytes(&w));
         quantize_tensor(&w, &(Tensor){weights, O, I, F32});
+    }
     team = 1;
     for (int t = 0; t < MOST; t++)
         TEAM(matmul_few(alone + (size_t)t * O, (size_t)O, x + t * ldx, ldx, &w, bias, 1, NULL))
@@ -152,8 +156,8 @@ static void test_few_rows(Type type, int I, int O) {
              type_name(type), I, O);
     expect(same, name);
     if (is_quantized(type)) free_aligned((void *)(uintptr_t)w.data);
-    free(bits), free_aligned(x), free_aligned(weights), free_aligned(bias), free_aligned(alone),
-        free_aligned(out);
+    free(bits);
+    FREE_ALIGNED(x, weights, bias, alone, out);
     free_aligned(packed);
 }
 
@@ -185,9 +189,8 @@ static void test_conv(int L, int E, int K, bool biased) {
     }
     check("conv1d_silu_step", u_step, want, (size_t)L * E, 2e-6);
     check("conv1d_silu_step window", window_step, last, rows * E, 0);
-    free(want), free(last);
-    free_aligned(xz), free_aligned(w), free_aligned(bias), free_aligned(window),
-        free_aligned(window_step), free_aligned(u), free_aligned(u_step);
+    FREE(want, last);
+    FREE_ALIGNED(xz, w, bias, window, window_step, u, u_step);
 }
 
 static void test_elementwise(int L, int E) {
@@ -205,33 +208,40 @@ static void test_elementwise(int L, int E) {
     for (size_t i = 0; i < n; i++) want[i] = a[i] * silu_double(b[i / E * 2 * E + E + i % E]);
     TEAM(gate(g, b, L, E))
     check("gate", g, want, n, 1e-6);
-    free(want), free_aligned(a), free_aligned(b), free_aligned(bias), free_aligned(sum),
-        free_aligned(delta), free_aligned(g);
+    free(want);
+    FREE_ALIGNED(a, b, bias, sum, delta, g);
 }
 
 static void test_kernels(void) {
     for (team = 1; team <= 3; team += 2) {
-        test_rmsnorm(1, 1, 1, true), test_rmsnorm(5, 37, 41, true), test_rmsnorm(3, 16, 16, false);
+        test_rmsnorm(1, 1, 1, true);
+        test_rmsnorm(5, 37, 41, true);
+        test_rmsnorm(3, 16, 16, false);
         for (int type = 0; type < N_TYPES; type++) {
-            test_matmul((Type)type, 1, 33, 7, 40, true),
-                test_matmul((Type)type, 3, 16, 5, 16, false);
-            test_matmul((Type)type, 4, 1, 1, 1, true),
-                test_matmul((Type)type, 13, KC + 3, 2 * NR + 1, KC + 9, true);
+            test_matmul((Type)type, 1, 33, 7, 40, true);
+            test_matmul((Type)type, 3, 16, 5, 16, false);
+            test_matmul((Type)type, 4, 1, 1, 1, true);
+            test_matmul((Type)type, 13, KC + 3, 2 * NR + 1, KC + 9, true);
             test_matmul((Type)type, 16 * MR + 5, 48, 35 * NR, 48, false);
             test_matmul((Type)type, 9 * MR + 1, 3, NR - 1, 3, true);
             test_matmul((Type)type, 2, X_BLOCK + 33, 34, X_BLOCK + 40, true);
         }
         for (int type = Q8; type <= Q4; type++) test_positive((Type)type);
-        for (int K = 1; K <= 5; K++)
-            test_conv(1, 7, K, true), test_conv(2, VL + 1, K, false),
-                test_conv(19, 2 * VL, K, true);
-        test_elementwise(1, 1), test_elementwise(5, 3 * VL + 2);
+        for (int K = 1; K <= 5; K++) {
+            test_conv(1, 7, K, true);
+            test_conv(2, VL + 1, K, false);
+            test_conv(19, 2 * VL, K, true);
+        }
+        test_elementwise(1, 1);
+        test_elementwise(5, 3 * VL + 2);
     }
-    for (int type = 0; type < N_TYPES; type++)
-        test_few_rows((Type)type, 1, 1), test_few_rows((Type)type, 2 * VL - 1, 9),
-            test_few_rows((Type)type, 4 * VL, 2), test_few_rows((Type)type, 6 * VL + 5, 43),
-            test_few_rows((Type)type, FEW_L1 / 4 + 1, 8),
-            test_few_rows((Type)type, X_BLOCK + 5,
-                          2 * TILE + 9); // three panels: two at once and one alone
+    for (int type = 0; type < N_TYPES; type++) {
+        test_few_rows((Type)type, 1, 1);
+        test_few_rows((Type)type, 2 * VL - 1, 9);
+        test_few_rows((Type)type, 4 * VL, 2);
+        test_few_rows((Type)type, 6 * VL + 5, 43);
+        test_few_rows((Type)type, FEW_L1 / 4 + 1, 8);
+        test_few_rows((Type)type, X_BLOCK + 5, 2 * TILE + 9);
+    }
     team = 1;
 }

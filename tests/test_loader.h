@@ -1,24 +1,11 @@
-// ---------------------------------------------------------------------------------------------------------------------
-// Loader: whatever is in the file, an error or a model, never a crash, a hang or a huge allocation
+// Loader: any file gives an error or a model, never a crash, a hang or a huge allocation.
 
-static const uint32_t nasty[] = {0,
-                                 1,
-                                 2,
-                                 3,
-                                 255,
-                                 256,
-                                 257,
-                                 1024,
-                                 65535,
-                                 65536,
-                                 1u << 20,
-                                 (1u << 20) + 1,
-                                 1u << 26,
-                                 1u << 30,
-                                 INT32_MAX,
-                                 1u << 31,
-                                 UINT32_MAX - 1,
-                                 UINT32_MAX};
+// Values that overflow something or lie just outside a range.
+// clang-format off
+static const uint32_t nasty[] = {
+    0, 1, 2, 3, 255, 256, 257, 1024, 65535, 65536, 1u << 20, (1u << 20) + 1, 1u << 26, 1u << 30,
+    INT32_MAX, 1u << 31, UINT32_MAX - 1, UINT32_MAX};
+// clang-format on
 
 static void mend_checksums(unsigned char *file, size_t bytes) {
     if (bytes < HEADER_BYTES) return;
@@ -31,30 +18,30 @@ static void mend_checksums(unsigned char *file, size_t bytes) {
 static void damage(unsigned char *file, size_t *bytes, size_t tensors_offset, int i) {
     uint64_t r = random_u64(&test_random), field = 8 + 4 * (random_u64(&test_random) % 61);
     switch (i % 6) {
-    case 0:
+    case 0: // cut anywhere
         *bytes = r % (*bytes + 1);
-        break; // cut anywhere
-    case 1:
+        break;
+    case 1: // a header field
         put_u32(file + field, nasty[r % COUNT(nasty)]);
-        break; // a header field
-    case 2:
+        break;
+    case 2: // a header field, by a little
         put_u32(file + field, u32_at(file + field) + (uint32_t)(r % 65) - 32);
-        break; // a little off
-    case 3:
+        break;
+    case 3: // a word of the tokenizer or of the tensor list
         put_u32(file + HEADER_BYTES + r % (tensors_offset - HEADER_BYTES), nasty[r >> 32 & 15]);
         break;
-    case 4:
+    case 4: // a bit there
         file[HEADER_BYTES + r % (tensors_offset - HEADER_BYTES)] ^=
             (unsigned char)(1 << (r >> 60 & 7));
         break;
-    case 5:
+    case 5: // a weight
         file[tensors_offset + r % (*bytes - tensors_offset)] = (unsigned char)(r >> 56);
-        break; // a weight
+        break;
     }
-    if (i % 12 < 9) mend_checksums(file, *bytes); // else the checksum is what catches it
+    if (i % 12 < 9) mend_checksums(file, *bytes); // else the checksum refuses it
 }
 
-// What a user would do with the file: read a prompt, write some tokens, decode them.
+// What a user does with a model: read a prompt, draw some tokens, decode them.
 static int use_model(const char *path) {
     Session x;
     if (session_open(&x, path, 1)) return -1;
@@ -69,7 +56,7 @@ static int use_model(const char *path) {
         result = id < 0 ? -1 : mamba_step(x.model, x.acts, x.state, id);
         if (result == 0) assert(mamba_decode(x.model, x.state, id, text) <= x.model->text_room);
     }
-    free(ids), free(text);
+    FREE(ids, text);
     session_close(&x);
     return result;
 }
@@ -92,7 +79,7 @@ static void test_damaged_models(const char *model, int count) {
     snprintf(name, sizeof name, "%d damaged copies of %s", count, model);
     report(refused + used == count && refused > count / 3, name,
            "%d refused with a message, %d harmless", refused, used);
-    free(file), free(copy);
+    FREE(file, copy);
     remove(path);
 }
 
@@ -119,16 +106,22 @@ static void test_loader(void) {
     expect(!mamba_load("tests"), "a folder is not a model");
     expect(!mamba_load("mamba.c") && strstr(error_text, "not a model.bin"),
            "a text file is not a model");
-    expect_refused(odd, 0, 1, "not a model"), expect_refused(odd, 8, 2, "version"),
-        expect_refused(odd, 20, 9, "weight type"), expect_refused(odd, 20, Q8, "truncated");
-    expect_refused(odd, 28, 0, "d_model"), expect_refused(odd, 32, 0, "n_layer"),
-        expect_refused(odd, 32, 60000, "truncated");
-    expect_refused(odd, 36, UINT32_MAX, "vocab_size"), expect_refused(odd, 44, 100000, "d_state"),
-        expect_refused(odd, 56, 0x7FC00000, "norm_eps");
-    expect_refused(odd, 68, 100000, "pad"), expect_refused(odd, 72, 259, "eos"),
-        expect_refused(odd, 96, 1u << 30, "outside");
+    expect_refused(odd, 0, 1, "not a model");
+    expect_refused(odd, 8, 2, "version");
+    expect_refused(odd, 20, 9, "weight type");
+    expect_refused(odd, 20, Q8, "truncated");
+    expect_refused(odd, 28, 0, "d_model");
+    expect_refused(odd, 32, 0, "n_layer");
+    expect_refused(odd, 32, 60000, "truncated");
+    expect_refused(odd, 36, UINT32_MAX, "vocab_size");
+    expect_refused(odd, 44, 100000, "d_state");
+    expect_refused(odd, 56, 0x7FC00000, "norm_eps");
+    expect_refused(odd, 68, 100000, "pad");
+    expect_refused(odd, 72, 259, "eos");
+    expect_refused(odd, 96, 1u << 30, "outside");
     int count = test_everything ? 10000 : 300;
-    test_damaged_models("tests/odd.bin", count), test_damaged_models("tests/falcon.bin", count);
+    test_damaged_models("tests/odd.bin", count);
+    test_damaged_models("tests/falcon.bin", count);
     test_damaged_models("models/tales.bin", test_everything ? 600 : 40);
     Config huge = {.type = F32,
                    .D = 1 << 20,

@@ -1,72 +1,4 @@
-// ---------------------------------------------------------------------------------------------------------------------
-// Model: against transformers, and against itself in pieces
-
-typedef struct {
-    char name[64];
-    int ndim;
-    uint32_t dims[4];
-    size_t n;
-    float *data;
-} Golden;
-static Golden golden[640];
-static int n_golden;
-
-static void golden_close(void) {
-    while (n_golden) free_aligned(golden[--n_golden].data);
-}
-
-static bool golden_open(const char *path) {
-    size_t bytes, at = 8;
-    golden_close();
-    unsigned char *p = (unsigned char *)read_text(path, &bytes);
-    if (!p || bytes < 8 || memcmp(p, "gold", 4)) return free(p), expect(false, path);
-    while (at < bytes && n_golden < COUNT(golden)) {
-        Golden *g = &golden[n_golden++];
-        uint32_t length = u32_at(p + at);
-        assert(length < sizeof g->name);
-        memset(g, 0, sizeof *g);
-        memcpy(g->name, p + at + 4, length);
-        at += 4 + length;
-        g->ndim = (int)u32_at(p + at);
-        assert(g->ndim <= 4);
-        at += 4;
-        g->n = 1;
-        for (int i = 0; i < g->ndim; i++, at += 4) g->n *= g->dims[i] = u32_at(p + at);
-        g->data = alloc_aligned(g->n * sizeof(float));
-        for (size_t i = 0; i < g->n; i++, at += 4) g->data[i] = f32_at(p + at);
-        assert(at <= bytes);
-    }
-    free(p);
-    return at == bytes || expect(false, path); // else there are more records than room
-}
-
-static const Golden *golden_get(const char *format, ...) {
-    char name[64];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(name, sizeof name, format, args);
-    va_end(args);
-    for (int i = 0; i < n_golden; i++)
-        if (!strcmp(golden[i].name, name)) return &golden[i];
-    return NULL;
-}
-
-static int32_t *golden_ids(int *L) {
-    const Golden *g = golden_get("ids");
-    int32_t *ids = malloc(g->n * sizeof *ids);
-    for (size_t i = 0; i < g->n; i++) ids[i] = (int32_t)g->data[i];
-    *L = (int)g->n;
-    return ids;
-}
-
-static Session test_session(const char *path, int threads) {
-    Session x;
-    if (session_open(&x, path, threads)) {
-        printf("FAIL cannot open %s: %s\n", path, error_text);
-        exit(1);
-    }
-    return x;
-}
+// The model: against transformers, and against itself (in pieces, by steps, in batches, by teams).
 
 typedef struct {
     float *all;
@@ -77,8 +9,7 @@ static void collect(void *context, const float *logits) {
     memcpy(c->all + c->n++ * c->V, logits, c->V * sizeof(float));
 }
 
-// Stage by stage: the first stage that differs names the wrong kernel, which the logits alone would
-// not.
+// Stage by stage: the first stage that differs names the wrong kernel. The logits alone would not.
 static void check_stages(const char *model, Session *x, const int32_t *ids, int L) {
     const Model *m = x->model;
     const Config *c = &m->config;
@@ -99,7 +30,7 @@ static void check_stages(const char *model, Session *x, const int32_t *ids, int 
         STAGE("xz", a->xz, L * 2 * E)
         STAGE("u", a->u, L * E)
         if (!(c->flags & FLAG_MIXER_NORM))
-            STAGE("dt_BC", a->xdb, L * (c->R + 2 * N)) // ours are normed in place
+            STAGE("dt_BC", a->xdb, L * (c->R + 2 * N)) // mamba.c norms them in place
         STAGE("g", a->y, L * E)
         STAGE("out", a->xn, (size_t)L * c->D)
         STAGE("res", a->res, (size_t)L * c->D)
@@ -110,7 +41,7 @@ static void check_stages(const char *model, Session *x, const int32_t *ids, int 
             check(name, a->delta, want, g->n, 1e-5);
             free(want);
         }
-        if ((g = golden_get("layer%d.h", layer))) { // transformers keeps (E,N)
+        if ((g = golden_get("layer%d.h", layer))) { // transformers stores (E,N)
             float *h = alloc_aligned(g->n * sizeof *h);
             for (size_t e = 0; e < E; e++)
                 for (size_t n = 0; n < N; n++)
@@ -119,8 +50,8 @@ static void check_stages(const char *model, Session *x, const int32_t *ids, int 
             check_floats(name, h, g->data, g->n, 1e-5);
             free_aligned(h);
         }
-        if ((g = golden_get("layer%d.conv_window", layer)) &&
-            K > 1) { // (E,K) there, the last K inputs
+        // transformers stores the last K inputs, (E,K)
+        if ((g = golden_get("layer%d.conv_window", layer)) && K > 1) {
             float *got = alloc_aligned(E * K * sizeof *got),
                   *want = alloc_aligned(E * K * sizeof *want);
             for (size_t e = 0; e < E; e++)
@@ -130,7 +61,7 @@ static void check_stages(const char *model, Session *x, const int32_t *ids, int 
                 }
             snprintf(name, sizeof name, "%s layer %d final conv window", model, layer);
             check_floats(name, got, want, E * K, 1e-5);
-            free_aligned(got), free_aligned(want);
+            FREE_ALIGNED(got, want);
         }
     }
     mamba_state_reset(m, x->state);
@@ -164,20 +95,20 @@ static void test_golden_model(const char *model, const char *file) {
     golden_close();
 }
 
-static float *random_state(
-    Session *x) { // the session's state filled with plausible values; returns a copy of them
+// Fills the session's state with plausible values, and returns a copy of them.
+static float *random_state(Session *x) {
     State *s = x->state;
     size_t V = (size_t)x->model->config.V, n = s->floats - V;
     for (size_t i = 0; i < n; i++) s->conv[i] = uniform(-1, 1);
     return copy_floats(s->data, s->floats);
 }
 
-// From a random initial state: prefill whole, step by step, and in two parts, at awkward lengths.
+// From a random initial state: prefill as a whole, step by step, and in two parts.
 static void test_splits(const char *file) {
     Session x = test_session(file, 2);
     const Config *c = &x.model->config;
-    // Q8 and Q4: the step's sums run in another order than the blocked product's, from minus the
-    // codes' shift on.
+    // Q8 and Q4: the step adds in another order than the blocked product. It starts from the codes'
+    // offset.
     double tolerance = is_quantized(c->type) ? 5e-5 : 1e-5;
     const int lengths[] = {1, 2, c->K - 1, c->K, c->K + 1, 63, 64, 65, 1000};
     size_t V = (size_t)c->V;
@@ -198,8 +129,7 @@ static void test_splits(const char *file) {
                *want_logits = doubles(logits, (size_t)L * V);
         bool every_cut = L <= 65 && (c->D < 100 || L < 10 || test_everything);
         int splits = every_cut ? L : 5;
-        for (int i = 0; i <= splits;
-             i++) { // i = 0 is step by step, others cut once, at the end too
+        for (int i = 0; i <= splits; i++) { // 0: step by step; others: one cut, also at the end
             int cut = every_cut ? i : (int)((int64_t)i * L / splits) - 1;
             memcpy(x.state->data, start, x.state->floats * sizeof(float));
             if (i == 0)
@@ -220,15 +150,15 @@ static void test_splits(const char *file) {
         snprintf(name, sizeof name, "%s L %d: step and %d splits = prefill", file, L, splits);
         report(worst <= tolerance && worst_logits <= tolerance, name,
                "state error %.2e, logits error %.2e of %.0e", worst, worst_logits, tolerance);
-        free(ids), free(want), free(want_logits);
-        free_aligned(start), free_aligned(whole), free_aligned(logits);
+        FREE(ids, want, want_logits);
+        FREE_ALIGNED(start, whole, logits);
     }
     session_close(&x);
 }
 
-// What forward leaves out (outputs of the last layer that nobody reads, rows of in_proj that are
-// equal) changes no bit of the state or the logits: every layer in full, one after the other,
-// against mamba_prefill, in pieces around the chunk's edges.
+// mamba_prefill leaves out work: outputs of the last layer that nobody reads, and equal rows of
+// in_proj. This changes no bit of the state or of the logits: it is compared with every layer in
+// full, one after the other, at lengths around the edges of a piece.
 static void test_left_out(const Model *m, const char *name) {
     const Config *c = &m->config;
     const int pieces[] = {1, 2, 33, 64, 512}, beyond[] = {-1, 0, 1, 70};
@@ -255,15 +185,19 @@ static void test_left_out(const Model *m, const char *name) {
                                  c->norm_eps, 1, c->D, (size_t)c->D))
                     TEAM(matmul(want->logits, a->xn, (size_t)c->D, &m->head, NULL, 1, a->packed))
                 }
-                bad += memcmp(got->data, want->data, got->floats * sizeof(float)) != 0, count++;
+                bad += memcmp(got->data, want->data, got->floats * sizeof(float)) != 0;
+                count++;
             }
     a->piece = room;
     report(bad == 0 && count > 0, name, "what is left out changes no bit: %d of %d lengths differ",
            bad, count);
-    mamba_acts_free(a), mamba_state_free(got), mamba_state_free(want);
+    mamba_acts_free(a);
+    mamba_state_free(got);
+    mamba_state_free(want);
 }
 
-// Small vocabularies, where in_proj is computed by id: below, at and above what makes it pay.
+// Small vocabularies, where in_proj is computed once per id: below, at and above the size from
+// which this pays.
 static void test_left_out_small(void) {
     const int shape[][7] = {
         // D, n_layer, V, N, K, R, flags
@@ -319,8 +253,8 @@ static void test_threads(const char *file) {
     free_aligned(first);
 }
 
-// Sequences in one step have the bits that each has alone: 1 to 17 of them and BATCH_MAX, by teams
-// of 1, 2 and 3.
+// In a step of several sequences each has the bits that it has alone: 1 to 17 sequences and
+// BATCH_MAX, on teams of 1, 2 and 3.
 static void test_batches(const char *file) {
     enum { STEPS = 3 };
     Session x = test_session(file, 1);
@@ -329,15 +263,17 @@ static void test_batches(const char *file) {
     size_t bytes = x.state->floats * sizeof(float);
     bool same = true;
     for (int i = 0; i < BATCH_MAX; i++) {
-        alone[i] = mamba_state_new(x.model), s[i] = mamba_state_new(x.model);
+        alone[i] = mamba_state_new(x.model);
+        s[i] = mamba_state_new(x.model);
         for (int t = 0; t < i % 5; t++)
-            mamba_step(x.model, x.acts, alone[i], (i * 7 + t) % 250); // states of their own
+            mamba_step(x.model, x.acts, alone[i], (i * 7 + t) % 250); // a different state each
     }
     for (int t = 0; t < STEPS; t++)
         for (int i = 0; i < BATCH_MAX; i++) ids[t][i] = (int32_t)(random_u64(&test_random) % 256);
     State *before[BATCH_MAX];
     for (int i = 0; i < BATCH_MAX; i++) {
-        before[i] = mamba_state_new(x.model), mamba_state_copy(x.model, before[i], alone[i]);
+        before[i] = mamba_state_new(x.model);
+        mamba_state_copy(x.model, before[i], alone[i]);
         for (int t = 0; t < STEPS; t++) mamba_step(x.model, x.acts, alone[i], ids[t][i]);
     }
     for (int threads = 1; threads <= 3; threads++)
@@ -358,24 +294,31 @@ static void test_batches(const char *file) {
     expect(mamba_step_batch(x.model, x.acts, s, ids[0], 2) == -1 &&
                s[0]->position == before[0]->position && !memcmp(s[0]->data, before[0]->data, bytes),
            "an id beyond the vocabulary leaves every state as it was");
-    for (int i = 0; i < BATCH_MAX; i++)
-        mamba_state_free(alone[i]), mamba_state_free(s[i]), mamba_state_free(before[i]);
+    for (int i = 0; i < BATCH_MAX; i++) {
+        mamba_state_free(alone[i]);
+        mamba_state_free(s[i]);
+        mamba_state_free(before[i]);
+    }
     session_close(&x);
 }
 
 static void test_model(void) {
-    test_batches("tests/odd.bin"), test_batches("tests/falcon.bin"),
-        test_batches("tests/plain.bin");
+    test_batches("tests/odd.bin");
+    test_batches("tests/falcon.bin");
+    test_batches("tests/plain.bin");
     if (LARGER_MODELS) test_batches("models/tales.bin");
     else skip("the tales model in batches, left-out work, quantized", "emulated");
     test_golden_model("odd", "tests/odd.bin");
     test_golden_model("falcon", "tests/falcon.bin");
     test_golden_model("plain", "tests/plain.bin");
     test_golden_model("tales", "models/tales.bin");
-    test_splits("tests/odd.bin"), test_splits("tests/falcon.bin"), test_splits("tests/plain.bin"),
-        test_splits("models/tales.bin");
-    test_threads("tests/odd.bin"), test_threads("tests/falcon.bin"),
-        test_threads("models/tales.bin");
+    test_splits("tests/odd.bin");
+    test_splits("tests/falcon.bin");
+    test_splits("tests/plain.bin");
+    test_splits("models/tales.bin");
+    test_threads("tests/odd.bin");
+    test_threads("tests/falcon.bin");
+    test_threads("models/tales.bin");
     const char *files[] = {"tests/odd.bin", "tests/falcon.bin", "tests/plain.bin",
                            "models/tales.bin"};
     for (int i = 0; i < 3 + LARGER_MODELS; i++) {

@@ -1,8 +1,7 @@
-// ---------------------------------------------------------------------------------------------------------------------
-// Quantiser: codes and scales against their definition in double, models against what their weights
-// stand for in float32
+// Quantiser: codes and scales against their definition in double precision; quantised models
+// against the float32 models of the same values.
 
-// Sum of squared errors of a group with this scale, each weight by its nearest code.
+// The sum of squared errors of a group with this scale. Each weight takes its nearest code.
 static double group_error(const float *w, int n, double scale, int lowest, int highest) {
     double sum = 0;
     for (int k = 0; k < n; k++) {
@@ -42,17 +41,17 @@ static void test_quantize(Type type, int rows, int cols, float size) {
                 best = fmin(best, fmin(group_error(w, n, peak / i * 4, -8, 7),
                                        group_error(w, n, -peak / i * 4, -8, 7)));
             if (type == Q8) best = group_error(w, n, peak / 127, -127, 127);
-            error += group_error(w, n, scale, lowest, highest), plain += best;
+            error += group_error(w, n, scale, lowest, highest);
+            plain += best;
             if (peak != 0) worst = fmax(worst, fabs(scale) / fabs(peak) * (type == Q8 ? 127 : 6));
         }
     }
     char name[96];
     snprintf(name, sizeof name, "quantize %s %d x %d of %g", type_name(type), rows, cols,
              (double)size);
-    bool tiny = size < 1e-36f; // there a bf16 scale has few digits left, or none
-    double scale_share = rows * cols == 1
-                             ? 0x1p-16
-                             : 4e-6; // a lone weight has all of its scale's rounding, 2^-8, squared
+    bool tiny = size < 1e-36f; // a bf16 scale is subnormal or 0 here
+    // A single weight has the whole rounding error of its scale: 2^-8, squared.
+    double scale_share = rows * cols == 1 ? 0x1p-16 : 4e-6;
     report(
         bad_codes == 0 &&
             (tiny || (error <= (rows * cols > 1000 ? 1.05 : 1.5) * plain + scale_share * squares &&
@@ -61,7 +60,7 @@ static void test_quantize(Type type, int rows, int cols, float size) {
         bad_codes, 100 * sqrt(error / (squares + 1e-300)), 100 * sqrt(plain / (squares + 1e-300)));
     x[rows * cols - 1] = NAN;
     expect(quantize_tensor(&to, &from) == -1, "a NaN is refused");
-    free_aligned(x), free_aligned(row), free_aligned(tiles);
+    FREE_ALIGNED(x, row, tiles);
 }
 
 static float *all_logits(Model *m, int threads, const int32_t *ids, int L, bool step) {
@@ -74,7 +73,8 @@ static float *all_logits(Model *m, int threads, const int32_t *ids, int L, bool 
         mamba_step(m, a, s, ids[t]);
         memcpy(all.all + (size_t)t * V, s->logits, V * sizeof(float));
     }
-    mamba_state_free(s), mamba_acts_free(a);
+    mamba_state_free(s);
+    mamba_acts_free(a);
     return all.all;
 }
 
@@ -99,19 +99,27 @@ static void test_quantized_model(const char *file, bool four_bits) {
         check_floats(name, got, want, 70 * V, 2e-5);
         expect(!memcmp(got, same, 70 * V * sizeof(float)),
                "from a file or in memory, by 1 or 2 threads: the same bits");
-        free_aligned(got), free_aligned(want), free_aligned(same);
+        FREE_ALIGNED(got, want, same);
     }
-    const unsigned char *tile; // a scale that is not a number is found by info --verify
+    // info --verify finds a scale that is not a number.
+    const unsigned char *tile;
     stored_scale(&held->embedding, 0, 0, &tile);
     ((uint16_t *)(uintptr_t)tile)[0] = 0x7F80;
     Verdict verdict = {{0}};
     each_tensor(held, verify_tensor, &verdict);
     expect(!strcmp(verdict.bad, "embedding"), "a scale that is not finite is found");
-    mamba_free(from), mamba_free(held), mamba_free(m), mamba_free(floats);
+    mamba_free(from);
+    mamba_free(held);
+    mamba_free(m);
+    mamba_free(floats);
     test_batches(path);
     if (V > 1000) test_threads(path); // the larger model
-    else test_splits(path), test_damaged_models(path, test_everything ? 3000 : 60);
-    argv[1] = path, argv[2] = "tests/again.tmp.bin";
+    else {
+        test_splits(path);
+        test_damaged_models(path, test_everything ? 3000 : 60);
+    }
+    argv[1] = path;
+    argv[2] = "tests/again.tmp.bin";
     expect(command_quantize(4, (char **)(uintptr_t)argv) == -1 && strstr(error_text, "already"),
            "a quantized model is not quantized again");
     remove(path);
@@ -119,14 +127,16 @@ static void test_quantized_model(const char *file, bool four_bits) {
 
 static void test_quantiser(void) {
     for (int type = Q8; type <= Q4; type++) {
-        test_quantize((Type)type, 1, 1, 1), test_quantize((Type)type, 3, 31, 1),
-            test_quantize((Type)type, 70, 97, 3e-3f);
-        test_quantize((Type)type, 33, 64, 1e30f), test_quantize((Type)type, 5, 40, 1e-39f),
-            test_quantize((Type)type, 2, 33, 1e-44f);
+        test_quantize((Type)type, 1, 1, 1);
+        test_quantize((Type)type, 3, 31, 1);
+        test_quantize((Type)type, 70, 97, 3e-3f);
+        test_quantize((Type)type, 33, 64, 1e30f);
+        test_quantize((Type)type, 5, 40, 1e-39f);
+        test_quantize((Type)type, 2, 33, 1e-44f);
     }
     for (int four_bits = 0; four_bits < 2; four_bits++) {
-        test_quantized_model("tests/odd.bin", four_bits),
-            test_quantized_model("tests/falcon.bin", four_bits);
+        test_quantized_model("tests/odd.bin", four_bits);
+        test_quantized_model("tests/falcon.bin", four_bits);
         if (LARGER_MODELS) test_quantized_model("models/tales.bin", four_bits);
     }
     Config c;
@@ -137,5 +147,7 @@ static void test_quantiser(void) {
     Model *want = mamba_quantize(wide, true);
     expect(!memcmp(random->weights, want->weights, want->tensors_bytes),
            "random weights in q4 are the quantized f32 ones");
-    mamba_free(random), mamba_free(wide), mamba_free(want);
+    mamba_free(random);
+    mamba_free(wide);
+    mamba_free(want);
 }

@@ -1,5 +1,4 @@
-// ---------------------------------------------------------------------------------------------------------------------
-// Sampler: each setting does what its help says, and draws follow the probabilities
+// Sampler: each setting does what its help says, and draws follow the probabilities.
 
 static void set_logits(Session *x, float (*f)(int)) {
     for (int v = 0; v < x->model->config.V; v++) x->state->logits[v] = f(v);
@@ -32,8 +31,9 @@ static void check_draws(Session *x, const char *name, Sampling how, double p10, 
 }
 
 static void test_sampler(void) {
-    Session x = test_session("tests/odd.bin", 1); // 259 ids, of which the tokenizer knows 256
-    x.state->position = 1, x.state->random = 5;
+    Session x = test_session("tests/odd.bin", 1); // 259 ids; the tokenizer has 256
+    x.state->position = 1;
+    x.state->random = 5;
     Sampling greedy = {0, 1, 0, 0, 1}, all = {1, 1, 0, 0, 1}, one = {1, 1, 1, 0, 1};
     set_logits(&x, four_likely);
     expect(mamba_sample(x.model, x.acts, x.state, &greedy) == 10,
@@ -51,8 +51,9 @@ static void test_sampler(void) {
     check_draws(&x, "top-p is of what top-k left", (Sampling){1, 0.5f, 2, 0, 1}, 1, 0, 0, 0);
     check_draws(&x, "min-p 0.45 keeps three", (Sampling){1, 1, 0, 0.45f, 1}, 4 / 9., 3 / 9., 2 / 9.,
                 0);
-    x.state->recent[0] = 10, x.state->recent[1] = 10,
-    x.state->n_recent = 2; // once penalised, though it occurs twice
+    x.state->recent[0] = 10;
+    x.state->recent[1] = 10;
+    x.state->n_recent = 2; // twice in the list: penalised once
     check_draws(&x, "repeat penalty 2 halves the logit", (Sampling){1, 1, 0, 0, 2}, 2 / 8., 3 / 8.,
                 2 / 8., 1 / 8.);
     x.state->n_recent = 0;
@@ -67,11 +68,14 @@ static void test_sampler(void) {
     x.state->random = before;
     expect(mamba_sample(x.model, x.acts, x.state, &all) == first,
            "the same seed draws the same token");
-    bool ordered = true; // the heap against a plain sort, on logits with many ties
+    // Candidates come from a heap in order, also where many logits are equal.
+    bool ordered = true;
     double mass;
     int n = 256, kept;
-    for (int i = 0; i < n; i++)
-        x.acts->order[i] = i, x.acts->probs[i] = (float)(random_u64(&test_random) % 50);
+    for (int i = 0; i < n; i++) {
+        x.acts->order[i] = i;
+        x.acts->probs[i] = (float)(random_u64(&test_random) % 50);
+    }
     kept = keep_likeliest(x.acts->order, n, x.acts->probs, &(Sampling){1, 0.9f, 100, 0, 1}, &mass);
     for (int i = 1; i < kept; i++)
         ordered &= x.acts->probs[x.acts->order[n - i]] >= x.acts->probs[x.acts->order[n - 1 - i]];

@@ -1,27 +1,31 @@
-// ---------------------------------------------------------------------------------------------------------------------
-// The scan
+// The scan: every form against the recurrence in double precision, written here from the paper.
 
 typedef struct {
     int L, E, N;
-    float *u, *delta, *A_neg, *BC, *skip, *h, *carry;
-    double *y, *h_end; // by the paper's equations, in double
-    double largest;    // of what was added up to them
+    float *u, *delta;  // (L,E)
+    float *A_neg, *h;  // (N,E); h: the state before the first step
+    float *BC, *skip;  // (L,2N): B_ssm then C_ssm; (E)
+    float *carry;      // scratch memory of scan_parallel
+    double *y, *h_end; // (L,E) and (N,E): the answers, in double precision
+    double largest;    // the largest term in a sum of h
 } ScanCase;
 
 static ScanCase scan_case(int L, int E, int N) {
     ScanCase s = {.L = L, .E = E, .N = N};
     size_t LE = (size_t)L * E, NE = (size_t)N * E;
-    s.u = random_floats(LE, -2, 2), s.BC = random_floats((size_t)L * 2 * N, -1, 1),
+    s.u = random_floats(LE, -2, 2);
+    s.BC = random_floats((size_t)L * 2 * N, -1, 1);
     s.skip = random_floats((size_t)E, -1, 1);
-    s.h = random_floats(NE, -3, 3), s.delta = random_floats(LE, 0, 1),
+    s.h = random_floats(NE, -3, 3);
+    s.delta = random_floats(LE, 0, 1);
     s.A_neg = random_floats(NE, 0, 1);
     s.carry = random_floats(scan_carry_floats(E, N), 7, 8);
-    for (size_t i = 0; i < LE; i++)
-        s.delta[i] = expf(uniform(-7, 0.5f)); // steps from a thousandth to beyond one
+    for (size_t i = 0; i < LE; i++) s.delta[i] = expf(uniform(-7, 0.5f)); // from 0.001 to 1.6
     for (size_t i = 0; i < LE && L % 2 == 0; i += 17)
-        s.delta[i] *= 300; // and some that forget everything
+        s.delta[i] *= 300; // some steps forget everything
     for (size_t i = 0; i < NE; i++) s.A_neg[i] = -expf(uniform(-3, 3));
-    s.y = malloc(LE * sizeof *s.y), s.h_end = doubles(s.h, NE);
+    s.y = malloc(LE * sizeof *s.y);
+    s.h_end = doubles(s.h, NE);
     for (int t = 0; t < L; t++)
         for (int e = 0; e < E; e++) {
             double sum = (double)s.skip[e] * s.u[(size_t)t * E + e],
@@ -30,7 +34,8 @@ static ScanCase scan_case(int L, int E, int N) {
                 double *h = &s.h_end[(size_t)n * E + e];
                 double kept = exp(dt * s.A_neg[(size_t)n * E + e]) * *h,
                        inject = dt * s.BC[(size_t)t * 2 * N + n] * s.u[(size_t)t * E + e];
-                *h = kept + inject, s.largest = fmax(s.largest, fmax(fabs(kept), fabs(inject)));
+                *h = kept + inject;
+                s.largest = fmax(s.largest, fmax(fabs(kept), fabs(inject)));
                 sum += s.BC[(size_t)t * 2 * N + N + n] * *h;
             }
             s.y[(size_t)t * E + e] = sum;
@@ -39,13 +44,13 @@ static ScanCase scan_case(int L, int E, int N) {
 }
 
 static void scan_case_free(ScanCase *s) {
-    free_aligned(s->u), free_aligned(s->delta), free_aligned(s->A_neg), free_aligned(s->BC),
-        free_aligned(s->skip);
-    free_aligned(s->h), free_aligned(s->carry), free(s->y), free(s->h_end);
+    FREE_ALIGNED(s->u, s->delta, s->A_neg, s->BC, s->skip);
+    FREE_ALIGNED(s->h, s->carry);
+    FREE(s->y, s->h_end);
 }
 
-// way 0: sequential; -1: step by step; else that many pieces; -2: split in two calls with the state
-// carried
+// way 0: scan_sequential. -1: scan_step for each t. -2: scan_parallel in two calls, the second from
+// the state of the first. From 1: scan_parallel with that many pieces.
 static void check_scan(const ScanCase *s, int way) {
     int L = s->L, E = s->E, N = s->N, split = way == -2 ? L / 3 : 0;
     size_t ld = 2 * (size_t)N;
@@ -68,7 +73,7 @@ static void check_scan(const ScanCase *s, int way) {
                            s->carry))
     }
     char name[96];
-    if (way > 0) { // without y: the same bits of h
+    if (way > 0) { // h has the same bits where y is not asked for
         float *alone = copy_floats(s->h, (size_t)N * E);
         TEAM(scan_parallel(NULL, alone, s->u, s->delta, s->A_neg, B, C, ld, s->skip, L, E, N, way,
                            s->carry))
@@ -84,10 +89,10 @@ static void check_scan(const ScanCase *s, int way) {
     snprintf(name, sizeof name, "%s L %d E %d N %d pieces %d", what, L, E, N, way);
     check(name, y, s->y, (size_t)L * E, 2e-6);
     strcat(name, ", h");
-    double left = N * E == 1 ? s->largest / fabs(s->h_end[0])
-                             : 1; // one number alone may be what larger ones left
+    // A single number may be the small difference of larger ones: its error is relative to them.
+    double left = N * E == 1 ? s->largest / fabs(s->h_end[0]) : 1;
     check(name, h, s->h_end, (size_t)N * E, 2e-6 * fmax(1, left));
-    free_aligned(y), free_aligned(h);
+    FREE_ALIGNED(y, h);
 }
 
 static void test_scan(void) {
@@ -102,8 +107,8 @@ static void test_scan(void) {
             scan_case_free(&s);
         }
     team = 1;
-    // The operator where order matters: (1/4, 2.5) then (1/4, 5.5) is 6.125 (see section 6), the
-    // other way round 3.875.
+    // The operator depends on order: (1/4, 2.5) then (1/4, 5.5) is 6.125 (mamba.c, the worked
+    // example of the scan); the other way round it is 3.875.
     const float ones[4] = {1, 1, 1, 1}, half_life = -logf(2), BC[8] = {1, 1, 2, 1, 3, 1, 4, 1},
                 zero = 0;
     float y[4], h = 0, carry[2 * SCAN_TASKS];

@@ -1,13 +1,7 @@
-// ---------------------------------------------------------------------------------------------------------------------
-// State
+// State files.
 
-static bool write_file(const char *path, const unsigned char *bytes, size_t n) {
-    FILE *f = fopen(path, "wb");
-    bool good = f && fwrite(bytes, 1, n, f) == n;
-    return f && fclose(f) == 0 && good;
-}
-
-// Any value in any byte, with the checksum mended or not: refused, or loaded; never a crash.
+// Random bytes in random places, with and without a valid checksum: refused or loaded, never a
+// crash.
 static void test_damaged_states(Session *x, unsigned char *file, size_t bytes, const char *path,
                                 int count) {
     int refused = 0, loaded = 0;
@@ -26,7 +20,10 @@ static void test_damaged_states(Session *x, unsigned char *file, size_t bytes, c
             put_u32(copy + STATE_HEADER - 4, crc32_of(0, copy, STATE_HEADER - 4));
         write_file(path, copy, n);
         if (mamba_state_load(x->model, fresh, path)) refused++;
-        else loaded++, mamba_step(x->model, x->acts, fresh, 1);
+        else {
+            loaded++;
+            mamba_step(x->model, x->acts, fresh, 1);
+        }
         free(copy);
     }
     mamba_state_free(fresh);
@@ -45,16 +42,18 @@ static void test_state(void) {
     State *copy = mamba_state_new(x.model);
     mamba_state_copy(x.model, copy, x.state);
     expect(mamba_state_save(x.model, x.state, path) == 0, "a state is saved");
-    for (int i = 0; i < 40; i++)
-        straight[i] = mamba_sample(x.model, x.acts, x.state, &how),
+    for (int i = 0; i < 40; i++) {
+        straight[i] = mamba_sample(x.model, x.acts, x.state, &how);
         mamba_step(x.model, x.acts, x.state, straight[i]);
+    }
     float *end = copy_floats(x.state->data, x.state->floats);
     mamba_state_reset(x.model, x.state);
     expect(mamba_state_load(x.model, x.state, path) == 0, "a state is loaded");
     for (int way = 0; way < 2; way++) { // loaded, then copied
-        for (int i = 0; i < 40; i++)
-            resumed[i] = mamba_sample(x.model, x.acts, x.state, &how),
+        for (int i = 0; i < 40; i++) {
+            resumed[i] = mamba_sample(x.model, x.acts, x.state, &how);
             mamba_step(x.model, x.acts, x.state, resumed[i]);
+        }
         expect(!memcmp(straight, resumed, sizeof straight),
                way ? "same tokens from a copied state" : "same tokens from a loaded state");
         expect(!memcmp(end, x.state->data, x.state->floats * sizeof(float)) &&
@@ -66,7 +65,7 @@ static void test_state(void) {
            "another model's state is refused");
     size_t model_bytes;
     unsigned char *changed = (unsigned char *)read_text("tests/odd.bin", &model_bytes);
-    changed[model_bytes - 1] ^= 1; // the same shape, one weight changed, checksums mended
+    changed[model_bytes - 1] ^= 1; // one weight differs; the checksums are right
     put_u32(changed + 124, crc32_of(0, changed + u64_at(changed + 104),
                                     model_bytes - (size_t)u64_at(changed + 104)));
     put_u32(changed + HEADER_BYTES - 4, crc32_of(0, changed, HEADER_BYTES - 4));
@@ -93,5 +92,6 @@ static void test_state(void) {
     free(file);
     free_aligned(end);
     mamba_state_free(copy);
-    session_close(&x), session_close(&other);
+    session_close(&x);
+    session_close(&other);
 }

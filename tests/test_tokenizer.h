@@ -1,7 +1,6 @@
-// ---------------------------------------------------------------------------------------------------------------------
-// Tokenizer: tests/tokenizer.cases holds small tokenizers, texts with the ids of the `tokenizers`
-// library, and lists of ids with its text (dev/make_tok_golden.py). tests/test_tokenizer.py
-// compares 100,000 strings where the library is there.
+// Tokenizer: tests/tokenizer.cases holds small tokenizers, texts with the ids that the `tokenizers`
+// library gives them, and lists of ids with its texts (dev/make_tok_golden.py). Where the library
+// is installed, tests/test_tokenizer.py compares 100,000 more strings.
 
 static bool decodes_to(const Tokenizer *t, const unsigned char *ids, uint32_t n_ids,
                        const unsigned char *text, size_t n) {
@@ -17,8 +16,8 @@ static bool decodes_to(const Tokenizer *t, const unsigned char *ids, uint32_t n_
     return n_out == n && memcmp(out, text, n) == 0;
 }
 
-// However the bytes arrive, what has been put out is whole characters, and all of it is what one
-// piece would have given.
+// Bytes arrive in pieces of any size. Every output is whole characters, and all outputs together
+// are those of one single piece.
 static void test_streaming(void) {
     static const unsigned char text[] =
         "a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x90\x8D!"
@@ -43,8 +42,7 @@ static void test_streaming(void) {
     expect(valid, "no piece cuts a character");
 }
 
-// A megabyte that is one word is no harder than other text: these would take minutes if anything
-// were quadratic.
+// One word of a megabyte takes no longer than other text. A quadratic algorithm would take minutes.
 static void test_long_words(void) {
     const char *const unit[] = {"a",  " ",   "\xF0\x9F\x98\x80", "\xCC\x81", "e\xCC\x81", "7", "!",
                                 "\n", "the", "etaoinshrdlu"};
@@ -88,17 +86,20 @@ static void test_tokenizer(void) {
             n_tokenizers++;
             for (size_t cut = 0; cut < n;
                  cut += n / 61 + 1, n_cut++) // whatever is cut off is noticed
-                if (tokenizer_open(text, cut))
-                    n_wrong++, printf("     the tokenizer at %ld opens when cut to %zu bytes\n",
-                                      where, cut);
+                if (tokenizer_open(text, cut)) {
+                    n_wrong++;
+                    printf("     the tokenizer at %ld opens when cut to %zu bytes\n", where, cut);
+                }
             continue;
         }
         uint32_t n_ids = u32_at(file + at);
         at += 4 + 4 * (size_t)n_ids;
         if (type == 3) {
             n_decoded++;
-            if (!decodes_to(t, ids, n_ids, text, n))
-                n_wrong++, printf("     wrong text for the ids at %ld\n", where);
+            if (!decodes_to(t, ids, n_ids, text, n)) {
+                n_wrong++;
+                printf("     wrong text for the ids at %ld\n", where);
+            }
             continue;
         }
         int32_t *got = NULL;
@@ -106,7 +107,10 @@ static void test_tokenizer(void) {
         bool same = tokenizer_encode(t, (const char *)text, n, &got, &n_got) == 0 && n_got == n_ids;
         for (size_t i = 0; same && i < n_got; i++) same = (uint32_t)got[i] == u32_at(ids + 4 * i);
         n_encoded++;
-        if (!same) n_wrong++, printf("     wrong ids for the text at %ld\n", where);
+        if (!same) {
+            n_wrong++;
+            printf("     wrong ids for the text at %ld\n", where);
+        }
         free(got);
     }
     if (t) tokenizer_close(t);

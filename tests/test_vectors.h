@@ -1,5 +1,4 @@
-// ---------------------------------------------------------------------------------------------------------------------
-// Vectors: every function against the C library in double, over all binades and a dense range
+// Vectors: every function against the C library in double precision, over all binades.
 
 static float apply(vec (*f)(vec), float x) {
     float lane[VL];
@@ -14,10 +13,7 @@ static vec exp2_call(vec x) { return exp2_negative(x); }
 static vec silu_call(vec x) { return silu_vec(x); }
 static vec softplus_call(vec x) { return softplus_vec(x); }
 
-static double softplus_double(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
-static double silu_double(double x) { return x / (1 + exp(-x)); }
-
-// Worst error in units of the last place of the exact answer.
+// The worst error, in units of the last place of the exact answer.
 static void check_function(const char *name, vec (*f)(vec), double (*exact)(double), float lowest,
                            float highest, double ulps) {
     double worst = 0;
@@ -31,7 +27,10 @@ static void check_function(const char *name, vec (*f)(vec), double (*exact)(doub
             if (x < lowest || x > highest) continue;
             double want = exact((double)x), unit = ldexp(1, ilogb(want) - 23);
             double error = fabs((double)apply(f, x) - want) / unit;
-            if (!(error <= worst)) worst = error, at = x;
+            if (!(error <= worst)) {
+                worst = error;
+                at = x;
+            }
             count++;
         }
     report(worst <= ulps && count > 10000, name, "error %.2f ulp of %.1f, at x = %.9g, %ld values",
