@@ -7,7 +7,9 @@ WARNINGS  = -Wall -Wextra
 # -ffp-contract=fast lets a*b+c be one fused instruction, -fno-math-errno a square root. -ffast-math stays out: with it a
 # NaN passes every check.
 FLAGS     = -std=gnu11 $(CFLAGS) $(WARNINGS) -ffp-contract=fast -fno-math-errno $(ARCH) $(OPENMP)
-SOURCES   = mamba.c tokenizer.c
+# The files that mamba.c includes lie beside it and in folders.
+FOLDERS   = $(wildcard cpu files cli)
+SOURCES   = mamba.c tokenizer.c $(wildcard $(FOLDERS:=/*))
 
 # try FLAGS: the flags if a program that includes <HEADER> compiles and links with them, else nothing
 try = $(shell printf '\043include <$(2)>\nint main(void) { return 0; }\n' | \
@@ -110,7 +112,7 @@ portable:                    ## ./mamba for any processor of this kind: no -marc
 	$(MAKE) ARCH= all
 
 bench: all                   ## one table of speeds on random weights; LLAMA_BENCH=path/to/llama-bench compares, BENCH=options of dev/bench.py
-	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && cp Makefile $(SOURCES) "$$dir" && \
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && cp -r Makefile mamba.c tokenizer.c $(FOLDERS) "$$dir" && \
 	$(MAKE) -s -C "$$dir" ARCH= mamba && $(PYTHON) dev/bench.py --portable "$$dir/mamba" $(BENCH)
 
 clean:                       ## remove what was built
