@@ -1,33 +1,45 @@
+// clang-format off
 // tokenizer.c: text to ids and back, byte for byte as the `tokenizers` library does it.
 //
-// mamba.c includes this file; before it, it defines fail() and u32_at(). It is byte-level BPE for
-// the tokenizers that Mamba checkpoints come with: GPT-NeoX's and its kin (optional NFC, GPT-2
-// pre-tokenizer) and Falcon-Mamba's, plus plain bytes. It is not a trainer (dev/train_bpe.py) and
-// it knows no other model, normalizer or pre-tokenizer: export.py refuses what cannot be reproduced
-// exactly.
+// What it is: byte-level BPE for the tokenizers of Mamba checkpoints. These are GPT-NeoX and
+// similar ones (optional NFC, GPT-2's pre-tokenizer), Falcon-Mamba, and plain bytes.
+// What it is not: a trainer (see dev/train_bpe.py). It knows no other model, normalizer or
+// pre-tokenizer. export.py refuses a tokenizer that cannot be reproduced exactly.
 //
-// A text goes through five steps, and nothing but ids is kept for the whole of it:
-//   added tokens cut the raw text -> NFC -> added tokens cut the normalized text -> words -> merges
-//   by rank
-// Contents: 1. UTF-8  2. Unicode tables  3. NFC  4. the blob, opened and checked  5. merges  6.
-// words
-//           7. added tokens  8. encode  9. streaming decode
+// mamba.c includes this file. Before it, mamba.c defines fail() and u32_at().
 //
-// The blob ("mtok", little-endian, written by export.py, inside model.bin or a file of its own):
-//    0  char[4] "mtok"    4 u32 version 1    8 u32 kind: 0 = bytes (id = byte; the blob ends at
-//    32), 1 = byte-level BPE
-//   12  u32 flags: bit0 NFC, bit1 add_prefix_space    16 u32 pretokenizer: 0 with kind 0, 1 GPT-2,
-//   2 Falcon 20  u32 n_ids (largest id + 1)    24 u32 n_merges    28 u32 n_added for each id: u32
-//   length, bytes. 0xFFFFFFFF is a hole. Bit 31 marks a literal: a token with characters outside
-//   the
-//     byte alphabet, which stands for its own UTF-8 (GPT-NeoX's "  "); the others are held as the
-//     bytes they stand for
-//   i32 byte_id[256]: the id of each byte's symbol, -1 if the vocabulary lacks it (such bytes are
-//   dropped, as there) n_merges x (u32 left, u32 right, u32 result): the rank is the index n_added
-//   x (u32 id, u32 flags, u32 length, UTF-8 of the text to match): bit0 special, bit1 lstrip, bit2
-//   rstrip,
-//     bit3 single_word, bit4 normalized, bit5 not part of the model's vocabulary (matters only for
-//     the way back)
+// A text goes through five steps. Only the ids are kept for the whole text.
+//   1. Added tokens cut the raw text.
+//   2. NFC normalizes each part.
+//   3. Added tokens cut the normalized part.
+//   4. The pre-tokenizer cuts it into words.
+//   5. Merges, in the order of their ranks, turn each word into ids.
+//
+// Contents: 1. UTF-8  2. Unicode tables  3. NFC  4. the blob, opened and checked  5. merges
+//           6. words  7. added tokens  8. encode  9. streaming decode
+//
+// The blob is what export.py writes, inside model.bin or as a file of its own. Little-endian:
+//    0  char[4]  "mtok"
+//    4  u32      version: 1
+//    8  u32      kind: 0 = bytes (the id is the byte; the blob ends at 32), 1 = byte-level BPE
+//   12  u32      flags: bit 0 NFC, bit 1 add_prefix_space
+//   16  u32      pre-tokenizer: 1 = GPT-2, 2 = Falcon; 0 with kind 0
+//   20  u32      n_ids: the largest id + 1
+//   24  u32      n_merges
+//   28  u32      n_added
+//   32  n_ids tokens: u32 length, then the bytes of the token
+//         0xFFFFFFFF: a hole, the id has no token
+//         bit 31: a literal, see below
+//       i32 byte_id[256]: the id of each byte's symbol, or -1. The library drops bytes without a
+//         symbol, and so does this file.
+//       n_merges times u32 left, u32 right, u32 result. The index is the rank.
+//       n_added times u32 id, u32 flags, u32 length, then the UTF-8 text to match
+//         flags: bit 0 special, 1 lstrip, 2 rstrip, 3 single_word, 4 normalized, 5 not in the
+//         model's vocabulary (only export.py needs bit 5, to write tokenizer.json again)
+// Most tokens are stored as the bytes that they stand for. A literal is a token with characters
+// outside the byte alphabet, for example the double spaces of GPT-NeoX. It stands for its own
+// UTF-8.
+// clang-format on
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -47,62 +59,62 @@ enum {
 };
 #define TOKENIZER_HOLE 0xFFFFFFFFu
 #define TOKENIZER_LITERAL 0x80000000u
-// A search may walk one added token per byte of text, and each of their bytes may take a trie node:
-// bounds on both.
+// Limits. A search may walk through a whole added token at each byte of the text. Each byte of an
+// added token may take a node of the trie.
 enum { ADDED_MAX_LENGTH = 512, ADDED_MAX_BYTES = 1 << 20 };
 
 typedef struct {
-    uint32_t left, right, rank, result;
-} MergePair; // rank UINT32_MAX: an empty slot
+    uint32_t left, right, rank, result; // rank UINT32_MAX: an empty slot
+} MergePair;
 typedef struct {
-    uint32_t c, a, b;
-} UnicodePart; // c decomposes to a, b; b = 0: a alone
+    uint32_t c, a, b; // c decomposes to a, b; b = 0: to a alone
+} UnicodePart;
 typedef struct {
-    uint64_t ab;
-    uint32_t c;
-} UnicodePair; // a << 32 | b composes to c
+    uint64_t ab; // a << 32 | b
+    uint32_t c;  // a, b compose to c
+} UnicodePair;
 typedef struct {
-    uint32_t first, end;
+    uint32_t first, end; // combining marks first to end - 1
     unsigned order;
-} UnicodeOrder; // combining marks first..end-1
+} UnicodeOrder;
 typedef struct {
     uint32_t id, flags;
 } AddedToken;
 typedef struct {
-    uint32_t child, sibling, added;
+    uint32_t child, sibling, added; // 0: no child, no sibling; added UINT32_MAX: no token ends here
     unsigned char byte;
 } TrieNode;
 typedef struct {
-    TrieNode *node;
+    TrieNode *node; // node 0 is the root
     uint32_t n, capacity;
-    bool starts[256];
-} Trie; // node 0 is the root
+    bool starts[256]; // the first bytes of all strings
+} Trie;
 
 typedef struct Tokenizer {
     uint32_t kind, flags, pretokenizer, n_ids, n_merges, n_added;
     const unsigned char *blob;
-    uint32_t *token_at;          // (n_ids) where in the blob the id's length stands
-    const unsigned char *merges; // (n_merges) triples, in the blob
-    unsigned char byte[256];     // 0..255: what the ids of kind 0 stand for
+    uint32_t *token_at;          // (n_ids) offset of each token in the blob
+    const unsigned char *merges; // (n_merges, 3) in the blob
+    unsigned char byte[256];     // kind 0: the byte of each id
     int32_t byte_id[256];
-    MergePair *pair; // open addressing, 1 << pair_bits slots, at most half full
+    MergePair *pair; // hash table with open addressing, 1 << pair_bits slots, at most half full
     int pair_bits;
     AddedToken *added;
     Trie raw, normalized;   // added tokens matched before and after the normalizer
-    uint16_t page[0x1100];  // Unicode classes: page of each 256 code points ...
-    unsigned char *classes; // ... and its bytes
+    uint16_t page[0x1100];  // Unicode classes: the page of each 256 code points
+    unsigned char *classes; // (pages, 256) the class bits of each code point
     UnicodeOrder *order;
     UnicodePart *part;
     UnicodePair *compose;
     uint32_t n_order, n_part, n_compose;
 } Tokenizer;
 
-// ------------------------------------------------------------------------------------------------------------------
-// 1. UTF-8. Text is checked once, strictly (no surrogates, no overlong forms, nothing above
-// U+10FFFF); everything after that may decode without looking at lengths.
+// -------------------------------------------------------------------------------------------------
+// 1. UTF-8. Text is checked once, strictly: no surrogates, no overlong forms, nothing above
+// U+10FFFF. After this check, decoding needs no check of lengths.
 
-// The length of the sequence that starts with this byte (0: none does) and the range of its second
-// byte.
+// Returns the length of the sequence that starts with this byte, or 0 if none does. low, high: the
+// range of its second byte.
 static int utf8_start(unsigned char first, unsigned char *low, unsigned char *high) {
     *low = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;
     *high = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
@@ -114,7 +126,7 @@ static int utf8_start(unsigned char first, unsigned char *low, unsigned char *hi
                           : 0;
 }
 
-// The offset of the first sequence that is not UTF-8; n if all of it is.
+// Returns the offset of the first sequence that is not UTF-8, or n if there is none.
 static size_t utf8_check(const unsigned char *s, size_t n) {
     size_t i = 0;
     while (i < n) {
@@ -132,7 +144,7 @@ static size_t utf8_check(const unsigned char *s, size_t n) {
     return n;
 }
 
-// Decodes one character of checked text and steps over it.
+// Decodes one character of checked text and advances *at.
 static inline uint32_t utf8_next(const unsigned char **at) {
     const unsigned char *p = *at;
     uint32_t c = p[0];
@@ -152,12 +164,14 @@ static inline uint32_t utf8_next(const unsigned char **at) {
     return (c & 0x07) << 18 | (p[1] & 0x3Fu) << 12 | (p[2] & 0x3Fu) << 6 | (p[3] & 0x3Fu);
 }
 
+// The start of the character before p.
 static const unsigned char *utf8_back(const unsigned char *p) {
     do p--;
     while ((*p & 0xC0) == 0x80);
     return p;
 }
 
+// Encodes c in 1 to 4 bytes; returns how many.
 static size_t utf8_write(uint32_t c, unsigned char *out) {
     if (c < 0x80) {
         out[0] = (unsigned char)c;
@@ -179,24 +193,25 @@ static size_t utf8_write(uint32_t c, unsigned char *out) {
     return n;
 }
 
-// The byte alphabet: printable Latin-1 stands for itself, the other 68 bytes for U+0100..U+0143.
-// -1: not in it.
+// The byte that c stands for in the byte alphabet, or -1. Printable Latin-1 characters stand for
+// themselves; U+0100 to U+0143 stand for the other 68 bytes.
 static int alphabet_byte(uint32_t c) {
     if ((c >= 33 && c <= 126) || (c >= 161 && c <= 172) || (c >= 174 && c <= 255)) return (int)c;
     if (c < 256 || c > 323) return -1;
     return c < 289 ? (int)c - 256 : c < 323 ? (int)c - 289 + 127 : 173;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 2. Unicode tables. What a letter is depends on the Unicode version of the code that asks, so
-// these were read off the library itself. They are expanded when a tokenizer is opened (about 0.3
-// ms): one class byte a code point, in pages.
+// -------------------------------------------------------------------------------------------------
+// 2. Unicode tables. Whether a character is a letter depends on the version of Unicode. The tables
+// in files/unicode.h were read from the library itself. Opening a tokenizer expands them, in 0.3
+// ms, to one byte of class bits for each code point.
 
 enum { LETTER = 1, NUMBER = 2, SPACE = 4, WORD = 8, PUNCT = 16, NFC_UNSAFE = 32 };
 
 #include "files/unicode.h"
 
-static uint32_t table_digit(const char **text) { // one character, six bits: 0-9 A-Z a-z + -
+// One character is six bits: 0-9 A-Z a-z + -.
+static uint32_t table_digit(const char **text) {
     char c = *(*text)++;
     return (uint32_t)(c == '+'   ? 62
                       : c == '-' ? 63
@@ -205,8 +220,8 @@ static uint32_t table_digit(const char **text) { // one character, six bits: 0-9
                                  : c - 'a' + 36);
 }
 
-static uint32_t
-table_number(const char **text) { // five bits a character, least first, 32: more follow
+// Five bits a character, the lowest first. Bit 32: another character follows.
+static uint32_t table_number(const char **text) {
     uint32_t n = 0, digit;
     int shift = 0;
     do {
@@ -217,7 +232,8 @@ table_number(const char **text) { // five bits a character, least first, 32: mor
     return n;
 }
 
-static uint32_t table_step(const char **text, uint32_t from) { // a signed difference
+// A signed difference from the value before: 2n for n, 2n - 1 for -n.
+static uint32_t table_step(const char **text, uint32_t from) {
     uint32_t n = table_number(text);
     return n & 1 ? from - (n + 1) / 2 : from + n / 2;
 }
@@ -227,7 +243,8 @@ static int compare_pairs(const void *x, const void *y) {
     return a < b ? -1 : a > b;
 }
 
-// Pages of one class share one copy, so 1.1 million code points take about 90 kB.
+// Pages whose code points all have the same class share one copy: 1.1 million code points take 90
+// kB.
 static bool open_classes(Tokenizer *t) {
     uint16_t uniform[64] = {0}; // 1 + the page that holds only this class
     size_t n_pages = 0, capacity = 0;
@@ -291,19 +308,14 @@ static inline unsigned class_of(const Tokenizer *t, uint32_t c) {
 }
 
 static inline unsigned next_class(const Tokenizer *t, const unsigned char **at) {
-    if (**at < 0x80) return t->classes[*(*at)++]; // page 0 is never shared: it comes first
+    if (**at < 0x80) return t->classes[*(*at)++]; // ASCII is in page 0, stored first
     return class_of(t, utf8_next(at));
 }
 
-// What one call of tokenizer_encode() holds besides the ids. A text that is its own NFC is never
-// copied.
+// The memory of one call of tokenizer_encode(). A text that is its own NFC is never copied.
 
-enum {
-    CACHE_SLOTS = 4096,
-    CACHE_BYTES = 22,
-    CACHE_IDS = 6,
-    CACHE_FROM = 4096 /* bytes of text that make it pay */
-};
+// A text of at least CACHE_FROM bytes gets a cache of words. For shorter ones it does not pay.
+enum { CACHE_SLOTS = 4096, CACHE_BYTES = 22, CACHE_IDS = 6, CACHE_FROM = 4096 };
 typedef struct {
     unsigned char n_bytes, n_ids, bytes[CACHE_BYTES];
     int32_t ids[CACHE_IDS];
@@ -317,14 +329,14 @@ typedef struct {
     const Tokenizer *t;
     int32_t *ids;
     size_t n_ids, capacity;
-    CacheSlot *cache;         // words seen before; NULL for short texts
+    CacheSlot *cache;         // words of this text; NULL for a short one
     Scratch normal, prefixed; // a section after NFC; a section with its prefix space
-    Scratch span, sorted;     // code points between two safe ones, and room to sort them
-    Scratch long_word;        // the list and the heap of a word too long for the stack
+    Scratch span, sorted;     // code points between two safe ones; a sorted run of marks
+    Scratch long_word;        // the list and the heap of a long word
 } Encoder;
 
-// Makes room for at least `bytes`; the content is kept. Grows by half so that appending stays
-// linear.
+// Makes room for at least `bytes` and keeps the content. It grows by half, so appending takes
+// linear time.
 static int scratch_fit(Scratch *s, size_t bytes) {
     if (bytes <= s->bytes) return 0;
     size_t room = bytes + s->bytes / 2;
@@ -343,7 +355,7 @@ static int push_ids(Encoder *e, const int32_t *ids, size_t n) {
         e->ids = grown;
         e->capacity = room;
     }
-    for (size_t i = 0; i < n; i++) e->ids[e->n_ids++] = ids[i]; // a few: no call
+    for (size_t i = 0; i < n; i++) e->ids[e->n_ids++] = ids[i]; // few ids: faster than memcpy
     return 0;
 }
 
@@ -356,15 +368,16 @@ static void encoder_free(Encoder *e) {
     free(e->long_word.data);
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 3. NFC. A character is safe if NFC leaves it alone and it joins nothing before it; a stretch from
-// one safe character to the next is normalized on its own: decompose, sort each run of marks by
-// combining order (stable), compose. An entry of the stretch is a code point with its order in the
-// bits above 21. Runs of marks are sorted by counting, so a megabyte of accents costs no more than
-// a megabyte of letters.
+// -------------------------------------------------------------------------------------------------
+// 3. NFC. A character is safe if NFC does not change it and it does not combine with what stands
+// before it. A span from one safe character to the next is normalized alone: decompose, sort each
+// run of marks by combining order (stable), compose. An entry of a span is a code point, with its
+// combining order above bit 21. Marks are sorted by counting, so a megabyte of accents takes no
+// longer than a megabyte of letters.
 
 enum { HANGUL_S = 0xAC00, HANGUL_L = 0x1100, HANGUL_V = 0x1161, HANGUL_T = 0x11A7 };
 
+// The combining order of c; 0: a starter, not a mark.
 static unsigned order_of(const Tokenizer *t, uint32_t c) {
     size_t low = 0, high = t->n_order;
     while (low < high) {
@@ -376,7 +389,8 @@ static unsigned order_of(const Tokenizer *t, uint32_t c) {
     return 0;
 }
 
-static size_t decompose(const Tokenizer *t, uint32_t c, uint32_t *out) { // at most 4 entries
+// Writes the full decomposition of c, at most 4 entries; returns how many.
+static size_t decompose(const Tokenizer *t, uint32_t c, uint32_t *out) {
     if (c >= HANGUL_S && c < HANGUL_S + 11172) {
         uint32_t s = c - HANGUL_S;
         out[0] = HANGUL_L + s / 588;
@@ -392,7 +406,7 @@ static size_t decompose(const Tokenizer *t, uint32_t c, uint32_t *out) { // at m
         else if (c > part->c) low = mid + 1;
         else {
             size_t n = decompose(t, part->a, out);
-            if (part->b) out[n] = part->b | (uint32_t)order_of(t, part->b) << 21, n++;
+            if (part->b) out[n++] = part->b | (uint32_t)order_of(t, part->b) << 21;
             return n;
         }
     }
@@ -400,7 +414,8 @@ static size_t decompose(const Tokenizer *t, uint32_t c, uint32_t *out) { // at m
     return 1;
 }
 
-static uint32_t compose(const Tokenizer *t, uint32_t a, uint32_t b) { // 0: they do not
+// The character that a, b compose to, or 0.
+static uint32_t compose(const Tokenizer *t, uint32_t a, uint32_t b) {
     if (a - HANGUL_L < 19 && b - HANGUL_V < 21)
         return HANGUL_S + ((a - HANGUL_L) * 21 + (b - HANGUL_V)) * 28;
     if (a - HANGUL_S < 11172 && (a - HANGUL_S) % 28 == 0 && b - HANGUL_T - 1 < 27)
@@ -415,6 +430,7 @@ static uint32_t compose(const Tokenizer *t, uint32_t a, uint32_t b) { // 0: they
     return low < t->n_compose && t->compose[low].ab == ab ? t->compose[low].c : 0;
 }
 
+// Sorts marks by their order, with a stable counting sort.
 static int sort_marks(Encoder *e, uint32_t *mark, size_t n) {
     size_t place[65] = {0};
     if (scratch_fit(&e->sorted, n * sizeof *mark) < 0) return -1;
@@ -426,7 +442,7 @@ static int sort_marks(Encoder *e, uint32_t *mark, size_t n) {
     return 0;
 }
 
-// Normalizes one stretch, appending to e->normal at *n_out.
+// Normalizes one span and writes it into e->normal at *n_out.
 static int nfc_span(Encoder *e, const unsigned char *s, const unsigned char *end, size_t *n_out) {
     const Tokenizer *t = e->t;
     size_t n = 0, n_after = 0, starter = SIZE_MAX;
@@ -437,11 +453,12 @@ static int nfc_span(Encoder *e, const unsigned char *s, const unsigned char *end
     }
     uint32_t *span = e->span.data;
     for (size_t i = 0, j; i < n; i = j + 1) {
-        for (j = i; j < n && span[j] >> 21; j++) {
-        }
+        j = i;
+        while (j < n && span[j] >> 21) j++;
         if (j - i > 1 && sort_marks(e, span + i, j - i) < 0) return -1;
     }
-    for (size_t i = 0; i < n; i++) { // a mark reaches the starter past marks of lower order only
+    // A mark combines with the starter only if all marks between them have a lower order.
+    for (size_t i = 0; i < n; i++) {
         uint32_t c = span[i] & 0x1FFFFF, joined = 0;
         unsigned order = span[i] >> 21;
         if (starter != SIZE_MAX && (n_after == starter + 1 || last < order))
@@ -460,7 +477,7 @@ static int nfc_span(Encoder *e, const unsigned char *s, const unsigned char *end
     return 0;
 }
 
-// Replaces *text by its NFC: itself, or a copy in e->normal.
+// Replaces *text by its NFC: the text itself if nothing changes, else a copy in e->normal.
 static int nfc(Encoder *e, const unsigned char **text, size_t *n) {
     const unsigned char *s = *text, *end = s + *n, *copied = s, *safe = NULL, *here;
     size_t n_out = 0;
@@ -471,7 +488,7 @@ static int nfc(Encoder *e, const unsigned char **text, size_t *n) {
             continue;
         }
         const unsigned char *from =
-            safe ? safe : here; // the stretch: from the last safe character to the next
+            safe ? safe : here; // the span starts at the last safe character
         while (s < end) {
             here = s;
             if (!(next_class(e->t, &s) & NFC_UNSAFE)) {
@@ -495,12 +512,13 @@ static int nfc(Encoder *e, const unsigned char **text, size_t *n) {
     return 0;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 4. The blob. Every length is compared with what is left before it is used, every id with n_ids,
-// and what the encoder relies on is checked: a merge joins exactly the bytes of its two parts (so
-// an old entry of the merge queue can never be mistaken for a new one), byte symbols are single
-// bytes, added tokens agree with the id they name.
+// -------------------------------------------------------------------------------------------------
+// 4. The blob. Every length is compared with the bytes that are left, and every id with n_ids,
+// before it is used. Three more facts are checked because the encoder relies on them: a merge joins
+// exactly the bytes of its two parts (so an old entry of the merge heap is never taken for a new
+// one), byte symbols are single bytes, and added tokens agree with the id that they name.
 
+// The stored bytes of a token; NULL for a hole.
 static const unsigned char *token_bytes(const Tokenizer *t, uint32_t id, size_t *n, bool *literal) {
     const unsigned char *at = t->blob + t->token_at[id];
     uint32_t length = u32_at(at);
@@ -515,6 +533,7 @@ static bool all_in_alphabet(const unsigned char *s, size_t n) {
     return true;
 }
 
+// Reads the tokens and the byte symbols, from offset *at on.
 static int open_tokens(Tokenizer *t, size_t bytes, size_t *at) {
     if (t->n_ids == 0 || t->n_ids > (bytes - *at) / 4)
         return fail("tokenizer: %u ids do not fit its %zu bytes", t->n_ids, bytes);
@@ -563,10 +582,12 @@ static inline const MergePair *find_pair(const Tokenizer *t, uint32_t left, uint
     return &t->pair[slot];
 }
 
+// Checks the merges and fills the hash table of pairs.
 static int open_merges(Tokenizer *t, size_t bytes, size_t *at) {
     if (t->n_merges > (bytes - *at) / 12)
         return fail("tokenizer: %u merges do not fit its %zu bytes", t->n_merges, bytes);
-    for (t->pair_bits = 4; ((size_t)1 << t->pair_bits) < 2 * (size_t)t->n_merges;) t->pair_bits++;
+    t->pair_bits = 4;
+    while (((size_t)1 << t->pair_bits) < 2 * (size_t)t->n_merges) t->pair_bits++;
     size_t slots = (size_t)1 << t->pair_bits;
     t->pair = malloc(slots * sizeof *t->pair);
     if (t->pair == NULL) return fail("tokenizer: out of memory");
@@ -586,7 +607,7 @@ static int open_merges(Tokenizer *t, size_t bytes, size_t *at) {
             memcmp(token[2] + n[0], token[1], n[1]))
             return fail("tokenizer: merge %u does not join two ids into a third", rank);
         uint32_t slot = pair_slot(t, id[0], id[1]);
-        int probes = 0; // half full and mixed: a run of 1,000 slots comes from a crafted file
+        int probes = 0; // the table is half full: only a crafted file makes a run of 1,000 slots
         for (; t->pair[slot].rank != UINT32_MAX; slot = (slot + 1) & (uint32_t)(slots - 1)) {
             if ((t->pair[slot].left != id[0] || t->pair[slot].right != id[1]) && ++probes < 1000)
                 continue;
@@ -626,8 +647,7 @@ static int trie_add(Trie *trie, const unsigned char *s, size_t n, uint32_t added
     return 0;
 }
 
-// Does this text, decoded as the library would decode a token that reads so, give the bytes held
-// for the id?
+// Whether the library decodes a token with this text to the bytes that are stored for the id.
 static bool text_matches_id(const Tokenizer *t, const unsigned char *s, size_t n, uint32_t id) {
     size_t n_token, k = 0;
     bool literal;
@@ -640,8 +660,8 @@ static bool text_matches_id(const Tokenizer *t, const unsigned char *s, size_t n
     return k == n_token;
 }
 
-// One added token. The library matches `normalized` ones in their NFC and, by version, decodes one
-// form or the other, so those are taken only if they are their own NFC.
+// Checks one added token. The library matches a `normalized` token by its NFC, and its version
+// decides which form it decodes to. So such a token is accepted only if it is its own NFC.
 static int check_added(const Tokenizer *t, Encoder *e, uint32_t i, uint32_t flags,
                        const unsigned char *s, size_t n) {
     const unsigned char *same = s;
@@ -654,6 +674,7 @@ static int check_added(const Tokenizer *t, Encoder *e, uint32_t i, uint32_t flag
                                                   : fail("tokenizer: added token %u is not NFC", i);
 }
 
+// Reads the added tokens and builds the two tries.
 static int open_added(Tokenizer *t, size_t bytes, size_t *at) {
     Encoder e = {.t = t};
     int status = 0;
@@ -717,7 +738,8 @@ static int open_blob(Tokenizer *t, size_t bytes) {
     return 0;
 }
 
-// Checks a blob and prepares it for use; NULL after fail(). The blob must outlive the tokenizer.
+// Checks a blob and prepares it for use; NULL after fail(). The tokenizer reads the blob until it
+// is closed.
 static Tokenizer *tokenizer_open(const unsigned char *blob, size_t bytes) {
     if (bytes < 32 || memcmp(blob, "mtok", 4) != 0) {
         fail("tokenizer: it does not start with \"mtok\"");
@@ -768,13 +790,14 @@ static bool tokenizer_has(const Tokenizer *t, int id) {
     return tokenizer_token(t, id, &bytes) != NULL;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 5. Merges. The pair of lowest rank goes first, of equal ones the leftmost. A word of usual length
-// is scanned for it; a long one (a megabyte of one letter is one word) keeps a linked list and a
-// heap of rank << 32 | position.
+// -------------------------------------------------------------------------------------------------
+// 5. Merges. The pair of lowest rank is merged first; of equal ones, the leftmost. In a word of
+// usual length a loop finds it. A long word (a megabyte of one letter is one word) has a linked
+// list of ids and a heap of rank << 32 | position.
 
 enum { SHORT_WORD = 64 };
 
+// Merges n ids in place; returns how many are left.
 static size_t merge_short(const Tokenizer *t, int32_t *id, size_t n) {
     uint32_t rank[SHORT_WORD];
     for (size_t i = 0; i + 1 < n; i++)
@@ -796,14 +819,16 @@ static size_t merge_short(const Tokenizer *t, int32_t *id, size_t n) {
     return n;
 }
 
-static void heap_sink(uint64_t *heap, size_t n,
-                      size_t i) { // four children a node: half the cache misses of two
+// A heap with four children a node: half the cache misses of one with two.
+static void heap_sink(uint64_t *heap, size_t n, size_t i) {
     uint64_t moving = heap[i];
-    for (size_t child, first; (first = child = 4 * i + 1) < n; i = child) {
+    while (4 * i + 1 < n) {
+        size_t first = 4 * i + 1, child = first;
         for (size_t k = first + 1; k < first + 4 && k < n; k++)
             if (heap[k] < heap[child]) child = k;
         if (moving <= heap[child]) break;
         heap[i] = heap[child];
+        i = child;
     }
     heap[i] = moving;
 }
@@ -814,9 +839,9 @@ static void heap_push(uint64_t *heap, size_t *n, uint64_t value) {
     heap[i] = value;
 }
 
-// An entry is out of date if its pair has changed since; then the pair's rank is another one. It
-// starts with at most n - 1 entries, and each of at most n - 1 merges takes one and puts in two: 2n
-// slots.
+// Merges a long word. An entry of the heap is old if its pair has changed since; the pair then has
+// another rank. The heap starts with at most n - 1 entries. Each of at most n - 1 merges removes
+// one and adds two, so 2n slots are enough.
 static int merge_long(Encoder *e, const unsigned char *word, size_t bytes) {
     const Tokenizer *t = e->t;
     if (bytes >= INT32_MAX) return fail("tokenizer: a word of %zu bytes is too long", bytes);
@@ -841,8 +866,8 @@ static int merge_long(Encoder *e, const unsigned char *word, size_t bytes) {
         uint64_t top = heap[0];
         heap[0] = heap[--n_heap];
         if (n_heap) heap_sink(heap, n_heap, 0);
-        int32_t i = (int32_t)(top & UINT32_MAX), j;
-        if (id[i] < 0 || (j = next[i]) >= n) continue;
+        int32_t i = (int32_t)(top & UINT32_MAX), j = next[i];
+        if (id[i] < 0 || j >= n) continue;
         const MergePair *pair = find_pair(t, (uint32_t)id[i], (uint32_t)id[j]);
         if (pair->rank != top >> 32) continue;
         id[i] = (int32_t)pair->result;
@@ -865,6 +890,7 @@ static int merge_long(Encoder *e, const unsigned char *word, size_t bytes) {
     return 0;
 }
 
+// Appends the ids of one word.
 static int encode_word(Encoder *e, const unsigned char *word, size_t bytes) {
     const Tokenizer *t = e->t;
     CacheSlot *slot = NULL;
@@ -890,13 +916,13 @@ static int encode_word(Encoder *e, const unsigned char *word, size_t bytes) {
     return push_ids(e, id, n);
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 6. Words. GPT-2's expression, by hand, its alternatives in this order:
+// -------------------------------------------------------------------------------------------------
+// 6. Words. The regular expression of GPT-2, written as code. Its alternatives, in this order:
 //   's|'t|'re|'ve|'m|'ll|'d | ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+ | \s+(?!\S) | \s+
-// Falcon cuts at runs of punctuation before it and at runs of digits after it.
+// Falcon cuts at runs of punctuation before this step, and at runs of digits after it.
 
-static size_t contraction(const unsigned char *p,
-                          const unsigned char *end) { // p is at an apostrophe
+// The length of 's, 't, 're ... at p, which is an apostrophe; 0: there is none.
+static size_t contraction(const unsigned char *p, const unsigned char *end) {
     size_t n = (size_t)(end - p);
     if (n > 1 && (p[1] == 's' || p[1] == 't' || p[1] == 'm' || p[1] == 'd')) return 2;
     if (n > 2 && ((p[2] == 'e' && (p[1] == 'r' || p[1] == 'v')) || (p[1] == 'l' && p[2] == 'l')))
@@ -904,12 +930,13 @@ static size_t contraction(const unsigned char *p,
     return 0;
 }
 
+// The end of the word that starts at p.
 static const unsigned char *word_end(const Tokenizer *t, const unsigned char *p,
                                      const unsigned char *end) {
     enum { KIND = LETTER | NUMBER | SPACE };
     const unsigned char *q = p, *here;
-    size_t n;
-    if (*p == '\'' && (n = contraction(p, end)) > 0) return p + n;
+    size_t n = *p == '\'' ? contraction(p, end) : 0;
+    if (n > 0) return p + n;
     if (*p == ' ' && p + 1 < end) q = p + 1;
     unsigned kind = next_class(t, &q) & KIND;
     if (kind != SPACE) {
@@ -919,7 +946,9 @@ static const unsigned char *word_end(const Tokenizer *t, const unsigned char *p,
         }
         return end;
     }
-    const unsigned char *last = q = p; // a run of spaces leaves its last one to the next word
+    // A run of spaces leaves its last one to the next word.
+    const unsigned char *last = p;
+    q = p;
     while (q < end) {
         here = q;
         if (!(next_class(t, &q) & SPACE)) return last > p ? last : here;
@@ -928,8 +957,8 @@ static const unsigned char *word_end(const Tokenizer *t, const unsigned char *p,
     return end;
 }
 
-// In Falcon's sequence the steps after ByteLevel see the byte alphabet, in which these six bytes of
-// longer characters look like superscripts and fractions and therefore count as digits too.
+// Falcon's steps after ByteLevel see characters of the byte alphabet. Six bytes of longer
+// characters look like superscripts and fractions there, so they count as numeric too.
 static bool is_numeric_byte(unsigned char b) {
     return (b >= '0' && b <= '9') || b == 0xB2 || b == 0xB3 || b == 0xB9 || b == 0xBC ||
            b == 0xBD || b == 0xBE;
@@ -937,8 +966,8 @@ static bool is_numeric_byte(unsigned char b) {
 
 static bool is_digit(unsigned char b) { return b >= '0' && b <= '9'; }
 
-// Digits, then Split on three digits: runs of numeric bytes stand alone, and so does each three
-// from their left.
+// Falcon's steps Digits and Split: a run of numeric bytes is a word of its own, and so are each
+// three digits in it, counted from the left.
 static int encode_falcon_word(Encoder *e, const unsigned char *p, const unsigned char *end) {
     while (p < end) {
         const unsigned char *q = p, *from = p;
@@ -951,7 +980,8 @@ static int encode_falcon_word(Encoder *e, const unsigned char *p, const unsigned
             }
             if (p > from && encode_word(e, from, (size_t)(p - from)) < 0) return -1;
             if (encode_word(e, p, 3) < 0) return -1;
-            from = p += 3;
+            p += 3;
+            from = p;
         }
         if (q > from && encode_word(e, from, (size_t)(q - from)) < 0) return -1;
         p = q;
@@ -959,6 +989,7 @@ static int encode_falcon_word(Encoder *e, const unsigned char *p, const unsigned
     return 0;
 }
 
+// Encodes normalized text without added tokens.
 static int encode_plain(Encoder *e, const unsigned char *s, size_t n) {
     const Tokenizer *t = e->t;
     bool falcon = t->pretokenizer == SPLIT_FALCON;
@@ -970,30 +1001,29 @@ static int encode_plain(Encoder *e, const unsigned char *s, size_t n) {
         s = copy;
     }
     for (const unsigned char *end = s + n, *stop = end; s < end;) {
-        if (falcon) { // to the end of this run of punctuation, or of others
+        if (falcon) { // stop at the end of this run of punctuation, or of other characters
             const unsigned char *p = s;
             unsigned punct = next_class(t, &p) & PUNCT;
             for (stop = p; stop < end && (next_class(t, &p) & PUNCT) == punct;) stop = p;
         }
         while (s < stop) {
             const unsigned char *next = word_end(t, s, stop);
-            if ((falcon ? encode_falcon_word(e, s, next) : encode_word(e, s, (size_t)(next - s))) <
-                0)
-                return -1;
+            int status =
+                falcon ? encode_falcon_word(e, s, next) : encode_word(e, s, (size_t)(next - s));
+            if (status < 0) return -1;
             s = next;
         }
     }
     return 0;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 7. Added tokens: leftmost first, of those the longest, found in the raw text and then, for tokens
-// that say `normalized`, in what NFC made of the text between. lstrip and rstrip widen a match over
-// white space. The library's bookkeeping is kept as it is: rstrip does not move the search, so a
-// token of spaces is found again inside what an rstrip took.
+// -------------------------------------------------------------------------------------------------
+// 7. Added tokens. The leftmost match is taken; of several at one place, the longest. Tokens with
+// the flag `normalized` are found in the text after NFC, the others in the raw text. lstrip and
+// rstrip extend a match over white space. As in the library, rstrip does not move the start of the
+// next search, so a token of spaces is found again inside the spaces that an rstrip took.
 
-// Looks from *start on; returns whether there is a match, which token it is and where it starts and
-// stops.
+// Finds the first match from *start on: the token and where it starts and stops.
 static bool trie_find(const Trie *trie, const unsigned char *s, size_t n, size_t *start,
                       size_t *stop, uint32_t *added) {
     bool found = false;
@@ -1017,7 +1047,7 @@ static bool trie_find(const Trie *trie, const unsigned char *s, size_t n, size_t
 
 static int encode_section(Encoder *e, const unsigned char *s, size_t n, bool normalized);
 
-// The text between two added tokens goes one step further.
+// The text between two added tokens goes to the next step.
 static int encode_between(Encoder *e, const unsigned char *s, size_t n, bool normalized) {
     if (normalized) return encode_plain(e, s, n);
     if (e->t->flags & TOKENIZER_NFC && nfc(e, &s, &n) < 0) return -1;
@@ -1029,12 +1059,15 @@ static bool space_at(const Tokenizer *t, const unsigned char *p) {
 }
 static bool word_at(const Tokenizer *t, const unsigned char *p) { return next_class(t, &p) & WORD; }
 
+// Cuts a text at its added tokens: raw text, or with `normalized` text after NFC.
 static int encode_section(Encoder *e, const unsigned char *s, size_t n, bool normalized) {
     const Tokenizer *t = e->t;
     const Trie *trie = normalized ? &t->normalized : &t->raw;
     size_t done = 0, search = 0, start = 0, stop = 0, space_end = 0;
     uint32_t added;
-    while (trie->n > 0 && (start = search, trie_find(trie, s, n, &start, &stop, &added))) {
+    while (trie->n > 0) {
+        start = search;
+        if (!trie_find(trie, s, n, &start, &stop, &added)) break;
         uint32_t flags = t->added[added].flags;
         int32_t id = (int32_t)t->added[added].id;
         search = stop;
@@ -1047,7 +1080,7 @@ static int encode_section(Encoder *e, const unsigned char *s, size_t n, bool nor
             if (start < done) start = done;
         }
         if (flags & ADDED_RSTRIP) {
-            if (stop < space_end) stop = space_end; // this white space has been walked before
+            if (stop < space_end) stop = space_end; // this white space was skipped before
             for (const unsigned char *p = s + stop; stop < n && space_at(t, p);
                  stop = (size_t)(p - s))
                 utf8_next(&p);
@@ -1060,11 +1093,11 @@ static int encode_section(Encoder *e, const unsigned char *s, size_t n, bool nor
     return done < n ? encode_between(e, s + done, n - done, normalized) : 0;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // 8. Encode.
 
-// Text to ids. *ids is malloc'd and the caller's to free. -1 after fail(): a text that is not UTF-8
-// names its offset.
+// Text to ids. The caller frees *ids. Returns -1 after fail(); for a text that is not UTF-8 the
+// message names the offset.
 static int tokenizer_encode(const Tokenizer *t, const char *text, size_t bytes, int32_t **ids,
                             size_t *n_ids) {
     const unsigned char *s = (const unsigned char *)text;
@@ -1072,13 +1105,13 @@ static int tokenizer_encode(const Tokenizer *t, const char *text, size_t bytes, 
     Encoder e = {.t = t};
     *ids = NULL;
     *n_ids = 0;
-    if (bytes > SIZE_MAX / 64)
-        return fail("a text of %zu bytes is too long", bytes); // so no size overflows below
+    // This limit keeps every size below from overflowing.
+    if (bytes > SIZE_MAX / 64) return fail("a text of %zu bytes is too long", bytes);
     if (good != bytes)
         return fail("the text is not UTF-8 at byte %zu (a bytes tokenizer takes anything)", good);
     e.capacity = (t->kind == TOKENIZER_BYTES ? bytes : bytes / 4) + 16;
-    if ((e.ids = malloc(e.capacity * sizeof *e.ids)) == NULL)
-        return fail("tokenizer: out of memory (%zu ids)", e.capacity);
+    e.ids = malloc(e.capacity * sizeof *e.ids);
+    if (e.ids == NULL) return fail("tokenizer: out of memory (%zu ids)", e.capacity);
     int status = 0;
     if (t->kind == TOKENIZER_BYTES) {
         for (size_t i = 0; i < bytes && status == 0; i++) {
@@ -1089,8 +1122,8 @@ static int tokenizer_encode(const Tokenizer *t, const char *text, size_t bytes, 
         }
         e.n_ids = bytes;
     } else if (bytes > 0) {
-        if (bytes >= CACHE_FROM)
-            e.cache = calloc(CACHE_SLOTS, sizeof *e.cache); // NULL only means slower
+        if (bytes >= CACHE_FROM) // without memory for it, encoding is only slower
+            e.cache = calloc(CACHE_SLOTS, sizeof *e.cache);
         status = encode_section(&e, s, bytes, false);
     }
     encoder_free(&e);
@@ -1103,11 +1136,11 @@ static int tokenizer_encode(const Tokenizer *t, const char *text, size_t bytes, 
     return 0;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 9. Streaming decode. Ids stand for bytes and a character may need several ids, so whole
-// characters are passed on and the rest waits. What can no longer become a character turns into
-// U+FFFD, one for each longest prefix of a possible character, as Rust's String::from_utf8_lossy
-// would do to the whole.
+// -------------------------------------------------------------------------------------------------
+// 9. Streaming decode. Ids stand for bytes, and a character may take several ids. Only whole
+// characters are written; the bytes of an unfinished one are kept. Bytes that cannot become a
+// character give U+FFFD, one for each longest prefix of a possible character. This is what
+// String::from_utf8_lossy of Rust does to the whole text.
 
 typedef struct {
     unsigned char bytes[4];
@@ -1124,7 +1157,7 @@ static size_t utf8_push(Utf8Pending *p, const unsigned char *in, size_t n, unsig
     size_t n_out = 0;
     for (size_t i = 0; i < n; i++) {
         unsigned char low, high;
-        if (p->n > 0) { // does this byte continue what is pending?
+        if (p->n > 0) { // an unfinished character: does this byte continue it?
             int length = utf8_start(p->bytes[0], &low, &high);
             bool fits = p->n == 1 ? in[i] >= low && in[i] <= high : (in[i] & 0xC0) == 0x80;
             if (fits) {
@@ -1146,7 +1179,7 @@ static size_t utf8_push(Utf8Pending *p, const unsigned char *in, size_t n, unsig
     return n_out;
 }
 
-// At the end of the text: what is still pending will not be completed. At most 3 bytes.
+// At the end of the text: an unfinished character becomes U+FFFD. Writes at most 3 bytes.
 static size_t utf8_flush(Utf8Pending *p, unsigned char *out) {
     size_t n = p->n > 0 ? utf8_replace(out) : 0;
     p->n = 0;
