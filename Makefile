@@ -7,7 +7,9 @@ WARNINGS  = -Wall -Wextra
 # -ffp-contract=fast lets a*b+c be one fused instruction, -fno-math-errno a square root. -ffast-math stays out: with it a
 # NaN passes every check.
 FLAGS     = -std=gnu11 $(CFLAGS) $(WARNINGS) -ffp-contract=fast -fno-math-errno $(ARCH) $(OPENMP)
-SOURCES   = mamba.c tokenizer.c
+# The files that mamba.c includes lie beside it and in folders.
+FOLDERS   = $(wildcard cpu files cli)
+SOURCES   = mamba.c tokenizer.c $(wildcard $(FOLDERS:=/*))
 
 # try FLAGS: the flags if a program that includes <HEADER> compiles and links with them, else nothing
 try = $(shell printf '\043include <$(2)>\nint main(void) { return 0; }\n' | \
@@ -64,7 +66,7 @@ FORCE:
 mamba: $(SOURCES) .flags $(GPU_OBJECT)
 	$(CC) $(FLAGS) $(GPU_FLAGS) mamba.c -o $@ $(GPU_LIBS) -lm
 
-tests/test_all: test_all.c $(SOURCES) .flags $(GPU_OBJECT)
+tests/test_all: test_all.c $(wildcard tests/*.h) $(SOURCES) .flags $(GPU_OBJECT)
 	$(CC) $(FLAGS) $(GPU_FLAGS) test_all.c -o $@ $(GPU_LIBS) -lm
 
 mamba_cuda.o: mamba_cuda.cu mamba.c .flags
@@ -102,7 +104,7 @@ test-export: all             ## tests of export.py and of the tokenizer against 
 	$(PYTHON) tests/test_tokenizer.py --command ./mamba
 
 SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
-debug: $(SOURCES) test_all.c ## mamba-debug and tests/test_all-debug, with address and undefined sanitizers
+debug: $(SOURCES) test_all.c $(wildcard tests/*.h) ## mamba-debug and tests/test_all-debug, with address and undefined sanitizers
 	$(CC) $(FLAGS) $(SANITIZE) mamba.c -o mamba-debug -lm
 	$(CC) $(FLAGS) $(SANITIZE) test_all.c -o tests/test_all-debug -lm
 
@@ -110,7 +112,7 @@ portable:                    ## ./mamba for any processor of this kind: no -marc
 	$(MAKE) ARCH= all
 
 bench: all                   ## one table of speeds on random weights; LLAMA_BENCH=path/to/llama-bench compares, BENCH=options of dev/bench.py
-	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && cp Makefile $(SOURCES) "$$dir" && \
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && cp -r Makefile mamba.c tokenizer.c $(FOLDERS) "$$dir" && \
 	$(MAKE) -s -C "$$dir" ARCH= mamba && $(PYTHON) dev/bench.py --portable "$$dir/mamba" $(BENCH)
 
 clean:                       ## remove what was built

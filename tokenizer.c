@@ -1,33 +1,45 @@
+// clang-format off
 // tokenizer.c: text to ids and back, byte for byte as the `tokenizers` library does it.
 //
-// mamba.c includes this file; before it, it defines fail() and u32_at(). It is byte-level BPE for
-// the tokenizers that Mamba checkpoints come with: GPT-NeoX's and its kin (optional NFC, GPT-2
-// pre-tokenizer) and Falcon-Mamba's, plus plain bytes. It is not a trainer (dev/train_bpe.py) and
-// it knows no other model, normalizer or pre-tokenizer: export.py refuses what cannot be reproduced
-// exactly.
+// What it is: byte-level BPE for the tokenizers of Mamba checkpoints. These are GPT-NeoX and
+// similar ones (optional NFC, GPT-2's pre-tokenizer), Falcon-Mamba, and plain bytes.
+// What it is not: a trainer (see dev/train_bpe.py). It knows no other model, normalizer or
+// pre-tokenizer. export.py refuses a tokenizer that cannot be reproduced exactly.
 //
-// A text goes through five steps, and nothing but ids is kept for the whole of it:
-//   added tokens cut the raw text -> NFC -> added tokens cut the normalized text -> words -> merges
-//   by rank
-// Contents: 1. UTF-8  2. Unicode tables  3. NFC  4. the blob, opened and checked  5. merges  6.
-// words
-//           7. added tokens  8. encode  9. streaming decode
+// mamba.c includes this file. Before it, mamba.c defines fail() and u32_at().
 //
-// The blob ("mtok", little-endian, written by export.py, inside model.bin or a file of its own):
-//    0  char[4] "mtok"    4 u32 version 1    8 u32 kind: 0 = bytes (id = byte; the blob ends at
-//    32), 1 = byte-level BPE
-//   12  u32 flags: bit0 NFC, bit1 add_prefix_space    16 u32 pretokenizer: 0 with kind 0, 1 GPT-2,
-//   2 Falcon 20  u32 n_ids (largest id + 1)    24 u32 n_merges    28 u32 n_added for each id: u32
-//   length, bytes. 0xFFFFFFFF is a hole. Bit 31 marks a literal: a token with characters outside
-//   the
-//     byte alphabet, which stands for its own UTF-8 (GPT-NeoX's "  "); the others are held as the
-//     bytes they stand for
-//   i32 byte_id[256]: the id of each byte's symbol, -1 if the vocabulary lacks it (such bytes are
-//   dropped, as there) n_merges x (u32 left, u32 right, u32 result): the rank is the index n_added
-//   x (u32 id, u32 flags, u32 length, UTF-8 of the text to match): bit0 special, bit1 lstrip, bit2
-//   rstrip,
-//     bit3 single_word, bit4 normalized, bit5 not part of the model's vocabulary (matters only for
-//     the way back)
+// A text goes through five steps. Only the ids are kept for the whole text.
+//   1. Added tokens cut the raw text.
+//   2. NFC normalizes each part.
+//   3. Added tokens cut the normalized part.
+//   4. The pre-tokenizer cuts it into words.
+//   5. Merges, in the order of their ranks, turn each word into ids.
+//
+// Contents: 1. UTF-8  2. Unicode tables  3. NFC  4. the blob, opened and checked  5. merges
+//           6. words  7. added tokens  8. encode  9. streaming decode
+//
+// The blob is what export.py writes, inside model.bin or as a file of its own. Little-endian:
+//    0  char[4]  "mtok"
+//    4  u32      version: 1
+//    8  u32      kind: 0 = bytes (the id is the byte; the blob ends at 32), 1 = byte-level BPE
+//   12  u32      flags: bit 0 NFC, bit 1 add_prefix_space
+//   16  u32      pre-tokenizer: 1 = GPT-2, 2 = Falcon; 0 with kind 0
+//   20  u32      n_ids: the largest id + 1
+//   24  u32      n_merges
+//   28  u32      n_added
+//   32  n_ids tokens: u32 length, then the bytes of the token
+//         0xFFFFFFFF: a hole, the id has no token
+//         bit 31: a literal, see below
+//       i32 byte_id[256]: the id of each byte's symbol, or -1. The library drops bytes without a
+//         symbol, and so does this file.
+//       n_merges times u32 left, u32 right, u32 result. The index is the rank.
+//       n_added times u32 id, u32 flags, u32 length, then the UTF-8 text to match
+//         flags: bit 0 special, 1 lstrip, 2 rstrip, 3 single_word, 4 normalized, 5 not in the
+//         model's vocabulary (only export.py needs bit 5, to write tokenizer.json again)
+// Most tokens are stored as the bytes that they stand for. A literal is a token with characters
+// outside the byte alphabet, for example the double spaces of GPT-NeoX. It stands for its own
+// UTF-8.
+// clang-format on
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -47,62 +59,62 @@ enum {
 };
 #define TOKENIZER_HOLE 0xFFFFFFFFu
 #define TOKENIZER_LITERAL 0x80000000u
-// A search may walk one added token per byte of text, and each of their bytes may take a trie node:
-// bounds on both.
+// Limits. A search may walk through a whole added token at each byte of the text. Each byte of an
+// added token may take a node of the trie.
 enum { ADDED_MAX_LENGTH = 512, ADDED_MAX_BYTES = 1 << 20 };
 
 typedef struct {
-    uint32_t left, right, rank, result;
-} MergePair; // rank UINT32_MAX: an empty slot
+    uint32_t left, right, rank, result; // rank UINT32_MAX: an empty slot
+} MergePair;
 typedef struct {
-    uint32_t c, a, b;
-} UnicodePart; // c decomposes to a, b; b = 0: a alone
+    uint32_t c, a, b; // c decomposes to a, b; b = 0: to a alone
+} UnicodePart;
 typedef struct {
-    uint64_t ab;
-    uint32_t c;
-} UnicodePair; // a << 32 | b composes to c
+    uint64_t ab; // a << 32 | b
+    uint32_t c;  // a, b compose to c
+} UnicodePair;
 typedef struct {
-    uint32_t first, end;
+    uint32_t first, end; // combining marks first to end - 1
     unsigned order;
-} UnicodeOrder; // combining marks first..end-1
+} UnicodeOrder;
 typedef struct {
     uint32_t id, flags;
 } AddedToken;
 typedef struct {
-    uint32_t child, sibling, added;
+    uint32_t child, sibling, added; // 0: no child, no sibling; added UINT32_MAX: no token ends here
     unsigned char byte;
 } TrieNode;
 typedef struct {
-    TrieNode *node;
+    TrieNode *node; // node 0 is the root
     uint32_t n, capacity;
-    bool starts[256];
-} Trie; // node 0 is the root
+    bool starts[256]; // the first bytes of all strings
+} Trie;
 
 typedef struct Tokenizer {
     uint32_t kind, flags, pretokenizer, n_ids, n_merges, n_added;
     const unsigned char *blob;
-    uint32_t *token_at;          // (n_ids) where in the blob the id's length stands
-    const unsigned char *merges; // (n_merges) triples, in the blob
-    unsigned char byte[256];     // 0..255: what the ids of kind 0 stand for
+    uint32_t *token_at;          // (n_ids) offset of each token in the blob
+    const unsigned char *merges; // (n_merges, 3) in the blob
+    unsigned char byte[256];     // kind 0: the byte of each id
     int32_t byte_id[256];
-    MergePair *pair; // open addressing, 1 << pair_bits slots, at most half full
+    MergePair *pair; // hash table with open addressing, 1 << pair_bits slots, at most half full
     int pair_bits;
     AddedToken *added;
     Trie raw, normalized;   // added tokens matched before and after the normalizer
-    uint16_t page[0x1100];  // Unicode classes: page of each 256 code points ...
-    unsigned char *classes; // ... and its bytes
+    uint16_t page[0x1100];  // Unicode classes: the page of each 256 code points
+    unsigned char *classes; // (pages, 256) the class bits of each code point
     UnicodeOrder *order;
     UnicodePart *part;
     UnicodePair *compose;
     uint32_t n_order, n_part, n_compose;
 } Tokenizer;
 
-// ------------------------------------------------------------------------------------------------------------------
-// 1. UTF-8. Text is checked once, strictly (no surrogates, no overlong forms, nothing above
-// U+10FFFF); everything after that may decode without looking at lengths.
+// -------------------------------------------------------------------------------------------------
+// 1. UTF-8. Text is checked once, strictly: no surrogates, no overlong forms, nothing above
+// U+10FFFF. After this check, decoding needs no check of lengths.
 
-// The length of the sequence that starts with this byte (0: none does) and the range of its second
-// byte.
+// Returns the length of the sequence that starts with this byte, or 0 if none does. low, high: the
+// range of its second byte.
 static int utf8_start(unsigned char first, unsigned char *low, unsigned char *high) {
     *low = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;
     *high = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
@@ -114,7 +126,7 @@ static int utf8_start(unsigned char first, unsigned char *low, unsigned char *hi
                           : 0;
 }
 
-// The offset of the first sequence that is not UTF-8; n if all of it is.
+// Returns the offset of the first sequence that is not UTF-8, or n if there is none.
 static size_t utf8_check(const unsigned char *s, size_t n) {
     size_t i = 0;
     while (i < n) {
@@ -132,7 +144,7 @@ static size_t utf8_check(const unsigned char *s, size_t n) {
     return n;
 }
 
-// Decodes one character of checked text and steps over it.
+// Decodes one character of checked text and advances *at.
 static inline uint32_t utf8_next(const unsigned char **at) {
     const unsigned char *p = *at;
     uint32_t c = p[0];
@@ -152,12 +164,14 @@ static inline uint32_t utf8_next(const unsigned char **at) {
     return (c & 0x07) << 18 | (p[1] & 0x3Fu) << 12 | (p[2] & 0x3Fu) << 6 | (p[3] & 0x3Fu);
 }
 
+// The start of the character before p.
 static const unsigned char *utf8_back(const unsigned char *p) {
     do p--;
     while ((*p & 0xC0) == 0x80);
     return p;
 }
 
+// Encodes c in 1 to 4 bytes; returns how many.
 static size_t utf8_write(uint32_t c, unsigned char *out) {
     if (c < 0x80) {
         out[0] = (unsigned char)c;
@@ -179,282 +193,25 @@ static size_t utf8_write(uint32_t c, unsigned char *out) {
     return n;
 }
 
-// The byte alphabet: printable Latin-1 stands for itself, the other 68 bytes for U+0100..U+0143.
-// -1: not in it.
+// The byte that c stands for in the byte alphabet, or -1. Printable Latin-1 characters stand for
+// themselves; U+0100 to U+0143 stand for the other 68 bytes.
 static int alphabet_byte(uint32_t c) {
     if ((c >= 33 && c <= 126) || (c >= 161 && c <= 172) || (c >= 174 && c <= 255)) return (int)c;
     if (c < 256 || c > 323) return -1;
     return c < 289 ? (int)c - 256 : c < 323 ? (int)c - 289 + 127 : 173;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 2. Unicode tables. What a letter is depends on the Unicode version of the code that asks, so
-// these were read off the library itself. They are expanded when a tokenizer is opened (about 0.3
-// ms): one class byte a code point, in pages.
+// -------------------------------------------------------------------------------------------------
+// 2. Unicode tables. Whether a character is a letter depends on the version of Unicode. The tables
+// in files/unicode.h were read from the library itself. Opening a tokenizer expands them, in 0.3
+// ms, to one byte of class bits for each code point.
 
 enum { LETTER = 1, NUMBER = 2, SPACE = 4, WORD = 8, PUNCT = 16, NFC_UNSAFE = 32 };
 
-// ---- tables begin (dev/make_unicode.py) ----
-// Probed from tokenizers 0.23.3. For the notation see table_number().
-static const char
-    unicode_classes[] = // run length, then one character of class bits; covers U+0000..U+10FFFF
-    "9054I014FGAA7GQ94G1O1GQ94G6014Q0141G501G20191G602210192G1012191G321GN910V910gE940C9E0597019101"
-    "9H0l2e18W1e491f102"
-    "920491m1960191m39101910K910p2910h49105e28c5910c1920196Gf192G60j1e1G1e1G2e1G2e1G1e80R940492GK02"
-    "G102G20Be1G202Gh19"
-    "LeAA4G291eZ391G197e206e292e104e29AA392019EG20191eU9Re20v29B819E0AAX199e29103G19201820M94e199e1"
-    "93e195e20FG10P93e2"
-    "01G10B950O910698098g19A8Ee10Te48s19281e19F81e28194e388f29282GAA1GG9381089202920M91079101930492"
-    "01e191e68202820281"
-    "e19801e402f101f292820AA2920622019101820381069402920M9107910191f10191f1029201e1058402820281e301"
-    "8703f19101f70AA283"
-    "918B0381099103910M9107910291059201e1988103810281e2019F0292820AA1G80196810381089202920M91079102"
-    "91059201e191e68202"
-    "820281e70182e402f10392820AA101962A018191069303910493029101910293029303930C9401e48303810381e201"
-    "9601eE0AA32D058891"
-    "03910N910G920181978103810381e702e1039201920292820AA80721019381089103910N910A91059201e19481e281"
-    "03810381e702e60291"
-    "0292820AA102918C04899103910f1928191e68103810381e1950391e72392820AA921069103810I930O91099101920"
-    "79301e401e58101810"
-    "781e60AA20281GC0m191829483e5079184e381GAA2Gb10291019105910O9101910A91829482e381920591019104e38"
-    "10AA2049W101930FG1"
-    "01G302e60AAA2101e101e101e4G28391f4910491f491f491f491fC91f39406e181e184e285e1G2e59681e4810481e4"
-    "81e481e481eC81e389"
-    "01e905G402Gb10h19381e881e182e4819AA6G69484938193829783948D9B81e1918AA4820c191019501920h191Gb39"
-    "Lfo19Rfc4910492079"
-    "1019104920f19104920X19104920791019104920F910v19104920Z29203e9GK230G9G0s292069201GiJ92GH914Q92G"
-    "30h293G3A8970I9281"
-    "e1890J9281e2G90I928C0D910391028C0q19U81e183G193G10191e20AA60A260BG381018AA60v29705928Y191e1950"
-    "c29A0V910C840983e8"
-    "02GAAU92059B0i1940Q960AA12b10N92e38202Gr19A8101eK88e201eAA60AA607G196G20EeH8n1058l192eE81e8930"
-    "AA7GA09eC038U9982e"
-    "2829AAi191eB82e804Ga19J81e305GAA3039AAa192GB950h1920398G803e1GDe187e491e691e29182e1950W69s1e58"
-    "5es89206920c192069"
-    "208910191019101910I91f191f191f191f191f191f191f20r1910591f19101f303910391f191f1930391f20591f403"
-    "91f791f19102W20391"
-    "0391f191f191W202a94102820OG245014FG2O3G10DG101G1OAG14G012192062302G19A2302G10D9p10De481e38CeH0"
-    "19401920A910193059"
-    "6019101f1019102f2910B920495059401910G2Z1A294A12+B04GT02mr90y12Q0q18M2eJ0EGU2n102GV0AGpC0MG-"
-    "104GW102G+601WZ90b796"
-    "0493e29504G122Gc191019501920u1970191GE01eN99079107910791079107910791079107910W1el1G19JGzD0143G"
-    "10291AAG20CG109A6e"
-    "1G59203A291G30s29202e20391Gw291G4950h1910+"
-    "293042A0W19m10G9W10A2U08210F2W10A2d10F2WA0Wk69W20jqL9Z20k192Gj893GG9AA"
-    "29K0l191e381GAe1GV92ec29AA2e6GV09920d3920Z29202910191089L0G918391e4918N95840183062A0q194G8028o"
-    "19G81e18802GAA60Ie"
-    "693G191G2918AAS9583e2GN9C81eB01GT93048l191eC81eDG1019AA402G5918A9AA5910f19E8903918892820AA204G"
-    "N9301938o191e193e2"
-    "92e592e191e19O0392GB9582G39181eA069206920699079107910h1910E960p39881G181e20AA60azA9C0N940n19ae"
-    "80k8f291f191f29Af1"
-    "91f191f292f39a2f20g3fc1079C059501f1e1f9910Df105f101f102f102f109fZ39X10hB92GG0W2920s19e10C940G8"
-    "AG60Ge3G2OOG3O3G10"
-    "EG101G401G102G405910d49403G106G104GAA2G302GQ93G101O10Q91G101G107Gv293069206920692039Z10C910Q91"
-    "0J9102910F920E9Y10"
-    "x39503G40j12C0r1A42H022n301eY40T930n19F01eR240W194290K91A891A50c195e50U9101Ga1940891G5Ag10+"
-    "4920AA60a1940a1940e19"
-    "80q19B01GB910F91079102910B910F91079102930q19C0t9990M9A089O06910g191099b2069201910i191029301920"
-    "N9101G82N92072V980"
-    "92m10J910295052M962301GQ9501GW20u19402229G220k121938102850181e181e49103910T9203e401e92709G70T9"
-    "221GT932W108910S92"
-    "e40527G90s19307GM92082J95082I9704GC072m20f29t10p19D0p197062a194880AA60AAS9305810N9w60V210g1910"
-    "283029G039t1048T9A"
-    "21980M9B842R0I948g10L972K0N99038r19E81e7G40K2AA18292819901e38j19982e2G104G18D0P970AA603ea191eB"
-    "82e10AA4G19281980Z"
-    "191e2G199038m19D81e494G1O1e281G28AA191G193G10K2B0I910P9982e186G182918+"
-    "10791019104910F910A91G60l19A82e50AA6048108"
-    "9202920M910791029105910181e191e68202820281e2019601e505928207e305eB0A91019201910c19101998101820"
-    "1810481058191819D0"
-    "28T0r19D81e381e4950AA401839U0m191e981e281e482e291G1980AAc50l191e6820782eNG4928Y10m19F81e183G19"
-    "B0AAc10h19B82e1970"
-    "AA60KAS0R920E81e40AA223G1079v50i19F8b30W29AA92C08920192089102910O9681028204819181928C0AAc20892"
-    "0d1978207819101918"
-    "R019A8e1978194880188019B8k19G83019I0f29d60X19F0AA609910b198810781e19F0AAJ250U920M810E8f2079102"
-    "910c19683018102810"
-    "78191880AA6069102910W1958102810581970AAs90J94890281918D910Y19783058D0AA18r2019F0L2h10wS9c30l3A"
-    "105GB0a69io20X39F0"
-    "mX19G01869F8A0xy3950dI9vr60U9I8AAcs10vH970V910AA402Gl2910AA60U9205e1GA0m197e5G40491GB0AA107210"
-    "L950J9mD0j1930AAc6"
-    "0W29N2f30h29401819t187048D9W2029101918B028E0u-"
-    "5980sc19f10A9dt80491079102910Z99F019T0392019E04980iC9ae20h3950D930"
-    "9970A930181e1GmY40AAcG0k1820N8tG07W5e306e808e207eU04eD06WX403ex30K2C0K2i30P2d40r2910d291029201"
-    "92029204910C910191"
-    "07910X2910492089107910S9104910591019307910qA920P910P910V910P910V910P910V910P910V910P9108920o1A"
-    "WG0t1840o188018E01"
-    "8205GF05810F8mY10V96069r607e10He207e102e105e50+"
-    "19X1018m30j1930787920AA4019XA0U918H0i1948AAsE0S948AAs60U92819AAbF"
-    "0791049102910F910b6920927ef10a297e1940AAtO0x1210321042i20j1210F2Y604910R910291019201910A910491"
-    "019101960194019101"
-    "9101910391029101920191019101910191019102910192049107910491049101910A910H95039105910H9aI0D2Z10Q"
-    "860Q860Q8cp20AAcW1"
-    "0Wtf19W10wX4960+6920Yq59E0nf79F0kJ9Yj20+GfYl10hw4950WZ49mgtL0m78mm-50";
-static const char
-    unicode_orders[] = // gap, length, rank of the combining class; all others are starters
-    "WOLo01p04j01p01h05j02f04j02f0Bj05104j03o21o21s01o03j03o02j13o04j01o01p02j01o01q02r01q02r01q0Do"
-    "p85of81j04o01j03o0"
-    "1k01j06o06j02o01j02o01k01n01o01501601701801901A01B01C01D02E01F01G01H11I11J01K11o01j11De28o01P0"
-    "1Q01Rm11M01N01O01P"
-    "01Q01R01S01T02o02j05o01j02o01jG1Ub37o24o01j01o22o11j02o01jZ11VU1o01j02o01j02o03j01o02j01o01j03"
-    "o01j01o01j01o01j01"
-    "o01j02oW57o01j01oY14o19o13o15oh13ju3Eo11j02o01j02o01j03o03j01M01N01O03o01j02o02j05oy112G1431o0"
-    "1j02od312G14k312G1"
-    "4k312G14k312G14-314-31471W01Xb312G14-"
-    "314y314j32Y014D4Zi32aE4bi22jR1j11j11ht11c01d11e54d21d12o01412o+11jm312124o2"
-    "1jlM3oqT14V14z414A1oh61nl41k01o01jx61o01jd214K8o21jm15o06j02o01js312F14c11o01j07os124w112B24Z2"
-    "12u43o11105j02o04j"
-    "01o17141j61o32oc62o01j07o01j02o01r01g01j01f0b1o51o01q01j01o01jmM2o02104o03102o41o32101o01j01o0"
-    "2104j01o+-23oj414W"
-    "3W1ogH1i01n01p01k02lf323qkT1o4AoW12om22oq814z514RIov13jb114-"
-    "212C14l71o12o01j22o52o11oq114s714mvJ1LXO7o07j02ojU1j"
-    "Y71jr45ooq11j11oe11o01101j414b51o01j-g114u114v114012b23om124+"
-    "112i214912g314012o512014n212G14O7o35oj614312x314012"
-    "x714012+"
-    "314s314012p314pe114mrJ51x17odhK11cc52h03131m05h88j25o02jU4oq43oxj37o1Ho27o12o15obb27jj36o012";
-enum { N_ORDERS = 334, N_PARTS = 2060, N_PAIRS = 940 };
-static const char
-    unicode_parts[] = // 4 * step + kind, first part, and unless kind is 0 the second part
-    "XOY4Wm150250250250A50494w154j250250250C58F50250250C9A952550250250250ADCF50250250C58DDG15025025"
-    "0250A50494w154j250"
-    "250250C58F50250250C9A952550250250250ADCF50250250C58D90E5l375W205-145W205-1a25W205x1j25W205-"
-    "125W205-1A5W205-1A5W2"
-    "05z105W20Dz1F5W205-145W205-125W205-1Y25W205-1t15W205x1J5W205-185W205-125W205-"
-    "1W25W205z1f25W20Dz125W205-125W205-1"
-    "45W205-1a25W205-1X2H295W205z1g25W209z1h25W205-1i25W205-1r15W20Lx1L5W205-1i25W205-"
-    "1r15W20Hz1F5W205-145W205-1A5W20"
-    "Dv1J5W205-1i25W205-1r15W205z1L5W205-125W205-1g25W205-1r15W205z1s15W205-1r15W20Dz1H5W205-"
-    "125W205-145W205-185W205-"
-    "125W205-1w15W205x1h25W205x105W205-1C52D5W205-1C5W205-"
-    "1A5W20f4r2U5W20v1p105W20r3d3T5W205l105W205p105W205p105W205k"
-    "6F5W205-155W205-1M5W205-"
-    "1N5W209l385W205aK05205XM05W20Dz9G5W205t105W205t1u15W205sNd25205d3G5sD05lY10Hb2L5W20Dn115"
-    "W205k525W205z105W205R05W205jBS5W205-145W205t135W205-145W205t135W205-145W205p135W205-"
-    "145W205v135W205-145W205v135W"
-    "205-145W205Z2g15W205z105W20Dt2p15W20Tj295W205t1W25W205Y7b25W205X205W205hA65W205+"
-    "R55205hT05W20qX1ke1428a16L5W6z4e"
-    "1xd1Tw605ok104pj15yj105405409C09C05805Y20f3X3E5O05OD5805405405a10f3Z1E5O05BD5C0580LI050En5c4F5"
-    "0G93DHPELe1D5315MC"
-    "j1L0X4W20z25B50G93DHc2ELt1D5315MCX3Y3I520f9z5H5W20v1h205W205-"
-    "145W20Dr135W20DcA45205bC05W205z105W20Dz175W205-185W"
-    "205p105W20DqA05205tB05W205p275W205-185W205-"
-    "165W205t155W20Dt105W20bb1uTsq15025Y205X225c21fJs809d10b2Y10vg2ib1mk1X"
-    "1G0D60o4x106206206A06A06206I0680nDm9a850o1Y2h2r1620AQ0oAc8W8EC0k4Z206206A0EU0fTuHqHD0l150o1Y2h"
-    "2r1620z6W7s9v6e3n1"
-    "52051o1nFW8+7XFo7+"
-    "7TE050290d158c1zFu7o652051o1vHc9c790A56955g1si1oMmTg1K0MA0MA0MA0s1r13g1Y3b4A046Y4OA20c1Z40g2Y2"
-    "k3g1K0MA0MA0MA0s1r13rDg9o7XyAWk5km5940940940940H80b5o20940D40520960rt2XmD-WC5W205z1x15W205-"
-    "1u15W205-1S5W205g6-25"
-    "W205bAC5W205-1u15W205-1S5W205-1J5W205-1C5W205yAv25205125205xCu25W205-"
-    "165W205cSp25205bU25W205z155W205z165W205-1u1"
-    "5W205-1r15W205-1+15W205-1E5W205z145W205i6z25W205dA05W205-1a25W205-1S5W205z1R5W205qyEz15205r+"
-    "Ew25W205-175W205z1t2"
-    "5W205-1C5W205-1u15W205z1t15W205-1u15W205-1S5W205-175W205k6t25W205-"
-    "1E5W205k5F5205125205vF05W205-1C5W205x105W205-1"
-    "u15W205m+Ez15205nWFw25W205z1p25W205-1u15W205kEt15205A05205YmE05205zWF05W205-1u15W205-1S5W205-"
-    "175W205z1H5W205-1O5"
-    "W205-155W205cFt252052E5205fH95W205-1W25W205z1b25W205-125W205-1E5W205-115W205-"
-    "1u15W205z1t15W205-125W205z115W205z1"
-    "95W205-1Y25W205-1S5W205Z105On25645409iG5LxJu15W205-1p15W205Y6F5W205-115W205-1I5W205-"
-    "1B5W205yxE15205zvE1520511520"
-    "51I52051B5205wvE65205tbFw15W205-1p15W205-1B5W205g635W205-115W205-1I5W205-1B5W205yyE15205-"
-    "cFE5W205-1q15W205p105W2"
-    "05-1p15W205g6F5W205-115W205-1I5W205-1B5W205mzE15205voE152051152051I52051B52051W25205tK05W205-"
-    "1p15W205qJF52051152"
-    "051I52051B52051W25205jLb25W205-1c25W205-1p15W205-1B5W20Tmp1W15025+qDd152051252051Y45205-"
-    "sDz25025ktDd152051252051"
-    "Y45205drDz25025srDd1520512520DttDa15025cuDd1520512520DZsDa15025osDd152051252051Y45205puDz25025"
-    "YvDd152051252051Y4"
-    "5205-sDz25025ktDd152051252051Y45205lvDz25025+"
-    "vDd152051252051Y45205ptDz25025YuDd1520512520DZwDa15025owDd152051252"
-    "0DduDa15025suDd152051252051Y45209twDx29exDd190290Y45-uDz25025kvDd152051252051Y45205lxDz25025+"
-    "xDd152051252051Y452"
-    "05lxDZ46025816025416025416025C16025C1602581602DkpDe4520520520520520520520520520520520520520520"
-    "5205Y1052052052052"
-    "05205205205205205205205205205205205Y305205205205205205205205205205205205205205205205xxDz35035+"
-    "xDY45zxD05909A55gW"
-    "E65fYEz350350760250e48m2DXn155uiF65vxD05H09I55+"
-    "WE65XZEf460254160250e45mYEf450250Y45hWEt35035Y17602DX1Y45Y105X3t3"
-    "5035076029gcE150250Y45nZEt35035C76025Ja150258y25C05h2t350350760257c15nl1d16024l4DunFe45bxD05A0"
-    "9955wYE65jbEf46025"
-    "K160250e44fl1CyqF42qa1pbEGxr16Jr3zD+"
-    "qGy2540j240z3u30580530r6Y30LA0D60X3m10940j3k10DE0D40960z2rWH09eYH0j1d105XXH0"
-    "5405iYH0520DQ0520D60520T60520DE0520D60520j4s105C0520540b6z205205e10520TW20520520520m7cr642gs7t"
-    "o20Xk5ys2YsM940940"
-    "940940940940940940940940940D60940940TE0502961502961502961502961502z2f31f1k50v1S094094094094094"
-    "094094094094094094"
-    "0D60940940TE0502961502961502961502961502z2f31Do40520520520HM0eWe6sqj14drI4izJ4ZW14j-"
-    "E4zfG4cx24kxb1404raZ14WeS4pa"
-    "U4Yy14yg44cdA4un44qh34sN4yJ4kv34veJ4on14yx14gm14+b84wo64ke44zsb14cl24+uB4kn34aXA4Y-"
-    "B4xiW14sf94a+A4kv14rfJ4+mF4ka"
-    "34frK4wa44cb34av24azE4lqW14YZ14kI4i+84+"
-    "W34wp34kj24qn44gW34i54cv34cq44wZ24se14xsI4cF4YY24oY34sp74st54nw94j-O4gY34"
-    "urE4yX24tX74mc34m-"
-    "94gZ54zXV4qu14Yx64ky14gJ4WY74mG4eXC4ntX14oxM4zgN4V4WbK4aw14cZ34ee94fl54XhK4cp34ulG4fiU4yw64sY2"
-    "4gt94oU4nbH4e+I4tpK4q+74tv84+hF4dr34qwB4zrK4sf24cgF4mq64Yc34-kF4i-H4loH4pu44k+"
-    "F4fqF4gy84jhJ4sh14W64mhB4icA4mu24c"
-    "c44wl34pjV4wK4Yp24ot24oj34oZ54uo44ceE4wh24wY24k34bZc14sYA4Yh24s+"
-    "H4xkO4un14W74qf14oe54iY14Wq14Yq24qY24sd14kh74lZ5"
-    "4gp54ko14bpW14u84qX14sWE4q-B4mU4X+L4uI4iu14cZ44Wf84ni44XfI4gX44yk24cT4ac14iv94kB4Yp54uA4y+"
-    "84ai24a54WD4vea14cYL4i"
-    "WC4em24jzQ4rb94eb14en54Y54qr44oc24uy34ed24qh74Wu54Yn74fmS4iwN4fwX14alA4m74yq24sL4ws24WL4an14gg"
-    "24yqD4XlZ14Yi84qaQ"
-    "4vaZ14yk64Yj84WqG4zvN4oR4cj34Wt54+"
-    "lH4vbY14iU4ib44yw44sJ4qL4wZ24Yo34uT4kv44ir44a14sk44in24bwX14stD4vfD4cxE4mi14as"
-    "84og84ex24ma14lmR4eZ34wXA4vn34g54aN4Zz44jY14+hD4lfU4idQ4tlO4b34+"
-    "f64wY24cWD4XrG4ov84pc34keK4zk34YW74Zi64lhL4bv64W"
-    "e2Cqf18qX7ChfA4uqG4Ww14ad14a24E4q24kyE4lfD4+l18gb38ik2CWq24gCGa-"
-    "34Q4u24ue24hj64oz24nmZ14oJ4i64uN4s14w64ua14o64a6"
-    "4mT4m64ux14K4iY24eD4i24e64wr14c94+A4eV4al24cA4mG4ua14wB4kV4+c24wA4M414G4C4E4W3424aB4Y44+"
-    "J4eZ14g14m34YJ4c94mU4u84"
-    "04yT4oh24i84sM4m34qP4g34yg14a84sg34uH4u34hyR4odn74hjW7CZ-P4+"
-    "u14v44lU4gS4s34kK4c34cg14l44e44o44md14o54Y94W14yG4iC"
-    "4qw14E4W94e44sI4i74h44i84x24a94a44WP4m54i34eG4yH4cA484s34cY24Y44kO4qP4V4k54uF4WL4oZ34Zt24q74s7"
-    "4kK4g94g34aE444sA4"
-    "Y14o14i54J4uO4gU4+"
-    "G4sB4WE4o94qK4kC4wq14w94qu14mS4g44W14oI4o34v24i3454X14u44Y54yN4WZ14qJ4kI4wD4iW24k64c74g84e24O4"
-    "W34kj14qe24yga64B4Yv54lZy74sd24Y24WXf84ke54cWH4-"
-    "ul74s4o8fxi2fkLAo16k1HK6026Wsw316026ntw3L60260862062062062062062"
-    "0A40620620620620A40A40620A40620A406206206206206f1567C6K06I0nfLghb4slb4940z1K0jGu8w6520nZ2gX1kX"
-    "150o1zj1aNcM50J90Q"
-    "nV+FaF520kqx5yvz2ixz26206EI602602602602+Aq5P62062I620612620Wec9ztX6494I4Ykv64Zyu64y44Q4k44m74+"
-    "14y44l14XZE4uve74v"
-    "kw64E4W14c14gwv64bce74ygE4i24yxv64dxv64Q4lj14Wk14I4qYW94p+-"
-    "84S4doE4urE4M4u24A4ZsE4axE444s14i14M424Y14a34G4I4o14K"
-    "4440404wgx64txi64hgE4g14eux64ltx64C4g14m94h64W14W24q34e54q14c44W14Y2404g14a14G4U4eL4-"
-    "G4YH4hC4c24vc24kk34-H4i24o1"
-    "4Z84kA414s74mZ+64Z-z64A4U4e14G4W44iq+64a44xl+64+24O4z44y84ltH4S4uWI4i3404qe-64fW-64g14U4O4go-"
-    "64nn-64E4wq14Xp14Xg"
-    "I4+"
-    "jI4S4a54b34krW74XgW74cgW74ldW7454Y14g6424bxI4yyI4s24g14u24jWJ4Yoq74jmq74eZJ46464e14miY94dfY94c"
-    "ZY7404-om64zjH4"
-    "04rbJ4Y-y74aoN4ldX84I4leJ4khJ4c34K4a24m84jqJ4x14mtJ4WaZ74vWZ74Y84844434y24e14e24R4M4+"
-    "24e1484q14M4a44e54c24u74uxZ"
-    "74zyZ74X44u64s14Y64wWa74zyZ74v54t14rtK4sZL4g14+14h24rWL4ckL4w14yfb74jYb74gH4zA4-"
-    "oL4mtL4nuL4d24ygB464ssA4d64YXD4d"
-    "jU4ypH484C4w34L4Wdc74pdy74YhM4f74wC4c34m+b74zzb74z64gF4jtM4gwM4Y64k44yB4s-"
-    "b74lyb74biN4omN4iuc74brc74hmN4eoN4w24s"
-    "1424ajd74ZuE4++E4tgd74yce74v-d74S4h64+A4m24o34h34m24U4Q4ovd74p+d74sF4+"
-    "34rpO4mvO474qWe74lje74gN4W-d74W34lyd74c74r"
-    "1454feP4ehP4c34B4i34mdg64-zf64yne74jie74+Wf74bue74Q4s14mxf74luf74g14Wgg74+"
-    "D4pfg74Y14zjQ4olQ4vkQ404+uQ4g14g14e14g"
-    "44zwQ4oWR4anh74llh74erh74Zoh74+Ys64zur64Yvi74k14u84lae84O4ukR4+-"
-    "i7414k24q14fXj742404s24XnR4arR4fqR4W54kuf84zyj74"
-    "y34W44n+R4cqg84-ik74eqk74s24hpk74u54thS4YnS4K4A4wol74sI404nxl74tkS4owi84f+"
-    "l7464ZwS4obj84xwl74ZZT4maT494w14ien74b"
-    "Yn74ZcT4iiT4s34c44XnT4ell84+14xkl84Wul84zrn74eyn74nwn74g64M4gjo74o44bio74mqo74lpo74+"
-    "kv64put74wjU4Y54llU4cpU4neJ4"
-    "alc84S4ZYQ4I4rvu6464qv64bpb14iYV4B4a14p+N4y-"
-    "N444K4o24ibq74jbq74m34i44q44p84q94q24W74dG4k7444W14qbq74gJ4h94pwp84i"
-    "yV444c24eht74hct74myq74zyq8484Wbr84YI4jsr84gkW14O4M444W44X24i84t24k94X54c44s14zwW14qWX14W24lWX"
-    "14kcX1464eWt74-us7"
-    "4E4ngX14giX14zZg14c-X94mB4lgv84I4ozX14w44w94sC4cbu74v-"
-    "t74i14q54u54mxu74rox14nZz54T4e34ykz54pWz54e64qfx74s14nrw74"
-    "w54W24wXx74bXx74wH4+9424t54wN4u14g+x74zcx74h-"
-    "b14aYc14Wyx74XvX94wjc14XnS4YtS4aYz74gD4twZ94G4qsc14qY+74lra94e+a94r"
-    "e+7404y14wu+74dj+74zwc14i-c14y74s14u34-Yd14asd94xXW84yI4wB4zYe14+"
-    "14qde14ksX84hzf94wWg94oG4c84hzX84fse14cwe14A4E4"
-    "K4E4g24giZ8";
-// ---- tables end ----
+#include "files/unicode.h"
 
-static uint32_t table_digit(const char **text) { // one character, six bits: 0-9 A-Z a-z + -
+// One character is six bits: 0-9 A-Z a-z + -.
+static uint32_t table_digit(const char **text) {
     char c = *(*text)++;
     return (uint32_t)(c == '+'   ? 62
                       : c == '-' ? 63
@@ -463,8 +220,8 @@ static uint32_t table_digit(const char **text) { // one character, six bits: 0-9
                                  : c - 'a' + 36);
 }
 
-static uint32_t
-table_number(const char **text) { // five bits a character, least first, 32: more follow
+// Five bits a character, the lowest first. Bit 32: another character follows.
+static uint32_t table_number(const char **text) {
     uint32_t n = 0, digit;
     int shift = 0;
     do {
@@ -475,7 +232,8 @@ table_number(const char **text) { // five bits a character, least first, 32: mor
     return n;
 }
 
-static uint32_t table_step(const char **text, uint32_t from) { // a signed difference
+// A signed difference from the value before: 2n for n, 2n - 1 for -n.
+static uint32_t table_step(const char **text, uint32_t from) {
     uint32_t n = table_number(text);
     return n & 1 ? from - (n + 1) / 2 : from + n / 2;
 }
@@ -485,7 +243,8 @@ static int compare_pairs(const void *x, const void *y) {
     return a < b ? -1 : a > b;
 }
 
-// Pages of one class share one copy, so 1.1 million code points take about 90 kB.
+// Pages whose code points all have the same class share one copy: 1.1 million code points take 90
+// kB.
 static bool open_classes(Tokenizer *t) {
     uint16_t uniform[64] = {0}; // 1 + the page that holds only this class
     size_t n_pages = 0, capacity = 0;
@@ -549,19 +308,14 @@ static inline unsigned class_of(const Tokenizer *t, uint32_t c) {
 }
 
 static inline unsigned next_class(const Tokenizer *t, const unsigned char **at) {
-    if (**at < 0x80) return t->classes[*(*at)++]; // page 0 is never shared: it comes first
+    if (**at < 0x80) return t->classes[*(*at)++]; // ASCII is in page 0, stored first
     return class_of(t, utf8_next(at));
 }
 
-// What one call of tokenizer_encode() holds besides the ids. A text that is its own NFC is never
-// copied.
+// The memory of one call of tokenizer_encode(). A text that is its own NFC is never copied.
 
-enum {
-    CACHE_SLOTS = 4096,
-    CACHE_BYTES = 22,
-    CACHE_IDS = 6,
-    CACHE_FROM = 4096 /* bytes of text that make it pay */
-};
+// A text of at least CACHE_FROM bytes gets a cache of words. For shorter ones it does not pay.
+enum { CACHE_SLOTS = 4096, CACHE_BYTES = 22, CACHE_IDS = 6, CACHE_FROM = 4096 };
 typedef struct {
     unsigned char n_bytes, n_ids, bytes[CACHE_BYTES];
     int32_t ids[CACHE_IDS];
@@ -575,14 +329,14 @@ typedef struct {
     const Tokenizer *t;
     int32_t *ids;
     size_t n_ids, capacity;
-    CacheSlot *cache;         // words seen before; NULL for short texts
+    CacheSlot *cache;         // words of this text; NULL for a short one
     Scratch normal, prefixed; // a section after NFC; a section with its prefix space
-    Scratch span, sorted;     // code points between two safe ones, and room to sort them
-    Scratch long_word;        // the list and the heap of a word too long for the stack
+    Scratch span, sorted;     // code points between two safe ones; a sorted run of marks
+    Scratch long_word;        // the list and the heap of a long word
 } Encoder;
 
-// Makes room for at least `bytes`; the content is kept. Grows by half so that appending stays
-// linear.
+// Makes room for at least `bytes` and keeps the content. It grows by half, so appending takes
+// linear time.
 static int scratch_fit(Scratch *s, size_t bytes) {
     if (bytes <= s->bytes) return 0;
     size_t room = bytes + s->bytes / 2;
@@ -601,7 +355,7 @@ static int push_ids(Encoder *e, const int32_t *ids, size_t n) {
         e->ids = grown;
         e->capacity = room;
     }
-    for (size_t i = 0; i < n; i++) e->ids[e->n_ids++] = ids[i]; // a few: no call
+    for (size_t i = 0; i < n; i++) e->ids[e->n_ids++] = ids[i]; // few ids: faster than memcpy
     return 0;
 }
 
@@ -614,15 +368,16 @@ static void encoder_free(Encoder *e) {
     free(e->long_word.data);
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 3. NFC. A character is safe if NFC leaves it alone and it joins nothing before it; a stretch from
-// one safe character to the next is normalized on its own: decompose, sort each run of marks by
-// combining order (stable), compose. An entry of the stretch is a code point with its order in the
-// bits above 21. Runs of marks are sorted by counting, so a megabyte of accents costs no more than
-// a megabyte of letters.
+// -------------------------------------------------------------------------------------------------
+// 3. NFC. A character is safe if NFC does not change it and it does not combine with what stands
+// before it. A span from one safe character to the next is normalized alone: decompose, sort each
+// run of marks by combining order (stable), compose. An entry of a span is a code point, with its
+// combining order above bit 21. Marks are sorted by counting, so a megabyte of accents takes no
+// longer than a megabyte of letters.
 
 enum { HANGUL_S = 0xAC00, HANGUL_L = 0x1100, HANGUL_V = 0x1161, HANGUL_T = 0x11A7 };
 
+// The combining order of c; 0: a starter, not a mark.
 static unsigned order_of(const Tokenizer *t, uint32_t c) {
     size_t low = 0, high = t->n_order;
     while (low < high) {
@@ -634,7 +389,8 @@ static unsigned order_of(const Tokenizer *t, uint32_t c) {
     return 0;
 }
 
-static size_t decompose(const Tokenizer *t, uint32_t c, uint32_t *out) { // at most 4 entries
+// Writes the full decomposition of c, at most 4 entries; returns how many.
+static size_t decompose(const Tokenizer *t, uint32_t c, uint32_t *out) {
     if (c >= HANGUL_S && c < HANGUL_S + 11172) {
         uint32_t s = c - HANGUL_S;
         out[0] = HANGUL_L + s / 588;
@@ -650,7 +406,7 @@ static size_t decompose(const Tokenizer *t, uint32_t c, uint32_t *out) { // at m
         else if (c > part->c) low = mid + 1;
         else {
             size_t n = decompose(t, part->a, out);
-            if (part->b) out[n] = part->b | (uint32_t)order_of(t, part->b) << 21, n++;
+            if (part->b) out[n++] = part->b | (uint32_t)order_of(t, part->b) << 21;
             return n;
         }
     }
@@ -658,7 +414,8 @@ static size_t decompose(const Tokenizer *t, uint32_t c, uint32_t *out) { // at m
     return 1;
 }
 
-static uint32_t compose(const Tokenizer *t, uint32_t a, uint32_t b) { // 0: they do not
+// The character that a, b compose to, or 0.
+static uint32_t compose(const Tokenizer *t, uint32_t a, uint32_t b) {
     if (a - HANGUL_L < 19 && b - HANGUL_V < 21)
         return HANGUL_S + ((a - HANGUL_L) * 21 + (b - HANGUL_V)) * 28;
     if (a - HANGUL_S < 11172 && (a - HANGUL_S) % 28 == 0 && b - HANGUL_T - 1 < 27)
@@ -673,6 +430,7 @@ static uint32_t compose(const Tokenizer *t, uint32_t a, uint32_t b) { // 0: they
     return low < t->n_compose && t->compose[low].ab == ab ? t->compose[low].c : 0;
 }
 
+// Sorts marks by their order, with a stable counting sort.
 static int sort_marks(Encoder *e, uint32_t *mark, size_t n) {
     size_t place[65] = {0};
     if (scratch_fit(&e->sorted, n * sizeof *mark) < 0) return -1;
@@ -684,7 +442,7 @@ static int sort_marks(Encoder *e, uint32_t *mark, size_t n) {
     return 0;
 }
 
-// Normalizes one stretch, appending to e->normal at *n_out.
+// Normalizes one span and writes it into e->normal at *n_out.
 static int nfc_span(Encoder *e, const unsigned char *s, const unsigned char *end, size_t *n_out) {
     const Tokenizer *t = e->t;
     size_t n = 0, n_after = 0, starter = SIZE_MAX;
@@ -695,11 +453,12 @@ static int nfc_span(Encoder *e, const unsigned char *s, const unsigned char *end
     }
     uint32_t *span = e->span.data;
     for (size_t i = 0, j; i < n; i = j + 1) {
-        for (j = i; j < n && span[j] >> 21; j++) {
-        }
+        j = i;
+        while (j < n && span[j] >> 21) j++;
         if (j - i > 1 && sort_marks(e, span + i, j - i) < 0) return -1;
     }
-    for (size_t i = 0; i < n; i++) { // a mark reaches the starter past marks of lower order only
+    // A mark combines with the starter only if all marks between them have a lower order.
+    for (size_t i = 0; i < n; i++) {
         uint32_t c = span[i] & 0x1FFFFF, joined = 0;
         unsigned order = span[i] >> 21;
         if (starter != SIZE_MAX && (n_after == starter + 1 || last < order))
@@ -718,7 +477,7 @@ static int nfc_span(Encoder *e, const unsigned char *s, const unsigned char *end
     return 0;
 }
 
-// Replaces *text by its NFC: itself, or a copy in e->normal.
+// Replaces *text by its NFC: the text itself if nothing changes, else a copy in e->normal.
 static int nfc(Encoder *e, const unsigned char **text, size_t *n) {
     const unsigned char *s = *text, *end = s + *n, *copied = s, *safe = NULL, *here;
     size_t n_out = 0;
@@ -729,7 +488,7 @@ static int nfc(Encoder *e, const unsigned char **text, size_t *n) {
             continue;
         }
         const unsigned char *from =
-            safe ? safe : here; // the stretch: from the last safe character to the next
+            safe ? safe : here; // the span starts at the last safe character
         while (s < end) {
             here = s;
             if (!(next_class(e->t, &s) & NFC_UNSAFE)) {
@@ -753,12 +512,13 @@ static int nfc(Encoder *e, const unsigned char **text, size_t *n) {
     return 0;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 4. The blob. Every length is compared with what is left before it is used, every id with n_ids,
-// and what the encoder relies on is checked: a merge joins exactly the bytes of its two parts (so
-// an old entry of the merge queue can never be mistaken for a new one), byte symbols are single
-// bytes, added tokens agree with the id they name.
+// -------------------------------------------------------------------------------------------------
+// 4. The blob. Every length is compared with the bytes that are left, and every id with n_ids,
+// before it is used. Three more facts are checked because the encoder relies on them: a merge joins
+// exactly the bytes of its two parts (so an old entry of the merge heap is never taken for a new
+// one), byte symbols are single bytes, and added tokens agree with the id that they name.
 
+// The stored bytes of a token; NULL for a hole.
 static const unsigned char *token_bytes(const Tokenizer *t, uint32_t id, size_t *n, bool *literal) {
     const unsigned char *at = t->blob + t->token_at[id];
     uint32_t length = u32_at(at);
@@ -773,6 +533,7 @@ static bool all_in_alphabet(const unsigned char *s, size_t n) {
     return true;
 }
 
+// Reads the tokens and the byte symbols, from offset *at on.
 static int open_tokens(Tokenizer *t, size_t bytes, size_t *at) {
     if (t->n_ids == 0 || t->n_ids > (bytes - *at) / 4)
         return fail("tokenizer: %u ids do not fit its %zu bytes", t->n_ids, bytes);
@@ -821,10 +582,12 @@ static inline const MergePair *find_pair(const Tokenizer *t, uint32_t left, uint
     return &t->pair[slot];
 }
 
+// Checks the merges and fills the hash table of pairs.
 static int open_merges(Tokenizer *t, size_t bytes, size_t *at) {
     if (t->n_merges > (bytes - *at) / 12)
         return fail("tokenizer: %u merges do not fit its %zu bytes", t->n_merges, bytes);
-    for (t->pair_bits = 4; ((size_t)1 << t->pair_bits) < 2 * (size_t)t->n_merges;) t->pair_bits++;
+    t->pair_bits = 4;
+    while (((size_t)1 << t->pair_bits) < 2 * (size_t)t->n_merges) t->pair_bits++;
     size_t slots = (size_t)1 << t->pair_bits;
     t->pair = malloc(slots * sizeof *t->pair);
     if (t->pair == NULL) return fail("tokenizer: out of memory");
@@ -844,7 +607,7 @@ static int open_merges(Tokenizer *t, size_t bytes, size_t *at) {
             memcmp(token[2] + n[0], token[1], n[1]))
             return fail("tokenizer: merge %u does not join two ids into a third", rank);
         uint32_t slot = pair_slot(t, id[0], id[1]);
-        int probes = 0; // half full and mixed: a run of 1,000 slots comes from a crafted file
+        int probes = 0; // the table is half full: only a crafted file makes a run of 1,000 slots
         for (; t->pair[slot].rank != UINT32_MAX; slot = (slot + 1) & (uint32_t)(slots - 1)) {
             if ((t->pair[slot].left != id[0] || t->pair[slot].right != id[1]) && ++probes < 1000)
                 continue;
@@ -884,8 +647,7 @@ static int trie_add(Trie *trie, const unsigned char *s, size_t n, uint32_t added
     return 0;
 }
 
-// Does this text, decoded as the library would decode a token that reads so, give the bytes held
-// for the id?
+// Whether the library decodes a token with this text to the bytes that are stored for the id.
 static bool text_matches_id(const Tokenizer *t, const unsigned char *s, size_t n, uint32_t id) {
     size_t n_token, k = 0;
     bool literal;
@@ -898,8 +660,8 @@ static bool text_matches_id(const Tokenizer *t, const unsigned char *s, size_t n
     return k == n_token;
 }
 
-// One added token. The library matches `normalized` ones in their NFC and, by version, decodes one
-// form or the other, so those are taken only if they are their own NFC.
+// Checks one added token. The library matches a `normalized` token by its NFC, and its version
+// decides which form it decodes to. So such a token is accepted only if it is its own NFC.
 static int check_added(const Tokenizer *t, Encoder *e, uint32_t i, uint32_t flags,
                        const unsigned char *s, size_t n) {
     const unsigned char *same = s;
@@ -912,6 +674,7 @@ static int check_added(const Tokenizer *t, Encoder *e, uint32_t i, uint32_t flag
                                                   : fail("tokenizer: added token %u is not NFC", i);
 }
 
+// Reads the added tokens and builds the two tries.
 static int open_added(Tokenizer *t, size_t bytes, size_t *at) {
     Encoder e = {.t = t};
     int status = 0;
@@ -975,7 +738,8 @@ static int open_blob(Tokenizer *t, size_t bytes) {
     return 0;
 }
 
-// Checks a blob and prepares it for use; NULL after fail(). The blob must outlive the tokenizer.
+// Checks a blob and prepares it for use; NULL after fail(). The tokenizer reads the blob until it
+// is closed.
 static Tokenizer *tokenizer_open(const unsigned char *blob, size_t bytes) {
     if (bytes < 32 || memcmp(blob, "mtok", 4) != 0) {
         fail("tokenizer: it does not start with \"mtok\"");
@@ -1026,13 +790,14 @@ static bool tokenizer_has(const Tokenizer *t, int id) {
     return tokenizer_token(t, id, &bytes) != NULL;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 5. Merges. The pair of lowest rank goes first, of equal ones the leftmost. A word of usual length
-// is scanned for it; a long one (a megabyte of one letter is one word) keeps a linked list and a
-// heap of rank << 32 | position.
+// -------------------------------------------------------------------------------------------------
+// 5. Merges. The pair of lowest rank is merged first; of equal ones, the leftmost. In a word of
+// usual length a loop finds it. A long word (a megabyte of one letter is one word) has a linked
+// list of ids and a heap of rank << 32 | position.
 
 enum { SHORT_WORD = 64 };
 
+// Merges n ids in place; returns how many are left.
 static size_t merge_short(const Tokenizer *t, int32_t *id, size_t n) {
     uint32_t rank[SHORT_WORD];
     for (size_t i = 0; i + 1 < n; i++)
@@ -1054,14 +819,16 @@ static size_t merge_short(const Tokenizer *t, int32_t *id, size_t n) {
     return n;
 }
 
-static void heap_sink(uint64_t *heap, size_t n,
-                      size_t i) { // four children a node: half the cache misses of two
+// A heap with four children a node: half the cache misses of one with two.
+static void heap_sink(uint64_t *heap, size_t n, size_t i) {
     uint64_t moving = heap[i];
-    for (size_t child, first; (first = child = 4 * i + 1) < n; i = child) {
+    while (4 * i + 1 < n) {
+        size_t first = 4 * i + 1, child = first;
         for (size_t k = first + 1; k < first + 4 && k < n; k++)
             if (heap[k] < heap[child]) child = k;
         if (moving <= heap[child]) break;
         heap[i] = heap[child];
+        i = child;
     }
     heap[i] = moving;
 }
@@ -1072,9 +839,9 @@ static void heap_push(uint64_t *heap, size_t *n, uint64_t value) {
     heap[i] = value;
 }
 
-// An entry is out of date if its pair has changed since; then the pair's rank is another one. It
-// starts with at most n - 1 entries, and each of at most n - 1 merges takes one and puts in two: 2n
-// slots.
+// Merges a long word. An entry of the heap is old if its pair has changed since; the pair then has
+// another rank. The heap starts with at most n - 1 entries. Each of at most n - 1 merges removes
+// one and adds two, so 2n slots are enough.
 static int merge_long(Encoder *e, const unsigned char *word, size_t bytes) {
     const Tokenizer *t = e->t;
     if (bytes >= INT32_MAX) return fail("tokenizer: a word of %zu bytes is too long", bytes);
@@ -1099,8 +866,8 @@ static int merge_long(Encoder *e, const unsigned char *word, size_t bytes) {
         uint64_t top = heap[0];
         heap[0] = heap[--n_heap];
         if (n_heap) heap_sink(heap, n_heap, 0);
-        int32_t i = (int32_t)(top & UINT32_MAX), j;
-        if (id[i] < 0 || (j = next[i]) >= n) continue;
+        int32_t i = (int32_t)(top & UINT32_MAX), j = next[i];
+        if (id[i] < 0 || j >= n) continue;
         const MergePair *pair = find_pair(t, (uint32_t)id[i], (uint32_t)id[j]);
         if (pair->rank != top >> 32) continue;
         id[i] = (int32_t)pair->result;
@@ -1123,6 +890,7 @@ static int merge_long(Encoder *e, const unsigned char *word, size_t bytes) {
     return 0;
 }
 
+// Appends the ids of one word.
 static int encode_word(Encoder *e, const unsigned char *word, size_t bytes) {
     const Tokenizer *t = e->t;
     CacheSlot *slot = NULL;
@@ -1148,13 +916,13 @@ static int encode_word(Encoder *e, const unsigned char *word, size_t bytes) {
     return push_ids(e, id, n);
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 6. Words. GPT-2's expression, by hand, its alternatives in this order:
+// -------------------------------------------------------------------------------------------------
+// 6. Words. The regular expression of GPT-2, written as code. Its alternatives, in this order:
 //   's|'t|'re|'ve|'m|'ll|'d | ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+ | \s+(?!\S) | \s+
-// Falcon cuts at runs of punctuation before it and at runs of digits after it.
+// Falcon cuts at runs of punctuation before this step, and at runs of digits after it.
 
-static size_t contraction(const unsigned char *p,
-                          const unsigned char *end) { // p is at an apostrophe
+// The length of 's, 't, 're ... at p, which is an apostrophe; 0: there is none.
+static size_t contraction(const unsigned char *p, const unsigned char *end) {
     size_t n = (size_t)(end - p);
     if (n > 1 && (p[1] == 's' || p[1] == 't' || p[1] == 'm' || p[1] == 'd')) return 2;
     if (n > 2 && ((p[2] == 'e' && (p[1] == 'r' || p[1] == 'v')) || (p[1] == 'l' && p[2] == 'l')))
@@ -1162,12 +930,13 @@ static size_t contraction(const unsigned char *p,
     return 0;
 }
 
+// The end of the word that starts at p.
 static const unsigned char *word_end(const Tokenizer *t, const unsigned char *p,
                                      const unsigned char *end) {
     enum { KIND = LETTER | NUMBER | SPACE };
     const unsigned char *q = p, *here;
-    size_t n;
-    if (*p == '\'' && (n = contraction(p, end)) > 0) return p + n;
+    size_t n = *p == '\'' ? contraction(p, end) : 0;
+    if (n > 0) return p + n;
     if (*p == ' ' && p + 1 < end) q = p + 1;
     unsigned kind = next_class(t, &q) & KIND;
     if (kind != SPACE) {
@@ -1177,7 +946,9 @@ static const unsigned char *word_end(const Tokenizer *t, const unsigned char *p,
         }
         return end;
     }
-    const unsigned char *last = q = p; // a run of spaces leaves its last one to the next word
+    // A run of spaces leaves its last one to the next word.
+    const unsigned char *last = p;
+    q = p;
     while (q < end) {
         here = q;
         if (!(next_class(t, &q) & SPACE)) return last > p ? last : here;
@@ -1186,8 +957,8 @@ static const unsigned char *word_end(const Tokenizer *t, const unsigned char *p,
     return end;
 }
 
-// In Falcon's sequence the steps after ByteLevel see the byte alphabet, in which these six bytes of
-// longer characters look like superscripts and fractions and therefore count as digits too.
+// Falcon's steps after ByteLevel see characters of the byte alphabet. Six bytes of longer
+// characters look like superscripts and fractions there, so they count as numeric too.
 static bool is_numeric_byte(unsigned char b) {
     return (b >= '0' && b <= '9') || b == 0xB2 || b == 0xB3 || b == 0xB9 || b == 0xBC ||
            b == 0xBD || b == 0xBE;
@@ -1195,8 +966,8 @@ static bool is_numeric_byte(unsigned char b) {
 
 static bool is_digit(unsigned char b) { return b >= '0' && b <= '9'; }
 
-// Digits, then Split on three digits: runs of numeric bytes stand alone, and so does each three
-// from their left.
+// Falcon's steps Digits and Split: a run of numeric bytes is a word of its own, and so are each
+// three digits in it, counted from the left.
 static int encode_falcon_word(Encoder *e, const unsigned char *p, const unsigned char *end) {
     while (p < end) {
         const unsigned char *q = p, *from = p;
@@ -1209,7 +980,8 @@ static int encode_falcon_word(Encoder *e, const unsigned char *p, const unsigned
             }
             if (p > from && encode_word(e, from, (size_t)(p - from)) < 0) return -1;
             if (encode_word(e, p, 3) < 0) return -1;
-            from = p += 3;
+            p += 3;
+            from = p;
         }
         if (q > from && encode_word(e, from, (size_t)(q - from)) < 0) return -1;
         p = q;
@@ -1217,6 +989,7 @@ static int encode_falcon_word(Encoder *e, const unsigned char *p, const unsigned
     return 0;
 }
 
+// Encodes normalized text without added tokens.
 static int encode_plain(Encoder *e, const unsigned char *s, size_t n) {
     const Tokenizer *t = e->t;
     bool falcon = t->pretokenizer == SPLIT_FALCON;
@@ -1228,30 +1001,29 @@ static int encode_plain(Encoder *e, const unsigned char *s, size_t n) {
         s = copy;
     }
     for (const unsigned char *end = s + n, *stop = end; s < end;) {
-        if (falcon) { // to the end of this run of punctuation, or of others
+        if (falcon) { // stop at the end of this run of punctuation, or of other characters
             const unsigned char *p = s;
             unsigned punct = next_class(t, &p) & PUNCT;
             for (stop = p; stop < end && (next_class(t, &p) & PUNCT) == punct;) stop = p;
         }
         while (s < stop) {
             const unsigned char *next = word_end(t, s, stop);
-            if ((falcon ? encode_falcon_word(e, s, next) : encode_word(e, s, (size_t)(next - s))) <
-                0)
-                return -1;
+            int status =
+                falcon ? encode_falcon_word(e, s, next) : encode_word(e, s, (size_t)(next - s));
+            if (status < 0) return -1;
             s = next;
         }
     }
     return 0;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 7. Added tokens: leftmost first, of those the longest, found in the raw text and then, for tokens
-// that say `normalized`, in what NFC made of the text between. lstrip and rstrip widen a match over
-// white space. The library's bookkeeping is kept as it is: rstrip does not move the search, so a
-// token of spaces is found again inside what an rstrip took.
+// -------------------------------------------------------------------------------------------------
+// 7. Added tokens. The leftmost match is taken; of several at one place, the longest. Tokens with
+// the flag `normalized` are found in the text after NFC, the others in the raw text. lstrip and
+// rstrip extend a match over white space. As in the library, rstrip does not move the start of the
+// next search, so a token of spaces is found again inside the spaces that an rstrip took.
 
-// Looks from *start on; returns whether there is a match, which token it is and where it starts and
-// stops.
+// Finds the first match from *start on: the token and where it starts and stops.
 static bool trie_find(const Trie *trie, const unsigned char *s, size_t n, size_t *start,
                       size_t *stop, uint32_t *added) {
     bool found = false;
@@ -1275,7 +1047,7 @@ static bool trie_find(const Trie *trie, const unsigned char *s, size_t n, size_t
 
 static int encode_section(Encoder *e, const unsigned char *s, size_t n, bool normalized);
 
-// The text between two added tokens goes one step further.
+// The text between two added tokens goes to the next step.
 static int encode_between(Encoder *e, const unsigned char *s, size_t n, bool normalized) {
     if (normalized) return encode_plain(e, s, n);
     if (e->t->flags & TOKENIZER_NFC && nfc(e, &s, &n) < 0) return -1;
@@ -1287,12 +1059,15 @@ static bool space_at(const Tokenizer *t, const unsigned char *p) {
 }
 static bool word_at(const Tokenizer *t, const unsigned char *p) { return next_class(t, &p) & WORD; }
 
+// Cuts a text at its added tokens: raw text, or with `normalized` text after NFC.
 static int encode_section(Encoder *e, const unsigned char *s, size_t n, bool normalized) {
     const Tokenizer *t = e->t;
     const Trie *trie = normalized ? &t->normalized : &t->raw;
     size_t done = 0, search = 0, start = 0, stop = 0, space_end = 0;
     uint32_t added;
-    while (trie->n > 0 && (start = search, trie_find(trie, s, n, &start, &stop, &added))) {
+    while (trie->n > 0) {
+        start = search;
+        if (!trie_find(trie, s, n, &start, &stop, &added)) break;
         uint32_t flags = t->added[added].flags;
         int32_t id = (int32_t)t->added[added].id;
         search = stop;
@@ -1305,7 +1080,7 @@ static int encode_section(Encoder *e, const unsigned char *s, size_t n, bool nor
             if (start < done) start = done;
         }
         if (flags & ADDED_RSTRIP) {
-            if (stop < space_end) stop = space_end; // this white space has been walked before
+            if (stop < space_end) stop = space_end; // this white space was skipped before
             for (const unsigned char *p = s + stop; stop < n && space_at(t, p);
                  stop = (size_t)(p - s))
                 utf8_next(&p);
@@ -1318,11 +1093,11 @@ static int encode_section(Encoder *e, const unsigned char *s, size_t n, bool nor
     return done < n ? encode_between(e, s + done, n - done, normalized) : 0;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // 8. Encode.
 
-// Text to ids. *ids is malloc'd and the caller's to free. -1 after fail(): a text that is not UTF-8
-// names its offset.
+// Text to ids. The caller frees *ids. Returns -1 after fail(); for a text that is not UTF-8 the
+// message names the offset.
 static int tokenizer_encode(const Tokenizer *t, const char *text, size_t bytes, int32_t **ids,
                             size_t *n_ids) {
     const unsigned char *s = (const unsigned char *)text;
@@ -1330,13 +1105,13 @@ static int tokenizer_encode(const Tokenizer *t, const char *text, size_t bytes, 
     Encoder e = {.t = t};
     *ids = NULL;
     *n_ids = 0;
-    if (bytes > SIZE_MAX / 64)
-        return fail("a text of %zu bytes is too long", bytes); // so no size overflows below
+    // This limit keeps every size below from overflowing.
+    if (bytes > SIZE_MAX / 64) return fail("a text of %zu bytes is too long", bytes);
     if (good != bytes)
         return fail("the text is not UTF-8 at byte %zu (a bytes tokenizer takes anything)", good);
     e.capacity = (t->kind == TOKENIZER_BYTES ? bytes : bytes / 4) + 16;
-    if ((e.ids = malloc(e.capacity * sizeof *e.ids)) == NULL)
-        return fail("tokenizer: out of memory (%zu ids)", e.capacity);
+    e.ids = malloc(e.capacity * sizeof *e.ids);
+    if (e.ids == NULL) return fail("tokenizer: out of memory (%zu ids)", e.capacity);
     int status = 0;
     if (t->kind == TOKENIZER_BYTES) {
         for (size_t i = 0; i < bytes && status == 0; i++) {
@@ -1347,8 +1122,8 @@ static int tokenizer_encode(const Tokenizer *t, const char *text, size_t bytes, 
         }
         e.n_ids = bytes;
     } else if (bytes > 0) {
-        if (bytes >= CACHE_FROM)
-            e.cache = calloc(CACHE_SLOTS, sizeof *e.cache); // NULL only means slower
+        if (bytes >= CACHE_FROM) // without memory for it, encoding is only slower
+            e.cache = calloc(CACHE_SLOTS, sizeof *e.cache);
         status = encode_section(&e, s, bytes, false);
     }
     encoder_free(&e);
@@ -1361,11 +1136,11 @@ static int tokenizer_encode(const Tokenizer *t, const char *text, size_t bytes, 
     return 0;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 9. Streaming decode. Ids stand for bytes and a character may need several ids, so whole
-// characters are passed on and the rest waits. What can no longer become a character turns into
-// U+FFFD, one for each longest prefix of a possible character, as Rust's String::from_utf8_lossy
-// would do to the whole.
+// -------------------------------------------------------------------------------------------------
+// 9. Streaming decode. Ids stand for bytes, and a character may take several ids. Only whole
+// characters are written; the bytes of an unfinished one are kept. Bytes that cannot become a
+// character give U+FFFD, one for each longest prefix of a possible character. This is what
+// String::from_utf8_lossy of Rust does to the whole text.
 
 typedef struct {
     unsigned char bytes[4];
@@ -1382,7 +1157,7 @@ static size_t utf8_push(Utf8Pending *p, const unsigned char *in, size_t n, unsig
     size_t n_out = 0;
     for (size_t i = 0; i < n; i++) {
         unsigned char low, high;
-        if (p->n > 0) { // does this byte continue what is pending?
+        if (p->n > 0) { // an unfinished character: does this byte continue it?
             int length = utf8_start(p->bytes[0], &low, &high);
             bool fits = p->n == 1 ? in[i] >= low && in[i] <= high : (in[i] & 0xC0) == 0x80;
             if (fits) {
@@ -1404,7 +1179,7 @@ static size_t utf8_push(Utf8Pending *p, const unsigned char *in, size_t n, unsig
     return n_out;
 }
 
-// At the end of the text: what is still pending will not be completed. At most 3 bytes.
+// At the end of the text: an unfinished character becomes U+FFFD. Writes at most 3 bytes.
 static size_t utf8_flush(Utf8Pending *p, unsigned char *out) {
     size_t n = p->n > 0 ? utf8_replace(out) : 0;
     p->n = 0;

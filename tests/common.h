@@ -1,0 +1,130 @@
+// What every group of tests shares: the report of a check, the comparison with a reference, random
+// numbers, teams of threads.
+
+static int n_passed, n_failed, n_skipped;
+static bool test_everything;
+
+// Runs a function of mamba.c that expects to be called by a whole team, on `team` threads.
+#define TEAM(call) \
+    _Pragma("omp parallel num_threads(team)") { call; }
+static int team = 1;
+
+// FREE(a, b, ...) and FREE_ALIGNED(a, b, ...) free every pointer of the list.
+static void free_each(void (*release)(void *), void *const *p, size_t n) {
+    for (size_t i = 0; i < n; i++) release(p[i]);
+}
+#define FREE_LIST(release, ...) \
+    free_each(release, (void *[]){__VA_ARGS__}, sizeof((void *[]){__VA_ARGS__}) / sizeof(void *))
+#define FREE(...) FREE_LIST(free, __VA_ARGS__)
+#define FREE_ALIGNED(...) FREE_LIST(free_aligned, __VA_ARGS__)
+
+// Prints one line for a check and counts it.
+static void report(bool good, const char *name, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    printf("%s %-46s ", good ? "ok  " : "FAIL", name);
+    vprintf(format, args);
+    printf("\n");
+    va_end(args);
+    if (good) n_passed++;
+    else n_failed++;
+}
+
+// For a failure without which the rest of the group means nothing.
+static _Noreturn void give_up(const char *what, const char *message) {
+    printf("FAIL %s: %s\n", what, message);
+    exit(1);
+}
+
+// -DEMULATED: built for an emulated processor. The larger models would take minutes there.
+#ifdef EMULATED
+enum { LARGER_MODELS = 0 };
+#else
+enum { LARGER_MODELS = 1 };
+#endif
+
+static void skip(const char *name, const char *reason) {
+    printf("skip %-46s %s\n", name, reason);
+    n_skipped++;
+}
+
+static bool expect(bool condition, const char *name) {
+    report(condition, name, "");
+    return condition;
+}
+
+// The largest error relative to the largest magnitude of want. A NaN or an infinity makes it
+// infinite.
+static double error_of(const float *got, const double *want, size_t n, size_t *where) {
+    double scale = 0, worst = 0;
+    *where = 0;
+    for (size_t i = 0; i < n; i++) scale = fmax(scale, fabs(want[i]));
+    if (scale == 0) scale = 1;
+    for (size_t i = 0; i < n; i++) {
+        double error = fabs((double)got[i] - want[i]) / scale;
+        if (!(error <= worst)) {
+            worst = error;
+            *where = i;
+        }
+        if (!(error < INFINITY)) return INFINITY;
+    }
+    return worst;
+}
+
+static bool check(const char *name, const float *got, const double *want, size_t n,
+                  double tolerance) {
+    size_t where;
+    double error = error_of(got, want, n, &where);
+    bool good = error <= tolerance;
+    report(good, name, "error %.2e of %.0e%s", error, tolerance, n ? "" : " (nothing compared)");
+    if (!good && n)
+        printf("     at %zu of %zu: got %.9g, want %.9g\n", where, n, (double)got[where],
+               want[where]);
+    return good;
+}
+
+static double *doubles(const float *x, size_t n) {
+    double *d = malloc((n + 1) * sizeof *d);
+    for (size_t i = 0; i < n; i++) d[i] = (double)x[i];
+    return d;
+}
+
+static bool check_floats(const char *name, const float *got, const float *want, size_t n,
+                         double tolerance) {
+    double *d = doubles(want, n);
+    bool good = check(name, got, d, n, tolerance);
+    free(d);
+    return good;
+}
+
+// Definitions in double precision.
+static double softplus_double(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
+static double silu_double(double x) { return x / (1 + exp(-x)); }
+
+// Random numbers. The generator has a fixed seed, so a failure can be repeated.
+static uint64_t test_random = 20260101;
+static float uniform(float lowest, float highest) {
+    return lowest + (highest - lowest) * (float)random_unit(&test_random);
+}
+static float *random_floats(size_t n, float lowest, float highest) {
+    float *x = alloc_aligned((n + 1) * sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = uniform(lowest, highest);
+    return x;
+}
+static float *copy_floats(const float *x, size_t n) {
+    float *copy = alloc_aligned((n + 1) * sizeof *copy);
+    memcpy(copy, x, n * sizeof *copy);
+    return copy;
+}
+
+static bool write_file(const char *path, const unsigned char *bytes, size_t n) {
+    FILE *f = fopen(path, "wb");
+    bool good = f && fwrite(bytes, 1, n, f) == n;
+    return f && fclose(f) == 0 && good;
+}
+
+static Session test_session(const char *path, int threads) {
+    Session x;
+    if (session_open(&x, path, threads)) give_up(path, error_text);
+    return x;
+}
