@@ -802,8 +802,9 @@ static void cross_entropy(Device *d, float *losses, T *d_logits, const float *lo
         check_cuda(d,
                    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
                    "cross_entropy");
-        kernel < <<(unsigned)rows, V<4096 ? 256 : 1024, bytes, d->stream>>>(
-                     losses, d_logits, logits, targets, weight, V);
+        int threads = V < 4096 ? 256 : 1024;
+        kernel<<<(unsigned)rows, threads, bytes, d->stream>>>(losses, d_logits, logits, targets,
+                                                              weight, V);
     } else
         cross_entropy_kernel<T, false>
             <<<(unsigned)rows, 512, 0, d->stream>>>(losses, d_logits, logits, targets, weight, V);
@@ -2683,7 +2684,8 @@ static size_t scan_backward_workspace(int B, int L, int E, int N) {
 }
 template <typename T>
 static cudaError_t scan_backward(const ScanBackArgs<T> &p, cudaStream_t stream) {
-    return scan_back_launch < T, 8, 2, sizeof(T) == 2 ? 2 : 1 > (p, stream);
+    constexpr int UNROLL = sizeof(T) == 2 ? 2 : 1;
+    return scan_back_launch<T, 8, 2, UNROLL>(p, stream);
 }
 
 // The backward's inputs that are the forward's; outputs are the caller's to set.
@@ -3512,14 +3514,13 @@ __global__ void __launch_bounds__(32 * THIN_WARPS)
 // FalconMamba's norms, delta = softplus(W_dt dt_low + bias), the step of the recurrence, the gate.
 template <int NS, int RV> // states, and groups of 8 weights of dt_proj, that are loaded before the
                           // input is there
-                          __global__ void __launch_bounds__(128) thin_scan_kernel(
-                              bf16 *__restrict__ g, float *__restrict__ h,
-                              float *__restrict__ window, const float *__restrict__ parts,
-                              int K_SPLIT, const bf16 *__restrict__ xz,
-                              const float *__restrict__ conv_t, const float *__restrict__ conv_bias,
-                              const bf16 *__restrict__ W_dt, const float *__restrict__ dt_bias,
-                              const float *__restrict__ A_neg, const float *__restrict__ D_skip,
-                              int E, int N, int K, int R, float norm_eps) {
+__global__ void __launch_bounds__(128)
+    thin_scan_kernel(bf16 *__restrict__ g, float *__restrict__ h, float *__restrict__ window,
+                     const float *__restrict__ parts, int K_SPLIT, const bf16 *__restrict__ xz,
+                     const float *__restrict__ conv_t, const float *__restrict__ conv_bias,
+                     const bf16 *__restrict__ W_dt, const float *__restrict__ dt_bias,
+                     const float *__restrict__ A_neg, const float *__restrict__ D_skip, int E,
+                     int N, int K, int R, float norm_eps) {
     extern __shared__ float xdb[]; // (P)
     int P = R + 2 * N, s = blockIdx.y, S = gridDim.y, e = blockIdx.x * 128 + threadIdx.x;
     bool live = e < E;
