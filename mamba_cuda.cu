@@ -73,7 +73,7 @@ struct Device { // what every kernel launch needs
     void *workspace; // cuBLAS's, so that graphs can be captured
     const char *failed;
     int blas_status, processors;
-    bool hopper; // code for sm_90 or later runs: programmatic dependent launches
+    bool hopper; // the code that runs was compiled for sm_90 or later: kernels wait for their input
     std::vector<Product> *products;
 };
 
@@ -1055,16 +1055,12 @@ enum { MAIL_BOXES = 16 };
 
 #define LOG2E 1.44269504f
 
-// Starts while the kernel before still runs (from sm_90 on), which every kernel of the scan awaits
-// first.
+// Every kernel of the scan waits for its input first, where it was compiled for that.
 template <class... Parameters, class... Arguments>
-static cudaError_t scan_launch(void (*kernel)(Parameters...), size_t blocks, int threads,
-                               int shared, cudaStream_t stream, Arguments... arguments) {
-    int device, major;
-    cudaError_t err = cudaGetDevice(&device);
-    if (!err) err = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (!err)
-        err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+static cudaError_t scan_launch(Device *d, void (*kernel)(Parameters...), size_t blocks, int threads,
+                               int shared, Arguments... arguments) {
+    cudaError_t err =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (err) return err;
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute early = {};
@@ -1072,7 +1068,7 @@ static cudaError_t scan_launch(void (*kernel)(Parameters...), size_t blocks, int
     early.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = (unsigned)blocks, config.blockDim = (unsigned)threads,
     config.dynamicSmemBytes = (size_t)shared;
-    config.stream = stream, config.attrs = &early, config.numAttrs = major >= 9;
+    config.stream = d->stream, config.attrs = &early, config.numAttrs = d->hopper;
     return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
@@ -1375,10 +1371,10 @@ __global__ void __launch_bounds__(32 * S, MINB) scan_walk(ScanArgs<T> p) {
 }
 
 template <typename T, int S, int NS, int UNROLL, int MINB>
-cudaError_t scan_walk_launch(const ScanArgs<T> &p, cudaStream_t stream) {
+cudaError_t scan_walk_launch(Device *d, const ScanArgs<T> &p) {
     constexpr int bytes = (2 * 2 * S * NS + 4 * 32 + 2 * S * 32) * 20 * 4;
-    return scan_launch(scan_walk<T, S, NS, UNROLL, MINB>, (size_t)p.B * ((p.E + 31) / 32), 32 * S,
-                       bytes, stream, p);
+    return scan_launch(d, scan_walk<T, S, NS, UNROLL, MINB>, (size_t)p.B * ((p.E + 31) / 32),
+                       32 * S, bytes, p);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1642,10 +1638,10 @@ __global__ void __launch_bounds__(128, MINB) scan_relay(ScanArgs<T> p) {
 }
 
 template <typename T, int NS, int C, int UNROLL, int MINB>
-cudaError_t scan_relay_launch(const ScanArgs<T> &p, cudaStream_t stream) {
+cudaError_t scan_relay_launch(Device *d, const ScanArgs<T> &p) {
     constexpr int bytes = (20 * NS * C * 32 + 32 * NS * 12) * 4;
-    return scan_launch(scan_relay<T, NS, C, UNROLL, MINB>,
-                       (size_t)p.B * ((p.E + 32 * C - 1) / (32 * C)), 128, bytes, stream, p);
+    return scan_launch(d, scan_relay<T, NS, C, UNROLL, MINB>,
+                       (size_t)p.B * ((p.E + 32 * C - 1) / (32 * C)), 128, bytes, p);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1921,7 +1917,7 @@ static size_t scan_forward_workspace(int B, int E, int N) {
 }
 
 template <typename T, int K, int W, int C, int MINB>
-static cudaError_t scan_tiles_launch(const ScanArgs<T> &p, cudaStream_t stream) {
+static cudaError_t scan_tiles_launch(Device *d, const ScanArgs<T> &p) {
     constexpr int bytes = (16 * (2 * K * W + 32 * C + 4) + 2 * 2 * W * 32 * 2 * C) * 4 +
                           K * W * 32 * C * (int)sizeof(T);
     const size_t tiles = ((size_t)p.L + K * W - 1) / (K * W),
@@ -1932,12 +1928,11 @@ static cudaError_t scan_tiles_launch(const ScanArgs<T> &p, cudaStream_t stream) 
     // Tags rise until they would wrap, which clears the boxes and starts again: a tag is then never
     // older than it looks. Tickets may wrap: only their difference to the launch's first is used.
     if (!m->cleared || m->tag > UINT32_MAX - tiles) {
-        cudaError_t err = cudaMemsetAsync(m->words, 0, m->bytes, stream);
+        cudaError_t err = cudaMemsetAsync(m->words, 0, m->bytes, d->stream);
         if (err != cudaSuccess) return err;
         m->ticket = m->tag = 0, m->cleared = true;
     }
-    cudaError_t err =
-        scan_launch(scan_tiles<T, K, W, C, MINB>, items, 32 * W, bytes, stream, p, *m);
+    cudaError_t err = scan_launch(d, scan_tiles<T, K, W, C, MINB>, items, 32 * W, bytes, p, *m);
     if (err != cudaSuccess) return err;
     m->tag += (uint32_t)tiles, m->ticket += (uint32_t)items;
     return cudaSuccess;
@@ -1953,14 +1948,9 @@ static cudaError_t scan_tiles_launch(const ScanArgs<T> &p, cudaStream_t stream) 
 // two channels a lane where there are enough of them. Shape, alignment and machine alone decide, so
 // every run gives the same bits.
 
-template <typename T> static cudaError_t scan_forward(const ScanArgs<T> &p, cudaStream_t stream) {
-    int device, sms;
-    cudaError_t err = cudaGetDevice(&device);
-    if (err == cudaSuccess)
-        err = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    if (err != cudaSuccess) return err;
+template <typename T> static cudaError_t scan_forward(Device *d, const ScanArgs<T> &p) {
     size_t blocks = (size_t)p.B * ((p.E + 31) / 32), pairs = (size_t)p.B * ((p.E + 63) / 64),
-           each = (size_t)sms;
+           each = (size_t)d->processors;
     bool few = 20 * blocks < 18 * each || (blocks > each && 20 * blocks < 27 * each),
          brief = p.L <= 128;
     if (p.N != 8 && p.N != 16) few = 2 * blocks < 3 * each;
@@ -1971,24 +1961,24 @@ template <typename T> static cudaError_t scan_forward(const ScanArgs<T> &p, cuda
         paired = bases % 4 == 0 && (p.ld_out | p.ld_delta | p.ld_u | p.ld_z | p.E) % 2 == 0;
     }
     if (!few && !brief && (p.N == 8 || p.N == 16)) {
-        if (p.N == 8) return scan_relay_launch<T, 2, 1, 4, 4>(p, stream);
+        if (p.N == 8) return scan_relay_launch<T, 2, 1, 4, 4>(d, p);
         if constexpr (sizeof(T) == 2)
             if (paired && blocks > 2 * each &&
                 9 * 2 * ((pairs + each - 1) / each) <= 10 * ((blocks + each - 1) / each))
-                return scan_relay_launch<T, 4, 2, 1, 3>(p, stream);
-        if (blocks <= 3 * each) return scan_relay_launch<T, 4, 1, 4, 3>(p, stream);
-        return scan_relay_launch<T, 4, 1, 4, 4>(p, stream);
+                return scan_relay_launch<T, 4, 2, 1, 3>(d, p);
+        if (blocks <= 3 * each) return scan_relay_launch<T, 4, 1, 4, 3>(d, p);
+        return scan_relay_launch<T, 4, 1, 4, 4>(d, p);
     }
     if (!few || brief) {
-        if (p.N == 8) return scan_walk_launch<T, 4, 2, 4, 4>(p, stream);
-        if (p.N == 16) return scan_walk_launch<T, 4, 4, 4, 4>(p, stream);
-        if (p.N == 32) return scan_walk_launch<T, 4, 8, 2, 4>(p, stream);
-        if (p.N == 64) return scan_walk_launch<T, 8, 8, 2, 2>(p, stream);
+        if (p.N == 8) return scan_walk_launch<T, 4, 2, 4, 4>(d, p);
+        if (p.N == 16) return scan_walk_launch<T, 4, 4, 4, 4>(d, p);
+        if (p.N == 32) return scan_walk_launch<T, 4, 8, 2, 4>(d, p);
+        if (p.N == 64) return scan_walk_launch<T, 8, 8, 2, 2>(d, p);
     }
     if constexpr (sizeof(T) == 2)
         if (paired && pairs * (((size_t)p.L + 63) / 64) >= 12 * each)
-            return scan_tiles_launch<T, 16, 4, 2, 3>(p, stream);
-    return scan_tiles_launch<T, 16, 4, 1, 4>(p, stream);
+            return scan_tiles_launch<T, 16, 4, 2, 3>(d, p);
+    return scan_tiles_launch<T, 16, 4, 1, 4>(d, p);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2044,19 +2034,17 @@ __global__ void __launch_bounds__(32 * Y) scan_step(ScanArgs<T> p) {
 }
 
 template <typename T, int V, int Y>
-static cudaError_t scan_step_launch(const ScanArgs<T> &p, cudaStream_t stream) {
-    scan_step<T, V, Y><<<dim3((p.E + 32 * V - 1) / (32 * V), p.B), 32 * Y, 0, stream>>>(p);
+static cudaError_t scan_step_launch(Device *d, const ScanArgs<T> &p) {
+    scan_step<T, V, Y><<<dim3((p.E + 32 * V - 1) / (32 * V), p.B), 32 * Y, 0, d->stream>>>(p);
     return cudaGetLastError();
 }
 
-template <typename T>
-static cudaError_t scan_step_forward(const ScanArgs<T> &p, cudaStream_t stream) {
+template <typename T> static cudaError_t scan_step_forward(Device *d, const ScanArgs<T> &p) {
     bool wide =
         p.E % 4 == 0 && ((uintptr_t)p.h0 | (uintptr_t)p.h_final | (uintptr_t)p.A_neg) % 16 == 0;
-    if (!wide) return scan_step_launch<T, 1, 4>(p, stream);
-    if ((size_t)p.B * p.E < 1 << 18)
-        return scan_step_launch<T, 4, 4>(p, stream); // more warps: latency
-    return scan_step_launch<T, 4, 1>(p, stream);     // enough warps: fewer of everything else
+    if (!wide) return scan_step_launch<T, 1, 4>(d, p);
+    if ((size_t)p.B * p.E < 1 << 18) return scan_step_launch<T, 4, 4>(d, p); // more warps: latency
+    return scan_step_launch<T, 4, 1>(d, p); // enough warps: fewer of everything else
 }
 
 // The same in bf16 with dt_proj before it and FalconMamba's norms (norm_eps > 0): delta =
@@ -2819,9 +2807,7 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
         matmul(d, a.delta, (size_t)E, a.xdb, (size_t)P, (const T *)w->dt_proj, rows, E, R);
         ScanArgs<T> scan = scan_args(c, w, a, B, L);
         scan.out = a.g, scan.h0 = scan.h_final = h, scan.h_starts = a.h_starts;
-        check_cuda(d,
-                   L == 1 && h ? scan_step_forward(scan, d->stream) : scan_forward(scan, d->stream),
-                   "scan");
+        check_cuda(d, L == 1 && h ? scan_step_forward(d, scan) : scan_forward(d, scan), "scan");
     }
     if (out == res)
         matmul(d, out, (size_t)D, a.g, (size_t)E, (const T *)w->out_proj, rows, D, E, true);
@@ -6027,7 +6013,7 @@ static int time_scan(int B, int E, int L, int N, int repeats, double seconds[4])
             if (what == 1 && !backward) continue;
             for (int round = -2; round < repeats && result == 0; round++) {
                 cudaEventRecord(event[0], d.stream);
-                if (what == 0) check_cuda(&d, scan_forward(scan, d.stream), "scan");
+                if (what == 0) check_cuda(&d, scan_forward(&d, scan), "scan");
                 if (what == 1) check_cuda(&d, scan_backward(back, d.stream), "backward scan");
                 if (what == 2)
                     cudaMemcpyAsync(x, x + 2 * cells, cells * sizeof(T), cudaMemcpyDeviceToDevice,
