@@ -4991,9 +4991,9 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                 put_tagged(to, pack(v[0], v[1]), pack(v[2], v[3]), tag),
                     put_tagged(to + 1, pack(v[4], v[5]), pack(v[6], v[7]), tag);
             }
-        if (tid < SOLO_CLUSTER)
-            arrive_at(address_in(shared_address(x_read), tid)); // x is no longer needed here
-        wide_sync();
+        wide_sync();            // all warps have multiplied from x
+        if (tid < SOLO_CLUSTER) // so the cluster's blocks may overwrite it with x_proj's sums
+            arrive_at(address_in(shared_address(x_read), tid));
         if (n_s) {
             float4 x[Q::ITEMS], z[Q::ITEMS];
 #pragma unroll
