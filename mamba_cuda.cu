@@ -126,6 +126,17 @@ struct Arena {
 
 enum { CUBLAS_WORKSPACE = 32 << 20 };
 
+__global__ void probe_kernel() {}
+
+// What the code that runs on this GPU was compiled for: 80, 90, ... The card may be newer.
+static cudaError_t code_version(int *version) {
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, (const void *)probe_kernel);
+    if (error == cudaSuccess) *version = attributes.ptxVersion;
+    else cudaGetLastError();
+    return error;
+}
+
 static int device_open(Device *d) {
     memset(d, 0, sizeof *d);
     int n = 0;
@@ -135,15 +146,12 @@ static int device_open(Device *d) {
         return gpu_fail("no GPU can be used (%s): --cpu runs on the processor",
                         error != cudaSuccess ? cudaGetErrorString(error) : "none is there");
     }
-    cudaFuncAttributes attributes;
-    extern __global__ void probe_kernel();
-    if ((error = cudaFuncGetAttributes(&attributes, (const void *)probe_kernel)) != cudaSuccess) {
-        cudaGetLastError();
+    int version = 0;
+    if ((error = code_version(&version)) != cudaSuccess)
         return gpu_fail(
             "this build has no code for this GPU (%s): make cuda CUDA_ARCH=..., or --cpu",
             cudaGetErrorString(error));
-    }
-    d->hopper = attributes.ptxVersion >= 90;
+    d->hopper = version >= 90;
     int device = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, device);
@@ -174,8 +182,6 @@ static void device_close(Device *d) {
     cudaFree(d->workspace);
     if (d->stream) cudaStreamDestroy(d->stream);
 }
-
-__global__ void probe_kernel() {}
 
 __device__ inline float value(float x) { return x; }
 __device__ inline float value(bf16 x) { return __bfloat162float(x); }
@@ -5160,6 +5166,12 @@ __device__ const int wide_there = 1;
 #else
 __device__ const int wide_there = 0;
 #endif
+static bool code_has_wgmma() {
+    int there = 0;
+    if (cudaMemcpyFromSymbol(&there, wide_there, sizeof there) == cudaSuccess) return there != 0;
+    cudaGetLastError();
+    return false;
+}
 
 struct Wide {
     WideArgs args;
@@ -5217,13 +5229,12 @@ static void wide_free(Wide *q) {
 static Wide *wide_new(Gpu *g, int S) {
     const Config *c = &g->config;
     Device *d = &g->device;
-    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, limit = 0, device = 0, there = 0;
+    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, limit = 0, device = 0;
     if (!d->hopper || !g->bf16_compute || c->flags & (FLAG_PROJ_BIAS | FLAG_MIXER_NORM) ||
         S > WIDE_SEQUENCES || E != 2 * D || R % 8 || R > D / 16 || N % 4 || N > SOLO_STATES ||
         K > SOLO_TAPS)
         return NULL;
-    check_cuda(d, cudaMemcpyFromSymbol(&there, wide_there, sizeof there), "the form of a step");
-    if (!there) return NULL;
+    if (!code_has_wgmma()) return NULL;
     Wide q = {};
     WideArgs *p = &q.args;
     p->S = S, p->N = N, p->K = K, p->R = R, p->P = R + 2 * N, p->n_layer = c->n_layer;
@@ -5415,12 +5426,19 @@ static int gpu_generate_start(Gpu *g, int S, const Sampling *how, const uint64_t
     return finish(d);
 }
 
-// How the steps of gpu_generate_start are computed, for tests.
+// How the steps of gpu_generate_start are computed, for tests. g NULL: the forms beside the
+// portable ones that this build has code for on this GPU, one after the other.
 static const char *gpu_step_form(const Gpu *g) {
+    if (!g) {
+        int version = 0;
+        if (code_version(&version) != cudaSuccess || version < 90) return "";
+        return code_has_wgmma() ? "one kernel for one sequence, one kernel for several sequences"
+                                : "one kernel for one sequence";
+    }
     const Generation *n = g->generation;
     return !n                   ? "none"
            : n->solo            ? "one kernel for one sequence"
-           : n->wide            ? "one kernel"
+           : n->wide            ? "one kernel for several sequences"
            : thin_fits(g, n->S) ? "four kernels a layer"
                                 : "the library's products";
 }
