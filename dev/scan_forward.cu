@@ -47,8 +47,8 @@ template <typename T, int N> __global__ void naive(ScanArgs<T> p) {
     }
     for (int n = 0; n < N && p.h_final; n++) p.h_final[((size_t)b * N + n) * p.E + e] = h[n];
 }
-template <typename T, int N> cudaError_t naive_launch(const ScanArgs<T> &p, cudaStream_t s) {
-    naive<T, N><<<(p.B * p.E + 63) / 64, 64, 0, s>>>(p);
+template <typename T, int N> cudaError_t naive_launch(Device *d, const ScanArgs<T> &p) {
+    naive<T, N><<<(p.B * p.E + 63) / 64, 64, 0, d->stream>>>(p);
     return cudaGetLastError();
 }
 
@@ -111,6 +111,7 @@ template <typename T> void fill_with(T *p, size_t count, int kind, uint32_t seed
     CUDA(cudaGetLastError());
 }
 
+static Device device; // with the default stream
 static char *pool;
 static size_t pool_bytes, pool_used;
 template <typename T>
@@ -182,7 +183,7 @@ template <typename T> struct Case {
 
 template <typename T> struct Rung {
     std::string name;
-    cudaError_t (*launch)(const ScanArgs<T> &, cudaStream_t);
+    cudaError_t (*launch)(Device *, const ScanArgs<T> &);
     int N; // 0: any
 };
 
@@ -205,28 +206,28 @@ static float time_us(int repeats, int inner, void (*go)(void *), void *arg) {
     return ms[repeats / 2] * 1000 / inner;
 }
 template <typename T> struct Call {
-    cudaError_t (*launch)(const ScanArgs<T> &, cudaStream_t);
+    cudaError_t (*launch)(Device *, const ScanArgs<T> &);
     ScanArgs<T> *p;
 };
 template <typename T> void call(void *arg) {
     Call<T> *c = (Call<T> *)arg;
-    CUDA(c->launch(*c->p, 0));
+    CUDA(c->launch(&device, *c->p));
 }
 
 // Two channels a lane need the alignment of two: one channel elsewhere.
 template <typename T, int NS, int C, int U, int M>
-cudaError_t relay_paired(const ScanArgs<T> &p, cudaStream_t s) {
+cudaError_t relay_paired(Device *d, const ScanArgs<T> &p) {
     uintptr_t bases = (uintptr_t)p.out | (uintptr_t)p.delta_raw | (uintptr_t)p.u | (uintptr_t)p.z;
     bool ok =
         bases % (C * sizeof(T)) == 0 && (p.ld_out | p.ld_delta | p.ld_u | p.ld_z | p.E) % C == 0;
-    return ok ? scan_relay_launch<T, NS, C, U, M>(p, s) : scan_relay_launch<T, NS, 1, 4, 4>(p, s);
+    return ok ? scan_relay_launch<T, NS, C, U, M>(d, p) : scan_relay_launch<T, NS, 1, 4, 4>(d, p);
 }
 template <typename T, int K, int W, int C, int M>
-cudaError_t tiles_paired(const ScanArgs<T> &p, cudaStream_t s) {
+cudaError_t tiles_paired(Device *d, const ScanArgs<T> &p) {
     uintptr_t bases = (uintptr_t)p.out | (uintptr_t)p.delta_raw | (uintptr_t)p.u | (uintptr_t)p.z;
     bool ok =
         bases % (C * sizeof(T)) == 0 && (p.ld_out | p.ld_delta | p.ld_u | p.ld_z | p.E) % C == 0;
-    return ok ? scan_tiles_launch<T, K, W, C, M>(p, s) : scan_tiles_launch<T, K, W, 1, M>(p, s);
+    return ok ? scan_tiles_launch<T, K, W, C, M>(d, p) : scan_tiles_launch<T, K, W, 1, M>(d, p);
 }
 struct Shape {
     int B, E, L, N, bf;
@@ -308,7 +309,7 @@ template <typename T> void sweep_odd(const char *type, std::vector<Rung<T>> rung
                     for (int again = 0; again < 2;
                          again++) { // twice: the second must not take the first's mail
                         c.poison();
-                        CUDA(r.launch(c.p, 0));
+                        CUDA(r.launch(&device, c.p));
                     }
                     bool ok = true;
                     double err = c.error(&ok, c.p);
@@ -339,7 +340,7 @@ template <typename T> void ladder(Shape s, std::vector<Rung<T>> rungs, std::stri
         if ((r.N && r.N != s.N) || r.name.substr(0, only.size()) != only) continue;
         if (s.L > 20000 && r.name.substr(0, 5) != "tiles" && r.name != "auto") continue;
         c.poison();
-        CUDA(r.launch(c.p, 0));
+        CUDA(r.launch(&device, c.p));
         bool ok = true;
         double err = long_ ? 0 : c.error(&ok, c.p);
         Call<T> k = {r.launch, &c.p};
@@ -391,7 +392,7 @@ template <typename T> void steps(const char *type, std::vector<Rung<T>> rungs) {
                 if (r.name[0] == '4' && E % 4) continue; // 16-byte accesses
                 CUDA(cudaMemcpy(state, c.p.h0, c.state_count * 4, cudaMemcpyDeviceToDevice));
                 CUDA(cudaMemset(c.p.out, 0xff, c.out_count * sizeof(T)));
-                CUDA(r.launch(in_place, 0));
+                CUDA(r.launch(&device, in_place));
                 bool ok = true;
                 double err = c.error(&ok, q);
                 Call<T> k = {r.launch, &in_place};
@@ -406,6 +407,8 @@ template <typename T> void steps(const char *type, std::vector<Rung<T>> rungs) {
 }
 
 int main(int argc, char **argv) {
+    if (device_open(&device)) return printf("%s\n", gpu_error()), 1;
+    device.stream = 0;
     pool_bytes = (size_t)30 << 30;
     CUDA(cudaMalloc(&pool, pool_bytes));
     cudaDeviceProp prop;
@@ -426,7 +429,7 @@ int main(int argc, char **argv) {
         for (const Rung<bf16> &r : ladder_rungs<bf16>())
             if (r.name == "walk S4 NS4 u4 m4" || r.name == "relay NS4 C1 u4 m4" ||
                 r.name == "relay NS4 C2 u1 m3" || r.name == "tiles K16 W4 C1 m4")
-                CUDA(r.launch(c.p, 0));
+                CUDA(r.launch(&device, c.p));
     }
     if (what == "step" || what == "")
         steps<bf16>("bf16", step_rungs<bf16>()), steps<float>("f32", step_rungs<float>());

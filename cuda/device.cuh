@@ -1,0 +1,248 @@
+// device.cuh - errors, memory, launches, conversions, sums over warps and blocks.
+// Included by mamba_cuda.cu.
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 1 Errors, arenas, conversions
+// The first thing that goes wrong is kept, with where, until the caller asks; work queued after it
+// does no harm. Kernels are queued on one stream, so an error of a launch shows at the next
+// synchronisation.
+
+static char gpu_error_text[400];
+
+static const char *gpu_error(void) { return gpu_error_text; }
+
+static int gpu_fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(gpu_error_text, sizeof gpu_error_text, format, args);
+    va_end(args);
+    return -1;
+}
+
+// A matrix product prepared by cublasLt for one shape, see gemm().
+struct Product {
+    cublasOperation_t op_a, op_b;
+    cudaDataType_t in, out;
+    int m, n, k;
+    size_t lda, ldb, ldc;
+    cublasLtMatmulDesc_t product;
+    cublasLtMatrixLayout_t a, b, c;
+    cublasLtMatmulAlgo_t algorithm;
+    bool ready;
+};
+
+struct Device { // what every kernel launch needs
+    cudaStream_t stream;
+    cublasHandle_t blas;
+    void *workspace; // cuBLAS's, so that graphs can be captured
+    const char *failed;
+    int blas_status, processors;
+    bool hopper; // the code that runs was compiled for sm_90 or later: kernels wait for their input
+    std::vector<Product> *products;
+};
+
+static void check_blas(Device *d, cublasStatus_t status, const char *where) {
+    if (status != CUBLAS_STATUS_SUCCESS && !d->failed)
+        d->failed = where, d->blas_status = (int)status;
+}
+
+static void check_cuda(Device *d, cudaError_t error, const char *where) {
+    if (error != cudaSuccess && !d->failed) d->failed = where;
+}
+
+static void check_launch(Device *d, const char *where) {
+    if (cudaPeekAtLastError() != cudaSuccess && !d->failed) d->failed = where;
+}
+
+// Waits for everything queued. 0, or -1 with a sentence.
+static int finish(Device *d) {
+    cudaError_t error = cudaStreamSynchronize(d->stream), last = cudaGetLastError();
+    if (error == cudaSuccess) error = last;
+    const char *where = d->failed ? d->failed : "a kernel";
+    bool bad = d->failed || error != cudaSuccess;
+    d->failed = NULL;
+    if (!bad) return 0;
+    if (error != cudaSuccess) return gpu_fail("GPU: %s: %s", where, cudaGetErrorString(error));
+    return gpu_fail("GPU: %s: cuBLAS status %d", where, d->blas_status);
+}
+
+static void *device_alloc(size_t bytes) { // NULL with a sentence
+    void *p = NULL;
+    cudaError_t error = cudaMalloc(&p, bytes ? bytes : 1);
+    if (error == cudaSuccess) return p;
+    size_t free_bytes = 0, total = 0;
+    cudaGetLastError();
+    cudaMemGetInfo(&free_bytes, &total);
+    gpu_fail("GPU memory: %.1f MB are needed, %.1f of %.1f MB are free", (double)bytes / 1e6,
+             (double)free_bytes / 1e6, (double)total / 1e6);
+    return NULL;
+}
+
+// Lays arrays out one after the other: first without a base, to measure, then with one.
+struct Arena {
+    char *base;
+    size_t used;
+    template <class P> void take(P *&p, size_t elements, size_t width = sizeof(P)) {
+        p = base ? (P *)(base + used) : NULL;
+        used += (elements * width + 255) / 256 * 256;
+    }
+};
+
+enum { CUBLAS_WORKSPACE = 32 << 20 };
+
+__global__ void probe_kernel() {}
+
+// What the code that runs on this GPU was compiled for: 80, 90, ... The card may be newer.
+static cudaError_t code_version(int *version) {
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, (const void *)probe_kernel);
+    if (error == cudaSuccess) *version = attributes.ptxVersion;
+    else cudaGetLastError();
+    return error;
+}
+
+static int device_open(Device *d) {
+    memset(d, 0, sizeof *d);
+    int n = 0;
+    cudaError_t error = cudaGetDeviceCount(&n);
+    if (error != cudaSuccess || n == 0) {
+        cudaGetLastError();
+        return gpu_fail("no GPU can be used (%s): --cpu runs on the processor",
+                        error != cudaSuccess ? cudaGetErrorString(error) : "none is there");
+    }
+    int version = 0;
+    if ((error = code_version(&version)) != cudaSuccess)
+        return gpu_fail(
+            "this build has no code for this GPU (%s): make cuda CUDA_ARCH=..., or --cpu",
+            cudaGetErrorString(error));
+    d->hopper = version >= 90;
+    int device = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, device);
+    if ((error = cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking)) != cudaSuccess)
+        return gpu_fail("GPU: %s", cudaGetErrorString(error));
+    if (cublasCreate(&d->blas) != CUBLAS_STATUS_SUCCESS)
+        return gpu_fail("GPU: cuBLAS does not start");
+    if (!(d->workspace = device_alloc(CUBLAS_WORKSPACE))) return -1;
+    cublasSetStream(d->blas, d->stream);
+    cublasSetWorkspace(d->blas, d->workspace, CUBLAS_WORKSPACE);
+    return 0;
+}
+
+static void products_free(Device *d) {
+    if (!d->products) return;
+    for (Product &p : *d->products) {
+        if (p.product) cublasLtMatmulDescDestroy(p.product);
+        for (cublasLtMatrixLayout_t layout : {p.a, p.b, p.c})
+            if (layout) cublasLtMatrixLayoutDestroy(layout);
+    }
+    delete d->products;
+    d->products = NULL;
+}
+
+static void device_close(Device *d) {
+    products_free(d);
+    if (d->blas) cublasDestroy(d->blas);
+    cudaFree(d->workspace);
+    if (d->stream) cudaStreamDestroy(d->stream);
+}
+
+__device__ inline float value(float x) { return x; }
+__device__ inline float value(bf16 x) { return __bfloat162float(x); }
+__device__ inline float value(uint16_t half_bits) {
+    return __half2float(__ushort_as_half(half_bits));
+}
+__device__ inline void put(float *p, float x) { *p = x; }
+__device__ inline void put(bf16 *p, float x) { *p = __float2bfloat16_rn(x); }
+
+__device__ inline float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }
+__device__ inline float sigmoid(float x) { return __fdividef(1, 1 + __expf(-x)); }
+
+__device__ inline float warp_sum(float x) {
+    for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+    return x;
+}
+__device__ inline float warp_max(float x) {
+    for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
+    return x;
+}
+
+// The sum over a block of up to 1024 threads, the same in each; scratch: 33 floats. Every sum here
+// has one fixed order.
+__device__ inline float block_sum(float x, float *scratch) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = (blockDim.x + 31) / 32;
+    x = warp_sum(x);
+    __syncthreads();
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    if (warp == 0) {
+        float y = warp_sum(lane < warps ? scratch[lane] : 0);
+        if (lane == 0) scratch[32] = y;
+    }
+    __syncthreads();
+    return scratch[32];
+}
+__device__ inline float block_max(float x, float *scratch) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = (blockDim.x + 31) / 32;
+    x = warp_max(x);
+    __syncthreads();
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    if (warp == 0) {
+        float y = warp_max(lane < warps ? scratch[lane] : -INFINITY);
+        if (lane == 0) scratch[32] = y;
+    }
+    __syncthreads();
+    return scratch[32];
+}
+
+// The kernel before has written everything; the next may start its own loading.
+__device__ inline void wait_for_input() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+static unsigned blocks_for(size_t n, size_t a_block) {
+    return (unsigned)((n + a_block - 1) / a_block);
+}
+
+// Starts while the kernel before still runs, which it awaits by wait_for_input(); in clusters of so
+// many blocks.
+template <class... Parameters, class... Arguments>
+static void launch_cluster(Device *d, unsigned cluster, void (*kernel)(Parameters...), dim3 grid,
+                           unsigned threads, size_t shared, Arguments... arguments) {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster,
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared,
+    config.stream = d->stream;
+    config.attrs = attributes, config.numAttrs = !d->hopper ? 0 : cluster > 1 ? 2 : 1;
+    cudaLaunchKernelEx(&config, kernel,
+                       static_cast<Parameters>(arguments)...); // callers check, by their own name
+}
+template <class... Parameters, class... Arguments>
+static void launch_dependent(Device *d, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                             size_t shared, Arguments... arguments) {
+    launch_cluster(d, 1, kernel, grid, threads, shared, arguments...);
+}
+
+__device__ inline uint32_t pack(float low, float high) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *(uint32_t *)&both;
+}
+__device__ inline float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+__device__ inline void tensor_product(float c[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                      uint32_t a3, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}

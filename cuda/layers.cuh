@@ -1,0 +1,569 @@
+// layers.cuh - embedding, rmsnorm, convolution, bias, loss: forward, step and backward.
+// Included by mamba_cuda.cu.
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2 Small kernels
+// One pass over their data each, neighbouring threads on neighbouring channels.
+
+template <class To, class From>
+__global__ void convert_kernel(To *__restrict__ to, const From *__restrict__ from, size_t n) {
+    size_t stride = (size_t)gridDim.x * blockDim.x;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride)
+        put(to + i, value(from[i]));
+}
+template <class To, class From> static void convert(Device *d, To *to, const From *from, size_t n) {
+    convert_kernel<<<std::min(blocks_for(n, 256), 4096u), 256, 0, d->stream>>>(to, from, n);
+    check_launch(d, "convert");
+}
+
+__device__ inline uint64_t mix(uint64_t x) { // SplitMix64's output function
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
+// res (rows,D) = rows of the embedding (V,D)
+template <class T>
+__global__ void embed_kernel(float *__restrict__ res, const int32_t *__restrict__ ids,
+                             const T *__restrict__ embedding, int D) {
+    size_t row = blockIdx.x, id = (size_t)ids[row];
+    for (int i = threadIdx.x; i < D; i += blockDim.x)
+        res[row * D + i] = value(embedding[id * D + i]);
+}
+
+// V neighbouring numbers that are read or written at once.
+template <class T, int V> struct alignas(sizeof(T) * V) Group {
+    T v[V];
+};
+
+// out = in / sqrt(mean(in^2) + eps) * weight, rows of `cols` numbers, a multiple of V; weight NULL:
+// without. TEAM threads a row, which they keep in PER groups of V each where it fits (PER = 0:
+// reads it twice). in may be out. A team of a block, for few rows, has the weights on their way
+// before it knows the sum.
+template <class T, class In, int PER, int TEAM, int V>
+__global__ void __launch_bounds__(256)
+    rmsnorm_kernel(T *out, size_t ld_out, const In *in, size_t ld_in,
+                   const float *__restrict__ weight, float eps, int rows, int cols) {
+    __shared__ float scratch[33];
+    typedef Group<In, V> Read;
+    typedef Group<float, V> Weights;
+    size_t row = (size_t)blockIdx.x * (256 / TEAM) + threadIdx.x / TEAM;
+    const int first = threadIdx.x % TEAM * V, step = TEAM * V;
+    if (row >= (size_t)rows) return; // never part of a block of one row
+    const In *x = in + row * ld_in;
+    out += row * ld_out;
+    float squares = 0;
+    Read kept[PER + 1];
+    Weights early[PER + 1];
+#pragma unroll
+    for (int k = 0; k < PER; k++)
+        if (TEAM > 32 && weight && first + step * k < cols)
+            early[k] = *(const Weights *)(weight + first + step * k);
+    wait_for_input();
+#pragma unroll
+    for (int k = 0; k < PER; k++)
+        if (first + step * k < cols) kept[k] = *(const Read *)(x + first + step * k);
+    auto add = [&](const Read &r) {
+#pragma unroll
+        for (int v = 0; v < V; v++) squares += value(r.v[v]) * value(r.v[v]);
+    };
+#pragma unroll
+    for (int k = 0; k < PER; k++)
+        if (first + step * k < cols) add(kept[k]);
+    for (int i = first + step * PER; i < cols; i += step) add(*(const Read *)(x + i));
+    squares = TEAM > 32 ? block_sum(squares, scratch) : warp_sum(squares);
+    float scale = rsqrtf(squares / (float)cols + eps);
+    auto store = [&](int i, const Read &r, const Weights &w) {
+        Group<T, V> g;
+#pragma unroll
+        for (int v = 0; v < V; v++) put(&g.v[v], value(r.v[v]) * scale * (weight ? w.v[v] : 1.0f));
+        *(Group<T, V> *)(out + i) = g;
+    };
+    Weights none = {};
+#pragma unroll
+    for (int k = 0; k < PER; k++) {
+        int i = first + step * k;
+        if (i < cols)
+            store(i, kept[k],
+                  TEAM > 32 ? early[k]
+                  : weight  ? *(const Weights *)(weight + i)
+                            : none);
+    }
+    for (int i = first + step * PER; i < cols; i += step)
+        store(i, *(const Read *)(x + i), weight ? *(const Weights *)(weight + i) : none);
+}
+template <class T, class In, int TEAM, int V> static auto rmsnorm_choice(int cols) {
+    int each = (cols + TEAM - 1) / TEAM;
+    if constexpr (V == 1)
+        return each <= 12 ? rmsnorm_kernel<T, In, 12, TEAM, 1> : rmsnorm_kernel<T, In, 0, TEAM, 1>;
+    else
+        return each <= 4    ? rmsnorm_kernel<T, In, 4 / V, TEAM, V>
+               : each <= 12 ? rmsnorm_kernel<T, In, 12 / V, TEAM, V>
+               : each <= 24 ? rmsnorm_kernel<T, In, 24 / V, TEAM, V>
+               : each <= 80 ? rmsnorm_kernel<T, In, 80 / V, TEAM, V>
+                            : rmsnorm_kernel<T, In, 0, TEAM, V>;
+}
+enum { NORM_FEW = 2048 }; // rows: 8 a block would leave multiprocessors idle
+template <class T, class In>
+static void rmsnorm(Device *d, T *out, size_t ld_out, const In *in, size_t ld_in,
+                    const float *weight, float eps, int rows, int cols) {
+    bool block = rows <= NORM_FEW && cols > 256; // a row of 256 or less is a warp's in any case
+    bool fours = (ld_out | ld_in | (size_t)cols) % 4 == 0 &&
+                 (uintptr_t)in % (4 * sizeof(In)) == 0 && ((uintptr_t)weight) % 16 == 0 &&
+                 (uintptr_t)out % (4 * sizeof(T)) == 0;
+    auto kernel =
+        block   ? fours ? rmsnorm_choice<T, In, 256, 4>(cols) : rmsnorm_choice<T, In, 256, 1>(cols)
+          : fours ? rmsnorm_choice<T, In, 32, 4>(cols)
+                : rmsnorm_choice<T, In, 32, 1>(cols);
+    launch_dependent(d, kernel, dim3(blocks_for((size_t)rows, block ? 1 : 8)), 256, 0, out, ld_out,
+                     in, ld_in, weight, eps, rows, cols);
+    check_launch(d, "rmsnorm");
+}
+
+// x (rows,cols) += bias (cols)
+template <class T> __global__ void add_bias_kernel(T *x, size_t ld, const float *bias, int cols) {
+    size_t row = blockIdx.x;
+    for (int i = threadIdx.x; i < cols; i += blockDim.x)
+        put(x + row * ld + i, value(x[row * ld + i]) + bias[i]);
+}
+template <class T>
+static void add_bias(Device *d, T *x, size_t ld, const float *bias, int rows, int cols) {
+    if (!bias) return;
+    add_bias_kernel<<<(unsigned)rows, 256, 0, d->stream>>>(x, ld, bias, cols);
+    check_launch(d, "add_bias");
+}
+
+// --- conv1d + SiLU: u_t = silu(bias + sum over k of conv[k] x_{t-K+1+k}), before the first token
+// the window, or zeros. A thread takes V channels for so many steps, their last inputs in
+// registers; K > 4 reads them again from the cache. Whoever has read the window moves it on to the
+// last K-1 inputs (K > 4: conv_window_kernel does, afterwards).
+enum { CONV_TAPS = 4 };
+
+template <class T, int V>
+__global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, float *window,
+                                   const float *__restrict__ conv_t, const float *__restrict__ bias,
+                                   int L, int E, int K, int steps) {
+    int e = (blockIdx.x * blockDim.x + threadIdx.x) * V, t0 = blockIdx.y * steps;
+    if (e >= E) return;
+    size_t b = blockIdx.z;
+    const T *x = xz + b * L * 2 * E + e;
+    float *before = window ? window + b * (K - 1) * E + e : NULL;
+    u += b * L * E + e;
+    wait_for_input();
+    auto input = [&](int t, int v) { // x_t of channel e + v
+        return t >= 0                ? value(x[(size_t)t * 2 * E + v])
+               : before && t + K > 0 ? before[(size_t)(t + K - 1) * E + v]
+                                     : 0.0f;
+    };
+    int t1 = min(t0 + steps, L);
+    if (K <= CONV_TAPS) {
+        float tap[CONV_TAPS][V], past[CONV_TAPS][V],
+            start[V]; // the last K of four taps are used; past[3] is x_t
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            start[v] = bias ? bias[e + v] : 0;
+#pragma unroll
+            for (int k = 0; k < CONV_TAPS; k++) {
+                int from = k - (CONV_TAPS - K);
+                tap[k][v] = from >= 0 ? conv_t[(size_t)from * E + e + v] : 0;
+                past[k][v] = k ? input(t0 - CONV_TAPS + k, v) : 0;
+            }
+        }
+#pragma unroll 8
+        for (int t = t0; t < t1; t++) {
+            Group<T, V> in = *(const Group<T, V> *)(x + (size_t)t * 2 * E), out;
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                past[0][v] = past[1][v], past[1][v] = past[2][v], past[2][v] = past[3][v],
+                past[3][v] = value(in.v[v]);
+                float sum = start[v];
+#pragma unroll
+                for (int k = 0; k < CONV_TAPS; k++) sum += tap[k][v] * past[k][v];
+                put(&out.v[v], silu(sum));
+            }
+            *(Group<T, V> *)(u + (size_t)t * E) = out;
+        }
+        if (before && t0 == 0)
+            for (int k = 0; k < K - 1; k++)
+                for (int v = 0; v < V; v++) before[(size_t)k * E + v] = input(L - K + 1 + k, v);
+    } else {
+        for (int t = t0; t < t1; t++)
+            for (int v = 0; v < V; v++) {
+                float sum = bias ? bias[e + v] : 0;
+                for (int k = 0; k < K; k++)
+                    sum += conv_t[(size_t)k * E + e + v] * input(t - K + 1 + k, v);
+                put(u + (size_t)t * E + v, silu(sum));
+            }
+    }
+}
+
+// The window after L tokens: their last K-1 inputs, older ones where L is short. In place: slot j
+// reads slots from j + L on.
+template <class T>
+__global__ void conv_window_kernel(float *window, const T *xz, int L, int E, int K) {
+    int e = blockIdx.x * blockDim.x + threadIdx.x;
+    if (e >= E) return;
+    for (int j = 0; j < K - 1; j++) {
+        int t = L - (K - 1) + j;
+        window[(size_t)j * E + e] =
+            t >= 0 ? value(xz[(size_t)t * 2 * E + e]) : window[(size_t)(j + L) * E + e];
+    }
+}
+
+// One token of each of S sequences; the window (S,K-1,E) moves on. A thread takes V channels, all
+// loads before the first store.
+template <class T, int V>
+__global__ void conv1d_silu_step_kernel(T *__restrict__ u, float *__restrict__ window,
+                                        const T *__restrict__ xz, const float *__restrict__ conv_t,
+                                        const float *__restrict__ bias, int E, int K) {
+    typedef Group<float, V> Floats;
+    int e = (blockIdx.x * blockDim.x + threadIdx.x) * V;
+    size_t s = blockIdx.y;
+    if (e >= E) return;
+    float *w = window + s * (K - 1) * E + e;
+    const Group<T, V> *in = (const Group<T, V> *)(xz + s * 2 * E + e);
+    Floats past[CONV_TAPS] = {}, tap[CONV_TAPS] = {}, x, sum = {};
+#pragma unroll
+    for (int k = 0; k < CONV_TAPS - 1; k++)
+        if (k < K - 1 && K <= CONV_TAPS)
+            past[k] = *(const Floats *)(w + (size_t)k * E),
+            tap[k] = *(const Floats *)(conv_t + (size_t)k * E + e);
+    Floats last = *(const Floats *)(conv_t + (size_t)(K - 1) * E + e);
+    if (bias) sum = *(const Floats *)(bias + e);
+    wait_for_input();
+    Group<T, V> raw = *in, out;
+#pragma unroll
+    for (int v = 0; v < V; v++) x.v[v] = value(raw.v[v]), sum.v[v] += last.v[v] * x.v[v];
+#pragma unroll
+    for (int k = 0; k < CONV_TAPS - 1; k++)
+#pragma unroll
+        for (int v = 0; v < V; v++) sum.v[v] += tap[k].v[v] * past[k].v[v];
+    if (K <= CONV_TAPS) {
+#pragma unroll
+        for (int k = 0; k < CONV_TAPS - 1; k++)
+            if (k < K - 1) *(Floats *)(w + (size_t)k * E) = k + 2 < K ? past[k + 1] : x;
+    } else
+        for (int k = 0; k < K - 1; k++)
+            for (int v = 0; v < V; v++) {
+                size_t at = (size_t)k * E + v;
+                sum.v[v] += conv_t[at + e] * w[at];
+                w[at] = k + 2 < K ? w[at + E] : x.v[v];
+            }
+#pragma unroll
+    for (int v = 0; v < V; v++) put(&out.v[v], silu(sum.v[v]));
+    *(Group<T, V> *)(u + s * E + e) = out;
+}
+
+template <class T>
+static void conv1d_silu(Device *d, T *u, float *window, const T *xz, const float *conv_t,
+                        const float *bias, int B, int L, int E, int K) {
+    int V = E % 2 == 0 ? 2 : 1,
+        steps = L > 4096 ? 32 : 16; // 16: more blocks, and 3 inputs more for each
+    dim3 grid(blocks_for((size_t)E / V, 128), blocks_for((size_t)L, (size_t)steps), (unsigned)B);
+    if (L == 1 && window) {
+        if (E % 4 == 0)
+            launch_dependent(d, conv1d_silu_step_kernel<T, 4>,
+                             dim3(blocks_for((size_t)E / 4, 128), (unsigned)B), 128, 0, u, window,
+                             xz, conv_t, bias, E, K);
+        else
+            launch_dependent(d, conv1d_silu_step_kernel<T, 1>,
+                             dim3(blocks_for((size_t)E, 128), (unsigned)B), 128, 0, u, window, xz,
+                             conv_t, bias, E, K);
+    } else
+        launch_dependent(d, V == 2 ? conv1d_silu_kernel<T, 2> : conv1d_silu_kernel<T, 1>, grid, 128,
+                         0, u, xz, window, conv_t, bias, L, E, K, steps);
+    if (L > 1 && window && K > CONV_TAPS) // one sequence: prefill
+        conv_window_kernel<<<blocks_for((size_t)E, 128), 128, 0, d->stream>>>(window, xz, L, E, K);
+    check_launch(d, "conv1d_silu");
+}
+
+// --- [train] column sums: out (cols) += sum over rows of x (rows,cols), in two passes of fixed
+// order
+
+enum { SUM_CHUNK = 256 };
+
+template <class T>
+__global__ void sum_rows_kernel(float *out, const T *x, size_t ld, int rows, int cols, int chunk,
+                                bool add) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, first = blockIdx.y * chunk,
+        last = min(first + chunk, rows);
+    if (i >= cols) return;
+    float sum = 0;
+    for (int r = first; r < last; r++) sum += value(x[(size_t)r * ld + i]);
+    float *to = out + (size_t)blockIdx.y * cols + i;
+    *to = add ? *to + sum : sum;
+}
+static size_t sum_rows_floats(size_t rows, size_t cols) {
+    return (rows + SUM_CHUNK - 1) / SUM_CHUNK * cols;
+}
+
+template <class T>
+static void sum_rows(Device *d, float *out, const T *x, size_t ld, int rows, int cols,
+                     float *partial) {
+    if (!out) return;
+    unsigned wide = blocks_for((size_t)cols, 128), chunks = blocks_for((size_t)rows, SUM_CHUNK);
+    sum_rows_kernel<<<dim3(wide, chunks), 128, 0, d->stream>>>(partial, x, ld, rows, cols,
+                                                               SUM_CHUNK, false);
+    sum_rows_kernel<<<dim3(wide, 1), 128, 0, d->stream>>>(out, partial, (size_t)cols, (int)chunks,
+                                                          cols, (int)chunks, true);
+    check_launch(d, "sum_rows");
+}
+
+// --- [train] backward of rmsnorm: out_i = x_i s w_i with s = (mean(x^2) + eps)^-1/2, so
+//     d_x_i = s (w_i d_out_i - x_i s^2 mean_j(w_j d_out_j x_j))        d_w_i = sum over rows of
+//     d_out_i x_i s
+// A warp takes every so many rows, a row's numbers and its share of d_w in PER registers a lane
+// (PER = 0: in memory). With ADD d_x is added to d_out's residual, and `copy`, if not NULL, gets
+// the sum in T, which is what the layer before starts from.
+enum { NORM_BLOCKS = 264, NORM_WARPS = 8 };
+
+template <class T, class In, class Out, bool ADD, int PER>
+__global__ void __launch_bounds__(32 * NORM_WARPS)
+    rmsnorm_backward_kernel(Out *d_x, T *copy, float *__restrict__ partial, const T *d_out,
+                            size_t ld_d, const In *in, size_t ld, const float *__restrict__ weight,
+                            float eps, int rows, int cols) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float *mine = partial ? partial + ((size_t)blockIdx.x * NORM_WARPS + warp) * cols : NULL,
+          d_w[PER + 1], w[PER + 1];
+#pragma unroll
+    for (int k = 0; k < PER; k++)
+        d_w[k] = 0, w[k] = weight && lane + 32 * k < cols ? weight[lane + 32 * k] : 1;
+    for (int i = lane + 32 * PER; i < cols && mine; i += 32) mine[i] = 0;
+    for (size_t row = (size_t)blockIdx.x * NORM_WARPS + warp; row < (size_t)rows;
+         row += (size_t)gridDim.x * NORM_WARPS) {
+        const In *x = in + row * ld;
+        const T *d = d_out + row * ld_d;
+        Out *to = d_x + row * (ADD ? (size_t)cols : ld_d);
+        float squares = 0, dot = 0, xs[PER + 1], ds[PER + 1], before[PER + 1];
+#pragma unroll
+        for (int k = 0; k < PER; k++) {
+            int i = lane + 32 * k;
+            xs[k] = i < cols ? value(x[i]) : 0, ds[k] = i < cols ? value(d[i]) : 0;
+            before[k] = ADD && i < cols ? value(to[i]) : 0;
+        }
+#pragma unroll
+        for (int k = 0; k < PER; k++) squares += xs[k] * xs[k], dot += xs[k] * ds[k] * w[k];
+        for (int i = lane + 32 * PER; i < cols; i += 32) {
+            float xi = value(x[i]);
+            squares += xi * xi, dot += xi * value(d[i]) * (weight ? weight[i] : 1.0f);
+        }
+        float scale = rsqrtf(warp_sum(squares) / (float)cols + eps);
+        dot = warp_sum(dot) * scale * scale / (float)cols;
+#pragma unroll
+        for (int k = 0; k < PER; k++) {
+            int i = lane + 32 * k;
+            float sum = before[k] + scale * (ds[k] * w[k] - xs[k] * dot);
+            if (i < cols) put(to + i, sum);
+            if (i < cols && copy) put(copy + row * cols + i, sum);
+            d_w[k] += ds[k] * xs[k] * scale;
+        }
+        for (int i = lane + 32 * PER; i < cols; i += 32) {
+            float xi = value(x[i]), di = value(d[i]),
+                  sum = scale * (di * (weight ? weight[i] : 1.0f) - xi * dot);
+            if (ADD) sum += value(to[i]);
+            put(to + i, sum);
+            if (copy) put(copy + row * cols + i, sum);
+            if (mine) mine[i] += di * xi * scale;
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < PER; k++)
+        if (mine && lane + 32 * k < cols) mine[lane + 32 * k] = d_w[k];
+}
+
+// --- [train] backward of conv1d + SiLU. With c_t the convolution before SiLU:
+//     d_c_t = d_u_t silu'(c_t)    d_x_t = sum over k of conv[k] d_c_{t+K-1-k}    d_conv[k] = sum
+//     over t of d_c_t x_{t-K+1+k}
+// A thread takes a channel for CONV_BACK steps and K-1 more, whose d_c it computes for its own d_x
+// only; the last MAX_TAPS values of x and d_c are in registers. Its sums go to partial (tiles, K+1,
+// E), the bias's last.
+enum { CONV_BACK = 64 };
+
+template <class T, int MAX_TAPS, int V>
+__global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restrict__ partial,
+                                            const T *__restrict__ d_u, const T *__restrict__ xz,
+                                            const float *__restrict__ conv_t,
+                                            const float *__restrict__ bias, int L, int E, int K) {
+    int e = (blockIdx.x * blockDim.x + threadIdx.x) * V, t0 = blockIdx.y * CONV_BACK,
+        t1 = min(t0 + CONV_BACK, L);
+    if (e >= E) return;
+    size_t b = blockIdx.z;
+    const T *x = xz + b * L * 2 * E + e, *d = d_u + b * L * E + e;
+    T *d_x = d_xz + b * L * 2 * E + e;
+    float tap[MAX_TAPS][V], past[MAX_TAPS][V], d_c[MAX_TAPS][V], d_tap[MAX_TAPS][V], d_bias[V],
+        start[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+        start[v] = bias ? bias[e + v] : 0, d_bias[v] = 0;
+#pragma unroll
+        for (int k = 0; k < MAX_TAPS;
+             k++) { // tap[0] belongs to x_t, tap[k] to x_{t-k}; d_c[k] to t-k
+            tap[k][v] = k < K ? conv_t[(size_t)(K - 1 - k) * E + e + v] : 0;
+            d_tap[k][v] = d_c[k][v] = 0;
+            past[k][v] = k < MAX_TAPS - 1 && t0 - 1 - k >= 0
+                             ? value(x[(size_t)(t0 - 1 - k) * 2 * E + v])
+                             : 0;
+        }
+    }
+    auto step =
+        [&](int t, bool own, bool inside,
+            bool write) { // own: in this tile; inside: in the text; write: d_x_{t-K+1} is due
+            Group<T, V> in = {}, d_in = {}, out;
+            if (inside)
+                in = *(const Group<T, V> *)(x + (size_t)t * 2 * E),
+                d_in = *(const Group<T, V> *)(d + (size_t)t * E);
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+#pragma unroll
+                for (int k = MAX_TAPS - 1; k > 0; k--)
+                    past[k][v] = past[k - 1][v], d_c[k][v] = d_c[k - 1][v];
+                past[0][v] = inside ? value(in.v[v]) : 0;
+                float c = start[v];
+#pragma unroll
+                for (int k = 0; k < MAX_TAPS; k++) c += tap[k][v] * past[k][v];
+                float s = sigmoid(c);
+                d_c[0][v] = inside ? value(d_in.v[v]) * s * (1 + c * (1 - s)) : 0;
+                if (own) {
+#pragma unroll
+                    for (int k = 0; k < MAX_TAPS; k++) d_tap[k][v] += d_c[0][v] * past[k][v];
+                    d_bias[v] += d_c[0][v];
+                }
+                float sum =
+                    0; // d_x_{t-K+1}: tap[k] meets d_c of k steps later, which is d_c[K-1-k]
+#pragma unroll
+                for (int k = 0; k < MAX_TAPS; k++)
+#pragma unroll
+                    for (int j = 0; j < MAX_TAPS; j++)
+                        if (j == K - 1 - k) sum += tap[k][v] * d_c[j][v];
+                put(&out.v[v], sum);
+            }
+            if (write) *(Group<T, V> *)(d_x + (size_t)(t - (K - 1)) * 2 * E) = out;
+        };
+    int t = t0;
+    for (; t < min(t0 + K - 1, t1); t++) step(t, true, true, false);
+#pragma unroll 4
+    for (; t < t1; t++) step(t, true, true, true);
+    for (; t < t1 + K - 1; t++) step(t, false, t < L, t - (K - 1) >= t0);
+    float *to = partial + (b * gridDim.y + blockIdx.y) * (K + 1) * E + e;
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+#pragma unroll
+        for (int k = 0; k < MAX_TAPS; k++)
+            if (k < K) to[(size_t)(K - 1 - k) * E + v] = d_tap[k][v];
+        to[(size_t)K * E + v] = d_bias[v];
+    }
+}
+
+// --- [train] cross-entropy: losses_t = -log p(target), d_logits = weight (p - 1 at the target);
+// zero where the target is -1 A block takes a row, which it reads from device memory once: KEEP
+// holds it in shared memory (V floats) for the gradient.
+
+template <class T, bool KEEP>
+__global__ void __launch_bounds__(1024)
+    cross_entropy_kernel(float *__restrict__ losses, T *__restrict__ d_logits,
+                         const float *__restrict__ logits, const int32_t *__restrict__ targets,
+                         float weight, int V) {
+    extern __shared__ float4 kept[];
+    __shared__ float scratch[33];
+    size_t row = blockIdx.x;
+    const float *x = logits + row * V;
+    int target = targets[row];
+    if (target < 0) {
+        if (d_logits)
+            for (int v = threadIdx.x; v < V; v += blockDim.x) put(d_logits + row * V + v, 0.0f);
+        if (threadIdx.x == 0) losses[row] = 0;
+        return;
+    }
+    float highest = -INFINITY, sum = 0;
+    auto take = [&](float xv) { // one reading: the sum is rescaled when a higher logit appears
+        if (xv > highest) sum *= __expf(highest - xv), highest = xv;
+        sum += __expf(xv - highest);
+    };
+    bool quads = V % 4 == 0;
+#pragma unroll 4
+    for (int v = threadIdx.x; v < V / 4 && quads; v += blockDim.x) {
+        float4 four = ((const float4 *)x)[v];
+        if (KEEP) kept[v] = four; // read again by the same thread
+        take(four.x), take(four.y), take(four.z), take(four.w);
+    }
+    for (int v = threadIdx.x; v < V && !quads; v += blockDim.x) take(x[v]);
+    float top = block_max(highest, scratch);
+    sum = block_sum(highest == -INFINITY ? 0 : sum * __expf(highest - top), scratch);
+    float log_sum = top + logf(sum);
+    if (threadIdx.x == 0) losses[row] = log_sum - x[target];
+    if (!d_logits) return;
+    auto gradient = [&](float xv, int v) {
+        return weight * (__expf(xv - log_sum) - (v == target ? 1.0f : 0.0f));
+    };
+#pragma unroll 4
+    for (int v = threadIdx.x; v < V / 4 && quads; v += blockDim.x) {
+        float4 four = KEEP ? kept[v] : ((const float4 *)x)[v];
+        Group<T, 4> out;
+        put(&out.v[0], gradient(four.x, 4 * v)), put(&out.v[1], gradient(four.y, 4 * v + 1));
+        put(&out.v[2], gradient(four.z, 4 * v + 2)), put(&out.v[3], gradient(four.w, 4 * v + 3));
+        ((Group<T, 4> *)(d_logits + row * V))[v] = out;
+    }
+    for (int v = threadIdx.x; v < V && !quads; v += blockDim.x)
+        put(d_logits + row * V + v, gradient(x[v], v));
+}
+template <class T>
+static void cross_entropy(Device *d, float *losses, T *d_logits, const float *logits,
+                          const int32_t *targets, float weight, int rows, int V) {
+    int device = 0, most = 0, bytes = V * (int)sizeof(float);
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (d_logits && V % 4 == 0 && bytes + 2048 <= most) { // 2048: scratch and the system's
+        auto kernel = cross_entropy_kernel<T, true>;
+        check_cuda(d,
+                   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                   "cross_entropy");
+        int threads = V < 4096 ? 256 : 1024;
+        kernel<<<(unsigned)rows, threads, bytes, d->stream>>>(losses, d_logits, logits, targets,
+                                                              weight, V);
+    } else
+        cross_entropy_kernel<T, false>
+            <<<(unsigned)rows, 512, 0, d->stream>>>(losses, d_logits, logits, targets, weight, V);
+    check_launch(d, "cross_entropy");
+}
+
+// One block adds n floats to *sum (double) in a fixed order.
+__global__ void sum_losses_kernel(double *sum, const float *x, int n) {
+    __shared__ double part[256];
+    double mine = 0;
+    for (int i = threadIdx.x; i < n; i += 256) mine += (double)x[i];
+    part[threadIdx.x] = mine;
+    __syncthreads();
+    for (int half = 128; half; half /= 2) {
+        if ((int)threadIdx.x < half) part[threadIdx.x] += part[threadIdx.x + half];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) *sum += part[0];
+}
+
+// --- [train] backward of embed: rows of the same token are summed in pieces of EMBED_PIECE, then
+// the pieces, so that the order is fixed. order lists rows by token; piece i is
+// order[start[i]..start[i+1]), all of one token.
+
+enum { EMBED_PIECE = 64 };
+
+__global__ void embed_pieces_kernel(float *__restrict__ partial, const float *__restrict__ d_res,
+                                    const int32_t *__restrict__ order,
+                                    const int32_t *__restrict__ start, int D) {
+    int piece = blockIdx.x;
+    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        float sum = 0;
+        for (int r = start[piece]; r < start[piece + 1]; r++)
+            sum += d_res[(size_t)order[r] * D + i];
+        partial[(size_t)piece * D + i] = sum;
+    }
+}
+__global__ void embed_add_kernel(float *d_embedding, const float *partial, const int32_t *token,
+                                 const int32_t *first, int D) {
+    size_t id = (size_t)token[blockIdx.x];
+    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        float sum = 0;
+        for (int p = first[blockIdx.x]; p < first[blockIdx.x + 1]; p++)
+            sum += partial[(size_t)p * D + i];
+        d_embedding[id * D + i] += sum;
+    }
+}

@@ -1,0 +1,296 @@
+// scan_tiles.cuh - the scan of few channels.
+// Included by mamba_cuda.cu.
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Few channels: time is cut into tiles, tiles into pieces. Tickets give the blocks of a time before
+// those of the next, so the block that a block waits for always runs or is done, in whatever order
+// they start. Blocks that stay for many tiles were slower: the loop takes registers from the
+// states. N is a run-time size; states are staged NB at a time.
+
+struct Yes {
+    static constexpr bool value = true;
+};
+struct No {
+    static constexpr bool value = false;
+};
+
+template <typename T, int K, int W, int C, int MINB>
+__global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMail m) {
+    constexpr int TILE = K * W,
+                  NB = 16; // NB: states whose B_ssm, C_ssm and A_neg are staged at a time
+    constexpr int ROW = 2 * TILE + 32 * C +
+                        4; // odd multiples of 4 modulo 32, so that staging has no bank conflicts
+    constexpr int A_IN_ROW = 2 * TILE, JOIN = 2 * W * 32;
+    typedef Pack<T, C> P;
+    extern __shared__ float4 shared[];
+    float *rows =
+        (float *)shared; // [NB][ROW]: B_ssm [TILE], C_ssm [TILE], A_neg [32][C] of a state
+    // [2][2 W][32] pairs (x, y) of a map h -> x h + y: W-1 times nothing, the state before the tile
+    // as (0, state), then of each warp (product of its decays, its end state from 0). So warp w's
+    // first state is what W pairs from w on make of anything.
+    auto join = (Row<2 * C> *)(rows + NB * ROW);
+    P *zs = (P *)(join + 2 * JOIN); // [TILE][32], each thread its own
+    const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, groups = (p.E + 32 * C - 1) / (32 * C),
+              L = p.L, E = p.E, N = p.N;
+    // The order in which blocks really start: whoever a tile waits for has started before it.
+    __shared__ unsigned ticket;
+    wait_for_input();
+    if (threadIdx.x == 0)
+        ticket = atomicAdd((unsigned *)m.words, 1u) - m.ticket; // modulo 2^32, as the counter
+    __syncthreads();
+    const int tile = ticket / (p.B * groups), in_tile = ticket % (p.B * groups),
+              b = in_tile / groups, e_true = (in_tile % groups * 32 + lane) * C,
+              tile_t = tile * TILE, t0 = tile_t + w * K;
+    const bool live = e_true < E, last_tile = tile_t + TILE >= L;
+    const uint32_t tag = m.tag + tile; // of the mail that this tile waits for
+    const int e =
+        live ? e_true : E - C; // C divides E; lanes beyond E do what the last lane within does
+    const size_t row0 = (size_t)b * L, half = (size_t)p.B * N * E;
+    float bias[C], skip[C];
+#pragma unroll
+    for (int c = 0; c < C; c++) bias[c] = p.dt_bias[e + c], skip[c] = p.D_skip[e + c];
+
+    const T *d_at = p.delta_raw + (row0 + t0) * p.ld_delta + e,
+            *u_at = p.u + (row0 + t0) * p.ld_u + e, *z_at = p.z + (row0 + t0) * p.ld_z + e;
+    P raw_d[K], raw_u[K], raw_z[K];
+    if (t0 + K <= L) {
+#pragma unroll
+        for (int i = 0; i < K; i++)
+            raw_d[i] = *(const P *)down(d_at, i, p.ld_delta),
+            raw_u[i] = *(const P *)down(u_at, i, p.ld_u),
+            raw_z[i] = *(const P *)down(z_at, i, p.ld_z);
+    } else {
+#pragma unroll
+        for (int i = 0; i < K; i++) {
+            raw_d[i].zero(), raw_u[i].zero(), raw_z[i].zero();
+            if (t0 + i < L)
+                raw_d[i] = *(const P *)down(d_at, i, p.ld_delta),
+                raw_u[i] = *(const P *)down(u_at, i, p.ld_u),
+                raw_z[i] = *(const P *)down(z_at, i, p.ld_z);
+        }
+    }
+    // Warps stage 4-step x 8-state units: states 8 (w % 4).. of the 2 NB of B_ssm and C_ssm.
+    const bool is_C = w % 4 >= 2;
+    const int bc_n = w % 2 * 8 + lane % 8, bc_t = w / 4 * 4 + lane / 8,
+              ld_bc = is_C ? p.ld_C : p.ld_B;
+    const T *bc_from = (is_C ? p.C_ssm : p.B_ssm) + (row0 + tile_t + bc_t) * ld_bc + bc_n;
+    float *bc_to = rows + (is_C ? TILE : 0) + bc_n * ROW + bc_t;
+    auto stage = [&](int n0) {
+        if (tile_t + TILE <= L && n0 + NB <= N) {
+            T raw[K];
+#pragma unroll
+            for (int v = 0; v < K; v++) raw[v] = down(bc_from, v * W, ld_bc)[n0];
+#pragma unroll
+            for (int v = 0; v < K; v++) bc_to[v * W] = value(raw[v]);
+        } else
+#pragma unroll 4
+            for (int v = 0; v < K; v++) {
+                bool in = tile_t + bc_t + v * W < L && n0 + bc_n < N;
+                bc_to[v * W] = in ? value(down(bc_from, v * W, ld_bc)[n0]) : 0.f;
+            }
+        for (int n = w; n < NB; n += W) {
+            Row<C> a;
+#pragma unroll
+            for (int c = 0; c < C; c++)
+                a.v[c] = n0 + n < N ? LOG2E * p.A_neg[(size_t)(n0 + n) * E + e + c] : 0.f;
+            ((Row<C> *)(rows + n * ROW + A_IN_ROW))[lane] = a;
+        }
+    };
+    stage(0);
+    if (w < W - 1) join[w * 32 + lane] = join[JOIN + w * 32 + lane] = {};
+    float d[K][C], du[K][C], y[K][C], elapsed[C];
+#pragma unroll
+    for (int c = 0; c < C; c++) elapsed[c] = 0.f;
+#pragma unroll
+    for (int i = 0; i < K; i++) {
+        zs[(w * K + i) * 32 + lane] = raw_z[i];
+#pragma unroll
+        for (int c = 0; c < C; c++) d[i][c] = softplus<T>(raw_d[i].get(c) + bias[c]);
+    }
+    if (t0 + K > L) // past the end of time delta is 0: decay 1, inject 0
+#pragma unroll
+        for (int i = 0; i < K; i++)
+#pragma unroll
+            for (int c = 0; c < C; c++) d[i][c] = t0 + i < L ? d[i][c] : 0.f;
+#pragma unroll
+    for (int i = 0; i < K; i++)
+#pragma unroll
+        for (int c = 0; c < C; c++) {
+            float u = raw_u[i].get(c);
+            du[i][c] = d[i][c] * u, y[i][c] = skip[c] * u, elapsed[c] += d[i][c];
+        }
+#pragma unroll
+    for (int c = 0; c < C; c++)
+        asm("" : "+f"(elapsed[c])); // or the compiler sums it again for every state
+
+    // The first warp reads the mailbox of the tile before, the last warp writes this tile's.
+    uint64_t *box = m.words + MAIL_BOXES + ((tile - (w == 0)) & 1) * half + (size_t)b * N * E + e;
+    float *starts =
+        p.h_starts && t0 % SCAN_SAVE == 0 && t0 < L
+            ? p.h_starts +
+                  ((size_t)b * ((L + SCAN_SAVE - 1) / SCAN_SAVE) + t0 / SCAN_SAVE) * N * E + e
+            : NULL;
+    float decay[K][C], prod[C], end[C]; // of one state; their product and the end state from 0
+    Mail<C> mail = {};
+    const float *row = rows + w * K, *A_at = rows + A_IN_ROW + lane * C; // of the state in hand
+    int joined = w * 32 + lane;               // in the half of join with the state in hand
+    const bool seldom = w == W - 1 || starts; // has more to do than its part of y
+
+    // The forecast of a state lies in shared memory before the barrier that joins it.
+    auto leave = [&](int n) {
+        Row<2 * C> forecast;
+#pragma unroll
+        for (int c = 0; c < C; c++) forecast.v[c] = prod[c], forecast.v[C + c] = end[c];
+        join[joined + W * 32] = forecast;
+        if (w == 0) {
+            auto before = Row<2 * C>();
+            if (tile > 0) {
+                for (int polls = 0; !mail.all(tag); polls++) {
+                    mail.read(box);
+                    give_up_after(polls);
+                }
+#pragma unroll
+                for (int c = 0; c < C; c++)
+                    before.v[C + c] = __uint_as_float((uint32_t)mail.word[c]);
+            } else if (p.h0)
+#pragma unroll
+                for (int c = 0; c < C; c++) before.v[C + c] = p.h0[((size_t)b * N + n) * E + e + c];
+            join[joined + (W - 1) * 32] = before;
+        }
+    };
+    auto forecast = [&](const float *B, int i, Row<C> A) { // a step of the end state from 0
+#pragma unroll
+        for (int c = 0; c < C; c++) {
+            decay[i][c] = exp2_fast(d[i][c] * A.v[c]);
+            end[c] = i ? fmaf(decay[i][c], end[c], du[i][c] * B[i % 4]) : du[0][c] * B[0];
+        }
+    };
+    // State n from its true start, and between its steps, which leave the special-function unit
+    // idle, the forecast of the next state, whose decays take the places of those that have been
+    // used.
+    auto state_step = [&](auto more, int n) {
+        Row<2 * C> part[W];
+        Row<C> h, A;
+#pragma unroll
+        for (int v = 0; v < W; v++) part[v] = load_always(join + joined + v * 32);
+        if (more.value) A = *(const Row<C> *)(A_at + ROW);
+        if (more.value && w == 0 && tile > 0) mail.read(box += E);
+#pragma unroll
+        for (int c = 0; c < C; c++) h.v[c] = part[0].v[C + c];
+#pragma unroll
+        for (int v = 1; v < W; v++)
+#pragma unroll
+            for (int c = 0; c < C; c++) h.v[c] = fmaf(part[v].v[c], h.v[c], part[v].v[C + c]);
+        if (seldom) {
+            if (w == W - 1) {
+                float after[C];
+#pragma unroll
+                for (int c = 0; c < C; c++) after[c] = fmaf(prod[c], h.v[c], end[c]);
+                if (!last_tile) {
+#pragma unroll
+                    for (int c = 0; c < C; c++)
+                        mail_write(box + c, (uint64_t)(tag + 1) << 32 | __float_as_uint(after[c]));
+                    box += E;
+                } else if (p.h_final)
+#pragma unroll
+                    for (int c = 0; c < C; c++)
+                        p.h_final[((size_t)b * N + n) * E + e + c] = after[c];
+            }
+            if (starts) {
+#pragma unroll
+                for (int c = 0; c < C; c++) starts[c] = h.v[c];
+                starts += E;
+            }
+        }
+        if (more.value)
+#pragma unroll
+            for (int c = 0; c < C; c++) prod[c] = exp2_fast(elapsed[c] * A.v[c]);
+#pragma unroll
+        for (int i = 0; i < K; i += 4) {
+            float B[4], C_row[4], B_next[4];
+            if (more.value) unpack(B_next, load4(row + ROW + i));
+            unpack(B, load4(row + i)), unpack(C_row, load4(row + TILE + i));
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+#pragma unroll
+                for (int c = 0; c < C; c++) {
+                    h.v[c] = fmaf(decay[i + k][c], h.v[c], du[i + k][c] * B[k]);
+                    y[i + k][c] = fmaf(C_row[k], h.v[c], y[i + k][c]);
+                }
+                if (more.value) forecast(B_next, i + k, A);
+            }
+        }
+        if (more.value) {
+            row += ROW, A_at += ROW;
+            joined = JOIN + 2 * (w * 32 + lane) - joined;
+            leave(n + 1);
+            __syncthreads();
+        }
+    };
+    for (int n0 = 0; n0 < N; n0 += NB) {
+        if (n0) {
+            __syncthreads(); // all are done with the states before
+            stage(n0);
+            row = rows + w * K, A_at = rows + A_IN_ROW + lane * C;
+            if (w == 0) box += E;
+        }
+        __syncthreads();
+        const int count = min(NB, N - n0);
+        if (w == 0 && tile > 0) mail.read(box);
+        const Row<C> A = *(const Row<C> *)A_at;
+#pragma unroll
+        for (int c = 0; c < C; c++) prod[c] = exp2_fast(elapsed[c] * A.v[c]);
+#pragma unroll
+        for (int i = 0; i < K; i += 4) {
+            float B[4];
+            unpack(B, load4(row + i));
+#pragma unroll
+            for (int k = 0; k < 4; k++) forecast(B, i + k, A);
+        }
+        leave(n0);
+        __syncthreads();
+        for (int g = 0; g + 1 < count; g++) state_step(Yes(), n0 + g);
+        state_step(No(), n0 + count - 1);
+    }
+    T *out = p.out + (row0 + t0) * p.ld_out + e;
+    const int steps = live ? L - t0 : 0;
+#pragma unroll
+    for (int i = 0; i < K; i += 2) {
+        P z0 = zs[(w * K + i) * 32 + lane], z1 = zs[(w * K + i + 1) * 32 + lane];
+#pragma unroll
+        for (int c = 0; c < C; c++) gate_pair(y[i][c], y[i + 1][c], z0.get(c), z1.get(c));
+    }
+#pragma unroll
+    for (int i = 0; i < K; i++) {
+        P g;
+        g.set(y[i]);
+        if (i < steps) *(P *)down(out, i, p.ld_out) = g;
+    }
+}
+
+// Bytes of a mailbox for scans of up to (B,E,N): two words for each state, and the tickets.
+static size_t scan_forward_workspace(int B, int E, int N) {
+    return sizeof(uint64_t) * (2 * (size_t)B * N * E + MAIL_BOXES);
+}
+
+template <typename T, int K, int W, int C, int MINB>
+static cudaError_t scan_tiles_launch(Device *d, const ScanArgs<T> &p) {
+    constexpr int bytes = (16 * (2 * K * W + 32 * C + 4) + 2 * 2 * W * 32 * 2 * C) * 4 +
+                          K * W * 32 * C * (int)sizeof(T);
+    const size_t tiles = ((size_t)p.L + K * W - 1) / (K * W),
+                 items = (size_t)p.B * ((p.E + 32 * C - 1) / (32 * C)) * tiles;
+    ScanMail *m = p.mail;
+    if (items > INT32_MAX || m->bytes < scan_forward_workspace(p.B, p.E, p.N))
+        return cudaErrorInvalidValue;
+    // Tags rise until they would wrap, which clears the boxes and starts again: a tag is then never
+    // older than it looks. Tickets may wrap: only their difference to the launch's first is used.
+    if (!m->cleared || m->tag > UINT32_MAX - tiles) {
+        cudaError_t err = cudaMemsetAsync(m->words, 0, m->bytes, d->stream);
+        if (err != cudaSuccess) return err;
+        m->ticket = m->tag = 0, m->cleared = true;
+    }
+    cudaError_t err = scan_launch(d, scan_tiles<T, K, W, C, MINB>, items, 32 * W, bytes, p, *m);
+    if (err != cudaSuccess) return err;
+    m->tag += (uint32_t)tiles, m->ticket += (uint32_t)items;
+    return cudaSuccess;
+}

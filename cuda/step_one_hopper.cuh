@@ -1,0 +1,801 @@
+// step_one_hopper.cuh - one token of one sequence on Hopper: one kernel for the whole step.
+// Included by mamba_cuda.cu.
+
+// --- The step in bf16 of one sequence on Hopper: one kernel. What bounds such a step is neither
+// bytes nor arithmetic but how often all multiprocessors must hear from each other. A block takes
+// its channels through a whole layer, in_proj to out_proj, so that only two sums over all channels
+// are left a layer: x_proj's outputs and out_proj's. Each goes the same way:
+//   every block computes its channels' part and sends it to the blocks of its cluster of 8, each of
+//   which adds up an eighth, writes that to global memory, every number with a tag that says of
+//   which layer and step it is (no other barrier is needed), polls for the same eighth from all
+//   clusters, adds up, and sends the sum to the 8 blocks of its cluster.
+// For such parts x_proj and out_proj are read by channel, so they lie transposed. All that a block
+// reads of a layer (weights, vectors, its channels' state) is fetched in order, layers ahead, by
+// the copy engine, which a warp of its own feeds, into a ring of slots in shared memory. (Plain
+// loads would do for the state, but polls wait behind them, for loads return in order.) A slot
+// holds 8 rows of in_proj, of out_proj's transpose or of the head, or a layer's small things.
+// Products are the tensor cores' (with plain arithmetic, unpacking the weights was what took
+// longest), inputs as the sum of two bf16, in two of the product's 8 or 16 columns. Outputs go by
+// pairs i, i + 8 of each 16, which one lane has.
+
+enum {
+    SOLO_CLUSTER = 8,
+    SOLO_CLUSTERS = 16,
+    SOLO_THREADS = 256,
+    SOLO_WARPS = 8,
+    SOLO_ROWS = 8,
+    SOLO_STATES = 16,
+    SOLO_TAPS = 4
+};
+enum {
+    SOLO_SLOTS = 24,
+    SOLO_BARRIERS = 2 * SOLO_SLOTS + 4,
+    SOLO_PAD = 8,
+    SOLO_X_TILES = 2,
+    SOLO_FLYING = 49152
+};
+// PAD: of rows, against bank conflicts; X_TILES: of x_proj, for each block of a cluster, at the
+// most; FLYING: bytes on their way to a block: more do not come faster, and polls wait behind them
+
+struct SoloLayer {
+    const bf16 *W_in, *W_dt; // (2E,D), (E,R)
+};
+struct SoloArgs {
+    const SoloLayer *layers;        // (n_layer)
+    const bf16 *W_x, *W_out, *head; // (n_layer,E,P+PAD), (n_layer,E,D+PAD): transposed; (V,D)
+    float *vectors;                 // (n_layer,blocks,vector_floats), see SoloVectors
+    const float *res, *norm;        // (D): the token's embedding; the first layer's norm
+    float *logits;                  // (V)
+    ulonglong2 *xdb_words,
+        *res_words; // (8,CLUSTERS,8 X_TILES), (8,CLUSTERS,D/16): pairs, each number with a tag
+    uint32_t *turn; // steps so far
+    int clusters, channels, slots, slot_bytes,
+        flying; // channels: of a block; flying: slots that are being filled
+    int vector_floats, n_layer, D, E, N, K, R, P, V; // P: R + 2 N as a multiple of 16
+    float eps, mixer_eps;                            // mixer_eps: of FalconMamba's norms, or 0
+};
+
+// Where what lies in a block's vectors of a layer: A and h (channels,N), conv and window
+// (taps,channels), and of the next norm the pairs that the block adds up.
+struct SoloVectors {
+    int A, conv, conv_bias, dt_bias, D_skip, h, window, norm, floats;
+    __host__ __device__ SoloVectors(int channels, int N, int K, int D) {
+        A = 0, conv = A + channels * N, conv_bias = conv + channels * K,
+        dt_bias = conv_bias + channels;
+        D_skip = dt_bias + channels, h = D_skip + channels, window = h + channels * N;
+        norm = (window + channels * (K - 1) + 3) / 4 * 4, floats = norm + D / SOLO_CLUSTER;
+    }
+};
+
+// Shared memory, in the order in which it lies.
+struct SoloShared {
+    size_t ring, x, res_parts, gathered, xdb_parts, xdb, squares, sums, u, gate, u_words, y_words,
+        bytes;
+    int sum_rows;
+    __host__ __device__ SoloShared(int slots, int slot_bytes, int channels, int D, int P) {
+        size_t padded = (size_t)(channels + 15) / 16 * 16;
+        sum_rows = 2 * channels + SOLO_ROWS;
+        ring = (SOLO_BARRIERS * 8 + 127) / 128 * 128;
+        x = ring + (size_t)slots * slot_bytes;      // (D), by pairs: each as two bf16
+        res_parts = x + (size_t)D * 4;              // (8, D/16, 2)
+        gathered = res_parts + (size_t)D * 4;       // (8, D/16, 2)
+        xdb_parts = gathered + (size_t)D * 4;       // (8, 8 X_TILES, 2)
+        xdb = xdb_parts + 8 * 8 * SOLO_X_TILES * 8; // (P)
+        squares = xdb + (size_t)P * 4;              // of (8, 16) half-warps
+        sums = squares + 128 * 4;                   // (8 warps, sum_rows)
+        u = sums + (size_t)SOLO_WARPS * sum_rows * 4;
+        gate = u + padded * 4, u_words = gate + padded * 4, y_words = u_words + padded * 4,
+        bytes = y_words + padded * 4;
+    }
+};
+
+// The first channel of a block: all have as many, or one more.
+__host__ __device__ inline int solo_first(int block, int blocks, int E) {
+    return (int)((int64_t)block * E / blocks);
+}
+
+#if __CUDA_ARCH__ >= 900
+extern __shared__ __align__(128) unsigned char solo_memory[];
+__device__ inline void sync_workers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+// Four 8 x 8 matrices of bf16, whose rows the lanes 8i..8i+7 point at.
+template <bool TRANSPOSED> __device__ inline uint4 matrices(uint32_t row) {
+    uint4 v;
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(row));
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(row));
+    return v;
+}
+__device__ inline uint32_t split(float x) { // into two bf16, the larger below
+    bf16 high = __float2bfloat16_rn(x), low = __float2bfloat16_rn(x - value(high));
+    return (uint32_t)__bfloat16_as_ushort(low) << 16 | __bfloat16_as_ushort(high);
+}
+// Of two such numbers, as operand of a product: in lanes 0..3 the larger parts, in 4..7 the
+// smaller, elsewhere 0.
+__device__ inline uint32_t operand(uint32_t x, uint32_t y) {
+    int lane = threadIdx.x % 32;
+    return lane < 8 ? __byte_perm(x, y, lane < 4 ? 0x5410 : 0x7632) : 0;
+}
+
+struct SoloRing {              // a place in the ring, the same in all threads that pass through it
+    uint32_t slots, bytes, at; // offsets in shared memory
+    int n, slot, phase;
+    __device__ uint64_t *full() const { return (uint64_t *)solo_memory + slot; }
+    __device__ uint64_t *empty() const { return full() + SOLO_SLOTS; }
+    __device__ void next() {
+        at += bytes;
+        if (++slot == n) slot = 0, at = slots, phase ^= 1;
+    }
+    __device__ unsigned char *wait() const {
+        return barrier_watch(full(), phase), solo_memory + at;
+    }
+    __device__ void release() { // by a warp
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty());
+        next();
+    }
+    __device__ unsigned char *claim(int expected) {
+        barrier_wait(empty(), phase ^ 1); // passes the first time round
+        if (threadIdx.x % 32 == 0) barrier_expect(full(), expected);
+        __syncwarp();
+        return solo_memory + at;
+    }
+};
+
+// Fetches everything that the block reads of the weights, in the order in which it is used; a warp,
+// a row a lane.
+__device__ inline void solo_fetch(const SoloArgs &p, SoloRing ring, int first, int n) {
+    const int D = p.D, E = p.E, R = p.R, P = p.P + SOLO_PAD, lane = threadIdx.x % 32,
+              pitch = (D + SOLO_PAD) * 2;
+    SoloRing landed = ring;
+    int flying = 0;
+    auto claim = [&](int bytes) {
+        if (flying++ >= p.flying) barrier_wait(landed.full(), landed.phase), landed.next();
+        return ring.claim(bytes);
+    };
+    auto rows = [&](const bf16 *above, int count_above, const bf16 *below, int count) {
+#pragma unroll 1
+        for (int from = 0; from < count; from += SOLO_ROWS, ring.next()) {
+            int row = from + lane, n_rows = min(SOLO_ROWS, count - from);
+            unsigned char *to = claim(n_rows * D * 2);
+            const bf16 *W = row < count_above ? above + (size_t)row * D
+                                              : below + (size_t)(row - count_above) * D;
+            if (lane < n_rows) copy_bulk(to + lane * pitch, W, D * 2, ring.full());
+        }
+    };
+#pragma unroll 1
+    for (int layer = 0; layer < p.n_layer; layer++) {
+        SoloLayer w = p.layers[layer];
+        rows(w.W_in + (size_t)first * D, n, w.W_in + (size_t)(E + first) * D, 2 * n); // x, then z
+        if (layer == 0)
+            asm volatile("griddepcontrol.wait;" ::: "memory"); // the state is of the step before
+        int x_bytes = n * P * 2, dt_bytes = n * R * 2, vector_bytes = p.vector_floats * 4;
+        size_t channel = (size_t)layer * E + first;
+        unsigned char *to = claim(x_bytes + dt_bytes + vector_bytes);
+        if (lane == 0) copy_bulk(to, p.W_x + channel * P, x_bytes, ring.full());
+        if (lane == 1) copy_bulk(to + x_bytes, w.W_dt + (size_t)first * R, dt_bytes, ring.full());
+        if (lane == 2)
+            copy_bulk(to + x_bytes + dt_bytes,
+                      p.vectors + ((size_t)layer * gridDim.x + blockIdx.x) * p.vector_floats,
+                      vector_bytes, ring.full());
+        ring.next();
+#pragma unroll 1
+        for (int from = 0; from < n; from += SOLO_ROWS, ring.next()) {
+            int bytes = min(SOLO_ROWS, n - from) * pitch;
+            to = claim(bytes);
+            if (lane == 0)
+                copy_bulk(to, p.W_out + (channel + from) * (D + SOLO_PAD), bytes, ring.full());
+        }
+    }
+    int rows_each = (p.V + (int)gridDim.x - 1) / (int)gridDim.x, row = blockIdx.x * rows_each;
+    rows(p.head + (size_t)row * D, p.V, NULL, max(0, min(rows_each, p.V - row)));
+}
+
+// sum[r] = the sums of a pair of numbers over the clusters, in all 16 lanes of half-warp i for
+// pairs i, i + 16, ... below `pairs`. words: (clusters, 16 ROUNDS), of which a warp watches two
+// clusters', by 16 neighbours each: a cluster's words fill lines that nobody else writes. (A line
+// that is polled and that many write is slow: 0.34 ms a step of 130M instead of 0.22.) scratch: (8,
+// 16 ROUNDS).
+template <int ROUNDS>
+__device__ inline void solo_gather(float2 sum[ROUNDS], float2 *scratch, const ulonglong2 *words,
+                                   int pairs, int clusters, uint32_t tag) {
+    const int warp = threadIdx.x / 32, half = threadIdx.x / 16, lane = threadIdx.x % 16;
+    ulonglong2 v[ROUNDS];
+    int polls = 0;
+    bool all;
+    do {
+        all = true;
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) {
+            v[r] = make_ulonglong2((uint64_t)tag << 32, (uint64_t)tag << 32);
+            if (lane + 16 * r < pairs && half < clusters)
+                v[r] = get_words(words + half * 16 * ROUNDS + lane + 16 * r);
+        }
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++)
+            all = all && (uint32_t)(v[r].x >> 32) == tag && (uint32_t)(v[r].y >> 32) == tag;
+        if (++polls > 1 << 24) __trap(); // seconds: a block is gone
+    } while (!__all_sync(0xffffffffu, all));
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++) {
+        float2 x =
+            make_float2(__uint_as_float((uint32_t)v[r].x), __uint_as_float((uint32_t)v[r].y));
+        x.x += __shfl_xor_sync(0xffffffffu, x.x, 16), x.y += __shfl_xor_sync(0xffffffffu, x.y, 16);
+        if (threadIdx.x % 32 < 16) scratch[warp * 16 * ROUNDS + lane + 16 * r] = x;
+    }
+    sync_workers();
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++) sum[r] = scratch[lane % 8 * 16 * ROUNDS + half + 16 * r];
+#pragma unroll
+    for (int step = 4; step; step /= 2)
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) {
+            sum[r].x += __shfl_xor_sync(0xffffffffu, sum[r].x, step);
+            sum[r].y += __shfl_xor_sync(0xffffffffu, sum[r].y, step);
+        }
+}
+
+// x's operands for 16 inputs; in memory x lies by pairs.
+__device__ inline uint2 x_operands(const uint4 *x, int sixteen) {
+    uint4 v = x[4 * sixteen + threadIdx.x % 4]; // inputs 2j, 2j + 8, 2j + 1, 2j + 9
+    return make_uint2(operand(v.x, v.z), operand(v.y, v.w));
+}
+// The sums of two columns of a product in lanes 0..3, where the larger parts' are: add those of the
+// smaller.
+__device__ inline float2 both_parts(const float c[4]) {
+    return make_float2(c[0] + __shfl_down_sync(0xffffffffu, c[0], 4),
+                       c[1] + __shfl_down_sync(0xffffffffu, c[1], 4));
+}
+
+// sums (8,sum_rows): of W's rows (`rows` of them come through the ring) times x, by warps, each of
+// which takes every eighth group of 32 inputs; GROUP slots at a time.
+template <int WIDTH, int GROUP>
+__device__ inline void solo_in_proj(SoloRing &ring, float *sums, int sum_rows, const uint4 *x,
+                                    int rows) {
+    constexpr int pitch = (256 * WIDTH + SOLO_PAD) * 2;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t mine = lane % 8 * pitch + warp * 64 + lane / 8 * 16;
+    float *out = sums + warp * sum_rows + 2 * lane;
+    uint2 a[2 * WIDTH];
+#pragma unroll
+    for (int i = 0; i < WIDTH; i++) {
+        int sixteens = 2 * (warp + SOLO_WARPS * i);
+        a[2 * i] = x_operands(x, sixteens), a[2 * i + 1] = x_operands(x, sixteens + 1);
+    }
+#pragma unroll 1
+    for (int base = 0; base < rows; base += GROUP * SOLO_ROWS) {
+        float c[GROUP][4] = {};
+        uint32_t at[GROUP];
+        SoloRing ahead = ring;
+#pragma unroll
+        for (int i = 0; i < GROUP;
+             i++) { // beyond the last row: anything, for sums that nobody takes
+            at[i] = shared_address(solo_memory) + ahead.at + mine;
+            if (base + i * SOLO_ROWS < rows) ahead.wait(), ahead.next();
+        }
+#pragma unroll
+        for (int k = 0; k < WIDTH; k++)
+#pragma unroll
+            for (int i = 0; i < GROUP; i++) {
+                uint4 w = matrices<false>(at[i] + k * SOLO_WARPS * 64);
+                tensor_product(c[i], a[2 * k].x, 0, a[2 * k].y, 0, w.x, w.y);
+                tensor_product(c[i], a[2 * k + 1].x, 0, a[2 * k + 1].y, 0, w.z, w.w);
+            }
+#pragma unroll
+        for (int i = 0; i < GROUP; i++)
+            if (base + i * SOLO_ROWS < rows) ring.release();
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            float2 sum = both_parts(c[i]);
+            if (lane < 4 && base + i * SOLO_ROWS < rows)
+                *(float2 *)(out + base + i * SOLO_ROWS) = sum;
+        }
+    }
+}
+#endif
+
+// D = 256 WIDTH. 16 lanes a channel, a state each: at most 16 ROUNDS channels a block. GROUP: slots
+// of in_proj at a time.
+template <int WIDTH, int ROUNDS, int GROUP>
+__global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
+    solo_kernel(const __grid_constant__ SoloArgs p) {
+#if __CUDA_ARCH__ >= 900
+    constexpr int D = 256 * WIDTH, TILES = D / 128;
+    unsigned char *memory = solo_memory;
+    const int E = p.E, N = p.N, K = p.K, R = p.R, P = p.P, tid = threadIdx.x, warp = tid / 32,
+              half = tid / 16, lane = tid % 16, rank = blockIdx.x % SOLO_CLUSTER,
+              cluster = blockIdx.x / SOLO_CLUSTER, channels = p.channels,
+              first = solo_first(blockIdx.x, gridDim.x, E),
+              n = solo_first(blockIdx.x + 1, gridDim.x, E) - first;
+    const SoloShared place(p.slots, p.slot_bytes, channels, D, P);
+    const SoloVectors vector(channels, N, K, D);
+    uint64_t *barriers = (uint64_t *)memory, *x_here = barriers + 2 * SOLO_SLOTS,
+             *xdb_here = x_here + 1, *xdb_parts_here = x_here + 2, *res_parts_here = x_here + 3;
+    auto floats = [&](size_t at) { return (float *)(memory + at); };
+    const uint4 *x = (uint4 *)(memory + place.x);
+    float *squares = floats(place.squares), *xdb = floats(place.xdb), *sums = floats(place.sums),
+          *u = floats(place.u), *gate = floats(place.gate);
+    uint32_t *u_words = (uint32_t *)(memory + place.u_words),
+             *y_words = (uint32_t *)(memory + place.y_words);
+    float2 *xdb_parts = (float2 *)(memory + place.xdb_parts),
+           *res_parts = (float2 *)(memory + place.res_parts),
+           *gathered = (float2 *)(memory + place.gathered);
+    SoloRing ring = {
+        (uint32_t)place.ring, (uint32_t)p.slot_bytes, (uint32_t)place.ring, p.slots, 0, 0};
+    // Pairs of x_proj's and out_proj's outputs that this block sums up: of every eighth tile from
+    // `rank` on, 8 of each; D/16.
+    const int x_mine = P / 16 > rank ? (P / 16 - rank + SOLO_CLUSTER - 1) / SOLO_CLUSTER * 8 : 0,
+              res_each = D / (2 * SOLO_CLUSTER); // 16 WIDTH
+    const int x_bytes = D * 4 + 128 * 4, xdb_bytes = P * 4,
+              x_part_bytes = SOLO_CLUSTER * x_mine * 8, res_part_bytes = D * 4;
+    if (tid == 0) {
+        for (int i = 0; i < p.slots; i++)
+            barrier_init(barriers + i, 1), barrier_init(barriers + SOLO_SLOTS + i, SOLO_WARPS);
+        for (int i = 0; i < 4; i++) barrier_init(x_here + i, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barrier_expect(x_here, x_bytes), barrier_expect(xdb_here, xdb_bytes);
+        barrier_expect(xdb_parts_here, x_part_bytes),
+            barrier_expect(res_parts_here, res_part_bytes);
+    }
+    for (int i = tid; i < 16 * ROUNDS && i < (channels + 15) / 16 * 16; i += SOLO_THREADS)
+        u_words[i] = y_words[i] = 0; // beyond n: for good
+    __syncthreads();
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::
+                     : "memory"); // the others' barriers are there
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    if (warp == SOLO_WARPS) {
+        solo_fetch(p, ring, first, n);
+        return;
+    }
+    // Warp i computes the parts that block i of the cluster sums up; every fourth lane has a pair
+    // of a tile.
+    const uint32_t x_part_to = address_in(
+                       shared_address(xdb_parts + rank * SOLO_X_TILES * 8 + tid % 32 / 4), warp),
+                   res_part_to =
+                       address_in(shared_address(res_parts + rank * res_each + tid % 32 / 4), warp);
+    const int k_first = 2 * (tid % 4);                       // a product's first input in this lane
+    auto column = [&](int q) { return q / 8 * 16 + q % 8; }; // of a pair's first
+    auto norm_scale = [&]() {
+        float4 a = ((const float4 *)squares)[tid % 32];
+        return rsqrtf(warp_sum(a.x + a.y + a.z + a.w) / (float)D + p.eps);
+    };
+    wait_for_input();
+    const uint32_t first_tag = *(volatile uint32_t *)p.turn * (uint32_t)(p.n_layer + 1) + 1;
+    float2 res[WIDTH], norm[WIDTH];
+#pragma unroll
+    for (int r = 0; r < WIDTH; r++) {
+        int q = half + 16 * r, at = column(rank * res_each + q);
+        res[r] = make_float2(p.res[at], p.res[at + 8]);
+        norm[r] = make_float2(p.norm[at], p.norm[at + 8]);
+    }
+
+#pragma unroll 1
+    for (int layer = 0;; layer++) {
+        const int phase = layer & 1;
+        const uint32_t tag = first_tag + (uint32_t)layer;
+        if (layer) { // the residual stream, and what out_proj of the layer before adds to it
+            float2 sum[WIDTH];
+            solo_gather<WIDTH>(sum, gathered, p.res_words + rank * SOLO_CLUSTERS * res_each,
+                               res_each, p.clusters, tag - 1);
+#pragma unroll
+            for (int r = 0; r < WIDTH; r++) res[r].x += sum[r].x, res[r].y += sum[r].y;
+        }
+        float square = 0;
+        const uint32_t to = address_in(shared_address(x), lane % SOLO_CLUSTER),
+                       bar = address_in(shared_address(x_here), lane % SOLO_CLUSTER);
+#pragma unroll
+        for (int r = 0; r < WIDTH; r++) {
+            int q = half + 16 * r;
+            if (lane < SOLO_CLUSTER)
+                send(to + (uint32_t)(rank * res_each + q) * 8, split(res[r].x * norm[r].x),
+                     split(res[r].y * norm[r].y), bar);
+            square += res[r].x * res[r].x + res[r].y * res[r].y;
+        }
+        if (lane < SOLO_CLUSTER)
+            send(address_in(shared_address(squares + rank * 16 + half), lane), square, bar);
+        barrier_watch(x_here, phase);
+        if (tid == 0) barrier_expect(x_here, x_bytes);
+        if (layer == p.n_layer) break;
+        solo_in_proj<WIDTH, GROUP>(ring, sums, place.sum_rows, x, 2 * n);
+        const float scale = norm_scale();
+        const unsigned char *small = ring.wait(); // kept until the step of the scan
+        const uint32_t *W_dt = (const uint32_t *)(small + n * (P + SOLO_PAD) * 2);
+        float *vectors = (float *)(W_dt + n * (R / 2)),
+              *state = p.vectors + ((size_t)layer * gridDim.x + blockIdx.x) * p.vector_floats;
+        sync_workers();
+        if (tid < n) {
+            float v = 0, z = 0, conv = vectors[vector.conv_bias + tid];
+#pragma unroll
+            for (int i = 0; i < SOLO_WARPS; i++)
+                v += sums[i * place.sum_rows + tid], z += sums[i * place.sum_rows + n + tid];
+            v *= scale;
+#pragma unroll
+            for (int k = 0; k < SOLO_TAPS; k++) {
+                if (k >= K) break;
+                float input = k + 1 < K ? vectors[vector.window + k * channels + tid] : v;
+                conv += vectors[vector.conv + k * channels + tid] * input;
+                if (k) state[vector.window + (k - 1) * channels + tid] = input;
+            }
+            float out = silu(conv);
+            u[tid] = out, u_words[tid] = split(out), gate[tid] = silu(z * scale);
+        }
+        sync_workers();
+        // A transposed product of tiles of 16 outputs by 16 channels; those beyond n count 0,
+        // whatever lies there.
+        auto transposed = [&](auto *sums, int tiles, uint32_t at, int stride, const uint32_t *words,
+                              int from) {
+            const uint32_t *in = words + from + k_first, b0 = operand(in[0], in[1]),
+                           b1 = operand(in[8], in[9]);
+            const int left = n - from - k_first;
+            const uint32_t keep0 = (left > 0 ? 0xffffu : 0) | (left > 1 ? 0xffff0000u : 0),
+                           keep1 = (left > 8 ? 0xffffu : 0) | (left > 9 ? 0xffff0000u : 0);
+#pragma unroll
+            for (int i = 0; i < (int)(sizeof *sums / sizeof **sums); i++) {
+                if (i >= tiles) break;
+                uint4 w = matrices<true>(at + i * stride);
+                tensor_product((*sums)[i], w.x & keep0, w.y & keep0, w.z & keep1, w.w & keep1, b0,
+                               b1);
+            }
+        };
+        const int k_row = tid % 8 + tid % 32 / 16 * 8,
+                  m_half = tid / 8 % 2 * 16; // what ldmatrix wants from this lane
+        float x_part[SOLO_X_TILES][4] = {};  // this block's part of x_proj
+        const int x_tiles = (P / 16 - warp + SOLO_WARPS - 1) / SOLO_WARPS;
+#pragma unroll 1
+        for (int from = 0; from < n; from += 16) {
+            int row = min(from + k_row, n - 1);
+            transposed(&x_part, x_tiles,
+                       shared_address(small) +
+                           (uint32_t)(row * (P + SOLO_PAD) * 2 + warp * 32 + m_half),
+                       SOLO_WARPS * 32, u_words, from);
+        }
+#pragma unroll
+        for (int i = 0; i < SOLO_X_TILES; i++)
+            if (i < x_tiles && tid % 4 == 0)
+                send(x_part_to + i * 64, __float_as_uint(x_part[i][0] + x_part[i][1]),
+                     __float_as_uint(x_part[i][2] + x_part[i][3]),
+                     address_in(shared_address(xdb_parts_here), warp));
+        if (tid < x_mine) { // the cluster's part of the sums that are this block's
+            float2 sum = {};
+            barrier_watch(xdb_parts_here, phase);
+#pragma unroll
+            for (int i = 0; i < SOLO_CLUSTER; i++)
+                sum.x += xdb_parts[i * SOLO_X_TILES * 8 + tid].x,
+                    sum.y += xdb_parts[i * SOLO_X_TILES * 8 + tid].y;
+            put_words(p.xdb_words + (rank * SOLO_CLUSTERS + cluster) * SOLO_X_TILES * 8 + tid,
+                      sum.x, sum.y, tag);
+        }
+        if (tid == 0) barrier_expect(xdb_parts_here, x_part_bytes);
+        float2 xdb_sum[1];
+        solo_gather<1>(xdb_sum, gathered, p.xdb_words + rank * SOLO_CLUSTERS * SOLO_X_TILES * 8,
+                       x_mine, p.clusters, tag);
+        if (half < x_mine && lane < SOLO_CLUSTER) {
+            uint32_t there = address_in(
+                         shared_address(xdb + (rank + half / 8 * SOLO_CLUSTER) * 16 + half % 8),
+                         lane),
+                     bar = address_in(shared_address(xdb_here), lane);
+            send(there, xdb_sum[0].x, bar), send(there + 32, xdb_sum[0].y, bar);
+        }
+        barrier_watch(xdb_here, phase);
+        if (tid == 0) barrier_expect(xdb_here, xdb_bytes);
+        float dt_scale = 1, B_scale = 1, C_scale = 1;
+        if (p.mixer_eps > 0) { // FalconMamba: dt_low, B_ssm, C_ssm each to a mean square of 1
+            float dt_square = 0, B_square = lane < N ? xdb[R + lane] : 0,
+                  C_square = lane < N ? xdb[R + N + lane] : 0;
+#pragma unroll 1
+            for (int i = lane; i < R; i += 16) dt_square += xdb[i] * xdb[i];
+            B_square *= B_square, C_square *= C_square;
+#pragma unroll
+            for (int step = 8; step; step /= 2) {
+                dt_square += __shfl_xor_sync(0xffffffffu, dt_square, step),
+                    B_square += __shfl_xor_sync(0xffffffffu, B_square, step);
+                C_square += __shfl_xor_sync(0xffffffffu, C_square, step);
+            }
+            dt_scale = rsqrtf(dt_square / (float)R + p.mixer_eps),
+            B_scale = rsqrtf(B_square / (float)N + p.mixer_eps);
+            C_scale = rsqrtf(C_square / (float)N + p.mixer_eps);
+        }
+        float delta[ROUNDS], out[ROUNDS];
+        auto sum_lanes = [](float *v) { // of 16, all rounds at once
+#pragma unroll
+            for (int step = 8; step; step /= 2)
+#pragma unroll
+                for (int r = 0; r < ROUNDS; r++) v[r] += __shfl_xor_sync(0xffffffffu, v[r], step);
+        };
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) delta[r] = 0;
+#pragma unroll 1
+        for (int k = lane; k < R / 2; k += 16) {
+            float2 low = ((const float2 *)xdb)[k];
+#pragma unroll
+            for (int r = 0; r < ROUNDS; r++) {
+                int c = 16 * r + half;
+                uint32_t w = c < n ? W_dt[c * (R / 2) + k] : 0;
+                delta[r] += low_half(w) * low.x + high_half(w) * low.y;
+            }
+        }
+        sum_lanes(delta);
+        const float B = lane < N ? xdb[R + lane] * B_scale : 0,
+                    C = lane < N ? xdb[R + N + lane] * C_scale : 0;
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) {
+            int c = 16 * r + half;
+            float d = c < n ? softplus(delta[r] * dt_scale + vectors[vector.dt_bias + c]) : 0,
+                  h = 0;
+            if (c < n && lane < N) {
+                h = __expf(d * vectors[vector.A + c * N + lane]) *
+                        vectors[vector.h + c * N + lane] +
+                    d * u[c] * B;
+                state[vector.h + c * N + lane] = h;
+            }
+            out[r] = C * h;
+        }
+        sum_lanes(out);
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) {
+            int c = 16 * r + half;
+            if (c < n && lane == 0)
+                y_words[c] = split((out[r] + vectors[vector.D_skip + c] * u[c]) * gate[c]);
+        }
+#pragma unroll
+        for (int r = 0; r < WIDTH; r++)
+            norm[r] = ((const float2 *)(vectors + vector.norm))[half + 16 * r];
+        ring.release();
+        sync_workers();
+        float part[TILES][4] = {}; // this block's part of out_proj
+#pragma unroll 1
+        for (int from = 0; from < n; from += 16) {
+            SoloRing second = ring;
+            unsigned char *rows = ring.wait(), *more = rows;
+            if (from + SOLO_ROWS < n) second.next(), more = second.wait();
+            transposed(&part, D / 128,
+                       shared_address(k_row < 8 ? rows : more) +
+                           (uint32_t)(tid % 8 * (D + SOLO_PAD) * 2 + m_half + warp * (D / 4)),
+                       32, y_words, from);
+            ring.release();
+            if (from + SOLO_ROWS < n) ring.release();
+        }
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+            if (tid % 4 == 0)
+                send(res_part_to + i * 64, __float_as_uint(part[i][0] + part[i][1]),
+                     __float_as_uint(part[i][2] + part[i][3]),
+                     address_in(shared_address(res_parts_here), warp));
+#pragma unroll 1
+        for (int q = tid; q < res_each; q += SOLO_THREADS) {
+            float2 sum = {};
+            barrier_watch(res_parts_here, phase);
+#pragma unroll
+            for (int i = 0; i < SOLO_CLUSTER; i++)
+                sum.x += res_parts[i * res_each + q].x, sum.y += res_parts[i * res_each + q].y;
+            put_words(p.res_words + (rank * SOLO_CLUSTERS + cluster) * res_each + q, sum.x, sum.y,
+                      tag);
+        }
+        if (tid == 0) barrier_expect(res_parts_here, res_part_bytes);
+    }
+    { // the head: a slot a warp
+        const float scale = norm_scale();
+        int rows_each = (p.V + (int)gridDim.x - 1) / (int)gridDim.x, row = blockIdx.x * rows_each,
+            rows = max(0, min(rows_each, p.V - row)), pitch = (D + SOLO_PAD) * 2, turn = 0;
+        for (int from = 0; from < rows; from += SOLO_ROWS, turn = (turn + 1) % SOLO_WARPS) {
+            uint32_t at =
+                shared_address(ring.wait()) + (uint32_t)(tid % 8 * pitch + tid % 32 / 8 * 16);
+            if (turn == warp) {
+                float c[4] = {}, d[4] = {};
+#pragma unroll 4
+                for (int k = 0; k < D / 32; k++) {
+                    uint4 w = matrices<false>(at + k * 64);
+                    uint2 a = x_operands(x, 2 * k), b = x_operands(x, 2 * k + 1);
+                    tensor_product(c, a.x, 0, a.y, 0, w.x, w.y);
+                    tensor_product(d, b.x, 0, b.y, 0, w.z, w.w);
+                }
+                c[0] += d[0], c[1] += d[1];
+                float2 sum = both_parts(c);
+                int i = from + 2 * (tid % 32);
+                if (tid % 32 < 4 && i < rows) p.logits[row + i] = sum.x * scale;
+                if (tid % 32 < 4 && i + 1 < rows) p.logits[row + i + 1] = sum.y * scale;
+            }
+            ring.release();
+        }
+    }
+    if (blockIdx.x == 0 && tid == 0) *p.turn += 1; // all have read it, for all have been heard from
+#endif
+}
+
+// What the kernel needs beside the model.
+struct Solo {
+    SoloArgs args;
+    void (*kernel)(SoloArgs);
+    size_t shared;
+    void *memory;
+};
+
+// to (cols,pitch) = from (rows,cols), transposed by squares of 32.
+__global__ void transpose_kernel(bf16 *to, int pitch, const bf16 *from, int rows, int cols) {
+    __shared__ bf16 square[32][33];
+    int row = blockIdx.y * 32, col = blockIdx.x * 32, x = threadIdx.x;
+    for (int i = threadIdx.y; i < 32; i += blockDim.y)
+        if (row + i < rows && col + x < cols)
+            square[i][x] = from[(size_t)(row + i) * cols + col + x];
+    __syncthreads();
+    for (int i = threadIdx.y; i < 32; i += blockDim.y)
+        if (col + i < cols && row + x < rows)
+            to[(size_t)(col + i) * pitch + row + x] = square[x][i];
+}
+static void transpose(Device *d, bf16 *to, int pitch, const bf16 *from, int rows, int cols) {
+    dim3 grid(blocks_for((size_t)cols, 32), blocks_for((size_t)rows, 32));
+    transpose_kernel<<<grid, dim3(32, 8), 0, d->stream>>>(to, pitch, from, rows, cols);
+    check_launch(d, "weights");
+}
+
+// A layer's vectors as blocks read them; norm: the next one.
+__global__ void solo_vectors_kernel(float *vectors, SoloVectors at, LayerWeights w,
+                                    const float *norm, int channels, int D, int E, int N, int K) {
+    float *to = vectors + (size_t)blockIdx.x * at.floats;
+    const float *conv_bias = (const float *)w.conv_bias, *dt_bias = (const float *)w.dt_bias,
+                *D_skip = (const float *)w.D_skip;
+    const int first = solo_first(blockIdx.x, gridDim.x, E),
+              n = solo_first(blockIdx.x + 1, gridDim.x, E) - first;
+    for (int c = threadIdx.x, e = first + c; c < n; c += blockDim.x, e += blockDim.x) {
+        for (int i = 0; i < N; i++) to[at.A + c * N + i] = w.A_neg[(size_t)i * E + e];
+        for (int k = 0; k < K; k++) to[at.conv + k * channels + c] = w.conv_t[(size_t)k * E + e];
+        to[at.conv_bias + c] = conv_bias ? conv_bias[e] : 0, to[at.dt_bias + c] = dt_bias[e],
+                          to[at.D_skip + c] = D_skip[e];
+    }
+    int pairs = D / (2 * SOLO_CLUSTER);
+    for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
+        int q = blockIdx.x % SOLO_CLUSTER * pairs + i, column = q / 8 * 16 + q % 8;
+        to[at.norm + 2 * i] = norm[column], to[at.norm + 2 * i + 1] = norm[column + 8];
+    }
+}
+
+// h (n_layer,N,E) and window (n_layer,K-1,E) to where the blocks have them, or back.
+__global__ void solo_state_kernel(float *vectors, SoloVectors at, float *h, float *window,
+                                  int channels, int blocks, int E, int N, int K, bool back) {
+    int e = blockIdx.x * blockDim.x + threadIdx.x, layer = blockIdx.y;
+    if (e >= E) return;
+    int block = (int)(((int64_t)(e + 1) * blocks - 1) / E), c = e - solo_first(block, blocks, E);
+    float *of_block = vectors + ((size_t)layer * blocks + block) * at.floats;
+    for (int i = 0; i < N + K - 1; i++) {
+        float *here = i < N ? h + ((size_t)layer * N + i) * E + e
+                            : window + ((size_t)layer * (K - 1) + i - N) * E + e,
+              *there = of_block + (i < N ? at.h + c * N + i : at.window + (i - N) * channels + c);
+        if (back) *here = *there;
+        else *there = *here;
+    }
+}
+static void solo_state(Gpu *g, const Solo *q, bool back) {
+    const SoloArgs *p = &q->args;
+    SoloVectors at(p->channels, p->N, p->K, p->D);
+    solo_state_kernel<<<dim3(blocks_for((size_t)p->E, 128), (unsigned)p->n_layer), 128, 0,
+                        g->device.stream>>>(p->vectors, at, g->h, g->window, p->channels,
+                                            p->clusters * SOLO_CLUSTER, p->E, p->N, p->K, back);
+    check_launch(&g->device, "state");
+}
+
+static void solo_free(Solo *q) {
+    if (q) cudaFree(q->memory);
+    delete q;
+}
+
+// How many of so many clusters of 8 blocks run at once; -1 where the kernel does not run at all.
+template <class... Parameters>
+static int clusters_at_once(void (*kernel)(Parameters...), int clusters, int threads,
+                            size_t shared) {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = SOLO_CLUSTER,
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = (unsigned)(clusters * SOLO_CLUSTER), config.blockDim = (unsigned)threads;
+    config.dynamicSmemBytes = shared, config.attrs = &attribute, config.numAttrs = 1;
+    int at_once = 0;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) ==
+            cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&at_once, kernel, &config) == cudaSuccess)
+        return at_once;
+    return cudaGetLastError(), -1;
+}
+
+// NULL where shapes do not fit (a D that there is a kernel for, rows of whole 16 bytes, a ring of 4
+// slots at least), or the GPU, or its memory.
+static Solo *solo_new(Gpu *g) {
+    const Config *c = &g->config;
+    Device *d = &g->device;
+    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = (R + 2 * N + 15) / 16 * 16;
+    if (!d->hopper || !g->bf16_compute || c->flags & FLAG_PROJ_BIAS || D % 256 || R % 8 ||
+        N > SOLO_STATES || K > SOLO_TAPS)
+        return NULL;
+    Solo q = {};
+    SoloArgs *p = &q.args;
+    p->D = D, p->E = E, p->N = N, p->K = K, p->R = R, p->P = P, p->V = c->V,
+    p->n_layer = c->n_layer, p->eps = c->norm_eps;
+    p->mixer_eps = c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0;
+    int limit = 0, device = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    for (int clusters = SOLO_CLUSTERS;; clusters--) { // as many as run at once
+        p->channels = std::max(4, (E + SOLO_CLUSTER * clusters - 1) / (SOLO_CLUSTER * clusters));
+        p->clusters = (E + SOLO_CLUSTER * p->channels - 1) / (SOLO_CLUSTER * p->channels);
+        p->vector_floats = SoloVectors(p->channels, N, K, D).floats;
+        int small = p->channels * (P + SOLO_PAD + R) * 2 + p->vector_floats * 4;
+        p->slot_bytes = (std::max(SOLO_ROWS * (D + SOLO_PAD) * 2, small) + 127) / 128 * 128;
+        p->slots = SOLO_SLOTS, p->flying = std::max(1, SOLO_FLYING / p->slot_bytes);
+        while (p->slots &&
+               (q.shared = SoloShared(p->slots, p->slot_bytes, p->channels, D, P).bytes) >
+                   (size_t)limit)
+            p->slots--;
+        if (p->slots < 4 || p->channels > 48 || P > 128 * SOLO_X_TILES) return NULL;
+        switch (D / 256) {
+        case 3:
+            q.kernel = p->channels <= 16 ? solo_kernel<3, 1, 4> : solo_kernel<3, 3, 4>;
+            break;
+        case 4:
+            q.kernel = p->channels <= 32 ? solo_kernel<4, 2, 4> : solo_kernel<4, 3, 4>;
+            break;
+        case 6:
+            q.kernel = solo_kernel<6, 3, 1>;
+            break;
+        case 8:
+            q.kernel = solo_kernel<8, 3, 1>;
+            break;
+        case 10:
+            q.kernel = solo_kernel<10, 3, 1>;
+            break;
+        default:
+            return NULL;
+        }
+        int at_once = clusters_at_once(q.kernel, p->clusters, SOLO_THREADS + 32, q.shared);
+        if (at_once < 0) return NULL;
+        if (at_once >= p->clusters) break;
+        if (clusters == 1) return NULL;
+    }
+    size_t L = (size_t)c->n_layer, blocks = (size_t)p->clusters * SOLO_CLUSTER;
+    SoloLayer *layers = NULL;
+    bf16 *W_x = NULL, *W_out = NULL;
+    for (int measure = 1; measure >= 0; measure--) {
+        Arena a = {(char *)q.memory, 0};
+        a.take(layers, L), a.take(W_x, L * E * (P + SOLO_PAD)),
+            a.take(W_out, L * E * (D + SOLO_PAD));
+        a.take(p->vectors, L * blocks * p->vector_floats),
+            a.take(p->xdb_words, (size_t)SOLO_X_TILES * 8 * SOLO_CLUSTER * SOLO_CLUSTERS);
+        a.take(p->res_words, (size_t)D / 2 * SOLO_CLUSTERS), a.take(p->turn, 1);
+        if (!measure) break;
+        if (cudaMalloc(&q.memory, a.used) != cudaSuccess) return cudaGetLastError(), (Solo *)NULL;
+        cudaMemsetAsync(q.memory, 0, a.used, d->stream);
+    }
+    p->layers = layers, p->W_x = W_x, p->W_out = W_out;
+    std::vector<SoloLayer> host(L);
+    for (size_t layer = 0; layer < L; layer++) {
+        const LayerWeights *w = &g->w.layer[layer];
+        host[layer] = {(const bf16 *)w->in_proj, (const bf16 *)w->dt_proj};
+        transpose(d, W_x + layer * E * (P + SOLO_PAD), P + SOLO_PAD, (const bf16 *)w->x_proj,
+                  R + 2 * N, E);
+        transpose(d, W_out + layer * E * (D + SOLO_PAD), D + SOLO_PAD, (const bf16 *)w->out_proj, D,
+                  E);
+        const float *norm =
+            (const float *)(layer + 1 < L ? g->w.layer[layer + 1].norm : g->w.norm_f);
+        solo_vectors_kernel<<<(unsigned)blocks, 64, 0, d->stream>>>(
+            p->vectors + layer * blocks * p->vector_floats, SoloVectors(p->channels, N, K, D), *w,
+            norm, p->channels, D, E, N, K);
+        check_launch(d, "weights");
+    }
+    check_cuda(d,
+               cudaMemcpyAsync(layers, host.data(), L * sizeof(SoloLayer), cudaMemcpyHostToDevice,
+                               d->stream),
+               "weights");
+    check_cuda(d, cudaStreamSynchronize(d->stream), "weights"); // host goes
+    p->res = g->res, p->norm = (const float *)g->w.layer[0].norm, p->logits = g->step_logits,
+    p->head = (const bf16 *)g->w.head;
+    return new Solo(q);
+}
+
+// network() and the head for one token; res has its embedding.
+static void solo_step(Gpu *g, const Solo *q) {
+    launch_cluster(&g->device, SOLO_CLUSTER, q->kernel, (unsigned)(q->args.clusters * SOLO_CLUSTER),
+                   SOLO_THREADS + 32, q->shared, q->args);
+}

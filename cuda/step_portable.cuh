@@ -1,0 +1,452 @@
+// step_portable.cuh - one token in bf16 on any GPU: dt_proj and the step of the scan together; four
+// kernels a layer. Included by mamba_cuda.cu.
+
+// The same in bf16 with dt_proj before it and FalconMamba's norms (norm_eps > 0): delta =
+// softplus(W_dt dt_low + dt_bias) comes from the tensor cores and stays in shared memory, which
+// saves a launch and a product that are all latency. A block is 128 channels of four sequences: a
+// lane 4 channels, a warp a sequence. W_dt, A_neg and the states are on their way before the input
+// is there.
+__device__ inline void copy_async(void *to, const void *from) { // 16 bytes into shared memory
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+        "l"(from)
+        : "memory");
+}
+
+enum { DT_STEP_STATES = 16, DT_STEP_WIDTH = 128, DT_STEP_ROWS = 4 };
+struct DtStepArgs {
+    bf16 *out;                             // (S,E)
+    float *h;                              // (S,N,E)
+    const bf16 *xdb, *u, *z, *W_dt;        // (S,R+2N), (S,E), (S,E) of rows 2 E apart, (E,R)
+    const float *dt_bias, *A_neg, *D_skip; // (E), (N,E), (E)
+    int S, E, N, R;
+    float norm_eps;
+};
+__global__ void __launch_bounds__(128) dt_scan_step(DtStepArgs p) {
+    constexpr int NS = DT_STEP_STATES, WIDTH = DT_STEP_WIDTH, ROWS = DT_STEP_ROWS;
+    extern __shared__ float4 shared[];
+    const int S = p.S, E = p.E, N = p.N, R = p.R, P = R + 2 * N, pitch = R + 8,
+              warp = threadIdx.x / 32, lane = threadIdx.x % 32, channels = blockIdx.x * WIDTH,
+              s0 = blockIdx.y * ROWS, e = channels + 4 * lane;
+    float *A = (float *)shared, *xdb = A + NS * WIDTH,
+          *dt = xdb + ROWS * P;                  // (N,WIDTH), (ROWS,P), (ROWS,WIDTH+4)
+    bf16 *W = (bf16 *)(dt + ROWS * (WIDTH + 4)); // (WIDTH,pitch)
+    const bool live = e < E && s0 + warp < S;
+    const size_t at = (size_t)(live ? e : 0), s = (size_t)(live ? s0 + warp : s0);
+    for (int i = threadIdx.x; i < WIDTH * (R / 8); i += 128) {
+        int row = i / (R / 8), k = i % (R / 8) * 8;
+        if (channels + row < E)
+            copy_async(W + row * pitch + k, p.W_dt + (size_t)(channels + row) * R + k);
+    }
+    for (int i = threadIdx.x; i < N * (WIDTH / 4); i += 128) {
+        int n = i / (WIDTH / 4), c = i % (WIDTH / 4) * 4;
+        if (channels + c < E) copy_async(A + n * WIDTH + c, p.A_neg + (size_t)n * E + channels + c);
+    }
+    float *state = p.h + s * N * E + at;
+    float4 before[NS], bias = load4(p.dt_bias + at), skip = load4(p.D_skip + at);
+#pragma unroll
+    for (int n = 0; n < NS; n++)
+        if (n < N) before[n] = load4(state + (size_t)n * E);
+    wait_for_input();
+    for (int i = threadIdx.x; i < ROWS * P / 8; i += 128) {
+        uint4 x = s0 + i / (P / 8) < S ? ((const uint4 *)(p.xdb + (size_t)s0 * P))[i]
+                                       : make_uint4(0, 0, 0, 0);
+        float4 *to = (float4 *)(xdb + 8 * i);
+        to[0] = make_float4(low_half(x.x), high_half(x.x), low_half(x.y), high_half(x.y));
+        to[1] = make_float4(low_half(x.z), high_half(x.z), low_half(x.w), high_half(x.w));
+    }
+    uint2 u_pairs = *(const uint2 *)(p.u + s * E + at),
+          z_pairs = *(const uint2 *)(p.z + s * 2 * E + at);
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+    if (p.norm_eps > 0) { // dt_low, B_ssm, C_ssm each to a mean square of 1
+        for (int part = 0; part < 3; part++) {
+            int n = part == 0 ? R : N;
+            float squares = 0, *x = xdb + warp * P + (part == 0 ? 0 : R + (part - 1) * N);
+            for (int i = lane; i < n; i += 32) squares += x[i] * x[i];
+            float scale = rsqrtf(warp_sum(squares) / (float)n + p.norm_eps);
+            for (int i = lane; i < n; i += 32) x[i] *= scale;
+        }
+        __syncthreads();
+    }
+    float sum[4][4] =
+        {}; // of 32 channels a warp, eight at a time; which inputs are which k is as in thin_kernel
+    for (int k = lane % 4 * 8; k < (R + 31) / 32 * 32; k += 32) {
+        uint4 x = make_uint4(0, 0, 0, 0); // of the product's 16 rows there are four
+        if (lane / 4 < ROWS && k < R) {
+            float4 a = load4(xdb + lane / 4 * P + k), b = load4(xdb + lane / 4 * P + k + 4);
+            x = make_uint4(pack(a.x, a.y), pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w));
+        }
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            int row = 32 * warp + 8 * n + lane / 4;
+            uint4 w = k < R && channels + row < E ? *(const uint4 *)(W + row * pitch + k)
+                                                  : make_uint4(0, 0, 0, 0);
+            tensor_product(sum[n], x.x, 0, x.y, 0, w.x, w.y);
+            tensor_product(sum[n], x.z, 0, x.w, 0, w.z, w.w);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < 4; n++)
+        for (int i = 0; i < 2; i++)
+            if (lane / 4 < ROWS)
+                dt[lane / 4 * (WIDTH + 4) + 32 * warp + 8 * n + lane % 4 * 2 + i] = sum[n][i];
+    __syncthreads();
+    if (!live) return;
+    float raw[4], start[4], y[4], delta[4], inject[4],
+        u[4] = {low_half(u_pairs.x), high_half(u_pairs.x), low_half(u_pairs.y),
+                high_half(u_pairs.y)};
+    unpack(raw, load4(dt + warp * (WIDTH + 4) + 4 * lane)), unpack(start, bias), unpack(y, skip);
+#pragma unroll
+    for (int v = 0; v < 4; v++)
+        delta[v] = softplus(raw[v] + start[v]), inject[v] = delta[v] * u[v], y[v] *= u[v],
+        delta[v] *= LOG2E;
+    const float *B_ssm = xdb + warp * P + R, *C_ssm = B_ssm + N;
+#pragma unroll
+    for (int n = 0; n < NS; n++)
+        if (n < N) {
+            float a[4], h[4], B = B_ssm[n], C = C_ssm[n];
+            unpack(a, load4(A + n * WIDTH + 4 * lane)), unpack(h, before[n]);
+#pragma unroll
+            for (int v = 0; v < 4; v++) {
+                h[v] = fmaf(exp2_fast(delta[v] * a[v]), h[v], inject[v] * B);
+                y[v] = fmaf(C, h[v], y[v]);
+            }
+            *(float4 *)(state + (size_t)n * E) = make_float4(h[0], h[1], h[2], h[3]);
+        }
+    gate_pair(y[0], y[1], low_half(z_pairs.x), high_half(z_pairs.x));
+    gate_pair(y[2], y[3], low_half(z_pairs.y), high_half(z_pairs.y));
+    *(uint2 *)(p.out + s * E + e) = make_uint2(pack(y[0], y[1]), pack(y[2], y[3]));
+}
+
+static size_t dt_step_shared(int R, int N) {
+    return 4 * (DT_STEP_STATES * DT_STEP_WIDTH +
+                DT_STEP_ROWS * ((size_t)R + 2 * N + DT_STEP_WIDTH + 4)) +
+           2 * (size_t)DT_STEP_WIDTH * (R + 8);
+}
+// Where it fits, and channels are few enough that launches weigh more than bytes: 5% of a step of
+// 130M with 64 sequences, 2% of 370M; 2.8B gained nothing, and 256 sequences lost up to 10%.
+static bool dt_step_pays(int S, int E, int N, int R) {
+    return (size_t)S * E < 1 << 18 && E % 8 == 0 && R % 8 == 0 && (R + 2 * N) % 8 == 0 &&
+           N <= DT_STEP_STATES && dt_step_shared(R, N) < 100000;
+}
+static void dt_step(Device *d, const DtStepArgs &p) {
+    size_t shared = dt_step_shared(p.R, p.N);
+    check_cuda(d,
+               cudaFuncSetAttribute(dt_scan_step, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int)shared),
+               "scan");
+    launch_dependent(
+        d, dt_scan_step,
+        dim3(blocks_for((size_t)p.E, DT_STEP_WIDTH), blocks_for((size_t)p.S, DT_STEP_ROWS)), 128,
+        shared, p);
+    check_launch(d, "scan");
+}
+
+// --- The step in bf16 for up to THIN_MAX sequences (more: network(), whose products are cuBLAS's):
+// four kernels a layer. At batch 1 a step is 0.26 GB of weights and a hundred dependent kernels, so
+// what counts is their number, and that each has its weights in flight before its input is there:
+// they are launched with programmatic dependence and load their first weights before waiting for
+// the kernel before.
+//   1 in_proj      of the residual stream; the norm's factor is applied to the sums, its weight to
+//   the inputs 2 x_proj       of silu(conv(x)), computed as it is read; sums of K_SPLIT parts of
+//   the channels 3 dt_proj, the scan's step, the gate; moves the window on, which kernel 2 has read
+//   4 out_proj     added to the residual stream
+// Kernels 1, 2 and 4 and the head are one, thin_kernel: S rows of activations times W (O,I). A warp
+// takes 8*NT outputs and a part of I, 32 inputs at a time by two m16n8k16 tensor-core products with
+// activations as the 16 rows. Which of the 32 inputs is which k of a product is ours to choose, as
+// long as both sides agree: lane j of 4 takes inputs 8j..8j+7, one 16-byte load.
+
+enum { THIN_MAX = 16, THIN_WARPS = 8, K_SPLIT_MAX = 16 };
+
+struct PlainSource { // rows of bf16
+    const bf16 *x;
+    static constexpr bool norm = false;
+    __device__ uint4 eight(int s, int k, int I, float *) const {
+        return *(const uint4 *)(x + (size_t)s * I + k);
+    }
+};
+struct NormSource { // rows of the residual stream, times the norm's weight; their squares are
+                    // summed for the norm's factor
+    const float *res, *weight;
+    float eps;
+    static constexpr bool norm = true;
+    __device__ uint4 eight(int s, int k, int I, float *squares) const {
+        const float4 *x = (const float4 *)(res + (size_t)s * I + k),
+                     *w = (const float4 *)(weight + k);
+        float4 a = x[0], b = x[1], c = w[0], d = w[1];
+        *squares += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w + b.x * b.x + b.y * b.y +
+                    b.z * b.z + b.w * b.w;
+        return make_uint4(pack(a.x * c.x, a.y * c.y), pack(a.z * c.z, a.w * c.w),
+                          pack(b.x * d.x, b.y * d.y), pack(b.z * d.z, b.w * d.w));
+    }
+};
+struct ConvSource { // u = silu(conv(x)) of the x half of xz and the window
+    const bf16 *xz;
+    const float *window, *conv_t, *bias;
+    int K;
+    static constexpr bool norm = false;
+    __device__ uint4 eight(int s, int k, int E, float *) const {
+        uint4 x = *(const uint4 *)(xz + (size_t)s * 2 * E + k);
+        float v[8] = {low_half(x.x), high_half(x.x), low_half(x.y), high_half(x.y),
+                      low_half(x.z), high_half(x.z), low_half(x.w), high_half(x.w)},
+              sum[8];
+        for (int i = 0; i < 8; i++)
+            sum[i] = (bias ? bias[k + i] : 0) + conv_t[(size_t)(K - 1) * E + k + i] * v[i];
+        for (int j = 0; j < K - 1; j++) {
+            const float4 *w = (const float4 *)(window + ((size_t)s * (K - 1) + j) * E + k),
+                         *c = (const float4 *)(conv_t + (size_t)j * E + k);
+            float4 w0 = w[0], w1 = w[1], c0 = c[0], c1 = c[1];
+            sum[0] += w0.x * c0.x, sum[1] += w0.y * c0.y, sum[2] += w0.z * c0.z,
+                sum[3] += w0.w * c0.w;
+            sum[4] += w1.x * c1.x, sum[5] += w1.y * c1.y, sum[6] += w1.z * c1.z,
+                sum[7] += w1.w * c1.w;
+        }
+        for (int i = 0; i < 8; i++) sum[i] = silu(sum[i]);
+        return make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]),
+                          pack(sum[6], sum[7]));
+    }
+};
+
+struct StoreSink { // out (S,O) = sums, in bf16
+    bf16 *out;
+    __device__ void take(int s, int o, int, int O, float x) const {
+        out[(size_t)s * O + o] = __float2bfloat16_rn(x);
+    }
+};
+struct AddSink { // out (S,O) += sums
+    float *out;
+    __device__ void take(int s, int o, int, int O, float x) const { out[(size_t)s * O + o] += x; }
+};
+struct LogitSink { // out (S,O) = sums
+    float *out;
+    __device__ void take(int s, int o, int, int O, float x) const { out[(size_t)s * O + o] = x; }
+};
+struct PartSink { // out (parts,S,O) = sums
+    float *out;
+    __device__ void take(int s, int o, int S, int O, float x) const {
+        out[((size_t)blockIdx.y * S + s) * O + o] = x;
+    }
+};
+
+template <int NT, int AHEAD, class Source, class Sink>
+__global__ void __launch_bounds__(32 * THIN_WARPS)
+    thin_kernel(Source source, Sink sink, const bf16 *__restrict__ W, int S, int O, int I) {
+    constexpr int COLS = 8 * NT, PITCH = COLS + 1;
+    extern __shared__ float sums[]; // (THIN_WARPS, 16, PITCH), then the squares (THIN_WARPS, 16)
+    float *squares = sums + THIN_WARPS * 16 * PITCH;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, s = lane / 4, o0 = blockIdx.x * COLS;
+    int steps = (I + 31) / 32, parts = gridDim.y * THIN_WARPS,
+        part = blockIdx.y * THIN_WARPS + warp;
+    int step = steps * part / parts, end = steps * (part + 1) / parts, k = step * 32 + lane % 4 * 8;
+    float c[NT][4] = {}, square[2] = {};
+    uint4 w[AHEAD][NT];
+    auto load_weights = [&]() { // of the next AHEAD steps: 8 of each of NT outputs
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                int o = o0 + 8 * n + s, at = k + 32 * i;
+                bool inside = o < O && step + i < end && at < I;
+                w[i][n] = inside ? __ldcs((const uint4 *)(W + (size_t)o * I + at))
+                                 : make_uint4(0, 0, 0, 0);
+            }
+    };
+    load_weights();
+    wait_for_input();
+    while (step < end) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            int at = k + 32 * i;
+            bool inside = step + i < end && at < I;
+            uint4 a = inside && s < S ? source.eight(s, at, I, &square[0]) : make_uint4(0, 0, 0, 0);
+            uint4 b = inside && s + 8 < S ? source.eight(s + 8, at, I, &square[1])
+                                          : make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                tensor_product(c[n], a.x, b.x, a.y, b.y, w[i][n].x, w[i][n].y);
+                tensor_product(c[n], a.z, b.z, a.w, b.w, w[i][n].z, w[i][n].w);
+            }
+        }
+        step += AHEAD, k += 32 * AHEAD;
+        if (step < end) load_weights();
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int row = 8 * half + s;
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            for (int i = 0; i < 2; i++)
+                sums[(warp * 16 + row) * PITCH + 8 * n + lane % 4 * 2 + i] = c[n][2 * half + i];
+        if (Source::norm) {
+            float x = square[half];
+            x += __shfl_xor_sync(0xffffffffu, x, 1);
+            x += __shfl_xor_sync(0xffffffffu, x, 2);
+            if (lane % 4 == 0) squares[warp * 16 + row] = x;
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < S * COLS; i += 32 * THIN_WARPS) {
+        int row = i / COLS, o = i % COLS;
+        if (o0 + o >= O) continue;
+        float x = 0, square_sum = 0;
+#pragma unroll
+        for (int v = 0; v < THIN_WARPS; v++) {
+            x += sums[(v * 16 + row) * PITCH + o];
+            if (Source::norm) square_sum += squares[v * 16 + row];
+        }
+        if constexpr (Source::norm) x *= rsqrtf(square_sum / (float)I + source.eps);
+        sink.take(row, o0 + o, S, O, x);
+    }
+}
+
+// Kernel 3, a thread a channel and a block 128 channels of one sequence: xdb from its parts,
+// FalconMamba's norms, delta = softplus(W_dt dt_low + bias), the step of the recurrence, the gate.
+template <int NS, int RV> // states, and groups of 8 weights of dt_proj, that are loaded before the
+                          // input is there
+__global__ void __launch_bounds__(128)
+    thin_scan_kernel(bf16 *__restrict__ g, float *__restrict__ h, float *__restrict__ window,
+                     const float *__restrict__ parts, int K_SPLIT, const bf16 *__restrict__ xz,
+                     const float *__restrict__ conv_t, const float *__restrict__ conv_bias,
+                     const bf16 *__restrict__ W_dt, const float *__restrict__ dt_bias,
+                     const float *__restrict__ A_neg, const float *__restrict__ D_skip, int E,
+                     int N, int K, int R, float norm_eps) {
+    extern __shared__ float xdb[]; // (P)
+    int P = R + 2 * N, s = blockIdx.y, S = gridDim.y, e = blockIdx.x * 128 + threadIdx.x;
+    bool live = e < E;
+    size_t at = (size_t)(live ? e : 0);
+    float A[NS];
+#pragma unroll
+    for (int n = 0; n < NS; n++) A[n] = n < N ? A_neg[(size_t)n * E + at] : 0;
+    uint4 weights[RV];
+    const bf16 *row = W_dt + at * R;
+#pragma unroll
+    for (int i = 0; i < RV; i++)
+        weights[i] = R % 8 == 0 && 8 * i < R ? ((const uint4 *)row)[i] : make_uint4(0, 0, 0, 0);
+    float bias = conv_bias ? conv_bias[at] : 0, dt_start = dt_bias[at], skip = D_skip[at];
+    float last_tap = conv_t[(size_t)(K - 1) * E + at];
+    float ahead[NS], past[3], conv = bias, *state = h + (size_t)s * N * E + at;
+    float *inputs = window + (size_t)s * (K - 1) * E + at;
+#pragma unroll
+    for (int n = 0; n < NS; n++) ahead[n] = n < N ? state[(size_t)n * E] : 0;
+#pragma unroll
+    for (int k = 0; k < 3; k++) past[k] = k < K - 1 ? inputs[(size_t)k * E] : 0;
+    if (K <= 4)
+#pragma unroll
+        for (int k = 0; k < 3; k++) conv += k < K - 1 ? conv_t[(size_t)k * E + at] * past[k] : 0;
+    else
+        for (int k = 0; k < K - 1; k++) conv += conv_t[(size_t)k * E + at] * inputs[(size_t)k * E];
+    wait_for_input();
+    float x = value(xz[(size_t)s * 2 * E + at]), z = value(xz[(size_t)s * 2 * E + E + at]);
+    for (int i = threadIdx.x; i < P; i += 128) {
+        float sum = 0;
+#pragma unroll 8
+        for (int part = 0; part < K_SPLIT; part++) sum += parts[((size_t)part * S + s) * P + i];
+        xdb[i] = sum;
+    }
+    __syncthreads();
+    if (norm_eps > 0) { // FalconMamba: dt_low, B_ssm, C_ssm each to a mean square of 1; a warp each
+        int part = threadIdx.x / 32, first = part == 0 ? 0 : R + (part - 1) * N,
+            n = part == 0 ? R : N;
+        float squares = 0;
+        for (int i = threadIdx.x % 32; i < n && part < 3; i += 32)
+            squares += xdb[first + i] * xdb[first + i];
+        float scale = rsqrtf(warp_sum(squares) / (float)n + norm_eps);
+        for (int i = threadIdx.x % 32; i < n && part < 3; i += 32) xdb[first + i] *= scale;
+        __syncthreads();
+    }
+    if (!live) return;
+    // u again, and only now the window moves on, which kernel 2 has read
+#pragma unroll
+    for (int k = 0; k < 3; k++)
+        if (K <= 4 && k < K - 1) inputs[(size_t)k * E] = k + 2 < K ? past[k < 2 ? k + 1 : 2] : x;
+    for (int k = 0; k < K - 1 && K > 4; k++)
+        inputs[(size_t)k * E] = k + 2 < K ? inputs[(size_t)(k + 1) * E] : x;
+    float u = value(__float2bfloat16_rn(silu(conv + last_tap * x)));
+    auto eight = [&](uint4 w, const float *in) {
+        return low_half(w.x) * in[0] + high_half(w.x) * in[1] + low_half(w.y) * in[2] +
+               high_half(w.y) * in[3] + low_half(w.z) * in[4] + high_half(w.z) * in[5] +
+               low_half(w.w) * in[6] + high_half(w.w) * in[7];
+    };
+    int ready = R % 8 == 0 ? min(R, 8 * RV) : 0;
+    float dt = dt_start;
+#pragma unroll
+    for (int i = 0; i < RV; i++)
+        if (8 * i < ready) dt += eight(weights[i], xdb + 8 * i);
+    if (R % 8 == 0)
+        for (int r = ready; r < R; r += 8) dt += eight(*(const uint4 *)(row + r), xdb + r);
+    else
+        for (int r = 0; r < R; r++) dt += value(row[r]) * xdb[r];
+    float delta = softplus(dt), y = skip * u, inject = delta * u;
+    const float *B_ssm = xdb + R, *C_ssm = B_ssm + N;
+#pragma unroll
+    for (int n = 0; n < NS; n++)
+        if (n < N) {
+            float next = __expf(delta * A[n]) * ahead[n] + inject * B_ssm[n];
+            state[(size_t)n * E] = next, y += C_ssm[n] * next;
+        }
+    for (int n = NS; n < N; n++) {
+        float next =
+            __expf(delta * A_neg[(size_t)n * E + e]) * state[(size_t)n * E] + inject * B_ssm[n];
+        state[(size_t)n * E] = next, y += C_ssm[n] * next;
+    }
+    put(g + (size_t)s * E + e, y * silu(z));
+}
+
+// Few outputs a block, so that there are blocks for every multiprocessor, and as many steps of a
+// warp ahead as it has.
+template <int NT, int AHEAD, class Source, class Sink>
+static void thin_launch(Device *d, Source source, Sink sink, const bf16 *W, int S, int O, int I,
+                        int parts) {
+    size_t shared = (size_t)THIN_WARPS * 16 * (8 * NT + 2) * sizeof(float);
+    launch_dependent(d, thin_kernel<NT, AHEAD, Source, Sink>,
+                     dim3(blocks_for((size_t)O, 8 * NT), (unsigned)parts),
+                     32 * (unsigned)THIN_WARPS, shared, source, sink, W, S, O, I);
+}
+template <class Source, class Sink>
+static void thin_product(Device *d, Source source, Sink sink, const bf16 *W, int S, int O, int I,
+                         int parts) {
+    int steps = (I + 31) / 32 / (THIN_WARPS * parts); // of a warp
+    if (O >= 16384) thin_launch<4, 3>(d, source, sink, W, S, O, I, parts);
+    else if (O >= 8192) thin_launch<2, 5>(d, source, sink, W, S, O, I, parts);
+    else if (steps <= 1) thin_launch<1, 1>(d, source, sink, W, S, O, I, parts);
+    else if (steps <= 3) thin_launch<1, 3>(d, source, sink, W, S, O, I, parts);
+    else if (steps <= 4) thin_launch<1, 4>(d, source, sink, W, S, O, I, parts);
+    else if (steps == 7 || steps == 8) thin_launch<1, 8>(d, source, sink, W, S, O, I, parts);
+    else thin_launch<1, 6>(d, source, sink, W, S, O, I, parts);
+}
+
+// Whether the kernels above fit: 16-byte loads need rows of whole 8 weights.
+static bool thin_fits(const Gpu *g, int S) {
+    const Config *c = &g->config;
+    return g->bf16_compute && S <= THIN_MAX && c->D % 8 == 0 && c->E % 8 == 0 &&
+           !(c->flags & FLAG_PROJ_BIAS) && (c->R + 2 * c->N) * sizeof(float) < 48000;
+}
+
+// network() and the head for one token of each of S sequences; res has their embeddings.
+static void thin_step(Gpu *g, int S) {
+    Device *d = &g->device;
+    const Config *c = &g->config;
+    BlockActs<bf16> a = acts_of<bf16>(g);
+    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N;
+    int parts = std::max(1, std::min((int)K_SPLIT_MAX, (E / 32 + THIN_WARPS - 1) / THIN_WARPS));
+    float *sums = g->generation->parts; // (K_SPLIT_MAX,S,P)
+    float eps = c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0;
+    dim3 scan_grid(blocks_for((size_t)E, 128), (unsigned)S);
+    for (int layer = 0; layer < c->n_layer; layer++) {
+        const LayerWeights *w = &g->w.layer[(size_t)layer];
+        const float *conv_bias = (const float *)w->conv_bias;
+        float *window = window_of(g, layer), *h = h_of(g, layer);
+        thin_product(d, NormSource{g->res, (const float *)w->norm, c->norm_eps}, StoreSink{a.xz},
+                     (const bf16 *)w->in_proj, S, 2 * E, D, 1);
+        thin_product(d, ConvSource{a.xz, window, w->conv_t, conv_bias, K}, PartSink{sums},
+                     (const bf16 *)w->x_proj, S, P, E, parts);
+        launch_dependent(d, R <= 64 ? thin_scan_kernel<16, 8> : thin_scan_kernel<16, 20>, scan_grid,
+                         128, (size_t)P * sizeof(float), a.g, h, window, sums, parts, a.xz,
+                         w->conv_t, conv_bias, (const bf16 *)w->dt_proj, (const float *)w->dt_bias,
+                         w->A_neg, (const float *)w->D_skip, E, N, K, R, eps);
+        thin_product(d, PlainSource{a.g}, AddSink{g->res}, (const bf16 *)w->out_proj, S, D, E, 1);
+    }
+    thin_product(d, NormSource{g->res, (const float *)g->w.norm_f, c->norm_eps},
+                 LogitSink{g->step_logits}, (const bf16 *)g->w.head, S, c->V, D, 1);
+}

@@ -1,0 +1,468 @@
+// train.cuh - training: pass, AdamW.
+// Included by mamba_cuda.cu.
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 7 [train] Training: pass, AdamW
+// Master weights, gradients and the two moments are four float arenas laid out as the file is;
+// matrices are read through a copy in T, made again after every step. What a block's backward needs
+// of its forward is kept, h as chunk starts only.
+
+struct GpuTrainer {
+    Device device;
+    Config config;
+    bool bf16_compute;
+    int B, L;
+    size_t floats;                                // of an arena
+    float *weights, *gradient, *moment, *moment2; // (floats)
+    void *compute;         // (floats) T, the weights themselves where T is float
+    unsigned char *decays; // (floats / 16): weight decay applies
+    Weights w, d;          // pointers into compute or weights, into gradient
+    std::vector<TensorPlace> places;
+    std::vector<void *> memory;
+    char *arena;                        // activations
+    std::vector<float *> res;           // (B*L,D), n_layer + 1 of them
+    std::vector<BlockActs<float>> acts; // n_layer; their pointers are T's
+    ScanMail mail;
+    float *d_res, *logits, *losses, *partial, *norms;
+    void *d_o, *d_xz, *d_u, *d_xdb, *d_delta, *d_g, *d_xn, *d_logits;
+    double *sum;
+    int32_t *ids, *targets, *order, *start, *token, *first;
+    char *scan;
+    int loss_rows;
+};
+
+enum { NORM_PARTS = 1024 };
+
+// Squares of x in NORM_PARTS parts, then their sum: norm[0] = its root, norm[1] = the factor that
+// clipping leaves.
+__global__ void squares_kernel(float *parts, const float *x, size_t n) {
+    __shared__ float scratch[33];
+    float sum = 0;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x)
+        sum += x[i] * x[i];
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+__global__ void norm_kernel(float *norm, const float *parts, int n, float clip) {
+    __shared__ float scratch[33];
+    float sum = 0;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) sum += parts[i];
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) {
+        norm[0] = sqrtf(sum);
+        norm[1] = clip > 0 && norm[0] > clip ? clip / (norm[0] + 1e-6f) : 1;
+    }
+}
+
+// AdamW on all weights at once; nothing happens where the norm is not finite. The gradient is
+// cleared.
+template <class T>
+__global__ void adamw_kernel(float *weights, T *compute, float *__restrict__ gradient,
+                             float *__restrict__ moment, float *__restrict__ moment2,
+                             const unsigned char *__restrict__ decays, const float *norm, size_t n,
+                             float rate, float beta1, float beta2, float epsilon, float keep,
+                             float root) {
+    if (!(norm[0] - norm[0] == 0)) return;
+    float scale = norm[1];
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x) {
+        float g = gradient[i] * scale, m = beta1 * moment[i] + (1 - beta1) * g,
+              v = beta2 * moment2[i] + (1 - beta2) * g * g;
+        float w =
+            weights[i] * (decays[i / 16] ? keep : 1.0f) - rate * m / (sqrtf(v) * root + epsilon);
+        moment[i] = m, moment2[i] = v, weights[i] = w, gradient[i] = 0;
+        if ((void *)compute != (void *)weights) put(compute + i, w);
+    }
+}
+
+template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
+    const Config *c = &x->config;
+    size_t M = (size_t)x->B * x->L, D = (size_t)c->D, E = (size_t)c->E,
+           P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V, N = (size_t)c->N, t = sizeof(T),
+           chunks = (size_t)x->B * ((x->L + SCAN_SAVE - 1) / SCAN_SAVE);
+    Arena a = {base, 0};
+    BlockActs<float> shared;
+    x->res.resize((size_t)c->n_layer + 1), x->acts.resize((size_t)c->n_layer);
+    a.take(shared.xn, M * D, t);
+    shared.mail = &x->mail, x->mail = {};
+    a.take(x->mail.words, x->mail.bytes = scan_forward_workspace(x->B, c->E, c->N), 1);
+    for (int layer = 0; layer <= c->n_layer; layer++) {
+        a.take(x->res[(size_t)layer], M * D);
+        if (layer == c->n_layer) break;
+        BlockActs<float> *b = &x->acts[(size_t)layer];
+        *b = shared;
+        a.take(b->xz, M * 2 * E, t), a.take(b->u, M * E, t), a.take(b->xdb, M * P, t);
+        b->raw = NULL;
+        if (c->flags & FLAG_MIXER_NORM) a.take(b->raw, M * P, t);
+        a.take(b->delta, M * E, t), a.take(b->g, M * E, t), a.take(b->h_starts, chunks * N * E);
+    }
+    size_t conv_tiles = (size_t)x->B * ((x->L + CONV_BACK - 1) / CONV_BACK),
+           partial = conv_tiles * (size_t)(c->K + 1) * E;
+    partial += sum_rows_floats(conv_tiles, (size_t)(c->K + 1) * E);
+    partial = std::max(partial, sum_rows_floats(M, 2 * E));
+    partial = std::max(partial, (size_t)NORM_BLOCKS * NORM_WARPS * D +
+                                    sum_rows_floats(NORM_BLOCKS * NORM_WARPS, D));
+    size_t pieces = M / EMBED_PIECE + std::min(M, V) + 1;
+    partial = std::max(partial, pieces * D);
+    x->loss_rows = (int)std::max(
+        (size_t)1, std::min(std::min((size_t)2048, M), (size_t)((size_t)1 << 27) / V));
+    a.take(x->d_res, M * D), a.take(x->losses, M), a.take(x->d_o, M * D, t),
+        a.take(x->d_xn, M * D, t);
+    a.take(x->partial, partial), a.take(x->norms, NORM_PARTS + 2), a.take(x->sum, 1);
+    a.take(x->ids, M), a.take(x->targets, M), a.take(x->order, M), a.take(x->start, pieces + 1),
+        a.take(x->token, pieces);
+    a.take(x->first, pieces + 1);
+    Arena loss = a; // logits are done with before the blocks' backward begins: one place for both
+    loss.take(x->logits, (size_t)x->loss_rows * V),
+        loss.take(x->d_logits, (size_t)x->loss_rows * V, t);
+    a.take(x->d_xz, M * 2 * E, t), a.take(x->d_u, M * E, t), a.take(x->d_xdb, M * P, t);
+    a.take(x->d_delta, M * E, t), a.take(x->d_g, M * E, t);
+    a.take(x->scan, scan_backward_workspace(x->B, x->L, c->E, c->N), 1);
+    return std::max(a.used, loss.used);
+}
+
+static size_t trainer_bytes(GpuTrainer *x) {
+    return x->bf16_compute ? lay_out_trainer<bf16>(x, NULL) : lay_out_trainer<float>(x, NULL);
+}
+
+// Passes from now on have B sequences of L tokens. 0, or -1 with a sentence.
+static int gpu_trainer_resize(GpuTrainer *x, int B, int L) {
+    cudaStreamSynchronize(x->device.stream);
+    cudaFree(x->arena);
+    x->arena = NULL;
+    x->B = B, x->L = L;
+    if (!(x->arena = (char *)device_alloc(trainer_bytes(x)))) return -1;
+    if (x->bf16_compute) lay_out_trainer<bf16>(x, x->arena);
+    else lay_out_trainer<float>(x, x->arena);
+    return 0;
+}
+
+static void gpu_trainer_close(GpuTrainer *x) {
+    if (!x) return;
+    if (x->device.stream) cudaStreamSynchronize(x->device.stream);
+    for (void *p : x->memory) cudaFree(p);
+    cudaFree(x->arena);
+    device_close(&x->device);
+    delete x;
+}
+
+template <class T> __global__ void refresh_kernel(T *compute, const float *weights, size_t n) {
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x)
+        put(compute + i, weights[i]);
+}
+
+static void derive_all(GpuTrainer *x) {
+    for (const LayerWeights &w : x->w.layer) derive(&x->device, &x->config, &w);
+}
+
+// Weights and both moments (NULL: zeros) from host arenas of the model's layout. 0, or -1 with a
+// sentence.
+static int gpu_trainer_set(GpuTrainer *x, const float *weights, const float *moment,
+                           const float *moment2) {
+    size_t bytes = x->floats * sizeof(float);
+    cudaStream_t stream = x->device.stream;
+    cudaMemcpyAsync(x->weights, weights, bytes, cudaMemcpyHostToDevice, stream);
+    if (moment) cudaMemcpyAsync(x->moment, moment, bytes, cudaMemcpyHostToDevice, stream);
+    else cudaMemsetAsync(x->moment, 0, bytes, stream);
+    if (moment2) cudaMemcpyAsync(x->moment2, moment2, bytes, cudaMemcpyHostToDevice, stream);
+    else cudaMemsetAsync(x->moment2, 0, bytes, stream);
+    cudaMemsetAsync(x->gradient, 0, bytes, stream);
+    if (x->bf16_compute) convert(&x->device, (bf16 *)x->compute, x->weights, x->floats);
+    derive_all(x);
+    return finish(&x->device);
+}
+
+// The same back to the host, and the gradient; NULL ones are left out.
+static int gpu_trainer_get(GpuTrainer *x, float *weights, float *moment, float *moment2,
+                           float *gradient) {
+    size_t bytes = x->floats * sizeof(float);
+    cudaStream_t stream = x->device.stream;
+    if (weights) cudaMemcpyAsync(weights, x->weights, bytes, cudaMemcpyDeviceToHost, stream);
+    if (moment) cudaMemcpyAsync(moment, x->moment, bytes, cudaMemcpyDeviceToHost, stream);
+    if (moment2) cudaMemcpyAsync(moment2, x->moment2, bytes, cudaMemcpyDeviceToHost, stream);
+    if (gradient) cudaMemcpyAsync(gradient, x->gradient, bytes, cudaMemcpyDeviceToHost, stream);
+    return finish(&x->device);
+}
+
+// A trainer of m's shape (its weights must be float32 and of one arena), B sequences of L tokens a
+// pass; float32: products in float32 instead of bf16. NULL with a sentence.
+static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int float32) {
+    GpuTrainer *x = new GpuTrainer();
+    const Config *c = &m->config;
+    x->config = *c, x->bf16_compute = !float32;
+    x->floats = m->tensors_bytes / sizeof(float);
+    size_t bytes = m->tensors_bytes, flags = x->floats / 16 + 1;
+    bool good = c->K <= 16 && device_open(&x->device) == 0;
+    if (c->K > 16)
+        gpu_fail("training on the GPU needs d_conv of 16 or less, not %d: --cpu trains any", c->K);
+    auto take = [&](size_t n) -> void * {
+        void *p = good ? device_alloc(n) : NULL;
+        if (p) x->memory.push_back(p);
+        else good = false;
+        return p;
+    };
+    x->weights = (float *)take(bytes), x->gradient = (float *)take(bytes),
+    x->moment = (float *)take(bytes);
+    x->moment2 = (float *)take(bytes), x->decays = (unsigned char *)take(flags);
+    x->compute = x->bf16_compute ? take(bytes / 2) : x->weights;
+    float *derived =
+        (float *)take((size_t)c->n_layer * c->E * (size_t)(c->N + c->K) * sizeof(float));
+    if (!good) return gpu_trainer_close(x), (GpuTrainer *)NULL;
+    const float *host = (const float *)m->embedding.data;
+    std::vector<unsigned char> decays(flags, 0);
+    std::vector<TensorPlace> gradients = tensor_places(m, &x->d);
+    x->places = tensor_places(m, &x->w);
+    for (size_t i = 0; i < x->places.size(); i++) {
+        const TensorPlace &p = x->places[i];
+        size_t at = (size_t)((const float *)p.host->data - host),
+               n = (size_t)p.host->rows * (size_t)p.host->cols;
+        *gradients[i].device = x->gradient + at;
+        *p.device = p.matrix && x->bf16_compute ? (void *)((bf16 *)x->compute + at)
+                                                : (void *)(x->weights + at);
+        for (size_t k = at / 16; k < (at + n + 15) / 16; k++) decays[k] = p.decays;
+    }
+    if (c->flags & FLAG_TIED) x->w.head = x->w.embedding, x->d.head = x->d.embedding;
+    for (LayerWeights &w : x->w.layer) {
+        w.A_neg = derived, w.conv_t = derived + (size_t)c->E * c->N;
+        derived += (size_t)c->E * (size_t)(c->N + c->K);
+    }
+    check_cuda(
+        &x->device,
+        cudaMemcpyAsync(x->decays, decays.data(), flags, cudaMemcpyHostToDevice, x->device.stream),
+        "weights");
+    if (gpu_trainer_resize(x, B, L) == 0 &&
+        gpu_trainer_set(x, (const float *)m->weights, NULL, NULL) == 0)
+        return x;
+    gpu_trainer_close(x);
+    return NULL;
+}
+
+template <class T> static BlockActs<T> trainer_acts(const GpuTrainer *x, int layer) {
+    const BlockActs<float> &a = x->acts[(size_t)layer];
+    return {(T *)a.xn,    (T *)a.xz, (T *)a.u,   (T *)a.xdb, (T *)a.raw,
+            (T *)a.delta, (T *)a.g,  a.h_starts, a.mail};
+}
+
+// d_x of rmsnorm over `rows`, d_weight (or NULL) added to.
+template <bool ADD, class T, class In, class Out>
+static void rmsnorm_backward(Device *d, Out *d_x, T *copy, float *d_weight, const T *d_out,
+                             size_t ld_d, const In *in, size_t ld, const float *weight, float eps,
+                             int rows, int cols, float *partial) {
+    unsigned blocks = std::min((unsigned)NORM_BLOCKS, blocks_for((size_t)rows, NORM_WARPS));
+    size_t parts = (size_t)blocks * NORM_WARPS;
+    auto kernel = cols <= 256    ? rmsnorm_backward_kernel<T, In, Out, ADD, 8>
+                  : cols <= 768  ? rmsnorm_backward_kernel<T, In, Out, ADD, 24>
+                  : cols <= 1024 ? rmsnorm_backward_kernel<T, In, Out, ADD, 32>
+                                 : rmsnorm_backward_kernel<T, In, Out, ADD, 0>;
+    kernel<<<blocks, 32 * NORM_WARPS, 0, d->stream>>>(d_x, copy, d_weight ? partial : NULL, d_out,
+                                                      ld_d, in, ld, weight, eps, rows, cols);
+    check_launch(d, "rmsnorm_backward");
+    sum_rows(d, d_weight, partial, (size_t)cols, (int)parts, cols, partial + parts * (size_t)cols);
+}
+
+__global__ void add_conv_kernel(float *d_conv, float *d_bias, const float *sums, int E,
+                                int K) { // sums (K+1,E)
+    int e = blockIdx.x * blockDim.x + threadIdx.x;
+    if (e >= E) return;
+    for (int k = 0; k < K; k++) d_conv[(size_t)e * K + k] += sums[(size_t)k * E + e];
+    if (d_bias) d_bias[e] += sums[(size_t)K * E + e];
+}
+
+template <class T>
+static void conv1d_silu_backward(GpuTrainer *x, T *d_xz, float *d_conv, float *d_bias, const T *d_u,
+                                 const T *xz, const LayerWeights *w) {
+    Device *d = &x->device;
+    int E = x->config.E, K = x->config.K, tiles = x->B * ((x->L + CONV_BACK - 1) / CONV_BACK);
+    int V = E % 2 == 0 && K <= 4 ? 2 : 1;
+    dim3 grid(blocks_for((size_t)E / V, 128), blocks_for((size_t)x->L, CONV_BACK), (unsigned)x->B);
+    auto kernel = K > 4    ? conv1d_silu_backward_kernel<T, 16, 1>
+                  : V == 2 ? conv1d_silu_backward_kernel<T, 4, 2>
+                           : conv1d_silu_backward_kernel<T, 4, 1>;
+    kernel<<<grid, 128, 0, d->stream>>>(d_xz, x->partial, d_u, xz, w->conv_t,
+                                        (const float *)w->conv_bias, x->L, E, K);
+    size_t cols = (size_t)(K + 1) * E;
+    float *sums = x->partial + (size_t)tiles * cols; // of chunks, then, in the first row, of all
+    unsigned wide = blocks_for(cols, 128), chunks = blocks_for((size_t)tiles, SUM_CHUNK);
+    sum_rows_kernel<<<dim3(wide, chunks), 128, 0, d->stream>>>(sums, x->partial, cols, tiles,
+                                                               (int)cols, SUM_CHUNK, false);
+    sum_rows_kernel<<<dim3(wide, 1), 128, 0, d->stream>>>(x->partial, sums, cols, (int)chunks,
+                                                          (int)cols, (int)chunks, false);
+    add_conv_kernel<<<blocks_for((size_t)E, 128), 128, 0, d->stream>>>(d_conv, d_bias, x->partial,
+                                                                       E, K);
+    check_launch(d, "conv1d_silu_backward");
+}
+
+// d_res, the gradient after the layer, and d_o, the same in T, become those before it; weights'
+// gradients are added to.
+template <class T> static void block_backward(GpuTrainer *x, int layer) {
+    Device *d = &x->device;
+    const Config *c = &x->config;
+    const LayerWeights *w = &x->w.layer[(size_t)layer], *dw = &x->d.layer[(size_t)layer];
+    BlockActs<T> a = trainer_acts<T>(x, layer);
+    const float *res = x->res[(size_t)layer];
+    int D = c->D, E = c->E, N = c->N, R = c->R, P = R + 2 * N, rows = x->B * x->L;
+    size_t lE = (size_t)E, lP = (size_t)P, lD = (size_t)D;
+    T *d_o = (T *)x->d_o, *d_xz = (T *)x->d_xz, *d_u = (T *)x->d_u, *d_xdb = (T *)x->d_xdb,
+      *d_delta = (T *)x->d_delta, *d_g = (T *)x->d_g, *d_xn = (T *)x->d_xn;
+    sum_rows(d, (float *)dw->out_bias, x->d_res, lD, rows, D, x->partial);
+    matmul_d_x(d, d_g, lE, d_o, lD, (const T *)w->out_proj, rows, D, E);
+    matmul_d_W(d, (float *)dw->out_proj, d_o, lD, a.g, lE, rows, D, E);
+    ScanArgs<T> scan = scan_args(c, w, a, x->B, x->L);
+    ScanBackArgs<T> back = scan_back_args(scan, a.h_starts, (const T *)d_g, E, x->scan);
+    back.d_delta_raw = d_delta, back.d_u = d_u, back.d_z = d_xz + E, back.d_B_ssm = d_xdb + R,
+    back.d_C_ssm = d_xdb + R + N;
+    back.d_A_log = (float *)dw->A_log, back.d_D_skip = (float *)dw->D_skip,
+    back.d_dt_bias = (float *)dw->dt_bias;
+    back.ld_d_delta = back.ld_d_u = E, back.ld_d_z = 2 * E, back.ld_d_B = back.ld_d_C = P;
+    check_cuda(d, scan_backward(back, d->stream), "backward scan");
+    matmul_d_x(d, d_xdb, lP, d_delta, lE, (const T *)w->dt_proj, rows, E, R);
+    matmul_d_W(d, (float *)dw->dt_proj, d_delta, lE, a.xdb, lP, rows, E, R);
+    if (c->flags & FLAG_MIXER_NORM)
+        for (int part = 0; part < 3; part++) {
+            int at = part ? R + (part - 1) * N : 0, n = part ? N : R;
+            rmsnorm_backward<false>(d, d_xdb + at, (T *)NULL, (float *)NULL, d_xdb + at, lP,
+                                    a.raw + at, lP, NULL, c->mixer_eps, rows, n, x->partial);
+        }
+    matmul_d_x(d, d_u, lE, d_xdb, lP, (const T *)w->x_proj, rows, P, E, true);
+    matmul_d_W(d, (float *)dw->x_proj, d_xdb, lP, a.u, lE, rows, P, E);
+    conv1d_silu_backward(x, d_xz, (float *)dw->conv, (float *)dw->conv_bias, d_u, a.xz, w);
+    sum_rows(d, (float *)dw->in_bias, d_xz, 2 * lE, rows, 2 * E, x->partial);
+    rmsnorm(d, a.xn, lD, res, lD, (const float *)w->norm, c->norm_eps, rows, D);
+    matmul_d_x(d, d_xn, lD, d_xz, 2 * lE, (const T *)w->in_proj, rows, 2 * E, D);
+    matmul_d_W(d, (float *)dw->in_proj, d_xz, 2 * lE, a.xn, lD, rows, 2 * E, D);
+    rmsnorm_backward<true>(d, x->d_res, d_o, (float *)dw->norm, d_xn, lD, res, lD,
+                           (const float *)w->norm, c->norm_eps, rows, D, x->partial);
+}
+
+// Adds the embedding's gradient: rows ordered by token on the host, which needs no more than the
+// ids.
+static void embed_backward(GpuTrainer *x, const int32_t *ids) {
+    Device *d = &x->device;
+    int rows = x->B * x->L, V = x->config.V, D = x->config.D;
+    std::vector<int32_t> count((size_t)V + 1, 0), order((size_t)rows), start, token, first;
+    for (int r = 0; r < rows; r++) count[(size_t)ids[r] + 1]++;
+    for (int v = 0; v < V; v++) {
+        int n = count[(size_t)v + 1], at = count[(size_t)v];
+        if (n) token.push_back(v), first.push_back((int32_t)start.size());
+        for (int i = 0; i < n; i += EMBED_PIECE) start.push_back(at + i);
+        count[(size_t)v + 1] += at;
+    }
+    first.push_back((int32_t)start.size()), start.push_back(rows);
+    for (int r = 0; r < rows; r++) order[(size_t)count[(size_t)ids[r]]++] = r;
+    auto upload =
+        [&](int32_t *to,
+            const std::vector<int32_t> &from) { // from pageable memory: copied before it returns
+            cudaMemcpyAsync(to, from.data(), from.size() * sizeof(int32_t), cudaMemcpyHostToDevice,
+                            d->stream);
+        };
+    upload(x->order, order), upload(x->start, start), upload(x->token, token),
+        upload(x->first, first);
+    embed_pieces_kernel<<<(unsigned)start.size() - 1, 128, 0, d->stream>>>(x->partial, x->d_res,
+                                                                           x->order, x->start, D);
+    embed_add_kernel<<<(unsigned)token.size(), 128, 0, d->stream>>>(
+        (float *)x->d.embedding, x->partial, x->token, x->first, D);
+    check_launch(d, "embed_backward");
+}
+
+template <class T>
+static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets, float weight,
+                      bool backward, double *sum) {
+    Device *d = &x->device;
+    const Config *c = &x->config;
+    int rows = x->B * x->L, D = c->D, V = c->V;
+    size_t lD = (size_t)D, lV = (size_t)V;
+    cudaMemcpyAsync(x->ids, ids, (size_t)rows * sizeof *ids, cudaMemcpyHostToDevice, d->stream);
+    cudaMemcpyAsync(x->targets, targets, (size_t)rows * sizeof *ids, cudaMemcpyHostToDevice,
+                    d->stream);
+    cudaMemsetAsync(x->sum, 0, sizeof *x->sum, d->stream);
+    embed_kernel<<<(unsigned)rows, 128, 0, d->stream>>>(x->res[0], x->ids,
+                                                        (const T *)x->w.embedding, D);
+    for (int layer = 0; layer < c->n_layer; layer++)
+        block(d, c, &x->w.layer[(size_t)layer], trainer_acts<T>(x, layer),
+              x->res[(size_t)layer + 1], x->res[(size_t)layer], x->B, x->L, (float *)NULL,
+              (float *)NULL);
+    const float *last = x->res[(size_t)c->n_layer];
+    T *xn = trainer_acts<T>(x, 0).xn, *d_xn = (T *)x->d_xn, *d_logits = (T *)x->d_logits;
+    rmsnorm(d, xn, lD, last, lD, (const float *)x->w.norm_f, c->norm_eps, rows, D);
+    for (int t = 0; t < rows; t += x->loss_rows) { // so many rows of logits exist at a time
+        int n = std::min(x->loss_rows, rows - t);
+        matmul(d, x->logits, lV, xn + (size_t)t * D, lD, (const T *)x->w.head, n, V, D);
+        cross_entropy(d, x->losses + t, backward ? d_logits : (T *)NULL, x->logits, x->targets + t,
+                      weight, n, V);
+        if (!backward) continue;
+        matmul_d_x(d, d_xn + (size_t)t * D, lD, d_logits, lV, (const T *)x->w.head, n, V, D);
+        matmul_d_W(d, (float *)x->d.head, d_logits, lV, xn + (size_t)t * D, lD, n, V, D);
+    }
+    sum_losses_kernel<<<1, 256, 0, d->stream>>>(x->sum, x->losses, rows);
+    check_launch(d, "cross_entropy");
+    if (backward) {
+        rmsnorm_backward<false>(d, x->d_res, (T *)x->d_o, (float *)x->d.norm_f, d_xn, lD, last, lD,
+                                (const float *)x->w.norm_f, c->norm_eps, rows, D, x->partial);
+        for (int layer = c->n_layer - 1; layer >= 0; layer--) block_backward<T>(x, layer);
+        embed_backward(x, ids);
+    }
+    cudaMemcpyAsync(sum, x->sum, sizeof *sum, cudaMemcpyDeviceToHost, d->stream);
+    return finish(d);
+}
+
+// As mamba_train_pass: *sum gets the sum of the losses. 0, or -1 with a sentence.
+static int gpu_train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets, float weight,
+                          int backward, double *sum) {
+    if (!x->arena) return gpu_fail("the trainer has no memory for a pass");
+    return x->bf16_compute ? train_pass<bf16>(x, ids, targets, weight, backward != 0, sum)
+                           : train_pass<float>(x, ids, targets, weight, backward != 0, sum);
+}
+
+// *norm: the length of n numbers; norms[1] on the device: what clipping leaves. 0, or -1 with a
+// sentence.
+static int gradient_norm(GpuTrainer *x, const float *from, size_t n, float clip, float *norm) {
+    Device *d = &x->device;
+    squares_kernel<<<NORM_PARTS, 256, 0, d->stream>>>(x->norms + 2, from, n);
+    norm_kernel<<<1, 1024, 0, d->stream>>>(x->norms, x->norms + 2, NORM_PARTS, clip);
+    check_launch(d, "norm");
+    cudaMemcpyAsync(norm, x->norms, sizeof *norm, cudaMemcpyDeviceToHost, d->stream);
+    return finish(d);
+}
+
+// As mamba_train_step, for step number `step` (from 1): *norm gets the gradient's length. 0, or -1
+// with the name of the first tensor whose gradient is not finite, the weights untouched.
+static int gpu_train_step(GpuTrainer *x, const AdamW *how, uint64_t step, double *norm) {
+    Device *d = &x->device;
+    float length = 0;
+    if (!x->arena) return gpu_fail("the trainer has no memory for a pass");
+    if (gradient_norm(x, x->gradient, x->floats, how->clip, &length)) return -1;
+    *norm = length;
+    if (!(*norm - *norm == 0)) {
+        const float *host = (const float *)x->places[0].host->data;
+        for (const TensorPlace &p : x->places) {
+            size_t n = (size_t)p.host->rows * (size_t)p.host->cols;
+            float part = 0;
+            if (gradient_norm(x, x->gradient + ((const float *)p.host->data - host), n, 0, &part))
+                return -1;
+            if (part - part == 0) continue;
+            if (p.layer < 0)
+                return gpu_fail("step %llu: the gradient of %s is not finite",
+                                (unsigned long long)step, p.name);
+            return gpu_fail("step %llu: the gradient of layer %d %s is not finite",
+                            (unsigned long long)step, p.layer, p.name);
+        }
+        return gpu_fail("step %llu: the norm of the gradient overflows", (unsigned long long)step);
+    }
+    double unbias = 1 - pow(how->beta1, (double)step), unbias2 = 1 - pow(how->beta2, (double)step);
+    float rate = (float)(how->rate / unbias), root = (float)(1 / sqrt(unbias2)),
+          keep = 1 - how->rate * how->decay;
+    unsigned blocks = (unsigned)d->processors * 8;
+    if (x->bf16_compute)
+        adamw_kernel<<<blocks, 256, 0, d->stream>>>(
+            x->weights, (bf16 *)x->compute, x->gradient, x->moment, x->moment2, x->decays, x->norms,
+            x->floats, rate, how->beta1, how->beta2, how->epsilon, keep, root);
+    else
+        adamw_kernel<<<blocks, 256, 0, d->stream>>>(
+            x->weights, x->weights, x->gradient, x->moment, x->moment2, x->decays, x->norms,
+            x->floats, rate, how->beta1, how->beta2, how->epsilon, keep, root);
+    check_launch(d, "adamw");
+    derive_all(x);
+    return finish(d);
+}
