@@ -2015,22 +2015,29 @@ static void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const floa
 
 // --- element by element
 
-// Few rows are cut into blocks of STEP_LANES channels, so that every thread gets a share.
-static int row_lanes(int T, int E) { return T <= BATCH_MAX && E > STEP_LANES ? STEP_LANES : E; }
-
 INLINE void softplus_lanes(float *p, const float *dt_bias, int n) {
     store_n(p, softplus_vec(load_n(p, n) + load_n(dt_bias, n)), n);
 }
 
 // Whole vectors apart from the rest: a test of n in each load doubles the time.
-static void softplus_bias(float *delta, const float *dt_bias, int T, int E) {
-    int lanes = row_lanes(T, E), blocks = (E + lanes - 1) / lanes;
+INLINE void softplus_channels(float *delta, const float *dt_bias, int e, int end) {
+    for (; e + VL <= end; e += VL) softplus_lanes(delta + e, dt_bias + e, VL);
+    if (e < end) softplus_lanes(delta + e, dt_bias + e, end - e);
+}
+
+// In a step, softplus, scan and gate have the same tasks, and a static schedule gives the same ones
+// to the same thread: no thread waits for another between them.
+static void softplus_bias(float *delta, const float *dt_bias, Rows rows, int E) {
+    const int blocks = (E + STEP_LANES - 1) / STEP_LANES;
+    if (rows.step) {
+#pragma omp for schedule(static) nowait
+        for (int task = 0; task < rows.T * blocks; task++) {
+            int e = task % blocks * STEP_LANES, end = E - e < STEP_LANES ? E : e + STEP_LANES;
+            softplus_channels(delta + (size_t)(task / blocks) * E, dt_bias, e, end);
+        }
+    } else {
 #pragma omp for
-    for (int task = 0; task < T * blocks; task++) {
-        float *row = delta + (size_t)(task / blocks) * E;
-        int e = task % blocks * lanes, end = E - e < lanes ? E : e + lanes;
-        for (; e + VL <= end; e += VL) softplus_lanes(row + e, dt_bias + e, VL);
-        if (e < end) softplus_lanes(row + e, dt_bias + e, end - e);
+        for (int t = 0; t < rows.T; t++) softplus_channels(delta + (size_t)t * E, dt_bias, 0, E);
     }
 }
 
@@ -2049,16 +2056,26 @@ INLINE void gate_lanes(float *g, const float *y, const float *z, int n) {
     store_n(g, load_n(y, n) * silu_vec(load_n(z, n)), n);
 }
 
-static void gate(float *g, const float *y, const float *xz, int T, int E) {
-    int lanes = row_lanes(T, E), blocks = (E + lanes - 1) / lanes;
+INLINE void gate_channels(float *g, const float *y, const float *z, int e, int end) {
+    for (; e + VL <= end; e += VL) gate_lanes(g + e, y + e, z + e, VL);
+    if (e < end) gate_lanes(g + e, y + e, z + e, end - e);
+}
+
+static void gate(float *g, const float *y, const float *xz, Rows rows, int E) {
+    const int blocks = (E + STEP_LANES - 1) / STEP_LANES;
+    if (rows.step) {
+#pragma omp for schedule(static)
+        for (int task = 0; task < rows.T * blocks; task++) {
+            size_t t = (size_t)(task / blocks);
+            int e = task % blocks * STEP_LANES, end = E - e < STEP_LANES ? E : e + STEP_LANES;
+            gate_channels(g + t * E, y + t * E, xz + (t * 2 + 1) * E, e, end);
+        }
+    } else {
 #pragma omp for
-    for (int task = 0; task < T * blocks; task++) {
-        size_t t = (size_t)(task / blocks);
-        const float *from = y + t * E, *z = xz + (t * 2 + 1) * E;
-        float *to = g + t * E;
-        int e = task % blocks * lanes, end = E - e < lanes ? E : e + lanes;
-        for (; e + VL <= end; e += VL) gate_lanes(to + e, from + e, z + e, VL);
-        if (e < end) gate_lanes(to + e, from + e, z + e, end - e);
+        for (int row = 0; row < rows.T; row++) {
+            size_t t = (size_t)row;
+            gate_channels(g + t * E, y + t * E, xz + (t * 2 + 1) * E, 0, E);
+        }
     }
 }
 
@@ -2339,10 +2356,13 @@ static void scan(float *y, const LayerState *seq, const Scan *s, float *carry) {
         return;
     }
     const int lanes = L == 1 ? STEP_LANES : SCAN_LANES, blocks = (E + lanes - 1) / lanes;
-#pragma omp for
+#pragma omp for schedule(static) nowait // the gate comes next
     for (int task = 0; task < B * blocks; task++) {
         int b = task / blocks, e0 = task % blocks * lanes, e1 = E - e0 < lanes ? E : e0 + lanes;
         recurrence(y, seq[b].h, NULL, s, e0, e1, b * L, (b + 1) * L);
+    }
+    if (L > 1) {
+#pragma omp barrier
     }
 }
 
@@ -2592,6 +2612,7 @@ static void embed_backward(float *d_embedding, const float *d_res, const int32_t
 
 // out_t += the mean over the channels of delta_t, divided by `parts`
 static void add_row_means(float *out, const float *delta, int parts, int T, int E) {
+#pragma omp barrier // softplus_bias() may not have waited
 #pragma omp for
     for (int t = 0; t < T; t++) {
         double sum = 0;
@@ -2649,14 +2670,14 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
         if (!state_only) rmsnorm(C_ssm, w->raw + R + N, NULL, c->mixer_eps, T, N, (size_t)P);
     }
     matmul(w->delta, (size_t)E, dt_low, (size_t)P, &p->dt_proj, NULL, rows);
-    softplus_bias(w->delta, f32(&p->dt_bias), T, E);
+    softplus_bias(w->delta, f32(&p->dt_bias), rows, E);
     if (w->selection && (w->selection_layer < 0 || w->selection_layer == layer))
         add_row_means(w->selection, w->delta, w->selection_layer < 0 ? c->n_layer : 1, T, E);
     // y = the scan of u; g = y * silu(z)
     Scan s = {w->u, w->delta, p->A_neg, B_ssm, C_ssm, f32(&p->D_skip), (size_t)P, B, L, E, N};
     scan(state_only ? NULL : w->y, seq, &s, w->carry);
     if (state_only) return;
-    gate(w->g, w->y, w->xz, T, E);
+    gate(w->g, w->y, w->xz, rows, E);
     // next = res + out_proj(g)
     matmul(w->xn, (size_t)D, w->g, (size_t)E, &p->out_proj, f32(&p->out_bias), rows);
     add_rows(w->next, w->res, w->xn, T, D);
