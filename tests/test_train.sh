@@ -131,6 +131,42 @@ done > ways
 [ "$(sort -u ways | wc -l)" = 2 ] && grep -q "100.00%  (12 of 12" ways && ok "induction and copying by scan and by recurrence" || bad "by scan and by recurrence" "$(cat ways)"
 "$mamba" eval whole.bin long --recurrent > out 2> err && bad "--recurrent with a text" "it succeeded" || ok "--recurrent with a text is refused"
 
+# --- files: no output is an input or another output
+unharmed() { # unharmed NAME WORD FILE ARGUMENTS of train: refused with WORD, FILE stays
+    name=$1 word=$2 file=$3
+    shift 3
+    cp "$file" before
+    fails "$name" "$word" "$@"
+    same_file "$name: the file stays" "$file" before
+}
+tiny="--steps 2 --batch 1 --length 20 --d-model 8 --layers 1"
+cp text d.csv; cp text b.txt; cp text c.train; cp tales.bin m.bin; cp text f.csv
+unharmed "the log takes the data's name" "the log d.csv: that is the text of --data; choose another name for -o" d.csv -o d --data d.csv $tiny
+unharmed "the checkpoint takes the data's name" "the checkpoint c.train: that is the text of --data" c.train -o c --data c.train $tiny
+unharmed "the model onto the data" "-o b.txt: that is the text of --data; choose another name" b.txt -o b.txt --data text --data b.txt $tiny
+unharmed "the log onto the data" "--log b.txt: that is the text of --data" b.txt -o x.bin --data b.txt --log b.txt $tiny
+unharmed "the log onto the held-out data" "--log b.txt: that is the text of --held-out-data" b.txt -o x.bin --data text --held-out-data b.txt --log b.txt $tiny
+unharmed "the log onto the model of --from" "--log m.bin: that is the model of --from" m.bin -o x.bin --from m.bin --data text --log m.bin $tiny
+unharmed "the log onto the vocabulary" "--log m.bin: that is the file of --tokenizer" m.bin -o x.bin --tokenizer m.bin --data text --log m.bin $tiny
+unharmed "the model onto the vocabulary" "-o m.bin: that is the file of --tokenizer" m.bin -o m.bin --tokenizer m.bin --data text $tiny
+"$mamba" train -o b.txt --data - $tiny < b.txt 2> err
+same "the model onto the data on stdin: status 1, it stays" "$? $(cksum < b.txt)" "1 $(cksum < text)"
+fails "the log onto the new model" "--log ./x.bin: that is also -o" -o x.bin --data text --log ./x.bin $tiny
+fails "the log onto the checkpoint" "that is also the checkpoint" -o x.bin --data text --log x.bin.train $tiny
+mkdir folder
+ln -s folder folder2
+fails "two outputs of one name in one folder" "that is also -o" -o folder/x --data text --log folder2/x $tiny
+fails "a held-out file that is trained on, by another path" "is trained on" -o x.bin --data text --held-out-data ./text $tiny
+fails "an empty output" "-o needs a file name" -o "" --data text $tiny
+fails "an empty log" "--log needs a file name" -o x.bin --data text --log "" $tiny
+fails "a log in no folder" "no/such" -o x.bin --data text --log no/such/log $tiny
+fails "a folder as the log" "folder" -o x.bin --data text --log folder $tiny
+same "nothing was written by them" "$(ls x.* .train .csv *.tmp 2> /dev/null)" ""
+"$mamba" train -o m.bin --from m.bin --data text $tiny 2> err && "$mamba" info m.bin | grep -q "in f32" && ok "fine-tuning in place" || bad "fine-tuning in place" "$(cat err)"
+cp tales.bin i.bin.tmp
+"$mamba" train -o i.bin --from i.bin.tmp --data text $tiny 2> err
+same_file "--from out.bin.tmp stays" i.bin.tmp tales.bin
+
 # --- errors
 fails "no output" "-o" --data text
 fails "nothing to learn" "--data or --task" -o x.bin
