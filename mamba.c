@@ -5541,32 +5541,82 @@ static double learning_rate(const TrainOptions *o, uint64_t step) { // of step 1
            (o->rate - o->min_rate) * 0.5 * (1 + cos(3.141592653589793 * fmin(along, 1)));
 }
 
-// The CSV so far, without lines after `step`: a resumed run writes those again.
-static FILE *open_log(const char *path, uint64_t step) {
-    size_t bytes = 0;
-    char *old = step ? read_text(path, &bytes) : NULL;
-    FILE *f = fopen(path, "wb");
+// The CSV log of a run. When it cannot be written, training goes on and the run fails at its end.
+typedef struct {
+    const char *path;
+    FILE *f;   // NULL: lost
+    int error; // errno of what lost it
+} TrainLog;
+
+static void log_lost(TrainLog *log, int error) {
+    log->error = error ? error : EIO;
+    fprintf(stderr, "\nmamba: %s: %s: training goes on without the log\n", log->path,
+            strerror(log->error));
+}
+
+// After each line: what is not in the file yet would be missing after a kill.
+static void log_flush(TrainLog *log) {
+    errno = 0;
+    if (!log->f || (!fflush(log->f) && !ferror(log->f))) return;
+    log_lost(log, errno);
+    fclose(log->f);
+    log->f = NULL;
+}
+
+static void log_close(TrainLog *log) {
+    if (log->f && fclose(log->f)) log_lost(log, errno);
+    log->f = NULL;
+}
+
+// The old log, or NULL if there is none to be read (*failed: after fail()).
+static char *read_log(const char *path, bool *failed) {
+    size_t bytes;
+    *failed = false;
+    if (!is_replaceable(path)) return NULL;
+    FILE *f = fopen(path, "rb");
+    if (!f && errno == ENOENT) return NULL;
     if (!f) fail("%s: %s", path, strerror(errno));
-    if (f && !old)
-        fprintf(
-            f, "step,tokens,seconds,loss,held_out,learning_rate,gradient_norm,tokens_per_second\n");
-    for (char *line = old; f && line && *line;) {
+    char *text = f ? read_stream(f, path, &bytes) : NULL;
+    *failed = !text;
+    return text;
+}
+
+// Begins the log, or goes on with the old one after `step`: its later lines go, because the resumed
+// run writes them again. The old log is whole until the new one is. 0, or -1 after fail().
+static int log_open(TrainLog *log, const char *path, uint64_t step) {
+    NewFile w;
+    bool failed = false;
+    char *old = step ? read_log(path, &failed) : NULL;
+    *log = (TrainLog){.path = path};
+    if (failed || new_file_open(&w, path, true)) return free(old), -1;
+    if (!old || !strchr(old, '\n'))
+        fprintf(w.f, "step,tokens,seconds,loss,held_out,learning_rate,gradient_norm,"
+                     "tokens_per_second\n");
+    for (char *line = old; line && *line;) {
         char *end = strchr(line, '\n');
         size_t n = end ? (size_t)(end + 1 - line) : 0; // an unfinished line is dropped
-        if (n && (line == old || strtoull(line, NULL, 10) <= step)) fwrite(line, 1, n, f);
+        if (n && (line == old || strtoull(line, NULL, 10) <= step)) fwrite(line, 1, n, w.f);
         line = n ? line + n : NULL;
     }
     free(old);
-    return f;
+    if (!w.temporary) {
+        log->f = w.f; // a device or a pipe stays open
+        log_flush(log);
+        return 0;
+    }
+    if (new_file_commit(&w)) return -1;
+    log->f = fopen(path, "ab");
+    return log->f ? 0 : fail("cannot write %s: %s", path, strerror(errno));
 }
 
+// The model is saved also when the checkpoint, three times as large, is not.
 static int save_all(const Training *t, const char *checkpoint, double spent) {
     if (mamba_trainer_fetch(t->trainer, false)) return -1;
     swap_training(t);
-    int result = save_checkpoint(t, checkpoint, spent);
-    if (result == 0) result = save_model(t->model, t->tokenizer, t->tokenizer_bytes, t->o->out);
+    int bad = save_checkpoint(t, checkpoint, spent);
+    bad |= save_model(t->model, t->tokenizer, t->tokenizer_bytes, t->o->out);
     swap_training(t);
-    return result;
+    return bad ? -1 : 0;
 }
 
 static int train_loop(Training *t, const char *checkpoint) {
@@ -5575,8 +5625,8 @@ static int train_loop(Training *t, const char *checkpoint) {
     int rows = x->B * x->L, result = 0;
     double begun = seconds(), shown = 0, norm = 0, loss = 0;
     uint64_t first = x->step;
-    FILE *log = open_log(o->log, x->step);
-    if (!log) return -1;
+    TrainLog log;
+    if (log_open(&log, o->log, x->step)) return -1;
     catch_interrupt();
     while (x->step < (uint64_t)o->steps && !interrupted && result == 0) {
         uint64_t before = t->random;
@@ -5610,14 +5660,14 @@ static int train_loop(Training *t, const char *checkpoint) {
         if (evaluate_now) t->held_loss = held_out_loss(t);
         double spent = seconds() - begun,
                speed = (double)(x->step - first) * rows * o->accumulate / spent;
+        char held[32] = "";
         if (evaluate_now && t->held_loss == t->held_loss)
-            fprintf(log, "%llu,%.0f,%.3f,%.6f,%.6f,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
-                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss, t->held_loss,
+            snprintf(held, sizeof held, "%.6f", t->held_loss);
+        if (log.f)
+            fprintf(log.f, "%llu,%.0f,%.3f,%.6f,%s,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
+                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss, held,
                     (double)how.rate, norm, speed);
-        else
-            fprintf(log, "%llu,%.0f,%.3f,%.6f,,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
-                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss,
-                    (double)how.rate, norm, speed);
+        log_flush(&log);
         if (spent - shown > 1 || evaluate_now) {
             shown = spent;
             fprintf(stderr, "step %llu/%ld  loss %.4f", (unsigned long long)x->step, o->steps,
@@ -5626,17 +5676,19 @@ static int train_loop(Training *t, const char *checkpoint) {
             fprintf(stderr, "  %.0f tokens/s  %.0f s left%s", speed,
                     spent / (double)(x->step - first) * (double)((uint64_t)o->steps - x->step),
                     evaluate_now ? "\n" : "   \r");
-            fflush(log);
         }
         if (!last && x->step % (uint64_t)o->save_every == 0)
             result = save_all(t, checkpoint, t->seconds + spent);
     }
-    if (fclose(log) && result == 0) result = fail("%s: %s", o->log, strerror(errno));
+    log_close(&log);
     if (result == 0) result = save_all(t, checkpoint, t->seconds + seconds() - begun);
     if (result == 0 && interrupted)
         fprintf(stderr,
                 "\ninterrupted after step %llu and saved: the same command with --resume goes on\n",
                 (unsigned long long)x->step);
+    if (result == 0 && log.error)
+        result = fail("%s: %s: the log is not complete; %s and %s are saved and whole", o->log,
+                      strerror(log.error), o->out, checkpoint);
     return result;
 }
 

@@ -167,6 +167,51 @@ cp tales.bin i.bin.tmp
 "$mamba" train -o i.bin --from i.bin.tmp --data text $tiny 2> err
 same_file "--from out.bin.tmp stays" i.bin.tmp tales.bin
 
+# --- the log: lost, it is an error, and the model is saved all the same
+if [ -c /dev/full ]; then
+    "$mamba" train -o full.bin $small --log /dev/full 2> err
+    same "a log on a full disk: the status" $? 1
+    same_file "a log on a full disk: the model is saved" full.bin whole.bin
+    tail -n 1 err | grep -q "^mamba: /dev/full: No space left on device: the log is not complete; full.bin and full.bin.train are saved" &&
+        ok "a log on a full disk: a sentence" || bad "a log on a full disk: a sentence" "$(cat err)"
+fi
+"$mamba" train -o piped.bin $small --log /dev/fd/1 2> err | cat > piped.csv
+cut -d, -f1,4,5 piped.csv > a.csv; cut -d, -f1,4,5 whole.bin.csv > b.csv
+same_file "a log to a pipe" a.csv b.csv
+cp part.bin.csv f.csv
+yes "1,a line of step one" | head -n 60000 >> f.csv
+cp f.csv before
+(ulimit -f 1000; "$mamba" train -o part.bin $small --resume --log f.csv 2> err)
+status=$?
+same_file "a log that cannot be rewritten stays" f.csv before
+[ $status -ne 0 ] && grep -q "cannot write f.csv" err && ok "and a sentence says so" || bad "and a sentence says so" "status $status, $(cat err)"
+"$mamba" train -o part.bin $small --resume --log part.bin.csv 2> err || bad "resume of a finished run" "$(cat err)"
+slow="--data text --steps 1000 --batch 8 --length 200 --d-model 64 --layers 2 --save-every 1 --eval-every 1000 --warmup 4"
+"$mamba" train -o slow.bin $slow 2> err &
+pid=$!
+i=0
+while [ "$(cat slow.bin.csv 2> /dev/null | wc -l)" -lt 5 ] && [ $i -lt 200 ]; do sleep 0.05; i=$((i + 1)); done
+kill -INT $pid
+wait $pid
+lines=$(wc -l < slow.bin.csv)
+for k in 1 2 3; do # kill -9 right after a resumed run's first checkpoint
+    cp slow.bin.train before
+    "$mamba" train -o slow.bin $slow --resume 2> err &
+    pid=$!
+    i=0
+    while cmp -s slow.bin.train before && [ $i -lt 400 ]; do sleep 0.01; i=$((i + 1)); done
+    kill -9 $pid
+    wait $pid 2> /dev/null
+    now=$(wc -l < slow.bin.csv)
+    [ "$now" -gt "$lines" ] && ok "killed after a resume: $lines lines of the log are $now" || bad "killed after a resume" "$lines lines of the log are $now"
+    lines=$now
+done
+rm -f slow.bin.*.tmp
+: > empty.csv
+"$mamba" train -o slow.bin $slow --steps 1 --log empty.csv 2> err
+same "a new log replaces an empty one" "$(wc -l < empty.csv | tr -d ' ')" 2
+same "no temporary stays" "$(ls -a | grep -c 'tmp$')" 1 # i.bin.tmp
+
 # --- errors
 fails "no output" "-o" --data text
 fails "nothing to learn" "--data or --task" -o x.bin
