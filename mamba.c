@@ -1553,13 +1553,45 @@ static void state_header(unsigned char *h, const Model *m, const State *s, uint3
     put_u32(h + STATE_HEADER - 4, crc32_of(0, h, STATE_HEADER - 4));
 }
 
-// Flushes f to the disk itself and closes it: 0, or -1 with errno set.
-static int close_synced(FILE *f) {
+// --- files that are written whole or not at all
+// A NewFile is written under a temporary name in the folder of its target, then renamed to the
+// target. At every moment the target is the old file or the whole new one. The temporary has a
+// random name and is created exclusively: no other file is opened, and two programs that write the
+// same target do not meet. A target that is a link stays a link: the file that it names is
+// replaced, as if the link had been opened for writing. The mode of an existing target is kept.
+
+typedef struct {
+    const char *path; // as the caller gave it; lives until commit or discard
+    char *target;     // path with its links followed
+    char *temporary;  // NULL: the file is not replaced but written in place (a device, a pipe)
+    FILE *f;
+} NewFile;
+
+enum { TEMPORARIES = 8 };
+// The names of temporaries that exist now: main's signal handler removes them.
+static char *volatile temporaries[TEMPORARIES];
+
+static void exchange_temporary(char *from, char *to) {
+#pragma omp critical(new_files)
+    for (int i = 0; i < TEMPORARIES; i++)
+        if (temporaries[i] == from) {
+            temporaries[i] = to;
+            break;
+        }
+}
+
+// Closes f, after everything has reached the disk if sync is set: 0, or -1 with errno set.
+static int close_file(FILE *f, bool sync) {
+    errno = 0;
     int bad = fflush(f) || ferror(f);
 #ifdef MAMBA_POSIX
-    bad = bad || fsync(fileno(f));
+    bad = bad || (sync && fsync(fileno(f)));
 #endif
-    return fclose(f) || bad ? -1 : 0;
+    (void)sync;
+    int why = errno;
+    if (fclose(f) && !bad) return -1;
+    errno = why ? why : EIO; // an earlier write failed and its reason is no longer known
+    return bad ? -1 : 0;
 }
 
 // Puts a finished file in another's place at once: 0, or -1 with errno set.
@@ -1570,24 +1602,152 @@ static int replace_file(const char *from, const char *to) {
     return rename(from, to);
 }
 
-// Whether path is a regular file or nothing yet. Rename would put a file in the place of /dev/null
-// too.
+// Whether path is nothing yet, or a regular file that this program does not have as its stdout or
+// stderr. Rename would put a new file in the place of /dev/null too, and `-o /dev/stdout > file`
+// would lose what is printed.
 static bool is_replaceable(const char *path) {
 #ifdef MAMBA_POSIX
-    struct stat info;
-    return stat(path, &info) != 0 || S_ISREG(info.st_mode);
+    struct stat info, own;
+    if (stat(path, &info)) return true;
+    for (int fd = 1; fd <= 2; fd++)
+        if (fstat(fd, &own) == 0 && own.st_dev == info.st_dev && own.st_ino == info.st_ino)
+            return false;
+    return S_ISREG(info.st_mode);
 #else
     return path != NULL;
 #endif
 }
 
-// The name beside path under which its new content is written, malloc'd; NULL after fail().
-static char *temporary_name(const char *path) {
-    if (!is_replaceable(path)) return fail("cannot write %s: not a regular file", path), NULL;
-    char *name = malloc(strlen(path) + 5);
+// The name of the file that path leads to, malloc'd; the file need not exist. NULL after fail().
+static char *follow_links(const char *path) {
+    char *name = malloc(strlen(path) + 1);
     if (!name) return fail("out of memory: the name of %s", path), NULL;
-    sprintf(name, "%s.tmp", path);
+    strcpy(name, path);
+#ifdef MAMBA_POSIX
+    char to[4096];
+    ssize_t n;
+    for (int links = 0; (n = readlink(name, to, sizeof to)) >= 0; links++) {
+        char *slash = strrchr(name, '/');
+        size_t folder = slash && to[0] != '/' ? (size_t)(slash + 1 - name) : 0;
+        char *next = malloc(folder + (size_t)n + 1);
+        bool bad = !next || links == 40 || n == (ssize_t)sizeof to;
+        if (bad) fail("cannot write %s: its links do not lead to a file", path);
+        else {
+            memcpy(next, name, folder);
+            memcpy(next + folder, to, (size_t)n);
+            next[folder + (size_t)n] = 0;
+        }
+        free(name);
+        name = next;
+        if (bad) return free(name), NULL;
+    }
+#endif
     return name;
+}
+
+// A name beside target, such as out.bin.1f0c93aa.tmp, malloc'd; another one for each attempt. NULL
+// after fail().
+static char *temporary_name(const char *target, int attempt) {
+    size_t end = strlen(target), base = end, room = end + 16;
+    while (base && target[base - 1] != '/' && target[base - 1] != '\\') base--;
+    if (end - base >
+        200) // a file's name has at most 255 bytes; UTF-8 is not cut within a character
+        for (end = base + 200; end > base && ((unsigned char)target[end] & 0xC0) == 0x80;) end--;
+    char *name = malloc(room);
+    uint64_t random = (uint64_t)time(NULL);
+    random = random_u64(&random) ^ (uint64_t)clock() ^ (uint64_t)attempt << 32;
+    random = random_u64(&random) ^ (uint64_t)(uintptr_t)&random;
+#ifdef MAMBA_POSIX
+    random = random_u64(&random) ^ (uint64_t)getpid();
+#endif
+    if (!name) return fail("out of memory: the name of %s", target), NULL;
+    snprintf(name, room, "%.*s.%08x.tmp", (int)end, target, (unsigned)(random_u64(&random) >> 32));
+    return name;
+}
+
+// A file that did not exist, open for writing: NULL with errno set, EEXIST if there was one.
+static FILE *create_file(const char *name, unsigned mode) {
+#ifdef MAMBA_POSIX
+    int fd = open(name, O_WRONLY | O_CREAT | O_EXCL, (mode_t)mode);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "wb");
+    if (fd >= 0 && !f) close(fd), unlink(name);
+    return f;
+#else
+    (void)mode;
+    return fopen(name, "wbx");
+#endif
+}
+
+// Closes and removes what was written; the target stays as it was.
+static void new_file_discard(NewFile *w) {
+    if (w->f) fclose(w->f);
+    if (w->f && w->temporary) remove(w->temporary);
+    if (w->f && w->temporary) exchange_temporary(w->temporary, NULL);
+    free(w->temporary), free(w->target);
+    memset(w, 0, sizeof *w);
+}
+
+#ifdef MAMBA_POSIX
+// Gives fd the mode of the file that it will replace, and its owner where that is allowed. Without
+// the group, the group's rights go too: they were not given to another group.
+static void keep_mode(int fd, const struct stat *old) {
+    struct stat now;
+    mode_t mode = old->st_mode & 0777;
+    if (fstat(fd, &now)) return;
+    if ((now.st_uid != old->st_uid || now.st_gid != old->st_gid) &&
+        fchown(fd, old->st_uid, old->st_gid) && fchown(fd, (uid_t)-1, old->st_gid) &&
+        now.st_gid != old->st_gid)
+        mode &= ~(mode_t)070;
+    fchmod(fd, mode); // fails on file systems without modes, which lose nothing
+}
+#endif
+
+// Opens w->f to write what path will hold. in_place: a device or a pipe is allowed too, and is
+// appended to as it is. 0, or -1 after fail().
+static int new_file_open(NewFile *w, const char *path, bool in_place) {
+    unsigned mode = 0666;
+    memset(w, 0, sizeof *w);
+    w->path = path;
+    if (!is_replaceable(path)) {
+        if (!in_place)
+            return fail("cannot write %s: not a regular file, or this program's stdout", path);
+        w->f = fopen(path, "ab");
+        return w->f ? 0 : fail("cannot write %s: %s", path, strerror(errno));
+    }
+    if (!(w->target = follow_links(path))) return -1;
+#ifdef MAMBA_POSIX
+    struct stat old;
+    bool exists = stat(w->target, &old) == 0;
+    if (exists) mode = old.st_mode & 0777;
+#endif
+    for (int attempt = 0; attempt < 100 && !w->f; attempt++) {
+        free(w->temporary);
+        if (!(w->temporary = temporary_name(w->target, attempt))) break;
+        if (!(w->f = create_file(w->temporary, mode))) {
+            fail("cannot write %s: %s", path, strerror(errno));
+            if (errno != EEXIST) break;
+        }
+    }
+    if (!w->f) return new_file_discard(w), -1;
+    exchange_temporary(NULL, w->temporary);
+#ifdef MAMBA_POSIX
+    if (exists) keep_mode(fileno(w->f), &old);
+#endif
+    return 0;
+}
+
+// Finishes the file and puts it in the target's place. 0, or -1 after fail(): the target stays as
+// it was.
+static int new_file_commit(NewFile *w) {
+    FILE *f = w->f;
+    bool bad = close_file(f, w->temporary != NULL) != 0;
+    if (!bad && w->temporary) bad = replace_file(w->temporary, w->target) != 0;
+    if (bad) fail("cannot write %s: %s", w->path, strerror(errno));
+    if (bad && w->temporary) remove(w->temporary);
+    if (w->temporary) exchange_temporary(w->temporary, NULL);
+    w->f = NULL;
+    new_file_discard(w);
+    return bad ? -1 : 0;
 }
 
 typedef struct { // of a file
@@ -1595,23 +1755,16 @@ typedef struct { // of a file
     size_t bytes;
 } Piece;
 
-// Writes a file beside its target and renames it, so that whatever fails leaves an older one whole.
-// 0, or -1 after fail().
+// A whole file from its pieces. 0, or -1 after fail(), an older file untouched.
 static int write_pieces(const char *path, const Piece *piece, int n) {
-    char *temporary = temporary_name(path);
-    if (!temporary) return -1;
-    FILE *f = fopen(temporary, "wb");
-    int result = f ? 0 : fail("cannot write %s: %s", temporary, strerror(errno));
-    for (int i = 0; i < n && result == 0; i++)
-        if (fwrite(piece[i].data, 1, piece[i].bytes, f) != piece[i].bytes)
-            result = fail("cannot write %s: %s", temporary, strerror(errno));
-    if (f && close_synced(f) && result == 0)
-        result = fail("cannot write %s: %s", temporary, strerror(errno));
-    if (result == 0 && replace_file(temporary, path))
-        result = fail("cannot rename %s to %s: %s", temporary, path, strerror(errno));
-    if (f && result) remove(temporary);
-    free(temporary);
-    return result;
+    NewFile w;
+    if (new_file_open(&w, path, false)) return -1;
+    for (int i = 0; i < n; i++)
+        if (fwrite(piece[i].data, 1, piece[i].bytes, w.f) != piece[i].bytes) {
+            fail("cannot write %s: %s", path, strerror(errno));
+            return new_file_discard(&w), -1;
+        }
+    return new_file_commit(&w);
 }
 
 // 0, or -1 after fail(), an older file untouched.
@@ -2482,10 +2635,100 @@ static bool wants_help(int argc, char **argv) {
     return false;
 }
 
-// A whole file, or stdin for "-", with a NUL after it; free() it. NULL after fail().
-static char *read_text(const char *path, size_t *bytes) {
-    FILE *f = !strcmp(path, "-") ? stdin : fopen(path, "rb");
-    if (!f) return fail("%s: %s", path, strerror(errno)), NULL;
+// --- the files of a command: no output may be an input or another output
+
+// What tells one file from another: its inode, or, where there is no file yet, its folder's inode
+// and its name.
+typedef struct {
+    bool known;
+    uint64_t device, inode;
+    char name[256];
+} FileId;
+
+#ifdef MAMBA_POSIX
+// path "-" is stdin. Devices and pipes have no identity: they lose nothing when they are written.
+static FileId file_id(const char *path) {
+    FileId id = {0};
+    struct stat info;
+    bool standard = !strcmp(path, "-");
+    if ((standard ? fstat(STDIN_FILENO, &info) : stat(path, &info)) == 0) {
+        id.known = S_ISREG(info.st_mode);
+    } else if (!standard) {
+        char *end = follow_links(path), *slash = end ? strrchr(end, '/') : NULL;
+        if (!end) return id;
+        snprintf(id.name, sizeof id.name, "%s", slash ? slash + 1 : end);
+        if (slash) slash[slash == end] = 0; // "/name" is in "/"
+        id.known = stat(slash ? end : ".", &info) == 0;
+        free(end);
+    }
+    if (id.known) id.device = (uint64_t)info.st_dev, id.inode = (uint64_t)info.st_ino;
+    return id;
+}
+
+static bool same_file(const char *a, const char *b) {
+    FileId one = file_id(a), other = file_id(b);
+    return one.known && other.known && one.device == other.device && one.inode == other.inode &&
+           !strcmp(one.name, other.name);
+}
+#else
+static bool same_file(const char *a, const char *b) {
+#ifdef _WIN32
+    char one[_MAX_PATH], other[_MAX_PATH];
+    if (_fullpath(one, a, sizeof one) && _fullpath(other, b, sizeof other))
+        return !_stricmp(one, other);
+#endif
+    return !strcmp(a, b);
+}
+#endif
+
+typedef enum { INPUT, OUTPUT, OUTPUT_IN_PLACE } FileKind; // in place: a device or pipe is allowed
+typedef struct {
+    FileKind kind;
+    const char *role;     // as an error names it: "the model", "-o"
+    const char *path;     // NULL: not given
+    const char *replaces; // an output: the role of the input that it may be
+} FileUse;
+
+// Finds out before hours of work whether path can be written after them.
+static int check_writable(const char *path, bool in_place) {
+    NewFile w;
+#ifdef MAMBA_POSIX
+    struct stat info; // opening a pipe would wait for its reader
+    if (in_place && !is_replaceable(path) && stat(path, &info) == 0)
+        return S_ISDIR(info.st_mode) ? fail("cannot write %s: a directory", path) : 0;
+#endif
+    if (new_file_open(&w, path, in_place)) return -1;
+    new_file_discard(&w);
+    return 0;
+}
+
+// Every output of a command can be written and is neither an input nor another output. To be
+// called before the work begins. 0, or -1 after fail().
+static int check_files(const FileUse *use, int n) {
+    for (int i = 0; i < n; i++) {
+        const FileUse *out = &use[i];
+        const char *what = strncmp(out->role, "the ", 4) ? "" : " for -o"; // out.bin.csv
+        if (out->kind == INPUT || !out->path) continue;
+        if (!*out->path) return fail("%s needs a file name, not an empty text", out->role);
+        for (int j = 0; j < n; j++) {
+            const FileUse *in = &use[j];
+            if (!in->path || (in->kind != INPUT && j >= i) || !same_file(out->path, in->path) ||
+                (out->replaces && !strcmp(out->replaces, in->role)))
+                continue;
+            return fail(in->kind == INPUT ? "%s %s: that is %s; choose another name%s"
+                                          : "%s %s: that is also %s; choose another name%s",
+                        out->role, out->path, in->role, what);
+        }
+    }
+    for (int i = 0; i < n; i++)
+        if (use[i].kind != INPUT && use[i].path &&
+            check_writable(use[i].path, use[i].kind == OUTPUT_IN_PLACE))
+            return -1;
+    return 0;
+}
+
+// All that f holds from here on, with a NUL after it; free() it. Closes f. NULL after fail().
+static char *read_stream(FILE *f, const char *path, size_t *bytes) {
     size_t room = 1 << 16, n = 0;
     char *text = malloc(room);
     while (text) {
@@ -2510,6 +2753,13 @@ static char *read_text(const char *path, size_t *bytes) {
     return text;
 }
 
+// A whole file, or stdin for "-". NULL after fail().
+static char *read_text(const char *path, size_t *bytes) {
+    FILE *f = !strcmp(path, "-") ? stdin : fopen(path, "rb");
+    if (!f) return fail("%s: %s", path, strerror(errno)), NULL;
+    return read_stream(f, path, bytes);
+}
+
 static double peak_megabytes(void) { // 0 where the platform does not say
 #ifdef MAMBA_POSIX
     struct rusage usage;
@@ -2523,10 +2773,24 @@ static double peak_megabytes(void) { // 0 where the platform does not say
     return 0;
 }
 
+// Ends the program as the signal does by default, after removing unfinished files.
+static void on_kill(int number) {
+    for (int i = 0; i < TEMPORARIES; i++) {
+        const char *name = temporaries[i];
+#ifdef MAMBA_POSIX
+        if (name) unlink(name);
+#else
+        if (name) remove(name);
+#endif
+    }
+    signal(number, SIG_DFL);
+    raise(number);
+}
+
 static volatile sig_atomic_t interrupted;
 static void on_interrupt(int number) {
     interrupted = 1;
-    signal(number, SIG_DFL); // a second Ctrl-C ends the program at once
+    signal(number, on_kill); // a second Ctrl-C ends the program at once
 }
 static void catch_interrupt(void) {
     interrupted = 0;
@@ -3143,7 +3407,7 @@ static const char SESSION_HELP[] =
     "Ctrl-C stops the writing, not the session. A line that begins with // is text that begins "
     "with /.\n";
 
-static void session_command(Session *x, UndoStack *undo, const char *line) {
+static void session_command(Session *x, const char *model_path, UndoStack *undo, const char *line) {
     const Model *m = x->model;
     if (!strcmp(line, "/undo")) undo_pop(undo, m, x->state);
     else if (!strcmp(line, "/help")) fprintf(stderr, "%s", SESSION_HELP);
@@ -3151,7 +3415,10 @@ static void session_command(Session *x, UndoStack *undo, const char *line) {
         if (undo_push(undo, m, x->state)) fprintf(stderr, "mamba: %s\n", error_text);
         else mamba_state_reset(m, x->state), fprintf(stderr, "forgotten (/undo brings it back)\n");
     } else if (!strncmp(line, "/save ", 6)) {
-        if (mamba_state_save(m, x->state, line + 6)) fprintf(stderr, "mamba: %s\n", error_text);
+        const FileUse use[] = {{INPUT, "the model", model_path, NULL},
+                               {OUTPUT, "/save", line + 6, NULL}};
+        if (check_files(use, COUNT(use)) || mamba_state_save(m, x->state, line + 6))
+            fprintf(stderr, "mamba: %s\n", error_text);
         else fprintf(stderr, "saved\n");
     } else if (!strncmp(line, "/load ", 6)) {
         State *before = mamba_state_new(m); // a turn to undo only if the load succeeds
@@ -3199,7 +3466,7 @@ static int interactive(Session *x, const GenerateOptions *o) {
     for (char *line; result == 0; free(line)) {
         size_t length;
         bool failed;
-        signal(SIGINT, SIG_DFL);
+        signal(SIGINT, on_kill);
         if (o->save) catch_interrupt_reading(); // Ctrl-C here leaves, and what there is gets saved
         fprintf(stderr, "> ");
         line = read_line(&length, &failed);
@@ -3210,7 +3477,7 @@ static int interactive(Session *x, const GenerateOptions *o) {
         }
         const char *text = line[0] == '/' && line[1] == '/' ? line + 1 : line;
         if (line[0] == '/' && line[1] != '/') {
-            session_command(x, &undo, line);
+            session_command(x, o->model_path, &undo, line);
             continue;
         }
         catch_interrupt();
@@ -3305,6 +3572,14 @@ static int command_generate(int argc, char **argv) {
     if (o.null && !many)
         return fail("--null ends each of several texts: it needs --samples or --batch");
     if (many && GPU && !backend.cpu) return fail("%s runs on the processor: add --cpu", option);
+    bool reads_stdin = !o.batch && (n == 1 || !strcmp(rest[1], "-"));
+    const FileUse use[] = {
+        {INPUT, "the model", o.model_path = rest[0], NULL},
+        {INPUT, "the state of --load-state", o.load, NULL},
+        {INPUT, "the standard input", reads_stdin ? "-" : NULL, NULL},
+        {OUTPUT, "--save-state", o.save, "the state of --load-state"},
+    };
+    if (check_files(use, COUNT(use))) return -1;
     Session x;
     if (session_open(&x, rest[0], o.threads)) return -1;
     int result = o.load ? mamba_state_load(x.model, x.state, o.load) : 0;
@@ -3816,6 +4091,12 @@ static int command_logits(int argc, char **argv) {
     if (n_rest < 0) return -1;
     if (n_rest != (tokens ? 1 : 2))
         return fail("logits needs a model.bin and either a prompt or --tokens");
+    const FileUse use[] = {
+        {INPUT, "the model", rest[0], NULL},
+        {INPUT, "the standard input", !tokens && !strcmp(rest[1], "-") ? "-" : NULL, NULL},
+        {OUTPUT_IN_PLACE, "-o", path, NULL},
+    };
+    if (check_files(use, COUNT(use))) return -1;
     Session x;
     if (session_open(&x, rest[0], threads)) return -1;
     int32_t *ids = NULL, start = start_token(&x.model->config);
@@ -3829,23 +4110,15 @@ static int command_logits(int argc, char **argv) {
         result = fail("an empty prompt, and no end-of-text token to start from");
     LogitsWriter writer = {.V = x.model->config.V};
     if (result == 0 && check_ids(x.model, n ? ids : &start, n ? n : 1)) result = -1;
-    bool special = path && !is_replaceable(path); // /dev/stdout, a pipe: written as it is
-    char *temporary = result == 0 && path && !special ? temporary_name(path) : NULL;
-    if (result == 0 && path && !special && !temporary) result = -1;
-    if (result == 0 && path && !(writer.raw = fopen(special ? path : temporary, "wb")))
-        result = fail("%s: %s", path, strerror(errno));
+    NewFile file = {.f = NULL};
+    if (result == 0 && path) result = new_file_open(&file, path, true);
+    writer.raw = file.f;
     if (result == 0)
         result = mamba_prefill(x.model, x.acts, x.state, n ? ids : &start, n ? n : 1,
                                all ? write_logits : NULL, &writer);
     if (result == 0 && !all) write_logits(&writer, x.state->logits);
-    if (writer.raw && special && ((ferror(writer.raw) | fclose(writer.raw)) && result == 0))
-        result = fail("%s: cannot write: %s", path, strerror(errno));
-    if (writer.raw && !special &&
-        (close_synced(writer.raw) || result || replace_file(temporary, path))) {
-        if (result == 0) result = fail("%s: cannot write: %s", path, strerror(errno));
-        remove(temporary);
-    }
-    free(temporary);
+    if (result == 0 && path) result = new_file_commit(&file);
+    else new_file_discard(&file);
     free(text);
     free(ids);
     session_close(&x);
@@ -3860,7 +4133,7 @@ typedef struct {
     long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, grow_from,
         warmup, seed, save_every, eval_every, threads;
     double rate, min_rate, decay, clip, beta2, held_out;
-    bool resume;
+    bool resume, log_given; // --log, or the name made from -o
 } TrainOptions;
 
 enum { SETTINGS = 768 }; // bytes of the text that tells runs apart
@@ -3906,17 +4179,6 @@ static void model_header(unsigned char *h, const Model *m, const unsigned char *
     put_u32(h + 120, crc32_of(0, tokenizer, tokenizer_bytes)),
         put_u32(h + 124, crc32_of(0, m->weights, m->tensors_bytes));
     put_u32(h + HEADER_BYTES - 4, crc32_of(0, h, HEADER_BYTES - 4));
-}
-
-// Finds out before hours of work whether path can be written after them.
-static int check_writable(const char *path) {
-    char *temporary = temporary_name(path);
-    FILE *f = temporary ? fopen(temporary, "wb") : NULL;
-    int result = f ? 0 : -1;
-    if (temporary && !f) fail("cannot write %s: %s", path, strerror(errno));
-    if (f) fclose(f), remove(temporary);
-    free(temporary);
-    return result;
 }
 
 static const unsigned char ZEROS[ALIGN];
@@ -4086,32 +4348,82 @@ static double learning_rate(const TrainOptions *o, uint64_t step) { // of step 1
            (o->rate - o->min_rate) * 0.5 * (1 + cos(3.141592653589793 * fmin(along, 1)));
 }
 
-// The CSV so far, without lines after `step`: a resumed run writes those again.
-static FILE *open_log(const char *path, uint64_t step) {
-    size_t bytes = 0;
-    char *old = step ? read_text(path, &bytes) : NULL;
-    FILE *f = fopen(path, "wb");
+// The CSV log of a run. When it cannot be written, training goes on and the run fails at its end.
+typedef struct {
+    const char *path;
+    FILE *f;   // NULL: lost
+    int error; // errno of what lost it
+} TrainLog;
+
+static void log_lost(TrainLog *log, int error) {
+    log->error = error ? error : EIO;
+    fprintf(stderr, "\nmamba: %s: %s: training goes on without the log\n", log->path,
+            strerror(log->error));
+}
+
+// After each line: what is not in the file yet would be missing after a kill.
+static void log_flush(TrainLog *log) {
+    errno = 0;
+    if (!log->f || (!fflush(log->f) && !ferror(log->f))) return;
+    log_lost(log, errno);
+    fclose(log->f);
+    log->f = NULL;
+}
+
+static void log_close(TrainLog *log) {
+    if (log->f && fclose(log->f)) log_lost(log, errno);
+    log->f = NULL;
+}
+
+// The old log, or NULL if there is none to be read (*failed: after fail()).
+static char *read_log(const char *path, bool *failed) {
+    size_t bytes;
+    *failed = false;
+    if (!is_replaceable(path)) return NULL;
+    FILE *f = fopen(path, "rb");
+    if (!f && errno == ENOENT) return NULL;
     if (!f) fail("%s: %s", path, strerror(errno));
-    if (f && !old)
-        fprintf(
-            f, "step,tokens,seconds,loss,held_out,learning_rate,gradient_norm,tokens_per_second\n");
-    for (char *line = old; f && line && *line;) {
+    char *text = f ? read_stream(f, path, &bytes) : NULL;
+    *failed = !text;
+    return text;
+}
+
+// Begins the log, or goes on with the old one after `step`: its later lines go, because the resumed
+// run writes them again. The old log is whole until the new one is. 0, or -1 after fail().
+static int log_open(TrainLog *log, const char *path, uint64_t step) {
+    NewFile w;
+    bool failed = false;
+    char *old = step ? read_log(path, &failed) : NULL;
+    *log = (TrainLog){.path = path};
+    if (failed || new_file_open(&w, path, true)) return free(old), -1;
+    if (!old || !strchr(old, '\n'))
+        fprintf(w.f, "step,tokens,seconds,loss,held_out,learning_rate,gradient_norm,"
+                     "tokens_per_second\n");
+    for (char *line = old; line && *line;) {
         char *end = strchr(line, '\n');
         size_t n = end ? (size_t)(end + 1 - line) : 0; // an unfinished line is dropped
-        if (n && (line == old || strtoull(line, NULL, 10) <= step)) fwrite(line, 1, n, f);
+        if (n && (line == old || strtoull(line, NULL, 10) <= step)) fwrite(line, 1, n, w.f);
         line = n ? line + n : NULL;
     }
     free(old);
-    return f;
+    if (!w.temporary) {
+        log->f = w.f; // a device or a pipe stays open
+        log_flush(log);
+        return 0;
+    }
+    if (new_file_commit(&w)) return -1;
+    log->f = fopen(path, "ab");
+    return log->f ? 0 : fail("cannot write %s: %s", path, strerror(errno));
 }
 
+// The model is saved also when the checkpoint, three times as large, is not.
 static int save_all(const Training *t, const char *checkpoint, double spent) {
     if (mamba_trainer_fetch(t->trainer, false)) return -1;
     swap_training(t);
-    int result = save_checkpoint(t, checkpoint, spent);
-    if (result == 0) result = save_model(t->model, t->tokenizer, t->tokenizer_bytes, t->o->out);
+    int bad = save_checkpoint(t, checkpoint, spent);
+    bad |= save_model(t->model, t->tokenizer, t->tokenizer_bytes, t->o->out);
     swap_training(t);
-    return result;
+    return bad ? -1 : 0;
 }
 
 static int train_loop(Training *t, const char *checkpoint) {
@@ -4120,8 +4432,8 @@ static int train_loop(Training *t, const char *checkpoint) {
     int rows = x->B * x->L, result = 0;
     double begun = seconds(), shown = 0, norm = 0, loss = 0;
     uint64_t first = x->step;
-    FILE *log = open_log(o->log, x->step);
-    if (!log) return -1;
+    TrainLog log;
+    if (log_open(&log, o->log, x->step)) return -1;
     catch_interrupt();
     while (x->step < (uint64_t)o->steps && !interrupted && result == 0) {
         uint64_t before = t->random;
@@ -4155,14 +4467,14 @@ static int train_loop(Training *t, const char *checkpoint) {
         if (evaluate_now) t->held_loss = held_out_loss(t);
         double spent = seconds() - begun,
                speed = (double)(x->step - first) * rows * o->accumulate / spent;
+        char held[32] = "";
         if (evaluate_now && t->held_loss == t->held_loss)
-            fprintf(log, "%llu,%.0f,%.3f,%.6f,%.6f,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
-                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss, t->held_loss,
+            snprintf(held, sizeof held, "%.6f", t->held_loss);
+        if (log.f)
+            fprintf(log.f, "%llu,%.0f,%.3f,%.6f,%s,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
+                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss, held,
                     (double)how.rate, norm, speed);
-        else
-            fprintf(log, "%llu,%.0f,%.3f,%.6f,,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
-                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss,
-                    (double)how.rate, norm, speed);
+        log_flush(&log);
         if (spent - shown > 1 || evaluate_now) {
             shown = spent;
             fprintf(stderr, "step %llu/%ld  loss %.4f", (unsigned long long)x->step, o->steps,
@@ -4171,17 +4483,19 @@ static int train_loop(Training *t, const char *checkpoint) {
             fprintf(stderr, "  %.0f tokens/s  %.0f s left%s", speed,
                     spent / (double)(x->step - first) * (double)((uint64_t)o->steps - x->step),
                     evaluate_now ? "\n" : "   \r");
-            fflush(log);
         }
         if (!last && x->step % (uint64_t)o->save_every == 0)
             result = save_all(t, checkpoint, t->seconds + spent);
     }
-    if (fclose(log) && result == 0) result = fail("%s: %s", o->log, strerror(errno));
+    log_close(&log);
     if (result == 0) result = save_all(t, checkpoint, t->seconds + seconds() - begun);
     if (result == 0 && interrupted)
         fprintf(stderr,
                 "\ninterrupted after step %llu and saved: the same command with --resume goes on\n",
                 (unsigned long long)x->step);
+    if (result == 0 && log.error)
+        result = fail("%s: %s: the log is not complete; %s and %s are saved and whole", o->log,
+                      strerror(log.error), o->out, checkpoint);
     return result;
 }
 
@@ -4290,6 +4604,21 @@ static int train_model(Training *t, const Tokenizer *tokenizer) {
     return t->model ? 0 : -1;
 }
 
+static int check_train_files(const TrainOptions *o, const char *checkpoint) {
+    FileUse use[6 + LIST_MAX] = {
+        {INPUT, "the text of --held-out-data", o->held_out_data, NULL},
+        {INPUT, "the model of --from", o->from, NULL},
+        {INPUT, "the file of --tokenizer", strcmp(o->tokenizer, "bytes") ? o->tokenizer : NULL,
+         NULL},
+        {OUTPUT, "-o", o->out, "the model of --from"},
+        {OUTPUT, "the checkpoint", checkpoint, NULL},
+        {OUTPUT_IN_PLACE, o->log_given ? "--log" : "the log", o->log, NULL},
+    };
+    for (int i = 0; i < o->data.n; i++)
+        use[6 + i] = (FileUse){INPUT, "the text of --data", o->data.item[i], NULL};
+    return check_files(use, 6 + o->data.n);
+}
+
 static int train_run(Training *t) {
     const TrainOptions *o = t->o;
     Tokenizer *tokenizer = NULL;
@@ -4297,6 +4626,7 @@ static int train_run(Training *t) {
     if (!checkpoint) return fail("out of memory");
     sprintf(checkpoint, "%s.train", o->out);
     int result = parse_task(o->task_name, &t->task);
+    if (result == 0) result = check_train_files(o, checkpoint);
     if (result == 0 && o->from && !(t->source = mamba_load(o->from))) result = -1;
     if (result == 0) result = train_tokenizer(t, &tokenizer);
     if (result == 0 && !t->task) result = read_data(t, tokenizer);
@@ -4351,7 +4681,6 @@ static int train_run(Training *t) {
                 "no held-out losses: the held-out part has %zu tokens, one window needs %ld\n",
                 t->n_held, o->length + 1);
     if (result == 0 && o->resume) result = load_checkpoint(t, checkpoint);
-    if (result == 0) result = check_writable(o->out) || check_writable(checkpoint) ? -1 : 0;
     if (result == 0) result = train_loop(t, checkpoint);
     if (result == 0) fprintf(stderr, "wrote %s and %s\n", o->out, checkpoint);
     if (tokenizer) tokenizer_close(tokenizer);
@@ -4448,7 +4777,7 @@ static int command_train(int argc, char **argv) {
     if (o.held_out_data && (o.task_name || o.held_out != 0.1))
         return fail("--held-out-data does not go with %s", o.task_name ? "--task" : "--held-out");
     for (int i = 0; o.held_out_data && i < o.data.n; i++)
-        if (!strcmp(o.held_out_data, o.data.item[i]))
+        if (!strcmp(o.held_out_data, o.data.item[i]) || same_file(o.held_out_data, o.data.item[i]))
             return fail("--held-out-data %s is trained on: it is --data too", o.held_out_data);
     if (o.batch % o.accumulate)
         return fail("--batch %ld is not a multiple of --accumulate %ld", o.batch, o.accumulate);
@@ -4470,6 +4799,7 @@ static int command_train(int argc, char **argv) {
                     o.grow_from ? "--grow-from" : "--length", shortest, o.task_name,
                     task_shortest(task));
     if (task && o.from) return fail("--from does not go with --task");
+    o.log_given = o.log != NULL;
     char *log = o.log ? NULL : malloc(strlen(o.out) + 5);
     if (log) sprintf(log, "%s.csv", o.out), o.log = log;
     Training t = {.o = &o};
@@ -4486,15 +4816,6 @@ static const char QUANTIZE_USAGE[] =
     "row share a scale); what the recurrence\n"
     "touches stays float32. in.bin holds f32, f16 or bf16 and is not changed.\n";
 
-static bool same_file(const char *a, const char *b) {
-#ifdef MAMBA_POSIX
-    struct stat one, other;
-    if (stat(a, &one) == 0 && stat(b, &other) == 0)
-        return one.st_dev == other.st_dev && one.st_ino == other.st_ino;
-#endif
-    return !strcmp(a, b);
-}
-
 static int command_quantize(int argc, char **argv) {
     const char *rest[3];
     if (wants_help(argc, argv)) return print_help(QUANTIZE_USAGE, NULL, 0), 0;
@@ -4503,10 +4824,10 @@ static int command_quantize(int argc, char **argv) {
     bool four_bits = !strcmp(rest[2], "q4");
     if (!four_bits && strcmp(rest[2], "q8"))
         return fail("quantize needs q8 or q4 at the end, not '%s'", rest[2]);
-    if (same_file(rest[0], rest[1]))
-        return fail("%s: the output must be another file than the input", rest[1]);
+    const FileUse use[] = {{INPUT, "the model", rest[0], NULL}, {OUTPUT, "out.bin", rest[1], NULL}};
+    if (check_files(use, COUNT(use))) return -1;
     Model *m = mamba_load(rest[0]), *quantized = NULL;
-    int result = m ? check_writable(rest[1]) : -1;
+    int result = m ? 0 : -1;
     if (result == 0 && is_quantized(m->config.type))
         result = fail("%s is in %s already: quantize the model that it was made from", rest[0],
                       type_name(m->config.type));
@@ -4998,6 +5319,18 @@ static int run_command(int argc, char **argv) {
 
 #ifndef TESTING
 int main(int argc, char **argv) {
+    static const int deadly[] = {
+        SIGINT,
+        SIGTERM,
+#ifdef SIGHUP
+        SIGHUP,
+#endif
+    };
+    for (int i = 0; i < COUNT(deadly); i++)
+        if (signal(deadly[i], on_kill) == SIG_IGN) signal(deadly[i], SIG_IGN); // nohup
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN); // a file beyond `ulimit -f` is a failed write, which gets a sentence
+#endif
 #ifdef _WIN32
     _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY); // bytes, not lines
 #endif
