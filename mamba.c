@@ -85,6 +85,12 @@
 
 #define MAMBA_VERSION "0.1"
 
+#ifdef __GNUC__
+#define UNUSED __attribute__((unused))
+#else
+#define UNUSED
+#endif
+
 // Between COLD and its END, what runs once or waits for a disk: gcc takes a third of the build's
 // time to make that fast, in vain.
 #if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__)
@@ -232,7 +238,6 @@ COLD
 #include "tokenizer.c"
 COLD_END
 
-#include "cpu/vectors.h"
 #endif // MAMBA_TYPES_ONLY
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -241,7 +246,8 @@ COLD_END
 // made from it. The format is described field by field in the README.
 
 typedef enum { F32, F16, BF16, Q8, Q4, N_TYPES } Type; // how matrices are stored
-enum { TILE = 32 }; // rows and inputs of a tile of Q8 and Q4, see below
+enum { TILE = 32 };    // rows and inputs of a tile of Q8 and Q4, see below
+typedef uint16_t half; // the bits of an F16 or BF16 number
 
 typedef struct Tokenizer Tokenizer;
 enum { RECENT = 64 }; // tokens that the repeat penalty looks back over
@@ -416,7 +422,7 @@ static void fix_tensor_endian(const Tensor *w) {
 // Visits every tensor of m in the file's order.
 typedef void TensorVisitor(void *context, const TensorInfo *info, Tensor *w);
 
-APART static void each_tensor(Model *m, TensorVisitor *visit, void *context) {
+static void each_tensor(Model *m, TensorVisitor *visit, void *context) {
     const Config *c = &m->config;
 #define VISIT(owner, index, name, r, k, t, init, decays, present) \
     if (present) { \
@@ -776,6 +782,8 @@ typedef struct Acts { // what one pass at a time over one model needs
 
 // --- arguments that belong together, for operations and their backward passes
 
+enum { MATMUL_FEW = 4 }; // below so many rows cpu/ packs nothing: that costs more than it saves
+
 typedef struct {   // the rows of a product
     int T;         // how many
     bool step;     // one token of each of T sequences: a row's bits must not depend on the others
@@ -829,9 +837,14 @@ typedef struct {              // what scan_backward() writes
     float *scratch; // scan_backward_floats()
 } ScanGrad;
 
+#ifdef PLAIN
+enum { SCAN_WIDTH = 16 }; // channels of a task of scan_backward()
+#else
+#include "cpu/vectors.h" // SCAN_WIDTH for this processor, and the words that cpu/ is written in
+#endif
 enum { SCAN_LANES = 16 };  // channels of a task of the scan: a cache line
 enum { STEP_LANES = 128 }; // channels of a task where each sequence has one token
-enum { SCAN_CHUNK = 32, SCAN_SETS = 4, SCAN_WIDTH = SCAN_SETS * VL }; // see scan_backward()
+enum { SCAN_CHUNK = 32 };  // steps between stored states in scan_backward()
 
 typedef struct { // a task of the backward scan: the channels e0 .. e0 + width
     int e0, width;
@@ -844,12 +857,210 @@ typedef struct { // a task of the backward scan: the channels e0 .. e0 + width
 } ScanBlock;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 5 Kernels
-// Outputs first, then inputs, weights, sizes. Called by every thread of a team (see THREADS above).
+// 3 Plain operations
+// The leaves of the computation, each in its definition, the backward pass after the forward. Every
+// thread of a team calls them, and `omp for` shares the loop. Without OpenMP the pragmas mean
+// nothing and the code is the same.
+// cpu/ holds a fast form of each under the same name, which runs in their place. A build with
+// -DPLAIN leaves cpu/ out. Where both are built, the plain form of NAME is called NAME_plain, and
+// tests hold the fast form to it.
 
-// --- conv1d + SiLU: u_t = silu(bias + sum over k of conv[k] x_{t-K+1+k}), each channel by itself,
-// causal: the last tap meets the current input. The window of a sequence (K-1,E) holds the inputs
-// before t = 0 and becomes the last K-1 inputs.
+#ifdef PLAIN
+#define OPERATION static
+#else
+#define OPERATION UNUSED static inline // only tests call them
+#include "cpu/plain_names.h"
+#endif
+
+OPERATION float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+OPERATION float silu(float x) { return x * sigmoid(x); }
+OPERATION float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); } // expf ends at 88
+
+// --- RMSNorm: xn = x r weight with r = 1 / sqrt(mean(x^2) + eps)
+
+OPERATION float rms_factor(const float *x, float eps, int D) {
+    float squares = 0;
+    for (int d = 0; d < D; d++) squares += x[d] * x[d];
+    return 1 / sqrtf(squares / (float)D + eps);
+}
+
+// xn, x (T,D), rows ld apart; they may be the same array. weight (D), or NULL: none.
+OPERATION void rmsnorm(float *xn, const float *x, const float *weight, float eps, int T, int D,
+                       size_t ld) {
+#pragma omp for
+    for (int t = 0; t < T; t++) {
+        float r = rms_factor(x + t * ld, eps, D);
+        for (int d = 0; d < D; d++) xn[t * ld + d] = x[t * ld + d] * r * (weight ? weight[d] : 1);
+    }
+}
+
+// xn = x r weight:  d_x = r (d_xn weight - x r^2 mean(d_xn weight x));  d_weight += d_xn x r,
+// summed over t. d_x and d_xn may be the same array unless d->add.
+OPERATION void rmsnorm_backward(const NormGrad *d, const float *d_xn, const float *x,
+                                const float *weight, float eps, int T, int D, size_t ld) {
+#pragma omp for
+    for (int t = 0; t < T; t++) d->scale[t] = rms_factor(x + t * ld, eps, D);
+    if (weight) {
+#pragma omp for
+        for (int i = 0; i < D; i++)
+            for (int t = 0; t < T; t++)
+                d->d_weight[i] += d_xn[t * ld + i] * x[t * ld + i] * d->scale[t];
+    }
+#pragma omp for
+    for (int t = 0; t < T; t++) {
+        float r = d->scale[t], mean = 0;
+        for (int i = 0; i < D; i++)
+            mean += d_xn[t * ld + i] * (weight ? weight[i] : 1) * x[t * ld + i] / (float)D;
+        for (int i = 0; i < D; i++) {
+            size_t at = t * ld + i;
+            float d_x = r * (d_xn[at] * (weight ? weight[i] : 1) - x[at] * r * r * mean);
+            d->d_x[at] = d->add ? d->d_x[at] + d_x : d_x;
+        }
+    }
+}
+
+// out = a + b, all (T,D): the residual connection.
+OPERATION void add_rows(float *out, const float *a, const float *b, int T, int D) {
+#pragma omp for
+    for (int t = 0; t < T; t++)
+        for (size_t i = (size_t)t * D, end = i + D; i < end; i++) out[i] = a[i] + b[i];
+}
+
+// out (D) += the sum over t of x (T,D), rows ld apart: the gradient of what is added to every row.
+OPERATION void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
+#pragma omp for
+    for (int d = 0; d < D; d++)
+        for (int t = 0; t < T; t++) out[d] += x[t * ld + d];
+}
+
+// By one thread: the square of the length of x (n).
+OPERATION double sum_squares(const float *x, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+    return sum;
+}
+
+// --- the product with a matrix of weights
+
+OPERATION float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// One weight of a Q8 or Q4 matrix: its code times its scale. See the layout of tiles above.
+OPERATION float tile_weight(const Tensor *w, int row, int column) {
+    const int bits = code_bits(w->type), codes = 32 / bits; // codes a word
+    const size_t tile = (size_t)(row / TILE) * tiles_of((size_t)w->cols) + (size_t)(column / TILE);
+    const unsigned char *at = (const unsigned char *)w->data + tile * tile_bytes(w->type);
+    const int r = row % TILE, i = column % TILE;
+    uint16_t scale;
+    uint32_t word;
+    memcpy(&scale, at + r * sizeof scale, sizeof scale);
+    memcpy(&word, at + TILE_SCALES + (i / codes * TILE + r) * sizeof word, sizeof word);
+    // The last code of a word is in two's complement; with its sign bit turned it is like the rest.
+    int code = (int)((word ^ 0x80000000u) >> (i % codes * bits) & ((1u << bits) - 1));
+    return (float)(code - (1 << (bits - 1))) * float_of((uint32_t)scale << 16);
+}
+
+// out (n) = row `row` of w from column `from` on, as float32.
+OPERATION void tensor_widen(float *out, const Tensor *w, int row, int from, int n) {
+    const size_t at = (size_t)row * (size_t)w->cols + (size_t)from;
+    const uint16_t *halves = w->data;
+    for (int i = 0; i < n; i++) {
+        if (w->type == F32) out[i] = f32(w)[at + i];
+        else if (w->type == BF16) out[i] = float_of((uint32_t)halves[at + i] << 16);
+        else if (w->type ==
+                 F16) { // multiplied by 2^112: the biases of the exponents differ by that
+            uint32_t half = halves[at + i], sign = (half & 0x8000) << 16;
+            float magnitude = float_of((half & 0x7FFF) << 13) * 0x1p112f;
+            out[i] = sign ? -magnitude : magnitude;
+        } else out[i] = tile_weight(w, row, from + i);
+    }
+}
+
+// Scratch that matmul() needs: none here.
+OPERATION size_t matmul_floats(size_t T, size_t widest) { return 0 * T * widest; }
+
+// out (T,O) = x (T,I) W^T + bias: rows of out are ldo apart, those of x ldx. w (O,I) of any storage
+// type; bias (O) or NULL. A thread owns columns of out, so every weight is read once.
+OPERATION void matmul(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w,
+                      const float *bias, Rows rows) {
+    enum { AT_ONCE = 256 }; // inputs
+    const int O = w->rows, I = w->cols, T = rows.T;
+#pragma omp for
+    for (int o = 0; o < O; o++) {
+        for (int t = 0; t < T; t++) out[t * ldo + o] = bias ? bias[o] : 0;
+        for (int i0 = 0; i0 < I; i0 += AT_ONCE) {
+            float weights[AT_ONCE];
+            int n = I - i0 < AT_ONCE ? I - i0 : AT_ONCE;
+            tensor_widen(weights, w, o, i0, n);
+            for (int t = 0; t < T; t++) {
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int i = 0; i < n; i++) sum += x[t * ldx + i0 + i] * weights[i];
+                out[t * ldo + o] += sum;
+            }
+        }
+    }
+}
+
+// out = x W^T + bias:  d_x (T,I) = d_out W;  d_W (O,I) += d_out^T x;  d_bias (O) += the sum over t
+// of d_out. w is float32, as it is while training.
+OPERATION void matmul_backward(const MatmulGrad *d, const float *d_out, size_t ldo, const float *x,
+                               size_t ldx, const Tensor *w, Rows rows) {
+    const int O = w->rows, I = w->cols, T = rows.T;
+    const float *W = f32(w);
+    if (d->d_x) {
+#pragma omp for
+        for (int t = 0; t < T; t++) {
+            float *d_x = d->d_x + t * ldx;
+            for (int i = 0; i < I && !d->add; i++) d_x[i] = 0;
+            for (int o = 0; o < O; o++)
+                for (int i = 0; i < I; i++) d_x[i] += d_out[t * ldo + o] * W[(size_t)o * I + i];
+        }
+    }
+    if (d->d_W) {
+#pragma omp for
+        for (int o = 0; o < O; o++) {
+            float *d_W = d->d_W + (size_t)o * I;
+            for (int t = 0; t < T; t++)
+                for (int i = 0; i < I; i++) d_W[i] += d_out[t * ldo + o] * x[t * ldx + i];
+        }
+    }
+    if (d->d_bias) sum_rows(d->d_bias, d_out, ldo, T, O);
+}
+
+// --- cross-entropy
+
+// log(sum of exp(logits)), by one thread; the highest logit is taken out, so that exp stays finite.
+OPERATION double log_sum_exp(const float *logits, int V) {
+    float highest = logits[0];
+    for (int v = 1; v < V; v++) highest = logits[v] > highest ? logits[v] : highest;
+    double sum = 0;
+    for (int v = 0; v < V; v++) sum += exp((double)logits[v] - (double)highest);
+    return highest + log(sum);
+}
+
+// losses (T) = -log p(target), and logits (T,V) become their own gradient, weight * (p - 1 at the
+// target, p elsewhere). Both are zero where the target is -1.
+OPERATION void cross_entropy(float *losses, float *logits, const int32_t *targets, float weight,
+                             int T, int V) {
+#pragma omp for
+    for (int t = 0; t < T; t++) {
+        float *row = logits + (size_t)t * V;
+        int32_t target = targets[t];
+        double log_sum = log_sum_exp(row, V);
+        losses[t] = target < 0 ? 0 : (float)(log_sum - (double)row[target]);
+        for (int v = 0; v < V; v++)
+            row[v] = target < 0 ? 0 : weight * (float)exp((double)row[v] - log_sum);
+        if (target >= 0) row[target] -= weight;
+    }
+}
+
+// --- conv1d + SiLU: u_t = silu(c_t) with c_t = bias + sum over k of conv[k] x_{t-K+1+k}. Each
+// channel is by itself, and the last tap meets the current input: nothing looks ahead. The window
+// of a sequence (K-1,E) holds the inputs before t = 0 and becomes the last K-1 inputs.
 
 // x of sequence b at step t; before its start, from its window.
 static const float *conv_input(const Conv *c, const float *window, int b, int t) {
@@ -867,9 +1078,102 @@ static void conv_shift(const LayerState *seq, const Conv *c) {
                     (size_t)c->E * sizeof(float));
 }
 
-#include "cpu/rows.h"
-#include "cpu/quantized.h"
-#include "cpu/matmul.h"
+// c_t of one channel, before SiLU.
+OPERATION float conv_sum(const Conv *c, const float *window, int b, int t, int e) {
+    float sum = c->bias ? c->bias[e] : 0;
+    for (int k = 0; k < c->K; k++)
+        sum += c->conv_t[(size_t)k * c->E + e] * conv_input(c, window, b, t - c->K + 1 + k)[e];
+    return sum;
+}
+
+// u (B L,E); the windows of seq (B) move on.
+OPERATION void conv1d_silu(float *u, const LayerState *seq, const Conv *c) {
+#pragma omp for
+    for (int row = 0; row < c->B * c->L; row++)
+        for (int e = 0; e < c->E; e++) {
+            int b = row / c->L, t = row % c->L;
+            u[(size_t)row * c->E + e] = silu(conv_sum(c, seq[b].window, b, t, e));
+        }
+    conv_shift(seq, c);
+}
+
+// u = silu(c), and silu' = s (1 + c (1 - s)) with s = sigmoid(c):  d_c = d_u silu'(c);
+// d_x_t = sum over k of conv[k] d_c_{t+K-1-k};  d_conv[k] += sum over t of d_c_t x_{t-K+1+k};
+// d_bias += sum of d_c. c is computed again. window (B,K-1,E): as it was before the pass.
+OPERATION void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const float *window,
+                                    const Conv *c) {
+    const int L = c->L, E = c->E, K = c->K;
+#pragma omp for
+    for (int e = 0; e < E; e++)
+        for (int b = 0; b < c->B; b++) {
+            const float *before = window + (size_t)b * (K - 1) * E;
+            float *d_window = d->d_window + (size_t)b * (K - 1) * E, *d_c = d->d_c;
+            for (int t = 0; t < L; t++) {
+                float sum = conv_sum(c, before, b, t, e), s = sigmoid(sum);
+                float d_sum = d_u[((size_t)b * L + t) * E + e] * s * (1 + sum * (1 - s));
+                d_c[(size_t)t * E + e] = d_sum;
+                if (c->bias) d->d_bias[e] += d_sum;
+                for (int k = 0; k < K; k++)
+                    d->d_conv[(size_t)e * K + k] +=
+                        d_sum * conv_input(c, before, b, t - K + 1 + k)[e];
+            }
+            for (int t = 1 - K; t < L; t++) { // inputs before t = 0 are the window's
+                float d_x = 0;
+                for (int k = 0, later = t + K - 1; k < K; k++, later--)
+                    if (later >= 0 && later < L)
+                        d_x += c->conv_t[(size_t)k * E + e] * d_c[(size_t)later * E + e];
+                if (t >= 0) d->d_xz[((size_t)b * L + t) * 2 * E + e] = d_x;
+                else d_window[(size_t)(K - 1 + t) * E + e] = d_x;
+            }
+        }
+}
+
+// --- delta and the gate
+
+// delta = softplus(dt + dt_bias), in place.
+OPERATION void softplus_bias(float *delta, const float *dt_bias, Rows rows, int E) {
+#pragma omp for
+    for (int t = 0; t < rows.T; t++)
+        for (int e = 0; e < E; e++) {
+            size_t te = (size_t)t * E + e;
+            delta[te] = softplus(delta[te] + dt_bias[e]);
+        }
+}
+
+// softplus' = sigmoid, and sigmoid of the number whose softplus is delta is 1 - e^-delta: d_delta
+// becomes d_dt, in place.
+OPERATION void softplus_backward(float *d_delta, const float *delta, int T, int E) {
+#pragma omp for
+    for (int t = 0; t < T; t++)
+        for (size_t i = (size_t)t * E, end = i + E; i < end; i++) d_delta[i] *= -expm1f(-delta[i]);
+}
+
+// g = y silu(z), (T,E); g may be y. z is the second half of each row of xz (T,2E).
+OPERATION void gate(float *g, const float *y, const float *xz, Rows rows, int E) {
+#pragma omp barrier // scan() may not have waited for all threads
+#pragma omp for
+    for (int t = 0; t < rows.T; t++)
+        for (int e = 0; e < E; e++) {
+            size_t te = (size_t)t * E + e;
+            g[te] = y[te] * silu(xz[((size_t)t * 2 + 1) * E + e]);
+        }
+}
+
+// g = y silu(z):  d_y = d_g silu(z);  d_z = d_g y silu'(z), into the second half of d_xz. g is
+// computed again, for the gradient of out_proj. d_y may be d_g.
+OPERATION void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, const float *y,
+                             const float *xz, int T, int E) {
+#pragma omp for
+    for (int t = 0; t < T; t++)
+        for (int e = 0; e < E; e++) {
+            size_t te = (size_t)t * E + e, at_z = ((size_t)t * 2 + 1) * E + e;
+            float z = xz[at_z], s = sigmoid(z), d_g_te = d_g[te];
+            d_xz[at_z] = d_g_te * y[te] * s * (1 + z * (1 - s));
+            g[te] = y[te] * z * s;
+            d_y[te] = d_g_te * z * s;
+        }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 6 The scan
 // A continuous system h' = A h + B u, sampled with a step delta. Where A is diagonal, holding the
@@ -900,9 +1204,9 @@ static void conv_shift(const LayerState *seq, const Conv *c) {
 
 // The definition: channels e0 .. e1 through the rows row0 .. row1 of one sequence. h (N,E) is the
 // state before them and becomes the state after them. y (T,E) NULL: only the state is wanted.
-// elapsed (E), unless NULL, gets the sum of delta: a product of decays is exp(A * that sum).
-static inline void recurrence_plain(float *y, float *h, float *elapsed, const Scan *s, int e0,
-                                    int e1, int row0, int row1) {
+// elapsed (E), unless NULL, gets the sum of delta.
+OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int e0, int e1,
+                          int row0, int row1) {
     const size_t E = (size_t)s->E;
     for (int e = e0; e < e1 && elapsed; e++) elapsed[e] = 0;
     for (int t = row0; t < row1; t++)
@@ -919,7 +1223,56 @@ static inline void recurrence_plain(float *y, float *h, float *elapsed, const Sc
         }
 }
 
+// For the backward pass, which works on arrays (N,SCAN_WIDTH) of its task's channels: the state h
+// after a row from the state before it, and its decay unless NULL. h may be `before`.
+OPERATION void recurrence_again(float *h, float *decay, const float *before, const ScanBlock *k,
+                                const Scan *s, size_t row) {
+    for (int n = 0; n < s->N; n++)
+        for (int i = 0; i < k->width; i++) {
+            size_t at = (size_t)n * SCAN_WIDTH + i, te = row * s->E + k->e0 + i;
+            float a = expf(s->delta[te] * k->A[at]);
+            float inject = s->delta[te] * s->u[te] * s->B_ssm[row * s->ld_bc + n];
+            h[at] = a * before[at] + inject;
+            if (decay) decay[at] = a;
+        }
+}
+
+// One row back, by the equations below. k->g comes in as decay_{t+1} g_{t+1} and leaves as
+// decay_t g_t. h, decay: of this row; before: the state before it.
+OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float *d_y, const Scan *s,
+                                   size_t row, const float *h, const float *decay,
+                                   const float *before) {
+    const float *B = s->B_ssm + row * s->ld_bc, *C = s->C_ssm + row * s->ld_bc;
+    float *d_B = k->parts + row * 2 * s->N, *d_C = d_B + s->N;
+    memset(d_B, 0, 2 * (size_t)s->N * sizeof *d_B);
+    for (int i = 0; i < k->width; i++) {
+        size_t e = (size_t)(k->e0 + i), te = row * s->E + e;
+        float delta = s->delta[te], u = s->u[te], dy = d_y[te];
+        float d_u = s->D_skip[e] * dy, d_delta = 0;
+        k->d_D[i] += dy * u;
+        for (int n = 0; n < s->N; n++) {
+            size_t at = (size_t)n * SCAN_WIDTH + i;
+            float g = C[n] * dy + k->g[at], d_decay = g * before[at];
+            d_C[n] += dy * h[at];
+            d_B[n] += g * delta * u;
+            d_u += g * delta * B[n];
+            d_delta += d_decay * decay[at] * k->A[at] + g * B[n] * u;
+            k->d_A[at] += d_decay * decay[at] * delta;
+            k->g[at] = decay[at] * g;
+        }
+        d->d_u[te] = d_u;
+        d->d_delta[te] = d_delta;
+    }
+}
+
+// The plain operations end here.
+#ifndef PLAIN
+#include "cpu/fast_names.h"
+#include "cpu/rows.h"
+#include "cpu/quantized.h"
+#include "cpu/matmul.h"
 #include "cpu/scan.h"
+#endif
 
 // Time is cut into pieces only where channels run out: E / SCAN_LANES blocks of channels for
 // SCAN_TASKS threads. Cutting makes every piece but one walk twice. The shapes alone decide, never
@@ -1847,7 +2200,7 @@ static float round_bf16(float x) { // to the nearest, ties to even
 
 // The code of weight w: w / scale to the nearest whole number, ties to even, by the constant that
 // exp_vec rounds with.
-INLINE float code_of(float w, float scale, Type type) {
+static inline float code_of(float w, float scale, Type type) {
     float code = w / (scale == 0 ? 1 : scale) + 12582912.0f;
     code -= 12582912.0f;
     float lowest = type == Q8 ? -127 : -8, highest = type == Q8 ? 127 : 7;
@@ -4905,42 +5258,43 @@ static double median(double *values, int n) {
 
 static volatile float bench_sink; // keeps the compiler from dropping what is only timed
 
-// Bytes per second that `threads` threads read together, each its own part of a buffer far larger
-// than the caches.
+#ifndef PLAIN
+#include "cpu/ceilings.h"
+#else
 static double read_bandwidth(const float *buffer, size_t floats, int threads) {
     double start = seconds();
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int part = 0; part < 256; part++) {
         const float *p = buffer + floats / 256 * (size_t)part;
-        vec sum[4] = {splat(0), splat(0), splat(0), splat(0)};
-        for (size_t i = 0; i + 4 * VL <= floats / 256; i += 4 * VL)
-            for (int k = 0; k < 4; k++) sum[k] += load(p + i + k * VL);
-        bench_sink = sum_lanes(sum[0] + sum[1] + sum[2] + sum[3]);
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (size_t i = 0; i < floats / 256; i++) sum += p[i];
+        bench_sink = sum;
     }
     return (double)floats * sizeof(float) / (seconds() - start);
 }
 
-// Multiply-adds of the product's own inner loop on data that stays in the cache, times two:
-// operations per second.
 static double multiply_rate(int threads) {
-    enum { ROUNDS = 4000, DEPTH = 128 };
+    enum { ROUNDS = 100000, LENGTH = 1024 };
     double start = seconds();
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int part = 0; part < threads; part++) {
-        float a[DEPTH * MR], b[DEPTH * NR], tile[MR * NR];
-        for (int i = 0; i < DEPTH * MR; i++) a[i] = (float)(i % 7);
-        for (int i = 0; i < DEPTH * NR; i++) b[i] = (float)(i % 5);
-        for (int i = 0; i < ROUNDS; i++) {
-            a[i % (DEPTH * MR)] += 1; // no two rounds are the same
-            micro_kernel(tile, a, b, DEPTH);
-            bench_sink =
-                tile[i % (MR * NR)]; // any of them, or the compiler would only compute the one
+        float a[LENGTH], b[LENGTH];
+        for (int i = 0; i < LENGTH; i++) a[i] = b[i] = (float)(i % 7);
+        for (int round = 0; round < ROUNDS; round++) {
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int i = 0; i < LENGTH; i++) sum += a[i] * b[i];
+            bench_sink = sum;
+            a[round % LENGTH] += 1; // no two rounds are the same
         }
     }
-    return 2.0 * ROUNDS * DEPTH * MR * NR * threads / (seconds() - start);
+    return 2.0 * ROUNDS * LENGTH * threads / (seconds() - start);
 }
+#define recurrence_plain recurrence
+#endif
 
 COLD
 enum { BENCH_PROMPT = 512, BENCH_DECODE = 16, BENCH_BATCH = 8, BENCH_MAX = 101 };

@@ -80,12 +80,13 @@ static const struct {
 } TYPE_KERNELS[N_TYPES] = {{dots_f32, widen_f32, NULL, NULL, NULL},
                            {dots_f16, widen_f16, NULL, NULL, NULL},
                            {dots_bf16, widen_bf16, NULL, NULL, NULL},
-                           {NULL, widen_q8, prepare_q8, dots_q8, unpack_q8},
-                           {NULL, widen_q4, prepare_q4, dots_q4, unpack_q4}};
+                           {NULL, NULL, prepare_q8, dots_q8, unpack_q8},
+                           {NULL, NULL, prepare_q4, dots_q4, unpack_q4}};
 
 // out (n) = weights from.. of row `row` of w.
 static void tensor_widen(float *out, const Tensor *w, int row, int from, int n) {
-    TYPE_KERNELS[w->type].widen(out, w->data, (size_t)w->cols, (size_t)row, from, n);
+    if (is_quantized(w->type)) tensor_widen_plain(out, w, row, from, n);
+    else TYPE_KERNELS[w->type].widen(out, w->data, (size_t)w->cols, (size_t)row, from, n);
 }
 
 // --- matmul: out (L,O) = x (L,I) W^T (+ bias), W (O,I) of any storage type; rows of x are ldx
@@ -109,7 +110,6 @@ static void tensor_widen(float *out, const Tensor *w, int row, int from, int n) 
 #endif
 #define KC 512
 #define PRODUCT_TASKS 32 // at least so many tasks for a team, where the rows allow it
-#define MATMUL_FEW 4     // below this many rows, packing costs more than it saves
 
 static const void *tensor_row(const Tensor *w, int row) {
     return (const char *)w->data + (size_t)row * (size_t)w->cols * type_bytes(w->type);
@@ -456,4 +456,3 @@ static void matmul_backward(const MatmulGrad *d, const float *d_out, size_t ldo,
     }
     if (d->d_bias) sum_rows(d->d_bias, d_out, ldo, T, O);
 }
-

@@ -107,27 +107,6 @@ INLINE void tile_unpack(float *panel, const unsigned char *tile, int r, int tile
         }
 }
 
-INLINE void tile_widen(float *out, const void *data, size_t ld, size_t row, int from, int n,
-                       int bits) {
-    size_t bytes = TILE_SCALES + (size_t)bits * TILE * 4, r = row % TILE;
-    const unsigned char *panel = (const unsigned char *)data + row / TILE * tiles_of(ld) * bytes;
-    for (int k = from; k < from + n; k++) {
-        const unsigned char *tile = panel + (size_t)(k / TILE) * bytes;
-        uint32_t word;
-        half upper;
-        memcpy(&upper, tile + r * sizeof upper, sizeof upper);
-        memcpy(&word,
-               tile + TILE_SCALES + ((size_t)(k % TILE / (32 / bits)) * TILE + r) * sizeof word,
-               sizeof word);
-        int code = (int)((word ^ 0x80000000u) >> (k % (32 / bits) * bits) & ((1u << bits) - 1)) -
-                   (1 << (bits - 1));
-        uint32_t scale_bits = (uint32_t)upper << 16;
-        float scale;
-        memcpy(&scale, &scale_bits, sizeof scale);
-        out[k - from] = (float)code * scale;
-    }
-}
-
 #define TILE_KERNELS(name, bits) \
     static void prepare_##name(float *xs, float *start, const float *x, int n) { \
         tile_prepare(xs, start, x, n, bits); \
@@ -143,11 +122,6 @@ INLINE void tile_widen(float *out, const void *data, size_t ld, size_t row, int 
     } \
     static void unpack_##name(float *panel, const unsigned char *tile, int r, int tiles) { \
         tile_unpack(panel, tile, r, tiles, bits); \
-    } \
-    static void widen_##name(float *out, const void *data, size_t ld, size_t row, int from, \
-                             int n) { \
-        tile_widen(out, data, ld, row, from, n, bits); \
     }
 TILE_KERNELS(q8, 8)
 TILE_KERNELS(q4, 4)
-

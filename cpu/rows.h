@@ -323,4 +323,3 @@ static void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, c
             store_n(d_y + te, dg * z * s, n);
         }
 }
-

@@ -133,4 +133,3 @@ static void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float *d_
         store_n(d_delta + i * VL, d_dt[i], lanes_left(i * VL, width));
     }
 }
-

@@ -67,7 +67,8 @@ typedef uint16_t hvec;
 #define LANES_OF(type, v) ((type)(v))
 #define MASK(condition) (-(ivec)(condition))
 #endif
-#define PAIR (2 * VL) // what the product of few rows takes at a time
+#define PAIR (2 * VL)                                // what the product of few rows takes at a time
+enum { SCAN_SETS = 4, SCAN_WIDTH = SCAN_SETS * VL }; // channels of a task of the backward scan
 
 #if defined(__has_builtin) // gcc from 12, clang
 #if __has_builtin(__builtin_shufflevector)
@@ -261,8 +262,6 @@ INLINE vec one_minus_exp_minus(vec x) {
 // --- storage types: VL weights to float32. A new type adds its reader and a line in TYPE_KERNELS;
 // nothing else changes.
 
-typedef uint16_t half;
-
 INLINE vec read_f32(const float *p) { return load(p); }
 // VL halves, each as the upper half of 32 bits, the lower one 0.
 INLINE uvec load_halves(const half *p) {
@@ -287,4 +286,3 @@ INLINE vec from_f16(uvec wide) {
 }
 INLINE vec read_bf16(const half *p) { return from_bf16(load_halves(p)); }
 INLINE vec read_f16(const half *p) { return from_f16(load_halves(p)); }
-
