@@ -1,0 +1,173 @@
+// ---------------------------------------------------------------------------------------------------------------------
+// 1 Errors, checked sizes, bytes
+// A failing function says why with fail() and returns; only main exits. Sizes that come from a file
+// saturate instead of wrapping, so one comparison with the file's length catches every overflow.
+// Files are read byte by byte: any machine reads the same little-endian file.
+
+static char error_text[512];
+
+static int fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(error_text, sizeof error_text, format, args);
+    va_end(args);
+    return -1;
+}
+
+// The last error again, with the name of the file or argument that it came from before it.
+static int fail_in(const char *where) {
+    char why[sizeof error_text];
+    memcpy(why, error_text, sizeof why);
+    return fail("%.200s: %.300s", where, why);
+}
+
+// Why the last call failed: one sentence, no newline.
+const char *mamba_error(void) { return error_text; }
+
+static size_t size_mul(size_t a, size_t b) { return a && b > SIZE_MAX / a ? SIZE_MAX : a * b; }
+static size_t size_add(size_t a, size_t b) { return b > SIZE_MAX - a ? SIZE_MAX : a + b; }
+
+// Zeroed memory aligned for vectors and cache lines; NULL after fail(). Freed by free_aligned().
+static void *alloc_aligned(size_t bytes) {
+    const size_t align = 64;
+    char *base = bytes > SIZE_MAX - 2 * align ? NULL : calloc(1, bytes + 2 * align);
+    if (!base) {
+        fail("out of memory: could not get %zu bytes", bytes);
+        return NULL;
+    }
+#ifdef MADV_HUGEPAGE
+    // Large arrays on pages of 2 MB: from 4 kB pages weights stream a quarter slower and more
+    // (doc/SPEED.md).
+    if (bytes >= (size_t)8 << 20)
+        madvise(base + (4096 - (uintptr_t)base % 4096), bytes - 4096, MADV_HUGEPAGE);
+#endif
+    char *p =
+        base + align - ((uintptr_t)base % align) + align; // room for the base pointer just below
+    memcpy(p - sizeof base, &base, sizeof base);
+    return p;
+}
+
+static void free_aligned(void *p) {
+    char *base;
+    if (!p) return;
+    memcpy(&base, (char *)p - sizeof base, sizeof base);
+    free(base);
+}
+
+static uint32_t u32_at(const unsigned char *p) {
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+static uint64_t u64_at(const unsigned char *p) { return u32_at(p) | (uint64_t)u32_at(p + 4) << 32; }
+static float f32_at(const unsigned char *p) {
+    uint32_t bits = u32_at(p);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+static void put_u32(unsigned char *p, uint32_t value) {
+    for (int i = 0; i < 4; i++) p[i] = (unsigned char)(value >> (8 * i));
+}
+static void put_u64(unsigned char *p, uint64_t value) {
+    put_u32(p, (uint32_t)value);
+    put_u32(p + 4, (uint32_t)(value >> 32));
+}
+
+static bool host_is_little_endian(void) {
+    const uint16_t one = 1;
+    unsigned char first;
+    memcpy(&first, &one, 1);
+    return first == 1;
+}
+
+// Reverses the bytes of every `width`-byte element on a big-endian host; nothing on a little-endian
+// one.
+static void fix_endian(void *data, size_t bytes, size_t width) {
+    if (host_is_little_endian()) return;
+    unsigned char *p = data;
+    for (size_t i = 0; i + width <= bytes; i += width)
+        for (size_t lo = 0, hi = width - 1; lo < hi; lo++, hi--) {
+            unsigned char swap = p[i + lo];
+            p[i + lo] = p[i + hi];
+            p[i + hi] = swap;
+        }
+}
+
+// CRC-32 (polynomial 0xEDB88320, zlib's), eight bytes a step: start with crc = 0 and feed pieces in
+// order.
+static uint32_t crc32_of(uint32_t crc, const void *data, size_t bytes) {
+    static uint32_t table[8][256];
+    if (!table[7][255]) { // row 0 is the bytewise table, row k is row 0 applied k more times
+        for (int i = 0; i < 256; i++) {
+            uint32_t c = (uint32_t)i;
+            for (int bit = 0; bit < 8; bit++) c = c & 1 ? 0xEDB88320u ^ (c >> 1) : c >> 1;
+            table[0][i] = c;
+        }
+        for (int k = 1; k < 8; k++)
+            for (int i = 0; i < 256; i++)
+                table[k][i] = table[0][table[k - 1][i] & 255] ^ (table[k - 1][i] >> 8);
+    }
+    const unsigned char *p = data;
+    crc = ~crc;
+    for (; bytes >= 8; bytes -= 8, p += 8) {
+        uint32_t lo = crc ^ u32_at(p), hi = u32_at(p + 4);
+        crc = table[7][lo & 255] ^ table[6][lo >> 8 & 255] ^ table[5][lo >> 16 & 255] ^
+              table[4][lo >> 24] ^ table[3][hi & 255] ^ table[2][hi >> 8 & 255] ^
+              table[1][hi >> 16 & 255] ^ table[0][hi >> 24];
+    }
+    for (; bytes; bytes--) crc = table[0][(crc ^ *p++) & 255] ^ (crc >> 8);
+    return ~crc;
+}
+
+// A file in memory: mapped, read-only, where the platform can; else read (big-endian hosts too,
+// which swap it in place).
+static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
+    *mapped = false;
+#ifdef MAMBA_POSIX
+    int fd = open(path, O_RDONLY | O_NONBLOCK); // a FIFO without a writer would wait here
+    struct stat info;
+    if (fd < 0) return fail("%s: %s", path, strerror(errno)), NULL;
+    if (fstat(fd, &info) || !S_ISREG(info.st_mode)) {
+        close(fd);
+        return fail("%s: not a regular file", path), NULL;
+    }
+    *bytes = (size_t)info.st_size;
+    bool fits = *bytes > 0 && (uintmax_t)info.st_size <= SIZE_MAX / 2;
+    if (fits && host_is_little_endian()) {
+        void *p = mmap(NULL, *bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+        if (p != MAP_FAILED) {
+            close(fd);
+            *mapped = true;
+            return p;
+        }
+    }
+    close(fd);
+#endif
+    FILE *f = fopen(path, "rb");
+    if (!f) return fail("%s: %s", path, strerror(errno)), NULL;
+    unsigned char *data = NULL;
+    long length = fseek(f, 0, SEEK_END) ? -1 : ftell(f);
+    if (length < 0) fail("%s: cannot find its length", path);
+    else if ((data = alloc_aligned((size_t)length))) {
+        rewind(f);
+        if (fread(data, 1, (size_t)length, f) != (size_t)length) {
+            fail("%s: read error", path);
+            free_aligned(data);
+            data = NULL;
+        }
+        *bytes = (size_t)length;
+    }
+    fclose(f);
+    return data;
+}
+
+static void file_unmap(unsigned char *data, size_t bytes, bool mapped) {
+#ifdef MAMBA_POSIX
+    if (mapped) {
+        munmap(data, bytes);
+        return;
+    }
+#endif
+    (void)bytes, (void)mapped;
+    free_aligned(data);
+}
+
