@@ -213,22 +213,22 @@ kill -9 $pid 2> /dev/null && bad "a pipe named .tmp does not hang" \
     || ok "a pipe named .tmp does not hang"
 wait $pid 2> /dev/null
 rm "$files"/*
-"$mamba" $model "x" -n 2 -t 0 --save-state "$dir/plain" > /dev/null 2>&1
+"$mamba" $model "x" -n 2 -t 0 -s 1 --save-state "$dir/plain" > /dev/null 2>&1
 echo old > "$files/s"
 chmod 640 "$files/s"
 mkdir "$files/sub"
 ln -s ../s "$files/sub/link"
-"$mamba" $model "x" -n 2 -t 0 --save-state "$files/sub/link" > /dev/null 2>&1
+"$mamba" $model "x" -n 2 -t 0 -s 1 --save-state "$files/sub/link" > /dev/null 2>&1
 [ -L "$files/sub/link" ] && cmp -s "$files/s" "$dir/plain" \
     && ok "through a link: the file that it names is written" || bad "through a link"
 same "the mode of the old file" "$(ls -l "$files/s" | cut -c1-10)" "-rw-r-----"
 rm "$files/s"
-"$mamba" $model "x" -n 2 -t 0 --save-state "$files/sub/link" > /dev/null 2>&1
+"$mamba" $model "x" -n 2 -t 0 -s 1 --save-state "$files/sub/link" > /dev/null 2>&1
 [ -L "$files/sub/link" ] && cmp -s "$files/s" "$dir/plain" && ok "through a link to nothing yet" \
     || bad "through a link to nothing yet"
 same "no temporary stays" "$(ls "$files" "$files/sub" | grep -c 'tmp$')" 0
 long=$(head -c 250 /dev/zero | tr '\0' n)
-"$mamba" $model "x" -n 2 -t 0 --save-state "$files/$long" > /dev/null 2>&1
+"$mamba" $model "x" -n 2 -t 0 -s 1 --save-state "$files/$long" > /dev/null 2>&1
 same_file "a name of 250 bytes" "$files/$long" "$dir/plain"
 rm -r "$files"/*
 torn=0
@@ -287,10 +287,10 @@ cp "$dir/text" "$files/t"
 "$mamba" logits $model - -o "$files/t" < "$files/t" > /dev/null 2> "$dir/err"
 same "logits onto the file on stdin: status 1, it stays" "$? $(cat "$files/t")" \
     "1 $(cat "$dir/text")"
-"$mamba" $model "x" -n 2 -t 0 --save-state "$files/s" > /dev/null 2>&1
+"$mamba" $model "x" -n 2 -t 0 -s 1 --save-state "$files/s" > /dev/null 2>&1
 "$mamba" $model "" -n 3 -t 0 --load-state "$files/s" --save-state "$files/s" > /dev/null 2> \
     "$dir/err"
-"$mamba" $model "x" -n 5 -t 0 --save-state "$files/whole" > /dev/null 2>&1
+"$mamba" $model "x" -n 5 -t 0 -s 1 --save-state "$files/whole" > /dev/null 2>&1
 same_file "a state goes on in place" "$files/s" "$files/whole"
 printf 'x\n/save %s\n/save \n/save %s\n' "$files/m" "$files/live" | "$mamba" "$files/m" -n 2 > \
     /dev/null 2> "$dir/err"

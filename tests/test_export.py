@@ -957,7 +957,7 @@ class Output(Case):
         self.checkpoint(Sizes(V=20000))
         code = ("import os, runpy, signal, sys, zlib\n"
                 f"sys.path.insert(0, os.path.dirname({EXPORT!r}))\n"
-                "crc, calls = zlib.crc32, []\n"                              # killed while it writes
+                "crc, calls = zlib.crc32, []\n"    # killed while it writes
                 "def crc32(*a):\n"
                 "    calls.append(0)\n"
                 "    if len(calls) == 5: os.kill(os.getpid(), signal.SIGTERM)\n"
