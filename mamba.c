@@ -1178,7 +1178,7 @@ KERNELS_OF(bf16, half)
 enum {
     X_BLOCK = 4096,
     TILES_AT_ONCE = VL > 4 ? 4 : 8
-}; // inputs that are prepared at a time; rows of x that share a conversion
+};                  // inputs that are prepared at a time; rows of x that share a conversion
 #define NR (2 * VL) // rows of W in a packed panel, see matmul
 
 INLINE uint32_t code_mask(int j, int bits) { return (uint32_t)((1 << bits) - 1) << (bits * j); }
