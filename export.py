@@ -85,15 +85,15 @@ def read_exactly(f, n, path):
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """A file that appears under its name only when it is complete and on the disk. A path that is a link stays one:
-    the file that it names is replaced. The mode of an existing file is kept."""
+    """A file that appears under its name only when it is complete and on the disk. A path that is a
+    link stays one: the file that it names is replaced. The mode of an existing file is kept."""
     if os.path.isdir(path):
         raise ExportError(f"{path} is a directory; name the file to write")
     if os.path.exists(path) and not os.path.isfile(path):                    # a device would be replaced by the file
         raise ExportError(f"{path} is no regular file; name the file to write")
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
-    prefix, temporary = f".{name[:40]}.", None                              # a file's name has at most 255 bytes
+    prefix, temporary = f".{name[:40]}.", None        # a file's name has at most 255 bytes
     try:
         fd, temporary = tempfile.mkstemp(prefix=prefix, dir=folder)
         with os.fdopen(fd, "wb") as f:
@@ -123,12 +123,13 @@ class Discarded(Exception):
 
 
 def check_output(path, inputs):
-    """Before the work begins: path can be written, and it is none of the inputs, by whatever name."""
+    """Before the work begins: path can be written, and is none of the inputs by another name."""
     if not path:
         raise ExportError("the output needs a name that is not empty")
     for name in inputs:
         if os.path.exists(path) and os.path.exists(name) and os.path.samefile(path, name):
-            raise ExportError(f"{path}: that is an input, {name}; choose another name for the output")
+            raise ExportError(f"{path}: that is an input, {name}; "
+                              "choose another name for the output")
     with contextlib.suppress(Discarded), atomic_file(path):
         raise Discarded
 
@@ -1039,7 +1040,8 @@ def write_safetensors(path, m, dtype, f, source, tensors_offset):
     progress(0, 0, "")
 
 
-HF_FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+HF_FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+            "tokenizer_config.json")
 
 
 def to_transformers(source, folder, force):
@@ -1122,16 +1124,19 @@ def find_tokenizer(choice, folder):
 
 
 # files of a checkpoint: none of them may become the output, read or not
-CHECKPOINT_FILE = re.compile(r"(config|generation_config|tokenizer|.*\.index)\.json$|.*\.safetensors$|pytorch_model.*\.bin$")
+CHECKPOINT_FILE = re.compile(r"(config|generation_config|tokenizer|.*\.index)\.json$|"
+                             r".*\.safetensors$|pytorch_model.*\.bin$")
 
 
 def to_bin(source, target, dtype, tokenizer):
-    check_output(target, [])                                                # before a download
+    check_output(target, [])                          # before a download
     folder = fetch(source)
     config_path, generation_path = (os.path.join(folder, name) for name in ("config.json", "generation_config.json"))
-    check_output(target, [os.path.join(folder, name) for name in os.listdir(folder) if CHECKPOINT_FILE.match(name)]
-                 + ([os.path.join(tokenizer, "tokenizer.json") if os.path.isdir(tokenizer) else tokenizer]
-                    if tokenizer and tokenizer != "bytes" else []))
+    inputs = [os.path.join(folder, name) for name in os.listdir(folder)
+              if CHECKPOINT_FILE.match(name)]
+    if tokenizer and tokenizer != "bytes":
+        inputs += [tokenizer, os.path.join(tokenizer, "tokenizer.json")]    # a file, or its folder
+    check_output(target, inputs)
     config = Fields(read_json(config_path), config_path)
     generation = Fields(read_json(generation_path) if os.path.exists(generation_path) else {}, generation_path)
     refuse_what_is_not_mamba(config)
@@ -1148,7 +1153,7 @@ def to_bin(source, target, dtype, tokenizer):
         raise ExportError(f"the tokenizer's ids go up to {n_ids - 1}, but the model's vocabulary is {m.V}: "
                           "it belongs to another model")
     pairs = match_tensors(m, open_checkpoint(folder), folder)
-    check_output(target, {tensor.path for _, tensor in pairs})              # shards, whatever their names
+    check_output(target, {tensor.path for _, tensor in pairs})    # shards, whatever their names
     write_model(target, m, pairs, blob, dtype or stored_dtype(pairs))
 
 
@@ -1181,7 +1186,7 @@ def run(arguments):
 
 
 def main():
-    for name in ("SIGTERM", "SIGHUP"):                                      # as Ctrl-C: no temporary file stays
+    for name in ("SIGTERM", "SIGHUP"):                # as Ctrl-C: no temporary file stays
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))

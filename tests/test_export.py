@@ -900,27 +900,31 @@ class Output(Case):
         tokenizer, precious = os.path.join(self.dir, "t.json"), {}
         def files():
             return {n: open(os.path.join(self.src, n), "rb").read() for n in os.listdir(self.src)}
-        for weights_file in ("model.safetensors", "odd.weights"):            # the second: a shard of any name
+        for weights_file in ("model.safetensors", "odd.weights"):    # the second: a shard
             self.checkpoint(s)
             if weights_file != "model.safetensors":
-                os.rename(os.path.join(self.src, "model.safetensors"), os.path.join(self.src, weights_file))
+                os.rename(os.path.join(self.src, "model.safetensors"),
+                          os.path.join(self.src, weights_file))
                 index = {"weight_map": dict.fromkeys(weights(s), weights_file)}
                 write(os.path.join(self.src, "model.safetensors.index.json"), index)
             precious = files()
             link = os.path.join(self.dir, "link")
             for name in precious:
                 os.symlink(os.path.join(self.src, name), link)
-                for target in (os.path.join(self.src, name), os.path.join(self.src, "..", "src", name), link):
+                path = os.path.join(self.src, name)
+                for target in (path, os.path.join(self.src, "..", "src", name), link):
                     self.bad("that is an input", "choose another name",
                              arguments=(self.src, target, "--tokenizer", "bytes"))
                 os.unlink(link)
             self.assertEqual(precious, files())
-            self.good(self.src, os.path.join(self.src, "model.bin"), "--tokenizer", "bytes")    # beside them is fine,
-            self.good(self.src, os.path.join(self.src, "model.bin"), "--tokenizer", "bytes")    # also once more
-            os.unlink(os.path.join(self.src, "model.bin"))
+            beside = os.path.join(self.src, "model.bin")
+            self.good(self.src, beside, "--tokenizer", "bytes")
+            self.good(self.src, beside, "--tokenizer", "bytes")      # an old output is no input
+            os.unlink(beside)
         write(tokenizer, b"{}")
         self.bad(tokenizer, "that is an input", arguments=(tokenizer, tokenizer))
-        self.bad(tokenizer, "that is an input", arguments=(self.src, tokenizer, "--tokenizer", tokenizer))
+        self.bad(tokenizer, "that is an input",
+                 arguments=(self.src, tokenizer, "--tokenizer", tokenizer))
         self.assertEqual(open(tokenizer, "rb").read(), b"{}")
         self.bad("not empty", arguments=(self.src, "", "--tokenizer", "bytes"))
         out = os.path.join(self.dir, "out")
@@ -937,7 +941,8 @@ class Output(Case):
     def test_link_and_mode_stay(self):
         self.checkpoint(VARIANTS["plain"])
         self.good()
-        whole, real, link = open(self.bin, "rb").read(), os.path.join(self.dir, "real"), os.path.join(self.dir, "link")
+        whole = open(self.bin, "rb").read()
+        real, link = os.path.join(self.dir, "real"), os.path.join(self.dir, "link")
         write(real, b"old")
         os.chmod(real, 0o604)
         os.symlink("real", link)
@@ -950,13 +955,15 @@ class Output(Case):
 
     def test_killed(self):
         self.checkpoint(Sizes(V=20000))
-        code = ("import os, runpy, signal, sys; sys.path.insert(0, os.path.dirname(sys.argv[0])); import numpy, zlib;"
-                "crc = zlib.crc32; calls = [0]\n"
+        code = ("import os, runpy, signal, sys, zlib\n"
+                f"sys.path.insert(0, os.path.dirname({EXPORT!r}))\n"
+                "crc, calls = zlib.crc32, []\n"    # killed while it writes
                 "def crc32(*a):\n"
-                "    calls[0] += 1\n"
-                "    if calls[0] == 5: os.kill(os.getpid(), signal.SIGTERM)\n"                 # while it writes
+                "    calls.append(0)\n"
+                "    if len(calls) == 5: os.kill(os.getpid(), signal.SIGTERM)\n"
                 "    return crc(*a)\n"
-                f"zlib.crc32 = crc32; sys.argv[0] = {EXPORT!r}; runpy.run_path({EXPORT!r}, run_name='__main__')")
+                "zlib.crc32 = crc32\n"
+                f"runpy.run_path({EXPORT!r}, run_name='__main__')")
         command = [sys.executable, "-c", code, self.src, self.bin, "--tokenizer", "bytes"]
         result = subprocess.run(command, capture_output=True, text=True)
         self.assertEqual((result.returncode, os.listdir(self.dir)), (143, ["src"]), result.stderr)
