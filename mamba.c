@@ -968,15 +968,150 @@ static Model *blank_model(const Config *config) {
 
 COLD_END
 // ---------------------------------------------------------------------------------------------------------------------
+// Sequences, activations, training: what a pass works with
+
+typedef struct {   // what one layer remembers of one sequence
+    float *window; // (K-1,E) the last inputs of the convolution
+    float *h;      // (N,E) the SSM state
+} LayerState;
+
+typedef struct State { // one sequence at one moment; a single allocation, made of plain numbers
+    uint64_t position; // tokens read
+    uint64_t random;   // state of the sampler's generator
+    uint64_t floats;   // how many numbers follow
+    int32_t recent[RECENT], n_recent;
+    Utf8Pending pending;
+    struct Acts
+        *newer_on; // whose GPU has newer conv and h than are here; NULL: these are the newest
+    float *logits; // (V) after the last token
+    float *conv;   // (n_layer,K-1,E)
+    float *h;      // (n_layer,N,E)
+    float data[];
+} State;
+
+// The arrays that a layer writes in a pass over B sequences of L tokens: T = B L rows, one sequence
+// after the other. Prefill and step use one Work for all layers. Training has one a layer, because
+// the backward pass needs what the forward pass computed.
+typedef struct Work {
+    float *res;          // (T,D) residual stream before the layer
+    float *next;         // (T,D) after it; may be res
+    float *xn;           // (T,D) res after RMSNorm; at the end of the layer out_proj's output
+    float *xz;           // (T,2E) in_proj's output: [x | z]
+    float *u;            // (T,E) silu(conv(x))
+    float *raw;          // (T,P) x_proj's output before FalconMamba's norms; may be xdb
+    float *xdb;          // (T,P) [dt_low | B_ssm | C_ssm]
+    float *delta;        // (T,E)
+    float *y;            // (T,E) the scan's output
+    float *g;            // (T,E) y silu(z); may be y
+    float *packed;       // matmul_floats() of scratch
+    float *carry;        // scan_carry_floats() of scratch; NULL: the scan takes time in one piece
+    const int32_t *ids;  // (T) the tokens
+    float *selection;    // (T) or NULL: gets the mean of delta over the channels
+    int selection_layer; // of this layer; -1: of all layers
+    bool state_only;     // nobody reads the residual stream after the last layer
+    bool one_each;       // the next layer's Work follows; else all layers use this one
+} Work;
+
+// Tokens that prefill takes at a time, so that memory does not depend on the prompt's length. Many,
+// because the weights are read and packed once a piece. Wide models take fewer, so that a piece
+// stays within some hundred megabytes.
+enum { PIECE_MAX = 512, PIECE_MIN = 32 };
+enum { LOGIT_ROWS = 32 }; // positions whose logits exist at a time
+enum { BATCH_MAX = 32 };  // sequences of one step
+
+typedef struct Acts { // what one pass at a time over one model needs
+    int threads;      // team size
+    int piece;        // rows that the arrays of work have room for
+    Work work;
+    LayerState *seq;  // (n_layer,B) of the sequences of the pass
+    float *logits;    // (LOGIT_ROWS,V)
+    float *probs;     // (V) the sampler's scratch
+    int32_t *order;   // (V) the sampler's scratch
+    float *selection; // (n) of the next prefill, or NULL, see mamba_selection()
+    Gpu *gpu;         // NULL: everything runs on the processor
+    State *gpu_state; // the state that the GPU holds
+    void *arena;
+} Acts;
+
+// --- arguments that belong together, for operations and their backward passes
+
+typedef struct {   // the rows of a product
+    int T;         // how many
+    bool step;     // one token of each of T sequences: a row's bits must not depend on the others
+    float *packed; // matmul_floats() of scratch
+} Rows;
+
+typedef struct {     // what rmsnorm_backward() writes
+    float *d_x;      // (T,D), rows as far apart as those of x
+    bool add;        // d_x += instead of =
+    float *d_weight; // (D) +=; not used where the norm has no weight
+    float *scale;    // (T) scratch
+} NormGrad;
+
+typedef struct {   // what matmul_backward() writes; NULL: not wanted
+    float *d_x;    // (T,I), rows as far apart as those of x
+    bool add;      // d_x += instead of =
+    float *d_W;    // (O,I) +=
+    float *d_bias; // (O) +=
+} MatmulGrad;
+
+typedef struct {         // the convolution of a layer over B sequences of L tokens
+    const float *xz;     // (B L,2E): its input x is the first half of each row
+    const float *conv_t; // (K,E)
+    const float *bias;   // (E) or NULL
+    int B, L, E, K;
+} Conv;
+
+typedef struct {     // what conv1d_silu_backward() writes
+    float *d_xz;     // (B L,2E): the first half of each row =
+    float *d_conv;   // (E,K) +=
+    float *d_bias;   // (E) +=
+    float *d_window; // (B,K-1,E) =
+    float *d_c;      // (L,E) scratch
+} ConvGrad;
+
+typedef struct {                // the scan of a layer over B sequences of L tokens, T = B L
+    const float *u, *delta;     // (T,E)
+    const float *A_neg;         // (N,E)
+    const float *B_ssm, *C_ssm; // (T,N), rows ld_bc apart
+    const float *D_skip;        // (E)
+    size_t ld_bc;
+    int B, L, E, N;
+} Scan;
+
+typedef struct {              // what scan_backward() writes
+    float *d_u, *d_delta;     // (T,E) =
+    float *d_B_ssm, *d_C_ssm; // (T,N) =, rows ld_bc apart
+    float *d_A_log;           // (E,N) +=
+    float *d_D_skip;          // (E) +=
+    float *d_h;     // (B,N,E) gradient of the states at the end; becomes that at the start
+    float *scratch; // scan_backward_floats()
+} ScanGrad;
+
+enum { SCAN_LANES = 16 };  // channels of a task of the scan: a cache line
+enum { STEP_LANES = 128 }; // channels of a task where each sequence has one token
+enum { SCAN_CHUNK = 32, SCAN_SETS = 4, SCAN_WIDTH = SCAN_SETS * VL }; // see scan_backward()
+
+typedef struct { // a task of the backward scan: the channels e0 .. e0 + width
+    int e0, width;
+    float *starts;          // (chunks,N,SCAN_WIDTH) states at the start of each chunk
+    float *states, *decays; // (SCAN_CHUNK,N,SCAN_WIDTH) of the chunk in hand
+    float *A, *d_A;         // (N,SCAN_WIDTH)
+    float *g;               // (N,SCAN_WIDTH) gradient of the state
+    float d_D[SCAN_WIDTH];
+    float *parts; // (T,2N) what these channels add to d_B and d_C
+} ScanBlock;
+
+// ---------------------------------------------------------------------------------------------------------------------
 // 5 Kernels
 // Outputs first, then inputs, weights, sizes. Called by every thread of a team (see THREADS above).
 
-// xn (L,D) = x / rms(x) * weight. weight NULL: FalconMamba's weightless norm. x and xn may be the
+// xn (T,D) = x / rms(x) * weight. weight NULL: FalconMamba's weightless norm. x and xn may be the
 // same array; ld is the distance between rows of both.
-static void rmsnorm(float *xn, const float *x, const float *weight, float eps, int L, int D,
+static void rmsnorm(float *xn, const float *x, const float *weight, float eps, int T, int D,
                     size_t ld) {
 #pragma omp for
-    for (int t = 0; t < L; t++) {
+    for (int t = 0; t < T; t++) {
         const float *row = x + (size_t)t * ld;
         vec squares = splat(0);
         for (int d = 0; d < D; d += VL) {
@@ -992,40 +1127,14 @@ static void rmsnorm(float *xn, const float *x, const float *weight, float eps, i
     }
 }
 
-// out[i] += in[i]: the residual connection.
-static void add_to(float *out, const float *in, int L, int D) {
+static void rmsnorm_backward(const NormGrad *d, const float *d_xn, const float *x,
+                             const float *weight, float eps, int T, int D, size_t ld) {
+    float *scale = d->scale;
 #pragma omp for
-    for (int t = 0; t < L; t++)
-        for (int d = 0; d < D; d += VL) {
-            size_t i = (size_t)t * D + d;
-            int n = lanes_left(d, D);
-            store_n(out + i, load_n(out + i, n) + load_n(in + i, n), n);
-        }
-}
-
-// [train] out (D) += the sum over t of rows of x (L,D), which are ld apart: the gradient of
-// anything added to every row.
-static void sum_rows(float *out, const float *x, size_t ld, int L, int D) {
-#pragma omp for
-    for (int block = 0; block < (D + VL - 1) / VL; block++) {
-        int d = block * VL, n = lanes_left(d, D);
-        vec sum = load_n(out + d, n);
-        for (int t = 0; t < L; t++) sum += load_n(x + (size_t)t * ld + d, n);
-        store_n(out + d, sum, n);
-    }
-}
-
-// [train] xn = x r w with r = 1 / rms(x):  d_x = r (d_xn w - x r^2 mean(d_xn w x)), or += where
-// add; d_weight += sum over t of d_xn x r. scale (L) is scratch for r. d_x and d_xn may be the same
-// array unless add; weight NULL as in rmsnorm.
-static void rmsnorm_backward(float *d_x, float *d_weight, const float *d_xn, const float *x,
-                             const float *weight, float eps, bool add, int L, int D, size_t ld,
-                             float *scale) {
-#pragma omp for
-    for (int t = 0; t < L; t++) {
+    for (int t = 0; t < T; t++) {
         vec squares = splat(0);
-        for (int d = 0; d < D; d += VL) {
-            vec v = load_n(x + (size_t)t * ld + d, lanes_left(d, D));
+        for (int i = 0; i < D; i += VL) {
+            vec v = load_n(x + (size_t)t * ld + i, lanes_left(i, D));
             squares += v * v;
         }
         scale[t] = 1.0f / sqrtf(sum_lanes(squares) / (float)D + eps);
@@ -1033,36 +1142,71 @@ static void rmsnorm_backward(float *d_x, float *d_weight, const float *d_xn, con
     if (weight) {
 #pragma omp for
         for (int block = 0; block < (D + VL - 1) / VL; block++) {
-            int d = block * VL, n = lanes_left(d, D);
-            vec sum = load_n(d_weight + d, n);
-            for (int t = 0; t < L; t++)
-                sum += load_n(d_xn + (size_t)t * ld + d, n) * load_n(x + (size_t)t * ld + d, n) *
+            int i = block * VL, n = lanes_left(i, D);
+            vec sum = load_n(d->d_weight + i, n);
+            for (int t = 0; t < T; t++)
+                sum += load_n(d_xn + (size_t)t * ld + i, n) * load_n(x + (size_t)t * ld + i, n) *
                        scale[t];
-            store_n(d_weight + d, sum, n);
+            store_n(d->d_weight + i, sum, n);
         }
     }
 #pragma omp for
-    for (int t = 0; t < L; t++) {
+    for (int t = 0; t < T; t++) {
         const float *dy = d_xn + (size_t)t * ld, *row = x + (size_t)t * ld;
+        float *to = d->d_x + (size_t)t * ld;
         vec dot = splat(0);
-        for (int d = 0; d < D; d += VL) {
-            int n = lanes_left(d, D);
-            vec dv = load_n(dy + d, n) * load_n(row + d, n);
-            dot += weight ? dv * load_n(weight + d, n) : dv;
+        for (int i = 0; i < D; i += VL) {
+            int n = lanes_left(i, D);
+            vec dv = load_n(dy + i, n) * load_n(row + i, n);
+            dot += weight ? dv * load_n(weight + i, n) : dv;
         }
         float r = scale[t], shared = sum_lanes(dot) / (float)D * r * r * r;
-        for (int d = 0; d < D; d += VL) {
-            int n = lanes_left(d, D);
-            vec dv = load_n(dy + d, n) * r;
-            if (weight) dv = dv * load_n(weight + d, n);
-            dv -= load_n(row + d, n) * shared;
-            float *to = d_x + (size_t)t * ld + d;
-            store_n(to, add ? load_n(to, n) + dv : dv, n);
+        bool add = d->add;
+        for (int i = 0; i < D; i += VL) {
+            int n = lanes_left(i, D);
+            vec dv = load_n(dy + i, n) * r;
+            if (weight) dv = dv * load_n(weight + i, n);
+            dv -= load_n(row + i, n) * shared;
+            store_n(to + i, add ? load_n(to + i, n) + dv : dv, n);
         }
     }
 }
 
-// log(sum of exp) in float lanes of blocks, summed in double: a vocabulary of 50,000 loses nothing.
+static void add_rows(float *out, const float *a, const float *b, int T, int D) {
+#pragma omp for
+    for (int t = 0; t < T; t++)
+        for (int d = 0; d < D; d += VL) {
+            size_t i = (size_t)t * D + d;
+            int n = lanes_left(d, D);
+            store_n(out + i, load_n(a + i, n) + load_n(b + i, n), n);
+        }
+}
+
+static void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
+#pragma omp for
+    for (int block = 0; block < (D + VL - 1) / VL; block++) {
+        int d = block * VL, n = lanes_left(d, D);
+        vec sum = load_n(out + d, n);
+        for (int t = 0; t < T; t++) sum += load_n(x + (size_t)t * ld + d, n);
+        store_n(out + d, sum, n);
+    }
+}
+
+// Float lanes within a block of 4096, blocks in double.
+static double sum_squares(const float *x, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i += 4096) {
+        vec squares = splat(0);
+        for (size_t k = i; k < n && k < i + 4096; k += VL) {
+            vec v = load_n(x + k, n - k < VL ? (int)(n - k) : VL);
+            squares += v * v;
+        }
+        sum += (double)sum_lanes(squares);
+    }
+    return sum;
+}
+
+// Float lanes within a block, blocks in double: a vocabulary of 50,000 loses nothing.
 static double log_sum_exp(const float *logits, int V) {
     float highest = logits[0];
     for (int v = 1; v < V; v++) highest = logits[v] > highest ? logits[v] : highest;
@@ -1076,6 +1220,22 @@ static double log_sum_exp(const float *logits, int V) {
         for (; v < end; v++) sum += exp((double)(logits[v] - highest));
     }
     return highest + log(sum);
+}
+
+static void cross_entropy(float *losses, float *logits, const int32_t *targets, float weight, int T,
+                          int V) {
+#pragma omp for
+    for (int t = 0; t < T; t++) {
+        float *row = logits + (size_t)t * V;
+        double log_sum = targets[t] < 0 ? 0 : log_sum_exp(row, V);
+        losses[t] = targets[t] < 0 ? 0 : (float)(log_sum - (double)row[targets[t]]);
+        for (int v = 0; v < V; v += VL) {
+            int n = lanes_left(v, V);
+            vec p = exp_vec(load_n(row + v, n) - (float)log_sum);
+            store_n(row + v, targets[t] < 0 ? splat(0) : weight * p, n);
+        }
+        if (targets[t] >= 0) row[targets[t]] -= weight;
+    }
 }
 
 // --- storage types: VL weights to float32. A new type adds its reader and a line in TYPE_KERNELS;
@@ -1351,28 +1511,6 @@ static void tensor_widen(float *out, const Tensor *w, int row, int from, int n) 
     TYPE_KERNELS[w->type].widen(out, w->data, (size_t)w->cols, (size_t)row, from, n);
 }
 
-// res (L,D) = the rows of embedding (V,D) named by ids (L); ids NULL: the first L.
-static void embed(float *res, const int32_t *ids, const Tensor *embedding, int L) {
-    int D = embedding->cols;
-#pragma omp for
-    for (int t = 0; t < L; t++)
-        tensor_widen(res + (size_t)t * D, embedding, ids ? ids[t] : t, 0, D);
-}
-
-// [train] d_embedding[id] += the gradients of every place where id stood. Threads own columns, so
-// places add up in order.
-static void embed_backward(float *d_embedding, const float *d_res, const int32_t *ids, int L,
-                           int D) {
-#pragma omp for
-    for (int block = 0; block < (D + VL - 1) / VL; block++) {
-        int d = block * VL, n = lanes_left(d, D);
-        for (int t = 0; t < L; t++) {
-            float *to = d_embedding + (size_t)ids[t] * D + d;
-            store_n(to, load_n(to, n) + load_n(d_res + (size_t)t * D + d, n), n);
-        }
-    }
-}
-
 // --- matmul: out (L,O) = x (L,I) W^T (+ bias), W (O,I) of any storage type; rows of x are ldx
 // apart. The one entry for every product in the model. Few rows (a token being generated): every
 // weight is used once, so the product runs at the speed of memory; each thread streams its own rows
@@ -1588,6 +1726,17 @@ typedef struct {
     bool by_depth;
 } Factor;
 
+// out (rows,columns) = a (rows,depth) b (columns,depth)^T (+ bias (columns)), or += where add.
+typedef struct {
+    float *out;
+    size_t ldo; // between rows of out
+    Factor a, b;
+    const float *bias; // or NULL
+    bool add;
+    int rows, columns, depth;
+    float *packed; // room for rows rounded up to MR, times depth
+} Product;
+
 // packed: panels of MR rows of a (float32), depth-major: packed[panel][k][row]. Missing rows of the
 // last panel are zero.
 static void pack_rows(float *packed, const Factor *a, int rows, int depth) {
@@ -1663,39 +1812,37 @@ static void micro_kernel(float *tile, const float *a, const float *b, int kc) {
 }
 
 // One task: columns j0.. of rows r0..r1 of out, the whole depth.
-static void product_task(float *out, size_t ldo, const float *packed, const Factor *b,
-                         const float *bias, bool add, int r0, int r1, int j0, int columns,
-                         int depth) {
+static void product_task(const Product *p, int r0, int r1, int j0) {
     float panel[KC * NR], tile[MR * NR];
-    int width = columns - j0 < NR ? columns - j0 : NR;
+    const int depth = p->depth, columns = p->columns;
+    const int width = columns - j0 < NR ? columns - j0 : NR;
+    const float *bias = p->bias;
     for (int k0 = 0; k0 < depth; k0 += KC) {
         int kc = depth - k0 < KC ? depth - k0 : KC;
-        pack_panel(panel, b, columns, j0, k0, kc);
+        bool add = k0 || p->add;
+        pack_panel(panel, &p->b, columns, j0, k0, kc);
         for (int r = r0; r < r1; r += MR) {
-            micro_kernel(tile, packed + (size_t)r * depth + (size_t)k0 * MR, panel, kc);
+            micro_kernel(tile, p->packed + (size_t)r * depth + (size_t)k0 * MR, panel, kc);
             for (int i = 0; i < MR && r + i < r1; i++) {
-                float *to = out + (size_t)(r + i) * ldo + j0;
+                float *to = p->out + (size_t)(r + i) * p->ldo + j0;
                 for (int j = 0; j < width; j++)
-                    to[j] = tile[i * NR + j] + (k0 || add ? to[j] : bias ? bias[j0 + j] : 0);
+                    to[j] = tile[i * NR + j] + (add ? to[j] : bias ? bias[j0 + j] : 0);
             }
         }
     }
 }
 
-// out (rows, columns) = a (rows, depth) b (columns, depth)^T (+ bias), or += where add. packed:
-// room for rows rounded up to MR times depth.
-static void product(float *out, size_t ldo, Factor a, Factor b, const float *bias, bool add,
-                    int rows, int columns, int depth, float *packed) {
-    pack_rows(packed, &a, rows, depth);
-    int panels = (columns + NR - 1) / NR, tasks = team_size() > 1 ? PRODUCT_TASKS : 1,
-        blocks = (tasks + panels - 1) / panels;                  // few panels: cut the rows too,
-    int cut = ((rows + blocks - 1) / blocks + MR - 1) / MR * MR; // though each task packs its panel
+static void product(const Product *p) {
+    pack_rows(p->packed, &p->a, p->rows, p->depth);
+    int panels = (p->columns + NR - 1) / NR, tasks = team_size() > 1 ? PRODUCT_TASKS : 1;
+    int blocks = (tasks + panels - 1) / panels;                     // few panels: cut the rows too,
+    int cut = ((p->rows + blocks - 1) / blocks + MR - 1) / MR * MR; // though each packs its panel
     if (cut < 4 * MR) cut = 4 * MR;
-    blocks = (rows + cut - 1) / cut;
+    blocks = (p->rows + cut - 1) / cut;
 #pragma omp for schedule(guided) // a thread that was held up leaves the rest to others
     for (int task = 0; task < panels * blocks; task++) {
-        int r0 = task % blocks * cut, r1 = r0 + cut < rows ? r0 + cut : rows;
-        product_task(out, ldo, packed, &b, bias, add, r0, r1, task / blocks * NR, columns, depth);
+        int r0 = task % blocks * cut, r1 = r0 + cut < p->rows ? r0 + cut : p->rows;
+        product_task(p, r0, r1, task / blocks * NR);
     }
 }
 
@@ -1703,51 +1850,66 @@ static Factor weight_factor(const Tensor *w, bool by_depth) {
     return (Factor){w->data, (size_t)w->cols, w->type, by_depth};
 }
 
-// packed: room for (L rounded up to MR) * I floats. Rows of out are ldo apart.
-static void matmul_to(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w,
-                      const float *bias, int L, float *packed) {
-    if (L < MATMUL_FEW) matmul_few(out, ldo, x, ldx, w, bias, L, packed);
-    else
-        product(out, ldo, (Factor){x, ldx, F32, false}, weight_factor(w, false), bias, false, L,
-                w->rows, w->cols, packed);
+// Floats of scratch for products, forward and backward, of T rows with matrices whose sides are at
+// most `widest`: either factor may be packed, its rows rounded up and its depth too.
+static size_t matmul_floats(size_t T, size_t widest) {
+    return size_mul(size_add(T, 16), size_add(widest, 32));
 }
 
-static void matmul(float *out, const float *x, size_t ldx, const Tensor *w, const float *bias,
-                   int L, float *packed) {
-    matmul_to(out, (size_t)w->rows, x, ldx, w, bias, L, packed);
+static void matmul(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w,
+                   const float *bias, Rows rows) {
+    if (rows.step || rows.T < MATMUL_FEW) {
+        matmul_few(out, ldo, x, ldx, w, bias, rows.T, rows.packed);
+        return;
+    }
+    Factor a = {x, ldx, F32, false}, b = weight_factor(w, false);
+    product(&(Product){out, ldo, a, b, bias, false, rows.T, w->rows, w->cols, rows.packed});
 }
 
-// [train] out = x W^T + bias:  d_x (L,I) = d_out W, or += where add; d_W (O,I) += d_out^T x; d_bias
-// (O) += sum over t of d_out. d_out has rows ldo apart, d_x and x rows ldx. packed: room for (L
-// rounded up) * O and for (O rounded up) * L floats.
-static void matmul_backward(float *d_x, float *d_W, float *d_bias, const float *d_out, size_t ldo,
-                            const float *x, size_t ldx, const Tensor *w, bool add, int L,
-                            float *packed) {
-    int O = w->rows, I = w->cols;
-    if (d_x)
-        product(d_x, ldx, (Factor){d_out, ldo, F32, false}, weight_factor(w, true), NULL, add, L, I,
-                O, packed);
-    product(d_W, (size_t)I, (Factor){d_out, ldo, F32, true}, (Factor){x, ldx, F32, true}, NULL,
-            true, O, I, L, packed);
-    if (d_bias) sum_rows(d_bias, d_out, ldo, L, O);
+static void matmul_backward(const MatmulGrad *d, const float *d_out, size_t ldo, const float *x,
+                            size_t ldx, const Tensor *w, Rows rows) {
+    const int O = w->rows, I = w->cols, T = rows.T;
+    if (d->d_x) {
+        Factor a = {d_out, ldo, F32, false}, b = weight_factor(w, true);
+        product(&(Product){d->d_x, ldx, a, b, NULL, d->add, T, I, O, rows.packed});
+    }
+    if (d->d_W) {
+        Factor a = {d_out, ldo, F32, true}, b = {x, ldx, F32, true};
+        product(&(Product){d->d_W, (size_t)I, a, b, NULL, true, O, I, T, rows.packed});
+    }
+    if (d->d_bias) sum_rows(d->d_bias, d_out, ldo, T, O);
 }
 
 // --- conv1d + SiLU: u_t = silu(bias + sum over k of conv[k] x_{t-K+1+k}), each channel by itself,
-// causal: the last tap meets the current input. window (K-1,E) holds the inputs before t = 0 and
-// becomes the last K-1 inputs of this piece. x has rows 2E apart (it is the first half of xz).
-// Time-major rows are read whole, so t is what threads share.
-static const float *conv_input(const float *xz, const float *window, int t, int E, int K) {
-    return t >= 0 ? xz + (size_t)t * 2 * E : window + (size_t)(K - 1 + t) * E;
+// causal: the last tap meets the current input. The window of a sequence (K-1,E) holds the inputs
+// before t = 0 and becomes the last K-1 inputs.
+
+// x of sequence b at step t; before its start, from its window.
+static const float *conv_input(const Conv *c, const float *window, int b, int t) {
+    if (t < 0) return window + (size_t)(c->K - 1 + t) * c->E;
+    return c->xz + ((size_t)b * c->L + t) * 2 * c->E;
 }
 
-static void conv1d_silu(float *u, float *window, const float *xz, const float *conv_t,
-                        const float *bias, int L, int E, int K) {
+// Forward in j: a piece shorter than the window only moves rows down.
+static void conv_shift(const LayerState *seq, const Conv *c) {
 #pragma omp for
-    for (int t = 0; t < L; t++) {
-        const float *past = xz + (size_t)(t < K - 1 ? 0 : t - K + 1) * 2 *
-                                     E; // the first tap's row, the others follow
-        float *to = u + (size_t)t * E;
-        int e = 0;
+    for (int b = 0; b < c->B; b++)
+        for (int j = 0; j < c->K - 1; j++)
+            memmove(seq[b].window + (size_t)j * c->E,
+                    conv_input(c, seq[b].window, b, c->L - c->K + 1 + j),
+                    (size_t)c->E * sizeof(float));
+}
+
+// Prefill and training: rows are whole in memory, so threads share rows.
+static void conv1d_silu_rows(float *u, const LayerState *seq, const Conv *c) {
+    const int L = c->L, E = c->E, K = c->K;
+    const float *conv_t = c->conv_t, *bias = c->bias;
+#pragma omp for
+    for (int row = 0; row < c->B * L; row++) {
+        int b = row / L, t = row % L, e = 0;
+        const float *window = seq[b].window;
+        const float *past = conv_input(c, window, b, t < K - 1 ? 0 : t - K + 1); // the first tap's
+        float *to = u + (size_t)row * E;
         for (; t >= K - 1 && e + VL <= E; e += VL) { // nearly all of it
             vec sum = bias ? load(bias + e) : splat(0);
             for (int k = 0; k < K; k++)
@@ -1759,142 +1921,156 @@ static void conv1d_silu(float *u, float *window, const float *xz, const float *c
             vec sum = bias ? load_n(bias + e, n) : splat(0);
             for (int k = 0; k < K; k++)
                 sum += load_n(conv_t + (size_t)k * E + e, n) *
-                       load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
+                       load_n(conv_input(c, window, b, t - K + 1 + k) + e, n);
             store_n(to + e, sum, n);
         }
-        for (e = 0; e + VL <= E; e += VL)
-            store(to + e, silu_vec(load(to + e))); // apart: a shorter chain each
+        // SiLU in a loop of its own: a shorter chain each.
+        for (e = 0; e + VL <= E; e += VL) store(to + e, silu_vec(load(to + e)));
         if (e < E) store_n(to + e, silu_vec(load_n(to + e, E - e)), E - e);
     }
-#pragma omp single
-    for (int j = 0; j < K - 1;
-         j++) // forward in j: a piece shorter than the window only moves rows down
-        memmove(window + (size_t)j * E, conv_input(xz, window, L - K + 1 + j, E, K),
-                (size_t)E * sizeof(float));
+    conv_shift(seq, c);
 }
 
-// The same for one token, n channels from e: u (E) from x (E).
-static void conv1d_silu_lanes(float *u, float *window, const float *x, const float *conv_t,
-                              const float *bias, int e, int n, int E, int K) {
-    vec now = load_n(x + e, n), sum = now * load_n(conv_t + (size_t)(K - 1) * E + e, n);
-    if (bias) sum += load_n(bias + e, n);
+// One token of one sequence, n channels from e: the window moves on in the same pass.
+INLINE void conv1d_silu_lanes(float *u, float *window, const float *x, const Conv *c, int e,
+                              int n) {
+    const int E = c->E, K = c->K;
+    vec now = load_n(x + e, n), sum = now * load_n(c->conv_t + (size_t)(K - 1) * E + e, n);
+    if (c->bias) sum += load_n(c->bias + e, n);
     for (int k = 0; k < K - 1; k++) {
         vec past = load_n(window + (size_t)k * E + e, n);
-        sum += load_n(conv_t + (size_t)k * E + e, n) * past;
+        sum += load_n(c->conv_t + (size_t)k * E + e, n) * past;
         if (k) store_n(window + (size_t)(k - 1) * E + e, past, n);
     }
     if (K > 1) store_n(window + (size_t)(K - 2) * E + e, now, n);
     store_n(u + e, silu_vec(sum), n);
 }
 
-static void conv1d_silu_step(float *u, float *window, const float *x, const float *conv_t,
-                             const float *bias, int E, int K) {
+static void conv1d_silu(float *u, const LayerState *seq, const Conv *c) {
+    if (c->L > 1) {
+        conv1d_silu_rows(u, seq, c);
+        return;
+    }
+    const int E = c->E, blocks = (E + STEP_LANES - 1) / STEP_LANES;
 #pragma omp for
-    for (int block = 0; block < (E + VL - 1) / VL; block++)
-        conv1d_silu_lanes(u, window, x, conv_t, bias, block * VL, lanes_left(block * VL, E), E, K);
-}
-
-// [train] With c the convolution before SiLU and s = sigmoid(c): d_c = d_u s (1 + c (1 - s)); d_x_t
-// = sum over k of conv[k] d_c_{t+K-1-k}; d_conv[k] += sum over t of d_c_t x_{t-K+1+k}. c is
-// computed again. d_xz has rows 2E apart and gets its first half; d_conv is (E,K) as stored. window
-// (K-1,E), inputs before t = 0, gets its gradient in d_window. d_c (L,E) is scratch.
-static void conv1d_silu_backward(float *d_xz, float *d_conv, float *d_bias, float *d_window,
-                                 const float *d_u, const float *xz, const float *window,
-                                 const float *conv_t, const float *bias, int L, int E, int K,
-                                 float *d_c) {
-#pragma omp for
-    for (int block = 0; block < (E + VL - 1) / VL; block++) {
-        int e = block * VL, n = lanes_left(e, E);
-        vec d_b = splat(0);
-        for (int t = 0; t < L; t++) {
-            vec c = bias ? load_n(bias + e, n) : splat(0);
-            for (int k = 0; k < K; k++)
-                c += load_n(conv_t + (size_t)k * E + e, n) *
-                     load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
-            vec s = 1.0f / (1.0f + exp_vec(-c)),
-                dc = load_n(d_u + (size_t)t * E + e, n) * s * (1.0f + c * (1.0f - s));
-            store_n(d_c + (size_t)t * E + e, dc, n);
-            d_b += dc;
-        }
-        if (bias) store_n(d_bias + e, load_n(d_bias + e, n) + d_b, n);
-        for (int k = 0; k < K; k++) {
-            float lane[VL];
-            vec sum = splat(0);
-            for (int t = 0; t < L; t++)
-                sum += load_n(d_c + (size_t)t * E + e, n) *
-                       load_n(conv_input(xz, window, t - K + 1 + k, E, K) + e, n);
-            store(lane, sum);
-            for (int i = 0; i < n; i++) d_conv[(size_t)(e + i) * K + k] += lane[i];
-        }
-        for (int t = 1 - K; t < L; t++) { // inputs before t = 0 are the window's
-            vec dx = splat(0);
-            for (int k = K - 1; k >= 0; k--) {
-                int later = t + K - 1 - k;
-                if (later >= 0 && later < L)
-                    dx += load_n(conv_t + (size_t)k * E + e, n) *
-                          load_n(d_c + (size_t)later * E + e, n);
-            }
-            if (t >= 0) store_n(d_xz + (size_t)t * 2 * E + e, dx, n);
-            else store_n(d_window + (size_t)(K - 1 + t) * E + e, dx, n);
-        }
+    for (int task = 0; task < c->B * blocks; task++) {
+        int b = task / blocks, e0 = task % blocks * STEP_LANES;
+        for (int e = e0; e < E && e < e0 + STEP_LANES; e += VL)
+            conv1d_silu_lanes(u + (size_t)b * E, seq[b].window, c->xz + (size_t)b * 2 * E, c, e,
+                              lanes_left(e, E));
     }
 }
+
+// One sequence, n channels from e.
+INLINE void conv1d_silu_backward_lanes(const ConvGrad *d, const float *d_u, const float *window,
+                                       const Conv *c, int b, int e, int n) {
+    const int L = c->L, E = c->E, K = c->K;
+    const float *conv_t = c->conv_t;
+    size_t row = (size_t)b * L;
+    float *d_c = d->d_c;
+    vec d_b = splat(0);
+    for (int t = 0; t < L; t++) {
+        vec sum = c->bias ? load_n(c->bias + e, n) : splat(0);
+        for (int k = 0; k < K; k++)
+            sum += load_n(conv_t + (size_t)k * E + e, n) *
+                   load_n(conv_input(c, window, b, t - K + 1 + k) + e, n);
+        vec s = 1.0f / (1.0f + exp_vec(-sum));
+        vec dc = load_n(d_u + (row + t) * E + e, n) * s * (1.0f + sum * (1.0f - s));
+        store_n(d_c + (size_t)t * E + e, dc, n);
+        d_b += dc;
+    }
+    if (c->bias) store_n(d->d_bias + e, load_n(d->d_bias + e, n) + d_b, n);
+    for (int k = 0; k < K; k++) {
+        float lane[VL];
+        vec sum = splat(0);
+        for (int t = 0; t < L; t++)
+            sum += load_n(d_c + (size_t)t * E + e, n) *
+                   load_n(conv_input(c, window, b, t - K + 1 + k) + e, n);
+        store(lane, sum);
+        for (int i = 0; i < n; i++) d->d_conv[(size_t)(e + i) * K + k] += lane[i];
+    }
+    float *d_window = d->d_window + (size_t)b * (K - 1) * E;
+    for (int t = 1 - K; t < L; t++) { // inputs before t = 0 are the window's
+        vec dx = splat(0);
+        for (int k = K - 1; k >= 0; k--) {
+            int later = t + K - 1 - k;
+            if (later >= 0 && later < L)
+                dx +=
+                    load_n(conv_t + (size_t)k * E + e, n) * load_n(d_c + (size_t)later * E + e, n);
+        }
+        if (t >= 0) store_n(d->d_xz + (row + t) * 2 * E + e, dx, n);
+        else store_n(d_window + (size_t)(K - 1 + t) * E + e, dx, n);
+    }
+}
+
+static void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const float *window,
+                                 const Conv *c) {
+    const int E = c->E;
+#pragma omp for
+    for (int block = 0; block < (E + VL - 1) / VL; block++)
+        for (int b = 0; b < c->B; b++)
+            conv1d_silu_backward_lanes(d, d_u, window + (size_t)b * (c->K - 1) * E, c, b,
+                                       block * VL, lanes_left(block * VL, E));
+}
+
+// --- element by element
+
+// Few rows are cut into blocks of STEP_LANES channels, so that every thread gets a share.
+static int row_lanes(int T, int E) { return T <= BATCH_MAX && E > STEP_LANES ? STEP_LANES : E; }
 
 INLINE void softplus_lanes(float *p, const float *dt_bias, int n) {
     store_n(p, softplus_vec(load_n(p, n) + load_n(dt_bias, n)), n);
 }
 
-// delta = softplus(dt + dt_bias), in place. Whole vectors apart from the rest: a test of n in each
-// load doubles the time.
-static void softplus_bias(float *delta, const float *dt_bias, int L, int E) {
+// Whole vectors apart from the rest: a test of n in each load doubles the time.
+static void softplus_bias(float *delta, const float *dt_bias, int T, int E) {
+    int lanes = row_lanes(T, E), blocks = (E + lanes - 1) / lanes;
 #pragma omp for
-    for (int t = 0; t < L; t++) {
-        float *row = delta + (size_t)t * E;
-        int e = 0;
-        for (; e + VL <= E; e += VL) softplus_lanes(row + e, dt_bias + e, VL);
-        if (e < E) softplus_lanes(row + e, dt_bias + e, E - e);
+    for (int task = 0; task < T * blocks; task++) {
+        float *row = delta + (size_t)(task / blocks) * E;
+        int e = task % blocks * lanes, end = E - e < lanes ? E : e + lanes;
+        for (; e + VL <= end; e += VL) softplus_lanes(row + e, dt_bias + e, VL);
+        if (e < end) softplus_lanes(row + e, dt_bias + e, end - e);
     }
 }
 
-// [train] softplus' = sigmoid, and sigmoid(softplus^-1(delta)) = 1 - e^-delta: d_delta becomes
-// d_dt, in place.
-static void softplus_backward(float *d_delta, const float *delta, int L, int E) {
+static void softplus_backward(float *d_delta, const float *delta, int T, int E) {
 #pragma omp for
-    for (int t = 0; t < L; t++)
+    for (int t = 0; t < T; t++)
         for (int e = 0; e < E; e += VL) {
             int n = lanes_left(e, E);
             float *p = d_delta + (size_t)t * E + e;
-            store_n(p, load_n(p, n) * one_minus_exp_minus(load_n(delta + (size_t)t * E + e, n)), n);
+            vec delta_te = load_n(delta + (size_t)t * E + e, n);
+            store_n(p, load_n(p, n) * one_minus_exp_minus(delta_te), n);
         }
 }
 
-INLINE void gate_lanes(float *p, const float *z, int n) {
-    store_n(p, load_n(p, n) * silu_vec(load_n(z, n)), n);
+INLINE void gate_lanes(float *g, const float *y, const float *z, int n) {
+    store_n(g, load_n(y, n) * silu_vec(load_n(z, n)), n);
 }
 
-// g = y * silu(z), in place of y; z is the second half of xz.
-static void gate(float *y, const float *xz, int L, int E) {
+static void gate(float *g, const float *y, const float *xz, int T, int E) {
+    int lanes = row_lanes(T, E), blocks = (E + lanes - 1) / lanes;
 #pragma omp for
-    for (int t = 0; t < L; t++) {
-        float *row = y + (size_t)t * E;
-        const float *z = xz + ((size_t)t * 2 + 1) * E;
-        int e = 0;
-        for (; e + VL <= E; e += VL) gate_lanes(row + e, z + e, VL);
-        if (e < E) gate_lanes(row + e, z + e, E - e);
+    for (int task = 0; task < T * blocks; task++) {
+        size_t t = (size_t)(task / blocks);
+        const float *from = y + t * E, *z = xz + (t * 2 + 1) * E;
+        float *to = g + t * E;
+        int e = task % blocks * lanes, end = E - e < lanes ? E : e + lanes;
+        for (; e + VL <= end; e += VL) gate_lanes(to + e, from + e, z + e, VL);
+        if (e < end) gate_lanes(to + e, from + e, z + e, end - e);
     }
 }
 
-// [train] d_y = d_g silu(z) and d_z = d_g y silu'(z), the latter into the second half of d_xz; g
-// (L,E) = y silu(z) again, for the gradient of out_proj. d_y may be d_g.
 static void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, const float *y,
-                          const float *xz, int L, int E) {
+                          const float *xz, int T, int E) {
 #pragma omp for
-    for (int t = 0; t < L; t++)
+    for (int t = 0; t < T; t++)
         for (int e = 0; e < E; e += VL) {
             int n = lanes_left(e, E);
             size_t te = (size_t)t * E + e, at_z = ((size_t)t * 2 + 1) * E + e;
-            vec z = load_n(xz + at_z, n), s = 1.0f / (1.0f + exp_vec(-z)), dg = load_n(d_g + te, n),
-                yt = load_n(y + te, n);
+            vec z = load_n(xz + at_z, n), s = 1.0f / (1.0f + exp_vec(-z));
+            vec dg = load_n(d_g + te, n), yt = load_n(y + te, n);
             store_n(d_xz + at_z, dg * yt * s * (1.0f + z * (1.0f - s)), n);
             store_n(g + te, yt * z * s, n);
             store_n(d_y + te, dg * z * s, n);
@@ -1929,46 +2105,47 @@ static void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, c
 // of N, ld_bc apart; D_skip (E). h is the state before t = 0 on entry and after the last token on
 // return.
 
-// The definition, by one thread: read this one. Tests hold the others to it.
-static inline void scan_sequential(float *y, float *h, const float *u, const float *delta,
-                                   const float *A_neg, const float *B_ssm, const float *C_ssm,
-                                   size_t ld_bc, const float *D_skip, int L, int E, int N) {
-#pragma omp single
-    for (int t = 0; t < L; t++)
-        for (int e = 0; e < E; e++) {
-            size_t te = (size_t)t * E + e;
-            float sum = 0;
-            for (int n = 0; n < N; n++) {
-                float *state = &h[(size_t)n * E + e];
-                float decay = expf(delta[te] * A_neg[(size_t)n * E + e]);
-                float inject = delta[te] * B_ssm[t * ld_bc + n] * u[te];
-                *state = decay * *state + inject;
-                sum += C_ssm[t * ld_bc + n] * *state;
+// The definition: channels e0 .. e1 through the rows row0 .. row1 of one sequence. h (N,E) is the
+// state before them and becomes the state after them. y (T,E) NULL: only the state is wanted.
+// elapsed (E), unless NULL, gets the sum of delta: a product of decays is exp(A * that sum).
+static inline void recurrence_plain(float *y, float *h, float *elapsed, const Scan *s, int e0,
+                                    int e1, int row0, int row1) {
+    const size_t E = (size_t)s->E;
+    for (int e = e0; e < e1 && elapsed; e++) elapsed[e] = 0;
+    for (int t = row0; t < row1; t++)
+        for (int e = e0; e < e1; e++) {
+            float delta = s->delta[t * E + e], u = s->u[t * E + e], sum = s->D_skip[e] * u;
+            for (int n = 0; n < s->N; n++) {
+                float decay = expf(delta * s->A_neg[n * E + e]);
+                float inject = delta * s->B_ssm[t * s->ld_bc + n] * u;
+                h[n * E + e] = decay * h[n * E + e] + inject;
+                sum += s->C_ssm[t * s->ld_bc + n] * h[n * E + e];
             }
-            y[te] = sum + D_skip[e] * u[te];
+            if (y) y[t * E + e] = sum;
+            if (elapsed) elapsed[e] += delta;
         }
 }
 
+// The recurrence for VL channels side by side: the loop where a scan spends its time. h, A in
+// registers or L1. y NULL: only the states; elapsed, unless NULL, gets the sum of delta.
 #define LOG2_E 1.44269504f
-
-// The same for VL channels side by side, from h_in (NULL: zeros) to h_out (NULL: not wanted). y
-// NULL: only the final state is wanted; delta_sum, unless NULL, gets the sum of delta, because the
-// product of all decays is exp(A * sum of delta).
-INLINE void scan_channels(float *y, float *h_out, float *delta_sum, const float *h_in,
-                          const float *u, const float *delta, const float *A_neg,
-                          const float *B_ssm, const float *C_ssm, size_t ld_bc, const float *D_skip,
-                          int L, int E, int N, int lanes) {
-    vec h[N_MAX], A[N_MAX], skip = load_n(D_skip, lanes), elapsed = splat(0), steepest = splat(0);
+INLINE void recurrence_lanes(float *y, float *h_at, float *elapsed, const Scan *s, int e, int row0,
+                             int row1) {
+    const int E = s->E, N = s->N, lanes = lanes_left(e, E);
+    const size_t ld_bc = s->ld_bc;
+    const float *u = s->u + e, *delta = s->delta + e, *A_neg = s->A_neg + e;
+    const float *B_ssm = s->B_ssm, *C_ssm = s->C_ssm;
+    vec h[N_MAX], A[N_MAX];
+    vec skip = load_n(s->D_skip + e, lanes), sum_delta = splat(0), steepest = splat(0);
     for (int n = 0; n < N; n++) {
-        h[n] = h_in ? load_n(h_in + (size_t)n * E, lanes) : splat(0);
+        h[n] = load_n(h_at + (size_t)n * E + e, lanes);
         A[n] = load_n(A_neg + (size_t)n * E, lanes) * LOG2_E;
         steepest = choose(MASK(A[n] < steepest), A[n], steepest);
     }
-    for (int t = 0; t < L; t++) {
-        vec dt = load_n(delta + (size_t)t * E, lanes), ut = load_n(u + (size_t)t * E, lanes),
-            dt_u = dt * ut;
+    for (int t = row0; t < row1; t++) {
+        vec dt = load_n(delta + (size_t)t * E, lanes), ut = load_n(u + (size_t)t * E, lanes);
+        vec dt_u = dt * ut, sum = skip * ut;
         const float *B = B_ssm + t * ld_bc, *C = C_ssm + t * ld_bc;
-        vec sum = skip * ut;
         if (any_lane(~MASK(dt * steepest >= -126.0f))) // a NaN too
             for (int n = 0; n < N; n++) {
                 h[n] = exp2_negative(at_least(dt * A[n], -126.0f)) * h[n] + dt_u * B[n];
@@ -1979,301 +2156,309 @@ INLINE void scan_channels(float *y, float *h_out, float *delta_sum, const float 
                 h[n] = exp2_negative(dt * A[n]) * h[n] + dt_u * B[n];
                 sum += h[n] * C[n];
             }
-        if (y) store_n(y + (size_t)t * E, sum, lanes);
-        else elapsed += dt;
+        if (y) store_n(y + (size_t)t * E + e, sum, lanes);
+        else sum_delta += dt;
     }
-    for (int n = 0; n < N && h_out; n++) store_n(h_out + (size_t)n * E, h[n], lanes);
-    if (delta_sum) store_n(delta_sum, elapsed, lanes);
+    for (int n = 0; n < N; n++) store_n(h_at + (size_t)n * E + e, h[n], lanes);
+    if (elapsed) store_n(elapsed + e, sum_delta, lanes);
 }
 
-// Pieces of time that scan_parallel cuts L tokens into. Channels are independent and cost nothing
-// extra to share, so time is cut only where they run out (E / SCAN_LANES blocks of channels for
-// SCAN_TASKS threads): cutting makes every piece but one walk twice. Shapes alone decide, never the
-// number of threads or the machine, so the bits stay the same.
-enum { SCAN_TASKS = 16, SCAN_PIECE = 32, SCAN_LANES = 16 };
+// One token, where h and A_neg come from memory: states outside, channels inside, so that both are
+// read in runs; the next run is fetched ahead, for h has left the caches since the last token.
+INLINE void recurrence_step(float *y, float *h, const Scan *s, int e0, int e1, int row) {
+    enum { RUN = 8 * VL };
+    const int E = s->E, N = s->N;
+    const float *u = s->u + (size_t)row * E, *delta = s->delta + (size_t)row * E;
+    const float *A_neg = s->A_neg, *D_skip = s->D_skip;
+    const float *B = s->B_ssm + row * s->ld_bc, *C = s->C_ssm + row * s->ld_bc;
+    for (int r0 = e0; r0 < e1; r0 += RUN) {
+        int r1 = e1 - r0 < RUN ? e1 : r0 + RUN;
+        vec sum[8];
+        for (int e = r0, k = 0; e < r1; e += VL, k++)
+            sum[k] = load_n(D_skip + e, lanes_left(e, E)) * load_n(u + e, lanes_left(e, E));
+        for (int n = 0; n < N; n++)
+            for (int e = r0, k = 0; e < r1; e += VL, k++) {
+                int lanes = lanes_left(e, E);
+                float *state = h + (size_t)n * E + e;
+                PREFETCH(state, RUN * sizeof(float));
+                PREFETCH(A_neg + (size_t)n * E + e, RUN * sizeof(float));
+                vec dt = load_n(delta + e, lanes);
+                vec A = load_n(A_neg + (size_t)n * E + e, lanes) * LOG2_E;
+                vec decay = exp2_negative(at_least(dt * A, -126.0f));
+                vec now = decay * load_n(state, lanes) + dt * load_n(u + e, lanes) * B[n];
+                store_n(state, now, lanes);
+                sum[k] += now * C[n];
+            }
+        for (int e = r0, k = 0; e < r1 && y; e += VL, k++)
+            store_n(y + (size_t)row * E + e, sum[k], lanes_left(e, E));
+    }
+}
+
+static void recurrence(float *y, float *h, float *elapsed, const Scan *s, int e0, int e1, int row0,
+                       int row1) {
+    if (row1 - row0 == 1 && !elapsed) recurrence_step(y, h, s, e0, e1, row0);
+    else if (y) // called twice, so that the compiler leaves y out of the second
+        for (int e = e0; e < e1; e += VL) recurrence_lanes(y, h, NULL, s, e, row0, row1);
+    else
+        for (int e = e0; e < e1; e += VL) recurrence_lanes(NULL, h, elapsed, s, e, row0, row1);
+}
+
+static void recurrence_again(float *h, float *decay, const float *before, const ScanBlock *k,
+                             const Scan *s, size_t row) {
+    const int N = s->N, width = k->width, sets = (width + VL - 1) / VL;
+    const float *A = k->A, *B = s->B_ssm + row * s->ld_bc;
+    const float *u = s->u + row * s->E + k->e0, *delta = s->delta + row * s->E + k->e0;
+    vec dt[SCAN_SETS], dt_u[SCAN_SETS];
+    for (int i = 0; i < sets; i++) {
+        dt[i] = load_n(delta + i * VL, lanes_left(i * VL, width));
+        dt_u[i] = dt[i] * load_n(u + i * VL, lanes_left(i * VL, width));
+    }
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < sets; i++) {
+            size_t at = (size_t)n * SCAN_WIDTH + i * VL;
+            vec a = exp_vec(dt[i] * load(A + at));
+            if (decay) store(decay + at, a);
+            store(h + at, a * load(before + at) + dt_u[i] * B[n]);
+        }
+}
+
+static void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float *d_y, const Scan *s,
+                                size_t row, const float *h, const float *decay,
+                                const float *before) {
+    const int N = s->N, width = k->width, sets = (width + VL - 1) / VL;
+    const size_t first = row * s->E + k->e0;
+    const float *A = k->A, *B = s->B_ssm + row * s->ld_bc, *C = s->C_ssm + row * s->ld_bc;
+    float *g = k->g, *d_A = k->d_A, *part = k->parts + row * 2 * N;
+    float *d_u = d->d_u + first, *d_delta = d->d_delta + first;
+    vec dy[SCAN_SETS], dt[SCAN_SETS], ut[SCAN_SETS], d_ut[SCAN_SETS], d_dt[SCAN_SETS];
+    for (int i = 0; i < sets; i++) {
+        int e = i * VL, lanes = lanes_left(e, width);
+        dy[i] = load_n(d_y + first + e, lanes);
+        dt[i] = load_n(s->delta + first + e, lanes);
+        ut[i] = load_n(s->u + first + e, lanes);
+        d_ut[i] = load_n(s->D_skip + k->e0 + e, lanes) * dy[i];
+        d_dt[i] = splat(0);
+        store(k->d_D + e, load(k->d_D + e) + dy[i] * ut[i]);
+    }
+    for (int n = 0; n < N; n++) {
+        vec d_B = splat(0), d_C = splat(0);
+        for (int i = 0; i < sets; i++) {
+            size_t at = (size_t)n * SCAN_WIDTH + i * VL;
+            vec gt = load(g + at) + dy[i] * C[n], a = load(decay + at);
+            vec d_dtA = gt * a * load(before + at), gu = gt * ut[i];
+            d_C += dy[i] * load(h + at);
+            d_B += gu * dt[i];
+            d_dt[i] += d_dtA * load(A + at) + gu * B[n];
+            d_ut[i] += gt * dt[i] * B[n];
+            store(d_A + at, load(d_A + at) + d_dtA * dt[i]);
+            store(g + at, gt * a);
+        }
+        part[n] = sum_lanes(d_B);
+        part[N + n] = sum_lanes(d_C);
+    }
+    for (int i = 0; i < sets; i++) {
+        store_n(d_u + i * VL, d_ut[i], lanes_left(i * VL, width));
+        store_n(d_delta + i * VL, d_dt[i], lanes_left(i * VL, width));
+    }
+}
+
+// Time is cut into pieces only where channels run out: E / SCAN_LANES blocks of channels for
+// SCAN_TASKS threads. Cutting makes every piece but one walk twice. The shapes alone decide, never
+// the number of threads or the machine, so the bits stay the same. With c pieces a thread walks 2/c
+// of the time; 4 pieces gained only 1.2 times on 16 cores.
+enum { SCAN_TASKS = 16, SCAN_PIECE = 32 };
 static int scan_pieces(int L, int E) {
     int blocks = (E + SCAN_LANES - 1) / SCAN_LANES, pieces = SCAN_TASKS / blocks;
     if (pieces > L / SCAN_PIECE) pieces = L / SCAN_PIECE;
-    return pieces >= 8
-               ? pieces
-               : 1; // with c pieces a task walks 2/c of the time; 4 gained 1.2 times on 16 cores
+    return pieces >= 8 ? pieces : 1;
 }
 
 static size_t scan_carry_floats(int E, int N) {
     return (size_t)SCAN_TASKS * (size_t)(N + 1) * (size_t)E;
 }
 
-// y NULL: only h is wanted. carry: scan_carry_floats of scratch. Three passes: every piece from
-// zero for its (product of a, b); the operator joins them into the state before each piece; every
-// piece again, from that state, for y.
-static void scan_parallel(float *y, float *h, const float *u, const float *delta,
-                          const float *A_neg, const float *B_ssm, const float *C_ssm, size_t ld_bc,
-                          const float *D_skip, int L, int E, int N, int pieces, float *carry) {
-    int blocks = (E + VL - 1) / VL;
-    size_t per_piece = (size_t)(N + 1) * E; // b (N,E), sum of delta (E)
-    float *last = carry + per_piece * (pieces - 1);
-    assert(pieces >= 1 && pieces <= SCAN_TASKS);
-    if (pieces > 1) {
+typedef struct { // the map h -> a h + b: what one step, or many, do to a state
+    float a, b;
+} Map;
+
+// First one map, then the other. Associative, not commutative.
+static inline Map combine(Map first, Map second) {
+    return (Map){first.a * second.a, second.a * first.b + second.b};
+}
+
+// One sequence in pieces of time. carry (pieces,N+1,E): of each piece a state (N,E) and the sum of
+// delta (E), for a product of decays is the exponential of A times that sum.
+static void scan_in_pieces(float *y, float *h, const Scan *s, int pieces, float *carry) {
+    const int L = s->L, E = s->E, N = s->N, blocks = (E + SCAN_LANES - 1) / SCAN_LANES;
+    const size_t NE = (size_t)N * E, per_piece = NE + E;
+    assert(pieces > 1 && pieces <= SCAN_TASKS);
+#define PIECE_START(piece) (int)((size_t)L * (piece) / pieces)
+
+    // 1. Every piece but the last from h = 0: its state at the end is b of its map.
 #pragma omp for
-        for (int task = 0; task < blocks * (pieces - 1); task++) {
-            int piece = task / blocks, e = task % blocks * VL;
-            size_t t0 = (size_t)L * piece / pieces, t1 = (size_t)L * (piece + 1) / pieces;
-            float *b = carry + per_piece * piece;
-            scan_channels(NULL, b + e, b + (size_t)N * E + e, NULL, u + t0 * E + e,
-                          delta + t0 * E + e, A_neg + e, B_ssm + t0 * ld_bc, C_ssm + t0 * ld_bc,
-                          ld_bc, D_skip + e, (int)(t1 - t0), E, N, lanes_left(e, E));
-        }
-#pragma omp for
+    for (int task = 0; task < blocks * (pieces - 1); task++) {
+        int piece = task / blocks, e0 = task % blocks * SCAN_LANES;
+        int e1 = E - e0 < SCAN_LANES ? E : e0 + SCAN_LANES;
+        float *b = carry + per_piece * piece;
         for (int n = 0; n < N; n++)
-            for (int piece = 0; piece < pieces - 1; piece++)
-                for (int e = 0; e < E; e++) { // after this, b of a piece is the state at its end
-                    size_t ne = (size_t)n * E + e;
-                    float *b = carry + per_piece * piece, *before = piece ? b - per_piece : h;
-                    b[ne] += expf(A_neg[ne] * b[(size_t)N * E + e]) * before[ne];
-                }
+            memset(b + (size_t)n * E + e0, 0, (size_t)(e1 - e0) * sizeof *b);
+        recurrence(NULL, b, b + NE, s, e0, e1, PIECE_START(piece), PIECE_START(piece + 1));
     }
+    // 2. The maps combined in order of time: carry becomes the state before each piece.
+#pragma omp for
+    for (int n = 0; n < N; n++)
+        for (int e = 0; e < E; e++) {
+            size_t ne = (size_t)n * E + e;
+            Map before = {1, h[ne]};
+            for (int piece = 0; piece < pieces; piece++) {
+                float *state = carry + per_piece * piece, *elapsed = state + NE, b = state[ne];
+                state[ne] = before.b;
+                if (piece == pieces - 1) break;
+                before = combine(before, (Map){expf(s->A_neg[ne] * elapsed[e]), b});
+            }
+        }
+    // 3. Every piece again, from the state before it. Without y the last one is enough.
 #pragma omp for
     for (int task = y ? 0 : blocks * (pieces - 1); task < blocks * pieces; task++) {
-        int piece = task / blocks, e = task % blocks * VL, lanes = lanes_left(e, E);
-        size_t t0 = (size_t)L * piece / pieces, t1 = (size_t)L * (piece + 1) / pieces,
-               at = t0 * E + e;
-        float *end = piece < pieces - 1 ? NULL
-                     : pieces == 1      ? h + e
-                                        : last + e; // h is still being read by piece 0
-        const float *start = (piece ? carry + per_piece * (piece - 1) : h) + e;
-        const float *B = B_ssm + t0 * ld_bc, *C = C_ssm + t0 * ld_bc;
-        int n = (int)(t1 - t0);
-        if (y)
-            scan_channels(y + at, end, NULL, start, u + at, delta + at, A_neg + e, B, C, ld_bc,
-                          D_skip + e, n, E, N, lanes);
-        else // apart, so that the compiler leaves y out of it
-            scan_channels(NULL, end, NULL, start, u + at, delta + at, A_neg + e, B, C, ld_bc,
-                          D_skip + e, n, E, N, lanes);
+        int piece = task / blocks, e0 = task % blocks * SCAN_LANES;
+        int e1 = E - e0 < SCAN_LANES ? E : e0 + SCAN_LANES;
+        recurrence(y, carry + per_piece * piece, NULL, s, e0, e1, PIECE_START(piece),
+                   PIECE_START(piece + 1));
     }
-    if (pieces > 1) {
+#undef PIECE_START
 #pragma omp single
-        memcpy(h, last, (size_t)N * E * sizeof(float));
+    memcpy(h, carry + per_piece * (pieces - 1), NE * sizeof *h);
+}
+
+// y (T,E), or NULL where only the states are wanted; the states of seq (B) in place. carry:
+// scan_carry_floats() of scratch, or NULL: one piece of time.
+static void scan(float *y, const LayerState *seq, const Scan *s, float *carry) {
+    const int B = s->B, L = s->L, E = s->E, pieces = carry && B == 1 ? scan_pieces(L, E) : 1;
+    if (pieces > 1) {
+        scan_in_pieces(y, seq->h, s, pieces, carry);
+        return;
     }
-}
-
-// One token of one sequence: the recurrence that generates text, in constant time and memory. y, u,
-// delta (E), B_ssm, C_ssm (N). First a block of channels from e0, then all of them.
-enum { STEP_BLOCK = 8 * VL }; // channels of a task: h and A_neg are read in runs of this length
-static void scan_step_block(float *y, float *h, const float *u, const float *delta,
-                            const float *A_neg, const float *B_ssm, const float *C_ssm,
-                            const float *D_skip, int e0, int E, int N) {
-    int e1 = E - e0 < STEP_BLOCK ? E : e0 + STEP_BLOCK;
-    vec sum[8];
-    for (int e = e0, k = 0; e < e1; e += VL, k++)
-        sum[k] = load_n(D_skip + e, lanes_left(e, E)) * load_n(u + e, lanes_left(e, E));
-    for (int n = 0; n < N; n++)
-        for (int e = e0, k = 0; e < e1; e += VL, k++) {
-            int lanes = lanes_left(e, E);
-            float *state = h + (size_t)n * E + e;
-            PREFETCH(
-                state,
-                STEP_BLOCK *
-                    sizeof(float)); // the next block's: h has left the caches since the last token
-            PREFETCH(A_neg + (size_t)n * E + e, STEP_BLOCK * sizeof(float));
-            vec dt = load_n(delta + e, lanes),
-                A = load_n(A_neg + (size_t)n * E + e, lanes) * LOG2_E;
-            vec decay = exp2_negative(at_least(dt * A, -126.0f));
-            vec now = decay * load_n(state, lanes) + dt * load_n(u + e, lanes) * B_ssm[n];
-            store_n(state, now, lanes);
-            sum[k] += now * C_ssm[n];
-        }
-    for (int e = e0, k = 0; e < e1; e += VL, k++) store_n(y + e, sum[k], lanes_left(e, E));
-}
-
-static void scan_step(float *y, float *h, const float *u, const float *delta, const float *A_neg,
-                      const float *B_ssm, const float *C_ssm, const float *D_skip, int E, int N) {
-#pragma omp for
-    for (int block = 0; block < (E + STEP_BLOCK - 1) / STEP_BLOCK; block++)
-        scan_step_block(y, h, u, delta, A_neg, B_ssm, C_ssm, D_skip, block * STEP_BLOCK, E, N);
-}
-
-// [train] The scan of B sequences of L tokens each, rows one after the other; h (B,N,E). No state
-// but the last is kept.
-static void scan_sequences(float *y, float *h, const float *u, const float *delta,
-                           const float *A_neg, const float *B_ssm, const float *C_ssm, size_t ld_bc,
-                           const float *D_skip, int B, int L, int E, int N) {
-    int blocks = (E + VL - 1) / VL;
+    const int lanes = L == 1 ? STEP_LANES : SCAN_LANES, blocks = (E + lanes - 1) / lanes;
 #pragma omp for
     for (int task = 0; task < B * blocks; task++) {
-        int b = task / blocks, e = task % blocks * VL;
-        size_t row = (size_t)b * L, at = row * E + e;
-        float *state = h + (size_t)b * N * E + e;
-        scan_channels(y + at, state, NULL, state, u + at, delta + at, A_neg + e,
-                      B_ssm + row * ld_bc, C_ssm + row * ld_bc, ld_bc, D_skip + e, L, E, N,
-                      lanes_left(e, E));
+        int b = task / blocks, e0 = task % blocks * lanes, e1 = E - e0 < lanes ? E : e0 + lanes;
+        recurrence(y, seq[b].h, NULL, s, e0, e1, b * L, (b + 1) * L);
     }
 }
 
-// [train] The backward scan. With g_t the gradient of h_t, which flows back through time as g_t =
-// C_t d_y_t + decay_{t+1} g_{t+1}:
+// --- backward. With g_t the gradient of h_t, which flows back through time:
 //
-//     d_C_t = sum over e of d_y_t h_t                d_B_t = sum over e of g_t delta_t u_t
-//     d_u_t = D d_y_t + sum over n of g_t delta_t B_t            d_D = sum over t of d_y_t u_t
-//     d_delta_t = sum over n of g_t (decay_t A h_{t-1} + B_t u_t)      d_A = sum over t of g_t
+//     g_t = C_t d_y_t + decay_{t+1} g_{t+1}
+//     d_C_t = sum over e of d_y_t h_t          d_B_t = sum over e of g_t delta_t u_t
+//     d_u_t = D d_y_t + sum over n of g_t delta_t B_t                  d_D = sum over t of d_y_t
+//     u_t d_delta_t = sum over n of g_t (decay_t A h_{t-1} + B_t u_t) d_A = sum over t of g_t
 //     decay_t delta_t h_{t-1}
 //
-// and d_A_log = d_A A, since A = -exp(A_log). It needs every h_t, and none was stored. So: walk
-// forward once and keep the state at the start of every SCAN_CHUNK steps; then, from the last chunk
-// to the first, walk the chunk again, now keeping its few states, and walk it backward. Memory O(E
-// N L / SCAN_CHUNK) instead of O(E N L), for two more forward walks.
+// and d_A_log = d_A A, since A = -exp(A_log). All of this needs every h_t, and none was stored. So:
+// walk forward once and keep the state at the start of every SCAN_CHUNK steps. Then, from the last
+// chunk to the first: walk the chunk again, now keeping its few states, and walk it backward.
+// Memory is O(E N L / SCAN_CHUNK) instead of O(E N L), for two more forward walks.
 //
-// A task is SCAN_SETS vectors of channels and all sequences; d_B and d_C sum over channels, so each
-// task leaves its part, and the parts are added in order. d_u, d_delta, d_B_ssm and d_C_ssm are set
-// (the last two with rows ld_bc apart), d_A_log (E,N) and d_D (E) are added to. h (B,N,E): the
-// states before t = 0; d_h (B,N,E): gradient of the states at the end, becomes that of h. scratch:
-// scan_backward_floats().
-enum { SCAN_CHUNK = 32, SCAN_SETS = 4, SCAN_WIDTH = SCAN_SETS * VL };
+// A task is SCAN_WIDTH channels of all sequences. d_B and d_C sum over channels: each task leaves
+// its part, and the parts are added in a fixed order.
 
 static size_t scan_backward_floats(int B, int L, int E, int N) {
-    size_t tasks = ((size_t)E + SCAN_WIDTH - 1) / SCAN_WIDTH,
-           chunks = ((size_t)L + SCAN_CHUNK - 1) / SCAN_CHUNK;
+    size_t tasks = ((size_t)E + SCAN_WIDTH - 1) / SCAN_WIDTH;
+    size_t chunks = ((size_t)L + SCAN_CHUNK - 1) / SCAN_CHUNK;
     return tasks * ((size_t)N * SCAN_WIDTH * (chunks + 2 * SCAN_CHUNK + 3) + (size_t)B * L * 2 * N);
 }
 
-// h_t from h_{t-1} for the task's channels; decay NULL: not kept.
-INLINE void scan_rebuild(float *h, float *decay, const float *before, const float *A,
-                         const float *u, const float *delta, const float *B, int N, int width) {
-    vec dt[SCAN_SETS], dt_u[SCAN_SETS];
-    int sets = (width + VL - 1) / VL;
-    for (int s = 0; s < sets; s++) {
-        dt[s] = load_n(delta + s * VL, lanes_left(s * VL, width));
-        dt_u[s] = dt[s] * load_n(u + s * VL, lanes_left(s * VL, width));
+// The arrays of task number `task` in scratch.
+static ScanBlock scan_block(float *scratch, const Scan *s, int task) {
+    const int tasks = (s->E + SCAN_WIDTH - 1) / SCAN_WIDTH, e0 = task * SCAN_WIDTH;
+    const size_t chunks = ((size_t)s->L + SCAN_CHUNK - 1) / SCAN_CHUNK;
+    const size_t step = (size_t)s->N * SCAN_WIDTH, per_task = step * (chunks + 2 * SCAN_CHUNK + 3);
+    float *starts = scratch + per_task * task, *states = starts + step * chunks;
+    float *decays = states + step * SCAN_CHUNK, *A = decays + step * SCAN_CHUNK;
+    float *parts = scratch + per_task * tasks + (size_t)task * s->B * s->L * 2 * s->N;
+    int width = s->E - e0 < SCAN_WIDTH ? s->E - e0 : SCAN_WIDTH;
+    return (ScanBlock){.e0 = e0,
+                       .width = width,
+                       .starts = starts,
+                       .states = states,
+                       .decays = decays,
+                       .A = A,
+                       .d_A = A + step,
+                       .g = A + 2 * step,
+                       .parts = parts};
+}
+
+// The block's columns of an array (N,E), as (N,SCAN_WIDTH); missing channels are zero.
+static void scan_gather(float *to, const float *from, const ScanBlock *k, int N, int E) {
+    for (int n = 0; n < N; n++, to += SCAN_WIDTH) {
+        memcpy(to, from + (size_t)n * E + k->e0, (size_t)k->width * sizeof *to);
+        memset(to + k->width, 0, (size_t)(SCAN_WIDTH - k->width) * sizeof *to);
+    }
+}
+
+// Sequence b of one block: d_h (N,E) holds the gradient of the state at the end, then at the start.
+static void scan_backward_sequence(ScanBlock *k, const ScanGrad *d, const float *d_y, const Scan *s,
+                                   const float *h0, int b) {
+    const int L = s->L, N = s->N, E = s->E, chunks = (L + SCAN_CHUNK - 1) / SCAN_CHUNK;
+    const size_t step = (size_t)N * SCAN_WIDTH, row = (size_t)b * L;
+    float *d_h = d->d_h + (size_t)b * N * E;
+    scan_gather(k->starts, h0 + (size_t)b * N * E, k, N, E);
+    scan_gather(k->g, d_h, k, N, E);
+    for (int t = 0; t < (chunks - 1) * SCAN_CHUNK; t++) { // in place; copied where a chunk starts
+        float *at = k->starts + step * (t / SCAN_CHUNK + 1);
+        recurrence_again(at, NULL, t % SCAN_CHUNK ? at : at - step, k, s, row + t);
+    }
+    for (int chunk = chunks - 1; chunk >= 0; chunk--) {
+        int t0 = chunk * SCAN_CHUNK, steps = L - t0 < SCAN_CHUNK ? L - t0 : SCAN_CHUNK;
+        const float *start = k->starts + step * chunk;
+        for (int i = 0; i < steps; i++) {
+            float *h = k->states + step * i, *decay = k->decays + step * i;
+            recurrence_again(h, decay, i ? h - step : start, k, s, row + t0 + i);
+        }
+        for (int i = steps - 1; i >= 0; i--) {
+            const float *h = k->states + step * i, *decay = k->decays + step * i;
+            recurrence_backward(k, d, d_y, s, row + t0 + i, h, decay, i ? h - step : start);
+        }
     }
     for (int n = 0; n < N; n++)
-        for (int s = 0; s < sets; s++) {
-            size_t at = (size_t)n * SCAN_WIDTH + s * VL;
-            vec a = exp_vec(dt[s] * load(A + at));
-            if (decay) store(decay + at, a);
-            store(h + at, a * load(before + at) + dt_u[s] * B[n]);
-        }
+        memcpy(d_h + (size_t)n * E + k->e0, k->g + (size_t)n * SCAN_WIDTH,
+               (size_t)k->width * sizeof *d_h);
 }
 
-// One step back. g (N,SCAN_WIDTH) is the gradient of h_t without y_t's part on entry, of h_{t-1} on
-// return.
-INLINE void scan_step_backward(float *g, float *d_A, vec *d_D, float *d_u, float *d_delta,
-                               float *part, const float *d_y, const float *u, const float *delta,
-                               const float *A, const float *B, const float *C, const float *D_skip,
-                               const float *h, const float *decay, const float *before, int N,
-                               int width) {
-    vec dy[SCAN_SETS], dt[SCAN_SETS], ut[SCAN_SETS], d_ut[SCAN_SETS], d_dt[SCAN_SETS];
-    int sets = (width + VL - 1) / VL;
-    for (int s = 0; s < sets; s++) {
-        int e = s * VL, lanes = lanes_left(e, width);
-        dy[s] = load_n(d_y + e, lanes), dt[s] = load_n(delta + e, lanes),
-        ut[s] = load_n(u + e, lanes);
-        d_ut[s] = load_n(D_skip + e, lanes) * dy[s], d_dt[s] = splat(0);
-        d_D[s] += dy[s] * ut[s];
-    }
-    for (int n = 0; n < N; n++) {
-        vec d_B = splat(0), d_C = splat(0);
-        for (int s = 0; s < sets; s++) {
-            size_t at = (size_t)n * SCAN_WIDTH + s * VL;
-            vec gt = load(g + at) + dy[s] * C[n], a = load(decay + at),
-                d_dtA = gt * a * load(before + at), gu = gt * ut[s];
-            d_C += dy[s] * load(h + at);
-            d_B += gu * dt[s];
-            d_dt[s] += d_dtA * load(A + at) + gu * B[n];
-            d_ut[s] += gt * dt[s] * B[n];
-            store(d_A + at, load(d_A + at) + d_dtA * dt[s]);
-            store(g + at, gt * a);
-        }
-        part[n] = sum_lanes(d_B), part[N + n] = sum_lanes(d_C);
-    }
-    for (int s = 0; s < sets; s++) {
-        store_n(d_u + s * VL, d_ut[s], lanes_left(s * VL, width));
-        store_n(d_delta + s * VL, d_dt[s], lanes_left(s * VL, width));
-    }
-}
-
-// (N,E) rows to or from a task's (N,SCAN_WIDTH).
-INLINE void scan_gather(float *to, const float *from, int N, int E, int width) {
-    for (int n = 0; n < N; n++) {
-        memcpy(to + (size_t)n * SCAN_WIDTH, from + (size_t)n * E, (size_t)width * sizeof *to);
-        memset(to + (size_t)n * SCAN_WIDTH + width, 0, (size_t)(SCAN_WIDTH - width) * sizeof *to);
-    }
-}
-
-static void scan_backward(float *d_u, float *d_delta, float *d_B_ssm, float *d_C_ssm,
-                          float *d_A_log, float *d_D, float *d_h, const float *d_y, const float *u,
-                          const float *delta, const float *A_neg, const float *B_ssm,
-                          const float *C_ssm, size_t ld_bc, const float *D_skip, const float *h,
-                          int B, int L, int E, int N, float *scratch) {
-    int tasks = (E + SCAN_WIDTH - 1) / SCAN_WIDTH, chunks = (L + SCAN_CHUNK - 1) / SCAN_CHUNK;
-    size_t step = (size_t)N * SCAN_WIDTH, per_task = step * ((size_t)chunks + 2 * SCAN_CHUNK + 3);
-    float *parts = scratch + per_task * tasks; // (tasks, B*L, 2N)
+// d_y (T,E); h0 (B,N,E): the states before t = 0.
+static void scan_backward(const ScanGrad *d, const float *d_y, const Scan *s, const float *h0) {
+    const int N = s->N, E = s->E, T = s->B * s->L, tasks = (E + SCAN_WIDTH - 1) / SCAN_WIDTH;
 #pragma omp for
     for (int task = 0; task < tasks; task++) {
-        int e = task * SCAN_WIDTH, width = E - e < SCAN_WIDTH ? E - e : SCAN_WIDTH;
-        float *starts = scratch + per_task * task, *states = starts + step * chunks,
-              *decays = states + step * SCAN_CHUNK;
-        float *A = decays + step * SCAN_CHUNK, *d_A = A + step, *g = d_A + step;
-        vec d_D_sum[SCAN_SETS];
-        for (int s = 0; s < SCAN_SETS; s++) d_D_sum[s] = splat(0);
-        scan_gather(A, A_neg + e, N, E, width);
-        memset(d_A, 0, step * sizeof *d_A);
-        for (int b = 0; b < B; b++) {
-            size_t row = (size_t)b * L, state = (size_t)b * N * E + e;
-            scan_gather(starts, h + state, N, E, width);
-            scan_gather(g, d_h + state, N, E, width);
-            for (int t = 0; t < (chunks - 1) * SCAN_CHUNK;
-                 t++) { // in place, copied on where a chunk starts
-                float *at = starts + step * (t / SCAN_CHUNK + 1);
-                scan_rebuild(at, NULL, t % SCAN_CHUNK ? at : at - step, A, u + (row + t) * E + e,
-                             delta + (row + t) * E + e, B_ssm + (row + t) * ld_bc, N, width);
-            }
-            for (int chunk = chunks - 1; chunk >= 0; chunk--) {
-                int t0 = chunk * SCAN_CHUNK, t1 = L - t0 < SCAN_CHUNK ? L : t0 + SCAN_CHUNK;
-                const float *start = starts + step * chunk;
-                for (int t = t0; t < t1; t++) {
-                    size_t i = t - t0;
-                    scan_rebuild(states + step * i, decays + step * i,
-                                 i ? states + step * (i - 1) : start, A, u + (row + t) * E + e,
-                                 delta + (row + t) * E + e, B_ssm + (row + t) * ld_bc, N, width);
-                }
-                for (int t = t1 - 1; t >= t0; t--) {
-                    size_t i = t - t0, at = (row + t) * E + e;
-                    scan_step_backward(g, d_A, d_D_sum, d_u + at, d_delta + at,
-                                       parts + ((size_t)task * B * L + row + t) * 2 * N, d_y + at,
-                                       u + at, delta + at, A, B_ssm + (row + t) * ld_bc,
-                                       C_ssm + (row + t) * ld_bc, D_skip + e, states + step * i,
-                                       decays + step * i, i ? states + step * (i - 1) : start, N,
-                                       width);
-                }
-            }
-            for (int n = 0; n < N; n++)
-                memcpy(d_h + state + (size_t)n * E, g + (size_t)n * SCAN_WIDTH,
-                       (size_t)width * sizeof *g);
-        }
+        ScanBlock k = scan_block(d->scratch, s, task);
+        scan_gather(k.A, s->A_neg, &k, N, E);
+        memset(k.d_A, 0, (size_t)N * SCAN_WIDTH * sizeof *k.d_A);
+        for (int b = 0; b < s->B; b++) scan_backward_sequence(&k, d, d_y, s, h0, b);
         for (int n = 0; n < N; n++)
-            for (int i = 0; i < width; i++)
-                d_A_log[(size_t)(e + i) * N + n] +=
-                    d_A[(size_t)n * SCAN_WIDTH + i] * A[(size_t)n * SCAN_WIDTH + i];
-        for (int i = 0; i < width; i += VL)
-            store_n(d_D + e + i, load_n(d_D + e + i, lanes_left(i, width)) + d_D_sum[i / VL],
-                    lanes_left(i, width));
+            for (int i = 0; i < k.width; i++) {
+                size_t at = (size_t)n * SCAN_WIDTH + i;
+                d->d_A_log[(size_t)(k.e0 + i) * N + n] += k.d_A[at] * k.A[at];
+            }
+        for (int i = 0; i < k.width; i++) d->d_D_skip[k.e0 + i] += k.d_D[i];
     }
 #pragma omp for
-    for (int t = 0; t < B * L; t++)
+    for (int t = 0; t < T; t++)
         for (int n = 0; n < N; n++) {
             float d_B = 0, d_C = 0;
             for (int task = 0; task < tasks; task++) {
-                const float *part = parts + ((size_t)task * B * L + t) * 2 * N;
-                d_B += part[n], d_C += part[N + n];
+                const float *part = scan_block(d->scratch, s, task).parts + (size_t)t * 2 * N;
+                d_B += part[n];
+                d_C += part[N + n];
             }
-            d_B_ssm[(size_t)t * ld_bc + n] = d_B, d_C_ssm[(size_t)t * ld_bc + n] = d_C;
+            d->d_B_ssm[(size_t)t * s->ld_bc + n] = d_B;
+            d->d_C_ssm[(size_t)t * s->ld_bc + n] = d_C;
         }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 7 Model: block, prefill, step
-// A block is  res += out_proj(g)  with  g = scan(silu(conv(x)), selection) * silu(z)  and  [x | z]
-// = in_proj(rmsnorm(res)). Three arenas: the weights (mapped), the activations of one piece of text
-// (Acts), and the state, which is all that a sequence remembers.
+// Three arenas: the weights (mapped), the activations of one piece of text (Acts), and the state,
+// which is all that a sequence remembers.
 
 // --- where the model runs: Acts with a gpu run there. A state's numbers are then newer on the GPU
 // until somebody asks for them.
@@ -2287,43 +2472,18 @@ static const GpuBackend *const GPU = NULL; // then no Acts gets a gpu
 
 static int gpu_failed(void) { return fail("%s", GPU->error()); }
 
-typedef struct State { // one sequence at one moment; a single allocation, made of plain numbers
-    uint64_t position; // tokens read
-    uint64_t random;   // state of the sampler's generator
-    uint64_t floats;   // how many numbers follow
-    int32_t recent[RECENT], n_recent;
-    Utf8Pending pending;
-    struct Acts *ahead; // whose GPU has newer conv and h than are here; NULL: these are the newest
-    float *logits, *conv, *h; // (V), after the last token; (n_layer, K-1, E); (n_layer, N, E)
-    float data[];
-} State;
+// Brings a state's numbers back from the GPU, where they are newer. 0, or -1 after fail().
+static int state_fetch(const State *s) {
+    State *to = (State *)(uintptr_t)s; // what s means stays the same
+    Acts *a = s->newer_on;
+    to->newer_on = NULL;
+    return a && GPU->get_state(a->gpu, to->conv, to->h, to->logits) ? gpu_failed() : 0;
+}
 
-// Tokens that prefill takes at a time, so that memory does not depend on the prompt's length.
-// Large, because the weights are read and packed once a piece; bounded for wide models so that a
-// piece stays within some hundred megabytes.
-enum {
-    PIECE_MAX = 512,
-    PIECE_MIN = 32,
-    LOGIT_ROWS = 32,
-    BATCH_MAX = 32
-}; // BATCH_MAX: sequences of one step
-
-typedef struct Acts {
-    int threads, piece; // team size; rows that the arrays below have room for
-    float *res, *xn, *xz, *u, *xdb, *delta, *y, *packed, *carry,
-        *logits;      // logits (LOGIT_ROWS, V), for evaluation
-    float *probs;     // (V) and
-    int32_t *order;   // (V): the sampler's scratch
-    float *selection; // (piece) or NULL: gets the mean of delta over the channels of
-                      // selection_layer, -1: of all layers
-    int selection_layer;
-    Gpu *gpu;    // NULL: everything runs on the processor
-    State *held; // the state that the GPU holds
-} Acts;
-
-static size_t
-activation_row_floats(const Config *c) { // floats a token in the arrays of Acts, without packed
-    return 2 * (size_t)c->D + 5 * (size_t)c->E + (size_t)(c->R + 2 * c->N);
+// The numbers of s are about to be set here: those on the GPU no longer count.
+static void state_detach(State *s) {
+    if (s->newer_on) s->newer_on->gpu_state = NULL;
+    s->newer_on = NULL;
 }
 
 // Default number of threads: the processors there are, but half of many, since those are often two
@@ -2337,18 +2497,66 @@ static int default_threads(void) {
 #endif
 }
 
-// Brings a state's numbers back from the GPU, where they are newer. 0, or -1 after fail().
-static int state_fetch(const State *s) {
-    State *to = (State *)(uintptr_t)s; // what s means stays the same
-    Acts *a = s->ahead;
-    to->ahead = NULL;
-    return a && GPU->get_state(a->gpu, to->conv, to->h, to->logits) ? gpu_failed() : 0;
+// An arena is laid out twice by the same code: base NULL only measures, then it hands out pointers.
+typedef struct {
+    char *base;
+    size_t used; // bytes, saturating
+} Arena;
+
+static void *take(Arena *from, size_t count, size_t size) {
+    void *p = from->base ? from->base + from->used : NULL;
+    size_t bytes = size_mul(count, size);
+    from->used = size_add(
+        from->used, bytes > SIZE_MAX - ALIGN ? SIZE_MAX : (bytes + ALIGN - 1) / ALIGN * ALIGN);
+    return p;
+}
+static float *take_floats(Arena *from, size_t n) { return take(from, n, sizeof(float)); }
+
+static size_t activation_row_floats(const Config *c) { // floats a token in a Work, without scratch
+    return 2 * (size_t)c->D + 5 * (size_t)c->E + (size_t)(c->R + 2 * c->N);
 }
 
-// The numbers of s are about to be set here: those on the GPU no longer count.
-static void state_detach(State *s) {
-    if (s->ahead) s->ahead->held = NULL;
-    s->ahead = NULL;
+static void acts_layout(Acts *a, const Config *c, Arena *from) {
+    const size_t D = (size_t)c->D, E = (size_t)c->E, P = (size_t)(c->R + 2 * c->N);
+    const size_t V = (size_t)c->V, R = (size_t)c->R, T = (size_t)a->piece;
+    Work *w = &a->work;
+    w->res = w->next = take_floats(from, T * D);
+    w->xn = take_floats(from, T * D);
+    w->xz = take_floats(from, T * 2 * E);
+    w->u = take_floats(from, T * E);
+    w->raw = w->xdb = take_floats(from, T * P);
+    w->delta = take_floats(from, T * E);
+    w->y = w->g = take_floats(from, T * E);
+    w->packed = take_floats(from, matmul_floats(T, E > D ? (E > R ? E : R) : D > R ? D : R));
+    w->carry = take_floats(from, scan_carry_floats(c->E, c->N));
+    a->logits = take_floats(from, size_mul(LOGIT_ROWS, V));
+    a->probs = take_floats(from, V);
+    a->order = take(from, V, sizeof *a->order);
+    a->seq = take(from, (size_t)c->n_layer * BATCH_MAX, sizeof *a->seq);
+}
+
+// Scratch for one pass at a time over one model; threads 0 = default. NULL after fail().
+Acts *mamba_acts_new(const Model *m, int threads) {
+    size_t piece = ((size_t)1 << 25) / activation_row_floats(&m->config); // 128 MB at the most,
+    piece = piece > PIECE_MAX ? PIECE_MAX : piece < PIECE_MIN ? PIECE_MIN : piece; // or PIECE_MIN
+    Acts *a = calloc(1, sizeof *a);
+    if (!a) return fail("out of memory"), NULL;
+    a->threads = threads > 0 ? threads : default_threads();
+    a->piece = (int)piece;
+    Arena arena = {NULL, 0};
+    acts_layout(a, &m->config, &arena);
+    arena = (Arena){a->arena = alloc_aligned(arena.used), 0};
+    if (!a->arena) return free(a), NULL;
+    acts_layout(a, &m->config, &arena);
+    return a;
+}
+
+void mamba_acts_free(Acts *a) {
+    if (!a) return;
+    if (a->gpu_state && a->gpu_state->newer_on == a) state_fetch(a->gpu_state);
+    if (a->gpu) GPU->close(a->gpu);
+    free_aligned(a->arena);
+    free(a);
 }
 
 // From now on the passes of a run on the GPU, float32: with float32 products for bf16 weights too.
@@ -2359,130 +2567,119 @@ int mamba_acts_gpu(Acts *a, const Model *m, bool float32) {
     return a->gpu ? 0 : gpu_failed();
 }
 
-void mamba_acts_free(Acts *a) {
-    if (a && a->held && a->held->ahead == a) state_fetch(a->held);
-    if (a && a->gpu) GPU->close(a->gpu);
-    free_aligned(a);
-}
-
-// Scratch for one pass at a time over one model; threads 0 = default. NULL after fail().
-Acts *mamba_acts_new(const Model *m, int threads) {
-    const Config *c = &m->config;
-    size_t D = (size_t)c->D, E = (size_t)c->E, P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V;
-    size_t piece = ((size_t)1 << 25) /
-                   activation_row_floats(c); // 128 MB at the most, unless PIECE_MIN needs more
-    piece = piece > PIECE_MAX ? PIECE_MAX : piece < PIECE_MIN ? PIECE_MIN : piece;
-    size_t widest = E > D ? E : D, rows = (piece + MR - 1) / MR * MR;
-    if (widest < (size_t)c->R) widest = (size_t)c->R;
-    const size_t floats[] = {piece * D,
-                             piece * D,
-                             piece * 2 * E,
-                             piece * E,
-                             piece * P,
-                             piece * E,
-                             piece * E,
-                             rows * (widest + PAIR),
-                             scan_carry_floats(c->E, c->N),
-                             LOGIT_ROWS * V,
-                             V,
-                             V};
-    float **member[12], *at;
-    size_t total = size_add(sizeof(Acts), ALIGN);
-    for (size_t i = 0; i < 12; i++)
-        total = size_add(total, size_mul(floats[i] + 16, sizeof(float)));
-    Acts *a = alloc_aligned(total);
-    if (!a) return NULL;
-    float *order;
-    memcpy(member,
-           (float **[]){&a->res, &a->xn, &a->xz, &a->u, &a->xdb, &a->delta, &a->y, &a->packed,
-                        &a->carry, &a->logits, &a->probs, &order},
-           sizeof member);
-    at = (float *)((char *)a + (sizeof *a + ALIGN - 1) / ALIGN * ALIGN);
-    for (size_t i = 0; i < 12; i++) *member[i] = at, at += (floats[i] + 15) / 16 * 16;
-    a->order = (int32_t *)(void *)order;
-    a->threads = threads > 0 ? threads : default_threads();
-    a->piece = (int)piece;
-    return a;
-}
-
-// out_t += mean over e of delta_te, divided by `parts`
-static void add_row_means(float *out, const float *delta, int parts, int L, int E) {
+// res (T,D) = the rows of embedding (V,D) named by ids (T); ids NULL: the first T.
+static void embed(float *res, const int32_t *ids, const Tensor *embedding, int T) {
+    int D = embedding->cols;
 #pragma omp for
-    for (int t = 0; t < L; t++) {
+    for (int t = 0; t < T; t++)
+        tensor_widen(res + (size_t)t * D, embedding, ids ? ids[t] : t, 0, D);
+}
+
+// d_embedding (V,D) += the gradients of every place where an id stood. Threads own columns, so that
+// places add up in order.
+static void embed_backward(float *d_embedding, const float *d_res, const int32_t *ids, int T,
+                           int D) {
+    enum { COLUMNS = 16 };
+#pragma omp for
+    for (int d0 = 0; d0 < D; d0 += COLUMNS) {
+        int d1 = D - d0 < COLUMNS ? D : d0 + COLUMNS;
+        for (int t = 0; t < T; t++) {
+            float *to = d_embedding + (size_t)ids[t] * D;
+            for (int d = d0; d < d1; d++) to[d] += d_res[(size_t)t * D + d];
+        }
+    }
+}
+
+// out_t += the mean over the channels of delta_t, divided by `parts`
+static void add_row_means(float *out, const float *delta, int parts, int T, int E) {
+#pragma omp for
+    for (int t = 0; t < T; t++) {
         double sum = 0;
         for (int e = 0; e < E; e++) sum += (double)delta[(size_t)t * E + e];
         out[t] += (float)(sum / E / parts);
     }
 }
 
-// xz of the first layer for L tokens: a token's row depends on its id alone, so with a small
-// vocabulary every id's row is computed once and copied. a->delta, not in use yet, holds the V
-// rows.
-static void in_proj_of_ids(const Model *m, Acts *a, const Tensor *in_proj, const int32_t *ids,
-                           int L) {
+// xz of the first layer where the vocabulary is small: a token's row depends on its id alone, so
+// every id's row is computed once and copied. w->delta, not in use yet, holds the V rows.
+static void in_proj_of_ids(const Model *m, Work *w, const Tensor *in_proj, int T) {
     const Config *c = &m->config;
-    const Layer *w = &m->layer[0];
+    const Layer *p = &m->layer[0];
     size_t row = 2 * (size_t)c->E;
-    embed(a->xn, NULL, &m->embedding, c->V);
-    rmsnorm(a->xn, a->xn, f32(&w->norm), c->norm_eps, c->V, c->D, (size_t)c->D);
-    matmul_to(a->delta, row, a->xn, (size_t)c->D, in_proj, f32(&w->in_bias), c->V, a->packed);
+    embed(w->xn, NULL, &m->embedding, c->V);
+    rmsnorm(w->xn, w->xn, f32(&p->norm), c->norm_eps, c->V, c->D, (size_t)c->D);
+    matmul(w->delta, row, w->xn, (size_t)c->D, in_proj, f32(&p->in_bias),
+           (Rows){c->V, false, w->packed});
 #pragma omp for
-    for (int t = 0; t < L; t++)
-        memcpy(a->xz + (size_t)t * row, a->delta + (size_t)ids[t] * row,
+    for (int t = 0; t < T; t++)
+        memcpy(w->xz + (size_t)t * row, w->delta + (size_t)w->ids[t] * row,
                (size_t)in_proj->rows * sizeof(float));
 }
 
-// Layer `layer` applied to L tokens whose residual stream is a->res; conv and h are this layer's
-// part of the state. ids: the tokens, for the first layer, or NULL. state_only, for the last layer:
-// nobody reads res after it, so z, C, y and out_proj are left out.
-static void block(const Model *m, int layer, State *s, Acts *a, const int32_t *ids, bool state_only,
-                  int L) {
+// One layer over B sequences of L tokens: w->res (T,D) goes in, w->next comes out, and the states
+// of seq (B) move on. Called by every thread of a team.
+static void block(const Model *m, int layer, Work *w, const LayerState *seq, int B, int L) {
     const Config *c = &m->config;
-    const Layer *w = &m->layer[layer];
-    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N;
-    float *window = s->conv + (size_t)layer * (K - 1) * E, *h = s->h + (size_t)layer * N * E;
-    float *dt_low = a->xdb, *B_ssm = a->xdb + R, *C_ssm = a->xdb + R + N; // columns of xdb (L,P)
+    const Layer *p = &m->layer[layer];
+    const int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, T = B * L;
+    const Rows rows = {T, L == 1, w->packed};
+    float *dt_low = w->xdb, *B_ssm = w->xdb + R, *C_ssm = w->xdb + R + N; // columns of xdb (T,P)
 
-    Tensor in_proj = w->in_proj, x_proj = w->x_proj;
-    if (state_only)
-        in_proj.rows = E,
-        x_proj.rows = R + N; // their first rows: x without z, dt_low and B without C
-    if (ids && MATMUL_FEW <= c->V && 2 * c->V <= L) in_proj_of_ids(m, a, &in_proj, ids, L);
+    // After the last layer only the state may be wanted. Then z, C, y and out_proj are left out:
+    // x is the first rows of in_proj, dt_low and B those of x_proj.
+    const bool state_only = w->state_only && layer == c->n_layer - 1;
+    Tensor in_proj = p->in_proj, x_proj = p->x_proj;
+    if (state_only) in_proj.rows = E, x_proj.rows = R + N;
+
+    // [x | z] = in_proj(rmsnorm(res))
+    if (layer == 0 && w->ids && L > 1 && MATMUL_FEW <= c->V && 2 * c->V <= T)
+        in_proj_of_ids(m, w, &in_proj, T);
     else {
-        rmsnorm(a->xn, a->res, f32(&w->norm), c->norm_eps, L, D, (size_t)D);
-        matmul_to(a->xz, 2 * (size_t)E, a->xn, (size_t)D, &in_proj, f32(&w->in_bias), L, a->packed);
+        rmsnorm(w->xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D);
+        matmul(w->xz, 2 * (size_t)E, w->xn, (size_t)D, &in_proj, f32(&p->in_bias), rows);
     }
-    if (L == 1) conv1d_silu_step(a->u, window, a->xz, w->conv_t, f32(&w->conv_bias), E, K);
-    else conv1d_silu(a->u, window, a->xz, w->conv_t, f32(&w->conv_bias), L, E, K);
-    matmul_to(a->xdb, (size_t)P, a->u, (size_t)E, &x_proj, NULL, L, a->packed);
-    if (c->flags & FLAG_MIXER_NORM) { // FalconMamba, which trains at sizes where unnormed selection
-                                      // becomes unstable
-        rmsnorm(dt_low, dt_low, NULL, c->mixer_eps, L, R, (size_t)P);
-        rmsnorm(B_ssm, B_ssm, NULL, c->mixer_eps, L, N, (size_t)P);
-        if (!state_only) rmsnorm(C_ssm, C_ssm, NULL, c->mixer_eps, L, N, (size_t)P);
+    // u = silu(conv(x))
+    Conv conv = {w->xz, p->conv_t, f32(&p->conv_bias), B, L, E, K};
+    conv1d_silu(w->u, seq, &conv);
+    // The selection: delta, B and C are functions of the token.
+    matmul(w->raw, (size_t)P, w->u, (size_t)E, &x_proj, NULL, rows);
+    if (c->flags & FLAG_MIXER_NORM) { // FalconMamba: without norms large models became unstable
+        rmsnorm(dt_low, w->raw, NULL, c->mixer_eps, T, R, (size_t)P);
+        rmsnorm(B_ssm, w->raw + R, NULL, c->mixer_eps, T, N, (size_t)P);
+        if (!state_only) rmsnorm(C_ssm, w->raw + R + N, NULL, c->mixer_eps, T, N, (size_t)P);
     }
-    matmul(a->delta, dt_low, (size_t)P, &w->dt_proj, NULL, L, a->packed);
-    softplus_bias(a->delta, f32(&w->dt_bias), L, E);
-    if (a->selection && (a->selection_layer < 0 || a->selection_layer == layer))
-        add_row_means(a->selection, a->delta, a->selection_layer < 0 ? c->n_layer : 1, L, E);
-    if (L == 1) scan_step(a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm, f32(&w->D_skip), E, N);
-    else
-        scan_parallel(state_only ? NULL : a->y, h, a->u, a->delta, w->A_neg, B_ssm, C_ssm,
-                      (size_t)P, f32(&w->D_skip), L, E, N, scan_pieces(L, E), a->carry);
+    matmul(w->delta, (size_t)E, dt_low, (size_t)P, &p->dt_proj, NULL, rows);
+    softplus_bias(w->delta, f32(&p->dt_bias), T, E);
+    if (w->selection && (w->selection_layer < 0 || w->selection_layer == layer))
+        add_row_means(w->selection, w->delta, w->selection_layer < 0 ? c->n_layer : 1, T, E);
+    // y = the scan of u; g = y * silu(z)
+    Scan s = {w->u, w->delta, p->A_neg, B_ssm, C_ssm, f32(&p->D_skip), (size_t)P, B, L, E, N};
+    scan(state_only ? NULL : w->y, seq, &s, w->carry);
     if (state_only) return;
-    gate(a->y, a->xz, L, E);
-    matmul(a->xn, a->y, (size_t)E, &w->out_proj, f32(&w->out_bias), L, a->packed);
-    add_to(a->res, a->xn, L, D);
+    gate(w->g, w->y, w->xz, T, E);
+    // next = res + out_proj(g)
+    matmul(w->xn, (size_t)D, w->g, (size_t)E, &p->out_proj, f32(&p->out_bias), rows);
+    add_rows(w->next, w->res, w->xn, T, D);
 }
 
-// What to do with the logits (V) of each position in turn; NULL: only the last position's are
-// computed.
+// The model up to its last norm, for prefill (B = 1), step (L = 1) and training: B sequences of L
+// tokens w->ids (T), states seq (n_layer,B). Returns the residual stream (T,D).
+static const float *forward(const Model *m, Work *w, const LayerState *seq, int B, int L) {
+    embed(w->res, w->ids, &m->embedding, B * L);
+    for (int layer = 0; layer < m->config.n_layer; layer++) {
+        block(m, layer, w, seq + (size_t)layer * B, B, L);
+        if (w->one_each) w++;
+    }
+    return w->res;
+}
+
+// What to do with the logits (V) of each position in turn.
 typedef void LogitsVisitor(void *context, const float *logits);
 
 // Threads for a pass of so many tokens. A small pass runs alone, with the same bits: a team saves
-// it little, and crawls where others use the processors, since a barrier then waits for a time
-// slice (story.bin: 16 tokens/s by a team beside a busy test run, 700 to 1,500 alone; on a quiet
-// machine 1,820 and 1,240).
+// it little. Beside other programs a team crawls, since a barrier then waits for a time slice
+// (story.bin beside a busy test run: 16 tokens/s by a team, 700 to 1,500 alone; on a quiet machine
+// 1,820 and 1,240).
 static int pass_team(const Model *m, const Acts *a, int tokens) {
     return (double)m->n_params * tokens < 16e6 ? 1 : a->threads;
 }
@@ -2495,38 +2692,63 @@ static void state_read(State *s, const int32_t *ids, size_t n) {
     s->n_recent = s->position < RECENT ? (int32_t)s->position : RECENT;
 }
 
-// One piece of at most a->piece tokens, by a team of threads; s->logits becomes those after the
-// last, unless more of the text follows and nobody wants to see them.
-static void forward(const Model *m, Acts *a, State *s, const int32_t *ids, int L, bool more,
-                    LogitsVisitor *visit, void *context) {
+// seq (n_layer,B): where the layers of B states lie.
+static void layer_states(LayerState *seq, const Model *m, State *const *s, int B) {
     const Config *c = &m->config;
-    int D = c->D, V = c->V;
-    int team = pass_team(m, a, L);
+    const size_t window = (size_t)(c->K - 1) * c->E, NE = (size_t)c->N * c->E;
+    for (int layer = 0; layer < c->n_layer; layer++)
+        for (int b = 0; b < B; b++)
+            seq[(size_t)layer * B + b] =
+                (LayerState){s[b]->conv + window * layer, s[b]->h + NE * layer};
+}
+
+// The logits of every row of res (L,D), LOGIT_ROWS at a time, for visit; the last ones stay in s.
+static void visit_logits(const Model *m, Acts *a, State *s, const float *res, int L,
+                         LogitsVisitor *visit, void *context) {
+    const Config *c = &m->config;
+    const size_t D = (size_t)c->D, V = (size_t)c->V;
+    float *xn = a->work.xn;
+    rmsnorm(xn, res, f32(&m->norm_f), c->norm_eps, L, c->D, D);
+    for (int t = 0; t < L; t += LOGIT_ROWS) {
+        int rows = L - t < LOGIT_ROWS ? L - t : LOGIT_ROWS;
+        matmul(a->logits, V, xn + (size_t)t * D, D, &m->head, NULL,
+               (Rows){rows, false, a->work.packed});
+#pragma omp single
+        for (int r = 0; r < rows; r++) visit(context, a->logits + (size_t)r * V);
+    }
+#pragma omp single
+    memcpy(s->logits, a->logits + (size_t)((L - 1) % LOGIT_ROWS) * V, V * sizeof(float));
+}
+
+// The logits after the last token of each sequence, res (B L,D), into the states.
+static void last_logits(const Model *m, Acts *a, State *const *s, const float *res, int B, int L) {
+    const Config *c = &m->config;
+    const size_t D = (size_t)c->D, V = (size_t)c->V;
+    float *logits = B == 1 ? s[0]->logits : a->logits;
+    rmsnorm(a->work.xn, res + (L - 1) * D, f32(&m->norm_f), c->norm_eps, B, c->D, L * D);
+    matmul(logits, V, a->work.xn, L * D, &m->head, NULL, (Rows){B, true, a->work.packed});
+    if (B == 1) return;
+#pragma omp for
+    for (int b = 0; b < B; b++) memcpy(s[b]->logits, logits + b * V, V * sizeof(float));
+}
+
+// One pass by a team of threads: B sequences of L tokens ids (B,L), at most a->piece in all. The
+// states' logits become those after the last token, unless more of the text follows and nobody
+// wants to see them.
+static void pass(const Model *m, Acts *a, State *const *s, const int32_t *ids, int B, int L,
+                 bool more, LogitsVisitor *visit, void *context) {
+    int team = pass_team(m, a, B * L);
     (void)team;
+    a->work.ids = ids;
+    a->work.state_only = more && !visit;
+    layer_states(a->seq, m, s, B);
 #pragma omp parallel num_threads(team)
     {
-        embed(a->res, ids, &m->embedding, L);
-        for (int layer = 0; layer < c->n_layer; layer++)
-            block(m, layer, s, a, layer ? NULL : ids, more && !visit && layer == c->n_layer - 1, L);
-        if (visit) {
-            rmsnorm(a->xn, a->res, f32(&m->norm_f), c->norm_eps, L, D, (size_t)D);
-            for (int t = 0; t < L; t += LOGIT_ROWS) {
-                int rows = L - t < LOGIT_ROWS ? L - t : LOGIT_ROWS;
-                matmul(a->logits, a->xn + (size_t)t * D, (size_t)D, &m->head, NULL, rows,
-                       a->packed);
-#pragma omp single
-                for (int r = 0; r < rows; r++) visit(context, a->logits + (size_t)r * V);
-            }
-#pragma omp single
-            memcpy(s->logits, a->logits + (size_t)((L - 1) % LOGIT_ROWS) * V,
-                   (size_t)V * sizeof(float));
-        } else if (!more) {
-            rmsnorm(a->xn, a->res + (size_t)(L - 1) * D, f32(&m->norm_f), c->norm_eps, 1, D,
-                    (size_t)D);
-            matmul(s->logits, a->xn, (size_t)D, &m->head, NULL, 1, a->packed);
-        }
+        const float *res = forward(m, &a->work, a->seq, B, L);
+        if (visit) visit_logits(m, a, s[0], res, L, visit, context);
+        else if (!more) last_logits(m, a, s, res, B, L);
     }
-    state_read(s, ids, (size_t)L);
+    for (int b = 0; b < B; b++) state_read(s[b], ids + (size_t)b * L, (size_t)L);
 }
 
 static int check_ids(const Model *m, const int32_t *ids, size_t n) {
@@ -2542,12 +2764,13 @@ static int check_ids(const Model *m, const int32_t *ids, size_t n) {
 static int prefill_gpu(Acts *a, State *s, const int32_t *ids, size_t n, LogitsVisitor *visit,
                        void *context) {
     if (n == 0) return 0;
-    if (a->held != s || s->ahead != a) {
-        if (a->held && a->held != s && a->held->ahead == a && state_fetch(a->held)) return -1;
+    State *there = a->gpu_state;
+    if (there != s || s->newer_on != a) {
+        if (there && there != s && there->newer_on == a && state_fetch(there)) return -1;
         if (state_fetch(s) || GPU->set_state(a->gpu, s->conv, s->h, s->logits)) return gpu_failed();
-        a->held = s;
+        a->gpu_state = s;
     }
-    s->ahead = a;
+    s->newer_on = a;
     if (GPU->prefill(a->gpu, ids, n, visit, context) ||
         GPU->get_state(a->gpu, NULL, NULL, s->logits))
         return gpu_failed();
@@ -2565,89 +2788,30 @@ int mamba_prefill(const Model *m, Acts *a, State *s, const int32_t *ids, size_t 
     if (state_fetch(s)) return -1;
     for (size_t done = 0; done < n;) {
         int L = n - done < (size_t)a->piece ? (int)(n - done) : a->piece;
+        a->work.selection = a->selection ? a->selection + done : NULL;
         done += (size_t)L;
-        forward(m, a, s, ids + done - L, L, done < n, visit, context);
+        pass(m, a, &s, ids + done - L, 1, L, done < n, visit, context);
     }
     return 0;
 }
 
-// --- step: one token of each of S sequences. The matrix products take the S rows at once, so that
-// every weight is read once for all; convolution and scan are each sequence's own. A row's bits do
-// not depend on S: a sequence alone is the same code.
-
-static void block_step(const Model *m, int layer, State *const *s, Acts *a, int S) {
-    const Config *c = &m->config;
-    const Layer *w = &m->layer[layer];
-    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N,
-        blocks = (E + STEP_BLOCK - 1) / STEP_BLOCK;
-    size_t window = (size_t)layer * (K - 1) * E,
-           h = (size_t)layer * N * E; // this layer's place in a state
-    float *dt_low = a->xdb, *B_ssm = a->xdb + R, *C_ssm = a->xdb + R + N; // columns of xdb (S,P)
-
-    rmsnorm(a->xn, a->res, f32(&w->norm), c->norm_eps, S, D, (size_t)D);
-    matmul_few(a->xz, 2 * (size_t)E, a->xn, (size_t)D, &w->in_proj, f32(&w->in_bias), S, a->packed);
-#pragma omp for
-    for (int task = 0; task < S * blocks; task++) {
-        int i = task / blocks, e0 = task % blocks * STEP_BLOCK;
-        for (int e = e0; e < E && e < e0 + STEP_BLOCK; e += VL)
-            conv1d_silu_lanes(a->u + (size_t)i * E, s[i]->conv + window, a->xz + (size_t)i * 2 * E,
-                              w->conv_t, f32(&w->conv_bias), e, lanes_left(e, E), E, K);
-    }
-    matmul_few(a->xdb, (size_t)P, a->u, (size_t)E, &w->x_proj, NULL, S, a->packed);
-    if (c->flags & FLAG_MIXER_NORM) {
-        rmsnorm(dt_low, dt_low, NULL, c->mixer_eps, S, R, (size_t)P);
-        rmsnorm(B_ssm, B_ssm, NULL, c->mixer_eps, S, N, (size_t)P);
-        rmsnorm(C_ssm, C_ssm, NULL, c->mixer_eps, S, N, (size_t)P);
-    }
-    matmul_few(a->delta, (size_t)E, dt_low, (size_t)P, &w->dt_proj, NULL, S, a->packed);
-#pragma omp for
-    for (int task = 0; task < S * blocks;
-         task++) { // softplus, scan, gate without a barrier between them
-        int i = task / blocks, e0 = task % blocks * STEP_BLOCK,
-            e1 = E - e0 < STEP_BLOCK ? E : e0 + STEP_BLOCK;
-        float *y = a->y + (size_t)i * E, *delta = a->delta + (size_t)i * E;
-        const float *z = a->xz + ((size_t)i * 2 + 1) * E;
-        for (int e = e0; e < e1; e += VL) {
-            int n = lanes_left(e, E);
-            store_n(delta + e, softplus_vec(load_n(delta + e, n) + load_n(f32(&w->dt_bias) + e, n)),
-                    n);
-        }
-        scan_step_block(y, s[i]->h + h, a->u + (size_t)i * E, delta, w->A_neg,
-                        B_ssm + (size_t)i * P, C_ssm + (size_t)i * P, f32(&w->D_skip), e0, E, N);
-        for (int e = e0; e < e1; e += VL) {
-            int n = lanes_left(e, E);
-            store_n(y + e, load_n(y + e, n) * silu_vec(load_n(z + e, n)), n);
-        }
-    }
-    matmul_few(a->xn, (size_t)D, a->y, (size_t)E, &w->out_proj, f32(&w->out_bias), S, a->packed);
-    add_to(a->res, a->xn, S, D);
+// The next prefills on the processor add to means (n), which start as zeros, the mean of delta over
+// the channels for each of their n tokens: how far each is let into the state. layer -1: the mean
+// of all layers. means NULL: no longer.
+void mamba_selection(Acts *a, float *means, int layer) {
+    a->selection = means;
+    a->work.selection_layer = layer;
 }
 
-// Reads ids[i] into s[i], S different states, at most BATCH_MAX. 0, or -1 after fail(), the states
-// untouched.
-int mamba_step_batch(const Model *m, Acts *a, State *const *s, const int32_t *ids, int S) {
-    const Config *c = &m->config;
-    size_t V = (size_t)c->V;
-    assert(S >= 1 && S <= BATCH_MAX && BATCH_MAX <= LOGIT_ROWS && BATCH_MAX <= a->piece);
-    if (check_ids(m, ids, (size_t)S)) return -1;
-    for (int i = 0; i < S; i++)
-        if (state_fetch(s[i])) return -1;
-    int team = pass_team(m, a, S);
-    (void)team;
-#pragma omp parallel num_threads(team)
-    {
-        embed(a->res, ids, &m->embedding, S);
-        for (int layer = 0; layer < c->n_layer; layer++) block_step(m, layer, s, a, S);
-        rmsnorm(a->xn, a->res, f32(&m->norm_f), c->norm_eps, S, c->D, (size_t)c->D);
-        matmul_few(S == 1 ? s[0]->logits : a->logits, V, a->xn, (size_t)c->D, &m->head, NULL, S,
-                   a->packed);
-        if (S > 1) {
-#pragma omp for
-            for (int i = 0; i < S; i++)
-                memcpy(s[i]->logits, a->logits + (size_t)i * V, V * sizeof(float));
-        }
-    }
-    for (int i = 0; i < S; i++) state_read(s[i], ids + i, 1);
+// Reads ids[b] into s[b], B different states, at most BATCH_MAX. Every weight is read once for all
+// of them, and each gets the same bits as alone. 0, or -1 after fail(), the states untouched.
+int mamba_step_batch(const Model *m, Acts *a, State *const *s, const int32_t *ids, int B) {
+    assert(B >= 1 && B <= BATCH_MAX && B <= LOGIT_ROWS && B <= a->piece);
+    if (check_ids(m, ids, (size_t)B)) return -1;
+    for (int b = 0; b < B; b++)
+        if (state_fetch(s[b])) return -1;
+    a->work.selection = NULL;
+    pass(m, a, s, ids, B, 1, false, NULL, NULL);
     return 0;
 }
 
@@ -3093,66 +3257,93 @@ Model *mamba_random_model(const Config *config, uint64_t seed) {
 
 // --- loss and backward
 
-typedef struct { // of one layer: its input, and what its kernels produced; raw is xdb before
-                 // FalconMamba's norms
-    float *res, *xz, *u, *xdb, *raw, *delta, *y;
-} Saved;
-
 enum { LOSS_ROWS = 128 }; // rows of logits that exist at a time
 
 typedef struct Trainer {
     Model *model, *gradient; // gradient: the same tensors, holding d_ of each
     float *moment, *moment2; // AdamW's, in the same layout
-    int B, L, threads;       // rows of a pass: B * L
+    int B, L, threads;       // a pass has T = B L rows
     GpuTrainer *gpu;         // where everything below and the arenas live instead; NULL: here
     uint64_t step;           // optimizer steps taken
-    Saved *saved;            // n_layer + 1: the last has only res
-    float *arena;            // of everything below and in saved
-    float *xn, *g, *d_res, *d_xn, *d_xz, *d_u, *d_delta, *d_y, *d_xdb, *d_c, *scale, *losses,
-        *logits, *packed;
-    float *h0, *h, *d_h, *window0, *window, *d_window, *scan;
+    Work *work;              // (n_layer + 1) what backward needs of each layer; of the last, res
+    LayerState *seq;         // (n_layer,B) states of a pass
+    float *h0, *window0;     // (B,N,E), (B,K-1,E) before the first token, in all layers; zeros
+    float *h, *window;       // (n_layer,B,N,E), (n_layer,B,K-1,E): where seq points
+    float *d_h, *d_window;   // (B,N,E), (B,K-1,E) of the layer in hand
+    float *d_res, *d_xn;     // (T,D)
+    float *d_xz;             // (T,2E)
+    float *d_u, *d_delta;    // (T,E)
+    float *d_y;              // (T,E)
+    float *d_xdb;            // (T,P)
+    float *d_c;              // (L,E) scratch of the convolution
+    float *scale;            // (T) scratch of the norms
+    float *losses;           // (T)
+    float *logits;           // (LOSS_ROWS,V), then their gradient
+    float *scan;             // scratch of the scan
+    void *arena;             // of everything from work on
 } Trainer;
 
-// Lays the activations out from `at`, or only measures where it is NULL; returns floats.
-static size_t trainer_layout(Trainer *x, float *at) {
+static void trainer_layout(Trainer *x, Arena *from) {
     const Config *c = &x->model->config;
-    size_t T = (size_t)x->B * x->L, D = (size_t)c->D, E = (size_t)c->E,
-           P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V, used = 0;
-    size_t widest = 2 * E > D ? 2 * E : D, NE = (size_t)c->N * E, window = (size_t)(c->K - 1) * E;
+    const size_t B = (size_t)x->B, T = B * (size_t)x->L, D = (size_t)c->D, E = (size_t)c->E;
+    const size_t P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V, layers = (size_t)c->n_layer;
+    const size_t NE = (size_t)c->N * E, window = (size_t)(c->K - 1) * E;
+    const bool normed = c->flags & FLAG_MIXER_NORM;
+    size_t widest = 2 * E > D ? 2 * E : D, loss = V > D ? V : D, packed, packed_loss;
     if (widest < P) widest = P;
-    size_t packed = (T + widest + 2 * MR) * (widest + PAIR),
-           packed_loss = (V + MR + LOSS_ROWS) * (LOSS_ROWS + MR);
-    if (packed < (widest + MR) * (T + MR)) packed = (widest + MR) * (T + MR);
-    if (packed < packed_loss) packed = packed_loss;
-    bool raw = c->flags & FLAG_MIXER_NORM;
-#define TAKE(member, floats) \
-    (member) = at ? at + used : NULL, used = size_add(used, ((floats) + 15) / 16 * 16)
-    for (int layer = 0; layer <= c->n_layer; layer++) {
-        Saved none, *s = at ? &x->saved[layer] : &none;
-        TAKE(s->res, T * D);
-        if (layer == c->n_layer) break;
-        TAKE(s->xz, T * 2 * E), TAKE(s->u, T * E), TAKE(s->xdb, T * P), TAKE(s->delta, T * E),
-            TAKE(s->y, T * E);
-        TAKE(s->raw, raw ? T * P : 0);
+    packed = matmul_floats(T, widest);
+    packed_loss = matmul_floats(LOSS_ROWS, loss);
+
+    x->work = take(from, layers + 1, sizeof *x->work);
+    x->seq = take(from, layers * B, sizeof *x->seq);
+    Work shared = {.one_each = true};
+    shared.xn = take_floats(from, T * D);
+    shared.g = take_floats(from, T * E);
+    shared.packed = take_floats(from, packed > packed_loss ? packed : packed_loss);
+    float *res = take_floats(from, T * D);
+    for (size_t layer = 0; layer <= layers; layer++) {
+        Work w = shared;
+        w.res = res;
+        if (layer < layers) {
+            w.next = res = take_floats(from, T * D);
+            w.xz = take_floats(from, T * 2 * E);
+            w.u = take_floats(from, T * E);
+            w.xdb = take_floats(from, T * P);
+            w.raw = normed ? take_floats(from, T * P) : w.xdb;
+            w.delta = take_floats(from, T * E);
+            w.y = take_floats(from, T * E);
+        }
+        if (x->work) x->work[layer] = w;
     }
-    TAKE(x->xn, T * D), TAKE(x->g, T * E), TAKE(x->d_res, T * D), TAKE(x->d_xn, T * D),
-        TAKE(x->d_xz, T * 2 * E);
-    TAKE(x->d_u, T * E), TAKE(x->d_delta, T * E), TAKE(x->d_y, T * E), TAKE(x->d_xdb, T * P),
-        TAKE(x->d_c, (size_t)x->L * E);
-    TAKE(x->scale, T), TAKE(x->losses, T), TAKE(x->logits, LOSS_ROWS * V), TAKE(x->packed, packed);
-    TAKE(x->h0, x->B * NE), TAKE(x->h, x->B * NE), TAKE(x->d_h, x->B * NE);
-    TAKE(x->window0, x->B * window), TAKE(x->window, window), TAKE(x->d_window, x->B * window);
-    TAKE(x->scan, scan_backward_floats(x->B, x->L, c->E, c->N));
-#undef TAKE
-    return used;
+    x->h0 = take_floats(from, B * NE);
+    x->window0 = take_floats(from, B * window);
+    x->h = take_floats(from, layers * B * NE);
+    x->window = take_floats(from, layers * B * window);
+    x->d_h = take_floats(from, B * NE);
+    x->d_window = take_floats(from, B * window);
+    for (size_t i = 0; i < layers * B && x->seq; i++)
+        x->seq[i] = (LayerState){x->window + i * window, x->h + i * NE};
+    x->d_res = take_floats(from, T * D);
+    x->d_xn = take_floats(from, T * D);
+    x->d_xz = take_floats(from, T * 2 * E);
+    x->d_u = take_floats(from, T * E);
+    x->d_delta = take_floats(from, T * E);
+    x->d_y = take_floats(from, T * E);
+    x->d_xdb = take_floats(from, T * P);
+    x->d_c = take_floats(from, (size_t)x->L * E);
+    x->scale = take_floats(from, T);
+    x->losses = take_floats(from, T);
+    x->logits = take_floats(from, LOSS_ROWS * V);
+    x->scan = take_floats(from, scan_backward_floats(x->B, x->L, c->E, c->N));
 }
 
 void mamba_trainer_free(Trainer *x) {
     if (!x) return;
     if (x->gpu) GPU->trainer_close(x->gpu);
     mamba_free(x->gradient);
-    free_aligned(x->moment), free_aligned(x->moment2), free_aligned(x->arena);
-    free(x->saved);
+    free_aligned(x->moment);
+    free_aligned(x->moment2);
+    free_aligned(x->arena);
     free(x);
 }
 
@@ -3160,10 +3351,13 @@ void mamba_trainer_free(Trainer *x) {
 int mamba_trainer_resize(Trainer *x, int B, int L) {
     x->B = B, x->L = L;
     if (x->gpu) return GPU->trainer_resize(x->gpu, B, L) ? gpu_failed() : 0;
+    Arena arena = {NULL, 0};
+    trainer_layout(x, &arena);
     free_aligned(x->arena);
-    x->arena = alloc_aligned(size_mul(trainer_layout(x, NULL), sizeof(float)));
+    x->arena = alloc_aligned(arena.used);
     if (!x->arena) return -1;
-    trainer_layout(x, x->arena);
+    arena = (Arena){x->arena, 0};
+    trainer_layout(x, &arena);
     return 0;
 }
 
@@ -3174,9 +3368,13 @@ Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, bool float32) {
     Trainer *x = calloc(1, sizeof *x);
     if (!x) return fail("out of memory"), NULL;
     *x = (Trainer){.model = m, .B = B, .L = L, .threads = 1};
-    x->moment = alloc_aligned(m->tensors_bytes), x->moment2 = alloc_aligned(m->tensors_bytes);
-    if (x->moment && x->moment2 && !(x->gpu = GPU->trainer_open(m, B, L, float32))) gpu_failed();
-    if (x->gpu) return x;
+    x->moment = alloc_aligned(m->tensors_bytes);
+    x->moment2 = alloc_aligned(m->tensors_bytes);
+    if (x->moment && x->moment2) {
+        x->gpu = GPU->trainer_open(m, B, L, float32);
+        if (x->gpu) return x;
+        gpu_failed();
+    }
     mamba_trainer_free(x);
     return NULL;
 }
@@ -3197,166 +3395,120 @@ Trainer *mamba_trainer_new(Model *m, int B, int L, int threads) {
     Trainer *x = calloc(1, sizeof *x);
     if (!x) return fail("out of memory"), NULL;
     *x = (Trainer){.model = m, .threads = threads > 0 ? threads : default_threads()};
-    x->saved = calloc((size_t)m->config.n_layer + 1, sizeof *x->saved);
     x->gradient = blank_model(&m->config);
-    x->moment = alloc_aligned(m->tensors_bytes), x->moment2 = alloc_aligned(m->tensors_bytes);
-    if (x->saved && x->gradient && x->moment && x->moment2 && mamba_trainer_resize(x, B, L) == 0)
-        return x;
+    x->moment = alloc_aligned(m->tensors_bytes);
+    x->moment2 = alloc_aligned(m->tensors_bytes);
+    if (x->gradient && x->moment && x->moment2 && mamba_trainer_resize(x, B, L) == 0) return x;
     mamba_trainer_free(x);
     return NULL;
 }
 
-static float *grad(const Tensor *w) {
-    return (float *)(uintptr_t)w->data;
-} // NULL for an absent bias
+static float *grad(const Tensor *w) { return (float *)(uintptr_t)w->data; } // NULL: an absent bias
 
-// block() for training: T = B * L rows, sequences from the states in x->window0 and x->h0 (zeros,
-// unless somebody writes there), everything that backward needs kept in s[0]; s[1].res is the
-// residual stream after the layer, x->h the states after it.
-static void block_train(Trainer *x, int layer) {
+// The states of all layers before the first token.
+static void trainer_start(Trainer *x) {
     const Config *c = &x->model->config;
-    const Layer *w = &x->model->layer[layer];
-    Saved *s = &x->saved[layer];
-    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, T = x->B * x->L;
-    size_t window = (size_t)(K - 1) * E;
-    rmsnorm(x->xn, s->res, f32(&w->norm), c->norm_eps, T, D, (size_t)D);
-    matmul(s->xz, x->xn, (size_t)D, &w->in_proj, f32(&w->in_bias), T, x->packed);
-    for (int b = 0; b < x->B; b++) {
-        size_t row = (size_t)b * x->L;
-#pragma omp single
-        memcpy(x->window, x->window0 + b * window, window * sizeof(float));
-        conv1d_silu(s->u + row * E, x->window, s->xz + row * 2 * E, w->conv_t, f32(&w->conv_bias),
-                    x->L, E, K);
+    const size_t NE = (size_t)c->N * c->E, window = (size_t)(c->K - 1) * c->E;
+#pragma omp for
+    for (int i = 0; i < c->n_layer * x->B; i++) {
+        int b = i % x->B;
+        memcpy(x->seq[i].h, x->h0 + b * NE, NE * sizeof(float));
+        memcpy(x->seq[i].window, x->window0 + b * window, window * sizeof(float));
     }
-    matmul(s->xdb, s->u, (size_t)E, &w->x_proj, NULL, T, x->packed);
-    if (c->flags & FLAG_MIXER_NORM) {
-#pragma omp single
-        memcpy(s->raw, s->xdb, (size_t)T * P * sizeof(float));
-        rmsnorm(s->xdb, s->raw, NULL, c->mixer_eps, T, R, (size_t)P);
-        rmsnorm(s->xdb + R, s->raw + R, NULL, c->mixer_eps, T, N, (size_t)P);
-        rmsnorm(s->xdb + R + N, s->raw + R + N, NULL, c->mixer_eps, T, N, (size_t)P);
-    }
-    matmul(s->delta, s->xdb, (size_t)P, &w->dt_proj, NULL, T, x->packed);
-    softplus_bias(s->delta, f32(&w->dt_bias), T, E);
-#pragma omp single
-    memcpy(x->h, x->h0, (size_t)x->B * N * E * sizeof(float));
-    scan_sequences(s->y, x->h, s->u, s->delta, w->A_neg, s->xdb + R, s->xdb + R + N, (size_t)P,
-                   f32(&w->D_skip), x->B, x->L, E, N);
-#pragma omp single
-    memcpy(x->g, s->y, (size_t)T * E * sizeof(float));
-    gate(x->g, s->xz, T, E);
-    matmul(s[1].res, x->g, (size_t)E, &w->out_proj, f32(&w->out_bias), T, x->packed);
-    add_to(s[1].res, s->res, T, D);
 }
 
-// d_res: the gradient after the layer, becomes that before it. d_h: that of the states after it,
-// becomes that of h0. d_window gets that of window0.
+// block() backwards, line by line from its end. d_res: the gradient after the layer, becomes that
+// before it. d_h: that of the states after it, becomes that of h0. d_window gets that of window0.
 static void block_backward(Trainer *x, int layer) {
     const Config *c = &x->model->config;
-    const Layer *w = &x->model->layer[layer], *d = &x->gradient->layer[layer];
-    const Saved *s = &x->saved[layer];
-    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, T = x->B * x->L;
-    size_t window = (size_t)(K - 1) * E;
-    // g = y silu(z), out = out_proj(g): d_g first (in d_y), then g again, which the weight's
-    // gradient needs
-    product(x->d_y, (size_t)E, (Factor){x->d_res, (size_t)D, F32, false},
-            weight_factor(&w->out_proj, true), NULL, false, T, E, D, x->packed);
-    gate_backward(x->d_y, x->d_xz, x->g, x->d_y, s->y, s->xz, T, E);
-    matmul_backward(NULL, grad(&d->out_proj), grad(&d->out_bias), x->d_res, (size_t)D, x->g,
-                    (size_t)E, &w->out_proj, false, T, x->packed);
-    scan_backward(x->d_u, x->d_delta, x->d_xdb + R, x->d_xdb + R + N, grad(&d->A_log),
-                  grad(&d->D_skip), x->d_h, x->d_y, s->u, s->delta, w->A_neg, s->xdb + R,
-                  s->xdb + R + N, (size_t)P, f32(&w->D_skip), x->h0, x->B, x->L, E, N, x->scan);
-    softplus_backward(x->d_delta, s->delta, T, E);
+    const Layer *p = &x->model->layer[layer], *d = &x->gradient->layer[layer];
+    const Work *w = &x->work[layer];
+    const int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, T = x->B * x->L;
+    const Rows rows = {T, false, w->packed};
+
+    // next = res + out_proj(g): d_g (in d_y); then g again, which the weight's gradient needs
+    matmul_backward(&(MatmulGrad){.d_x = x->d_y}, x->d_res, (size_t)D, NULL, (size_t)E,
+                    &p->out_proj, rows);
+    gate_backward(x->d_y, x->d_xz, w->g, x->d_y, w->y, w->xz, T, E);
+    MatmulGrad d_out = {.d_W = grad(&d->out_proj), .d_bias = grad(&d->out_bias)};
+    matmul_backward(&d_out, x->d_res, (size_t)D, w->g, (size_t)E, &p->out_proj, rows);
+
+    Scan s = {w->u, w->delta, p->A_neg, w->xdb + R, w->xdb + R + N, f32(&p->D_skip), (size_t)P,
+              x->B, x->L,     E,        N};
+    ScanGrad d_scan = {x->d_u,          x->d_delta,       x->d_xdb + R, x->d_xdb + R + N,
+                       grad(&d->A_log), grad(&d->D_skip), x->d_h,       x->scan};
+    scan_backward(&d_scan, x->d_y, &s, x->h0);
+
+    softplus_backward(x->d_delta, w->delta, T, E);
     sum_rows(grad(&d->dt_bias), x->d_delta, (size_t)E, T, E);
-    matmul_backward(x->d_xdb, grad(&d->dt_proj), NULL, x->d_delta, (size_t)E, s->xdb, (size_t)P,
-                    &w->dt_proj, false, T, x->packed);
-    if (c->flags & FLAG_MIXER_NORM)
-        for (int part = 0; part < 3; part++) {
-            int at = part ? R + (part - 1) * N : 0, n = part ? N : R;
-            rmsnorm_backward(x->d_xdb + at, NULL, x->d_xdb + at, s->raw + at, NULL, c->mixer_eps,
-                             false, T, n, (size_t)P, x->scale);
-        }
-    matmul_backward(x->d_u, grad(&d->x_proj), NULL, x->d_xdb, (size_t)P, s->u, (size_t)E,
-                    &w->x_proj, true, T, x->packed);
-    for (int b = 0; b < x->B; b++) {
-        size_t row = (size_t)b * x->L;
-        conv1d_silu_backward(x->d_xz + row * 2 * E, grad(&d->conv), grad(&d->conv_bias),
-                             x->d_window + b * window, x->d_u + row * E, s->xz + row * 2 * E,
-                             x->window0 + b * window, w->conv_t, f32(&w->conv_bias), x->L, E, K,
-                             x->d_c);
+    MatmulGrad d_dt = {.d_x = x->d_xdb, .d_W = grad(&d->dt_proj)};
+    matmul_backward(&d_dt, x->d_delta, (size_t)E, w->xdb, (size_t)P, &p->dt_proj, rows);
+    for (int part = 0; part < 3 && (c->flags & FLAG_MIXER_NORM); part++) {
+        int at = part ? R + (part - 1) * N : 0, n = part ? N : R; // dt_low, B_ssm, C_ssm
+        rmsnorm_backward(&(NormGrad){.d_x = x->d_xdb + at, .scale = x->scale}, x->d_xdb + at,
+                         w->raw + at, NULL, c->mixer_eps, T, n, (size_t)P);
     }
-    rmsnorm(x->xn, s->res, f32(&w->norm), c->norm_eps, T, D, (size_t)D);
-    matmul_backward(x->d_xn, grad(&d->in_proj), grad(&d->in_bias), x->d_xz, 2 * (size_t)E, x->xn,
-                    (size_t)D, &w->in_proj, false, T, x->packed);
-    rmsnorm_backward(x->d_res, grad(&d->norm), x->d_xn, s->res, f32(&w->norm), c->norm_eps, true, T,
-                     D, (size_t)D, x->scale);
+    MatmulGrad d_x_proj = {.d_x = x->d_u, .add = true, .d_W = grad(&d->x_proj)};
+    matmul_backward(&d_x_proj, x->d_xdb, (size_t)P, w->u, (size_t)E, &p->x_proj, rows);
+
+    Conv conv = {w->xz, p->conv_t, f32(&p->conv_bias), x->B, x->L, E, K};
+    ConvGrad d_conv = {x->d_xz, grad(&d->conv), grad(&d->conv_bias), x->d_window, x->d_c};
+    conv1d_silu_backward(&d_conv, x->d_u, x->window0, &conv);
+
+    rmsnorm(w->xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D); // again
+    MatmulGrad d_in = {.d_x = x->d_xn, .d_W = grad(&d->in_proj), .d_bias = grad(&d->in_bias)};
+    matmul_backward(&d_in, x->d_xz, 2 * (size_t)E, w->xn, (size_t)D, &p->in_proj, rows);
+    NormGrad d_norm = {x->d_res, true, grad(&d->norm), x->scale};
+    rmsnorm_backward(&d_norm, x->d_xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D);
 }
 
-// losses[t] = -log p(target), and logits become weight * (p - 1 at the target); zero where the
-// target is -1.
-static void cross_entropy(float *losses, float *logits, const int32_t *targets, float weight,
-                          int rows, int V) {
-#pragma omp for
-    for (int t = 0; t < rows; t++) {
-        float *row = logits + (size_t)t * V;
-        double log_sum = targets[t] < 0 ? 0 : log_sum_exp(row, V);
-        losses[t] = targets[t] < 0 ? 0 : (float)(log_sum - (double)row[targets[t]]);
-        for (int v = 0; v < V; v += VL) {
-            int n = lanes_left(v, V);
-            store_n(row + v,
-                    targets[t] < 0 ? splat(0)
-                                   : weight * exp_vec(load_n(row + v, n) - (float)log_sum),
-                    n);
-        }
-        if (targets[t] >= 0) row[targets[t]] -= weight;
+// The head and the loss, LOSS_ROWS rows at a time, after the last layer's res (T,D): losses (T),
+// and, where backward, d_res and the gradients of head and norm_f.
+static void loss_pass(Trainer *x, const float *res, const int32_t *targets, float weight,
+                      bool backward) {
+    Model *m = x->model, *d = x->gradient;
+    const int D = m->config.D, V = m->config.V, T = x->B * x->L;
+    const float eps = m->config.norm_eps;
+    float *xn_of_all = x->work->xn;
+    rmsnorm(xn_of_all, res, f32(&m->norm_f), eps, T, D, (size_t)D);
+    for (int t = 0; t < T; t += LOSS_ROWS) {
+        const Rows rows = {T - t < LOSS_ROWS ? T - t : LOSS_ROWS, false, x->work->packed};
+        const float *xn = xn_of_all + (size_t)t * D;
+        matmul(x->logits, (size_t)V, xn, (size_t)D, &m->head, NULL, rows);
+        cross_entropy(x->losses + t, x->logits, targets + t, weight, rows.T, V);
+        MatmulGrad d_head = {.d_x = x->d_xn + (size_t)t * D, .d_W = grad(&d->head)};
+        if (backward) matmul_backward(&d_head, x->logits, (size_t)V, xn, (size_t)D, &m->head, rows);
     }
+    NormGrad d_norm = {x->d_res, false, grad(&d->norm_f), x->scale};
+    if (backward) rmsnorm_backward(&d_norm, x->d_xn, res, f32(&m->norm_f), eps, T, D, (size_t)D);
 }
 
-// Adds to the gradient that of weight * the sum of -log p(targets), for B * L rows of ids; targets
+// Adds to the gradient that of weight * the sum of -log p(targets), for B L rows of ids; targets
 // of -1 do not count. Returns the sum of the losses (without weight); NaN where a GPU failed, after
 // fail(). backward false: the loss only. ids and targets must be below V.
 double mamba_train_pass(Trainer *x, const int32_t *ids, const int32_t *targets, float weight,
                         bool backward) {
-    Model *m = x->model, *d = x->gradient;
-    const Config *c = &m->config;
-    int D = c->D, V = c->V, T = x->B * x->L;
-    if (x->gpu) {
-        double sum = 0;
+    const Config *c = &x->model->config;
+    const int T = x->B * x->L;
+    double sum = 0;
+    if (x->gpu)
         return GPU->train_pass(x->gpu, ids, targets, weight, backward, &sum) ? (gpu_failed(), NAN)
                                                                              : sum;
-    }
-    Saved *last = &x->saved[c->n_layer];
-    int team = (double)m->n_params * T < 4e6 ? 1 : x->threads;
+    int team = (double)x->model->n_params * T < 4e6 ? 1 : x->threads;
     (void)team;
+    for (int layer = 0; layer < c->n_layer; layer++) x->work[layer].ids = ids;
 #pragma omp parallel num_threads(team)
     {
-        embed(x->saved[0].res, ids, &m->embedding, T);
-        for (int layer = 0; layer < c->n_layer; layer++) block_train(x, layer);
-        rmsnorm(x->xn, last->res, f32(&m->norm_f), c->norm_eps, T, D, (size_t)D);
-        for (int t = 0; t < T; t += LOSS_ROWS) {
-            int rows = T - t < LOSS_ROWS ? T - t : LOSS_ROWS;
-            const float *xn = x->xn + (size_t)t * D;
-            matmul(x->logits, xn, (size_t)D, &m->head, NULL, rows, x->packed);
-            cross_entropy(x->losses + t, x->logits, targets + t, weight, rows, V);
-            if (backward)
-                matmul_backward(x->d_xn + (size_t)t * D, grad(&d->head), NULL, x->logits, (size_t)V,
-                                xn, (size_t)D, &m->head, false, rows, x->packed);
-        }
-        if (backward) {
-            rmsnorm_backward(x->d_res, grad(&d->norm_f), x->d_xn, last->res, f32(&m->norm_f),
-                             c->norm_eps, false, T, D, (size_t)D, x->scale);
-            for (int layer = c->n_layer - 1; layer >= 0; layer--) {
+        trainer_start(x);
+        const float *res = forward(x->model, x->work, x->seq, x->B, x->L);
+        loss_pass(x, res, targets, weight, backward);
+        for (int layer = c->n_layer - 1; layer >= 0 && backward; layer--) {
 #pragma omp single
-                memset(x->d_h, 0,
-                       (size_t)x->B * c->N * c->E *
-                           sizeof(float)); // nothing comes after the last token
-                block_backward(x, layer);
-            }
-            embed_backward(grad(&d->embedding), x->d_res, ids, T, D);
+            memset(x->d_h, 0, (size_t)x->B * c->N * c->E * sizeof(float)); // nothing comes after
+            block_backward(x, layer);
         }
+        if (backward) embed_backward(grad(&x->gradient->embedding), x->d_res, ids, T, c->D);
     }
-    double sum = 0;
     for (int t = 0; t < T; t++) sum += (double)x->losses[t];
     return sum;
 }
@@ -3379,17 +3531,7 @@ static float *beside(const AdamWPass *p, const Tensor *w, float *arena) {
 
 static void norm_tensor(void *context, const TensorInfo *info, Tensor *w) {
     AdamWPass *p = context;
-    const float *g = beside(p, w, p->x->gradient->weights);
-    double sum = 0;
-    for (size_t i = 0, n = tensor_elements(w); i < n;
-         i += 4096) { // float lanes within a block, blocks in double
-        vec squares = splat(0);
-        for (size_t k = i; k < n && k < i + 4096; k += VL) {
-            vec v = load_n(g + k, n - k < VL ? (int)(n - k) : VL);
-            squares += v * v;
-        }
-        sum += (double)sum_lanes(squares);
-    }
+    double sum = sum_squares(beside(p, w, p->x->gradient->weights), tensor_elements(w));
     if (!(sum - sum == 0) && !p->bad[0]) tensor_label(p->bad, info);
     p->squares += sum;
 }
@@ -4004,7 +4146,6 @@ static void print_selected(const Model *m, int32_t id, float delta, double lowes
 // Reads ids and prints each by its delta: coloured on a terminal, else a line of id, delta, text.
 static int show_selection(Session *x, const int32_t *ids, size_t n, long layer) {
     const Model *m = x->model;
-    size_t piece = (size_t)x->acts->piece;
     double lowest = INFINITY, highest = -INFINITY; // logarithms
     bool colours = false;
 #ifdef MAMBA_POSIX
@@ -4013,16 +4154,11 @@ static int show_selection(Session *x, const int32_t *ids, size_t n, long layer) 
     if (layer >= m->config.n_layer)
         return fail("--layer %ld: the model has layers 0 to %d", layer, m->config.n_layer - 1);
     if (n == 0) return fail("--show-selection needs a prompt");
-    float *delta = calloc(n + piece, sizeof *delta);
+    float *delta = calloc(n, sizeof *delta);
     if (!delta) return fail("out of memory: %zu tokens", n);
-    x->acts->selection_layer = (int)layer;
-    int result = 0;
-    for (size_t done = 0; done < n && result == 0; done += piece) {
-        x->acts->selection = delta + done;
-        result = mamba_prefill(m, x->acts, x->state, ids + done,
-                               n - done < piece ? n - done : piece, NULL, NULL);
-    }
-    x->acts->selection = NULL;
+    mamba_selection(x->acts, delta, (int)layer);
+    int result = mamba_prefill(m, x->acts, x->state, ids, n, NULL, NULL);
+    mamba_selection(x->acts, NULL, -1);
     for (size_t t = 0; t < n; t++) {
         double log_delta = log(fmax((double)delta[t], 1e-30));
         lowest = fmin(lowest, log_delta), highest = fmax(highest, log_delta);
@@ -5520,11 +5656,9 @@ static int train_run(Training *t) {
                  o->schedule, strcmp(o->schedule, "constant") || o->grow_from ? o->steps : 0L,
                  o->warmup, o->min_rate, o->decay, o->clip, o->beta2, o->grow_from);
         Trainer measure = {.model = t->model, .B = B, .L = L};
-        Saved *none = calloc((size_t)c->n_layer + 1, sizeof *none);
-        measure.saved = none;
-        double activations = 4.0 * (double)trainer_layout(&measure, NULL),
-               weights = (double)t->model->tensors_bytes;
-        free(none);
+        Arena arena = {NULL, 0};
+        trainer_layout(&measure, &arena);
+        double activations = (double)arena.used, weights = (double)t->model->tensors_bytes;
         bool gpu = GPU && !backend.cpu;
         if (!gpu)
             fprintf(stderr,
@@ -5932,12 +6066,12 @@ static int bench_scan(const char *text, int threads, int repeats) {
                 for (int b = 0; b < B; b++) {
                     size_t at = (size_t)b * L * E;
                     const float *B_ssm = BC + (size_t)b * L * 2 * N;
-                    if (way[k].pieces == 0)
-                        scan_sequential(y + at, h, u + at, delta + at, A_neg, B_ssm, B_ssm + N,
-                                        2 * (size_t)N, skip, L, E, N);
-                    else
-                        scan_parallel(y + at, h, u + at, delta + at, A_neg, B_ssm, B_ssm + N,
-                                      2 * (size_t)N, skip, L, E, N, way[k].pieces, carry);
+                    Scan one = {u + at,        delta + at, A_neg, B_ssm, B_ssm + N, skip,
+                                2 * (size_t)N, 1,          L,     E,     N};
+                    LayerState seq = {NULL, h};
+                    if (way[k].pieces == 0) recurrence_plain(y + at, h, NULL, &one, 0, E, 0, L);
+                    else if (way[k].pieces == 1) scan(y + at, &seq, &one, NULL);
+                    else scan_in_pieces(y + at, h, &one, way[k].pieces, carry);
                 }
                 time[round] = seconds() - start;
             }

@@ -147,7 +147,8 @@ static void test_pass_from_states(const char *model, Model *m, int B, int L) {
     assert(d_h0->n == B * n_layer * NE && d_window0->n == B * n_layer * KE);
 #define PART(array, b, layer, size) \
     ((array) + ((size_t)(b) * n_layer + (layer)) * (size)) // of (B, n_layer, size)
-    TEAM(embed(x->saved[0].res, ids, &m->embedding, B * L))
+    x->work[0].ids = ids;
+    TEAM(embed(x->work[0].res, ids, &m->embedding, B * L))
     for (int i = 0; i < 2 * n_layer; i++) { // the layers forward, then backward
         bool forward = i < n_layer;
         int layer = forward ? i : 2 * n_layer - 1 - i;
@@ -159,7 +160,8 @@ static void test_pass_from_states(const char *model, Model *m, int B, int L) {
                 memcpy(x->d_res + b * L * D, d_res->data + b * d_res->dims[1] * D,
                        (size_t)L * D * sizeof(float));
         }
-        if (forward) TEAM(block_train(x, layer))
+        TEAM(trainer_start(x))
+        if (forward) TEAM(block(m, layer, &x->work[layer], x->seq + layer * B, B, L))
         else TEAM(block_backward(x, layer))
         for (int b = 0; b < B && !forward; b++) {
             memcpy(PART(got_h, b, layer, NE), x->d_h + b * NE, NE * sizeof(float));
@@ -271,8 +273,9 @@ static void test_scan_backward(int B, int L, int E, int N) {
                   doubles(h, BNE),
                   doubles(w_y, BLE),
                   doubles(d_h, BNE)};
-    TEAM(scan_backward(d_u, d_delta, d_BC, d_BC + N, d_A, d_D, d_h, w_y, u, delta, A_neg, BC,
-                       BC + N, 2 * (size_t)N, D, h, B, L, E, N, scratch))
+    ScanGrad d = {d_u, d_delta, d_BC, d_BC + N, d_A, d_D, d_h, scratch};
+    Scan scan = {u, delta, A_neg, BC, BC + N, D, 2 * (size_t)N, B, L, E, N};
+    TEAM(scan_backward(&d, w_y, &scan, h))
     char name[8][80];
     const char *what[] = {"u", "delta", "A_log", "B and C", "D", "h"};
     for (int i = 0; i < 6; i++)
@@ -324,8 +327,9 @@ static void test_conv_backward(int L, int E, int K) {
         for (int k = 0; k < K; k++) conv_t[k * E + e] = conv[e * K + k];
     for (int t = 0; t < L; t++)
         memcpy(x + (size_t)t * E, xz + (size_t)t * 2 * E, (size_t)E * sizeof *x);
-    TEAM(conv1d_silu_backward(d_xz, d_conv, d_bias, d_window, w_u, xz, window, conv_t, bias, L, E,
-                              K, d_c))
+    ConvGrad d = {d_xz, d_conv, d_bias, d_window, d_c};
+    Conv c = {xz, conv_t, bias, 1, L, E, K};
+    TEAM(conv1d_silu_backward(&d, w_u, window, &c))
     for (int t = 0; t < L; t++)
         memcpy(d_x + (size_t)t * E, d_xz + (size_t)t * 2 * E, (size_t)E * sizeof *x);
     ConvLoss s = {L,

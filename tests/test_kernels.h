@@ -79,7 +79,7 @@ static void test_matmul(Type type, int L, int I, int O, int ldx, bool biased) {
     float *weights = random_floats(n, -1, 1), *x = random_floats((size_t)L * ldx, -1, 1),
           *bias = random_floats((size_t)O, -1, 1);
     float *out = random_floats((size_t)L * O + 8, 7, 8),
-          *packed = random_floats((size_t)(L + MR) * I, 7, 8);
+          *packed = random_floats(matmul_floats((size_t)L, (size_t)I), 7, 8);
     for (size_t i = 0; i < bytes; i++)
         ((unsigned char *)bits)[i] = (unsigned char)random_u64(&test_random);
     for (size_t at = 0; at < bytes; at += part)
@@ -94,7 +94,7 @@ static void test_matmul(Type type, int L, int I, int O, int ldx, bool biased) {
             want[(size_t)t * O + o] = sum;
         }
     float guard = out[(size_t)L * O];
-    TEAM(matmul(out, x, (size_t)ldx, &w, biased ? bias : NULL, L, packed))
+    TEAM(matmul(out, (size_t)O, x, (size_t)ldx, &w, biased ? bias : NULL, (Rows){L, false, packed}))
     char name[96];
     snprintf(name, sizeof name, "matmul %s L %d I %d O %d, team of %d", type_name(type), L, I, O,
              team);
@@ -118,7 +118,7 @@ static void test_positive(Type type) {
     quantize_tensor(&w, &(Tensor){weights, O, I, F32});
     for (int o = 0; o < O; o++)
         for (int i = 0; i < I; i++) want[o] += stored_value(&w, o, i) * x[i];
-    TEAM(matmul(out, x, I, &w, NULL, 1, NULL))
+    TEAM(matmul(out, O, x, I, &w, NULL, (Rows){1, true, NULL}))
     check(type == Q8 ? "matmul q8, one sign" : "matmul q4, one sign", out, want, O, 2e-6);
     FREE_ALIGNED(weights, x, out, (void *)(uintptr_t)w.data);
 }
@@ -131,7 +131,7 @@ static void test_few_rows(Type type, int I, int O) {
           *bias = random_floats((size_t)O, -1, 1);
     float *alone = random_floats((size_t)MOST * O, 7, 8),
           *out = random_floats((size_t)MOST * O + 1, 7, 8), guard,
-          *packed = random_floats((MOST + FEW) * (size_t)(I + PAIR), 7, 8);
+          *packed = random_floats(matmul_floats(MOST, (size_t)I), 7, 8);
     uint16_t *bits = malloc((n + 1) * 2);
     for (size_t i = 0; i < n; i++)
         bits[i] = (uint16_t)(random_u64(&test_random) & 0xBBFF); // finite in f16 and bf16
@@ -142,12 +142,13 @@ static void test_few_rows(Type type, int I, int O) {
     }
     team = 1;
     for (int t = 0; t < MOST; t++)
-        TEAM(matmul_few(alone + (size_t)t * O, (size_t)O, x + t * ldx, ldx, &w, bias, 1, NULL))
+        TEAM(matmul(alone + (size_t)t * O, (size_t)O, x + t * ldx, ldx, &w, bias,
+                    (Rows){1, true, NULL}))
     bool same = true;
     for (team = 1; team <= 3; team++)
         for (int L = 1; L <= MOST; L++) {
             guard = out[(size_t)L * O];
-            TEAM(matmul_few(out, (size_t)O, x, ldx, &w, bias, L, packed))
+            TEAM(matmul(out, (size_t)O, x, ldx, &w, bias, (Rows){L, true, packed}))
             same = same && !memcmp(out, alone, (size_t)L * O * sizeof *out) &&
                    out[(size_t)L * O] == guard;
         }
@@ -180,15 +181,17 @@ static void test_conv(int L, int E, int K, bool biased) {
         }
     for (size_t j = 0; j < rows; j++)
         for (int e = 0; e < E; e++) last[j * E + e] = INPUT(L - K + 1 + (int)j, e);
-    TEAM(conv1d_silu(u, window, xz, w, biased ? bias : NULL, L, E, K))
+    Conv conv = {xz, w, biased ? bias : NULL, 1, L, E, K};
+    LayerState seq = {window, NULL}, seq_step = {window_step, NULL};
+    TEAM(conv1d_silu(u, &seq, &conv))
     check("conv1d_silu", u, want, (size_t)L * E, 2e-6);
     check("conv1d_silu window", window, last, rows * E, 0);
     for (int t = 0; t < L; t++) {
-        TEAM(conv1d_silu_step(u_step + (size_t)t * E, window_step, xz + (size_t)t * 2 * E, w,
-                              biased ? bias : NULL, E, K))
+        Conv token = {xz + (size_t)t * 2 * E, w, biased ? bias : NULL, 1, 1, E, K};
+        TEAM(conv1d_silu(u_step + (size_t)t * E, &seq_step, &token))
     }
-    check("conv1d_silu_step", u_step, want, (size_t)L * E, 2e-6);
-    check("conv1d_silu_step window", window_step, last, rows * E, 0);
+    check("conv1d_silu by single tokens", u_step, want, (size_t)L * E, 2e-6);
+    check("conv1d_silu by single tokens: window", window_step, last, rows * E, 0);
     FREE(want, last);
     FREE_ALIGNED(xz, w, bias, window, window_step, u, u_step);
 }
@@ -200,13 +203,13 @@ static void test_elementwise(int L, int E) {
     float *sum = copy_floats(a, n), *delta = copy_floats(a, n), *g = copy_floats(a, n);
     double *want = doubles(a, n);
     for (size_t i = 0; i < n; i++) want[i] += b[i];
-    TEAM(add_to(sum, b, L, E))
-    check("add_to", sum, want, n, 1e-7);
+    TEAM(add_rows(sum, sum, b, L, E))
+    check("add_rows", sum, want, n, 1e-7);
     for (size_t i = 0; i < n; i++) want[i] = softplus_double((double)a[i] + bias[i % E]);
     TEAM(softplus_bias(delta, bias, L, E))
     check("softplus_bias", delta, want, n, 1e-6);
     for (size_t i = 0; i < n; i++) want[i] = a[i] * silu_double(b[i / E * 2 * E + E + i % E]);
-    TEAM(gate(g, b, L, E))
+    TEAM(gate(g, g, b, L, E))
     check("gate", g, want, n, 1e-6);
     free(want);
     FREE_ALIGNED(a, b, bias, sum, delta, g);

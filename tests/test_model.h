@@ -24,21 +24,25 @@ static void check_stages(const char *model, Session *x, const int32_t *ids, int 
         snprintf(name, sizeof name, "%s layer %d %s", model, layer, what); \
         check_floats(name, got, g->data, g->n, 1e-5); \
     }
-    TEAM(embed(a->res, ids, &m->embedding, L))
+    Work *w = &a->work;
+    w->ids = ids;
+    w->state_only = false;
+    layer_states(a->seq, m, &x->state, 1);
+    TEAM(embed(w->res, ids, &m->embedding, L))
     for (int layer = 0; layer < c->n_layer; layer++) {
-        TEAM(block(m, layer, x->state, a, layer ? NULL : ids, false, L))
-        STAGE("xz", a->xz, L * 2 * E)
-        STAGE("u", a->u, L * E)
+        TEAM(block(m, layer, w, a->seq + layer, 1, L))
+        STAGE("xz", w->xz, L * 2 * E)
+        STAGE("u", w->u, L * E)
         if (!(c->flags & FLAG_MIXER_NORM))
-            STAGE("dt_BC", a->xdb, L * (c->R + 2 * N)) // mamba.c norms them in place
-        STAGE("g", a->y, L * E)
-        STAGE("out", a->xn, (size_t)L * c->D)
-        STAGE("res", a->res, (size_t)L * c->D)
+            STAGE("dt_BC", w->xdb, L * (c->R + 2 * N)) // mamba.c norms them in place
+        STAGE("g", w->y, L * E)
+        STAGE("out", w->xn, (size_t)L * c->D)
+        STAGE("res", w->res, (size_t)L * c->D)
         if ((g = golden_get("layer%d.dt", layer))) {
             double *want = doubles(g->data, g->n);
             for (size_t i = 0; i < g->n; i++) want[i] = softplus_double(want[i]);
             snprintf(name, sizeof name, "%s layer %d delta", model, layer);
-            check(name, a->delta, want, g->n, 1e-5);
+            check(name, w->delta, want, g->n, 1e-5);
             free(want);
         }
         if ((g = golden_get("layer%d.h", layer))) { // transformers stores (E,N)
@@ -164,6 +168,7 @@ static void test_left_out(const Model *m, const char *name) {
     const int pieces[] = {1, 2, 33, 64, 512}, beyond[] = {-1, 0, 1, 70};
     Acts *a = mamba_acts_new(m, 2);
     State *got = mamba_state_new(m), *want = mamba_state_new(m);
+    Work *w = &a->work;
     int32_t ids[1100];
     int room = a->piece, bad = 0, count = 0;
     for (int i = 0; i < 1100; i++) ids[i] = (int32_t)(random_u64(&test_random) % (uint64_t)c->V);
@@ -176,14 +181,15 @@ static void test_left_out(const Model *m, const char *name) {
                 for (size_t i = 0; i < got->floats; i++)
                     got->data[i] = want->data[i] = uniform(-1, 1);
                 mamba_prefill(m, a, got, ids, (size_t)n, NULL, NULL);
+                layer_states(a->seq, m, &want, 1);
+                w->ids = NULL; // every token's in_proj by itself
+                w->state_only = false;
                 for (int t = 0, L; t < n; t += L) {
                     L = n - t < a->piece ? n - t : a->piece;
-                    TEAM(embed(a->res, ids + t, &m->embedding, L))
+                    TEAM(embed(w->res, ids + t, &m->embedding, L))
                     for (int layer = 0; layer < c->n_layer; layer++)
-                        TEAM(block(m, layer, want, a, NULL, false, L))
-                    TEAM(rmsnorm(a->xn, a->res + (size_t)(L - 1) * c->D, f32(&m->norm_f),
-                                 c->norm_eps, 1, c->D, (size_t)c->D))
-                    TEAM(matmul(want->logits, a->xn, (size_t)c->D, &m->head, NULL, 1, a->packed))
+                        TEAM(block(m, layer, w, a->seq + layer, 1, L))
+                    TEAM(last_logits(m, a, &want, w->res, 1, L))
                 }
                 bad += memcmp(got->data, want->data, got->floats * sizeof(float)) != 0;
                 count++;

@@ -5,7 +5,7 @@ typedef struct {
     float *u, *delta;  // (L,E)
     float *A_neg, *h;  // (N,E); h: the state before the first step
     float *BC, *skip;  // (L,2N): B_ssm then C_ssm; (E)
-    float *carry;      // scratch memory of scan_parallel
+    float *carry;      // scratch memory of scan_in_pieces
     double *y, *h_end; // (L,E) and (N,E): the answers, in double precision
     double largest;    // the largest term in a sum of h
 } ScanCase;
@@ -49,43 +49,48 @@ static void scan_case_free(ScanCase *s) {
     FREE(s->y, s->h_end);
 }
 
-// way 0: scan_sequential. -1: scan_step for each t. -2: scan_parallel in two calls, the second from
-// the state of the first. From 1: scan_parallel with that many pieces.
+static Scan scan_of(const ScanCase *s, int t0, int t1) {
+    size_t at = (size_t)t0 * s->E, ld = 2 * (size_t)s->N;
+    const float *B = s->BC + t0 * ld;
+    return (Scan){s->u + at, s->delta + at, s->A_neg, B,   B + s->N, s->skip, ld,
+                  1,         t1 - t0,       s->E,     s->N};
+}
+
+// Steps t0 .. t1 in so many pieces of time. y (L,E) or NULL; h (N,E) in place.
+static void run_scan(float *y, float *h, const ScanCase *s, int t0, int t1, int pieces) {
+    Scan part = scan_of(s, t0, t1);
+    LayerState seq = {NULL, h};
+    float *to = y ? y + (size_t)t0 * s->E : NULL;
+    if (pieces > 1) TEAM(scan_in_pieces(to, h, &part, pieces, s->carry))
+    else TEAM(scan(to, &seq, &part, NULL))
+}
+
+// way 0: the definition. -1: one token at a time. -2: two calls, the second from the state of the
+// first. From 1: that many pieces of time.
 static void check_scan(const ScanCase *s, int way) {
-    int L = s->L, E = s->E, N = s->N, split = way == -2 ? L / 3 : 0;
-    size_t ld = 2 * (size_t)N;
+    int L = s->L, E = s->E, N = s->N;
     float *y = random_floats((size_t)L * E, 7, 8), *h = copy_floats(s->h, (size_t)N * E);
-    const float *B = s->BC, *C = s->BC + N;
-    if (way == 0) TEAM(scan_sequential(y, h, s->u, s->delta, s->A_neg, B, C, ld, s->skip, L, E, N))
-    else if (way == -1)
-        for (int t = 0; t < L; t++) {
-            size_t at = (size_t)t * E;
-            TEAM(scan_step(y + at, h, s->u + at, s->delta + at, s->A_neg, B + t * ld, C + t * ld,
-                           s->skip, E, N))
-        }
-    else {
-        if (split)
-            TEAM(scan_parallel(y, h, s->u, s->delta, s->A_neg, B, C, ld, s->skip, split, E, N, 1,
-                               s->carry))
-        size_t at = (size_t)split * E;
-        TEAM(scan_parallel(y + at, h, s->u + at, s->delta + at, s->A_neg, B + split * ld,
-                           C + split * ld, ld, s->skip, L - split, E, N, way > 0 ? way : 1,
-                           s->carry))
-    }
+    if (way == 0) {
+        Scan all = scan_of(s, 0, L);
+        recurrence_plain(y, h, NULL, &all, 0, E, 0, L);
+    } else if (way == -1)
+        for (int t = 0; t < L; t++) run_scan(y, h, s, t, t + 1, 1);
+    else if (way == -2) {
+        run_scan(y, h, s, 0, L / 3, 1);
+        run_scan(y, h, s, L / 3, L, 1);
+    } else run_scan(y, h, s, 0, L, way);
     char name[96];
     if (way > 0) { // h has the same bits where y is not asked for
         float *alone = copy_floats(s->h, (size_t)N * E);
-        TEAM(scan_parallel(NULL, alone, s->u, s->delta, s->A_neg, B, C, ld, s->skip, L, E, N, way,
-                           s->carry))
-        snprintf(name, sizeof name, "scan_parallel L %d E %d N %d pieces %d: h without y", L, E, N,
-                 way);
+        run_scan(NULL, alone, s, 0, L, way);
+        snprintf(name, sizeof name, "scan L %d E %d N %d pieces %d: h without y", L, E, N, way);
         expect(!memcmp(h, alone, (size_t)N * E * sizeof *h), name);
         free_aligned(alone);
     }
-    const char *what = way == 0    ? "scan_sequential"
-                       : way == -1 ? "scan_step"
-                       : way == -2 ? "scan_parallel split"
-                                   : "scan_parallel";
+    const char *what = way == 0    ? "the definition"
+                       : way == -1 ? "scan by single tokens"
+                       : way == -2 ? "scan in two calls"
+                                   : "scan";
     snprintf(name, sizeof name, "%s L %d E %d N %d pieces %d", what, L, E, N, way);
     check(name, y, s->y, (size_t)L * E, 2e-6);
     strcat(name, ", h");
@@ -112,7 +117,8 @@ static void test_scan(void) {
     const float ones[4] = {1, 1, 1, 1}, half_life = -logf(2), BC[8] = {1, 1, 2, 1, 3, 1, 4, 1},
                 zero = 0;
     float y[4], h = 0, carry[2 * SCAN_TASKS];
-    TEAM(scan_parallel(y, &h, ones, ones, &half_life, BC, BC + 1, 2, &zero, 4, 1, 1, 2, carry))
+    Scan example = {ones, ones, &half_life, BC, BC + 1, &zero, 2, 1, 4, 1, 1};
+    TEAM(scan_in_pieces(y, &h, &example, 2, carry))
     const double want[4] = {1, 2.5, 4.25, 6.125};
     check("scan of the worked example", y, want, 4, 1e-6);
     expect(scan_pieces(1 << 20, 1536) == 1 && scan_pieces(4096, 16) > 1 && scan_pieces(31, 16) == 1,
