@@ -246,8 +246,8 @@ static void check_gpu_generation(const char *path, bool float32) {
             report(same >= 8 * S, name, "%d of %d as on the CPU (rounding may part ways)", same,
                    total);
         mamba_state_reset(m, g); // the next prefill starts from zero
-        gpu->held = NULL;
-        g->ahead = NULL;
+        gpu->gpu_state = NULL;
+        g->newer_on = NULL;
     }
     FREE(prompt, ids, allowed);
     mamba_state_free(s);
@@ -308,8 +308,8 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
     }
     GPU->get_state(gpu->gpu, got->conv, got->h, got->logits);
     mamba_state_reset(m, g); // once more
-    gpu->held = NULL;
-    g->ahead = NULL;
+    gpu->gpu_state = NULL;
+    g->newer_on = NULL;
     if (mamba_prefill(m, gpu, g, prompt, PROMPT, NULL, NULL)) {
         report(false, "prefill", "%s", error_text);
     }
@@ -350,8 +350,8 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
     mamba_state_free(g);
     mamba_state_free(got);
     mamba_state_free(twice);
-    gpu->held = NULL;
-    g->ahead = NULL;
+    gpu->gpu_state = NULL;
+    g->newer_on = NULL;
     mamba_acts_free(cpu);
     mamba_acts_free(gpu);
     mamba_free(m);
