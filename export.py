@@ -23,6 +23,8 @@ import json
 import math
 import os
 import re
+import signal
+import stat
 import struct
 import sys
 import tempfile
@@ -83,31 +85,52 @@ def read_exactly(f, n, path):
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """A file that appears under its name only when it is complete and on the disk."""
-    folder, name = os.path.split(os.path.abspath(path))
+    """A file that appears under its name only when it is complete and on the disk. A path that is a link stays one:
+    the file that it names is replaced. The mode of an existing file is kept."""
     if os.path.isdir(path):
         raise ExportError(f"{path} is a directory; name the file to write")
     if os.path.exists(path) and not os.path.isfile(path):                    # a device would be replaced by the file
         raise ExportError(f"{path} is no regular file; name the file to write")
-    temporary = None
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    prefix, temporary = f".{name[:40]}.", None                              # a file's name has at most 255 bytes
     try:
-        fd, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+        fd, temporary = tempfile.mkstemp(prefix=prefix, dir=folder)
         with os.fdopen(fd, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)                                 # mkstemp makes it 0600
-        os.replace(temporary, path)
+        if os.path.exists(target):
+            mode = stat.S_IMODE(os.stat(target).st_mode) & 0o777
+        else:
+            umask = os.umask(0)
+            os.umask(umask)
+            mode = 0o666 & ~umask                                           # mkstemp makes it 0600
+        os.chmod(temporary, mode)
+        os.replace(temporary, target)
         temporary = None
     except OSError as e:
-        if e.filename is None or os.path.basename(e.filename).startswith(f".{name}."):
+        if e.filename is None or os.path.basename(e.filename).startswith(prefix):
             raise ExportError(f"cannot write {path}: {e.strerror or e}")
         raise                                                               # about another file, one that is read
     finally:
         if temporary:
             os.unlink(temporary)
+
+
+class Discarded(Exception):
+    """Ends an atomic_file that is not wanted."""
+
+
+def check_output(path, inputs):
+    """Before the work begins: path can be written, and it is none of the inputs, by whatever name."""
+    if not path:
+        raise ExportError("the output needs a name that is not empty")
+    for name in inputs:
+        if os.path.exists(path) and os.path.exists(name) and os.path.samefile(path, name):
+            raise ExportError(f"{path}: that is an input, {name}; choose another name for the output")
+    with contextlib.suppress(Discarded), atomic_file(path):
+        raise Discarded
 
 
 def progress(done, total, name):
@@ -400,7 +423,7 @@ class TorchTensor:
     KINDS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
     def __init__(self, path, name, tensor):
-        self.name, self.shape, self.tensor = name, tuple(tensor.shape), tensor
+        self.path, self.name, self.shape, self.tensor = path, name, tuple(tensor.shape), tensor
         self.kind = self.KINDS.get(str(tensor.dtype))
         if self.kind is None or str(tensor.layout) != "torch.strided" or tensor.is_meta:
             raise ExportError(f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}; "
@@ -1016,12 +1039,17 @@ def write_safetensors(path, m, dtype, f, source, tensors_offset):
     progress(0, 0, "")
 
 
+HF_FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
 def to_transformers(source, folder, force):
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ExportError(f"{folder} exists and is no directory")
     new = not os.path.isdir(folder)
     if not new and os.listdir(folder) and not force:
         raise ExportError(f"{folder} is not empty; choose another, or add --force to replace the files in it")
+    for name in () if new else HF_FILES:
+        check_output(os.path.join(folder, name), [source])
     with open(source, "rb") as f:
         m, dtype, blob, tensors_offset = read_header(f, source)
         texts, (config, generation) = tokenizer_files(m, blob), config_json(m, "f32" if dtype.upper() in CODE_BITS else dtype)
@@ -1093,9 +1121,17 @@ def find_tokenizer(choice, folder):
     return blob, ends[0] if ends else None
 
 
+# files of a checkpoint: none of them may become the output, read or not
+CHECKPOINT_FILE = re.compile(r"(config|generation_config|tokenizer|.*\.index)\.json$|.*\.safetensors$|pytorch_model.*\.bin$")
+
+
 def to_bin(source, target, dtype, tokenizer):
+    check_output(target, [])                                                # before a download
     folder = fetch(source)
     config_path, generation_path = (os.path.join(folder, name) for name in ("config.json", "generation_config.json"))
+    check_output(target, [os.path.join(folder, name) for name in os.listdir(folder) if CHECKPOINT_FILE.match(name)]
+                 + ([os.path.join(tokenizer, "tokenizer.json") if os.path.isdir(tokenizer) else tokenizer]
+                    if tokenizer and tokenizer != "bytes" else []))
     config = Fields(read_json(config_path), config_path)
     generation = Fields(read_json(generation_path) if os.path.exists(generation_path) else {}, generation_path)
     refuse_what_is_not_mamba(config)
@@ -1112,6 +1148,7 @@ def to_bin(source, target, dtype, tokenizer):
         raise ExportError(f"the tokenizer's ids go up to {n_ids - 1}, but the model's vocabulary is {m.V}: "
                           "it belongs to another model")
     pairs = match_tensors(m, open_checkpoint(folder), folder)
+    check_output(target, {tensor.path for _, tensor in pairs})              # shards, whatever their names
     write_model(target, m, pairs, blob, dtype or stored_dtype(pairs))
 
 
@@ -1134,6 +1171,7 @@ def run(arguments):
     if a.to_hf:
         to_transformers(a.source, a.target, a.force)
     elif os.path.isfile(a.source) and a.source.endswith(".json"):
+        check_output(a.target, [a.source])
         blob = tokenizer_blob(read_json(a.source))
         with atomic_file(a.target) as f:
             f.write(blob)
@@ -1143,6 +1181,10 @@ def run(arguments):
 
 
 def main():
+    for name in ("SIGTERM", "SIGHUP"):                                      # as Ctrl-C: no temporary file stays
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         run(sys.argv[1:])
     except ExportError as e:

@@ -85,6 +85,12 @@
 
 #define MAMBA_VERSION "0.1"
 
+#ifdef __GNUC__
+#define UNUSED __attribute__((unused))
+#else
+#define UNUSED
+#endif
+
 // Between COLD and its END, what runs once or waits for a disk: gcc takes a third of the build's
 // time to make that fast, in vain.
 #if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__)
@@ -232,266 +238,6 @@ COLD
 #include "tokenizer.c"
 COLD_END
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 2 Vectors: VL floats at a time
-// gcc's and clang's vector extensions, on processors known to have vectors: ordinary arithmetic on
-// VL lanes. Elsewhere VL = 1, where `vec` is a float and the same lines are plain C. Accuracy,
-// checked in test_all.c: exp 1.5 ulp for x in [-86, 88], softplus and silu 3 ulp where the answer
-// is above 1e-37; below that they stop at about that size. A NaN stays NaN.
-
-#ifndef VL // -DVL=1, 4, 8 or 16 chooses for the tests; 1 works everywhere
-#if !defined(__GNUC__)
-#define VL 1
-#elif defined(__AVX512F__)
-#define VL 16
-#elif defined(__AVX__)
-#define VL 8
-#elif defined(__SSE2__) || defined(__ARM_NEON) || defined(__VSX__) || defined(__riscv_vector)
-#define VL 4
-#else
-#define VL 1
-#endif
-#endif
-// exp_vec rounds by adding a large float: sums must be rounded to float, not kept wider.
-#if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
-#error "float sums are kept in a wider format; on 32-bit x86 add -msse2 -mfpmath=sse"
-#endif
-
-#if VL > 1
-typedef float vec __attribute__((vector_size(4 * VL)));
-typedef float vec4 __attribute__((vector_size(16)));
-typedef int32_t ivec __attribute__((vector_size(4 * VL)));
-typedef uint32_t uvec __attribute__((vector_size(4 * VL)));
-typedef uint16_t hvec __attribute__((vector_size(2 * VL)));
-#define LANES_OF(type, v) __builtin_convertvector(v, type)
-// 0 or -1 in each lane
-#define MASK(condition) ((ivec)(condition))
-// The order in which load_halves puts a zero before each half, where the compiler is gcc; every
-// second of 2 VL lanes.
-#if __GNUC__ >= 12 && !defined(__clang__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#if VL == 16
-#define HALVES_ORDER \
-    16, 0, 16, 1, 16, 2, 16, 3, 16, 4, 16, 5, 16, 6, 16, 7, 16, 8, 16, 9, 16, 10, 16, 11, 16, 12, \
-        16, 13, 16, 14, 16, 15
-#elif VL == 8
-#define HALVES_ORDER 8, 0, 8, 1, 8, 2, 8, 3, 8, 4, 8, 5, 8, 6, 8, 7
-#else
-#define HALVES_ORDER 4, 0, 4, 1, 4, 2, 4, 3
-#endif
-#endif
-#if VL == 16
-#define EVERY_SECOND(c) \
-    c, 2 + c, 4 + c, 6 + c, 8 + c, 10 + c, 12 + c, 14 + c, 16 + c, 18 + c, 20 + c, 22 + c, 24 + c, \
-        26 + c, 28 + c, 30 + c
-#elif VL == 8
-#define EVERY_SECOND(c) c, 2 + c, 4 + c, 6 + c, 8 + c, 10 + c, 12 + c, 14 + c
-#else
-#define EVERY_SECOND(c) c, 2 + c, 4 + c, 6 + c
-#endif
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
-#endif
-#else
-typedef float vec;
-typedef int32_t ivec;
-typedef uint32_t uvec;
-typedef uint16_t hvec;
-#define LANES_OF(type, v) ((type)(v))
-#define MASK(condition) (-(ivec)(condition))
-#endif
-#define PAIR (2 * VL) // what the product of few rows takes at a time
-
-#if defined(__has_builtin) // gcc from 12, clang
-#if __has_builtin(__builtin_shufflevector)
-#define HAS_SHUFFLE 1
-#endif
-#endif
-#if defined(__GNUC__)
-#define INLINE static inline __attribute__((always_inline))
-#define PREFETCH(p, ahead) __builtin_prefetch((const void *)((uintptr_t)(p) + (ahead)))
-#if defined(__clang__)
-#define APART __attribute__((noinline)) // one piece of machine code, wherever it is called from
-#else
-#define APART __attribute__((noinline, noclone))
-#endif
-#else
-#define APART
-#define INLINE static inline
-#define PREFETCH(p, ahead) ((void)0)
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define UNROLLED_FOR(...) \
-    _Pragma("GCC unroll 16") for (__VA_ARGS__) // at -O2 too; clang does it of itself
-#else
-#define UNROLLED_FOR(...) for (__VA_ARGS__)
-#endif
-
-INLINE vec splat(float x) { return x - (vec){0}; }
-INLINE vec load(const float *p) {
-    vec v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
-// The first n lanes; the others are zero, or are left as they were in memory. What is seldom taken
-// stands apart.
-APART static vec load_part(const float *p, int n) {
-    vec v = splat(0);
-    memcpy(&v, p, (size_t)n * sizeof(float));
-    return v;
-}
-APART static void store_part(float *p, vec v, int n) { memcpy(p, &v, (size_t)n * sizeof(float)); }
-INLINE vec load_n(const float *p, int n) { return n == VL ? load(p) : load_part(p, n); }
-INLINE void store_n(float *p, vec v, int n) {
-    if (n == VL) store(p, v);
-    else store_part(p, v, n);
-}
-#if VL > 1
-INLINE vec4 fold_lanes(vec v) {
-    vec4 part[VL / 4];
-    memcpy(part, &v, sizeof v);
-    for (int half = VL / 8; half; half /= 2)
-        for (int i = 0; i < half; i++) part[i] += part[i + half];
-    return part[0];
-}
-#endif
-INLINE float sum_lanes(vec v) {
-#if VL > 1
-    vec4 p = fold_lanes(v);
-    return (p[0] + p[2]) + (p[1] + p[3]);
-#else
-    return v;
-#endif
-}
-// to (4,4), rows ldt apart = from (4,4)^T, rows ldf apart. As vectors: element by element, packing
-// took a fifth of prefill.
-INLINE void transpose4(float *to, size_t ldt, const float *from, size_t ldf) {
-#if VL > 1 && defined(HAS_SHUFFLE)
-    vec4 row[4], pair[4];
-    for (int i = 0; i < 4; i++) memcpy(&row[i], from + i * ldf, sizeof row[i]);
-    for (int i = 0; i < 2; i++) {
-        pair[2 * i] = __builtin_shufflevector(row[i], row[i + 2], 0, 4, 1, 5);
-        pair[2 * i + 1] = __builtin_shufflevector(row[i], row[i + 2], 2, 6, 3, 7);
-    }
-    for (int i = 0; i < 2; i++) {
-        row[2 * i] = __builtin_shufflevector(pair[i], pair[i + 2], 0, 4, 1, 5);
-        row[2 * i + 1] = __builtin_shufflevector(pair[i], pair[i + 2], 2, 6, 3, 7);
-    }
-    for (int i = 0; i < 4; i++) memcpy(to + i * ldt, &row[i], sizeof row[i]);
-#else
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++) to[i * ldt + j] = from[j * ldf + i];
-#endif
-}
-
-// to[i] = sum_lanes(v[i * apart]) (+ bias[i]) for four vectors, in one store: one by one they took
-// a tenth of a step of 8 sequences.
-INLINE void sum_lanes4(float *to, const vec *v, int apart, const float *bias) {
-#if VL > 1
-    vec4 p[4], b = {0};
-    float lanes[16], across[16];
-    for (int i = 0; i < 4; i++) p[i] = fold_lanes(v[i * apart]);
-    memcpy(lanes, p, sizeof p);
-    transpose4(across, 4, lanes, 4);
-    memcpy(p, across, sizeof p);
-    if (bias) memcpy(&b, bias, sizeof b);
-    p[0] = (p[0] + p[2]) + (p[1] + p[3]) + b;
-    memcpy(to, p, sizeof p[0]);
-#else
-    for (int i = 0; i < 4; i++) to[i] = v[i * apart] + (bias ? bias[i] : 0);
-#endif
-}
-INLINE ivec as_int(vec v) {
-    ivec bits;
-    memcpy(&bits, &v, sizeof bits);
-    return bits;
-}
-INLINE vec as_float(ivec bits) {
-    vec v;
-    memcpy(&v, &bits, sizeof v);
-    return v;
-}
-INLINE vec choose(ivec mask, vec yes, vec no) {
-    return as_float((as_int(yes) & mask) | (as_int(no) & ~mask));
-}
-INLINE vec at_least(vec x, float lowest) { return choose(MASK(x < lowest), splat(lowest), x); }
-// p[c], p[c + 2], p[c + 4] ... with c 0 or 1.
-INLINE vec every_second(const float *p, int c) {
-#if VL > 1
-    vec a = load(p), b = load(p + VL);
-    return c ? SHUFFLE(a, b, EVERY_SECOND(1)) : SHUFFLE(a, b, EVERY_SECOND(0));
-#else
-    return p[c];
-#endif
-}
-INLINE int lanes_left(int e, int E) { return E - e < VL ? E - e : VL; }
-
-// e^x = 2^n e^r, |r| <= ln2/2. Below -86 the answer is e^-86 (4e-38), above 88 e^88, so that 2^n
-// stays a normal float. Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low
-// bits, ready to be moved to the exponent.
-INLINE vec exp_vec(vec x) {
-    x = choose(MASK(x < -86.0f), splat(-86.0f), choose(MASK(x > 88.0f), splat(88.0f), x));
-    vec n = x * 1.44269504f + 12582912.0f;
-    ivec exponent = (ivec)((uvec)as_int(n) << 23);
-    n = n - 12582912.0f;
-    vec r =
-        x - n * 0.693145752f - n * 1.42860677e-6f; // ln2 in two parts: the first product is exact
-    vec p = 0.0083687101f + r * 0.00138146128f; // minimax on [-ln2/2, ln2/2], relative error 3e-9
-    p = 0.0416683890f + r * p;
-    p = 0.166665211f + r * p;
-    p = 0.499999940f + r * p;
-    p = 1.0f + (r + r * r * p);
-    return as_float((ivec)((uvec)as_int(p) + (uvec)exponent));
-}
-
-// 2^x for -126 <= x <= 0, relative error 2e-7, unchecked: half the work of exp_vec, for the scan,
-// which takes E N of them a token. Exactly 1 at 0, and 1 - 2^x right to 3e-7 near it: that is how
-// long a state remembers.
-INLINE vec exp2_negative(vec x) {
-    vec n = x + 12582912.0f, r = x - (n - 12582912.0f);
-    vec p = 0.00967151299f + r * 0.00132647273f; // minimax on [-1/2, 1/2]
-    p = 0.0555073359f + r * p;
-    p = 0.240222424f + r * p;
-    p = 0.693147004f + r * p;
-    return as_float((ivec)((uvec)as_int(1.0f + r * p) + ((uvec)as_int(n) << 23)));
-}
-
-// Whether the condition, a MASK, holds in any lane.
-INLINE bool any_lane(ivec mask) {
-    int32_t lane[VL], any = 0;
-    memcpy(lane, &mask, sizeof mask);
-    for (int i = 0; i < VL; i++) any |= lane[i];
-    return any != 0;
-}
-
-INLINE vec silu_vec(vec x) { return x / (1.0f + exp_vec(-x)); }
-
-// softplus(x) = log(1 + e^x) = max(x, 0) + log1p(e^-|x|), which never overflows. log1p(e) = 2
-// atanh(e / (2 + e)) keeps full relative accuracy where e is tiny, and that is where a trained
-// delta lives (0.001 to 0.1).
-INLINE vec softplus_vec(vec x) {
-    vec e = exp_vec(as_float(as_int(x) | INT32_MIN));
-    vec s = e / (2.0f + e), z = s * s;
-    vec p = 0.28001806f + z * 0.28011987f; // minimax for z in [0, 1/9], relative error 4e-9
-    p = 0.400215268f + z * p;
-    p = 0.666664183f + z * p;
-    vec log1p = s * 2.0f + s * (z * p);
-    return choose(MASK(x > 0.0f), x, splat(0)) + log1p;
-}
-
-// 1 - e^-x for x >= 0, the derivative of softplus where softplus is x. Below 1/4 by its series: the
-// difference would cancel.
-INLINE vec one_minus_exp_minus(vec x) {
-    vec series =
-        x *
-        (1.0f - x * (0.5f - x * (0.166666667f -
-                                 x * (0.0416666667f - x * (0.00833333333f - x * 0.00138888889f)))));
-    return choose(MASK(x < 0.25f), series, 1.0f - exp_vec(-x));
-}
-
 #endif // MAMBA_TYPES_ONLY
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -500,7 +246,8 @@ INLINE vec one_minus_exp_minus(vec x) {
 // made from it. The format is described field by field in the README.
 
 typedef enum { F32, F16, BF16, Q8, Q4, N_TYPES } Type; // how matrices are stored
-enum { TILE = 32 }; // rows and inputs of a tile of Q8 and Q4, see below
+enum { TILE = 32 };    // rows and inputs of a tile of Q8 and Q4, see below
+typedef uint16_t half; // the bits of an F16 or BF16 number
 
 typedef struct Tokenizer Tokenizer;
 enum { RECENT = 64 }; // tokens that the repeat penalty looks back over
@@ -675,7 +422,7 @@ static void fix_tensor_endian(const Tensor *w) {
 // Visits every tensor of m in the file's order.
 typedef void TensorVisitor(void *context, const TensorInfo *info, Tensor *w);
 
-APART static void each_tensor(Model *m, TensorVisitor *visit, void *context) {
+static void each_tensor(Model *m, TensorVisitor *visit, void *context) {
     const Config *c = &m->config;
 #define VISIT(owner, index, name, r, k, t, init, decays, present) \
     if (present) { \
@@ -1035,6 +782,8 @@ typedef struct Acts { // what one pass at a time over one model needs
 
 // --- arguments that belong together, for operations and their backward passes
 
+enum { MATMUL_FEW = 4 }; // below so many rows cpu/ packs nothing: that costs more than it saves
+
 typedef struct {   // the rows of a product
     int T;         // how many
     bool step;     // one token of each of T sequences: a row's bits must not depend on the others
@@ -1088,9 +837,14 @@ typedef struct {              // what scan_backward() writes
     float *scratch; // scan_backward_floats()
 } ScanGrad;
 
+#ifdef PLAIN
+enum { SCAN_WIDTH = 16 }; // channels of a task of scan_backward()
+#else
+#include "cpu/vectors.h" // SCAN_WIDTH for this processor, and the words that cpu/ is written in
+#endif
 enum { SCAN_LANES = 16 };  // channels of a task of the scan: a cache line
 enum { STEP_LANES = 128 }; // channels of a task where each sequence has one token
-enum { SCAN_CHUNK = 32, SCAN_SETS = 4, SCAN_WIDTH = SCAN_SETS * VL }; // see scan_backward()
+enum { SCAN_CHUNK = 32 };  // steps between stored states in scan_backward()
 
 typedef struct { // a task of the backward scan: the channels e0 .. e0 + width
     int e0, width;
@@ -1103,786 +857,210 @@ typedef struct { // a task of the backward scan: the channels e0 .. e0 + width
 } ScanBlock;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 5 Kernels
-// Outputs first, then inputs, weights, sizes. Called by every thread of a team (see THREADS above).
+// 3 Plain operations
+// The leaves of the computation, each in its definition, the backward pass after the forward. Every
+// thread of a team calls them, and `omp for` shares the loop. Without OpenMP the pragmas mean
+// nothing and the code is the same.
+// cpu/ holds a fast form of each under the same name, which runs in their place. A build with
+// -DPLAIN leaves cpu/ out. Where both are built, the plain form of NAME is called NAME_plain, and
+// tests hold the fast form to it.
 
-// xn (T,D) = x / rms(x) * weight. weight NULL: FalconMamba's weightless norm. x and xn may be the
-// same array; ld is the distance between rows of both.
-static void rmsnorm(float *xn, const float *x, const float *weight, float eps, int T, int D,
-                    size_t ld) {
+#ifdef PLAIN
+#define OPERATION static
+#else
+#define OPERATION UNUSED static inline // only tests call them
+#include "cpu/plain_names.h"
+#endif
+
+OPERATION float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+OPERATION float silu(float x) { return x * sigmoid(x); }
+OPERATION float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); } // expf ends at 88
+
+// --- RMSNorm: xn = x r weight with r = 1 / sqrt(mean(x^2) + eps)
+
+OPERATION float rms_factor(const float *x, float eps, int D) {
+    float squares = 0;
+    for (int d = 0; d < D; d++) squares += x[d] * x[d];
+    return 1 / sqrtf(squares / (float)D + eps);
+}
+
+// xn, x (T,D), rows ld apart; they may be the same array. weight (D), or NULL: none.
+OPERATION void rmsnorm(float *xn, const float *x, const float *weight, float eps, int T, int D,
+                       size_t ld) {
 #pragma omp for
     for (int t = 0; t < T; t++) {
-        const float *row = x + (size_t)t * ld;
-        vec squares = splat(0);
-        for (int d = 0; d < D; d += VL) {
-            vec v = load_n(row + d, lanes_left(d, D));
-            squares += v * v;
-        }
-        float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)D + eps);
-        for (int d = 0; d < D; d += VL) {
-            int n = lanes_left(d, D);
-            vec v = load_n(row + d, n) * scale;
-            store_n(xn + (size_t)t * ld + d, weight ? v * load_n(weight + d, n) : v, n);
-        }
+        float r = rms_factor(x + t * ld, eps, D);
+        for (int d = 0; d < D; d++) xn[t * ld + d] = x[t * ld + d] * r * (weight ? weight[d] : 1);
     }
 }
 
-static void rmsnorm_backward(const NormGrad *d, const float *d_xn, const float *x,
-                             const float *weight, float eps, int T, int D, size_t ld) {
-    float *scale = d->scale;
+// xn = x r weight:  d_x = r (d_xn weight - x r^2 mean(d_xn weight x));  d_weight += d_xn x r,
+// summed over t. d_x and d_xn may be the same array unless d->add.
+OPERATION void rmsnorm_backward(const NormGrad *d, const float *d_xn, const float *x,
+                                const float *weight, float eps, int T, int D, size_t ld) {
 #pragma omp for
-    for (int t = 0; t < T; t++) {
-        vec squares = splat(0);
-        for (int i = 0; i < D; i += VL) {
-            vec v = load_n(x + (size_t)t * ld + i, lanes_left(i, D));
-            squares += v * v;
-        }
-        scale[t] = 1.0f / sqrtf(sum_lanes(squares) / (float)D + eps);
-    }
+    for (int t = 0; t < T; t++) d->scale[t] = rms_factor(x + t * ld, eps, D);
     if (weight) {
 #pragma omp for
-        for (int block = 0; block < (D + VL - 1) / VL; block++) {
-            int i = block * VL, n = lanes_left(i, D);
-            vec sum = load_n(d->d_weight + i, n);
+        for (int i = 0; i < D; i++)
             for (int t = 0; t < T; t++)
-                sum += load_n(d_xn + (size_t)t * ld + i, n) * load_n(x + (size_t)t * ld + i, n) *
-                       scale[t];
-            store_n(d->d_weight + i, sum, n);
-        }
+                d->d_weight[i] += d_xn[t * ld + i] * x[t * ld + i] * d->scale[t];
     }
 #pragma omp for
     for (int t = 0; t < T; t++) {
-        const float *dy = d_xn + (size_t)t * ld, *row = x + (size_t)t * ld;
-        float *to = d->d_x + (size_t)t * ld;
-        vec dot = splat(0);
-        for (int i = 0; i < D; i += VL) {
-            int n = lanes_left(i, D);
-            vec dv = load_n(dy + i, n) * load_n(row + i, n);
-            dot += weight ? dv * load_n(weight + i, n) : dv;
-        }
-        float r = scale[t], shared = sum_lanes(dot) / (float)D * r * r * r;
-        bool add = d->add;
-        for (int i = 0; i < D; i += VL) {
-            int n = lanes_left(i, D);
-            vec dv = load_n(dy + i, n) * r;
-            if (weight) dv = dv * load_n(weight + i, n);
-            dv -= load_n(row + i, n) * shared;
-            store_n(to + i, add ? load_n(to + i, n) + dv : dv, n);
+        float r = d->scale[t], mean = 0;
+        for (int i = 0; i < D; i++)
+            mean += d_xn[t * ld + i] * (weight ? weight[i] : 1) * x[t * ld + i] / (float)D;
+        for (int i = 0; i < D; i++) {
+            size_t at = t * ld + i;
+            float d_x = r * (d_xn[at] * (weight ? weight[i] : 1) - x[at] * r * r * mean);
+            d->d_x[at] = d->add ? d->d_x[at] + d_x : d_x;
         }
     }
 }
 
-static void add_rows(float *out, const float *a, const float *b, int T, int D) {
+// out = a + b, all (T,D): the residual connection.
+OPERATION void add_rows(float *out, const float *a, const float *b, int T, int D) {
 #pragma omp for
     for (int t = 0; t < T; t++)
-        for (int d = 0; d < D; d += VL) {
-            size_t i = (size_t)t * D + d;
-            int n = lanes_left(d, D);
-            store_n(out + i, load_n(a + i, n) + load_n(b + i, n), n);
-        }
+        for (size_t i = (size_t)t * D, end = i + D; i < end; i++) out[i] = a[i] + b[i];
 }
 
-static void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
+// out (D) += the sum over t of x (T,D), rows ld apart: the gradient of what is added to every row.
+OPERATION void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
 #pragma omp for
-    for (int block = 0; block < (D + VL - 1) / VL; block++) {
-        int d = block * VL, n = lanes_left(d, D);
-        vec sum = load_n(out + d, n);
-        for (int t = 0; t < T; t++) sum += load_n(x + (size_t)t * ld + d, n);
-        store_n(out + d, sum, n);
-    }
+    for (int d = 0; d < D; d++)
+        for (int t = 0; t < T; t++) out[d] += x[t * ld + d];
 }
 
-// Float lanes within a block of 4096, blocks in double.
-static double sum_squares(const float *x, size_t n) {
+// By one thread: the square of the length of x (n).
+OPERATION double sum_squares(const float *x, size_t n) {
     double sum = 0;
-    for (size_t i = 0; i < n; i += 4096) {
-        vec squares = splat(0);
-        for (size_t k = i; k < n && k < i + 4096; k += VL) {
-            vec v = load_n(x + k, n - k < VL ? (int)(n - k) : VL);
-            squares += v * v;
-        }
-        sum += (double)sum_lanes(squares);
-    }
+    for (size_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
     return sum;
 }
 
-// Float lanes within a block, blocks in double: a vocabulary of 50,000 loses nothing.
-static double log_sum_exp(const float *logits, int V) {
-    float highest = logits[0];
-    for (int v = 1; v < V; v++) highest = logits[v] > highest ? logits[v] : highest;
-    double sum = 0;
-    for (int block = 0; block < V; block += 64 * VL) {
-        vec part = splat(0);
-        int end = V - block < 64 * VL ? V : block + 64 * VL;
-        int v = block;
-        for (; v + VL <= end; v += VL) part += exp_vec(load(logits + v) - highest);
-        sum += (double)sum_lanes(part);
-        for (; v < end; v++) sum += exp((double)(logits[v] - highest));
-    }
-    return highest + log(sum);
+// --- the product with a matrix of weights
+
+OPERATION float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
-static void cross_entropy(float *losses, float *logits, const int32_t *targets, float weight, int T,
-                          int V) {
-#pragma omp for
-    for (int t = 0; t < T; t++) {
-        float *row = logits + (size_t)t * V;
-        double log_sum = targets[t] < 0 ? 0 : log_sum_exp(row, V);
-        losses[t] = targets[t] < 0 ? 0 : (float)(log_sum - (double)row[targets[t]]);
-        for (int v = 0; v < V; v += VL) {
-            int n = lanes_left(v, V);
-            vec p = exp_vec(load_n(row + v, n) - (float)log_sum);
-            store_n(row + v, targets[t] < 0 ? splat(0) : weight * p, n);
-        }
-        if (targets[t] >= 0) row[targets[t]] -= weight;
-    }
+// One weight of a Q8 or Q4 matrix: its code times its scale. See the layout of tiles above.
+OPERATION float tile_weight(const Tensor *w, int row, int column) {
+    const int bits = code_bits(w->type), codes = 32 / bits; // codes a word
+    const size_t tile = (size_t)(row / TILE) * tiles_of((size_t)w->cols) + (size_t)(column / TILE);
+    const unsigned char *at = (const unsigned char *)w->data + tile * tile_bytes(w->type);
+    const int r = row % TILE, i = column % TILE;
+    uint16_t scale;
+    uint32_t word;
+    memcpy(&scale, at + r * sizeof scale, sizeof scale);
+    memcpy(&word, at + TILE_SCALES + (i / codes * TILE + r) * sizeof word, sizeof word);
+    // The last code of a word is in two's complement; with its sign bit turned it is like the rest.
+    int code = (int)((word ^ 0x80000000u) >> (i % codes * bits) & ((1u << bits) - 1));
+    return (float)(code - (1 << (bits - 1))) * float_of((uint32_t)scale << 16);
 }
 
-// --- storage types: VL weights to float32. A new type adds its reader and a line in TYPE_KERNELS;
-// nothing else changes.
-
-typedef uint16_t half;
-
-INLINE vec read_f32(const float *p) { return load(p); }
-// VL halves, each as the upper half of 32 bits, the lower one 0.
-INLINE uvec load_halves(const half *p) {
-    hvec bits;
-    memcpy(&bits, p, sizeof bits);
-#ifdef HALVES_ORDER // gcc converts by taking the vector apart and together again: decoding bf16
-                    // gained 15% by this
-    return (uvec)__builtin_shufflevector(bits, (hvec){0}, HALVES_ORDER);
-#else
-    return LANES_OF(uvec, bits) << 16;
-#endif
-}
-INLINE vec from_bf16(uvec wide) {
-    return as_float((ivec)wide);
-} // a bf16 is the upper half of a float32
-// f16: put exponent and mantissa where float32 has them, then multiply by 2^(127-15), which mends
-// the exponent's bias and makes subnormals come out exact. Infinities do not occur: export.py
-// refuses weights beyond f16's range.
-INLINE vec from_f16(uvec wide) {
-    vec magnitude = as_float((ivec)((wide & 0x7FFF0000u) >> 3)) * 0x1p112f;
-    return as_float(as_int(magnitude) | (ivec)(wide & 0x80000000u));
-}
-INLINE vec read_bf16(const half *p) { return from_bf16(load_halves(p)); }
-INLINE vec read_f16(const half *p) { return from_f16(load_halves(p)); }
-
-// The products of few rows take PAIR weights and inputs at a time, in two parts of VL, c = 0 and 1:
-// of halves every second, so that one load and one operation make VL of them wide, where in order
-// it is a load, a shuffle or two and a shift.
-INLINE uvec every_second_half(const half *p, int c) {
-    uvec words;
-    memcpy(&words, p, sizeof words);
-    return host_is_little_endian() == (c == 0) ? words << 16 : words & 0xFFFF0000u;
-}
-INLINE vec weights_f32(const float *p, int c) { return load(p + c * VL); }
-INLINE vec weights_f16(const half *p, int c) { return from_f16(every_second_half(p, c)); }
-INLINE vec weights_bf16(const half *p, int c) { return from_bf16(every_second_half(p, c)); }
-INLINE vec inputs_of(const float *x, int c, bool halves) {
-    return halves ? every_second(x, c) : load(x + c * VL);
-}
-
-// For one storage type: dots adds n weights of R rows times T rows of x to sums (R,T), n a multiple
-// of PAIR; widen turns n weights of a row, from input `from` on, into float32; ld is the length of
-// a row. A sum is one chain of multiply-adds, in the same order for any T, so that the bits are the
-// same; 4 rows by 1 input, 4 by 2, 2 by 4 or 1 by 8 are chains enough to hide their latency. One
-// row of x is read as it lies; more are packed, see pack_few. ahead, unless 0: the distance in
-// bytes to the weights of the next call, which are fetched meanwhile: rows are too short for the
-// processor to foresee them.
-enum { FEW = 8 };                                           // rows of x that dots takes at the most
-INLINE int few_rows(int T) { return T == 1 ? 4 : FEW / T; } // R for this T
-#define KERNELS_OF(name, stored) \
-    INLINE void dots_##name##_of(vec *sums, const void *const *rows, const float *x, int n, \
-                                 size_t ahead, const int R, const int T) { \
-        enum { LINE = 64 / sizeof(stored) }; /* weights of a cache line */ \
-        const stored *w[4]; \
-        vec sum[FEW]; \
-        UNROLLED_FOR (int r = 0; r < R; r++) w[r] = rows[r]; \
-        UNROLLED_FOR (int k = 0; k < R * T; k++) sum[k] = sums[k]; \
-        for (int i = 0; i < n; i += PAIR, x += PAIR * T) { \
-            for (int k = 0; T > 1 && k < PAIR; k += LINE) \
-                UNROLLED_FOR (int r = 0; r < R; r++) \
-                    if (i % LINE == 0) PREFETCH(w[r] + i + k, ahead); \
-            UNROLLED_FOR (int c = 0; c < 2; c++) { \
-                vec a[4]; \
-                UNROLLED_FOR (int r = 0; r < R; r++) a[r] = weights_##name(w[r] + i, c); \
-                UNROLLED_FOR (int t = 0; t < T; t++) { \
-                    vec xt = T == 1 ? inputs_of(x, c, sizeof(stored) == 2) \
-                                    : load(x + (c * T + t) * VL); \
-                    UNROLLED_FOR (int r = 0; r < R; r++) sum[r * T + t] += a[r] * xt; \
-                } \
-            } \
-        } \
-        UNROLLED_FOR (int k = 0; k < R * T; k++) sums[k] = sum[k]; \
-    } \
-    static void dots_##name(vec *sums, const void *const *rows, const float *x, int n, \
-                            size_t ahead, int T) { \
-        if (T == 1) dots_##name##_of(sums, rows, x, n, ahead, 4, 1); \
-        else if (T == 2) dots_##name##_of(sums, rows, x, n, ahead, 4, 2); \
-        else if (T == 4) dots_##name##_of(sums, rows, x, n, ahead, 2, 4); \
-        else dots_##name##_of(sums, rows, x, n, ahead, 1, 8); \
-    } \
-    static void widen_##name(float *out, const void *data, size_t ld, size_t row, int from, \
-                             int n) { \
-        const stored *w = (const stored *)data + row * ld + from; \
-        int i = 0; \
-        for (; i + VL <= n; i += VL) store(out + i, read_##name(w + i)); \
-        if (i < n) { \
-            stored tail[VL] = {0}; \
-            memcpy(tail, w + i, (size_t)(n - i) * sizeof(stored)); \
-            store_n(out + i, read_##name(tail), n - i); \
-        } \
-    }
-KERNELS_OF(f32, float)
-KERNELS_OF(f16, half)
-KERNELS_OF(bf16, half)
-
-// --- Q8 and Q4: codes stay where they lie in their words. word & mask, as an int32, is the code
-// (plus `shift`, but for the last of a word) times 2^(bits * j); the power of two goes into x
-// beforehand, exactly, and the shift out of a group's sum, the same for all rows. So a weight costs
-// and, convert, multiply-add: 3/VL instructions, besides 1/VL loads of x for two vectors of rows.
-
-enum {
-    X_BLOCK = 4096,
-    TILES_AT_ONCE = VL > 4 ? 4 : 8
-}; // inputs that are prepared at a time; rows of x that share a conversion
-#define NR (2 * VL) // rows of W in a packed panel, see matmul
-
-INLINE uint32_t code_mask(int j, int bits) { return (uint32_t)((1 << bits) - 1) << (bits * j); }
-INLINE float code_power(int j, int bits) { return 1.0f / (float)((uint32_t)1 << (bits * j)); }
-INLINE float code_shift(int j, int bits) {
-    return j == 32 / bits - 1 ? 0 : (float)(1 << (bits - 1));
-}
-INLINE uvec load_words(const unsigned char *tile, int i) {
-    uvec words;
-    memcpy(&words, tile + TILE_SCALES + (size_t)i * 4, sizeof words);
-    return words;
-}
-INLINE vec load_scales(const unsigned char *tile, int r) {
-    return read_bf16((const half *)(const void *)tile + r);
-}
-
-// xs (n rounded up to TILE) = x, each input divided by its code's power of two; start[tile] = minus
-// what the shifts add up to.
-INLINE void tile_prepare(float *xs, float *start, const float *x, int n, int bits) {
-    float power[TILE], shift[TILE];
-    for (int k = 0; k < TILE; k++)
-        power[k] = code_power(k % (32 / bits), bits), shift[k] = code_shift(k % (32 / bits), bits);
-    for (int k0 = 0; k0 < n; k0 += TILE) {
-        vec sum = splat(0);
-        for (int k = 0; k < TILE; k += VL) {
-            vec v = k0 + k < n ? load_n(x + k0 + k, lanes_left(k0 + k, n)) : splat(0);
-            store(xs + k0 + k, v * load(power + k));
-            sum -= v * load(shift + k);
-        }
-        start[k0 / TILE] = sum_lanes(sum);
+// out (n) = row `row` of w from column `from` on, as float32.
+OPERATION void tensor_widen(float *out, const Tensor *w, int row, int from, int n) {
+    const size_t at = (size_t)row * (size_t)w->cols + (size_t)from;
+    const uint16_t *halves = w->data;
+    for (int i = 0; i < n; i++) {
+        if (w->type == F32) out[i] = f32(w)[at + i];
+        else if (w->type == BF16) out[i] = float_of((uint32_t)halves[at + i] << 16);
+        else if (w->type ==
+                 F16) { // multiplied by 2^112: the biases of the exponents differ by that
+            uint32_t half = halves[at + i], sign = (half & 0x8000) << 16;
+            float magnitude = float_of((half & 0x7FFF) << 13) * 0x1p112f;
+            out[i] = sign ? -magnitude : magnitude;
+        } else out[i] = tile_weight(w, row, from + i);
     }
 }
 
-// out (T,TILE) = the TILE rows of a panel times T rows of x, each `tiles` tiles: the loop where
-// writing text spends its time. A row's sum over a tile is one chain of multiply-adds, in the same
-// order for any T and P; one takes 4 cycles and two may start in each, so 8 chains are on the way
-// at once: some vectors of rows by some rows of x, which share the conversion. One row of x by the
-// vectors of a panel may be fewer; then P = 2 panels, `apart` bytes from each other, are taken at
-// once: out (P,TILE).
-INLINE void tile_dots(float *out, const unsigned char *tile, size_t apart, const float *xs,
-                      const float *start, int tiles, int bits, const int P, const int T) {
-    enum { CHAINS = 8, WIDEST = TILE / VL < CHAINS ? TILE / VL : CHAINS };
-    const int vectors = CHAINS / (P * T) < WIDEST ? CHAINS / (P * T) : WIDEST;
-    vec total[2][TILE / VL][TILES_AT_ONCE];
-    for (int p = 0; p < P; p++)
-        for (int v = 0; v < TILE / VL; v++)
-            UNROLLED_FOR (int t = 0; t < T; t++) total[p][v][t] = splat(0);
-    for (int g = 0; g < tiles; g++, tile += TILE_SCALES + bits * TILE * 4, xs += TILE)
-        for (int v0 = 0; v0 < TILE / VL; v0 += vectors) {
-            vec sum[2][WIDEST][TILES_AT_ONCE];
-            UNROLLED_FOR (int p = 0; p < P; p++)
-                UNROLLED_FOR (int v = 0; v < vectors; v++)
-                    UNROLLED_FOR (int t = 0; t < T; t++) sum[p][v][t] = splat(start[t * tiles + g]);
-            for (int i = 0; i < bits; i++)
-                UNROLLED_FOR (int p = 0; p < P; p++) {
-                    const unsigned char *at = tile + p * apart;
-                    uvec word[WIDEST];
-                    if (v0 == 0) { // what comes three tiles on: a quarter (q8) to two fifths (q4)
-                                   // more tokens a second
-                        PREFETCH(at, TILE_SCALES + i * TILE * 4 + 3072);
-                        PREFETCH(at, TILE_SCALES + i * TILE * 4 + 3072 + 64);
-                    }
-                    UNROLLED_FOR (int v = 0; v < vectors; v++)
-                        word[v] = load_words(at, i * TILE + (v0 + v) * VL);
-                    UNROLLED_FOR (int j = 0; j < 32 / bits; j++)
-                        UNROLLED_FOR (int v = 0; v < vectors; v++) {
-                            vec code = LANES_OF(vec, (ivec)(word[v] & code_mask(j, bits)));
-                            UNROLLED_FOR (int t = 0; t < T; t++)
-                                sum[p][v][t] += code * xs[t * tiles * TILE + i * (32 / bits) + j];
-                        }
-                }
-            UNROLLED_FOR (int p = 0; p < P; p++)
-                UNROLLED_FOR (int v = 0; v < vectors; v++)
-                    UNROLLED_FOR (int t = 0; t < T; t++)
-                        total[p][v0 + v][t] +=
-                            load_scales(tile + p * apart, (v0 + v) * VL) * sum[p][v][t];
-        }
-    for (int p = 0; p < P; p++)
-        for (int v = 0; v < TILE / VL; v++)
-            UNROLLED_FOR (int t = 0; t < T; t++)
-                store(out + (p * T + t) * TILE + v * VL, total[p][v][t]);
-}
+// Scratch that matmul() needs: none here.
+OPERATION size_t matmul_floats(size_t T, size_t widest) { return 0 * T * widest; }
 
-// panel (tiles * TILE, NR) = NR rows, from row r of the tiles on, as float32 and depth-major.
-INLINE void tile_unpack(float *panel, const unsigned char *tile, int r, int tiles, int bits) {
-    for (int g = 0; g < tiles; g++, tile += TILE_SCALES + bits * TILE * 4, panel += TILE * NR)
-        for (int v = 0; v < NR; v += VL) {
-            vec scale = load_scales(tile, r + v);
-            for (int i = 0; i < bits; i++) {
-                uvec word = load_words(tile, i * TILE + r + v);
-                UNROLLED_FOR (int j = 0; j < 32 / bits; j++) {
-                    vec code =
-                        LANES_OF(vec, (ivec)(word & code_mask(j, bits))) * code_power(j, bits) -
-                        code_shift(j, bits);
-                    store(panel + (i * (32 / bits) + j) * NR + v, code * scale);
-                }
-            }
-        }
-}
-
-INLINE void tile_widen(float *out, const void *data, size_t ld, size_t row, int from, int n,
-                       int bits) {
-    size_t bytes = TILE_SCALES + (size_t)bits * TILE * 4, r = row % TILE;
-    const unsigned char *panel = (const unsigned char *)data + row / TILE * tiles_of(ld) * bytes;
-    for (int k = from; k < from + n; k++) {
-        const unsigned char *tile = panel + (size_t)(k / TILE) * bytes;
-        uint32_t word;
-        half upper;
-        memcpy(&upper, tile + r * sizeof upper, sizeof upper);
-        memcpy(&word,
-               tile + TILE_SCALES + ((size_t)(k % TILE / (32 / bits)) * TILE + r) * sizeof word,
-               sizeof word);
-        int code = (int)((word ^ 0x80000000u) >> (k % (32 / bits) * bits) & ((1u << bits) - 1)) -
-                   (1 << (bits - 1));
-        uint32_t scale_bits = (uint32_t)upper << 16;
-        float scale;
-        memcpy(&scale, &scale_bits, sizeof scale);
-        out[k - from] = (float)code * scale;
-    }
-}
-
-#define TILE_KERNELS(name, bits) \
-    static void prepare_##name(float *xs, float *start, const float *x, int n) { \
-        tile_prepare(xs, start, x, n, bits); \
-    } \
-    static int dots_##name(float *out, const unsigned char *tile, size_t apart, const float *xs, \
-                           const float *start, int tiles, int T) { \
-        if (apart) return tile_dots(out, tile, apart, xs, start, tiles, bits, 2, 1), 1; \
-        if (T >= 8 && TILES_AT_ONCE == 8) \
-            return tile_dots(out, tile, 0, xs, start, tiles, bits, 1, TILES_AT_ONCE), 8; \
-        if (T >= 4) return tile_dots(out, tile, 0, xs, start, tiles, bits, 1, 4), 4; \
-        if (T >= 2) return tile_dots(out, tile, 0, xs, start, tiles, bits, 1, 2), 2; \
-        return tile_dots(out, tile, 0, xs, start, tiles, bits, 1, 1), 1; \
-    } \
-    static void unpack_##name(float *panel, const unsigned char *tile, int r, int tiles) { \
-        tile_unpack(panel, tile, r, tiles, bits); \
-    } \
-    static void widen_##name(float *out, const void *data, size_t ld, size_t row, int from, \
-                             int n) { \
-        tile_widen(out, data, ld, row, from, n, bits); \
-    }
-TILE_KERNELS(q8, 8)
-TILE_KERNELS(q4, 4)
-
-static const struct {
-    void (*dots)(vec *sums, const void *const *rows, const float *x, int n, size_t ahead,
-                 int T); // of F32, F16, BF16
-    void (*widen)(float *out, const void *data, size_t ld, size_t row, int from, int n);
-    void (*prepare)(float *xs, float *start, const float *x, int n); // this and the rest of Q8, Q4
-    int (*tile_dots)(float *out, const unsigned char *tile, size_t apart, const float *xs,
-                     const float *start, int tiles,
-                     int T); // rows of x done; apart, unless 0: two panels by one of them
-    void (*unpack)(float *panel, const unsigned char *tile, int r, int groups);
-} TYPE_KERNELS[N_TYPES] = {{dots_f32, widen_f32, NULL, NULL, NULL},
-                           {dots_f16, widen_f16, NULL, NULL, NULL},
-                           {dots_bf16, widen_bf16, NULL, NULL, NULL},
-                           {NULL, widen_q8, prepare_q8, dots_q8, unpack_q8},
-                           {NULL, widen_q4, prepare_q4, dots_q4, unpack_q4}};
-
-// out (n) = weights from.. of row `row` of w.
-static void tensor_widen(float *out, const Tensor *w, int row, int from, int n) {
-    TYPE_KERNELS[w->type].widen(out, w->data, (size_t)w->cols, (size_t)row, from, n);
-}
-
-// --- matmul: out (L,O) = x (L,I) W^T (+ bias), W (O,I) of any storage type; rows of x are ldx
-// apart. The one entry for every product in the model. Few rows (a token being generated): every
-// weight is used once, so the product runs at the speed of memory; each thread streams its own rows
-// of W. Many rows: the blocked product.
-//
-// clang-format off
-//        o0..o0+NR
-//       +---------+        A task is NR outputs (a panel of W) times a block of rows of x. For KC inputs at a time the
-//    KC | panel   |        thread widens its panel of W to float32, transposed, so that NR outputs are side by side (L1
-//       +---------+        cache). Then for every MR rows of x, packed the same way beforehand: load NR weights, multiply
-//   MR |  tile    |        by MR single inputs, add into MR x NR sums that never leave the registers until KC is done.
-//       +---------+        Per step MR*NR multiply-adds need only NR/VL + MR loads, so the FMA units are the limit.
-// clang-format on
-
-#if defined(__AVX512F__) || defined(__aarch64__)
-#define MR 12 // 12 x 2 sums + 2 weights + 1 input of 32 registers
-#else
-#define MR 6 // 6 x 2 sums + 2 + 1 of 16
-#endif
-#define KC 512
-#define PRODUCT_TASKS 32 // at least so many tasks for a team, where the rows allow it
-#define MATMUL_FEW 4     // below this many rows, packing costs more than it saves
-
-static const void *tensor_row(const Tensor *w, int row) {
-    return (const char *)w->data + (size_t)row * (size_t)w->cols * type_bytes(w->type);
-}
-
-static int team_size(void) {
-#ifdef _OPENMP
-    return omp_get_num_threads();
-#else
-    return 1;
-#endif
-}
-
-// Of the tasks of a product with few rows, those that always go to the same thread, in whose caches
-// their weights may still be. From 5 rows on it computes more than it reads, and the last eighth
-// goes to whoever is done first.
-static int own_tasks(int tasks, int L) { return L > 4 ? tasks - tasks / 8 : tasks; }
-
-// Q8 and Q4: threads share panels of rows, and each prepares x for itself, TILES_FEW rows of it for
-// one reading of the weights. One row alone takes two panels half of W apart at once, unless some
-// thread would get an eighth more of them to do for that.
-enum { TILES_FEW = 8 };
-typedef struct {
-    float *out; // (rows,O), of these rows of x
-    size_t ldo;
-    const Tensor *w; // (O,I)
-    const float *bias, *xs,
-        *start; // (O); rows of x and what they begin with, as the type prepares them
-    int k0, tiles, rows, panels,
-        half; // tiles from input k0; half: panels from one of a pair to the other, or 0
-} TileRows;
-
-static void tile_panel(const TileRows *p, int panel) {
-    float sum[TILES_AT_ONCE][TILE];
-    size_t panel_bytes = tiles_of((size_t)p->w->cols) * tile_bytes(p->w->type);
-    const unsigned char *at =
-        (const unsigned char *)p->w->data + (size_t)(p->k0 / TILE) * tile_bytes(p->w->type);
-    for (int t = 0, T; t < p->rows; t += T) {
-        int P = p->half && panel + p->half < p->panels ? 2 : 1;
-        T = TYPE_KERNELS[p->w->type].tile_dots(
-            sum[0], at + (size_t)panel * panel_bytes, P == 2 ? (size_t)p->half * panel_bytes : 0,
-            p->xs + t * p->tiles * TILE, p->start + t * p->tiles, p->tiles, p->rows - t);
-        for (int k = 0; k < P; k++)
-            for (int i = 0; i < T; i++) {
-                int o = (panel + k * p->half) * TILE;
-                float *to = p->out + (size_t)(t + i) * p->ldo + o;
-                for (int r = 0; r < TILE && o + r < p->w->rows; r++)
-                    to[r] = sum[k * T + i][r] + (p->k0 ? to[r] : p->bias ? p->bias[o + r] : 0);
-            }
-    }
-}
-
-static void matmul_few_tiles(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w,
-                             const float *bias, int L) {
-    float xs[TILES_FEW * X_BLOCK], start[TILES_FEW * X_BLOCK / TILE];
-    int panels = (int)tiles_of((size_t)w->rows), half = (panels + 1) / 2, team = team_size();
-    bool pairs =
-        L == 1 && VL > 4 && (half + team - 1) / team * 2 <= (panels + team - 1) / team * 9 / 8;
-    int tasks = pairs ? half : panels, own = own_tasks(tasks, L);
-    for (int t0 = 0; t0 < L; t0 += TILES_FEW)
-        for (int k0 = 0; k0 < w->cols; k0 += X_BLOCK) {
-            int n = w->cols - k0 < X_BLOCK ? w->cols - k0 : X_BLOCK,
-                rows = L - t0 < TILES_FEW ? L - t0 : TILES_FEW;
-            int tiles = (int)tiles_of((size_t)n);
-            for (int t = 0; t < rows; t++)
-                TYPE_KERNELS[w->type].prepare(xs + t * tiles * TILE, start + t * tiles,
-                                              x + (size_t)(t0 + t) * ldx + k0, n);
-            TileRows p = {out + (size_t)t0 * ldo, ldo, w, bias, xs, start, k0, tiles, rows, panels,
-                          pairs ? half : 0};
-#pragma omp for nowait
-            for (int panel = 0; panel < own; panel++) tile_panel(&p, panel);
-#pragma omp for schedule(dynamic)
-            for (int panel = own; panel < tasks; panel++) tile_panel(&p, panel);
-        }
-}
-
-// sums (R,T) += n weights of R rows times T rows of x, the end of a row through zero-padded copies.
-static void add_dots(vec *sums, const void *const *rows, Type type, const float *x, int n,
-                     size_t ahead, int T) {
-    int whole = n / PAIR * PAIR, left = n - whole;
-    TYPE_KERNELS[type].dots(sums, rows, x, whole, ahead, T);
-    if (left) {
-        float end[4][PAIR] = {{0}}, x_end[PAIR] = {0};
-        for (int r = 0; r < few_rows(T); r++)
-            memcpy(end[r], (const char *)rows[r] + (size_t)whole * type_bytes(type),
-                   (size_t)left * type_bytes(type));
-        if (T == 1) memcpy(x_end, x + whole, (size_t)left * sizeof *x);
-        TYPE_KERNELS[type].dots(sums, (const void *[]){end[0], end[1], end[2], end[3]},
-                                T == 1 ? x_end : x + whole * T, PAIR, 0, T);
-    }
-}
-
-// Rows of x go in groups of T = 8, 4, 2 or 1. packed: packed[group][pair of vectors][c][row][lane],
-// rows beyond the last zero, so that the product reads a group in one run; a group of one row is
-// read where it lies.
-INLINE int few_group(int left) {
-    return left > 4 ? 8 : left > 2 ? 4 : left;
-} // T where so many rows are left
-INLINE size_t few_padded(int I) { return (size_t)((I + PAIR - 1) / PAIR) * PAIR; }
-static void pack_few(float *packed, const float *x, size_t ldx, int I, int L, bool halves) {
-#pragma omp for
-    for (int t = 0; t < (L + FEW - 1) / FEW * FEW; t++) {
-        int t0 = t / FEW * FEW, T = few_group(L - t0);
-        float *to = packed + (size_t)t0 * few_padded(I) + (size_t)(t - t0) * VL;
-        for (int i = 0; T > 1 && t - t0 < T && i < I; i += PAIR, to += PAIR * T) {
-            float end[PAIR] = {0};
-            const float *from = x + (size_t)t * ldx + i;
-            if (t >= L) from = end;
-            else if (I - i < PAIR) memcpy(end, from, (size_t)(I - i) * sizeof *end), from = end;
-            store(to, inputs_of(from, 0, halves)), store(to + T * VL, inputs_of(from, 1, halves));
-        }
-    }
-}
-
-// One token, or one of each of some sequences: every weight is read from memory once, and a row's
-// bits do not depend on the rows beside it. A task is some rows of W, R at a time: up to 8 rows of
-// x, R a half or a quarter of W apart, which makes streams that each run on without a gap; for
-// more, neighbours, which the next group finds in the L2 cache. The task takes all its rows for as
-// many inputs as leave x in the L1 cache. packed: room for L rounded up to 8 rows, each rounded up
-// to PAIR; for L = 1 none.
-enum { FEW_TASK = 16, FEW_L1 = 6144 }; // rows of W at the most; floats of x
-typedef struct {
-    float *out;
-    size_t ldo, ldx;
-    const float *x, *packed, *bias;
-    const Tensor *w;
-    int L, rows, streams, apart,
-        end; // rows: of W in a task; end: of the first rows that streams take
-} FewRows;   // out (L,O), x (L,I), packed as pack_few() leaves it, bias (O), w (O,I)
-
-static void few_task(const FewRows *f, int task) {
-    const Tensor *w = f->w;
-    int O = w->rows, I = w->cols, rows = f->rows, apart = f->apart, end = f->end;
-    size_t bytes = type_bytes(w->type);
-    for (int t0 = 0, T; t0 < f->L; t0 += T) {
-        T = few_group(f->L - t0);
-        const float *xs =
-            T == 1 ? f->x + (size_t)t0 * f->ldx : f->packed + (size_t)t0 * few_padded(I);
-        int R = few_rows(T), step = apart == 1 ? R : 1, inputs = FEW_L1 / T,
-            o0 = task * rows / f->streams;
-        vec sums[FEW_TASK * FEW];
-        for (int k = 0; k < rows * T; k++) sums[k] = splat(0);
-        for (int i = 0; i < I; i += inputs)
-            for (int k = 0, o = o0; k < rows && o < end; k += R, o += step) {
-                const void *row[4];
-                for (int r = 0; r < R; r++)
-                    row[r] = (const char *)tensor_row(w, o + r * apart < O ? o + r * apart : o) +
-                             (size_t)i * bytes;
-                add_dots(sums + k * T, row, w->type, xs + (size_t)i * T,
-                         I - i < inputs ? I - i : inputs, (size_t)step * I * bytes, T);
-            }
-        for (int t = 0; t < T && t0 + t < f->L; t++) {
-            const vec *sum = sums + t;
-            float *to = f->out + (size_t)(t0 + t) * f->ldo;
-            if (R == 1 && o0 + rows <= O) { // neighbours: outputs side by side
-                for (int k = 0, o = o0; k < rows; k += 4, o += 4)
-                    sum_lanes4(to + o, sum + k * T, T, f->bias ? f->bias + o : NULL);
-                continue;
-            }
-            for (int k = 0, o = o0; k < rows && o < end; k += R, o += step)
-                for (int r = 0, at = o; r < R; r++, at += apart, sum += T)
-                    if (at < O) to[at] = sum_lanes(*sum) + (f->bias ? f->bias[at] : 0);
-        }
-    }
-}
-
-static void matmul_few(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w,
-                       const float *bias, int L, float *packed) {
-    if (is_quantized(w->type)) {
-        matmul_few_tiles(out, ldo, x, ldx, w, bias, L);
-        return;
-    }
-    int O = w->rows, rows = L > 4 ? FEW_TASK : 4, streams = L > FEW ? 1 : few_rows(few_group(L)),
-        apart = L > FEW ? 1 : (O + streams - 1) / streams, end = L > FEW ? O : apart;
-    if (L > 1) pack_few(packed, x, ldx, w->cols, L, type_bytes(w->type) == 2);
-    FewRows f = {out, ldo, ldx, x, packed, bias, w, L, rows, streams, apart, end};
-    int tasks = (end * streams + rows - 1) / rows, own = own_tasks(tasks, L);
-#pragma omp for nowait
-    for (int task = 0; task < own; task++) few_task(&f, task);
-#pragma omp for schedule(dynamic)
-    for (int task = own; task < tasks; task++) few_task(&f, task);
-}
-
-// A factor of a product, (rows, depth): element (r,k) lies at data[r * ld + k], or at data[k * ld +
-// r] if by_depth. The forward product needs only the first kind; the second is what makes the same
-// code serve both gradients.
-typedef struct {
-    const void *data;
-    size_t ld;
-    Type type;
-    bool by_depth;
-} Factor;
-
-// out (rows,columns) = a (rows,depth) b (columns,depth)^T (+ bias (columns)), or += where add.
-typedef struct {
-    float *out;
-    size_t ldo; // between rows of out
-    Factor a, b;
-    const float *bias; // or NULL
-    bool add;
-    int rows, columns, depth;
-    float *packed; // room for rows rounded up to MR, times depth
-} Product;
-
-// packed: panels of MR rows of a (float32), depth-major: packed[panel][k][row]. Missing rows of the
-// last panel are zero.
-static void pack_rows(float *packed, const Factor *a, int rows, int depth) {
-#pragma omp for
-    for (int panel = 0; panel < (rows + MR - 1) / MR; panel++) {
-        float *to = packed + (size_t)panel * MR * depth;
-        int n = rows - panel * MR < MR ? rows - panel * MR : MR;
-        const float *from = (const float *)a->data + (size_t)panel * MR * (a->by_depth ? 1 : a->ld);
-        if (n < MR) memset(to, 0, (size_t)MR * depth * sizeof *to);
-        if (a->by_depth)
-            for (int k = 0; k < depth; k++)
-                memcpy(to + (size_t)k * MR, from + k * a->ld, (size_t)n * sizeof *to);
-        else
-            for (int r = 0; r < n; r++)
-                for (int k = 0; k < depth; k++) to[(size_t)k * MR + r] = from[r * a->ld + k];
-    }
-}
-
-// panel[k][j] = b(j0 + j, k0 + k), float32; missing rows of b are zero.
-static void pack_panel(float *panel, const Factor *b, int b_rows, int j0, int k0, int kc) {
-    enum {
-        ROWS = NR < 4 ? NR : 4,
-        STRETCH = 64
-    }; // inputs at a time, so that the part of the panel that is written to stays in the L1 cache
-    void (*widen)(float *, const void *, size_t, size_t, int, int) = TYPE_KERNELS[b->type].widen;
-    int n = b_rows - j0 < NR ? b_rows - j0 : NR;
-    float rows[ROWS][STRETCH] = {{0}};
-    if (is_quantized(b->type)) { // NR divides TILE, TILE divides KC
-        size_t tile = (size_t)(j0 / TILE) * tiles_of(b->ld) + (size_t)(k0 / TILE);
-        TYPE_KERNELS[b->type].unpack(panel,
-                                     (const unsigned char *)b->data + tile * tile_bytes(b->type),
-                                     j0 % TILE, (int)tiles_of((size_t)kc));
-        return;
-    }
-    if (n < NR) memset(panel, 0, (size_t)kc * NR * sizeof *panel);
-    if (b->by_depth && b->type == F32 &&
-        n == NR) // training: a call a row would cost a tenth of a step
-        for (int k = 0; k < kc; k++)
-            memcpy(panel + k * NR, (const float *)b->data + (size_t)(k0 + k) * b->ld + j0,
-                   NR * sizeof(float));
-    else if (b->by_depth)
-        for (int k = 0; k < kc; k++) widen(panel + k * NR, b->data, b->ld, (size_t)(k0 + k), j0, n);
-    else
-        for (int k = 0; k < kc; k += STRETCH)
-            for (int j = 0; j < n; j += ROWS) {
-                int width = kc - k < STRETCH ? kc - k : STRETCH;
-                for (int i = 0; i < ROWS && j + i < n; i++)
-                    widen(rows[i], b->data, b->ld, (size_t)(j0 + j + i), k0 + k, width);
-                if (j + ROWS > n) memset(rows[n - j], 0, (size_t)(j + ROWS - n) * sizeof rows[0]);
-                float *to = panel + (size_t)k * NR + j;
-                for (int i = 0; ROWS == 4 && i < width; i += 4)
-                    transpose4(to + (size_t)i * NR, NR, rows[0] + i, STRETCH);
-                for (int i = 0; ROWS < 4 && i < width; i++)
-                    for (int r = 0; r < ROWS; r++) to[(size_t)i * NR + r] = rows[r][i];
-            }
-}
-
-// tile (MR,NR) = a (kc,MR)^T b (kc,NR): the loop where prefill spends its time.
-static void micro_kernel(float *tile, const float *a, const float *b, int kc) {
-    vec sum[MR][2];
-    UNROLLED_FOR (int r = 0; r < MR; r++) sum[r][0] = sum[r][1] = splat(0);
-    for (int k = 0; k < kc; k++, a += MR, b += NR) {
-        vec b0 = load(b), b1 = load(b + VL);
-        UNROLLED_FOR (int r = 0; r < MR; r++) {
-            sum[r][0] += a[r] * b0;
-            sum[r][1] += a[r] * b1;
-        }
-    }
-    UNROLLED_FOR (int r = 0; r < MR; r++) {
-        store(tile + r * NR, sum[r][0]);
-        store(tile + r * NR + VL, sum[r][1]);
-    }
-}
-
-// One task: columns j0.. of rows r0..r1 of out, the whole depth.
-static void product_task(const Product *p, int r0, int r1, int j0) {
-    float panel[KC * NR], tile[MR * NR];
-    const int depth = p->depth, columns = p->columns;
-    const int width = columns - j0 < NR ? columns - j0 : NR;
-    const float *bias = p->bias;
-    for (int k0 = 0; k0 < depth; k0 += KC) {
-        int kc = depth - k0 < KC ? depth - k0 : KC;
-        bool add = k0 || p->add;
-        pack_panel(panel, &p->b, columns, j0, k0, kc);
-        for (int r = r0; r < r1; r += MR) {
-            micro_kernel(tile, p->packed + (size_t)r * depth + (size_t)k0 * MR, panel, kc);
-            for (int i = 0; i < MR && r + i < r1; i++) {
-                float *to = p->out + (size_t)(r + i) * p->ldo + j0;
-                for (int j = 0; j < width; j++)
-                    to[j] = tile[i * NR + j] + (add ? to[j] : bias ? bias[j0 + j] : 0);
-            }
-        }
-    }
-}
-
-static void product(const Product *p) {
-    pack_rows(p->packed, &p->a, p->rows, p->depth);
-    int panels = (p->columns + NR - 1) / NR, tasks = team_size() > 1 ? PRODUCT_TASKS : 1;
-    int blocks = (tasks + panels - 1) / panels;                     // few panels: cut the rows too,
-    int cut = ((p->rows + blocks - 1) / blocks + MR - 1) / MR * MR; // though each packs its panel
-    if (cut < 4 * MR) cut = 4 * MR;
-    blocks = (p->rows + cut - 1) / cut;
-#pragma omp for schedule(guided) // a thread that was held up leaves the rest to others
-    for (int task = 0; task < panels * blocks; task++) {
-        int r0 = task % blocks * cut, r1 = r0 + cut < p->rows ? r0 + cut : p->rows;
-        product_task(p, r0, r1, task / blocks * NR);
-    }
-}
-
-static Factor weight_factor(const Tensor *w, bool by_depth) {
-    return (Factor){w->data, (size_t)w->cols, w->type, by_depth};
-}
-
-// Floats of scratch for products, forward and backward, of T rows with matrices whose sides are at
-// most `widest`: either factor may be packed, its rows rounded up and its depth too.
-static size_t matmul_floats(size_t T, size_t widest) {
-    return size_mul(size_add(T, 16), size_add(widest, 32));
-}
-
-static void matmul(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w,
-                   const float *bias, Rows rows) {
-    if (rows.step || rows.T < MATMUL_FEW) {
-        matmul_few(out, ldo, x, ldx, w, bias, rows.T, rows.packed);
-        return;
-    }
-    Factor a = {x, ldx, F32, false}, b = weight_factor(w, false);
-    product(&(Product){out, ldo, a, b, bias, false, rows.T, w->rows, w->cols, rows.packed});
-}
-
-static void matmul_backward(const MatmulGrad *d, const float *d_out, size_t ldo, const float *x,
-                            size_t ldx, const Tensor *w, Rows rows) {
+// out (T,O) = x (T,I) W^T + bias: rows of out are ldo apart, those of x ldx. w (O,I) of any storage
+// type; bias (O) or NULL. A thread owns columns of out, so every weight is read once.
+OPERATION void matmul(float *out, size_t ldo, const float *x, size_t ldx, const Tensor *w,
+                      const float *bias, Rows rows) {
+    enum { AT_ONCE = 256 }; // inputs
     const int O = w->rows, I = w->cols, T = rows.T;
+#pragma omp for
+    for (int o = 0; o < O; o++) {
+        for (int t = 0; t < T; t++) out[t * ldo + o] = bias ? bias[o] : 0;
+        for (int i0 = 0; i0 < I; i0 += AT_ONCE) {
+            float weights[AT_ONCE];
+            int n = I - i0 < AT_ONCE ? I - i0 : AT_ONCE;
+            tensor_widen(weights, w, o, i0, n);
+            for (int t = 0; t < T; t++) {
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int i = 0; i < n; i++) sum += x[t * ldx + i0 + i] * weights[i];
+                out[t * ldo + o] += sum;
+            }
+        }
+    }
+}
+
+// out = x W^T + bias:  d_x (T,I) = d_out W;  d_W (O,I) += d_out^T x;  d_bias (O) += the sum over t
+// of d_out. w is float32, as it is while training.
+OPERATION void matmul_backward(const MatmulGrad *d, const float *d_out, size_t ldo, const float *x,
+                               size_t ldx, const Tensor *w, Rows rows) {
+    const int O = w->rows, I = w->cols, T = rows.T;
+    const float *W = f32(w);
     if (d->d_x) {
-        Factor a = {d_out, ldo, F32, false}, b = weight_factor(w, true);
-        product(&(Product){d->d_x, ldx, a, b, NULL, d->add, T, I, O, rows.packed});
+#pragma omp for
+        for (int t = 0; t < T; t++) {
+            float *d_x = d->d_x + t * ldx;
+            for (int i = 0; i < I && !d->add; i++) d_x[i] = 0;
+            for (int o = 0; o < O; o++)
+                for (int i = 0; i < I; i++) d_x[i] += d_out[t * ldo + o] * W[(size_t)o * I + i];
+        }
     }
     if (d->d_W) {
-        Factor a = {d_out, ldo, F32, true}, b = {x, ldx, F32, true};
-        product(&(Product){d->d_W, (size_t)I, a, b, NULL, true, O, I, T, rows.packed});
+#pragma omp for
+        for (int o = 0; o < O; o++) {
+            float *d_W = d->d_W + (size_t)o * I;
+            for (int t = 0; t < T; t++)
+                for (int i = 0; i < I; i++) d_W[i] += d_out[t * ldo + o] * x[t * ldx + i];
+        }
     }
     if (d->d_bias) sum_rows(d->d_bias, d_out, ldo, T, O);
 }
 
-// --- conv1d + SiLU: u_t = silu(bias + sum over k of conv[k] x_{t-K+1+k}), each channel by itself,
-// causal: the last tap meets the current input. The window of a sequence (K-1,E) holds the inputs
-// before t = 0 and becomes the last K-1 inputs.
+// --- cross-entropy
+
+// log(sum of exp(logits)), by one thread; the highest logit is taken out, so that exp stays finite.
+OPERATION double log_sum_exp(const float *logits, int V) {
+    float highest = logits[0];
+    for (int v = 1; v < V; v++) highest = logits[v] > highest ? logits[v] : highest;
+    double sum = 0;
+    for (int v = 0; v < V; v++) sum += exp((double)logits[v] - (double)highest);
+    return highest + log(sum);
+}
+
+// losses (T) = -log p(target), and logits (T,V) become their own gradient, weight * (p - 1 at the
+// target, p elsewhere). Both are zero where the target is -1.
+OPERATION void cross_entropy(float *losses, float *logits, const int32_t *targets, float weight,
+                             int T, int V) {
+#pragma omp for
+    for (int t = 0; t < T; t++) {
+        float *row = logits + (size_t)t * V;
+        int32_t target = targets[t];
+        double log_sum = log_sum_exp(row, V);
+        losses[t] = target < 0 ? 0 : (float)(log_sum - (double)row[target]);
+        for (int v = 0; v < V; v++)
+            row[v] = target < 0 ? 0 : weight * (float)exp((double)row[v] - log_sum);
+        if (target >= 0) row[target] -= weight;
+    }
+}
+
+// --- conv1d + SiLU: u_t = silu(c_t) with c_t = bias + sum over k of conv[k] x_{t-K+1+k}. Each
+// channel is by itself, and the last tap meets the current input: nothing looks ahead. The window
+// of a sequence (K-1,E) holds the inputs before t = 0 and becomes the last K-1 inputs.
 
 // x of sequence b at step t; before its start, from its window.
 static const float *conv_input(const Conv *c, const float *window, int b, int t) {
@@ -1900,180 +1078,99 @@ static void conv_shift(const LayerState *seq, const Conv *c) {
                     (size_t)c->E * sizeof(float));
 }
 
-// Prefill and training: rows are whole in memory, so threads share rows.
-static void conv1d_silu_rows(float *u, const LayerState *seq, const Conv *c) {
-    const int L = c->L, E = c->E, K = c->K;
-    const float *conv_t = c->conv_t, *bias = c->bias;
+// c_t of one channel, before SiLU.
+OPERATION float conv_sum(const Conv *c, const float *window, int b, int t, int e) {
+    float sum = c->bias ? c->bias[e] : 0;
+    for (int k = 0; k < c->K; k++)
+        sum += c->conv_t[(size_t)k * c->E + e] * conv_input(c, window, b, t - c->K + 1 + k)[e];
+    return sum;
+}
+
+// u (B L,E); the windows of seq (B) move on.
+OPERATION void conv1d_silu(float *u, const LayerState *seq, const Conv *c) {
 #pragma omp for
-    for (int row = 0; row < c->B * L; row++) {
-        int b = row / L, t = row % L, e = 0;
-        const float *window = seq[b].window;
-        const float *past = conv_input(c, window, b, t < K - 1 ? 0 : t - K + 1); // the first tap's
-        float *to = u + (size_t)row * E;
-        for (; t >= K - 1 && e + VL <= E; e += VL) { // nearly all of it
-            vec sum = bias ? load(bias + e) : splat(0);
-            for (int k = 0; k < K; k++)
-                sum += load(conv_t + (size_t)k * E + e) * load(past + (size_t)k * 2 * E + e);
-            store(to + e, sum);
+    for (int row = 0; row < c->B * c->L; row++)
+        for (int e = 0; e < c->E; e++) {
+            int b = row / c->L, t = row % c->L;
+            u[(size_t)row * c->E + e] = silu(conv_sum(c, seq[b].window, b, t, e));
         }
-        for (; e < E; e += VL) {
-            int n = lanes_left(e, E);
-            vec sum = bias ? load_n(bias + e, n) : splat(0);
-            for (int k = 0; k < K; k++)
-                sum += load_n(conv_t + (size_t)k * E + e, n) *
-                       load_n(conv_input(c, window, b, t - K + 1 + k) + e, n);
-            store_n(to + e, sum, n);
-        }
-        // SiLU in a loop of its own: a shorter chain each.
-        for (e = 0; e + VL <= E; e += VL) store(to + e, silu_vec(load(to + e)));
-        if (e < E) store_n(to + e, silu_vec(load_n(to + e, E - e)), E - e);
-    }
     conv_shift(seq, c);
 }
 
-// One token of one sequence, n channels from e: the window moves on in the same pass.
-INLINE void conv1d_silu_lanes(float *u, float *window, const float *x, const Conv *c, int e,
-                              int n) {
-    const int E = c->E, K = c->K;
-    vec now = load_n(x + e, n), sum = now * load_n(c->conv_t + (size_t)(K - 1) * E + e, n);
-    if (c->bias) sum += load_n(c->bias + e, n);
-    for (int k = 0; k < K - 1; k++) {
-        vec past = load_n(window + (size_t)k * E + e, n);
-        sum += load_n(c->conv_t + (size_t)k * E + e, n) * past;
-        if (k) store_n(window + (size_t)(k - 1) * E + e, past, n);
-    }
-    if (K > 1) store_n(window + (size_t)(K - 2) * E + e, now, n);
-    store_n(u + e, silu_vec(sum), n);
-}
-
-static void conv1d_silu(float *u, const LayerState *seq, const Conv *c) {
-    if (c->L > 1) {
-        conv1d_silu_rows(u, seq, c);
-        return;
-    }
-    const int E = c->E, blocks = (E + STEP_LANES - 1) / STEP_LANES;
-#pragma omp for
-    for (int task = 0; task < c->B * blocks; task++) {
-        int b = task / blocks, e0 = task % blocks * STEP_LANES;
-        for (int e = e0; e < E && e < e0 + STEP_LANES; e += VL)
-            conv1d_silu_lanes(u + (size_t)b * E, seq[b].window, c->xz + (size_t)b * 2 * E, c, e,
-                              lanes_left(e, E));
-    }
-}
-
-// One sequence, n channels from e.
-INLINE void conv1d_silu_backward_lanes(const ConvGrad *d, const float *d_u, const float *window,
-                                       const Conv *c, int b, int e, int n) {
+// u = silu(c), and silu' = s (1 + c (1 - s)) with s = sigmoid(c):  d_c = d_u silu'(c);
+// d_x_t = sum over k of conv[k] d_c_{t+K-1-k};  d_conv[k] += sum over t of d_c_t x_{t-K+1+k};
+// d_bias += sum of d_c. c is computed again. window (B,K-1,E): as it was before the pass.
+OPERATION void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const float *window,
+                                    const Conv *c) {
     const int L = c->L, E = c->E, K = c->K;
-    const float *conv_t = c->conv_t;
-    size_t row = (size_t)b * L;
-    float *d_c = d->d_c;
-    vec d_b = splat(0);
-    for (int t = 0; t < L; t++) {
-        vec sum = c->bias ? load_n(c->bias + e, n) : splat(0);
-        for (int k = 0; k < K; k++)
-            sum += load_n(conv_t + (size_t)k * E + e, n) *
-                   load_n(conv_input(c, window, b, t - K + 1 + k) + e, n);
-        vec s = 1.0f / (1.0f + exp_vec(-sum));
-        vec dc = load_n(d_u + (row + t) * E + e, n) * s * (1.0f + sum * (1.0f - s));
-        store_n(d_c + (size_t)t * E + e, dc, n);
-        d_b += dc;
-    }
-    if (c->bias) store_n(d->d_bias + e, load_n(d->d_bias + e, n) + d_b, n);
-    for (int k = 0; k < K; k++) {
-        float lane[VL];
-        vec sum = splat(0);
-        for (int t = 0; t < L; t++)
-            sum += load_n(d_c + (size_t)t * E + e, n) *
-                   load_n(conv_input(c, window, b, t - K + 1 + k) + e, n);
-        store(lane, sum);
-        for (int i = 0; i < n; i++) d->d_conv[(size_t)(e + i) * K + k] += lane[i];
-    }
-    float *d_window = d->d_window + (size_t)b * (K - 1) * E;
-    for (int t = 1 - K; t < L; t++) { // inputs before t = 0 are the window's
-        vec dx = splat(0);
-        for (int k = K - 1; k >= 0; k--) {
-            int later = t + K - 1 - k;
-            if (later >= 0 && later < L)
-                dx +=
-                    load_n(conv_t + (size_t)k * E + e, n) * load_n(d_c + (size_t)later * E + e, n);
-        }
-        if (t >= 0) store_n(d->d_xz + (row + t) * 2 * E + e, dx, n);
-        else store_n(d_window + (size_t)(K - 1 + t) * E + e, dx, n);
-    }
-}
-
-static void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const float *window,
-                                 const Conv *c) {
-    const int E = c->E;
 #pragma omp for
-    for (int block = 0; block < (E + VL - 1) / VL; block++)
-        for (int b = 0; b < c->B; b++)
-            conv1d_silu_backward_lanes(d, d_u, window + (size_t)b * (c->K - 1) * E, c, b,
-                                       block * VL, lanes_left(block * VL, E));
-}
-
-// --- element by element
-
-// Few rows are cut into blocks of STEP_LANES channels, so that every thread gets a share.
-static int row_lanes(int T, int E) { return T <= BATCH_MAX && E > STEP_LANES ? STEP_LANES : E; }
-
-INLINE void softplus_lanes(float *p, const float *dt_bias, int n) {
-    store_n(p, softplus_vec(load_n(p, n) + load_n(dt_bias, n)), n);
-}
-
-// Whole vectors apart from the rest: a test of n in each load doubles the time.
-static void softplus_bias(float *delta, const float *dt_bias, int T, int E) {
-    int lanes = row_lanes(T, E), blocks = (E + lanes - 1) / lanes;
-#pragma omp for
-    for (int task = 0; task < T * blocks; task++) {
-        float *row = delta + (size_t)(task / blocks) * E;
-        int e = task % blocks * lanes, end = E - e < lanes ? E : e + lanes;
-        for (; e + VL <= end; e += VL) softplus_lanes(row + e, dt_bias + e, VL);
-        if (e < end) softplus_lanes(row + e, dt_bias + e, end - e);
-    }
-}
-
-static void softplus_backward(float *d_delta, const float *delta, int T, int E) {
-#pragma omp for
-    for (int t = 0; t < T; t++)
-        for (int e = 0; e < E; e += VL) {
-            int n = lanes_left(e, E);
-            float *p = d_delta + (size_t)t * E + e;
-            vec delta_te = load_n(delta + (size_t)t * E + e, n);
-            store_n(p, load_n(p, n) * one_minus_exp_minus(delta_te), n);
+    for (int e = 0; e < E; e++)
+        for (int b = 0; b < c->B; b++) {
+            const float *before = window + (size_t)b * (K - 1) * E;
+            float *d_window = d->d_window + (size_t)b * (K - 1) * E, *d_c = d->d_c;
+            for (int t = 0; t < L; t++) {
+                float sum = conv_sum(c, before, b, t, e), s = sigmoid(sum);
+                float d_sum = d_u[((size_t)b * L + t) * E + e] * s * (1 + sum * (1 - s));
+                d_c[(size_t)t * E + e] = d_sum;
+                if (c->bias) d->d_bias[e] += d_sum;
+                for (int k = 0; k < K; k++)
+                    d->d_conv[(size_t)e * K + k] +=
+                        d_sum * conv_input(c, before, b, t - K + 1 + k)[e];
+            }
+            for (int t = 1 - K; t < L; t++) { // inputs before t = 0 are the window's
+                float d_x = 0;
+                for (int k = 0, later = t + K - 1; k < K; k++, later--)
+                    if (later >= 0 && later < L)
+                        d_x += c->conv_t[(size_t)k * E + e] * d_c[(size_t)later * E + e];
+                if (t >= 0) d->d_xz[((size_t)b * L + t) * 2 * E + e] = d_x;
+                else d_window[(size_t)(K - 1 + t) * E + e] = d_x;
+            }
         }
 }
 
-INLINE void gate_lanes(float *g, const float *y, const float *z, int n) {
-    store_n(g, load_n(y, n) * silu_vec(load_n(z, n)), n);
-}
+// --- delta and the gate
 
-static void gate(float *g, const float *y, const float *xz, int T, int E) {
-    int lanes = row_lanes(T, E), blocks = (E + lanes - 1) / lanes;
+// delta = softplus(dt + dt_bias), in place.
+OPERATION void softplus_bias(float *delta, const float *dt_bias, Rows rows, int E) {
 #pragma omp for
-    for (int task = 0; task < T * blocks; task++) {
-        size_t t = (size_t)(task / blocks);
-        const float *from = y + t * E, *z = xz + (t * 2 + 1) * E;
-        float *to = g + t * E;
-        int e = task % blocks * lanes, end = E - e < lanes ? E : e + lanes;
-        for (; e + VL <= end; e += VL) gate_lanes(to + e, from + e, z + e, VL);
-        if (e < end) gate_lanes(to + e, from + e, z + e, end - e);
-    }
+    for (int t = 0; t < rows.T; t++)
+        for (int e = 0; e < E; e++) {
+            size_t te = (size_t)t * E + e;
+            delta[te] = softplus(delta[te] + dt_bias[e]);
+        }
 }
 
-static void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, const float *y,
-                          const float *xz, int T, int E) {
+// softplus' = sigmoid, and sigmoid of the number whose softplus is delta is 1 - e^-delta: d_delta
+// becomes d_dt, in place.
+OPERATION void softplus_backward(float *d_delta, const float *delta, int T, int E) {
 #pragma omp for
     for (int t = 0; t < T; t++)
-        for (int e = 0; e < E; e += VL) {
-            int n = lanes_left(e, E);
+        for (size_t i = (size_t)t * E, end = i + E; i < end; i++) d_delta[i] *= -expm1f(-delta[i]);
+}
+
+// g = y silu(z), (T,E); g may be y. z is the second half of each row of xz (T,2E).
+OPERATION void gate(float *g, const float *y, const float *xz, Rows rows, int E) {
+#pragma omp barrier // scan() may not have waited for all threads
+#pragma omp for
+    for (int t = 0; t < rows.T; t++)
+        for (int e = 0; e < E; e++) {
+            size_t te = (size_t)t * E + e;
+            g[te] = y[te] * silu(xz[((size_t)t * 2 + 1) * E + e]);
+        }
+}
+
+// g = y silu(z):  d_y = d_g silu(z);  d_z = d_g y silu'(z), into the second half of d_xz. g is
+// computed again, for the gradient of out_proj. d_y may be d_g.
+OPERATION void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, const float *y,
+                             const float *xz, int T, int E) {
+#pragma omp for
+    for (int t = 0; t < T; t++)
+        for (int e = 0; e < E; e++) {
             size_t te = (size_t)t * E + e, at_z = ((size_t)t * 2 + 1) * E + e;
-            vec z = load_n(xz + at_z, n), s = 1.0f / (1.0f + exp_vec(-z));
-            vec dg = load_n(d_g + te, n), yt = load_n(y + te, n);
-            store_n(d_xz + at_z, dg * yt * s * (1.0f + z * (1.0f - s)), n);
-            store_n(g + te, yt * z * s, n);
-            store_n(d_y + te, dg * z * s, n);
+            float z = xz[at_z], s = sigmoid(z), d_g_te = d_g[te];
+            d_xz[at_z] = d_g_te * y[te] * s * (1 + z * (1 - s));
+            g[te] = y[te] * z * s;
+            d_y[te] = d_g_te * z * s;
         }
 }
 
@@ -2107,9 +1204,9 @@ static void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, c
 
 // The definition: channels e0 .. e1 through the rows row0 .. row1 of one sequence. h (N,E) is the
 // state before them and becomes the state after them. y (T,E) NULL: only the state is wanted.
-// elapsed (E), unless NULL, gets the sum of delta: a product of decays is exp(A * that sum).
-static inline void recurrence_plain(float *y, float *h, float *elapsed, const Scan *s, int e0,
-                                    int e1, int row0, int row1) {
+// elapsed (E), unless NULL, gets the sum of delta.
+OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int e0, int e1,
+                          int row0, int row1) {
     const size_t E = (size_t)s->E;
     for (int e = e0; e < e1 && elapsed; e++) elapsed[e] = 0;
     for (int t = row0; t < row1; t++)
@@ -2126,141 +1223,56 @@ static inline void recurrence_plain(float *y, float *h, float *elapsed, const Sc
         }
 }
 
-// The recurrence for VL channels side by side: the loop where a scan spends its time. h, A in
-// registers or L1. y NULL: only the states; elapsed, unless NULL, gets the sum of delta.
-#define LOG2_E 1.44269504f
-INLINE void recurrence_lanes(float *y, float *h_at, float *elapsed, const Scan *s, int e, int row0,
-                             int row1) {
-    const int E = s->E, N = s->N, lanes = lanes_left(e, E);
-    const size_t ld_bc = s->ld_bc;
-    const float *u = s->u + e, *delta = s->delta + e, *A_neg = s->A_neg + e;
-    const float *B_ssm = s->B_ssm, *C_ssm = s->C_ssm;
-    vec h[N_MAX], A[N_MAX];
-    vec skip = load_n(s->D_skip + e, lanes), sum_delta = splat(0), steepest = splat(0);
-    for (int n = 0; n < N; n++) {
-        h[n] = load_n(h_at + (size_t)n * E + e, lanes);
-        A[n] = load_n(A_neg + (size_t)n * E, lanes) * LOG2_E;
-        steepest = choose(MASK(A[n] < steepest), A[n], steepest);
-    }
-    for (int t = row0; t < row1; t++) {
-        vec dt = load_n(delta + (size_t)t * E, lanes), ut = load_n(u + (size_t)t * E, lanes);
-        vec dt_u = dt * ut, sum = skip * ut;
-        const float *B = B_ssm + t * ld_bc, *C = C_ssm + t * ld_bc;
-        if (any_lane(~MASK(dt * steepest >= -126.0f))) // a NaN too
-            for (int n = 0; n < N; n++) {
-                h[n] = exp2_negative(at_least(dt * A[n], -126.0f)) * h[n] + dt_u * B[n];
-                sum += h[n] * C[n];
-            }
-        else
-            for (int n = 0; n < N; n++) {
-                h[n] = exp2_negative(dt * A[n]) * h[n] + dt_u * B[n];
-                sum += h[n] * C[n];
-            }
-        if (y) store_n(y + (size_t)t * E + e, sum, lanes);
-        else sum_delta += dt;
-    }
-    for (int n = 0; n < N; n++) store_n(h_at + (size_t)n * E + e, h[n], lanes);
-    if (elapsed) store_n(elapsed + e, sum_delta, lanes);
+// For the backward pass, which works on arrays (N,SCAN_WIDTH) of its task's channels: the state h
+// after a row from the state before it, and its decay unless NULL. h may be `before`.
+OPERATION void recurrence_again(float *h, float *decay, const float *before, const ScanBlock *k,
+                                const Scan *s, size_t row) {
+    for (int n = 0; n < s->N; n++)
+        for (int i = 0; i < k->width; i++) {
+            size_t at = (size_t)n * SCAN_WIDTH + i, te = row * s->E + k->e0 + i;
+            float a = expf(s->delta[te] * k->A[at]);
+            float inject = s->delta[te] * s->u[te] * s->B_ssm[row * s->ld_bc + n];
+            h[at] = a * before[at] + inject;
+            if (decay) decay[at] = a;
+        }
 }
 
-// One token, where h and A_neg come from memory: states outside, channels inside, so that both are
-// read in runs; the next run is fetched ahead, for h has left the caches since the last token.
-INLINE void recurrence_step(float *y, float *h, const Scan *s, int e0, int e1, int row) {
-    enum { RUN = 8 * VL };
-    const int E = s->E, N = s->N;
-    const float *u = s->u + (size_t)row * E, *delta = s->delta + (size_t)row * E;
-    const float *A_neg = s->A_neg, *D_skip = s->D_skip;
+// One row back, by the equations below. k->g comes in as decay_{t+1} g_{t+1} and leaves as
+// decay_t g_t. h, decay: of this row; before: the state before it.
+OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float *d_y, const Scan *s,
+                                   size_t row, const float *h, const float *decay,
+                                   const float *before) {
     const float *B = s->B_ssm + row * s->ld_bc, *C = s->C_ssm + row * s->ld_bc;
-    for (int r0 = e0; r0 < e1; r0 += RUN) {
-        int r1 = e1 - r0 < RUN ? e1 : r0 + RUN;
-        vec sum[8];
-        for (int e = r0, k = 0; e < r1; e += VL, k++)
-            sum[k] = load_n(D_skip + e, lanes_left(e, E)) * load_n(u + e, lanes_left(e, E));
-        for (int n = 0; n < N; n++)
-            for (int e = r0, k = 0; e < r1; e += VL, k++) {
-                int lanes = lanes_left(e, E);
-                float *state = h + (size_t)n * E + e;
-                PREFETCH(state, RUN * sizeof(float));
-                PREFETCH(A_neg + (size_t)n * E + e, RUN * sizeof(float));
-                vec dt = load_n(delta + e, lanes);
-                vec A = load_n(A_neg + (size_t)n * E + e, lanes) * LOG2_E;
-                vec decay = exp2_negative(at_least(dt * A, -126.0f));
-                vec now = decay * load_n(state, lanes) + dt * load_n(u + e, lanes) * B[n];
-                store_n(state, now, lanes);
-                sum[k] += now * C[n];
-            }
-        for (int e = r0, k = 0; e < r1 && y; e += VL, k++)
-            store_n(y + (size_t)row * E + e, sum[k], lanes_left(e, E));
-    }
-}
-
-static void recurrence(float *y, float *h, float *elapsed, const Scan *s, int e0, int e1, int row0,
-                       int row1) {
-    if (row1 - row0 == 1 && !elapsed) recurrence_step(y, h, s, e0, e1, row0);
-    else if (y) // called twice, so that the compiler leaves y out of the second
-        for (int e = e0; e < e1; e += VL) recurrence_lanes(y, h, NULL, s, e, row0, row1);
-    else
-        for (int e = e0; e < e1; e += VL) recurrence_lanes(NULL, h, elapsed, s, e, row0, row1);
-}
-
-static void recurrence_again(float *h, float *decay, const float *before, const ScanBlock *k,
-                             const Scan *s, size_t row) {
-    const int N = s->N, width = k->width, sets = (width + VL - 1) / VL;
-    const float *A = k->A, *B = s->B_ssm + row * s->ld_bc;
-    const float *u = s->u + row * s->E + k->e0, *delta = s->delta + row * s->E + k->e0;
-    vec dt[SCAN_SETS], dt_u[SCAN_SETS];
-    for (int i = 0; i < sets; i++) {
-        dt[i] = load_n(delta + i * VL, lanes_left(i * VL, width));
-        dt_u[i] = dt[i] * load_n(u + i * VL, lanes_left(i * VL, width));
-    }
-    for (int n = 0; n < N; n++)
-        for (int i = 0; i < sets; i++) {
-            size_t at = (size_t)n * SCAN_WIDTH + i * VL;
-            vec a = exp_vec(dt[i] * load(A + at));
-            if (decay) store(decay + at, a);
-            store(h + at, a * load(before + at) + dt_u[i] * B[n]);
+    float *d_B = k->parts + row * 2 * s->N, *d_C = d_B + s->N;
+    memset(d_B, 0, 2 * (size_t)s->N * sizeof *d_B);
+    for (int i = 0; i < k->width; i++) {
+        size_t e = (size_t)(k->e0 + i), te = row * s->E + e;
+        float delta = s->delta[te], u = s->u[te], dy = d_y[te];
+        float d_u = s->D_skip[e] * dy, d_delta = 0;
+        k->d_D[i] += dy * u;
+        for (int n = 0; n < s->N; n++) {
+            size_t at = (size_t)n * SCAN_WIDTH + i;
+            float g = C[n] * dy + k->g[at], d_decay = g * before[at];
+            d_C[n] += dy * h[at];
+            d_B[n] += g * delta * u;
+            d_u += g * delta * B[n];
+            d_delta += d_decay * decay[at] * k->A[at] + g * B[n] * u;
+            k->d_A[at] += d_decay * decay[at] * delta;
+            k->g[at] = decay[at] * g;
         }
+        d->d_u[te] = d_u;
+        d->d_delta[te] = d_delta;
+    }
 }
 
-static void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float *d_y, const Scan *s,
-                                size_t row, const float *h, const float *decay,
-                                const float *before) {
-    const int N = s->N, width = k->width, sets = (width + VL - 1) / VL;
-    const size_t first = row * s->E + k->e0;
-    const float *A = k->A, *B = s->B_ssm + row * s->ld_bc, *C = s->C_ssm + row * s->ld_bc;
-    float *g = k->g, *d_A = k->d_A, *part = k->parts + row * 2 * N;
-    float *d_u = d->d_u + first, *d_delta = d->d_delta + first;
-    vec dy[SCAN_SETS], dt[SCAN_SETS], ut[SCAN_SETS], d_ut[SCAN_SETS], d_dt[SCAN_SETS];
-    for (int i = 0; i < sets; i++) {
-        int e = i * VL, lanes = lanes_left(e, width);
-        dy[i] = load_n(d_y + first + e, lanes);
-        dt[i] = load_n(s->delta + first + e, lanes);
-        ut[i] = load_n(s->u + first + e, lanes);
-        d_ut[i] = load_n(s->D_skip + k->e0 + e, lanes) * dy[i];
-        d_dt[i] = splat(0);
-        store(k->d_D + e, load(k->d_D + e) + dy[i] * ut[i]);
-    }
-    for (int n = 0; n < N; n++) {
-        vec d_B = splat(0), d_C = splat(0);
-        for (int i = 0; i < sets; i++) {
-            size_t at = (size_t)n * SCAN_WIDTH + i * VL;
-            vec gt = load(g + at) + dy[i] * C[n], a = load(decay + at);
-            vec d_dtA = gt * a * load(before + at), gu = gt * ut[i];
-            d_C += dy[i] * load(h + at);
-            d_B += gu * dt[i];
-            d_dt[i] += d_dtA * load(A + at) + gu * B[n];
-            d_ut[i] += gt * dt[i] * B[n];
-            store(d_A + at, load(d_A + at) + d_dtA * dt[i]);
-            store(g + at, gt * a);
-        }
-        part[n] = sum_lanes(d_B);
-        part[N + n] = sum_lanes(d_C);
-    }
-    for (int i = 0; i < sets; i++) {
-        store_n(d_u + i * VL, d_ut[i], lanes_left(i * VL, width));
-        store_n(d_delta + i * VL, d_dt[i], lanes_left(i * VL, width));
-    }
-}
+// The plain operations end here.
+#ifndef PLAIN
+#include "cpu/fast_names.h"
+#include "cpu/rows.h"
+#include "cpu/quantized.h"
+#include "cpu/matmul.h"
+#include "cpu/scan.h"
+#endif
 
 // Time is cut into pieces only where channels run out: E / SCAN_LANES blocks of channels for
 // SCAN_TASKS threads. Cutting makes every piece but one walk twice. The shapes alone decide, never
@@ -2339,10 +1351,13 @@ static void scan(float *y, const LayerState *seq, const Scan *s, float *carry) {
         return;
     }
     const int lanes = L == 1 ? STEP_LANES : SCAN_LANES, blocks = (E + lanes - 1) / lanes;
-#pragma omp for
+#pragma omp for schedule(static) nowait // the gate comes next
     for (int task = 0; task < B * blocks; task++) {
         int b = task / blocks, e0 = task % blocks * lanes, e1 = E - e0 < lanes ? E : e0 + lanes;
         recurrence(y, seq[b].h, NULL, s, e0, e1, b * L, (b + 1) * L);
+    }
+    if (L > 1) {
+#pragma omp barrier
     }
 }
 
@@ -2592,6 +1607,7 @@ static void embed_backward(float *d_embedding, const float *d_res, const int32_t
 
 // out_t += the mean over the channels of delta_t, divided by `parts`
 static void add_row_means(float *out, const float *delta, int parts, int T, int E) {
+#pragma omp barrier // softplus_bias() may not have waited
 #pragma omp for
     for (int t = 0; t < T; t++) {
         double sum = 0;
@@ -2649,14 +1665,14 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
         if (!state_only) rmsnorm(C_ssm, w->raw + R + N, NULL, c->mixer_eps, T, N, (size_t)P);
     }
     matmul(w->delta, (size_t)E, dt_low, (size_t)P, &p->dt_proj, NULL, rows);
-    softplus_bias(w->delta, f32(&p->dt_bias), T, E);
+    softplus_bias(w->delta, f32(&p->dt_bias), rows, E);
     if (w->selection && (w->selection_layer < 0 || w->selection_layer == layer))
         add_row_means(w->selection, w->delta, w->selection_layer < 0 ? c->n_layer : 1, T, E);
     // y = the scan of u; g = y * silu(z)
     Scan s = {w->u, w->delta, p->A_neg, B_ssm, C_ssm, f32(&p->D_skip), (size_t)P, B, L, E, N};
     scan(state_only ? NULL : w->y, seq, &s, w->carry);
     if (state_only) return;
-    gate(w->g, w->y, w->xz, T, E);
+    gate(w->g, w->y, w->xz, rows, E);
     // next = res + out_proj(g)
     matmul(w->xn, (size_t)D, w->g, (size_t)E, &p->out_proj, f32(&p->out_bias), rows);
     add_rows(w->next, w->res, w->xn, T, D);
@@ -2890,13 +1906,45 @@ static void state_header(unsigned char *h, const Model *m, const State *s, uint3
     put_u32(h + STATE_HEADER - 4, crc32_of(0, h, STATE_HEADER - 4));
 }
 
-// Flushes f to the disk itself and closes it: 0, or -1 with errno set.
-static int close_synced(FILE *f) {
+// --- files that are written whole or not at all
+// A NewFile is written under a temporary name in the folder of its target, then renamed to the
+// target. At every moment the target is the old file or the whole new one. The temporary has a
+// random name and is created exclusively: no other file is opened, and two programs that write the
+// same target do not meet. A target that is a link stays a link: the file that it names is
+// replaced, as if the link had been opened for writing. The mode of an existing target is kept.
+
+typedef struct {
+    const char *path; // as the caller gave it; lives until commit or discard
+    char *target;     // path with its links followed
+    char *temporary;  // NULL: the file is not replaced but written in place (a device, a pipe)
+    FILE *f;
+} NewFile;
+
+enum { TEMPORARIES = 8 };
+// The names of temporaries that exist now: main's signal handler removes them.
+static char *volatile temporaries[TEMPORARIES];
+
+static void exchange_temporary(char *from, char *to) {
+#pragma omp critical(new_files)
+    for (int i = 0; i < TEMPORARIES; i++)
+        if (temporaries[i] == from) {
+            temporaries[i] = to;
+            break;
+        }
+}
+
+// Closes f, after everything has reached the disk if sync is set: 0, or -1 with errno set.
+static int close_file(FILE *f, bool sync) {
+    errno = 0;
     int bad = fflush(f) || ferror(f);
 #ifdef MAMBA_POSIX
-    bad = bad || fsync(fileno(f));
+    bad = bad || (sync && fsync(fileno(f)));
 #endif
-    return fclose(f) || bad ? -1 : 0;
+    (void)sync;
+    int why = errno;
+    if (fclose(f) && !bad) return -1;
+    errno = why ? why : EIO; // an earlier write failed and its reason is no longer known
+    return bad ? -1 : 0;
 }
 
 // Puts a finished file in another's place at once: 0, or -1 with errno set.
@@ -2907,24 +1955,152 @@ static int replace_file(const char *from, const char *to) {
     return rename(from, to);
 }
 
-// Whether path is a regular file or nothing yet. Rename would put a file in the place of /dev/null
-// too.
+// Whether path is nothing yet, or a regular file that this program does not have as its stdout or
+// stderr. Rename would put a new file in the place of /dev/null too, and `-o /dev/stdout > file`
+// would lose what is printed.
 static bool is_replaceable(const char *path) {
 #ifdef MAMBA_POSIX
-    struct stat info;
-    return stat(path, &info) != 0 || S_ISREG(info.st_mode);
+    struct stat info, own;
+    if (stat(path, &info)) return true;
+    for (int fd = 1; fd <= 2; fd++)
+        if (fstat(fd, &own) == 0 && own.st_dev == info.st_dev && own.st_ino == info.st_ino)
+            return false;
+    return S_ISREG(info.st_mode);
 #else
     return path != NULL;
 #endif
 }
 
-// The name beside path under which its new content is written, malloc'd; NULL after fail().
-static char *temporary_name(const char *path) {
-    if (!is_replaceable(path)) return fail("cannot write %s: not a regular file", path), NULL;
-    char *name = malloc(strlen(path) + 5);
+// The name of the file that path leads to, malloc'd; the file need not exist. NULL after fail().
+static char *follow_links(const char *path) {
+    char *name = malloc(strlen(path) + 1);
     if (!name) return fail("out of memory: the name of %s", path), NULL;
-    sprintf(name, "%s.tmp", path);
+    strcpy(name, path);
+#ifdef MAMBA_POSIX
+    char to[4096];
+    ssize_t n;
+    for (int links = 0; (n = readlink(name, to, sizeof to)) >= 0; links++) {
+        char *slash = strrchr(name, '/');
+        size_t folder = slash && to[0] != '/' ? (size_t)(slash + 1 - name) : 0;
+        char *next = malloc(folder + (size_t)n + 1);
+        bool bad = !next || links == 40 || n == (ssize_t)sizeof to;
+        if (bad) fail("cannot write %s: its links do not lead to a file", path);
+        else {
+            memcpy(next, name, folder);
+            memcpy(next + folder, to, (size_t)n);
+            next[folder + (size_t)n] = 0;
+        }
+        free(name);
+        name = next;
+        if (bad) return free(name), NULL;
+    }
+#endif
     return name;
+}
+
+// A name beside target, such as out.bin.1f0c93aa.tmp, malloc'd; another one for each attempt. NULL
+// after fail().
+static char *temporary_name(const char *target, int attempt) {
+    size_t end = strlen(target), base = end, room = end + 16;
+    while (base && target[base - 1] != '/' && target[base - 1] != '\\') base--;
+    if (end - base >
+        200) // a file's name has at most 255 bytes; UTF-8 is not cut within a character
+        for (end = base + 200; end > base && ((unsigned char)target[end] & 0xC0) == 0x80;) end--;
+    char *name = malloc(room);
+    uint64_t random = (uint64_t)time(NULL);
+    random = random_u64(&random) ^ (uint64_t)clock() ^ (uint64_t)attempt << 32;
+    random = random_u64(&random) ^ (uint64_t)(uintptr_t)&random;
+#ifdef MAMBA_POSIX
+    random = random_u64(&random) ^ (uint64_t)getpid();
+#endif
+    if (!name) return fail("out of memory: the name of %s", target), NULL;
+    snprintf(name, room, "%.*s.%08x.tmp", (int)end, target, (unsigned)(random_u64(&random) >> 32));
+    return name;
+}
+
+// A file that did not exist, open for writing: NULL with errno set, EEXIST if there was one.
+static FILE *create_file(const char *name, unsigned mode) {
+#ifdef MAMBA_POSIX
+    int fd = open(name, O_WRONLY | O_CREAT | O_EXCL, (mode_t)mode);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "wb");
+    if (fd >= 0 && !f) close(fd), unlink(name);
+    return f;
+#else
+    (void)mode;
+    return fopen(name, "wbx");
+#endif
+}
+
+// Closes and removes what was written; the target stays as it was.
+static void new_file_discard(NewFile *w) {
+    if (w->f) fclose(w->f);
+    if (w->f && w->temporary) remove(w->temporary);
+    if (w->f && w->temporary) exchange_temporary(w->temporary, NULL);
+    free(w->temporary), free(w->target);
+    memset(w, 0, sizeof *w);
+}
+
+#ifdef MAMBA_POSIX
+// Gives fd the mode of the file that it will replace, and its owner where that is allowed. Without
+// the group, the group's rights go too: they were not given to another group.
+static void keep_mode(int fd, const struct stat *old) {
+    struct stat now;
+    mode_t mode = old->st_mode & 0777;
+    if (fstat(fd, &now)) return;
+    if ((now.st_uid != old->st_uid || now.st_gid != old->st_gid) &&
+        fchown(fd, old->st_uid, old->st_gid) && fchown(fd, (uid_t)-1, old->st_gid) &&
+        now.st_gid != old->st_gid)
+        mode &= ~(mode_t)070;
+    fchmod(fd, mode); // fails on file systems without modes, which lose nothing
+}
+#endif
+
+// Opens w->f to write what path will hold. in_place: a device or a pipe is allowed too, and is
+// appended to as it is. 0, or -1 after fail().
+static int new_file_open(NewFile *w, const char *path, bool in_place) {
+    unsigned mode = 0666;
+    memset(w, 0, sizeof *w);
+    w->path = path;
+    if (!is_replaceable(path)) {
+        if (!in_place)
+            return fail("cannot write %s: not a regular file, or this program's stdout", path);
+        w->f = fopen(path, "ab");
+        return w->f ? 0 : fail("cannot write %s: %s", path, strerror(errno));
+    }
+    if (!(w->target = follow_links(path))) return -1;
+#ifdef MAMBA_POSIX
+    struct stat old;
+    bool exists = stat(w->target, &old) == 0;
+    if (exists) mode = old.st_mode & 0777;
+#endif
+    for (int attempt = 0; attempt < 100 && !w->f; attempt++) {
+        free(w->temporary);
+        if (!(w->temporary = temporary_name(w->target, attempt))) break;
+        if (!(w->f = create_file(w->temporary, mode))) {
+            fail("cannot write %s: %s", path, strerror(errno));
+            if (errno != EEXIST) break;
+        }
+    }
+    if (!w->f) return new_file_discard(w), -1;
+    exchange_temporary(NULL, w->temporary);
+#ifdef MAMBA_POSIX
+    if (exists) keep_mode(fileno(w->f), &old);
+#endif
+    return 0;
+}
+
+// Finishes the file and puts it in the target's place. 0, or -1 after fail(): the target stays as
+// it was.
+static int new_file_commit(NewFile *w) {
+    FILE *f = w->f;
+    bool bad = close_file(f, w->temporary != NULL) != 0;
+    if (!bad && w->temporary) bad = replace_file(w->temporary, w->target) != 0;
+    if (bad) fail("cannot write %s: %s", w->path, strerror(errno));
+    if (bad && w->temporary) remove(w->temporary);
+    if (w->temporary) exchange_temporary(w->temporary, NULL);
+    w->f = NULL;
+    new_file_discard(w);
+    return bad ? -1 : 0;
 }
 
 typedef struct { // of a file
@@ -2932,23 +2108,16 @@ typedef struct { // of a file
     size_t bytes;
 } Piece;
 
-// Writes a file beside its target and renames it, so that whatever fails leaves an older one whole.
-// 0, or -1 after fail().
+// A whole file from its pieces. 0, or -1 after fail(), an older file untouched.
 static int write_pieces(const char *path, const Piece *piece, int n) {
-    char *temporary = temporary_name(path);
-    if (!temporary) return -1;
-    FILE *f = fopen(temporary, "wb");
-    int result = f ? 0 : fail("cannot write %s: %s", temporary, strerror(errno));
-    for (int i = 0; i < n && result == 0; i++)
-        if (fwrite(piece[i].data, 1, piece[i].bytes, f) != piece[i].bytes)
-            result = fail("cannot write %s: %s", temporary, strerror(errno));
-    if (f && close_synced(f) && result == 0)
-        result = fail("cannot write %s: %s", temporary, strerror(errno));
-    if (result == 0 && replace_file(temporary, path))
-        result = fail("cannot rename %s to %s: %s", temporary, path, strerror(errno));
-    if (f && result) remove(temporary);
-    free(temporary);
-    return result;
+    NewFile w;
+    if (new_file_open(&w, path, false)) return -1;
+    for (int i = 0; i < n; i++)
+        if (fwrite(piece[i].data, 1, piece[i].bytes, w.f) != piece[i].bytes) {
+            fail("cannot write %s: %s", path, strerror(errno));
+            return new_file_discard(&w), -1;
+        }
+    return new_file_commit(&w);
 }
 
 // 0, or -1 after fail(), an older file untouched.
@@ -3031,7 +2200,7 @@ static float round_bf16(float x) { // to the nearest, ties to even
 
 // The code of weight w: w / scale to the nearest whole number, ties to even, by the constant that
 // exp_vec rounds with.
-INLINE float code_of(float w, float scale, Type type) {
+static inline float code_of(float w, float scale, Type type) {
     float code = w / (scale == 0 ? 1 : scale) + 12582912.0f;
     code -= 12582912.0f;
     float lowest = type == Q8 ? -127 : -8, highest = type == Q8 ? 127 : 7;
@@ -3819,10 +2988,100 @@ static bool wants_help(int argc, char **argv) {
     return false;
 }
 
-// A whole file, or stdin for "-", with a NUL after it; free() it. NULL after fail().
-static char *read_text(const char *path, size_t *bytes) {
-    FILE *f = !strcmp(path, "-") ? stdin : fopen(path, "rb");
-    if (!f) return fail("%s: %s", path, strerror(errno)), NULL;
+// --- the files of a command: no output may be an input or another output
+
+// What tells one file from another: its inode, or, where there is no file yet, its folder's inode
+// and its name.
+typedef struct {
+    bool known;
+    uint64_t device, inode;
+    char name[256];
+} FileId;
+
+#ifdef MAMBA_POSIX
+// path "-" is stdin. Devices and pipes have no identity: they lose nothing when they are written.
+static FileId file_id(const char *path) {
+    FileId id = {0};
+    struct stat info;
+    bool standard = !strcmp(path, "-");
+    if ((standard ? fstat(STDIN_FILENO, &info) : stat(path, &info)) == 0) {
+        id.known = S_ISREG(info.st_mode);
+    } else if (!standard) {
+        char *end = follow_links(path), *slash = end ? strrchr(end, '/') : NULL;
+        if (!end) return id;
+        snprintf(id.name, sizeof id.name, "%s", slash ? slash + 1 : end);
+        if (slash) slash[slash == end] = 0; // "/name" is in "/"
+        id.known = stat(slash ? end : ".", &info) == 0;
+        free(end);
+    }
+    if (id.known) id.device = (uint64_t)info.st_dev, id.inode = (uint64_t)info.st_ino;
+    return id;
+}
+
+static bool same_file(const char *a, const char *b) {
+    FileId one = file_id(a), other = file_id(b);
+    return one.known && other.known && one.device == other.device && one.inode == other.inode &&
+           !strcmp(one.name, other.name);
+}
+#else
+static bool same_file(const char *a, const char *b) {
+#ifdef _WIN32
+    char one[_MAX_PATH], other[_MAX_PATH];
+    if (_fullpath(one, a, sizeof one) && _fullpath(other, b, sizeof other))
+        return !_stricmp(one, other);
+#endif
+    return !strcmp(a, b);
+}
+#endif
+
+typedef enum { INPUT, OUTPUT, OUTPUT_IN_PLACE } FileKind; // in place: a device or pipe is allowed
+typedef struct {
+    FileKind kind;
+    const char *role;     // as an error names it: "the model", "-o"
+    const char *path;     // NULL: not given
+    const char *replaces; // an output: the role of the input that it may be
+} FileUse;
+
+// Finds out before hours of work whether path can be written after them.
+static int check_writable(const char *path, bool in_place) {
+    NewFile w;
+#ifdef MAMBA_POSIX
+    struct stat info; // opening a pipe would wait for its reader
+    if (in_place && !is_replaceable(path) && stat(path, &info) == 0)
+        return S_ISDIR(info.st_mode) ? fail("cannot write %s: a directory", path) : 0;
+#endif
+    if (new_file_open(&w, path, in_place)) return -1;
+    new_file_discard(&w);
+    return 0;
+}
+
+// Every output of a command can be written and is neither an input nor another output. To be
+// called before the work begins. 0, or -1 after fail().
+static int check_files(const FileUse *use, int n) {
+    for (int i = 0; i < n; i++) {
+        const FileUse *out = &use[i];
+        const char *what = strncmp(out->role, "the ", 4) ? "" : " for -o"; // out.bin.csv
+        if (out->kind == INPUT || !out->path) continue;
+        if (!*out->path) return fail("%s needs a file name, not an empty text", out->role);
+        for (int j = 0; j < n; j++) {
+            const FileUse *in = &use[j];
+            if (!in->path || (in->kind != INPUT && j >= i) || !same_file(out->path, in->path) ||
+                (out->replaces && !strcmp(out->replaces, in->role)))
+                continue;
+            return fail(in->kind == INPUT ? "%s %s: that is %s; choose another name%s"
+                                          : "%s %s: that is also %s; choose another name%s",
+                        out->role, out->path, in->role, what);
+        }
+    }
+    for (int i = 0; i < n; i++)
+        if (use[i].kind != INPUT && use[i].path &&
+            check_writable(use[i].path, use[i].kind == OUTPUT_IN_PLACE))
+            return -1;
+    return 0;
+}
+
+// All that f holds from here on, with a NUL after it; free() it. Closes f. NULL after fail().
+static char *read_stream(FILE *f, const char *path, size_t *bytes) {
     size_t room = 1 << 16, n = 0;
     char *text = malloc(room);
     while (text) {
@@ -3847,6 +3106,13 @@ static char *read_text(const char *path, size_t *bytes) {
     return text;
 }
 
+// A whole file, or stdin for "-". NULL after fail().
+static char *read_text(const char *path, size_t *bytes) {
+    FILE *f = !strcmp(path, "-") ? stdin : fopen(path, "rb");
+    if (!f) return fail("%s: %s", path, strerror(errno)), NULL;
+    return read_stream(f, path, bytes);
+}
+
 static double peak_megabytes(void) { // 0 where the platform does not say
 #ifdef MAMBA_POSIX
     struct rusage usage;
@@ -3860,10 +3126,24 @@ static double peak_megabytes(void) { // 0 where the platform does not say
     return 0;
 }
 
+// Ends the program as the signal does by default, after removing unfinished files.
+static void on_kill(int number) {
+    for (int i = 0; i < TEMPORARIES; i++) {
+        const char *name = temporaries[i];
+#ifdef MAMBA_POSIX
+        if (name) unlink(name);
+#else
+        if (name) remove(name);
+#endif
+    }
+    signal(number, SIG_DFL);
+    raise(number);
+}
+
 static volatile sig_atomic_t interrupted;
 static void on_interrupt(int number) {
     interrupted = 1;
-    signal(number, SIG_DFL); // a second Ctrl-C ends the program at once
+    signal(number, on_kill); // a second Ctrl-C ends the program at once
 }
 static void catch_interrupt(void) {
     interrupted = 0;
@@ -4480,7 +3760,7 @@ static const char SESSION_HELP[] =
     "Ctrl-C stops the writing, not the session. A line that begins with // is text that begins "
     "with /.\n";
 
-static void session_command(Session *x, UndoStack *undo, const char *line) {
+static void session_command(Session *x, const char *model_path, UndoStack *undo, const char *line) {
     const Model *m = x->model;
     if (!strcmp(line, "/undo")) undo_pop(undo, m, x->state);
     else if (!strcmp(line, "/help")) fprintf(stderr, "%s", SESSION_HELP);
@@ -4488,7 +3768,10 @@ static void session_command(Session *x, UndoStack *undo, const char *line) {
         if (undo_push(undo, m, x->state)) fprintf(stderr, "mamba: %s\n", error_text);
         else mamba_state_reset(m, x->state), fprintf(stderr, "forgotten (/undo brings it back)\n");
     } else if (!strncmp(line, "/save ", 6)) {
-        if (mamba_state_save(m, x->state, line + 6)) fprintf(stderr, "mamba: %s\n", error_text);
+        const FileUse use[] = {{INPUT, "the model", model_path, NULL},
+                               {OUTPUT, "/save", line + 6, NULL}};
+        if (check_files(use, COUNT(use)) || mamba_state_save(m, x->state, line + 6))
+            fprintf(stderr, "mamba: %s\n", error_text);
         else fprintf(stderr, "saved\n");
     } else if (!strncmp(line, "/load ", 6)) {
         State *before = mamba_state_new(m); // a turn to undo only if the load succeeds
@@ -4536,7 +3819,7 @@ static int interactive(Session *x, const GenerateOptions *o) {
     for (char *line; result == 0; free(line)) {
         size_t length;
         bool failed;
-        signal(SIGINT, SIG_DFL);
+        signal(SIGINT, on_kill);
         if (o->save) catch_interrupt_reading(); // Ctrl-C here leaves, and what there is gets saved
         fprintf(stderr, "> ");
         line = read_line(&length, &failed);
@@ -4547,7 +3830,7 @@ static int interactive(Session *x, const GenerateOptions *o) {
         }
         const char *text = line[0] == '/' && line[1] == '/' ? line + 1 : line;
         if (line[0] == '/' && line[1] != '/') {
-            session_command(x, &undo, line);
+            session_command(x, o->model_path, &undo, line);
             continue;
         }
         catch_interrupt();
@@ -4642,6 +3925,14 @@ static int command_generate(int argc, char **argv) {
     if (o.null && !many)
         return fail("--null ends each of several texts: it needs --samples or --batch");
     if (many && GPU && !backend.cpu) return fail("%s runs on the processor: add --cpu", option);
+    bool reads_stdin = !o.batch && (n == 1 || !strcmp(rest[1], "-"));
+    const FileUse use[] = {
+        {INPUT, "the model", o.model_path = rest[0], NULL},
+        {INPUT, "the state of --load-state", o.load, NULL},
+        {INPUT, "the standard input", reads_stdin ? "-" : NULL, NULL},
+        {OUTPUT, "--save-state", o.save, "the state of --load-state"},
+    };
+    if (check_files(use, COUNT(use))) return -1;
     Session x;
     if (session_open(&x, rest[0], o.threads)) return -1;
     int result = o.load ? mamba_state_load(x.model, x.state, o.load) : 0;
@@ -5153,6 +4444,12 @@ static int command_logits(int argc, char **argv) {
     if (n_rest < 0) return -1;
     if (n_rest != (tokens ? 1 : 2))
         return fail("logits needs a model.bin and either a prompt or --tokens");
+    const FileUse use[] = {
+        {INPUT, "the model", rest[0], NULL},
+        {INPUT, "the standard input", !tokens && !strcmp(rest[1], "-") ? "-" : NULL, NULL},
+        {OUTPUT_IN_PLACE, "-o", path, NULL},
+    };
+    if (check_files(use, COUNT(use))) return -1;
     Session x;
     if (session_open(&x, rest[0], threads)) return -1;
     int32_t *ids = NULL, start = start_token(&x.model->config);
@@ -5166,23 +4463,15 @@ static int command_logits(int argc, char **argv) {
         result = fail("an empty prompt, and no end-of-text token to start from");
     LogitsWriter writer = {.V = x.model->config.V};
     if (result == 0 && check_ids(x.model, n ? ids : &start, n ? n : 1)) result = -1;
-    bool special = path && !is_replaceable(path); // /dev/stdout, a pipe: written as it is
-    char *temporary = result == 0 && path && !special ? temporary_name(path) : NULL;
-    if (result == 0 && path && !special && !temporary) result = -1;
-    if (result == 0 && path && !(writer.raw = fopen(special ? path : temporary, "wb")))
-        result = fail("%s: %s", path, strerror(errno));
+    NewFile file = {.f = NULL};
+    if (result == 0 && path) result = new_file_open(&file, path, true);
+    writer.raw = file.f;
     if (result == 0)
         result = mamba_prefill(x.model, x.acts, x.state, n ? ids : &start, n ? n : 1,
                                all ? write_logits : NULL, &writer);
     if (result == 0 && !all) write_logits(&writer, x.state->logits);
-    if (writer.raw && special && ((ferror(writer.raw) | fclose(writer.raw)) && result == 0))
-        result = fail("%s: cannot write: %s", path, strerror(errno));
-    if (writer.raw && !special &&
-        (close_synced(writer.raw) || result || replace_file(temporary, path))) {
-        if (result == 0) result = fail("%s: cannot write: %s", path, strerror(errno));
-        remove(temporary);
-    }
-    free(temporary);
+    if (result == 0 && path) result = new_file_commit(&file);
+    else new_file_discard(&file);
     free(text);
     free(ids);
     session_close(&x);
@@ -5197,7 +4486,7 @@ typedef struct {
     long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, grow_from,
         warmup, seed, save_every, eval_every, threads;
     double rate, min_rate, decay, clip, beta2, held_out;
-    bool resume;
+    bool resume, log_given; // --log, or the name made from -o
 } TrainOptions;
 
 enum { SETTINGS = 768 }; // bytes of the text that tells runs apart
@@ -5243,17 +4532,6 @@ static void model_header(unsigned char *h, const Model *m, const unsigned char *
     put_u32(h + 120, crc32_of(0, tokenizer, tokenizer_bytes)),
         put_u32(h + 124, crc32_of(0, m->weights, m->tensors_bytes));
     put_u32(h + HEADER_BYTES - 4, crc32_of(0, h, HEADER_BYTES - 4));
-}
-
-// Finds out before hours of work whether path can be written after them.
-static int check_writable(const char *path) {
-    char *temporary = temporary_name(path);
-    FILE *f = temporary ? fopen(temporary, "wb") : NULL;
-    int result = f ? 0 : -1;
-    if (temporary && !f) fail("cannot write %s: %s", path, strerror(errno));
-    if (f) fclose(f), remove(temporary);
-    free(temporary);
-    return result;
 }
 
 static const unsigned char ZEROS[ALIGN];
@@ -5423,32 +4701,82 @@ static double learning_rate(const TrainOptions *o, uint64_t step) { // of step 1
            (o->rate - o->min_rate) * 0.5 * (1 + cos(3.141592653589793 * fmin(along, 1)));
 }
 
-// The CSV so far, without lines after `step`: a resumed run writes those again.
-static FILE *open_log(const char *path, uint64_t step) {
-    size_t bytes = 0;
-    char *old = step ? read_text(path, &bytes) : NULL;
-    FILE *f = fopen(path, "wb");
+// The CSV log of a run. When it cannot be written, training goes on and the run fails at its end.
+typedef struct {
+    const char *path;
+    FILE *f;   // NULL: lost
+    int error; // errno of what lost it
+} TrainLog;
+
+static void log_lost(TrainLog *log, int error) {
+    log->error = error ? error : EIO;
+    fprintf(stderr, "\nmamba: %s: %s: training goes on without the log\n", log->path,
+            strerror(log->error));
+}
+
+// After each line: what is not in the file yet would be missing after a kill.
+static void log_flush(TrainLog *log) {
+    errno = 0;
+    if (!log->f || (!fflush(log->f) && !ferror(log->f))) return;
+    log_lost(log, errno);
+    fclose(log->f);
+    log->f = NULL;
+}
+
+static void log_close(TrainLog *log) {
+    if (log->f && fclose(log->f)) log_lost(log, errno);
+    log->f = NULL;
+}
+
+// The old log, or NULL if there is none to be read (*failed: after fail()).
+static char *read_log(const char *path, bool *failed) {
+    size_t bytes;
+    *failed = false;
+    if (!is_replaceable(path)) return NULL;
+    FILE *f = fopen(path, "rb");
+    if (!f && errno == ENOENT) return NULL;
     if (!f) fail("%s: %s", path, strerror(errno));
-    if (f && !old)
-        fprintf(
-            f, "step,tokens,seconds,loss,held_out,learning_rate,gradient_norm,tokens_per_second\n");
-    for (char *line = old; f && line && *line;) {
+    char *text = f ? read_stream(f, path, &bytes) : NULL;
+    *failed = !text;
+    return text;
+}
+
+// Begins the log, or goes on with the old one after `step`: its later lines go, because the resumed
+// run writes them again. The old log is whole until the new one is. 0, or -1 after fail().
+static int log_open(TrainLog *log, const char *path, uint64_t step) {
+    NewFile w;
+    bool failed = false;
+    char *old = step ? read_log(path, &failed) : NULL;
+    *log = (TrainLog){.path = path};
+    if (failed || new_file_open(&w, path, true)) return free(old), -1;
+    if (!old || !strchr(old, '\n'))
+        fprintf(w.f, "step,tokens,seconds,loss,held_out,learning_rate,gradient_norm,"
+                     "tokens_per_second\n");
+    for (char *line = old; line && *line;) {
         char *end = strchr(line, '\n');
         size_t n = end ? (size_t)(end + 1 - line) : 0; // an unfinished line is dropped
-        if (n && (line == old || strtoull(line, NULL, 10) <= step)) fwrite(line, 1, n, f);
+        if (n && (line == old || strtoull(line, NULL, 10) <= step)) fwrite(line, 1, n, w.f);
         line = n ? line + n : NULL;
     }
     free(old);
-    return f;
+    if (!w.temporary) {
+        log->f = w.f; // a device or a pipe stays open
+        log_flush(log);
+        return 0;
+    }
+    if (new_file_commit(&w)) return -1;
+    log->f = fopen(path, "ab");
+    return log->f ? 0 : fail("cannot write %s: %s", path, strerror(errno));
 }
 
+// The model is saved also when the checkpoint, three times as large, is not.
 static int save_all(const Training *t, const char *checkpoint, double spent) {
     if (mamba_trainer_fetch(t->trainer, false)) return -1;
     swap_training(t);
-    int result = save_checkpoint(t, checkpoint, spent);
-    if (result == 0) result = save_model(t->model, t->tokenizer, t->tokenizer_bytes, t->o->out);
+    int bad = save_checkpoint(t, checkpoint, spent);
+    bad |= save_model(t->model, t->tokenizer, t->tokenizer_bytes, t->o->out);
     swap_training(t);
-    return result;
+    return bad ? -1 : 0;
 }
 
 static int train_loop(Training *t, const char *checkpoint) {
@@ -5457,8 +4785,8 @@ static int train_loop(Training *t, const char *checkpoint) {
     int rows = x->B * x->L, result = 0;
     double begun = seconds(), shown = 0, norm = 0, loss = 0;
     uint64_t first = x->step;
-    FILE *log = open_log(o->log, x->step);
-    if (!log) return -1;
+    TrainLog log;
+    if (log_open(&log, o->log, x->step)) return -1;
     catch_interrupt();
     while (x->step < (uint64_t)o->steps && !interrupted && result == 0) {
         uint64_t before = t->random;
@@ -5492,14 +4820,14 @@ static int train_loop(Training *t, const char *checkpoint) {
         if (evaluate_now) t->held_loss = held_out_loss(t);
         double spent = seconds() - begun,
                speed = (double)(x->step - first) * rows * o->accumulate / spent;
+        char held[32] = "";
         if (evaluate_now && t->held_loss == t->held_loss)
-            fprintf(log, "%llu,%.0f,%.3f,%.6f,%.6f,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
-                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss, t->held_loss,
+            snprintf(held, sizeof held, "%.6f", t->held_loss);
+        if (log.f)
+            fprintf(log.f, "%llu,%.0f,%.3f,%.6f,%s,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
+                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss, held,
                     (double)how.rate, norm, speed);
-        else
-            fprintf(log, "%llu,%.0f,%.3f,%.6f,,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
-                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss,
-                    (double)how.rate, norm, speed);
+        log_flush(&log);
         if (spent - shown > 1 || evaluate_now) {
             shown = spent;
             fprintf(stderr, "step %llu/%ld  loss %.4f", (unsigned long long)x->step, o->steps,
@@ -5508,17 +4836,19 @@ static int train_loop(Training *t, const char *checkpoint) {
             fprintf(stderr, "  %.0f tokens/s  %.0f s left%s", speed,
                     spent / (double)(x->step - first) * (double)((uint64_t)o->steps - x->step),
                     evaluate_now ? "\n" : "   \r");
-            fflush(log);
         }
         if (!last && x->step % (uint64_t)o->save_every == 0)
             result = save_all(t, checkpoint, t->seconds + spent);
     }
-    if (fclose(log) && result == 0) result = fail("%s: %s", o->log, strerror(errno));
+    log_close(&log);
     if (result == 0) result = save_all(t, checkpoint, t->seconds + seconds() - begun);
     if (result == 0 && interrupted)
         fprintf(stderr,
                 "\ninterrupted after step %llu and saved: the same command with --resume goes on\n",
                 (unsigned long long)x->step);
+    if (result == 0 && log.error)
+        result = fail("%s: %s: the log is not complete; %s and %s are saved and whole", o->log,
+                      strerror(log.error), o->out, checkpoint);
     return result;
 }
 
@@ -5627,6 +4957,21 @@ static int train_model(Training *t, const Tokenizer *tokenizer) {
     return t->model ? 0 : -1;
 }
 
+static int check_train_files(const TrainOptions *o, const char *checkpoint) {
+    FileUse use[6 + LIST_MAX] = {
+        {INPUT, "the text of --held-out-data", o->held_out_data, NULL},
+        {INPUT, "the model of --from", o->from, NULL},
+        {INPUT, "the file of --tokenizer", strcmp(o->tokenizer, "bytes") ? o->tokenizer : NULL,
+         NULL},
+        {OUTPUT, "-o", o->out, "the model of --from"},
+        {OUTPUT, "the checkpoint", checkpoint, NULL},
+        {OUTPUT_IN_PLACE, o->log_given ? "--log" : "the log", o->log, NULL},
+    };
+    for (int i = 0; i < o->data.n; i++)
+        use[6 + i] = (FileUse){INPUT, "the text of --data", o->data.item[i], NULL};
+    return check_files(use, 6 + o->data.n);
+}
+
 static int train_run(Training *t) {
     const TrainOptions *o = t->o;
     Tokenizer *tokenizer = NULL;
@@ -5634,6 +4979,7 @@ static int train_run(Training *t) {
     if (!checkpoint) return fail("out of memory");
     sprintf(checkpoint, "%s.train", o->out);
     int result = parse_task(o->task_name, &t->task);
+    if (result == 0) result = check_train_files(o, checkpoint);
     if (result == 0 && o->from && !(t->source = mamba_load(o->from))) result = -1;
     if (result == 0) result = train_tokenizer(t, &tokenizer);
     if (result == 0 && !t->task) result = read_data(t, tokenizer);
@@ -5688,7 +5034,6 @@ static int train_run(Training *t) {
                 "no held-out losses: the held-out part has %zu tokens, one window needs %ld\n",
                 t->n_held, o->length + 1);
     if (result == 0 && o->resume) result = load_checkpoint(t, checkpoint);
-    if (result == 0) result = check_writable(o->out) || check_writable(checkpoint) ? -1 : 0;
     if (result == 0) result = train_loop(t, checkpoint);
     if (result == 0) fprintf(stderr, "wrote %s and %s\n", o->out, checkpoint);
     if (tokenizer) tokenizer_close(tokenizer);
@@ -5785,7 +5130,7 @@ static int command_train(int argc, char **argv) {
     if (o.held_out_data && (o.task_name || o.held_out != 0.1))
         return fail("--held-out-data does not go with %s", o.task_name ? "--task" : "--held-out");
     for (int i = 0; o.held_out_data && i < o.data.n; i++)
-        if (!strcmp(o.held_out_data, o.data.item[i]))
+        if (!strcmp(o.held_out_data, o.data.item[i]) || same_file(o.held_out_data, o.data.item[i]))
             return fail("--held-out-data %s is trained on: it is --data too", o.held_out_data);
     if (o.batch % o.accumulate)
         return fail("--batch %ld is not a multiple of --accumulate %ld", o.batch, o.accumulate);
@@ -5807,6 +5152,7 @@ static int command_train(int argc, char **argv) {
                     o.grow_from ? "--grow-from" : "--length", shortest, o.task_name,
                     task_shortest(task));
     if (task && o.from) return fail("--from does not go with --task");
+    o.log_given = o.log != NULL;
     char *log = o.log ? NULL : malloc(strlen(o.out) + 5);
     if (log) sprintf(log, "%s.csv", o.out), o.log = log;
     Training t = {.o = &o};
@@ -5823,15 +5169,6 @@ static const char QUANTIZE_USAGE[] =
     "row share a scale); what the recurrence\n"
     "touches stays float32. in.bin holds f32, f16 or bf16 and is not changed.\n";
 
-static bool same_file(const char *a, const char *b) {
-#ifdef MAMBA_POSIX
-    struct stat one, other;
-    if (stat(a, &one) == 0 && stat(b, &other) == 0)
-        return one.st_dev == other.st_dev && one.st_ino == other.st_ino;
-#endif
-    return !strcmp(a, b);
-}
-
 static int command_quantize(int argc, char **argv) {
     const char *rest[3];
     if (wants_help(argc, argv)) return print_help(QUANTIZE_USAGE, NULL, 0), 0;
@@ -5840,10 +5177,10 @@ static int command_quantize(int argc, char **argv) {
     bool four_bits = !strcmp(rest[2], "q4");
     if (!four_bits && strcmp(rest[2], "q8"))
         return fail("quantize needs q8 or q4 at the end, not '%s'", rest[2]);
-    if (same_file(rest[0], rest[1]))
-        return fail("%s: the output must be another file than the input", rest[1]);
+    const FileUse use[] = {{INPUT, "the model", rest[0], NULL}, {OUTPUT, "out.bin", rest[1], NULL}};
+    if (check_files(use, COUNT(use))) return -1;
     Model *m = mamba_load(rest[0]), *quantized = NULL;
-    int result = m ? check_writable(rest[1]) : -1;
+    int result = m ? 0 : -1;
     if (result == 0 && is_quantized(m->config.type))
         result = fail("%s is in %s already: quantize the model that it was made from", rest[0],
                       type_name(m->config.type));
@@ -5921,42 +5258,43 @@ static double median(double *values, int n) {
 
 static volatile float bench_sink; // keeps the compiler from dropping what is only timed
 
-// Bytes per second that `threads` threads read together, each its own part of a buffer far larger
-// than the caches.
+#ifndef PLAIN
+#include "cpu/ceilings.h"
+#else
 static double read_bandwidth(const float *buffer, size_t floats, int threads) {
     double start = seconds();
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int part = 0; part < 256; part++) {
         const float *p = buffer + floats / 256 * (size_t)part;
-        vec sum[4] = {splat(0), splat(0), splat(0), splat(0)};
-        for (size_t i = 0; i + 4 * VL <= floats / 256; i += 4 * VL)
-            for (int k = 0; k < 4; k++) sum[k] += load(p + i + k * VL);
-        bench_sink = sum_lanes(sum[0] + sum[1] + sum[2] + sum[3]);
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (size_t i = 0; i < floats / 256; i++) sum += p[i];
+        bench_sink = sum;
     }
     return (double)floats * sizeof(float) / (seconds() - start);
 }
 
-// Multiply-adds of the product's own inner loop on data that stays in the cache, times two:
-// operations per second.
 static double multiply_rate(int threads) {
-    enum { ROUNDS = 4000, DEPTH = 128 };
+    enum { ROUNDS = 100000, LENGTH = 1024 };
     double start = seconds();
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int part = 0; part < threads; part++) {
-        float a[DEPTH * MR], b[DEPTH * NR], tile[MR * NR];
-        for (int i = 0; i < DEPTH * MR; i++) a[i] = (float)(i % 7);
-        for (int i = 0; i < DEPTH * NR; i++) b[i] = (float)(i % 5);
-        for (int i = 0; i < ROUNDS; i++) {
-            a[i % (DEPTH * MR)] += 1; // no two rounds are the same
-            micro_kernel(tile, a, b, DEPTH);
-            bench_sink =
-                tile[i % (MR * NR)]; // any of them, or the compiler would only compute the one
+        float a[LENGTH], b[LENGTH];
+        for (int i = 0; i < LENGTH; i++) a[i] = b[i] = (float)(i % 7);
+        for (int round = 0; round < ROUNDS; round++) {
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int i = 0; i < LENGTH; i++) sum += a[i] * b[i];
+            bench_sink = sum;
+            a[round % LENGTH] += 1; // no two rounds are the same
         }
     }
-    return 2.0 * ROUNDS * DEPTH * MR * NR * threads / (seconds() - start);
+    return 2.0 * ROUNDS * LENGTH * threads / (seconds() - start);
 }
+#define recurrence_plain recurrence
+#endif
 
 COLD
 enum { BENCH_PROMPT = 512, BENCH_DECODE = 16, BENCH_BATCH = 8, BENCH_MAX = 101 };
@@ -6335,6 +5673,18 @@ static int run_command(int argc, char **argv) {
 
 #ifndef TESTING
 int main(int argc, char **argv) {
+    static const int deadly[] = {
+        SIGINT,
+        SIGTERM,
+#ifdef SIGHUP
+        SIGHUP,
+#endif
+    };
+    for (int i = 0; i < COUNT(deadly); i++)
+        if (signal(deadly[i], on_kill) == SIG_IGN) signal(deadly[i], SIG_IGN); // nohup
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN); // a file beyond `ulimit -f` is a failed write, which gets a sentence
+#endif
 #ifdef _WIN32
     _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY); // bytes, not lines
 #endif

@@ -20,6 +20,7 @@
 #include "tests/test_vectors.h"
 #include "tests/test_kernels.h"
 #include "tests/test_scan.h"
+#include "tests/test_plain.h"
 #include "tests/test_model.h"
 #include "tests/test_gradients.h"
 #include "tests/test_state.h"
@@ -37,17 +38,12 @@ int main(int argc, char **argv) {
         const char *name;
         void (*run)(void);
     } group[] = {
-        {"vectors", test_vectors},
-        {"kernels", test_kernels},
-        {"scan", test_scan},
-        {"model", test_model},
-        {"gradients", test_gradients},
-        {"state", test_state},
-        {"loader", test_loader},
-        {"quantiser", test_quantiser},
-        {"tokenizer", test_tokenizer},
-        {"sampler", test_sampler},
-        {"command line", test_command_line},
+        {"vectors", test_vectors},     {"kernels", test_kernels},
+        {"scan", test_scan},           {"plain", test_plain},
+        {"model", test_model},         {"gradients", test_gradients},
+        {"state", test_state},         {"loader", test_loader},
+        {"quantiser", test_quantiser}, {"tokenizer", test_tokenizer},
+        {"sampler", test_sampler},     {"command line", test_command_line},
 #ifdef MAMBA_CUDA
         {"cuda", test_cuda},
 #endif

@@ -18,6 +18,10 @@ static void free_each(void (*release)(void *), void *const *p, size_t n) {
 #define FREE(...) FREE_LIST(free, __VA_ARGS__)
 #define FREE_ALIGNED(...) FREE_LIST(free_aligned, __VA_ARGS__)
 
+#ifdef PLAIN // the sizes of cpu/ that shapes of tests are chosen around
+enum { VL = 16, NR = 32, MR = 12, KC = 512, X_BLOCK = 4096, FEW_L1 = 6144 };
+#endif
+
 // Prints one line for a check and counts it.
 static void report(bool good, const char *name, const char *format, ...) {
     va_list args;

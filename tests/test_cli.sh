@@ -178,7 +178,7 @@ awk '{ x[NR] = $1 } END { d = x[2] / x[1] - 1; e = x[3] / x[1] - 1; exit !(NR ==
 "$mamba" train -o "$dir/tuned" --from "$dir/q8" --data README.md --steps 1 --batch 1 --length 16 > /dev/null 2> "$dir/err" &&
     "$mamba" info "$dir/tuned" | grep -q "in f32" && ok "train --from a quantized model" || bad "train --from a quantized model" "$(cat "$dir/err")"
 cp $model "$dir/copy"
-fails "quantize onto its input" "another file" quantize "$dir/copy" "$dir/../$(basename "$dir")/copy" q8
+fails "quantize onto its input" "that is the model; choose another name" quantize "$dir/copy" "$dir/../$(basename "$dir")/copy" q8
 same_file "which stays as it was" $model "$dir/copy"
 fails "quantize what is quantized" "already" quantize "$dir/q8" "$dir/c" q4
 fails "quantize to another type" "q5" quantize $model "$dir/c" q5
@@ -187,7 +187,103 @@ fails "quantize to nowhere" "no/such" quantize $model "$dir/no/such/c" q8
 fails "quantize a damaged model" "damaged" quantize "$dir/flipped" "$dir/c" q8
 [ ! -e "$dir/c" ] && ok "and nothing is written" || bad "and nothing is written"
 
-# --- errors
+# --- files: an output is the old file or the whole new one, and never an input; nothing but outputs is touched
+files=$dir/files
+mkdir "$files"
+cp $model "$files/m.tmp"
+"$mamba" quantize "$files/m.tmp" "$files/m" q8 2> "$dir/err" && cmp -s "$files/m" "$dir/q8" && cmp -s "$files/m.tmp" $model &&
+    ok "the input is named as the output and .tmp" || bad "the input is named as the output and .tmp" "$(cat "$dir/err")"
+rm "$files"/*
+echo precious > "$files/other"
+ln -s other "$files/s.tmp" # what stood in the way of the old fixed name: a link, then a pipe
+"$mamba" $model "x" -n 2 --save-state "$files/s" > /dev/null 2>&1
+same "a link named .tmp is not followed" "$(cat "$files/other") $(ls "$files" | tr '\n' ' ')" "precious other s s.tmp "
+rm "$files/s.tmp"
+mkfifo "$files/s.tmp"
+"$mamba" $model "x" -n 2 --save-state "$files/s" > /dev/null 2>&1 &
+pid=$!
+i=0
+while kill -0 $pid 2> /dev/null && [ $i -lt 100 ]; do sleep 0.1; i=$((i + 1)); done
+kill -9 $pid 2> /dev/null && bad "a pipe named .tmp does not hang" || ok "a pipe named .tmp does not hang"
+wait $pid 2> /dev/null
+rm "$files"/*
+"$mamba" $model "x" -n 2 -t 0 --save-state "$dir/plain" > /dev/null 2>&1
+echo old > "$files/s"
+chmod 640 "$files/s"
+mkdir "$files/sub"
+ln -s ../s "$files/sub/link"
+"$mamba" $model "x" -n 2 -t 0 --save-state "$files/sub/link" > /dev/null 2>&1
+[ -L "$files/sub/link" ] && cmp -s "$files/s" "$dir/plain" && ok "through a link: the file that it names is written" || bad "through a link"
+same "the mode of the old file" "$(ls -l "$files/s" | cut -c1-10)" "-rw-r-----"
+rm "$files/s"
+"$mamba" $model "x" -n 2 -t 0 --save-state "$files/sub/link" > /dev/null 2>&1
+[ -L "$files/sub/link" ] && cmp -s "$files/s" "$dir/plain" && ok "through a link to nothing yet" || bad "through a link to nothing yet"
+same "no temporary stays" "$(ls "$files" "$files/sub" | grep -c 'tmp$')" 0
+long=$(head -c 250 /dev/zero | tr '\0' n)
+"$mamba" $model "x" -n 2 -t 0 --save-state "$files/$long" > /dev/null 2>&1
+same_file "a name of 250 bytes" "$files/$long" "$dir/plain"
+rm -r "$files"/*
+torn=0
+for i in 1 2 3 4 5 6; do # two programs, one target
+    "$mamba" quantize $model "$files/q" q8 2> "$dir/err1" & one=$!
+    "$mamba" quantize $model "$files/q" q8 2> "$dir/err2" & other=$!
+    wait $one && wait $other && cmp -s "$files/q" "$dir/q8" || torn=$((torn + 1))
+done
+same "two writers of one file" "$torn $(ls "$files")" "0 q"
+rm "$files"/*
+printf 'old' > "$files/q"
+(ulimit -f 100; "$mamba" quantize $model "$files/q" q8 2> "$dir/err")
+status=$?
+same "a file that becomes too large: the old one stays" "$status $(cat "$files/q") $(ls "$files")" "1 old q"
+grep -q "cannot write $files/q: File too large" "$dir/err" && ok "and a sentence says so" || bad "and a sentence says so" "$(cat "$dir/err")"
+yes "one more day " | tr -d '\n' | head -c 40000 > "$dir/long"
+"$mamba" logits $model - --all -o "$files/l" < "$dir/long" 2> /dev/null &
+pid=$!
+i=0
+while [ "$(ls "$files" | wc -l)" -lt 2 ] && [ $i -lt 100 ]; do sleep 0.1; i=$((i + 1)); done
+kill -TERM $pid
+wait $pid
+same "a killed program removes its temporary" "$? $(ls "$files")" "143 q"
+rm "$files"/*
+
+# unharmed NAME WORD FILE ARGUMENTS: refused with WORD before anything is written, and FILE, a copy of the model, stays
+unharmed() {
+    name=$1 word=$2 file=$3
+    shift 3
+    fails "$name" "$word" "$@"
+    cmp -s "$file" $model && ok "$name: the file stays" || bad "$name: the file stays"
+    cp $model "$file"
+}
+cp $model "$files/m"
+ln -s m "$files/link"
+ln "$files/m" "$files/hard"
+unharmed "a state onto the model" "--save-state $files/m: that is the model; choose another name" "$files/m" "$files/m" x -n 2 --save-state "$files/m"
+unharmed "a state onto the model by another path" "that is the model" "$files/m" "$files/m" x -n 2 --save-state "$files/../files/m"
+unharmed "a state onto the model by a link" "that is the model" "$files/m" "$files/m" x -n 2 --save-state "$files/link"
+rm "$files/hard"; ln "$files/m" "$files/hard"
+fails "a state onto the model by its other name" "that is the model" "$files/m" x -n 2 --save-state "$files/hard"
+unharmed "logits onto the model" "-o $files/m: that is the model" "$files/m" logits "$files/m" x -o "$files/m"
+fails "an empty name" "--save-state needs a file name" $model x -n 2 --save-state ""
+fails "an empty name of logits" "-o needs a file name" logits $model x -o ""
+fails "a folder for logits" "$files" logits $model x -o "$files"
+fails "logits to nowhere" "no/such" logits $model x -o "$files/no/such/file"
+cp "$dir/text" "$files/t"
+"$mamba" logits $model - -o "$files/t" < "$files/t" > /dev/null 2> "$dir/err"
+same "logits onto the file on stdin: status 1, it stays" "$? $(cat "$files/t")" "1 $(cat "$dir/text")"
+"$mamba" $model "x" -n 2 -t 0 --save-state "$files/s" > /dev/null 2>&1
+"$mamba" $model "" -n 3 -t 0 --load-state "$files/s" --save-state "$files/s" > /dev/null 2> "$dir/err"
+"$mamba" $model "x" -n 5 -t 0 --save-state "$files/whole" > /dev/null 2>&1
+same_file "a state goes on in place" "$files/s" "$files/whole"
+printf 'x\n/save %s\n/save \n/save %s\n' "$files/m" "$files/live" | "$mamba" "$files/m" -n 2 > /dev/null 2> "$dir/err"
+cmp -s "$files/m" $model && grep -q "/save $files/m: that is the model" "$dir/err" && grep -q "/save needs a file name" "$dir/err" && [ -s "$files/live" ] &&
+    ok "interactive: /save onto the model" || bad "interactive: /save onto the model" "$(cat "$dir/err")"
+"$mamba" logits $model x -o "$files/raw"
+"$mamba" logits $model x -o /dev/fd/1 > "$files/out"
+same_file "logits to its stdout, a file" "$files/out" "$files/raw"
+"$mamba" logits $model x -o /dev/fd/1 | cat > "$files/out"
+same_file "logits to its stdout, a pipe" "$files/out" "$files/raw"
+"$mamba" logits $model x -o /dev/full 2> "$dir/err" && bad "logits to a full disk" || ok "logits to a full disk"
+
 # --- show-selection: a line a token; all layers' mean is the mean of each layer's
 text="One day a small dog
 ran away"
@@ -209,12 +305,13 @@ cut -f2 "$dir/all" | paste - "$dir"/layer[0-9]* | awk '{ s = 0; for (i = 2; i <=
 fails "no such layer" "--layer" $model "x" --show-selection --layer 99
 fails "nothing to show" "needs a prompt" $model --show-selection
 
+# --- errors
 fails "no such model" "no-such-model" no-such-model "x"
 fails "unknown option" "--frobnicate" $model "x" --frobnicate
 fails "missing value" "-n" $model "x" -n
 fails "not UTF-8" "byte 3" $model "$(printf 'abc\377')"
 fails "eval of an empty text" "0 token" eval $model /dev/null
-fails "unwritable state" "no/such" $model "x" -n 0 --save-state "$dir/no/such/state"
+fails "an unwritable state, before anything is written" "no/such" $model "x" -n 5 --save-state "$dir/no/such/state"
 "$mamba" $model "x" -n 5 -t 0 > /dev/full 2> "$dir/err" && bad "a full disk is an error" || ok "a full disk is an error"
 
 # --- memory: a long prompt takes no more than a short one

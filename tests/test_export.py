@@ -895,6 +895,72 @@ class Output(Case):
         target = os.path.join(self.src, "config.json", "model.bin")
         self.bad(target, "cannot write", arguments=(self.src, target, "--tokenizer", "bytes"))
 
+    def test_an_input_is_no_output(self):
+        s = VARIANTS["plain"]
+        tokenizer, precious = os.path.join(self.dir, "t.json"), {}
+        def files():
+            return {n: open(os.path.join(self.src, n), "rb").read() for n in os.listdir(self.src)}
+        for weights_file in ("model.safetensors", "odd.weights"):            # the second: a shard of any name
+            self.checkpoint(s)
+            if weights_file != "model.safetensors":
+                os.rename(os.path.join(self.src, "model.safetensors"), os.path.join(self.src, weights_file))
+                index = {"weight_map": dict.fromkeys(weights(s), weights_file)}
+                write(os.path.join(self.src, "model.safetensors.index.json"), index)
+            precious = files()
+            link = os.path.join(self.dir, "link")
+            for name in precious:
+                os.symlink(os.path.join(self.src, name), link)
+                for target in (os.path.join(self.src, name), os.path.join(self.src, "..", "src", name), link):
+                    self.bad("that is an input", "choose another name",
+                             arguments=(self.src, target, "--tokenizer", "bytes"))
+                os.unlink(link)
+            self.assertEqual(precious, files())
+            self.good(self.src, os.path.join(self.src, "model.bin"), "--tokenizer", "bytes")    # beside them is fine,
+            self.good(self.src, os.path.join(self.src, "model.bin"), "--tokenizer", "bytes")    # also once more
+            os.unlink(os.path.join(self.src, "model.bin"))
+        write(tokenizer, b"{}")
+        self.bad(tokenizer, "that is an input", arguments=(tokenizer, tokenizer))
+        self.bad(tokenizer, "that is an input", arguments=(self.src, tokenizer, "--tokenizer", tokenizer))
+        self.assertEqual(open(tokenizer, "rb").read(), b"{}")
+        self.bad("not empty", arguments=(self.src, "", "--tokenizer", "bytes"))
+        out = os.path.join(self.dir, "out")
+        os.mkdir(out)
+        for name in ("model.safetensors", "config.json"):
+            self.good(self.src, os.path.join(self.dir, "m.bin"), "--tokenizer", "bytes")
+            source = os.path.join(out, name)
+            os.rename(os.path.join(self.dir, "m.bin"), source)
+            whole = open(source, "rb").read()
+            self.bad(source, "that is an input", arguments=("--to-hf", source, out, "--force"))
+            self.assertEqual((os.listdir(out), open(source, "rb").read()), ([name], whole))
+            os.unlink(source)
+
+    def test_link_and_mode_stay(self):
+        self.checkpoint(VARIANTS["plain"])
+        self.good()
+        whole, real, link = open(self.bin, "rb").read(), os.path.join(self.dir, "real"), os.path.join(self.dir, "link")
+        write(real, b"old")
+        os.chmod(real, 0o604)
+        os.symlink("real", link)
+        self.good(self.src, link, "--tokenizer", "bytes")
+        self.assertTrue(os.path.islink(link))
+        self.assertEqual((open(real, "rb").read(), os.stat(real).st_mode & 0o777), (whole, 0o604))
+        name = os.path.join(self.dir, "n" * 250)
+        self.good(self.src, name, "--tokenizer", "bytes")
+        self.assertEqual(open(name, "rb").read(), whole)
+
+    def test_killed(self):
+        self.checkpoint(Sizes(V=20000))
+        code = ("import os, runpy, signal, sys; sys.path.insert(0, os.path.dirname(sys.argv[0])); import numpy, zlib;"
+                "crc = zlib.crc32; calls = [0]\n"
+                "def crc32(*a):\n"
+                "    calls[0] += 1\n"
+                "    if calls[0] == 5: os.kill(os.getpid(), signal.SIGTERM)\n"                 # while it writes
+                "    return crc(*a)\n"
+                f"zlib.crc32 = crc32; sys.argv[0] = {EXPORT!r}; runpy.run_path({EXPORT!r}, run_name='__main__')")
+        command = [sys.executable, "-c", code, self.src, self.bin, "--tokenizer", "bytes"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        self.assertEqual((result.returncode, os.listdir(self.dir)), (143, ["src"]), result.stderr)
+
     def test_disk_full(self):
         self.checkpoint(Sizes(V=20000))
         code = ("import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000));"

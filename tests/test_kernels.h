@@ -200,19 +200,24 @@ static void test_elementwise(int L, int E) {
     size_t n = (size_t)L * E;
     float *a = random_floats(n, -9, 9), *b = random_floats(2 * n, -9, 9),
           *bias = random_floats((size_t)E, -5, 1);
-    float *sum = copy_floats(a, n), *delta = copy_floats(a, n), *g = copy_floats(a, n);
+    float *sum = copy_floats(a, n), *delta = copy_floats(a, n), *g = copy_floats(a, n),
+          *in_step = copy_floats(a, n), *g_step = copy_floats(a, n);
     double *want = doubles(a, n);
     for (size_t i = 0; i < n; i++) want[i] += b[i];
     TEAM(add_rows(sum, sum, b, L, E))
     check("add_rows", sum, want, n, 1e-7);
     for (size_t i = 0; i < n; i++) want[i] = softplus_double((double)a[i] + bias[i % E]);
-    TEAM(softplus_bias(delta, bias, L, E))
+    TEAM(softplus_bias(delta, bias, (Rows){L, false, NULL}, E))
     check("softplus_bias", delta, want, n, 1e-6);
+    TEAM(softplus_bias(in_step, bias, (Rows){L, true, NULL}, E))
+    check("softplus_bias of a step", in_step, want, n, 1e-6);
     for (size_t i = 0; i < n; i++) want[i] = a[i] * silu_double(b[i / E * 2 * E + E + i % E]);
-    TEAM(gate(g, g, b, L, E))
+    TEAM(gate(g, g, b, (Rows){L, false, NULL}, E))
     check("gate", g, want, n, 1e-6);
+    TEAM(gate(g_step, a, b, (Rows){L, true, NULL}, E))
+    check("gate of a step", g_step, want, n, 1e-6);
     free(want);
-    FREE_ALIGNED(a, b, bias, sum, delta, g);
+    FREE_ALIGNED(a, b, bias, sum, delta, g, in_step, g_step);
 }
 
 static void test_kernels(void) {
@@ -237,6 +242,7 @@ static void test_kernels(void) {
         }
         test_elementwise(1, 1);
         test_elementwise(5, 3 * VL + 2);
+        test_elementwise(3, 2 * STEP_LANES + 5);
     }
     for (int type = 0; type < N_TYPES; type++) {
         test_few_rows((Type)type, 1, 1);

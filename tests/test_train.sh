@@ -131,6 +131,87 @@ done > ways
 [ "$(sort -u ways | wc -l)" = 2 ] && grep -q "100.00%  (12 of 12" ways && ok "induction and copying by scan and by recurrence" || bad "by scan and by recurrence" "$(cat ways)"
 "$mamba" eval whole.bin long --recurrent > out 2> err && bad "--recurrent with a text" "it succeeded" || ok "--recurrent with a text is refused"
 
+# --- files: no output is an input or another output
+unharmed() { # unharmed NAME WORD FILE ARGUMENTS of train: refused with WORD, FILE stays
+    name=$1 word=$2 file=$3
+    shift 3
+    cp "$file" before
+    fails "$name" "$word" "$@"
+    same_file "$name: the file stays" "$file" before
+}
+tiny="--steps 2 --batch 1 --length 20 --d-model 8 --layers 1"
+cp text d.csv; cp text b.txt; cp text c.train; cp tales.bin m.bin; cp text f.csv
+unharmed "the log takes the data's name" "the log d.csv: that is the text of --data; choose another name for -o" d.csv -o d --data d.csv $tiny
+unharmed "the checkpoint takes the data's name" "the checkpoint c.train: that is the text of --data" c.train -o c --data c.train $tiny
+unharmed "the model onto the data" "-o b.txt: that is the text of --data; choose another name" b.txt -o b.txt --data text --data b.txt $tiny
+unharmed "the log onto the data" "--log b.txt: that is the text of --data" b.txt -o x.bin --data b.txt --log b.txt $tiny
+unharmed "the log onto the held-out data" "--log b.txt: that is the text of --held-out-data" b.txt -o x.bin --data text --held-out-data b.txt --log b.txt $tiny
+unharmed "the log onto the model of --from" "--log m.bin: that is the model of --from" m.bin -o x.bin --from m.bin --data text --log m.bin $tiny
+unharmed "the log onto the vocabulary" "--log m.bin: that is the file of --tokenizer" m.bin -o x.bin --tokenizer m.bin --data text --log m.bin $tiny
+unharmed "the model onto the vocabulary" "-o m.bin: that is the file of --tokenizer" m.bin -o m.bin --tokenizer m.bin --data text $tiny
+"$mamba" train -o b.txt --data - $tiny < b.txt 2> err
+same "the model onto the data on stdin: status 1, it stays" "$? $(cksum < b.txt)" "1 $(cksum < text)"
+fails "the log onto the new model" "--log ./x.bin: that is also -o" -o x.bin --data text --log ./x.bin $tiny
+fails "the log onto the checkpoint" "that is also the checkpoint" -o x.bin --data text --log x.bin.train $tiny
+mkdir folder
+ln -s folder folder2
+fails "two outputs of one name in one folder" "that is also -o" -o folder/x --data text --log folder2/x $tiny
+fails "a held-out file that is trained on, by another path" "is trained on" -o x.bin --data text --held-out-data ./text $tiny
+fails "an empty output" "-o needs a file name" -o "" --data text $tiny
+fails "an empty log" "--log needs a file name" -o x.bin --data text --log "" $tiny
+fails "a log in no folder" "no/such" -o x.bin --data text --log no/such/log $tiny
+fails "a folder as the log" "folder" -o x.bin --data text --log folder $tiny
+same "nothing was written by them" "$(ls x.* .train .csv *.tmp 2> /dev/null)" ""
+"$mamba" train -o m.bin --from m.bin --data text $tiny 2> err && "$mamba" info m.bin | grep -q "in f32" && ok "fine-tuning in place" || bad "fine-tuning in place" "$(cat err)"
+cp tales.bin i.bin.tmp
+"$mamba" train -o i.bin --from i.bin.tmp --data text $tiny 2> err
+same_file "--from out.bin.tmp stays" i.bin.tmp tales.bin
+
+# --- the log: lost, it is an error, and the model is saved all the same
+if [ -c /dev/full ]; then
+    "$mamba" train -o full.bin $small --log /dev/full 2> err
+    same "a log on a full disk: the status" $? 1
+    same_file "a log on a full disk: the model is saved" full.bin whole.bin
+    tail -n 1 err | grep -q "^mamba: /dev/full: No space left on device: the log is not complete; full.bin and full.bin.train are saved" &&
+        ok "a log on a full disk: a sentence" || bad "a log on a full disk: a sentence" "$(cat err)"
+fi
+"$mamba" train -o piped.bin $small --log /dev/fd/1 2> err | cat > piped.csv
+cut -d, -f1,4,5 piped.csv > a.csv; cut -d, -f1,4,5 whole.bin.csv > b.csv
+same_file "a log to a pipe" a.csv b.csv
+cp part.bin.csv f.csv
+yes "1,a line of step one" | head -n 60000 >> f.csv
+cp f.csv before
+(ulimit -f 1000; "$mamba" train -o part.bin $small --resume --log f.csv 2> err)
+status=$?
+same_file "a log that cannot be rewritten stays" f.csv before
+[ $status -ne 0 ] && grep -q "cannot write f.csv" err && ok "and a sentence says so" || bad "and a sentence says so" "status $status, $(cat err)"
+"$mamba" train -o part.bin $small --resume --log part.bin.csv 2> err || bad "resume of a finished run" "$(cat err)"
+slow="--data text --steps 1000 --batch 8 --length 200 --d-model 64 --layers 2 --save-every 1 --eval-every 1000 --warmup 4"
+"$mamba" train -o slow.bin $slow 2> err &
+pid=$!
+i=0
+while [ "$(cat slow.bin.csv 2> /dev/null | wc -l)" -lt 5 ] && [ $i -lt 200 ]; do sleep 0.05; i=$((i + 1)); done
+kill -INT $pid
+wait $pid
+lines=$(wc -l < slow.bin.csv)
+for k in 1 2 3; do # kill -9 right after a resumed run's first checkpoint
+    cp slow.bin.train before
+    "$mamba" train -o slow.bin $slow --resume 2> err &
+    pid=$!
+    i=0
+    while cmp -s slow.bin.train before && [ $i -lt 400 ]; do sleep 0.01; i=$((i + 1)); done
+    kill -9 $pid
+    wait $pid 2> /dev/null
+    now=$(wc -l < slow.bin.csv)
+    [ "$now" -gt "$lines" ] && ok "killed after a resume: $lines lines of the log are $now" || bad "killed after a resume" "$lines lines of the log are $now"
+    lines=$now
+done
+rm -f slow.bin.*.tmp
+: > empty.csv
+"$mamba" train -o slow.bin $slow --steps 1 --log empty.csv 2> err
+same "a new log replaces an empty one" "$(wc -l < empty.csv | tr -d ' ')" 2
+same "no temporary stays" "$(ls -a | grep -c 'tmp$')" 1 # i.bin.tmp
+
 # --- errors
 fails "no output" "-o" --data text
 fails "nothing to learn" "--data or --task" -o x.bin

@@ -1,0 +1,325 @@
+// xn (T,D) = x / rms(x) * weight. weight NULL: FalconMamba's weightless norm. x and xn may be the
+// same array; ld is the distance between rows of both.
+static void rmsnorm(float *xn, const float *x, const float *weight, float eps, int T, int D,
+                    size_t ld) {
+#pragma omp for
+    for (int t = 0; t < T; t++) {
+        const float *row = x + (size_t)t * ld;
+        vec squares = splat(0);
+        for (int d = 0; d < D; d += VL) {
+            vec v = load_n(row + d, lanes_left(d, D));
+            squares += v * v;
+        }
+        float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)D + eps);
+        for (int d = 0; d < D; d += VL) {
+            int n = lanes_left(d, D);
+            vec v = load_n(row + d, n) * scale;
+            store_n(xn + (size_t)t * ld + d, weight ? v * load_n(weight + d, n) : v, n);
+        }
+    }
+}
+
+static void rmsnorm_backward(const NormGrad *d, const float *d_xn, const float *x,
+                             const float *weight, float eps, int T, int D, size_t ld) {
+    float *scale = d->scale;
+#pragma omp for
+    for (int t = 0; t < T; t++) {
+        vec squares = splat(0);
+        for (int i = 0; i < D; i += VL) {
+            vec v = load_n(x + (size_t)t * ld + i, lanes_left(i, D));
+            squares += v * v;
+        }
+        scale[t] = 1.0f / sqrtf(sum_lanes(squares) / (float)D + eps);
+    }
+    if (weight) {
+#pragma omp for
+        for (int block = 0; block < (D + VL - 1) / VL; block++) {
+            int i = block * VL, n = lanes_left(i, D);
+            vec sum = load_n(d->d_weight + i, n);
+            for (int t = 0; t < T; t++)
+                sum += load_n(d_xn + (size_t)t * ld + i, n) * load_n(x + (size_t)t * ld + i, n) *
+                       scale[t];
+            store_n(d->d_weight + i, sum, n);
+        }
+    }
+#pragma omp for
+    for (int t = 0; t < T; t++) {
+        const float *dy = d_xn + (size_t)t * ld, *row = x + (size_t)t * ld;
+        float *to = d->d_x + (size_t)t * ld;
+        vec dot = splat(0);
+        for (int i = 0; i < D; i += VL) {
+            int n = lanes_left(i, D);
+            vec dv = load_n(dy + i, n) * load_n(row + i, n);
+            dot += weight ? dv * load_n(weight + i, n) : dv;
+        }
+        float r = scale[t], shared = sum_lanes(dot) / (float)D * r * r * r;
+        bool add = d->add;
+        for (int i = 0; i < D; i += VL) {
+            int n = lanes_left(i, D);
+            vec dv = load_n(dy + i, n) * r;
+            if (weight) dv = dv * load_n(weight + i, n);
+            dv -= load_n(row + i, n) * shared;
+            store_n(to + i, add ? load_n(to + i, n) + dv : dv, n);
+        }
+    }
+}
+
+static void add_rows(float *out, const float *a, const float *b, int T, int D) {
+#pragma omp for
+    for (int t = 0; t < T; t++)
+        for (int d = 0; d < D; d += VL) {
+            size_t i = (size_t)t * D + d;
+            int n = lanes_left(d, D);
+            store_n(out + i, load_n(a + i, n) + load_n(b + i, n), n);
+        }
+}
+
+static void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
+#pragma omp for
+    for (int block = 0; block < (D + VL - 1) / VL; block++) {
+        int d = block * VL, n = lanes_left(d, D);
+        vec sum = load_n(out + d, n);
+        for (int t = 0; t < T; t++) sum += load_n(x + (size_t)t * ld + d, n);
+        store_n(out + d, sum, n);
+    }
+}
+
+// Float lanes within a block of 4096, blocks in double.
+static double sum_squares(const float *x, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i += 4096) {
+        vec squares = splat(0);
+        for (size_t k = i; k < n && k < i + 4096; k += VL) {
+            vec v = load_n(x + k, n - k < VL ? (int)(n - k) : VL);
+            squares += v * v;
+        }
+        sum += (double)sum_lanes(squares);
+    }
+    return sum;
+}
+
+// Float lanes within a block, blocks in double: a vocabulary of 50,000 loses nothing.
+static double log_sum_exp(const float *logits, int V) {
+    float highest = logits[0];
+    for (int v = 1; v < V; v++) highest = logits[v] > highest ? logits[v] : highest;
+    double sum = 0;
+    for (int block = 0; block < V; block += 64 * VL) {
+        vec part = splat(0);
+        int end = V - block < 64 * VL ? V : block + 64 * VL;
+        int v = block;
+        for (; v + VL <= end; v += VL) part += exp_vec(load(logits + v) - highest);
+        sum += (double)sum_lanes(part);
+        for (; v < end; v++) sum += exp((double)(logits[v] - highest));
+    }
+    return highest + log(sum);
+}
+
+static void cross_entropy(float *losses, float *logits, const int32_t *targets, float weight, int T,
+                          int V) {
+#pragma omp for
+    for (int t = 0; t < T; t++) {
+        float *row = logits + (size_t)t * V;
+        double log_sum = targets[t] < 0 ? 0 : log_sum_exp(row, V);
+        losses[t] = targets[t] < 0 ? 0 : (float)(log_sum - (double)row[targets[t]]);
+        for (int v = 0; v < V; v += VL) {
+            int n = lanes_left(v, V);
+            vec p = exp_vec(load_n(row + v, n) - (float)log_sum);
+            store_n(row + v, targets[t] < 0 ? splat(0) : weight * p, n);
+        }
+        if (targets[t] >= 0) row[targets[t]] -= weight;
+    }
+}
+
+// Prefill and training: rows are whole in memory, so threads share rows.
+static void conv1d_silu_rows(float *u, const LayerState *seq, const Conv *c) {
+    const int L = c->L, E = c->E, K = c->K;
+    const float *conv_t = c->conv_t, *bias = c->bias;
+#pragma omp for
+    for (int row = 0; row < c->B * L; row++) {
+        int b = row / L, t = row % L, e = 0;
+        const float *window = seq[b].window;
+        const float *past = conv_input(c, window, b, t < K - 1 ? 0 : t - K + 1); // the first tap's
+        float *to = u + (size_t)row * E;
+        for (; t >= K - 1 && e + VL <= E; e += VL) { // nearly all of it
+            vec sum = bias ? load(bias + e) : splat(0);
+            for (int k = 0; k < K; k++)
+                sum += load(conv_t + (size_t)k * E + e) * load(past + (size_t)k * 2 * E + e);
+            store(to + e, sum);
+        }
+        for (; e < E; e += VL) {
+            int n = lanes_left(e, E);
+            vec sum = bias ? load_n(bias + e, n) : splat(0);
+            for (int k = 0; k < K; k++)
+                sum += load_n(conv_t + (size_t)k * E + e, n) *
+                       load_n(conv_input(c, window, b, t - K + 1 + k) + e, n);
+            store_n(to + e, sum, n);
+        }
+        // SiLU in a loop of its own: a shorter chain each.
+        for (e = 0; e + VL <= E; e += VL) store(to + e, silu_vec(load(to + e)));
+        if (e < E) store_n(to + e, silu_vec(load_n(to + e, E - e)), E - e);
+    }
+    conv_shift(seq, c);
+}
+
+// One token of one sequence, n channels from e: the window moves on in the same pass.
+INLINE void conv1d_silu_lanes(float *u, float *window, const float *x, const Conv *c, int e,
+                              int n) {
+    const int E = c->E, K = c->K;
+    vec now = load_n(x + e, n), sum = now * load_n(c->conv_t + (size_t)(K - 1) * E + e, n);
+    if (c->bias) sum += load_n(c->bias + e, n);
+    for (int k = 0; k < K - 1; k++) {
+        vec past = load_n(window + (size_t)k * E + e, n);
+        sum += load_n(c->conv_t + (size_t)k * E + e, n) * past;
+        if (k) store_n(window + (size_t)(k - 1) * E + e, past, n);
+    }
+    if (K > 1) store_n(window + (size_t)(K - 2) * E + e, now, n);
+    store_n(u + e, silu_vec(sum), n);
+}
+
+static void conv1d_silu(float *u, const LayerState *seq, const Conv *c) {
+    if (c->L > 1) {
+        conv1d_silu_rows(u, seq, c);
+        return;
+    }
+    const int E = c->E, blocks = (E + STEP_LANES - 1) / STEP_LANES;
+#pragma omp for
+    for (int task = 0; task < c->B * blocks; task++) {
+        int b = task / blocks, e0 = task % blocks * STEP_LANES;
+        for (int e = e0; e < E && e < e0 + STEP_LANES; e += VL)
+            conv1d_silu_lanes(u + (size_t)b * E, seq[b].window, c->xz + (size_t)b * 2 * E, c, e,
+                              lanes_left(e, E));
+    }
+}
+
+// One sequence, n channels from e.
+INLINE void conv1d_silu_backward_lanes(const ConvGrad *d, const float *d_u, const float *window,
+                                       const Conv *c, int b, int e, int n) {
+    const int L = c->L, E = c->E, K = c->K;
+    const float *conv_t = c->conv_t;
+    size_t row = (size_t)b * L;
+    float *d_c = d->d_c;
+    vec d_b = splat(0);
+    for (int t = 0; t < L; t++) {
+        vec sum = c->bias ? load_n(c->bias + e, n) : splat(0);
+        for (int k = 0; k < K; k++)
+            sum += load_n(conv_t + (size_t)k * E + e, n) *
+                   load_n(conv_input(c, window, b, t - K + 1 + k) + e, n);
+        vec s = 1.0f / (1.0f + exp_vec(-sum));
+        vec dc = load_n(d_u + (row + t) * E + e, n) * s * (1.0f + sum * (1.0f - s));
+        store_n(d_c + (size_t)t * E + e, dc, n);
+        d_b += dc;
+    }
+    if (c->bias) store_n(d->d_bias + e, load_n(d->d_bias + e, n) + d_b, n);
+    for (int k = 0; k < K; k++) {
+        float lane[VL];
+        vec sum = splat(0);
+        for (int t = 0; t < L; t++)
+            sum += load_n(d_c + (size_t)t * E + e, n) *
+                   load_n(conv_input(c, window, b, t - K + 1 + k) + e, n);
+        store(lane, sum);
+        for (int i = 0; i < n; i++) d->d_conv[(size_t)(e + i) * K + k] += lane[i];
+    }
+    float *d_window = d->d_window + (size_t)b * (K - 1) * E;
+    for (int t = 1 - K; t < L; t++) { // inputs before t = 0 are the window's
+        vec dx = splat(0);
+        for (int k = K - 1; k >= 0; k--) {
+            int later = t + K - 1 - k;
+            if (later >= 0 && later < L)
+                dx +=
+                    load_n(conv_t + (size_t)k * E + e, n) * load_n(d_c + (size_t)later * E + e, n);
+        }
+        if (t >= 0) store_n(d->d_xz + (row + t) * 2 * E + e, dx, n);
+        else store_n(d_window + (size_t)(K - 1 + t) * E + e, dx, n);
+    }
+}
+
+static void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const float *window,
+                                 const Conv *c) {
+    const int E = c->E;
+#pragma omp for
+    for (int block = 0; block < (E + VL - 1) / VL; block++)
+        for (int b = 0; b < c->B; b++)
+            conv1d_silu_backward_lanes(d, d_u, window + (size_t)b * (c->K - 1) * E, c, b,
+                                       block * VL, lanes_left(block * VL, E));
+}
+
+// --- element by element
+
+INLINE void softplus_lanes(float *p, const float *dt_bias, int n) {
+    store_n(p, softplus_vec(load_n(p, n) + load_n(dt_bias, n)), n);
+}
+
+// Whole vectors apart from the rest: a test of n in each load doubles the time.
+INLINE void softplus_channels(float *delta, const float *dt_bias, int e, int end) {
+    for (; e + VL <= end; e += VL) softplus_lanes(delta + e, dt_bias + e, VL);
+    if (e < end) softplus_lanes(delta + e, dt_bias + e, end - e);
+}
+
+// In a step, softplus, scan and gate have the same tasks, and a static schedule gives the same ones
+// to the same thread: no thread waits for another between them.
+static void softplus_bias(float *delta, const float *dt_bias, Rows rows, int E) {
+    const int blocks = (E + STEP_LANES - 1) / STEP_LANES;
+    if (rows.step) {
+#pragma omp for schedule(static) nowait
+        for (int task = 0; task < rows.T * blocks; task++) {
+            int e = task % blocks * STEP_LANES, end = E - e < STEP_LANES ? E : e + STEP_LANES;
+            softplus_channels(delta + (size_t)(task / blocks) * E, dt_bias, e, end);
+        }
+    } else {
+#pragma omp for
+        for (int t = 0; t < rows.T; t++) softplus_channels(delta + (size_t)t * E, dt_bias, 0, E);
+    }
+}
+
+static void softplus_backward(float *d_delta, const float *delta, int T, int E) {
+#pragma omp for
+    for (int t = 0; t < T; t++)
+        for (int e = 0; e < E; e += VL) {
+            int n = lanes_left(e, E);
+            float *p = d_delta + (size_t)t * E + e;
+            vec delta_te = load_n(delta + (size_t)t * E + e, n);
+            store_n(p, load_n(p, n) * one_minus_exp_minus(delta_te), n);
+        }
+}
+
+INLINE void gate_lanes(float *g, const float *y, const float *z, int n) {
+    store_n(g, load_n(y, n) * silu_vec(load_n(z, n)), n);
+}
+
+INLINE void gate_channels(float *g, const float *y, const float *z, int e, int end) {
+    for (; e + VL <= end; e += VL) gate_lanes(g + e, y + e, z + e, VL);
+    if (e < end) gate_lanes(g + e, y + e, z + e, end - e);
+}
+
+static void gate(float *g, const float *y, const float *xz, Rows rows, int E) {
+    const int blocks = (E + STEP_LANES - 1) / STEP_LANES;
+    if (rows.step) {
+#pragma omp for schedule(static)
+        for (int task = 0; task < rows.T * blocks; task++) {
+            size_t t = (size_t)(task / blocks);
+            int e = task % blocks * STEP_LANES, end = E - e < STEP_LANES ? E : e + STEP_LANES;
+            gate_channels(g + t * E, y + t * E, xz + (t * 2 + 1) * E, e, end);
+        }
+    } else {
+#pragma omp for
+        for (int row = 0; row < rows.T; row++) {
+            size_t t = (size_t)row;
+            gate_channels(g + t * E, y + t * E, xz + (t * 2 + 1) * E, 0, E);
+        }
+    }
+}
+
+static void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g, const float *y,
+                          const float *xz, int T, int E) {
+#pragma omp for
+    for (int t = 0; t < T; t++)
+        for (int e = 0; e < E; e += VL) {
+            int n = lanes_left(e, E);
+            size_t te = (size_t)t * E + e, at_z = ((size_t)t * 2 + 1) * E + e;
+            vec z = load_n(xz + at_z, n), s = 1.0f / (1.0f + exp_vec(-z));
+            vec dg = load_n(d_g + te, n), yt = load_n(y + te, n);
+            store_n(d_xz + at_z, dg * yt * s * (1.0f + z * (1.0f - s)), n);
+            store_n(g + te, yt * z * s, n);
+            store_n(d_y + te, dg * z * s, n);
+        }
+}

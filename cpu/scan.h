@@ -1,0 +1,135 @@
+// The recurrence for VL channels side by side: the loop where a scan spends its time. h, A in
+// registers or L1. y NULL: only the states; elapsed, unless NULL, gets the sum of delta.
+#define LOG2_E 1.44269504f
+INLINE void recurrence_lanes(float *y, float *h_at, float *elapsed, const Scan *s, int e, int row0,
+                             int row1) {
+    const int E = s->E, N = s->N, lanes = lanes_left(e, E);
+    const size_t ld_bc = s->ld_bc;
+    const float *u = s->u + e, *delta = s->delta + e, *A_neg = s->A_neg + e;
+    const float *B_ssm = s->B_ssm, *C_ssm = s->C_ssm;
+    vec h[N_MAX], A[N_MAX];
+    vec skip = load_n(s->D_skip + e, lanes), sum_delta = splat(0), steepest = splat(0);
+    for (int n = 0; n < N; n++) {
+        h[n] = load_n(h_at + (size_t)n * E + e, lanes);
+        A[n] = load_n(A_neg + (size_t)n * E, lanes) * LOG2_E;
+        steepest = choose(MASK(A[n] < steepest), A[n], steepest);
+    }
+    for (int t = row0; t < row1; t++) {
+        vec dt = load_n(delta + (size_t)t * E, lanes), ut = load_n(u + (size_t)t * E, lanes);
+        vec dt_u = dt * ut, sum = skip * ut;
+        const float *B = B_ssm + t * ld_bc, *C = C_ssm + t * ld_bc;
+        if (any_lane(~MASK(dt * steepest >= -126.0f))) // a NaN too
+            for (int n = 0; n < N; n++) {
+                h[n] = exp2_negative(at_least(dt * A[n], -126.0f)) * h[n] + dt_u * B[n];
+                sum += h[n] * C[n];
+            }
+        else
+            for (int n = 0; n < N; n++) {
+                h[n] = exp2_negative(dt * A[n]) * h[n] + dt_u * B[n];
+                sum += h[n] * C[n];
+            }
+        if (y) store_n(y + (size_t)t * E + e, sum, lanes);
+        else sum_delta += dt;
+    }
+    for (int n = 0; n < N; n++) store_n(h_at + (size_t)n * E + e, h[n], lanes);
+    if (elapsed) store_n(elapsed + e, sum_delta, lanes);
+}
+
+// One token, where h and A_neg come from memory: states outside, channels inside, so that both are
+// read in runs; the next run is fetched ahead, for h has left the caches since the last token.
+INLINE void recurrence_step(float *y, float *h, const Scan *s, int e0, int e1, int row) {
+    enum { RUN = 8 * VL };
+    const int E = s->E, N = s->N;
+    const float *u = s->u + (size_t)row * E, *delta = s->delta + (size_t)row * E;
+    const float *A_neg = s->A_neg, *D_skip = s->D_skip;
+    const float *B = s->B_ssm + row * s->ld_bc, *C = s->C_ssm + row * s->ld_bc;
+    for (int r0 = e0; r0 < e1; r0 += RUN) {
+        int r1 = e1 - r0 < RUN ? e1 : r0 + RUN;
+        vec sum[8];
+        for (int e = r0, k = 0; e < r1; e += VL, k++)
+            sum[k] = load_n(D_skip + e, lanes_left(e, E)) * load_n(u + e, lanes_left(e, E));
+        for (int n = 0; n < N; n++)
+            for (int e = r0, k = 0; e < r1; e += VL, k++) {
+                int lanes = lanes_left(e, E);
+                float *state = h + (size_t)n * E + e;
+                PREFETCH(state, RUN * sizeof(float));
+                PREFETCH(A_neg + (size_t)n * E + e, RUN * sizeof(float));
+                vec dt = load_n(delta + e, lanes);
+                vec A = load_n(A_neg + (size_t)n * E + e, lanes) * LOG2_E;
+                vec decay = exp2_negative(at_least(dt * A, -126.0f));
+                vec now = decay * load_n(state, lanes) + dt * load_n(u + e, lanes) * B[n];
+                store_n(state, now, lanes);
+                sum[k] += now * C[n];
+            }
+        for (int e = r0, k = 0; e < r1 && y; e += VL, k++)
+            store_n(y + (size_t)row * E + e, sum[k], lanes_left(e, E));
+    }
+}
+
+static void recurrence(float *y, float *h, float *elapsed, const Scan *s, int e0, int e1, int row0,
+                       int row1) {
+    if (row1 - row0 == 1 && !elapsed) recurrence_step(y, h, s, e0, e1, row0);
+    else if (y) // called twice, so that the compiler leaves y out of the second
+        for (int e = e0; e < e1; e += VL) recurrence_lanes(y, h, NULL, s, e, row0, row1);
+    else
+        for (int e = e0; e < e1; e += VL) recurrence_lanes(NULL, h, elapsed, s, e, row0, row1);
+}
+
+static void recurrence_again(float *h, float *decay, const float *before, const ScanBlock *k,
+                             const Scan *s, size_t row) {
+    const int N = s->N, width = k->width, sets = (width + VL - 1) / VL;
+    const float *A = k->A, *B = s->B_ssm + row * s->ld_bc;
+    const float *u = s->u + row * s->E + k->e0, *delta = s->delta + row * s->E + k->e0;
+    vec dt[SCAN_SETS], dt_u[SCAN_SETS];
+    for (int i = 0; i < sets; i++) {
+        dt[i] = load_n(delta + i * VL, lanes_left(i * VL, width));
+        dt_u[i] = dt[i] * load_n(u + i * VL, lanes_left(i * VL, width));
+    }
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < sets; i++) {
+            size_t at = (size_t)n * SCAN_WIDTH + i * VL;
+            vec a = exp_vec(dt[i] * load(A + at));
+            if (decay) store(decay + at, a);
+            store(h + at, a * load(before + at) + dt_u[i] * B[n]);
+        }
+}
+
+static void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float *d_y, const Scan *s,
+                                size_t row, const float *h, const float *decay,
+                                const float *before) {
+    const int N = s->N, width = k->width, sets = (width + VL - 1) / VL;
+    const size_t first = row * s->E + k->e0;
+    const float *A = k->A, *B = s->B_ssm + row * s->ld_bc, *C = s->C_ssm + row * s->ld_bc;
+    float *g = k->g, *d_A = k->d_A, *part = k->parts + row * 2 * N;
+    float *d_u = d->d_u + first, *d_delta = d->d_delta + first;
+    vec dy[SCAN_SETS], dt[SCAN_SETS], ut[SCAN_SETS], d_ut[SCAN_SETS], d_dt[SCAN_SETS];
+    for (int i = 0; i < sets; i++) {
+        int e = i * VL, lanes = lanes_left(e, width);
+        dy[i] = load_n(d_y + first + e, lanes);
+        dt[i] = load_n(s->delta + first + e, lanes);
+        ut[i] = load_n(s->u + first + e, lanes);
+        d_ut[i] = load_n(s->D_skip + k->e0 + e, lanes) * dy[i];
+        d_dt[i] = splat(0);
+        store(k->d_D + e, load(k->d_D + e) + dy[i] * ut[i]);
+    }
+    for (int n = 0; n < N; n++) {
+        vec d_B = splat(0), d_C = splat(0);
+        for (int i = 0; i < sets; i++) {
+            size_t at = (size_t)n * SCAN_WIDTH + i * VL;
+            vec gt = load(g + at) + dy[i] * C[n], a = load(decay + at);
+            vec d_dtA = gt * a * load(before + at), gu = gt * ut[i];
+            d_C += dy[i] * load(h + at);
+            d_B += gu * dt[i];
+            d_dt[i] += d_dtA * load(A + at) + gu * B[n];
+            d_ut[i] += gt * dt[i] * B[n];
+            store(d_A + at, load(d_A + at) + d_dtA * dt[i]);
+            store(g + at, gt * a);
+        }
+        part[n] = sum_lanes(d_B);
+        part[N + n] = sum_lanes(d_C);
+    }
+    for (int i = 0; i < sets; i++) {
+        store_n(d_u + i * VL, d_ut[i], lanes_left(i * VL, width));
+        store_n(d_delta + i * VL, d_dt[i], lanes_left(i * VL, width));
+    }
+}

@@ -1,0 +1,288 @@
+// ---------------------------------------------------------------------------------------------------------------------
+// 2 Vectors: VL floats at a time
+// gcc's and clang's vector extensions, on processors known to have vectors: ordinary arithmetic on
+// VL lanes. Elsewhere VL = 1, where `vec` is a float and the same lines are plain C. Accuracy,
+// checked in test_all.c: exp 1.5 ulp for x in [-86, 88], softplus and silu 3 ulp where the answer
+// is above 1e-37; below that they stop at about that size. A NaN stays NaN.
+
+#ifndef VL // -DVL=1, 4, 8 or 16 chooses for the tests; 1 works everywhere
+#if !defined(__GNUC__)
+#define VL 1
+#elif defined(__AVX512F__)
+#define VL 16
+#elif defined(__AVX__)
+#define VL 8
+#elif defined(__SSE2__) || defined(__ARM_NEON) || defined(__VSX__) || defined(__riscv_vector)
+#define VL 4
+#else
+#define VL 1
+#endif
+#endif
+// exp_vec rounds by adding a large float: sums must be rounded to float, not kept wider.
+#if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
+#error "float sums are kept in a wider format; on 32-bit x86 add -msse2 -mfpmath=sse"
+#endif
+
+#if VL > 1
+typedef float vec __attribute__((vector_size(4 * VL)));
+typedef float vec4 __attribute__((vector_size(16)));
+typedef int32_t ivec __attribute__((vector_size(4 * VL)));
+typedef uint32_t uvec __attribute__((vector_size(4 * VL)));
+typedef uint16_t hvec __attribute__((vector_size(2 * VL)));
+#define LANES_OF(type, v) __builtin_convertvector(v, type)
+// 0 or -1 in each lane
+#define MASK(condition) ((ivec)(condition))
+// The order in which load_halves puts a zero before each half, where the compiler is gcc; every
+// second of 2 VL lanes.
+#if __GNUC__ >= 12 && !defined(__clang__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#if VL == 16
+#define HALVES_ORDER \
+    16, 0, 16, 1, 16, 2, 16, 3, 16, 4, 16, 5, 16, 6, 16, 7, 16, 8, 16, 9, 16, 10, 16, 11, 16, 12, \
+        16, 13, 16, 14, 16, 15
+#elif VL == 8
+#define HALVES_ORDER 8, 0, 8, 1, 8, 2, 8, 3, 8, 4, 8, 5, 8, 6, 8, 7
+#else
+#define HALVES_ORDER 4, 0, 4, 1, 4, 2, 4, 3
+#endif
+#endif
+#if VL == 16
+#define EVERY_SECOND(c) \
+    c, 2 + c, 4 + c, 6 + c, 8 + c, 10 + c, 12 + c, 14 + c, 16 + c, 18 + c, 20 + c, 22 + c, 24 + c, \
+        26 + c, 28 + c, 30 + c
+#elif VL == 8
+#define EVERY_SECOND(c) c, 2 + c, 4 + c, 6 + c, 8 + c, 10 + c, 12 + c, 14 + c
+#else
+#define EVERY_SECOND(c) c, 2 + c, 4 + c, 6 + c
+#endif
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+#else
+typedef float vec;
+typedef int32_t ivec;
+typedef uint32_t uvec;
+typedef uint16_t hvec;
+#define LANES_OF(type, v) ((type)(v))
+#define MASK(condition) (-(ivec)(condition))
+#endif
+#define PAIR (2 * VL)                                // what the product of few rows takes at a time
+enum { SCAN_SETS = 4, SCAN_WIDTH = SCAN_SETS * VL }; // channels of a task of the backward scan
+
+#if defined(__has_builtin) // gcc from 12, clang
+#if __has_builtin(__builtin_shufflevector)
+#define HAS_SHUFFLE 1
+#endif
+#endif
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#define PREFETCH(p, ahead) __builtin_prefetch((const void *)((uintptr_t)(p) + (ahead)))
+#if defined(__clang__)
+#define APART __attribute__((noinline)) // one piece of machine code, wherever it is called from
+#else
+#define APART __attribute__((noinline, noclone))
+#endif
+#else
+#define APART
+#define INLINE static inline
+#define PREFETCH(p, ahead) ((void)0)
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define UNROLLED_FOR(...) \
+    _Pragma("GCC unroll 16") for (__VA_ARGS__) // at -O2 too; clang does it of itself
+#else
+#define UNROLLED_FOR(...) for (__VA_ARGS__)
+#endif
+
+INLINE vec splat(float x) { return x - (vec){0}; }
+INLINE vec load(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+// The first n lanes; the others are zero, or are left as they were in memory. What is seldom taken
+// stands apart.
+APART static vec load_part(const float *p, int n) {
+    vec v = splat(0);
+    memcpy(&v, p, (size_t)n * sizeof(float));
+    return v;
+}
+APART static void store_part(float *p, vec v, int n) { memcpy(p, &v, (size_t)n * sizeof(float)); }
+INLINE vec load_n(const float *p, int n) { return n == VL ? load(p) : load_part(p, n); }
+INLINE void store_n(float *p, vec v, int n) {
+    if (n == VL) store(p, v);
+    else store_part(p, v, n);
+}
+#if VL > 1
+INLINE vec4 fold_lanes(vec v) {
+    vec4 part[VL / 4];
+    memcpy(part, &v, sizeof v);
+    for (int half = VL / 8; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] += part[i + half];
+    return part[0];
+}
+#endif
+INLINE float sum_lanes(vec v) {
+#if VL > 1
+    vec4 p = fold_lanes(v);
+    return (p[0] + p[2]) + (p[1] + p[3]);
+#else
+    return v;
+#endif
+}
+// to (4,4), rows ldt apart = from (4,4)^T, rows ldf apart. As vectors: element by element, packing
+// took a fifth of prefill.
+INLINE void transpose4(float *to, size_t ldt, const float *from, size_t ldf) {
+#if VL > 1 && defined(HAS_SHUFFLE)
+    vec4 row[4], pair[4];
+    for (int i = 0; i < 4; i++) memcpy(&row[i], from + i * ldf, sizeof row[i]);
+    for (int i = 0; i < 2; i++) {
+        pair[2 * i] = __builtin_shufflevector(row[i], row[i + 2], 0, 4, 1, 5);
+        pair[2 * i + 1] = __builtin_shufflevector(row[i], row[i + 2], 2, 6, 3, 7);
+    }
+    for (int i = 0; i < 2; i++) {
+        row[2 * i] = __builtin_shufflevector(pair[i], pair[i + 2], 0, 4, 1, 5);
+        row[2 * i + 1] = __builtin_shufflevector(pair[i], pair[i + 2], 2, 6, 3, 7);
+    }
+    for (int i = 0; i < 4; i++) memcpy(to + i * ldt, &row[i], sizeof row[i]);
+#else
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++) to[i * ldt + j] = from[j * ldf + i];
+#endif
+}
+
+// to[i] = sum_lanes(v[i * apart]) (+ bias[i]) for four vectors, in one store: one by one they took
+// a tenth of a step of 8 sequences.
+INLINE void sum_lanes4(float *to, const vec *v, int apart, const float *bias) {
+#if VL > 1
+    vec4 p[4], b = {0};
+    float lanes[16], across[16];
+    for (int i = 0; i < 4; i++) p[i] = fold_lanes(v[i * apart]);
+    memcpy(lanes, p, sizeof p);
+    transpose4(across, 4, lanes, 4);
+    memcpy(p, across, sizeof p);
+    if (bias) memcpy(&b, bias, sizeof b);
+    p[0] = (p[0] + p[2]) + (p[1] + p[3]) + b;
+    memcpy(to, p, sizeof p[0]);
+#else
+    for (int i = 0; i < 4; i++) to[i] = v[i * apart] + (bias ? bias[i] : 0);
+#endif
+}
+INLINE ivec as_int(vec v) {
+    ivec bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits;
+}
+INLINE vec as_float(ivec bits) {
+    vec v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+INLINE vec choose(ivec mask, vec yes, vec no) {
+    return as_float((as_int(yes) & mask) | (as_int(no) & ~mask));
+}
+INLINE vec at_least(vec x, float lowest) { return choose(MASK(x < lowest), splat(lowest), x); }
+// p[c], p[c + 2], p[c + 4] ... with c 0 or 1.
+INLINE vec every_second(const float *p, int c) {
+#if VL > 1
+    vec a = load(p), b = load(p + VL);
+    return c ? SHUFFLE(a, b, EVERY_SECOND(1)) : SHUFFLE(a, b, EVERY_SECOND(0));
+#else
+    return p[c];
+#endif
+}
+INLINE int lanes_left(int e, int E) { return E - e < VL ? E - e : VL; }
+
+// e^x = 2^n e^r, |r| <= ln2/2. Below -86 the answer is e^-86 (4e-38), above 88 e^88, so that 2^n
+// stays a normal float. Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low
+// bits, ready to be moved to the exponent.
+INLINE vec exp_vec(vec x) {
+    x = choose(MASK(x < -86.0f), splat(-86.0f), choose(MASK(x > 88.0f), splat(88.0f), x));
+    vec n = x * 1.44269504f + 12582912.0f;
+    ivec exponent = (ivec)((uvec)as_int(n) << 23);
+    n = n - 12582912.0f;
+    vec r =
+        x - n * 0.693145752f - n * 1.42860677e-6f; // ln2 in two parts: the first product is exact
+    vec p = 0.0083687101f + r * 0.00138146128f; // minimax on [-ln2/2, ln2/2], relative error 3e-9
+    p = 0.0416683890f + r * p;
+    p = 0.166665211f + r * p;
+    p = 0.499999940f + r * p;
+    p = 1.0f + (r + r * r * p);
+    return as_float((ivec)((uvec)as_int(p) + (uvec)exponent));
+}
+
+// 2^x for -126 <= x <= 0, relative error 2e-7, unchecked: half the work of exp_vec, for the scan,
+// which takes E N of them a token. Exactly 1 at 0, and 1 - 2^x right to 3e-7 near it: that is how
+// long a state remembers.
+INLINE vec exp2_negative(vec x) {
+    vec n = x + 12582912.0f, r = x - (n - 12582912.0f);
+    vec p = 0.00967151299f + r * 0.00132647273f; // minimax on [-1/2, 1/2]
+    p = 0.0555073359f + r * p;
+    p = 0.240222424f + r * p;
+    p = 0.693147004f + r * p;
+    return as_float((ivec)((uvec)as_int(1.0f + r * p) + ((uvec)as_int(n) << 23)));
+}
+
+// Whether the condition, a MASK, holds in any lane.
+INLINE bool any_lane(ivec mask) {
+    int32_t lane[VL], any = 0;
+    memcpy(lane, &mask, sizeof mask);
+    for (int i = 0; i < VL; i++) any |= lane[i];
+    return any != 0;
+}
+
+INLINE vec silu_vec(vec x) { return x / (1.0f + exp_vec(-x)); }
+
+// softplus(x) = log(1 + e^x) = max(x, 0) + log1p(e^-|x|), which never overflows. log1p(e) = 2
+// atanh(e / (2 + e)) keeps full relative accuracy where e is tiny, and that is where a trained
+// delta lives (0.001 to 0.1).
+INLINE vec softplus_vec(vec x) {
+    vec e = exp_vec(as_float(as_int(x) | INT32_MIN));
+    vec s = e / (2.0f + e), z = s * s;
+    vec p = 0.28001806f + z * 0.28011987f; // minimax for z in [0, 1/9], relative error 4e-9
+    p = 0.400215268f + z * p;
+    p = 0.666664183f + z * p;
+    vec log1p = s * 2.0f + s * (z * p);
+    return choose(MASK(x > 0.0f), x, splat(0)) + log1p;
+}
+
+// 1 - e^-x for x >= 0, the derivative of softplus where softplus is x. Below 1/4 by its series: the
+// difference would cancel.
+INLINE vec one_minus_exp_minus(vec x) {
+    vec series =
+        x *
+        (1.0f - x * (0.5f - x * (0.166666667f -
+                                 x * (0.0416666667f - x * (0.00833333333f - x * 0.00138888889f)))));
+    return choose(MASK(x < 0.25f), series, 1.0f - exp_vec(-x));
+}
+
+// --- storage types: VL weights to float32. A new type adds its reader and a line in TYPE_KERNELS;
+// nothing else changes.
+
+INLINE vec read_f32(const float *p) { return load(p); }
+// VL halves, each as the upper half of 32 bits, the lower one 0.
+INLINE uvec load_halves(const half *p) {
+    hvec bits;
+    memcpy(&bits, p, sizeof bits);
+#ifdef HALVES_ORDER // gcc converts by taking the vector apart and together again: decoding bf16
+                    // gained 15% by this
+    return (uvec)__builtin_shufflevector(bits, (hvec){0}, HALVES_ORDER);
+#else
+    return LANES_OF(uvec, bits) << 16;
+#endif
+}
+INLINE vec from_bf16(uvec wide) {
+    return as_float((ivec)wide);
+} // a bf16 is the upper half of a float32
+// f16: put exponent and mantissa where float32 has them, then multiply by 2^(127-15), which mends
+// the exponent's bias and makes subnormals come out exact. Infinities do not occur: export.py
+// refuses weights beyond f16's range.
+INLINE vec from_f16(uvec wide) {
+    vec magnitude = as_float((ivec)((wide & 0x7FFF0000u) >> 3)) * 0x1p112f;
+    return as_float(as_int(magnitude) | (ivec)(wide & 0x80000000u));
+}
+INLINE vec read_bf16(const half *p) { return from_bf16(load_halves(p)); }
+INLINE vec read_f16(const half *p) { return from_f16(load_halves(p)); }
