@@ -122,8 +122,8 @@ static float *copy_floats(const float *x, size_t n) {
 }
 
 // The path of a temporary file, in a folder of this run: two runs at once do not share files. The
-// folder goes when the program ends. Each name has one buffer, so that two paths can be used at
-// once.
+// folder goes when the program ends. It lies in memory where that is possible: thousands of damaged
+// files take a minute on a disk. Each name has a buffer of its own, so two paths can be in use.
 static char scratch_folder[256];
 static char scratch_files[8][288];
 
@@ -132,14 +132,20 @@ static void scratch_remove(void) {
     remove(scratch_folder);
 }
 
-static const char *scratch(const char *name) {
-    if (!*scratch_folder) {
-        const char *tmp = getenv("TMPDIR");
-        snprintf(scratch_folder, sizeof scratch_folder, "%s/mamba-test-XXXXXX",
-                 tmp && *tmp ? tmp : "/tmp");
-        if (!mkdtemp(scratch_folder)) give_up(scratch_folder, strerror(errno));
+static void scratch_open(void) {
+    const char *parents[] = {getenv("TMPDIR"), "/dev/shm", "/tmp", "tests"};
+    for (int i = 0; i < COUNT(parents); i++) {
+        if (!parents[i] || !*parents[i]) continue;
+        snprintf(scratch_folder, sizeof scratch_folder, "%s/mamba-test-XXXXXX", parents[i]);
+        if (!mkdtemp(scratch_folder)) continue;
         atexit(scratch_remove);
+        return;
     }
+    give_up("no folder for temporary files", strerror(errno));
+}
+
+static const char *scratch(const char *name) {
+    if (!*scratch_files[0]) scratch_open();
     char path[288];
     snprintf(path, sizeof path, "%s/%s", scratch_folder, name);
     int i = 0;
