@@ -4,34 +4,50 @@
 CC       ?= cc
 CFLAGS   ?= -O3
 WARNINGS  = -Wall -Wextra
-# -ffp-contract=fast lets a*b+c be one fused instruction, -fno-math-errno a square root. -ffast-math stays out: with it a
-# NaN passes every check.
-FLAGS     = -std=gnu11 $(CFLAGS) $(WARNINGS) -ffp-contract=fast -fno-math-errno $(ARCH) $(OPENMP)
+# -ffp-contract=fast: a*b+c may be one fused instruction. -fno-math-errno: sqrtf is one instruction.
+# -ffast-math is not used: with it a NaN passes every check.
+FLAGS     = -std=gnu11 $(CFLAGS) $(WARNINGS) -ffp-contract=fast -fno-math-errno $(ARCH) $(OPENMP) \
+            $(WIDTH)
 # The files that mamba.c includes lie beside it and in folders.
 FOLDERS   = $(wildcard cpu files cli)
 SOURCES   = mamba.c tokenizer.c $(wildcard $(FOLDERS:=/*))
+TESTS     = test_all.c $(wildcard tests/*.h)
 
-# try FLAGS: the flags if a program that includes <HEADER> compiles and links with them, else nothing
-try = $(shell printf '\043include <$(2)>\nint main(void) { return 0; }\n' | \
-        $(CC) $(1) -Werror -x c - -o /dev/null >/dev/null 2>&1 && echo '$(1)')
+# VL=1 on the command line: vectors of one float, as on a processor without vector instructions.
+WIDTH     = $(if $(VL),-DVL=$(VL))
 
+# $(call try,FLAGS,PROGRAM): the flags, if the compiler takes them and the program runs; else
+# nothing. The program is linked to a scratch file, never to /dev/null: some compilers replace the
+# file named by -o, and as root they would replace the device.
+try = $(shell dir=$$(mktemp -d) && printf '$(2)' > $$dir/try.c && \
+        $(CC) $(1) -Werror $$dir/try.c -o $$dir/try > $$dir/log 2>&1 && \
+        { [ -n '$(CROSS)' ] || $$dir/try > $$dir/log 2>&1; } && echo '$(or $(1),yes)'; \
+        rm -rf "$$dir")
+ANY_PROGRAM = \043include <stdio.h>\nint main(void) { return 0; }\n
+OPENMP_PROGRAM = \043include <omp.h>\n\043ifndef _OPENMP\n\043error no OpenMP\n\043endif\n\
+int main(void) {\n    int threads = 0;\n\043pragma omp parallel reduction(+ : threads)\n\
+    threads += omp_get_num_threads() > 0;\n    return threads < 1;\n}\n
+
+# A cross compiler: this machine cannot run what it builds, so linking must do.
+CROSS  :=
+CROSS  := $(if $(call try,,$(ANY_PROGRAM)),,yes)
 # The processor's own instructions; `make portable`, or ARCH= on the command line, leaves them out.
-ARCH   := $(call try,-march=native,stdio.h)
+ARCH   := $(call try,-march=native,$(ANY_PROGRAM))
 ifeq ($(ARCH),)
-ARCH   := $(call try,-mcpu=native,stdio.h)
+ARCH   := $(call try,-mcpu=native,$(ANY_PROGRAM))
 endif
 # Threads; OPENMP= on the command line builds without.
-OPENMP := $(call try,-fopenmp,omp.h)
+OPENMP := $(call try,-fopenmp,$(OPENMP_PROGRAM))
 ifeq ($(OPENMP),)
-OPENMP := $(call try,-Xpreprocessor -fopenmp -lomp,omp.h)
+OPENMP := $(call try,-Xpreprocessor -fopenmp -lomp,$(OPENMP_PROGRAM))
 endif
-
-# Without OpenMP its pragmas mean nothing, which is as it should be.
+# Without OpenMP its pragmas mean nothing, as they should.
 ifeq ($(OPENMP),)
 WARNINGS += -Wno-unknown-pragmas
 endif
 
-.PHONY: all cuda test-cuda run test test-all test-export debug portable bench clean help findings
+.PHONY: all cuda test-cuda run test test-all test-export debug plain single lint portable bench \
+        clean help findings
 
 all: findings mamba          ## build ./mamba
 
@@ -39,50 +55,62 @@ findings:
 	@echo "compiler     $(CC)"
 	@echo "processor    $(if $(ARCH),$(ARCH),any (no processor-specific instructions))"
 	@echo "threads      $(if $(OPENMP),$(OPENMP),none: no OpenMP found)"
-	@echo "GPU          $(if $(CUDA),mamba_cuda.cu for $(CUDA_ARCH),not in this build (make cuda))"
+	@echo "GPU          $(if $(CUDA),mamba_cuda.cu for $(CUDA_CODE),not in this build (make cuda))"
 
-# The GPU backend, CUDA=1 (`make cuda`): mamba_cuda.cu by nvcc, for this machine's GPU or CUDA_ARCH=sm_80, sm_90 ... sm_90 is built
-# as sm_90a, which alone has wgmma: steps of several sequences are up to twice as fast by it.
+# The GPU backend, CUDA=1 (`make cuda`): nvcc compiles mamba_cuda.cu for this machine's GPU, or for
+# CUDA_ARCH=sm_80, sm_90 ... sm_90 is built as sm_90a, the only form that has wgmma: with it, steps
+# of several sequences are up to twice as fast.
 NVCC ?= nvcc
 ifneq ($(CUDA),)
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v $(NVCC) 2>/dev/null)))
 ifeq ($(CUDA_HOME),)
 $(error no nvcc found: the GPU backend needs the CUDA toolkit; plain `make` builds without)
 endif
-CUDA_ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | sed -n 's/^\([0-9]*\)\.\([0-9]*\)$$/sm_\1\2/p')
+CUDA_ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+               head -1 | sed -n 's/^\([0-9]*\)\.\([0-9]*\)$$/sm_\1\2/p')
 ifeq ($(CUDA_ARCH),)
 $(error no GPU found to build for: name one, for example `make cuda CUDA_ARCH=sm_90`)
 endif
+CUDA_CODE  = $(CUDA_ARCH:sm_90=sm_90a)
+# nvcc compiles on all cores where it can: --threads=0 --split-compile=0.
+NVCC_CORES := $(shell $(NVCC) --help 2>/dev/null | \
+                sed -nE 's/^(--threads|--split-compile) .*/\1=0/p')
 GPU_OBJECT = mamba_cuda.o
 GPU_FLAGS  = -DMAMBA_CUDA
-GPU_LIBS   = $(GPU_OBJECT) -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcublas -lcudart -lstdc++
+GPU_LIBS   = $(GPU_OBJECT) -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 \
+             -lcublasLt -lcublas -lcudart -lstdc++
+# The tests must know which form of the kernels the build has; the card alone does not tell.
+TEST_FLAGS = -DCUDA_CODE='"$(CUDA_CODE)"'
 endif
 
 # .flags changes whenever the compiler or a flag does, so that `make portable` after `make` rebuilds.
+BUILD = $(CC) $(FLAGS) $(GPU_FLAGS) $(CUDA_ARCH)
 .flags: FORCE
-	@echo '$(CC) $(FLAGS) $(GPU_FLAGS) $(CUDA_ARCH)' | cmp -s - $@ || echo '$(CC) $(FLAGS) $(GPU_FLAGS) $(CUDA_ARCH)' > $@
+	@echo '$(BUILD)' | cmp -s - $@ || echo '$(BUILD)' > $@
 FORCE:
 
 mamba: $(SOURCES) .flags $(GPU_OBJECT)
 	$(CC) $(FLAGS) $(GPU_FLAGS) mamba.c -o $@ $(GPU_LIBS) -lm
 
-tests/test_all: test_all.c $(wildcard tests/*.h) $(SOURCES) .flags $(GPU_OBJECT)
-	$(CC) $(FLAGS) $(GPU_FLAGS) test_all.c -o $@ $(GPU_LIBS) -lm
+tests/test_all: $(TESTS) $(SOURCES) .flags $(GPU_OBJECT)
+	$(CC) $(FLAGS) $(GPU_FLAGS) $(TEST_FLAGS) test_all.c -o $@ $(GPU_LIBS) -lm
 
-mamba_cuda.o: mamba_cuda.cu mamba.c .flags
-	$(NVCC) -O3 -std=c++17 -arch=$(CUDA_ARCH:sm_90=sm_90a) -Xcompiler -Wall,-Wextra $(NVCCFLAGS) -c mamba_cuda.cu -o $@
+mamba_cuda.o: mamba_cuda.cu $(wildcard cuda/*) $(SOURCES) .flags
+	$(NVCC) -O3 -std=c++17 -arch=$(CUDA_CODE) $(NVCC_CORES) -Xcompiler -Wall,-Wextra $(NVCCFLAGS) \
+	    -c mamba_cuda.cu -o $@
 
-cuda:                        ## build ./mamba with the GPU backend; needs nvcc, CUDA_ARCH=sm_90 ... without a GPU
+cuda:                        ## build ./mamba with the GPU backend; without a GPU: CUDA_ARCH=sm_90
 	$(MAKE) all CUDA=1
 
-test-cuda:                   ## the GPU against the CPU: kernels, logits, gradients, training, generation; needs a GPU
+test-cuda:                   ## tests of the GPU against the CPU: kernels, training, generation
 	$(MAKE) all tests/test_all CUDA=1
 	./tests/test_all cuda
 
 run: all                     ## build, then let the model in the repository tell a story
 	./mamba models/story.bin "Once upon a time" -n 200 -s 1
 
-# A team of threads that sleeps at barriers instead of spinning: slower alone, but tests also run beside other work.
+# Threads sleep at barriers instead of spinning. This is slower, but tests also run beside other
+# work.
 test test-all: export OMP_WAIT_POLICY = passive
 
 test: all tests/test_all     ## a fixed sample of every test, under 2 minutes
@@ -90,7 +118,7 @@ test: all tests/test_all     ## a fixed sample of every test, under 2 minutes
 	sh tests/test_cli.sh ./mamba
 	sh tests/test_train.sh ./mamba
 
-test-all: all tests/test_all debug ## everything, the damaged files under the sanitizers too; some minutes
+test-all: all tests/test_all debug ## all tests, damaged files also under the sanitizers; minutes
 	./tests/test_all all
 	sh tests/test_cli.sh ./mamba all
 	sh tests/test_train.sh ./mamba all
@@ -99,24 +127,47 @@ test-all: all tests/test_all debug ## everything, the damaged files under the sa
 	./tests/test_all-debug all state
 
 PYTHON ?= python3
-test-export: all             ## tests of export.py and of the tokenizer against the libraries, in PYTHON
+test-export: all             ## tests of export.py, and of the tokenizer against the library
 	$(PYTHON) tests/test_export.py
 	$(PYTHON) tests/test_tokenizer.py --command ./mamba
 
 SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
-debug: $(SOURCES) test_all.c $(wildcard tests/*.h) ## mamba-debug and tests/test_all-debug, with address and undefined sanitizers
+debug: $(SOURCES) $(TESTS)   ## mamba-debug, tests/test_all-debug: address, undefined sanitizers
 	$(CC) $(FLAGS) $(SANITIZE) mamba.c -o mamba-debug -lm
 	$(CC) $(FLAGS) $(SANITIZE) test_all.c -o tests/test_all-debug -lm
+
+plain: $(SOURCES) $(TESTS)   ## mamba-plain, tests/test_all-plain: without the fast forms in cpu/
+	$(CC) $(FLAGS) -DPLAIN mamba.c -o mamba-plain -lm
+	$(CC) $(FLAGS) -DPLAIN test_all.c -o tests/test_all-plain -lm
+
+single: $(SOURCES)           ## mamba_single.c: the whole program in one file
+	awk -f dev/single.awk LICENSE mamba.c > mamba_single.c
+	@echo "mamba_single.c: $$(wc -l < mamba_single.c) lines; cc -O2 mamba_single.c -lm"
+
+CLANG_FORMAT ?= clang-format
+LINTED = $(filter-out mamba_single.c,$(wildcard *.c *.cu $(foreach d,cpu files cli cuda tests dev,\
+           $(d)/*.c $(d)/*.h $(d)/*.cu $(d)/*.cuh)))
+lint:                        ## the layout of the sources: clang-format 19.1.7, lines to 100 columns
+	@$(CLANG_FORMAT) --version | grep -q ' 19\.1\.' || \
+	 echo "lint: made for clang-format 19.1.7; others differ (pip install clang-format==19.1.7)" >&2
+	$(CLANG_FORMAT) --dry-run -Werror $(LINTED)
+	@awk 'length($$0) > 100 { print FILENAME ":" FNR ": " length($$0) " columns"; bad = 1 } \
+	      END { exit bad }' $(LINTED) Makefile .ci/run dev/single.awk
 
 portable:                    ## ./mamba for any processor of this kind: no -march=native
 	$(MAKE) ARCH= all
 
-bench: all                   ## one table of speeds on random weights; LLAMA_BENCH=path/to/llama-bench compares, BENCH=options of dev/bench.py
-	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && cp -r Makefile mamba.c tokenizer.c $(FOLDERS) "$$dir" && \
-	$(MAKE) -s -C "$$dir" ARCH= mamba && $(PYTHON) dev/bench.py --portable "$$dir/mamba" $(BENCH)
+bench: all                   ## speeds on random weights; LLAMA_BENCH=path compares, BENCH=options
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \
+	cp -r Makefile mamba.c tokenizer.c $(FOLDERS) "$$dir" && \
+	$(MAKE) -s -C "$$dir" ARCH= mamba && \
+	$(PYTHON) dev/bench.py --portable "$$dir/mamba" $(BENCH)
 
 clean:                       ## remove what was built
-	rm -f mamba mamba-debug mamba_cuda.o tests/test_all tests/test_all-debug .flags
+	rm -f mamba mamba-debug mamba-plain mamba_single.c mamba_cuda.o .flags \
+	    tests/test_all tests/test_all-debug tests/test_all-plain
 
 help:                        ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
+	 sed -E 's/^([a-z-]+):[^#]*## */make \1\t/' | expand -t 20
+	@echo "make VL=1           ... with any of these: vectors of one float, to test such builds"

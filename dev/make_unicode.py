@@ -111,7 +111,7 @@ def probe_normalizer(table):
                                    if not below(m, k) and not below(k, m))
     assert len(classes) < 64
 
-    # One entry per decomposable code point: first and second part, and whether the two compose again.
+    # One entry per decomposable code point: first and second part, and whether they compose again.
     whole = {d: c for c, d in full.items()}
     entries, seconds = [], set()
     for c, d in sorted(full.items()):
@@ -129,8 +129,8 @@ def probe_normalizer(table):
             seconds.add(ord(d[-1]))
     seconds |= set(range(0x1161, 0x1176)) | set(range(0x11A8, 0x11C3))
 
-    # Safe: a starter that NFC does not change and that combines with nothing before it. Text of safe
-    # characters is its own NFC.
+    # Safe: a starter that NFC does not change and that combines with nothing before it. Text of
+    # safe characters is its own NFC.
     for c in code_points():
         head = ord(full[c][0]) if c in full else c
         if nfc(chr(c)) != chr(c) or any(x in rank_of or x in seconds for x in (head, c)):
@@ -182,17 +182,14 @@ def main():
             b0 = b
     pairs = sum(1 for e in entries if e[1] == 1)
     text = HEAD % tokenizers.__version__
-    text += literal("unicode_classes",
-                    "For U+0000 to U+10FFFF: the length of a run, then one character of class bits.",
-                    runs)
-    text += literal("unicode_orders",
-                    "Combining marks: gap, length, rank of the combining class. All others are starters.",
-                    orders)
+    comment = "For U+0000 to U+10FFFF: the length of a run, then one character of class bits."
+    text += literal("unicode_classes", comment, runs)
+    comment = "Combining marks: gap, length, rank of the combining class. All others are starters."
+    text += literal("unicode_orders", comment, orders)
     text += "enum { N_ORDERS = %d, N_PARTS = %d, N_PAIRS = %d };\n\n" \
         % (n_orders, len(entries), pairs)
-    text += literal("unicode_parts",
-                    "Decompositions: 4 * step + kind, first part, and unless kind is 0 the second part.",
-                    parts)
+    comment = "Decompositions: 4 * step + kind, first part, and unless kind is 0 the second part."
+    text += literal("unicode_parts", comment, parts)
     with open(args.file, "w", encoding="utf-8") as f:
         f.write(text.rstrip("\n") + "\n")
     print("tokenizers %s: %d combining marks, %d decompositions of which %d compose; %d bytes"

@@ -121,6 +121,39 @@ static float *copy_floats(const float *x, size_t n) {
     return copy;
 }
 
+// The path of a temporary file, in a folder of this run: two runs at once do not share files. The
+// folder goes when the program ends. It lies in memory where that is possible: thousands of damaged
+// files take a minute on a disk. Each name has a buffer of its own, so two paths can be in use.
+static char scratch_folder[256];
+static char scratch_files[8][288];
+
+static void scratch_remove(void) {
+    for (int i = 0; i < COUNT(scratch_files) && *scratch_files[i]; i++) remove(scratch_files[i]);
+    remove(scratch_folder);
+}
+
+static void scratch_open(void) {
+    const char *parents[] = {getenv("TMPDIR"), "/dev/shm", "/tmp", "tests"};
+    for (int i = 0; i < COUNT(parents); i++) {
+        if (!parents[i] || !*parents[i]) continue;
+        snprintf(scratch_folder, sizeof scratch_folder, "%s/mamba-test-XXXXXX", parents[i]);
+        if (!mkdtemp(scratch_folder)) continue;
+        atexit(scratch_remove);
+        return;
+    }
+    give_up("no folder for temporary files", strerror(errno));
+}
+
+static const char *scratch(const char *name) {
+    if (!*scratch_files[0]) scratch_open();
+    char path[288];
+    snprintf(path, sizeof path, "%s/%s", scratch_folder, name);
+    int i = 0;
+    while (i < COUNT(scratch_files) - 1 && *scratch_files[i] && strcmp(scratch_files[i], path)) i++;
+    assert(!*scratch_files[i] || !strcmp(scratch_files[i], path));
+    return strcpy(scratch_files[i], path);
+}
+
 static bool write_file(const char *path, const unsigned char *bytes, size_t n) {
     FILE *f = fopen(path, "wb");
     bool good = f && fwrite(bytes, 1, n, f) == n;

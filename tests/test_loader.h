@@ -62,7 +62,7 @@ static int use_model(const char *path) {
 }
 
 static void test_damaged_models(const char *model, int count) {
-    const char *path = "tests/damaged.tmp.bin";
+    const char *path = scratch("damaged.bin");
     size_t bytes;
     unsigned char *file = (unsigned char *)read_text(model, &bytes), *copy = malloc(bytes + 64);
     int refused = 0, used = 0;
@@ -84,7 +84,7 @@ static void test_damaged_models(const char *model, int count) {
 }
 
 static void expect_refused(const char *model, int offset, uint32_t value, const char *word) {
-    const char *path = "tests/damaged.tmp.bin";
+    const char *path = scratch("damaged.bin");
     size_t bytes;
     unsigned char *file = (unsigned char *)read_text(model, &bytes);
     put_u32(file + offset, value);

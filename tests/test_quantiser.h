@@ -79,7 +79,7 @@ static float *all_logits(Model *m, int threads, const int32_t *ids, int L, bool 
 }
 
 static void test_quantized_model(const char *file, bool four_bits) {
-    const char *path = "tests/quantized.tmp.bin", *type = four_bits ? "q4" : "q8";
+    const char *path = scratch("quantized.bin"), *type = four_bits ? "q4" : "q8";
     char name[96];
     const char *argv[] = {"quantize", file, path, type};
     fflush(stderr);
@@ -119,7 +119,7 @@ static void test_quantized_model(const char *file, bool four_bits) {
         test_damaged_models(path, test_everything ? 3000 : 60);
     }
     argv[1] = path;
-    argv[2] = "tests/again.tmp.bin";
+    argv[2] = scratch("again.bin");
     expect(command_quantize(4, (char **)(uintptr_t)argv) == -1 && strstr(error_text, "already"),
            "a quantized model is not quantized again");
     remove(path);

@@ -32,7 +32,7 @@ static void test_damaged_states(Session *x, unsigned char *file, size_t bytes, c
 }
 
 static void test_state(void) {
-    const char *path = "tests/state.tmp.bin";
+    const char *path = scratch("state.bin");
     Session x = test_session("tests/odd.bin", 1), other = test_session("tests/plain.bin", 1);
     Sampling how = {1, 1, 0, 0, 1.1f};
     int32_t ids[100], straight[40], resumed[40];
@@ -69,14 +69,15 @@ static void test_state(void) {
     put_u32(changed + 124, crc32_of(0, changed + u64_at(changed + 104),
                                     model_bytes - (size_t)u64_at(changed + 104)));
     put_u32(changed + HEADER_BYTES - 4, crc32_of(0, changed, HEADER_BYTES - 4));
-    write_file("tests/changed.tmp.bin", changed, model_bytes);
-    Session twin = test_session("tests/changed.tmp.bin", 1);
+    const char *changed_path = scratch("changed.bin");
+    write_file(changed_path, changed, model_bytes);
+    Session twin = test_session(changed_path, 1);
     expect(mamba_state_load(twin.model, twin.state, path) == -1 &&
                strstr(error_text, "another model"),
            "so is that of a model of the same shape");
     session_close(&twin);
     free(changed);
-    remove("tests/changed.tmp.bin");
+    remove(changed_path);
     expect(mamba_state_save(x.model, x.state, "tests/no/such/folder/s.bin") == -1,
            "an unwritable state file is an error");
     expect(mamba_state_load(x.model, x.state, "tests/no-such-file") == -1,
