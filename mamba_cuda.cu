@@ -100,23 +100,6 @@ template <typename T> struct ScanArgs {
 
 #define LOG2E 1.44269504f
 
-// Every kernel of the scan waits for its input first, where it was compiled for that.
-template <class... Parameters, class... Arguments>
-static cudaError_t scan_launch(Device *d, void (*kernel)(Parameters...), size_t blocks, int threads,
-                               int shared, Arguments... arguments) {
-    cudaError_t err =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (err) return err;
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = (unsigned)blocks, config.blockDim = (unsigned)threads,
-    config.dynamicSmemBytes = (size_t)shared;
-    config.stream = d->stream, config.attrs = &early, config.numAttrs = d->hopper;
-    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-}
-
 template <typename T> __device__ __forceinline__ T to(float x);
 template <> __device__ __forceinline__ float to<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 to<bf16>(float x) { return __float2bfloat16_rn(x); }
@@ -379,8 +362,8 @@ __global__ void __launch_bounds__(32 * S, MINB) scan_walk(ScanArgs<T> p) {
 template <typename T, int S, int NS, int UNROLL, int MINB>
 cudaError_t scan_walk_launch(Device *d, const ScanArgs<T> &p) {
     constexpr int bytes = (2 * 2 * S * NS + 4 * 32 + 2 * S * 32) * 20 * 4;
-    return scan_launch(d, scan_walk<T, S, NS, UNROLL, MINB>, (size_t)p.B * ((p.E + 31) / 32),
-                       32 * S, bytes, p);
+    return launch_dependent(d, scan_walk<T, S, NS, UNROLL, MINB>, p.B * blocks_for(p.E, 32), 32 * S,
+                            bytes, p);
 }
 
 #include "cuda/scan_relay.cuh"
@@ -939,27 +922,22 @@ template <int W> static ScanBackPlan scan_back_plan(int B, int L, int E, int N) 
 }
 
 template <typename T, int W, int MINB, int U>
-static cudaError_t scan_back_launch(const ScanBackArgs<T> &p, cudaStream_t stream) {
+static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p) {
     const ScanBackPlan q = scan_back_plan<W>(p.B, p.L, p.E, p.N);
     auto kernel = scan_back<T, W, MINB, U>;
-    constexpr size_t shared = scan_back_shared<W>();
-    int device, processors;
-    cudaError_t err = cudaGetDevice(&device);
-    if (!err) err = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (!err)
-        err =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    if (!err)
-        err = cudaMemsetAsync((int *)p.workspace + q.flags, 0, (q.mail - q.flags) * 4, stream);
-    if (err) return err;
-    size_t items = (size_t)p.B * q.tiles * q.blocks;
-    int grid = items < (size_t)processors * MINB ? (int)items : processors * MINB;
-    kernel<<<grid, 32 * W, shared, stream>>>(p, q);
-    size_t sums = (size_t)p.B * q.tiles * p.N * W * 2 * BACK_STEPS;
-    scan_back_sum_BC<<<(unsigned)((sums + 255) / 256), 256, 0, stream>>>(
-        p, (float *)p.workspace + q.partial, q.blocks, q.tiles, W);
-    scan_back_sum_A<<<dim3((p.E + 31) / 32, p.N + 2), dim3(32, 8), 0, stream>>>(
-        p, (float *)p.workspace + q.partial2, p.B * q.tiles);
+    float *words = (float *)p.workspace;
+    cudaError_t error = allow_shared(kernel, scan_back_shared<W>());
+    if (error == cudaSuccess)
+        error = cudaMemsetAsync(words + q.flags, 0, (q.mail - q.flags) * 4, d->stream);
+    if (error != cudaSuccess) return error;
+    size_t items = (size_t)p.B * q.tiles * q.blocks,
+           sums = (size_t)p.B * q.tiles * p.N * W * 2 * BACK_STEPS;
+    unsigned grid = (unsigned)std::min(items, (size_t)d->processors * MINB);
+    kernel<<<grid, 32 * W, scan_back_shared<W>(), d->stream>>>(p, q);
+    scan_back_sum_BC<<<blocks_for(sums, 256), 256, 0, d->stream>>>(p, words + q.partial, q.blocks,
+                                                                   q.tiles, W);
+    scan_back_sum_A<<<dim3(blocks_for(p.E, 32), p.N + 2), dim3(32, 8), 0, d->stream>>>(
+        p, words + q.partial2, p.B * q.tiles);
     return cudaGetLastError();
 }
 
@@ -969,10 +947,9 @@ static cudaError_t scan_back_launch(const ScanBackArgs<T> &p, cudaStream_t strea
 static size_t scan_backward_workspace(int B, int L, int E, int N) {
     return scan_back_plan<8>(B, L, E, N).bytes;
 }
-template <typename T>
-static cudaError_t scan_backward(const ScanBackArgs<T> &p, cudaStream_t stream) {
+template <typename T> static cudaError_t scan_backward(Device *d, const ScanBackArgs<T> &p) {
     constexpr int UNROLL = sizeof(T) == 2 ? 2 : 1;
-    return scan_back_launch<T, 8, 2, UNROLL>(p, stream);
+    return scan_back_launch<T, 8, 2, UNROLL>(d, p);
 }
 
 // The backward's inputs that are the forward's; outputs are the caller's to set.

@@ -114,7 +114,7 @@ static int time_scan(int B, int E, int L, int N, int repeats, double seconds[4])
             for (int round = -2; round < repeats && result == 0; round++) {
                 cudaEventRecord(event[0], d.stream);
                 if (what == 0) check_cuda(&d, scan_forward(&d, scan), "scan");
-                if (what == 1) check_cuda(&d, scan_backward(back, d.stream), "backward scan");
+                if (what == 1) check_cuda(&d, scan_backward(&d, back), "backward scan");
                 if (what == 2)
                     cudaMemcpyAsync(x, x + 2 * cells, cells * sizeof(T), cudaMemcpyDeviceToDevice,
                                     d.stream),

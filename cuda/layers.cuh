@@ -509,14 +509,10 @@ __global__ void __launch_bounds__(1024)
 template <class T>
 static void cross_entropy(Device *d, float *losses, T *d_logits, const float *logits,
                           const int32_t *targets, float weight, int rows, int V) {
-    int device = 0, most = 0, bytes = V * (int)sizeof(float);
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (d_logits && V % 4 == 0 && bytes + 2048 <= most) { // 2048: scratch and the system's
+    int bytes = V * (int)sizeof(float);
+    if (d_logits && V % 4 == 0 && bytes + 2048 <= d->shared_limit) { // 2048: scratch, the system's
         auto kernel = cross_entropy_kernel<T, true>;
-        check_cuda(d,
-                   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-                   "cross_entropy");
+        check_cuda(d, allow_shared(kernel, (size_t)bytes), "cross_entropy");
         int threads = V < 4096 ? 256 : 1024;
         kernel<<<(unsigned)rows, threads, bytes, d->stream>>>(losses, d_logits, logits, targets,
                                                               weight, V);

@@ -257,6 +257,6 @@ __global__ void __launch_bounds__(128, MINB) scan_relay(ScanArgs<T> p) {
 template <typename T, int NS, int C, int UNROLL, int MINB>
 cudaError_t scan_relay_launch(Device *d, const ScanArgs<T> &p) {
     constexpr int bytes = (20 * NS * C * 32 + 32 * NS * 12) * 4;
-    return scan_launch(d, scan_relay<T, NS, C, UNROLL, MINB>,
-                       (size_t)p.B * ((p.E + 32 * C - 1) / (32 * C)), 128, bytes, p);
+    return launch_dependent(d, scan_relay<T, NS, C, UNROLL, MINB>, p.B * blocks_for(p.E, 32 * C),
+                            128, bytes, p);
 }

@@ -289,7 +289,8 @@ static cudaError_t scan_tiles_launch(Device *d, const ScanArgs<T> &p) {
         if (err != cudaSuccess) return err;
         m->ticket = m->tag = 0, m->cleared = true;
     }
-    cudaError_t err = scan_launch(d, scan_tiles<T, K, W, C, MINB>, items, 32 * W, bytes, p, *m);
+    cudaError_t err =
+        launch_dependent(d, scan_tiles<T, K, W, C, MINB>, (unsigned)items, 32 * W, bytes, p, *m);
     if (err != cudaSuccess) return err;
     m->tag += (uint32_t)tiles, m->ticket += (uint32_t)items;
     return cudaSuccess;

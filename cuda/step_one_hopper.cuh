@@ -216,9 +216,8 @@ __device__ inline void solo_gather(float2 sum[ROUNDS], float2 *scratch, const ul
                 v[r] = get_words(words + half * 16 * ROUNDS + lane + 16 * r);
         }
 #pragma unroll
-        for (int r = 0; r < ROUNDS; r++)
-            all = all && (uint32_t)(v[r].x >> 32) == tag && (uint32_t)(v[r].y >> 32) == tag;
-        if (++polls > 1 << 24) __trap(); // seconds: a block is gone
+        for (int r = 0; r < ROUNDS; r++) all = all && both_tagged(v[r], tag);
+        give_up_after(++polls);
     } while (!__all_sync(0xffffffffu, all));
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) {
@@ -466,8 +465,8 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
             for (int i = 0; i < SOLO_CLUSTER; i++)
                 sum.x += xdb_parts[i * SOLO_X_TILES * 8 + tid].x,
                     sum.y += xdb_parts[i * SOLO_X_TILES * 8 + tid].y;
-            put_words(p.xdb_words + (rank * SOLO_CLUSTERS + cluster) * SOLO_X_TILES * 8 + tid,
-                      sum.x, sum.y, tag);
+            put_tagged(p.xdb_words + (rank * SOLO_CLUSTERS + cluster) * SOLO_X_TILES * 8 + tid,
+                       __float_as_uint(sum.x), __float_as_uint(sum.y), tag);
         }
         if (tid == 0) barrier_expect(xdb_parts_here, x_part_bytes);
         float2 xdb_sum[1];
@@ -572,8 +571,8 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
 #pragma unroll
             for (int i = 0; i < SOLO_CLUSTER; i++)
                 sum.x += res_parts[i * res_each + q].x, sum.y += res_parts[i * res_each + q].y;
-            put_words(p.res_words + (rank * SOLO_CLUSTERS + cluster) * res_each + q, sum.x, sum.y,
-                      tag);
+            put_tagged(p.res_words + (rank * SOLO_CLUSTERS + cluster) * res_each + q,
+                       __float_as_uint(sum.x), __float_as_uint(sum.y), tag);
         }
         if (tid == 0) barrier_expect(res_parts_here, res_part_bytes);
     }
@@ -715,9 +714,6 @@ static Solo *solo_new(Gpu *g) {
     p->D = D, p->E = E, p->N = N, p->K = K, p->R = R, p->P = P, p->V = c->V,
     p->n_layer = c->n_layer, p->eps = c->norm_eps;
     p->mixer_eps = c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0;
-    int limit = 0, device = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     for (int clusters = SOLO_CLUSTERS;; clusters--) { // as many as run at once
         p->channels = std::max(4, (E + SOLO_CLUSTER * clusters - 1) / (SOLO_CLUSTER * clusters));
         p->clusters = (E + SOLO_CLUSTER * p->channels - 1) / (SOLO_CLUSTER * p->channels);
@@ -727,7 +723,7 @@ static Solo *solo_new(Gpu *g) {
         p->slots = SOLO_SLOTS, p->flying = std::max(1, SOLO_FLYING / p->slot_bytes);
         while (p->slots &&
                (q.shared = SoloShared(p->slots, p->slot_bytes, p->channels, D, P).bytes) >
-                   (size_t)limit)
+                   (size_t)d->shared_limit)
             p->slots--;
         if (p->slots < 4 || p->channels > 48 || P > 128 * SOLO_X_TILES) return NULL;
         switch (D / 256) {

@@ -6,13 +6,6 @@
 // saves a launch and a product that are all latency. A block is 128 channels of four sequences: a
 // lane 4 channels, a warp a sequence. W_dt, A_neg and the states are on their way before the input
 // is there.
-__device__ inline void copy_async(void *to, const void *from) { // 16 bytes into shared memory
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
-        "l"(from)
-        : "memory");
-}
-
 enum { DT_STEP_STATES = 16, DT_STEP_WIDTH = 128, DT_STEP_ROWS = 4 };
 struct DtStepArgs {
     bf16 *out;                             // (S,E)
@@ -36,11 +29,12 @@ __global__ void __launch_bounds__(128) dt_scan_step(DtStepArgs p) {
     for (int i = threadIdx.x; i < WIDTH * (R / 8); i += 128) {
         int row = i / (R / 8), k = i % (R / 8) * 8;
         if (channels + row < E)
-            copy_async(W + row * pitch + k, p.W_dt + (size_t)(channels + row) * R + k);
+            copy_16(shared_address(W + row * pitch + k), p.W_dt + (size_t)(channels + row) * R + k);
     }
     for (int i = threadIdx.x; i < N * (WIDTH / 4); i += 128) {
         int n = i / (WIDTH / 4), c = i % (WIDTH / 4) * 4;
-        if (channels + c < E) copy_async(A + n * WIDTH + c, p.A_neg + (size_t)n * E + channels + c);
+        if (channels + c < E)
+            copy_16(shared_address(A + n * WIDTH + c), p.A_neg + (size_t)n * E + channels + c);
     }
     float *state = p.h + s * N * E + at;
     float4 before[NS], bias = load4(p.dt_bias + at), skip = load4(p.D_skip + at);
@@ -131,16 +125,9 @@ static bool dt_step_pays(int S, int E, int N, int R) {
            N <= DT_STEP_STATES && dt_step_shared(R, N) < 100000;
 }
 static void dt_step(Device *d, const DtStepArgs &p) {
-    size_t shared = dt_step_shared(p.R, p.N);
-    check_cuda(d,
-               cudaFuncSetAttribute(dt_scan_step, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)shared),
+    dim3 grid(blocks_for((size_t)p.E, DT_STEP_WIDTH), blocks_for((size_t)p.S, DT_STEP_ROWS));
+    check_cuda(d, launch_dependent(d, dt_scan_step, grid, 128, dt_step_shared(p.R, p.N), p),
                "scan");
-    launch_dependent(
-        d, dt_scan_step,
-        dim3(blocks_for((size_t)p.E, DT_STEP_WIDTH), blocks_for((size_t)p.S, DT_STEP_ROWS)), 128,
-        shared, p);
-    check_launch(d, "scan");
 }
 
 // --- The step in bf16 for up to THIN_MAX sequences (more: network(), whose products are cuBLAS's):

@@ -147,12 +147,6 @@ static void gpu_trainer_close(GpuTrainer *x) {
     delete x;
 }
 
-template <class T> __global__ void refresh_kernel(T *compute, const float *weights, size_t n) {
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
-         i += (size_t)gridDim.x * blockDim.x)
-        put(compute + i, weights[i]);
-}
-
 static void derive_all(GpuTrainer *x) {
     for (const LayerWeights &w : x->w.layer) derive(&x->device, &x->config, &w);
 }
@@ -316,7 +310,7 @@ template <class T> static void block_backward(GpuTrainer *x, int layer) {
     back.d_A_log = (float *)dw->A_log, back.d_D_skip = (float *)dw->D_skip,
     back.d_dt_bias = (float *)dw->dt_bias;
     back.ld_d_delta = back.ld_d_u = E, back.ld_d_z = 2 * E, back.ld_d_B = back.ld_d_C = P;
-    check_cuda(d, scan_backward(back, d->stream), "backward scan");
+    check_cuda(d, scan_backward(d, back), "backward scan");
     matmul_d_x(d, d_xdb, lP, d_delta, lE, (const T *)w->dt_proj, rows, E, R);
     matmul_d_W(d, (float *)dw->dt_proj, d_delta, lE, a.xdb, lP, rows, E, R);
     if (c->flags & FLAG_MIXER_NORM)
