@@ -59,7 +59,7 @@ typedef __nv_bfloat16 bf16;
 //   - softplus is one ex2 and a polynomial for log1p (exact for small arguments too, where log(1 +
 //   e) is not), and two gates share
 //     one reciprocal: 18.5 special functions a token and channel instead of 20;
-//   - a row's address is one multiply-add (down()): 64-bit indices and clamps cost a third of the
+//   - a row's address is one multiply-add (row_at): 64-bit indices and clamps cost a third of the
 //   time before (660 to 499 us).
 // A lane is a channel (in scan_relay and scan_tiles also two neighbouring ones, where alignment and
 // shape allow) in every kernel: a row's loads are contiguous whatever its stride and base, so there
@@ -153,10 +153,14 @@ __device__ __forceinline__ void gate_pair(float &y0, float &y1, float z0, float 
     y1 *= z1 * (r * a);
 }
 
-// i rows of ld elements on, as one 32 x 32 + 64 bit multiply-add. Addresses would otherwise cost as
-// much as the arithmetic.
-template <typename T> __device__ __forceinline__ T *down(T *p, int i, int ld) {
-    return (T *)((char *)p + (long long)(i * (int)sizeof(T)) * ld);
+// Row i of rows that lie `bytes` apart: one 32 x 32 + 64 bit multiply-add. A 64-bit index costs as
+// much as the arithmetic of a step.
+template <typename T> __device__ __forceinline__ T *row_at_bytes(T *p, int i, int bytes) {
+    return (T *)((char *)p + (long long)i * bytes);
+}
+// The same of rows ld elements apart, for an i that the compiler knows.
+template <typename T> __device__ __forceinline__ T *row_at(T *p, int i, int ld) {
+    return row_at_bytes(p, i * (int)sizeof(T), ld);
 }
 
 template <int R> struct alignas(R >= 4 ? 16 : 4 * R) Row {
@@ -232,38 +236,38 @@ __global__ void __launch_bounds__(32 * S, MINB) scan_walk(ScanArgs<T> p) {
     // Called for tile 0, 1, 2, ...: pointers go on by themselves.
     auto load_raw = [&](int tile) {
         const T *d_at = delta_raw, *u_at = u, *bc_at = bc_from;
-        delta_raw = down(d_at, TT, p.ld_delta), u = down(u_at, TT, p.ld_u),
-        bc_from = down(bc_at, TT, ld_bc);
+        delta_raw = row_at(d_at, TT, p.ld_delta), u = row_at(u_at, TT, p.ld_u),
+        bc_from = row_at(bc_at, TT, ld_bc);
         if (tile * TT + TT <= L) {
 #pragma unroll
             for (int i = 0; i < R; i++)
-                raw_delta[i] = *down(d_at, i, p.ld_delta), raw_u[i] = *down(u_at, i, p.ld_u);
+                raw_delta[i] = *row_at(d_at, i, p.ld_delta), raw_u[i] = *row_at(u_at, i, p.ld_u);
 #pragma unroll
-            for (int k = 0; k < NS; k++) raw_bc[k] = down(bc_at, k % UNITS * 4, ld_bc)[k / 4 * 8];
+            for (int k = 0; k < NS; k++) raw_bc[k] = row_at(bc_at, k % UNITS * 4, ld_bc)[k / 4 * 8];
         } else {
 #pragma unroll
             for (int i = 0; i < R; i++) {
                 bool in = tile * TT + w * R + i < L;
-                raw_delta[i] = in ? *down(d_at, i, p.ld_delta) : to<T>(0.f),
-                raw_u[i] = in ? *down(u_at, i, p.ld_u) : to<T>(0.f);
+                raw_delta[i] = in ? *row_at(d_at, i, p.ld_delta) : to<T>(0.f),
+                raw_u[i] = in ? *row_at(u_at, i, p.ld_u) : to<T>(0.f);
             }
 #pragma unroll
             for (int k = 0; k < NS; k++)
                 raw_bc[k] = tile * TT + bc_t + k % UNITS * 4 < L
-                                ? down(bc_at, k % UNITS * 4, ld_bc)[k / 4 * 8]
+                                ? row_at(bc_at, k % UNITS * 4, ld_bc)[k / 4 * 8]
                                 : to<T>(0.f);
         }
     };
     auto load_z = [&](int tile) {
         const T *at = z;
-        z = down(at, TT, p.ld_z);
+        z = row_at(at, TT, p.ld_z);
         if (tile * TT + TT <= L) {
 #pragma unroll
-            for (int i = 0; i < R; i++) z_now[i] = *down(at, i, p.ld_z);
+            for (int i = 0; i < R; i++) z_now[i] = *row_at(at, i, p.ld_z);
         } else {
 #pragma unroll
             for (int i = 0; i < R; i++)
-                z_now[i] = tile * TT + w * R + i < L ? *down(at, i, p.ld_z) : to<T>(0.f);
+                z_now[i] = tile * TT + w * R + i < L ? *row_at(at, i, p.ld_z) : to<T>(0.f);
         }
     };
     // Past the end of time delta is 0: decay 1, inject 0, the state stays.
@@ -311,7 +315,7 @@ __global__ void __launch_bounds__(32 * S, MINB) scan_walk(ScanArgs<T> p) {
     auto gate = [&](int tile) { // rows of z_before, u_before
         const float *part_at = part + (tile & 1) * S * TILE_E + lane * PITCH + w * R;
         T *to_row = out;
-        out = down(to_row, TT, p.ld_out);
+        out = row_at(to_row, TT, p.ld_out);
         float y[R];
 #pragma unroll
         for (int i = 0; i < R; i++) y[i] = skip * u_before[i];
@@ -327,11 +331,11 @@ __global__ void __launch_bounds__(32 * S, MINB) scan_walk(ScanArgs<T> p) {
         int rows = live ? L - tile * TT - w * R : 0;
         if (rows >= R) {
 #pragma unroll
-            for (int i = 0; i < R; i++) *down(to_row, i, p.ld_out) = to<T>(y[i]);
+            for (int i = 0; i < R; i++) *row_at(to_row, i, p.ld_out) = to<T>(y[i]);
         } else {
 #pragma unroll
             for (int i = 0; i < R; i++)
-                if (i < rows) *down(to_row, i, p.ld_out) = to<T>(y[i]);
+                if (i < rows) *row_at(to_row, i, p.ld_out) = to<T>(y[i]);
         }
     };
     auto shift = [&]() {
@@ -574,14 +578,6 @@ __device__ __forceinline__ float group_sums(const float (&d)[4], int lane) {
 __device__ __forceinline__ void prefetch_L2(const void *p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
-// Row k of a column whose rows are `ld` bytes apart: one multiply-add.
-template <typename T> __device__ __forceinline__ const T *row_at(const T *p, int k, int ld) {
-    return (const T *)((const char *)p + (long long)k * ld);
-}
-template <typename T> __device__ __forceinline__ T *row_at(T *p, int k, int ld) {
-    return (T *)((char *)p + (long long)k * ld);
-}
-
 enum { BACK_STATES = 16, BACK_STEPS = 8 }; // states at a time, steps of a piece
 
 struct ScanBackPlan {
@@ -614,15 +610,15 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
     float *kept =
         sums + 3 * XW; // [3][BACK_STEPS][W][32] u, slope of softplus, d_z / (y + D_skip u)
     const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5, L = p.L, E = p.E, N = p.N;
+    const int ld_delta = p.ld_delta * sizeof(T), ld_u = p.ld_u * (int)sizeof(T),
+              ld_z = p.ld_z * sizeof(T), ld_d_g = p.ld_d_g * sizeof(T), ld_B = p.ld_B * sizeof(T),
+              ld_C = p.ld_C * sizeof(T), ld_d_delta = p.ld_d_delta * sizeof(T),
+              ld_d_u = p.ld_d_u * (int)sizeof(T),
+              ld_d_z = p.ld_d_z * sizeof(T); // all in bytes
     const int tiles = q.tiles, items = q.blocks * p.B * tiles,
               saves = (L + SCAN_SAVE - 1) / SCAN_SAVE;
     int *flags = (int *)p.workspace + q.flags;
     float *mail = (float *)p.workspace + q.mail, *partial = (float *)p.workspace + q.partial;
-    const int ld_delta = p.ld_delta * sizeof(T), ld_u = p.ld_u * sizeof(T),
-              ld_z = p.ld_z * sizeof(T), ld_g = p.ld_d_g * sizeof(T);
-    const int ld_B = p.ld_B * sizeof(T), ld_C = p.ld_C * sizeof(T);
-    const int ld_d_delta = p.ld_d_delta * sizeof(T), ld_d_u = p.ld_d_u * sizeof(T),
-              ld_d_z = p.ld_d_z * sizeof(T);
 
     // Tickets are given in the order of reversed time, so whoever a tile waits for has started.
     auto take = [&](int i) {
@@ -642,8 +638,9 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
         int *flag = flags + 1 + ((size_t)cb * p.B + b) * tiles + tile;
         const int left = L - 1 - t0; // steps after t0
         const int row0 = b * L, r0 = row0 + min(t0, L - 1);
-        const T *delta_raw = row_at(p.delta_raw + e, r0, ld_delta), *u = row_at(p.u + e, r0, ld_u);
-        const T *z = row_at(p.z + e, r0, ld_z), *d_g = row_at(p.d_g + e, r0, ld_g);
+        const T *delta_raw = row_at_bytes(p.delta_raw + e, r0, ld_delta),
+                *u = row_at_bytes(p.u + e, r0, ld_u);
+        const T *z = row_at_bytes(p.z + e, r0, ld_z), *d_g = row_at_bytes(p.d_g + e, r0, ld_d_g);
         int ticket = 0;
         if (tid == 0) ticket = atomicAdd(flags, 1);
 
@@ -655,8 +652,8 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
 #pragma unroll
             for (int k = 0; k < BACK_STEPS; k++) {
                 int i = max(0, min(k, left));
-                raw_[k] = *row_at(delta_raw, i, ld_delta), u_[k] = *row_at(u, i, ld_u);
-                z_[k] = *row_at(z, i, ld_z), g_[k] = *row_at(d_g, i, ld_g);
+                raw_[k] = *row_at_bytes(delta_raw, i, ld_delta), u_[k] = *row_at_bytes(u, i, ld_u);
+                z_[k] = *row_at_bytes(z, i, ld_z), g_[k] = *row_at_bytes(d_g, i, ld_d_g);
             }
             const float bias = p.dt_bias[e];
 #pragma unroll
@@ -690,13 +687,14 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
         for (int n0 = 0; n0 < N; n0 += BACK_STATES) {
             const int count = min(BACK_STATES, N - n0);
             const int n_mine = min(n0 + tid % BACK_STATES, N - 1), first = tile * TT;
-            const T *B_ssm = row_at(p.B_ssm + n_mine, row0, ld_B),
-                    *C_ssm = row_at(p.C_ssm + n_mine, row0, ld_C);
+            const T *B_ssm = row_at_bytes(p.B_ssm + n_mine, row0, ld_B),
+                    *C_ssm = row_at_bytes(p.C_ssm + n_mine, row0, ld_C);
 #pragma unroll
             for (int i = 0; i < BACK_STATES * TT; i += THREADS) {
                 int k = (i + tid) / BACK_STATES, t = min(first + k, L - 1);
                 bool in = n0 + tid % BACK_STATES < N && first + k < L;
-                float Bv = value(*row_at(B_ssm, t, ld_B)), Cv = value(*row_at(C_ssm, t, ld_C));
+                float Bv = value(*row_at_bytes(B_ssm, t, ld_B)),
+                      Cv = value(*row_at_bytes(C_ssm, t, ld_C));
                 bc[tid % BACK_STATES * BC_ROW + k] = in ? Bv : 0.f,
                                                 bc[tid % BACK_STATES * BC_ROW + TT + k] =
                                                     in ? Cv : 0.f;
@@ -779,11 +777,11 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
                                : which == 1 ? p.u
                                : which == 2 ? p.z
                                             : p.d_g;
-                prefetch_L2(row_at(row + next.x * 32, r,
-                                   which == 0   ? ld_delta
-                                   : which == 1 ? ld_u
-                                   : which == 2 ? ld_z
-                                                : ld_g));
+                prefetch_L2(row_at_bytes(row + next.x * 32, r,
+                                         which == 0   ? ld_delta
+                                         : which == 1 ? ld_u
+                                         : which == 2 ? ld_z
+                                                      : ld_d_g));
             }
             // 3. The pieces from their true starts: forward, then backward. A state's d_B_ssm and
             // d_C_ssm leave during the next state, whose arithmetic hides the latency of the sums.
@@ -840,17 +838,17 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
         }
         float d_bias = 0.f, d_skip = 0.f;
         const float skip = p.D_skip[e];
-        T *d_delta_raw = row_at(p.d_delta_raw + e, r0, ld_d_delta),
-          *d_u = row_at(p.d_u + e, r0, ld_d_u), *d_z = row_at(p.d_z + e, r0, ld_d_z);
+        T *d_delta_raw = row_at_bytes(p.d_delta_raw + e, r0, ld_d_delta),
+          *d_u = row_at_bytes(p.d_u + e, r0, ld_d_u), *d_z = row_at_bytes(p.d_z + e, r0, ld_d_z);
         const int steps = live ? left : -1;
 #pragma unroll
         for (int k = 0; k < BACK_STEPS; k++) {
             float ut = kept[k * THREADS + tid],
                   d_raw = fmaf(LN2, sA[k], ut * sB[k]) * kept[(BACK_STEPS + k) * THREADS + tid];
             if (k <= steps) {
-                *row_at(d_delta_raw, k, ld_d_delta) = to<T>(d_raw);
-                *row_at(d_u, k, ld_d_u) = to<T>(fmaf(delta[k], sB[k], skip * dy[k]));
-                *row_at(d_z, k, ld_d_z) =
+                *row_at_bytes(d_delta_raw, k, ld_d_delta) = to<T>(d_raw);
+                *row_at_bytes(d_u, k, ld_d_u) = to<T>(fmaf(delta[k], sB[k], skip * dy[k]));
+                *row_at_bytes(d_z, k, ld_d_z) =
                     to<T>(fmaf(skip, ut, y[k]) * kept[(2 * BACK_STEPS + k) * THREADS + tid]);
             }
             d_bias += d_raw;

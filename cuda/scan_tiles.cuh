@@ -56,17 +56,17 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMa
     if (t0 + K <= L) {
 #pragma unroll
         for (int i = 0; i < K; i++)
-            raw_d[i] = *(const P *)down(d_at, i, p.ld_delta),
-            raw_u[i] = *(const P *)down(u_at, i, p.ld_u),
-            raw_z[i] = *(const P *)down(z_at, i, p.ld_z);
+            raw_d[i] = *(const P *)row_at(d_at, i, p.ld_delta),
+            raw_u[i] = *(const P *)row_at(u_at, i, p.ld_u),
+            raw_z[i] = *(const P *)row_at(z_at, i, p.ld_z);
     } else {
 #pragma unroll
         for (int i = 0; i < K; i++) {
             raw_d[i].zero(), raw_u[i].zero(), raw_z[i].zero();
             if (t0 + i < L)
-                raw_d[i] = *(const P *)down(d_at, i, p.ld_delta),
-                raw_u[i] = *(const P *)down(u_at, i, p.ld_u),
-                raw_z[i] = *(const P *)down(z_at, i, p.ld_z);
+                raw_d[i] = *(const P *)row_at(d_at, i, p.ld_delta),
+                raw_u[i] = *(const P *)row_at(u_at, i, p.ld_u),
+                raw_z[i] = *(const P *)row_at(z_at, i, p.ld_z);
         }
     }
     // Warps stage 4-step x 8-state units: states 8 (w % 4).. of the 2 NB of B_ssm and C_ssm.
@@ -79,14 +79,14 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMa
         if (tile_t + TILE <= L && n0 + NB <= N) {
             T raw[K];
 #pragma unroll
-            for (int v = 0; v < K; v++) raw[v] = down(bc_from, v * W, ld_bc)[n0];
+            for (int v = 0; v < K; v++) raw[v] = row_at(bc_from, v * W, ld_bc)[n0];
 #pragma unroll
             for (int v = 0; v < K; v++) bc_to[v * W] = value(raw[v]);
         } else
 #pragma unroll 4
             for (int v = 0; v < K; v++) {
                 bool in = tile_t + bc_t + v * W < L && n0 + bc_n < N;
-                bc_to[v * W] = in ? value(down(bc_from, v * W, ld_bc)[n0]) : 0.f;
+                bc_to[v * W] = in ? value(row_at(bc_from, v * W, ld_bc)[n0]) : 0.f;
             }
         for (int n = w; n < NB; n += W) {
             Row<C> a;
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMa
     for (int i = 0; i < K; i++) {
         P g;
         g.set(y[i]);
-        if (i < steps) *(P *)down(out, i, p.ld_out) = g;
+        if (i < steps) *(P *)row_at(out, i, p.ld_out) = g;
     }
 }
 
