@@ -143,6 +143,13 @@ __device__ __forceinline__ float softplus(float x) { // max(x, 0) + log1p(exp(-|
     return fmaf(e, log1p_ratio<T>(e), fmaxf(x, 0.f));
 }
 
+// One step of one state, which is the whole recurrence:
+//     h_t = decay_t h_{t-1} + inject_t        y_t = D_skip u_t + sum over n of C_ssm h_t
+__device__ __forceinline__ void step_state(float &h, float &y, float decay, float inject, float C) {
+    h = fmaf(decay, h, inject);
+    y = fmaf(C, h, y);
+}
+
 // y0 silu(z0) and y1 silu(z1) by one reciprocal, of (1 + exp(-z0)) (1 + exp(-z1)). Below z = -43,
 // where silu is under 1e-17, the exponential stops growing so that the product stays finite.
 __device__ __forceinline__ void gate_pair(float &y0, float &y1, float z0, float z1) {
@@ -305,8 +312,7 @@ __global__ void __launch_bounds__(32 * S, MINB) scan_walk(ScanArgs<T> p) {
                 unpack(B, load4(B_at + j * PITCH + t)), unpack(C, load4(C_at + j * PITCH + t));
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    h[j] = fmaf(exp2_fast(d[i] * A[j]), h[j], du[i] * B[i]);
-                    y[i] = fmaf(C[i], h[j], y[i]);
+                    step_state(h[j], y[i], exp2_fast(d[i] * A[j]), du[i] * B[i], C[i]);
                 }
             }
             *(float4 *)(part_to + t) = make_float4(y[0], y[1], y[2], y[3]);
@@ -447,8 +453,7 @@ __global__ void __launch_bounds__(32 * Y) scan_step(ScanArgs<T> p) {
             else h[0] = p.h0[at], A[0] = p.A_neg[(size_t)n * E + e];
 #pragma unroll
             for (int v = 0; v < V; v++) {
-                h[v] = fmaf(exp2_fast(d[v] * A[v]), h[v], du[v] * B);
-                y[v] = fmaf(C, h[v], y[v]);
+                step_state(h[v], y[v], exp2_fast(d[v] * A[v]), du[v] * B, C);
             }
             if constexpr (V == 4) *(float4 *)(p.h_final + at) = make_float4(h[0], h[1], h[2], h[3]);
             else p.h_final[at] = h[0];
@@ -809,8 +814,8 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
 #pragma unroll
                 for (int k = 0; k < BACK_STEPS; k++) {
                     a[k] = exp2_fast(delta[k] * A2);
-                    h[k + 1] = fmaf(a[k], h[k], delta_u[k] * Bv[k]);
-                    y[k] = fmaf(Cv[k], h[k + 1], y[k]);
+                    h[k + 1] = h[k];
+                    step_state(h[k + 1], y[k], a[k], delta_u[k] * Bv[k], Cv[k]);
                     v[k % 4] = dy[k] * h[k + 1];
                     if (k % 4 == 3)
                         lane_sums<EXACT>(d_BC, v[0], v[1], v[2], v[3], ones + k / 4 * 2);

@@ -139,6 +139,17 @@ static void add_bias(Device *d, T *x, size_t ld, const float *bias, int rows, in
 // last K-1 inputs (K > 4: conv_window_kernel does, afterwards).
 enum { CONV_TAPS = 4 };
 
+// sum + tap_k input_k of V neighbouring channels, over TAPS of the K taps, one after the other.
+template <int TAPS, int V>
+__device__ __forceinline__ Group<float, V> conv_sum(Group<float, V> sum, const Group<float, V> *tap,
+                                                    const Group<float, V> *input) {
+#pragma unroll
+    for (int k = 0; k < TAPS; k++)
+#pragma unroll
+        for (int v = 0; v < V; v++) sum.v[v] += tap[k].v[v] * input[k].v[v];
+    return sum;
+}
+
 template <class T, int V>
 __global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, float *window,
                                    const float *__restrict__ conv_t, const float *__restrict__ bias,
@@ -157,30 +168,28 @@ __global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, 
     };
     int t1 = min(t0 + steps, L);
     if (K <= CONV_TAPS) {
-        float tap[CONV_TAPS][V], past[CONV_TAPS][V],
-            start[V]; // the last K of four taps are used; past[3] is x_t
+        Group<float, V> tap[CONV_TAPS], past[CONV_TAPS],
+            start; // the last K of four; past[3] is x_t
 #pragma unroll
         for (int v = 0; v < V; v++) {
-            start[v] = bias ? bias[e + v] : 0;
+            start.v[v] = bias ? bias[e + v] : 0;
 #pragma unroll
             for (int k = 0; k < CONV_TAPS; k++) {
                 int from = k - (CONV_TAPS - K);
-                tap[k][v] = from >= 0 ? conv_t[(size_t)from * E + e + v] : 0;
-                past[k][v] = k ? input(t0 - CONV_TAPS + k, v) : 0;
+                tap[k].v[v] = from >= 0 ? conv_t[(size_t)from * E + e + v] : 0;
+                past[k].v[v] = k ? input(t0 - CONV_TAPS + k, v) : 0;
             }
         }
 #pragma unroll 8
         for (int t = t0; t < t1; t++) {
             Group<T, V> in = *(const Group<T, V> *)(x + (size_t)t * 2 * E), out;
 #pragma unroll
-            for (int v = 0; v < V; v++) {
-                past[0][v] = past[1][v], past[1][v] = past[2][v], past[2][v] = past[3][v],
-                past[3][v] = value(in.v[v]);
-                float sum = start[v];
+            for (int k = 0; k + 1 < CONV_TAPS; k++) past[k] = past[k + 1];
 #pragma unroll
-                for (int k = 0; k < CONV_TAPS; k++) sum += tap[k][v] * past[k][v];
-                put(&out.v[v], silu(sum));
-            }
+            for (int v = 0; v < V; v++) past[CONV_TAPS - 1].v[v] = value(in.v[v]);
+            Group<float, V> sum = conv_sum<CONV_TAPS>(start, tap, past);
+#pragma unroll
+            for (int v = 0; v < V; v++) put(&out.v[v], silu(sum.v[v]));
             *(Group<T, V> *)(u + (size_t)t * E) = out;
         }
         if (before && t0 == 0)
@@ -189,10 +198,13 @@ __global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, 
     } else {
         for (int t = t0; t < t1; t++)
             for (int v = 0; v < V; v++) {
-                float sum = bias ? bias[e + v] : 0;
-                for (int k = 0; k < K; k++)
-                    sum += conv_t[(size_t)k * E + e + v] * input(t - K + 1 + k, v);
-                put(u + (size_t)t * E + v, silu(sum));
+                Group<float, 1> sum = {bias ? bias[e + v] : 0};
+                for (int k = 0; k < K; k++) {
+                    Group<float, 1> tap = {conv_t[(size_t)k * E + e + v]},
+                                    past = {input(t - K + 1 + k, v)};
+                    sum = conv_sum<1>(sum, &tap, &past);
+                }
+                put(u + (size_t)t * E + v, silu(sum.v[0]));
             }
     }
 }
@@ -233,22 +245,19 @@ __global__ void conv1d_silu_step_kernel(T *__restrict__ u, float *__restrict__ w
     wait_for_input();
     Group<T, V> raw = *in, out;
 #pragma unroll
-    for (int v = 0; v < V; v++) x.v[v] = value(raw.v[v]), sum.v[v] += last.v[v] * x.v[v];
-#pragma unroll
-    for (int k = 0; k < CONV_TAPS - 1; k++)
-#pragma unroll
-        for (int v = 0; v < V; v++) sum.v[v] += tap[k].v[v] * past[k].v[v];
+    for (int v = 0; v < V; v++) x.v[v] = value(raw.v[v]);
+    sum = conv_sum<CONV_TAPS - 1>(conv_sum<1>(sum, &last, &x), tap, past);
     if (K <= CONV_TAPS) {
 #pragma unroll
         for (int k = 0; k < CONV_TAPS - 1; k++)
             if (k < K - 1) *(Floats *)(w + (size_t)k * E) = k + 2 < K ? past[k + 1] : x;
     } else
-        for (int k = 0; k < K - 1; k++)
-            for (int v = 0; v < V; v++) {
-                size_t at = (size_t)k * E + v;
-                sum.v[v] += conv_t[at + e] * w[at];
-                w[at] = k + 2 < K ? w[at + E] : x.v[v];
-            }
+#pragma unroll 1
+        for (int k = 0; k < K - 1; k++) {
+            Floats *slot = (Floats *)(w + (size_t)k * E);
+            sum = conv_sum<1>(sum, (const Floats *)(conv_t + (size_t)k * E + e), slot);
+            *slot = k + 2 < K ? *(const Floats *)(w + (size_t)(k + 1) * E) : x;
+        }
 #pragma unroll
     for (int v = 0; v < V; v++) put(&out.v[v], silu(sum.v[v]));
     *(Group<T, V> *)(u + s * E + e) = out;
@@ -390,19 +399,20 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
     size_t b = blockIdx.z;
     const T *x = xz + b * L * 2 * E + e, *d = d_u + b * L * E + e;
     T *d_x = d_xz + b * L * 2 * E + e;
-    float tap[MAX_TAPS][V], past[MAX_TAPS][V], d_c[MAX_TAPS][V], d_tap[MAX_TAPS][V], d_bias[V],
-        start[V];
+    Group<float, 1> tap[V][MAX_TAPS], past[V][MAX_TAPS], start[V];
+    float d_c[MAX_TAPS][V], d_tap[MAX_TAPS][V], d_bias[V];
 #pragma unroll
     for (int v = 0; v < V; v++) {
-        start[v] = bias ? bias[e + v] : 0, d_bias[v] = 0;
+        start[v].v[0] = bias ? bias[e + v] : 0;
+        d_bias[v] = 0;
 #pragma unroll
         for (int k = 0; k < MAX_TAPS;
              k++) { // tap[0] belongs to x_t, tap[k] to x_{t-k}; d_c[k] to t-k
-            tap[k][v] = k < K ? conv_t[(size_t)(K - 1 - k) * E + e + v] : 0;
+            tap[v][k].v[0] = k < K ? conv_t[(size_t)(K - 1 - k) * E + e + v] : 0;
             d_tap[k][v] = d_c[k][v] = 0;
-            past[k][v] = k < MAX_TAPS - 1 && t0 - 1 - k >= 0
-                             ? value(x[(size_t)(t0 - 1 - k) * 2 * E + v])
-                             : 0;
+            past[v][k].v[0] = k < MAX_TAPS - 1 && t0 - 1 - k >= 0
+                                  ? value(x[(size_t)(t0 - 1 - k) * 2 * E + v])
+                                  : 0;
         }
     }
     auto step =
@@ -416,16 +426,14 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
             for (int v = 0; v < V; v++) {
 #pragma unroll
                 for (int k = MAX_TAPS - 1; k > 0; k--)
-                    past[k][v] = past[k - 1][v], d_c[k][v] = d_c[k - 1][v];
-                past[0][v] = inside ? value(in.v[v]) : 0;
-                float c = start[v];
-#pragma unroll
-                for (int k = 0; k < MAX_TAPS; k++) c += tap[k][v] * past[k][v];
+                    past[v][k] = past[v][k - 1], d_c[k][v] = d_c[k - 1][v];
+                past[v][0].v[0] = inside ? value(in.v[v]) : 0;
+                const float c = conv_sum<MAX_TAPS>(start[v], tap[v], past[v]).v[0];
                 float s = sigmoid(c);
                 d_c[0][v] = inside ? value(d_in.v[v]) * s * (1 + c * (1 - s)) : 0;
                 if (own) {
 #pragma unroll
-                    for (int k = 0; k < MAX_TAPS; k++) d_tap[k][v] += d_c[0][v] * past[k][v];
+                    for (int k = 0; k < MAX_TAPS; k++) d_tap[k][v] += d_c[0][v] * past[v][k].v[0];
                     d_bias[v] += d_c[0][v];
                 }
                 float sum =
@@ -434,7 +442,7 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
                 for (int k = 0; k < MAX_TAPS; k++)
 #pragma unroll
                     for (int j = 0; j < MAX_TAPS; j++)
-                        if (j == K - 1 - k) sum += tap[k][v] * d_c[j][v];
+                        if (j == K - 1 - k) sum += tap[v][k].v[0] * d_c[j][v];
                 put(&out.v[v], sum);
             }
             if (write) *(Group<T, V> *)(d_x + (size_t)(t - (K - 1)) * 2 * E) = out;

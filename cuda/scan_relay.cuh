@@ -210,10 +210,9 @@ __global__ void __launch_bounds__(128, MINB) scan_relay(ScanArgs<T> p) {
                     for (int k = 0; k < 4; k++)
 #pragma unroll
                         for (int c = 0; c < C; c++) {
-                            float &s = h[j * C + c];
-                            s = fmaf(exp2_fast(d[i + k][c] * A[j * C + c]), s,
-                                     du[i + k][c] * Bs[k]);
-                            y[i + k][c] = fmaf(Cs[k], s, y[i + k][c]);
+                            step_state(h[j * C + c], y[i + k][c],
+                                       exp2_fast(d[i + k][c] * A[j * C + c]), du[i + k][c] * Bs[k],
+                                       Cs[k]);
                         }
                 }
 #pragma unroll

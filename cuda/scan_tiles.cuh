@@ -214,8 +214,7 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMa
             for (int k = 0; k < 4; k++) {
 #pragma unroll
                 for (int c = 0; c < C; c++) {
-                    h.v[c] = fmaf(decay[i + k][c], h.v[c], du[i + k][c] * B[k]);
-                    y[i + k][c] = fmaf(C_row[k], h.v[c], y[i + k][c]);
+                    step_state(h.v[c], y[i + k][c], decay[i + k][c], du[i + k][c] * B[k], C_row[k]);
                 }
                 if (more.value) forecast(B_next, i + k, A);
             }

@@ -573,10 +573,9 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                                         cs[4] = {c4.x, c4.y, c4.z, c4.w};
 #pragma unroll
                             for (int j = 0; j < 4; j++) {
-                                float state =
-                                    exp2_fast(d * A[n + j]) * h_in[(n + j) * SUB] + dx * bs[j];
+                                float state = h_in[(n + j) * SUB];
+                                step_state(state, sum, exp2_fast(d * A[n + j]), dx * bs[j], cs[j]);
                                 h_out[(n + j) * E] = state;
-                                sum += cs[j] * state;
                             }
                         }
                         p.y[(s_first + s) * E + rank * SLICE + at] =

@@ -523,15 +523,14 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
 #pragma unroll
         for (int r = 0; r < ROUNDS; r++) {
             int c = 16 * r + half;
-            float d = c < n ? softplus(delta[r] * dt_scale + vectors[vector.dt_bias + c]) : 0,
-                  h = 0;
+            float d = c < n ? softplus(delta[r] * dt_scale + vectors[vector.dt_bias + c]) : 0, h;
+            out[r] = 0;
             if (c < n && lane < N) {
-                h = __expf(d * vectors[vector.A + c * N + lane]) *
-                        vectors[vector.h + c * N + lane] +
-                    d * u[c] * B;
+                h = vectors[vector.h + c * N + lane];
+                step_state(h, out[r], __expf(d * vectors[vector.A + c * N + lane]), d * u[c] * B,
+                           C);
                 state[vector.h + c * N + lane] = h;
             }
-            out[r] = C * h;
         }
         sum_lanes(out);
 #pragma unroll

@@ -103,8 +103,7 @@ __global__ void __launch_bounds__(128) dt_scan_step(DtStepArgs p) {
             unpack(a, load4(A + n * WIDTH + 4 * lane)), unpack(h, before[n]);
 #pragma unroll
             for (int v = 0; v < 4; v++) {
-                h[v] = fmaf(exp2_fast(delta[v] * a[v]), h[v], inject[v] * B);
-                y[v] = fmaf(C, h[v], y[v]);
+                step_state(h[v], y[v], exp2_fast(delta[v] * a[v]), inject[v] * B, C);
             }
             *(float4 *)(state + (size_t)n * E) = make_float4(h[0], h[1], h[2], h[3]);
         }
@@ -175,23 +174,30 @@ struct ConvSource { // u = silu(conv(x)) of the x half of xz and the window
     static constexpr bool norm = false;
     __device__ uint4 eight(int s, int k, int E, float *) const {
         uint4 x = *(const uint4 *)(xz + (size_t)s * 2 * E + k);
-        float v[8] = {low_half(x.x), high_half(x.x), low_half(x.y), high_half(x.y),
-                      low_half(x.z), high_half(x.z), low_half(x.w), high_half(x.w)},
-              sum[8];
-        for (int i = 0; i < 8; i++)
-            sum[i] = (bias ? bias[k + i] : 0) + conv_t[(size_t)(K - 1) * E + k + i] * v[i];
-        for (int j = 0; j < K - 1; j++) {
-            const float4 *w = (const float4 *)(window + ((size_t)s * (K - 1) + j) * E + k),
-                         *c = (const float4 *)(conv_t + (size_t)j * E + k);
-            float4 w0 = w[0], w1 = w[1], c0 = c[0], c1 = c[1];
-            sum[0] += w0.x * c0.x, sum[1] += w0.y * c0.y, sum[2] += w0.z * c0.z,
-                sum[3] += w0.w * c0.w;
-            sum[4] += w1.x * c1.x, sum[5] += w1.y * c1.y, sum[6] += w1.z * c1.z,
-                sum[7] += w1.w * c1.w;
+        Group<float, 4> v[2] = {{low_half(x.x), high_half(x.x), low_half(x.y), high_half(x.y)},
+                                {low_half(x.z), high_half(x.z), low_half(x.w), high_half(x.w)}};
+        typedef const Group<float, 4> *Four;
+        Group<float, 4> sum[2] = {};
+        float out[8];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float *tap = conv_t + (size_t)(K - 1) * E + k + 4 * half;
+            Group<float, 4> last = {tap[0], tap[1], tap[2], tap[3]};
+            for (int i = 0; i < 4; i++) sum[half].v[i] = bias ? bias[k + 4 * half + i] : 0;
+            sum[half] = conv_sum<1>(sum[half], &last, v + half);
         }
-        for (int i = 0; i < 8; i++) sum[i] = silu(sum[i]);
-        return make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]),
-                          pack(sum[6], sum[7]));
+        for (int j = 0; j < K - 1; j++) {
+            Four taps = (Four)(conv_t + (size_t)j * E + k),
+                 inputs = (Four)(window + ((size_t)s * (K - 1) + j) * E + k);
+            Group<float, 4> tap[2] = {taps[0], taps[1]}, input[2] = {inputs[0], inputs[1]};
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                sum[half] = conv_sum<1>(sum[half], tap + half, input + half);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) out[i] = silu(sum[i / 4].v[i % 4]);
+        return make_uint4(pack(out[0], out[1]), pack(out[2], out[3]), pack(out[4], out[5]),
+                          pack(out[6], out[7]));
     }
 };
 
@@ -369,13 +375,13 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
     for (int n = 0; n < NS; n++)
         if (n < N) {
-            float next = __expf(delta * A[n]) * ahead[n] + inject * B_ssm[n];
-            state[(size_t)n * E] = next, y += C_ssm[n] * next;
+            step_state(ahead[n], y, __expf(delta * A[n]), inject * B_ssm[n], C_ssm[n]);
+            state[(size_t)n * E] = ahead[n];
         }
     for (int n = NS; n < N; n++) {
-        float next =
-            __expf(delta * A_neg[(size_t)n * E + e]) * state[(size_t)n * E] + inject * B_ssm[n];
-        state[(size_t)n * E] = next, y += C_ssm[n] * next;
+        float next = state[(size_t)n * E], decay = __expf(delta * A_neg[(size_t)n * E + e]);
+        step_state(next, y, decay, inject * B_ssm[n], C_ssm[n]);
+        state[(size_t)n * E] = next;
     }
     put(g + (size_t)s * E + e, y * silu(z));
 }
