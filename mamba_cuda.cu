@@ -1144,10 +1144,7 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
             if (a.raw)
                 cudaMemcpyAsync(a.raw, a.xdb, (size_t)rows * P * sizeof(T),
                                 cudaMemcpyDeviceToDevice, d->stream);
-            rmsnorm(d, a.xdb, (size_t)P, a.xdb, (size_t)P, NULL, c->mixer_eps, rows, R);
-            rmsnorm(d, a.xdb + R, (size_t)P, a.xdb + R, (size_t)P, NULL, c->mixer_eps, rows, N);
-            rmsnorm(d, a.xdb + R + N, (size_t)P, a.xdb + R + N, (size_t)P, NULL, c->mixer_eps, rows,
-                    N);
+            mixer_norms(d, a.xdb, c->mixer_eps, rows, R, N);
         }
         matmul(d, a.delta, (size_t)E, a.xdb, (size_t)P, (const T *)w->dt_proj, rows, E, R);
         ScanArgs<T> scan = scan_args(c, w, a, B, L);

@@ -92,32 +92,58 @@ __global__ void __launch_bounds__(256)
     for (int i = first + step * PER; i < cols; i += step)
         store(i, *(const Read *)(x + i), weight ? *(const Weights *)(weight + i) : none);
 }
-template <class T, class In, int TEAM, int V> static auto rmsnorm_choice(int cols) {
-    int each = (cols + TEAM - 1) / TEAM;
-    if constexpr (V == 1)
-        return each <= 12 ? rmsnorm_kernel<T, In, 12, TEAM, 1> : rmsnorm_kernel<T, In, 0, TEAM, 1>;
-    else
-        return each <= 4    ? rmsnorm_kernel<T, In, 4 / V, TEAM, V>
-               : each <= 12 ? rmsnorm_kernel<T, In, 12 / V, TEAM, V>
-               : each <= 24 ? rmsnorm_kernel<T, In, 24 / V, TEAM, V>
-               : each <= 80 ? rmsnorm_kernel<T, In, 80 / V, TEAM, V>
-                            : rmsnorm_kernel<T, In, 0, TEAM, V>;
+enum { NORM_FEW = 2048 }; // rows: a warp a row would leave multiprocessors idle
+
+// The kernel of this shape. Rows that are not whole groups of 4, which no published model has, are
+// read twice by a warp each. Only the residual stream (In: float) has rows so long that a block
+// takes one.
+template <class T, class In> static auto rmsnorm_choice(bool fours, bool block, int cols) {
+    int each = (cols + (block ? 255 : 31)) / (block ? 256 : 32); // numbers of a thread
+    if (!fours) return rmsnorm_kernel<T, In, 0, 32, 1>;
+    if constexpr (sizeof(In) == 4) {
+        if (block)
+            return each <= 4    ? rmsnorm_kernel<T, In, 1, 256, 4>
+                   : each <= 12 ? rmsnorm_kernel<T, In, 3, 256, 4>
+                   : each <= 24 ? rmsnorm_kernel<T, In, 6, 256, 4>
+                                : rmsnorm_kernel<T, In, 0, 256, 4>;
+        if (each > 12 && each <= 80)
+            return each <= 24 ? rmsnorm_kernel<T, In, 6, 32, 4> : rmsnorm_kernel<T, In, 20, 32, 4>;
+    }
+    return each <= 12 ? rmsnorm_kernel<T, In, 3, 32, 4> : rmsnorm_kernel<T, In, 0, 32, 4>;
 }
-enum { NORM_FEW = 2048 }; // rows: 8 a block would leave multiprocessors idle
 template <class T, class In>
 static void rmsnorm(Device *d, T *out, size_t ld_out, const In *in, size_t ld_in,
                     const float *weight, float eps, int rows, int cols) {
-    bool block = rows <= NORM_FEW && cols > 256; // a row of 256 or less is a warp's in any case
     bool fours = (ld_out | ld_in | (size_t)cols) % 4 == 0 &&
                  (uintptr_t)in % (4 * sizeof(In)) == 0 && ((uintptr_t)weight) % 16 == 0 &&
                  (uintptr_t)out % (4 * sizeof(T)) == 0;
-    auto kernel =
-        block   ? fours ? rmsnorm_choice<T, In, 256, 4>(cols) : rmsnorm_choice<T, In, 256, 1>(cols)
-          : fours ? rmsnorm_choice<T, In, 32, 4>(cols)
-                : rmsnorm_choice<T, In, 32, 1>(cols);
-    launch_dependent(d, kernel, dim3(blocks_for((size_t)rows, block ? 1 : 8)), 256, 0, out, ld_out,
-                     in, ld_in, weight, eps, rows, cols);
+    bool block = fours && sizeof(In) == 4 && rows <= NORM_FEW && cols > 256;
+    launch_dependent(d, rmsnorm_choice<T, In>(fours, block, cols),
+                     blocks_for((size_t)rows, block ? 1 : 8), 256, 0, out, ld_out, in, ld_in,
+                     weight, eps, rows, cols);
     check_launch(d, "rmsnorm");
+}
+
+// FalconMamba scales dt_low, B_ssm and C_ssm of x_proj's output (R, N and N numbers of a row) to a
+// mean square of 1 each.
+struct MixerPart {
+    int at, n;
+};
+__host__ __device__ inline MixerPart mixer_part(int part, int R, int N) {
+    return part == 0 ? MixerPart{0, R} : MixerPart{R + (part - 1) * N, N};
+}
+template <class T> static void mixer_norms(Device *d, T *xdb, float eps, int rows, int R, int N) {
+    for (int part = 0; part < 3; part++) {
+        MixerPart m = mixer_part(part, R, N);
+        size_t ld = (size_t)(R + 2 * N);
+        rmsnorm(d, xdb + m.at, ld, xdb + m.at, ld, NULL, eps, rows, m.n);
+    }
+}
+__device__ inline void mixer_norm(float *row, MixerPart m, float eps) { // by a warp
+    float squares = 0, *x = row + m.at;
+    for (int i = threadIdx.x % 32; i < m.n; i += 32) squares += x[i] * x[i];
+    float scale = rsqrtf(warp_sum(squares) / (float)m.n + eps);
+    for (int i = threadIdx.x % 32; i < m.n; i += 32) x[i] *= scale;
 }
 
 // x (rows,cols) += bias (cols)

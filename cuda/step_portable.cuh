@@ -54,13 +54,8 @@ __global__ void __launch_bounds__(128) dt_scan_step(DtStepArgs p) {
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
     if (p.norm_eps > 0) { // dt_low, B_ssm, C_ssm each to a mean square of 1
-        for (int part = 0; part < 3; part++) {
-            int n = part == 0 ? R : N;
-            float squares = 0, *x = xdb + warp * P + (part == 0 ? 0 : R + (part - 1) * N);
-            for (int i = lane; i < n; i += 32) squares += x[i] * x[i];
-            float scale = rsqrtf(warp_sum(squares) / (float)n + p.norm_eps);
-            for (int i = lane; i < n; i += 32) x[i] *= scale;
-        }
+        for (int part = 0; part < 3; part++)
+            mixer_norm(xdb + warp * P, mixer_part(part, R, N), p.norm_eps);
         __syncthreads();
     }
     float sum[4][4] =
@@ -338,14 +333,8 @@ __global__ void __launch_bounds__(128)
         xdb[i] = sum;
     }
     __syncthreads();
-    if (norm_eps > 0) { // FalconMamba: dt_low, B_ssm, C_ssm each to a mean square of 1; a warp each
-        int part = threadIdx.x / 32, first = part == 0 ? 0 : R + (part - 1) * N,
-            n = part == 0 ? R : N;
-        float squares = 0;
-        for (int i = threadIdx.x % 32; i < n && part < 3; i += 32)
-            squares += xdb[first + i] * xdb[first + i];
-        float scale = rsqrtf(warp_sum(squares) / (float)n + norm_eps);
-        for (int i = threadIdx.x % 32; i < n && part < 3; i += 32) xdb[first + i] *= scale;
+    if (norm_eps > 0) { // FalconMamba: a warp a part
+        if (threadIdx.x / 32 < 3) mixer_norm(xdb, mixer_part(threadIdx.x / 32, R, N), norm_eps);
         __syncthreads();
     }
     if (!live) return;

@@ -315,9 +315,9 @@ template <class T> static void block_backward(GpuTrainer *x, int layer) {
     matmul_d_W(d, (float *)dw->dt_proj, d_delta, lE, a.xdb, lP, rows, E, R);
     if (c->flags & FLAG_MIXER_NORM)
         for (int part = 0; part < 3; part++) {
-            int at = part ? R + (part - 1) * N : 0, n = part ? N : R;
-            rmsnorm_backward<false>(d, d_xdb + at, (T *)NULL, (float *)NULL, d_xdb + at, lP,
-                                    a.raw + at, lP, NULL, c->mixer_eps, rows, n, x->partial);
+            MixerPart m = mixer_part(part, R, N);
+            rmsnorm_backward<false>(d, d_xdb + m.at, (T *)NULL, (float *)NULL, d_xdb + m.at, lP,
+                                    a.raw + m.at, lP, NULL, c->mixer_eps, rows, m.n, x->partial);
         }
     matmul_d_x(d, d_u, lE, d_xdb, lP, (const T *)w->x_proj, rows, P, E, true);
     matmul_d_W(d, (float *)dw->x_proj, d_xdb, lP, a.u, lE, rows, P, E);
