@@ -33,6 +33,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 typedef __nv_bfloat16 bf16;
@@ -168,6 +169,38 @@ template <typename T> __device__ __forceinline__ T *row_at_bytes(T *p, int i, in
 // The same of rows ld elements apart, for an i that the compiler knows.
 template <typename T> __device__ __forceinline__ T *row_at(T *p, int i, int ld) {
     return row_at_bytes(p, i * (int)sizeof(T), ld);
+}
+
+// The definition, for any N: a thread is a channel and takes one step after the other. Slow; every
+// fast form is tested against it. h_final must be given: it holds h from the first step to the
+// last.
+template <typename T> __global__ void scan_plain(ScanArgs<T> p) {
+    const int e = blockIdx.x * blockDim.x + threadIdx.x, E = p.E, N = p.N;
+    const size_t b = blockIdx.y, saves = (p.L + SCAN_SAVE - 1) / SCAN_SAVE;
+    if (e >= E) return;
+    float *h = p.h_final + b * N * E + e; // h_n lies at h[n * E]
+    for (int n = 0; n < N; n++) h[(size_t)n * E] = p.h0 ? p.h0[(b * N + n) * E + e] : 0.f;
+    for (int t = 0; t < p.L; t++) {
+        const size_t row = b * p.L + t;
+        if (p.h_starts && t % SCAN_SAVE == 0)
+            for (int n = 0; n < N; n++)
+                p.h_starts[((b * saves + t / SCAN_SAVE) * N + n) * E + e] = h[(size_t)n * E];
+        float x = value(p.delta_raw[row * p.ld_delta + e]) + p.dt_bias[e];
+        float delta = x > 20.f ? x : log1pf(expf(x));
+        float u = value(p.u[row * p.ld_u + e]), z = value(p.z[row * p.ld_z + e]);
+        float y = p.D_skip[e] * u;
+        for (int n = 0; n < N; n++) {
+            float B = value(p.B_ssm[row * p.ld_B + n]), C = value(p.C_ssm[row * p.ld_C + n]);
+            float decay = expf(delta * p.A_neg[(size_t)n * E + e]);
+            h[(size_t)n * E] = decay * h[(size_t)n * E] + delta * B * u;
+            y += C * h[(size_t)n * E];
+        }
+        p.out[row * p.ld_out + e] = to<T>(y * z / (1.f + expf(-z)));
+    }
+}
+template <typename T> static cudaError_t scan_plain_forward(Device *d, const ScanArgs<T> &p) {
+    scan_plain<<<dim3(blocks_for(p.E, 32), p.B), 32, 0, d->stream>>>(p);
+    return cudaGetLastError();
 }
 
 template <int R> struct alignas(R >= 4 ? 16 : 4 * R) Row {
