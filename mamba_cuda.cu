@@ -1156,17 +1156,25 @@ static ScanArgs<T> scan_args(const Config *c, const LayerWeights *w, BlockActs<T
     return p;
 }
 
-// out (B*L,D) = res + block(res), out may be res. B = 1 or L = 1: with the states in window and h,
-// which move on; else (both NULL) from zero.
+struct BlockRun {      // what a block is applied to
+    float *out;        // (B*L,D) = res + block(res)
+    const float *res;  // (B*L,D), may be out
+    int B, L;          // sequences, tokens of each
+    float *window, *h; // (B,K-1,E), (B,N,E), which move on: B = 1 or L = 1. NULL: from zero
+};
 template <class T>
-static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T> a, float *out,
-                  const float *res, int B, int L, float *window, float *h) {
+static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T> a,
+                  const BlockRun &run) {
+    const int B = run.B, L = run.L;
+    const float *res = run.res;
+    float *out = run.out, *h = run.h;
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, rows = B * L;
-    rmsnorm(d, a.xn, (size_t)D, res, (size_t)D, (const float *)w->norm, c->norm_eps, rows, D);
-    matmul(d, a.xz, 2 * (size_t)E, a.xn, (size_t)D, (const T *)w->in_proj, rows, 2 * E, D);
+    rmsnorm(d, Rows(a.xn, D), Rows(res, D), (const float *)w->norm, c->norm_eps, rows, D);
+    matmul(d, Rows(a.xz, 2 * E), Rows(a.xn, D), (const T *)w->in_proj, rows, 2 * E, D);
     add_bias(d, a.xz, 2 * (size_t)E, (const float *)w->in_bias, rows, 2 * E);
-    conv1d_silu(d, a.u, window, a.xz, w->conv_t, (const float *)w->conv_bias, B, L, E, K);
-    matmul(d, a.xdb, (size_t)P, a.u, (size_t)E, (const T *)w->x_proj, rows, P, E);
+    conv1d_silu(
+        d, ConvArgs<T>{a.u, a.xz, run.window, w->conv_t, (const float *)w->conv_bias, B, L, E, K});
+    matmul(d, Rows(a.xdb, P), Rows(a.u, E), (const T *)w->x_proj, rows, P, E);
     if (sizeof(T) == 2 && L == 1 && h && dt_step_pays(B, E, N, R)) {
         const float *dt_bias = (const float *)w->dt_bias, *D_skip = (const float *)w->D_skip;
         dt_step(d, {(bf16 *)a.g, h, (const bf16 *)a.xdb, (const bf16 *)a.u, (const bf16 *)a.xz + E,
@@ -1179,13 +1187,12 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
                                 cudaMemcpyDeviceToDevice, d->stream);
             mixer_norms(d, a.xdb, c->mixer_eps, rows, R, N);
         }
-        matmul(d, a.delta, (size_t)E, a.xdb, (size_t)P, (const T *)w->dt_proj, rows, E, R);
+        matmul(d, Rows(a.delta, E), Rows(a.xdb, P), (const T *)w->dt_proj, rows, E, R);
         ScanArgs<T> scan = scan_args(c, w, a, B, L);
         scan.out = a.g, scan.h0 = scan.h_final = h, scan.h_starts = a.h_starts;
         check_cuda(d, L == 1 && h ? scan_step_forward(d, scan) : scan_forward(d, scan), "scan");
     }
-    if (out == res)
-        matmul(d, out, (size_t)D, a.g, (size_t)E, (const T *)w->out_proj, rows, D, E, true);
+    if (out == res) matmul(d, Rows(out, D), Rows(a.g, E), (const T *)w->out_proj, rows, D, E, true);
     else matmul_onto(d, out, res, a.g, (const T *)w->out_proj, rows, D, E);
     add_bias(d, out, (size_t)D, (const float *)w->out_bias, rows, D);
 }
@@ -1427,10 +1434,10 @@ template <class T> static void network(Gpu *g, const int32_t *ids, int B, int L)
         embed_kernel<<<(unsigned)(B * L), 128, 0, d->stream>>>(g->res, ids,
                                                                (const T *)g->w.embedding, c->D);
     for (int layer = 0; layer < c->n_layer; layer++)
-        block(d, c, &g->w.layer[(size_t)layer], a, g->res, g->res, B, L, window_of(g, layer),
-              h_of(g, layer));
-    rmsnorm(d, a.xn, (size_t)c->D, g->res, (size_t)c->D, (const float *)g->w.norm_f, c->norm_eps,
-            B * L, c->D);
+        block(d, c, &g->w.layer[(size_t)layer], a,
+              {g->res, g->res, B, L, window_of(g, layer), h_of(g, layer)});
+    rmsnorm(d, Rows(a.xn, c->D), Rows(g->res, c->D), (const float *)g->w.norm_f, c->norm_eps, B * L,
+            c->D);
 }
 
 template <class T>
@@ -1445,10 +1452,11 @@ static int prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, c
         cudaMemcpyAsync(g->ids, ids + done, (size_t)L * sizeof *ids, cudaMemcpyHostToDevice,
                         d->stream);
         network<T>(g, g->ids, 1, L);
-        const T *xn = acts_of<T>(g).xn;
+        T *xn = acts_of<T>(g).xn;
         for (int t = 0; t < L && visit; t += g->logit_rows) {
             int rows = std::min(g->logit_rows, L - t);
-            matmul(d, g->logits, V, xn + (size_t)t * D, D, (const T *)g->w.head, rows, c->V, c->D);
+            matmul(d, Rows(g->logits, V), Rows(xn + (size_t)t * D, D), (const T *)g->w.head, rows,
+                   c->V, c->D);
             cudaMemcpyAsync(host.data(), g->logits, (size_t)rows * V * sizeof(float),
                             cudaMemcpyDeviceToHost, d->stream);
             if (finish(d)) return -1;
@@ -1456,8 +1464,8 @@ static int prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, c
         }
         done += (size_t)L;
         if (done == n)
-            matmul(d, g->step_logits, V, xn + (size_t)(L - 1) * D, D, (const T *)g->w.head, 1, c->V,
-                   c->D);
+            matmul(d, Rows(g->step_logits, V), Rows(xn + (size_t)(L - 1) * D, D),
+                   (const T *)g->w.head, 1, c->V, c->D);
     }
     return finish(d);
 }
@@ -1511,8 +1519,8 @@ template <class T> static void generation_step(Gpu *g) {
     } else {
         if (n->wide) wide_step(g, n->wide);
         else network<T>(g, NULL, n->S, 1);
-        matmul(d, g->step_logits, (size_t)c->V, acts_of<T>(g).xn, (size_t)c->D,
-               (const T *)g->w.head, n->S, c->V, c->D);
+        matmul(d, Rows(g->step_logits, c->V), Rows(acts_of<T>(g).xn, c->D), (const T *)g->w.head,
+               n->S, c->V, c->D);
     }
     check_launch(d, "step");
 }

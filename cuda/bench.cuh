@@ -44,7 +44,7 @@ static int gpu_measure(double *copy_bytes, double *flops, double *used_bytes, ch
         if (round == -1)
             cudaEventRecord(event[2], d.stream), cudaStreamSynchronize(d.stream),
                 cudaEventElapsedTime(&milliseconds[0], event[0], event[1]);
-        matmul(&d, c, (size_t)SIZE, a, (size_t)SIZE, b, SIZE, SIZE, SIZE);
+        matmul(&d, Rows(c, SIZE), Rows(a, SIZE), b, SIZE, SIZE, SIZE);
     }
     cudaEventRecord(event[2], d.stream);
     int result = finish(&d);

@@ -19,16 +19,28 @@ static int gpu_fail(const char *format, ...) {
     return -1;
 }
 
+// c (m,n) = op_a(a) op_b(b), column-major as cuBLAS sees matrices; ld: elements from a column to
+// the next.
+struct ProductShape {
+    cublasOperation_t op_a, op_b;
+    int m, n, k;
+    size_t ld_a, ld_b, ld_c;
+};
 // A matrix product prepared by cublasLt for one shape, see gemm().
 struct Product {
-    cublasOperation_t op_a, op_b;
-    cudaDataType_t in, out;
-    int m, n, k;
-    size_t lda, ldb, ldc;
+    ProductShape shape;
+    cudaDataType_t in, out; // of a and b, of c
     cublasLtMatmulDesc_t product;
     cublasLtMatrixLayout_t a, b, c;
     cublasLtMatmulAlgo_t algorithm;
     bool ready;
+};
+
+// Rows of a matrix: elements from the start of a row to the next.
+template <class T> struct Rows {
+    T *p;
+    size_t ld;
+    Rows(T *p_, size_t ld_) : p(p_), ld(ld_) {}
 };
 
 struct Device { // what every kernel launch needs

@@ -111,15 +111,16 @@ template <class T, class In> static auto rmsnorm_choice(bool fours, bool block, 
     }
     return each <= 12 ? rmsnorm_kernel<T, In, 3, 32, 4> : rmsnorm_kernel<T, In, 0, 32, 4>;
 }
-template <class T, class In>
-static void rmsnorm(Device *d, T *out, size_t ld_out, const In *in, size_t ld_in,
-                    const float *weight, float eps, int rows, int cols) {
-    bool fours = (ld_out | ld_in | (size_t)cols) % 4 == 0 &&
-                 (uintptr_t)in % (4 * sizeof(In)) == 0 && ((uintptr_t)weight) % 16 == 0 &&
-                 (uintptr_t)out % (4 * sizeof(T)) == 0;
+template <class T, class InRow>
+static void rmsnorm(Device *d, Rows<T> out, Rows<InRow> in, const float *weight, float eps,
+                    int rows, int cols) {
+    typedef std::remove_const_t<InRow> In;
+    bool fours = (out.ld | in.ld | (size_t)cols) % 4 == 0 &&
+                 (uintptr_t)in.p % (4 * sizeof(In)) == 0 && (uintptr_t)weight % 16 == 0 &&
+                 (uintptr_t)out.p % (4 * sizeof(T)) == 0;
     bool block = fours && sizeof(In) == 4 && rows <= NORM_FEW && cols > 256;
     launch_dependent(d, rmsnorm_choice<T, In>(fours, block, cols),
-                     blocks_for((size_t)rows, block ? 1 : 8), 256, 0, out, ld_out, in, ld_in,
+                     blocks_for((size_t)rows, block ? 1 : 8), 256, 0, out.p, out.ld, in.p, in.ld,
                      weight, eps, rows, cols);
     check_launch(d, "rmsnorm");
 }
@@ -136,7 +137,7 @@ template <class T> static void mixer_norms(Device *d, T *xdb, float eps, int row
     for (int part = 0; part < 3; part++) {
         MixerPart m = mixer_part(part, R, N);
         size_t ld = (size_t)(R + 2 * N);
-        rmsnorm(d, xdb + m.at, ld, xdb + m.at, ld, NULL, eps, rows, m.n);
+        rmsnorm(d, Rows(xdb + m.at, ld), Rows(xdb + m.at, ld), NULL, eps, rows, m.n);
     }
 }
 __device__ inline void mixer_norm(float *row, MixerPart m, float eps) { // by a warp
@@ -289,26 +290,30 @@ __global__ void conv1d_silu_step_kernel(T *__restrict__ u, float *__restrict__ w
     *(Group<T, V> *)(u + s * E + e) = out;
 }
 
-template <class T>
-static void conv1d_silu(Device *d, T *u, float *window, const T *xz, const float *conv_t,
-                        const float *bias, int B, int L, int E, int K) {
-    int V = E % 2 == 0 ? 2 : 1,
-        steps = L > 4096 ? 32 : 16; // 16: more blocks, and 3 inputs more for each
-    dim3 grid(blocks_for((size_t)E / V, 128), blocks_for((size_t)L, (size_t)steps), (unsigned)B);
-    if (L == 1 && window) {
-        if (E % 4 == 0)
-            launch_dependent(d, conv1d_silu_step_kernel<T, 4>,
-                             dim3(blocks_for((size_t)E / 4, 128), (unsigned)B), 128, 0, u, window,
-                             xz, conv_t, bias, E, K);
-        else
-            launch_dependent(d, conv1d_silu_step_kernel<T, 1>,
-                             dim3(blocks_for((size_t)E, 128), (unsigned)B), 128, 0, u, window, xz,
-                             conv_t, bias, E, K);
-    } else
-        launch_dependent(d, V == 2 ? conv1d_silu_kernel<T, 2> : conv1d_silu_kernel<T, 1>, grid, 128,
-                         0, u, xz, window, conv_t, bias, L, E, K, steps);
-    if (L > 1 && window && K > CONV_TAPS) // one sequence: prefill
-        conv_window_kernel<<<blocks_for((size_t)E, 128), 128, 0, d->stream>>>(window, xz, L, E, K);
+template <class T> struct ConvArgs {
+    T *u;                       // (B*L,E)
+    const T *xz;                // (B*L,2E), of which x is the first half
+    float *window;              // (B,K-1,E), moves on; NULL: zeros before the first token
+    const float *conv_t, *bias; // (K,E), (E) or NULL
+    int B, L, E, K;             // B > 1 and L > 1: no window
+};
+template <class T> static void conv1d_silu(Device *d, const ConvArgs<T> &p) {
+    const int E = p.E, pair = E % 2 == 0 ? 2 : 1,
+              steps = p.L > 4096 ? 32 : 16; // 16: more blocks, each reads 3 inputs more
+    auto of_text = pair == 2 ? conv1d_silu_kernel<T, 2> : conv1d_silu_kernel<T, 1>;
+    auto of_token = E % 4 == 0 ? conv1d_silu_step_kernel<T, 4> : conv1d_silu_step_kernel<T, 1>;
+    if (p.L == 1 && p.window) {
+        dim3 grid(blocks_for((size_t)E / (E % 4 == 0 ? 4 : 1), 128), (unsigned)p.B);
+        launch_dependent(d, of_token, grid, 128, 0, p.u, p.window, p.xz, p.conv_t, p.bias, E, p.K);
+    } else {
+        dim3 grid(blocks_for((size_t)E / pair, 128), blocks_for((size_t)p.L, (size_t)steps),
+                  (unsigned)p.B);
+        launch_dependent(d, of_text, grid, 128, 0, p.u, p.xz, p.window, p.conv_t, p.bias, p.L, E,
+                         p.K, steps);
+        if (p.L > 1 && p.window && p.K > CONV_TAPS)
+            conv_window_kernel<<<blocks_for((size_t)E, 128), 128, 0, d->stream>>>(p.window, p.xz,
+                                                                                  p.L, E, p.K);
+    }
     check_launch(d, "conv1d_silu");
 }
 

@@ -785,6 +785,6 @@ static void wide_step(Gpu *g, const Wide *q) {
     const Config *c = &g->config;
     launch_cluster(&g->device, SOLO_CLUSTER, q->kernel, (unsigned)(q->args.clusters * SOLO_CLUSTER),
                    WIDE_THREADS + 32, q->shared, q->args, q->h);
-    rmsnorm(&g->device, acts_of<bf16>(g).xn, (size_t)c->D, g->res, (size_t)c->D,
+    rmsnorm(&g->device, Rows(acts_of<bf16>(g).xn, c->D), Rows(g->res, c->D),
             (const float *)g->w.norm_f, c->norm_eps, q->args.S, c->D);
 }
