@@ -1509,9 +1509,10 @@ template <class T> static void generation_step(Gpu *g) {
     const Config *c = &g->config;
     launch_dependent(d, likeliest_kernel, dim3(SLICES, (unsigned)n->S), 256, 0, n->how,
                      n->sequences, g->step_logits, n->allowed, n->scratch, n->slices, c->V);
-    launch_dependent(d, sample_kernel<T>, (unsigned)n->S, 1024, 0, n->how, n->sequences, n->slices,
-                     n->scratch, n->current, n->tokens, g->res, (const T *)g->w.embedding, n->S,
-                     c->V, c->D);
+    SampleArgs<T> sample = {n->how,     n->sequences, n->slices, n->scratch,
+                            n->current, n->tokens,    g->res,    (const T *)g->w.embedding,
+                            n->S,       c->V,         c->D};
+    launch_dependent(d, sample_kernel<T>, (unsigned)n->S, 1024, 0, sample);
     if (n->solo) {
         solo_step(g, n->solo);
     } else if (!n->wide && thin_fits(g, n->S)) {

@@ -630,48 +630,47 @@ static void transpose(Device *d, bf16 *to, int pitch, const bf16 *from, int rows
     check_launch(d, "weights");
 }
 
-// A layer's vectors as blocks read them; norm: the next one.
-__global__ void solo_vectors_kernel(float *vectors, SoloVectors at, LayerWeights w,
-                                    const float *norm, int channels, int D, int E, int N, int K) {
-    float *to = vectors + (size_t)blockIdx.x * at.floats;
-    const float *conv_bias = (const float *)w.conv_bias, *dt_bias = (const float *)w.dt_bias,
-                *D_skip = (const float *)w.D_skip;
-    const int first = solo_first(blockIdx.x, gridDim.x, E),
-              n = solo_first(blockIdx.x + 1, gridDim.x, E) - first;
+// A layer's vectors as blocks read them; norm: the next layer's.
+__global__ void solo_vectors_kernel(SoloArgs p, LayerWeights w, int layer, const float *norm) {
+    const SoloVectors at(p.channels, p.N, p.K, p.D);
+    const int E = p.E, N = p.N, K = p.K, first = solo_first(blockIdx.x, gridDim.x, E),
+              n = solo_first(blockIdx.x + 1, gridDim.x, E) - first,
+              pairs = p.D / (2 * SOLO_CLUSTER);
+    float *to = p.vectors + ((size_t)layer * gridDim.x + blockIdx.x) * at.floats;
+    const float *conv_bias = (const float *)w.conv_bias;
     for (int c = threadIdx.x, e = first + c; c < n; c += blockDim.x, e += blockDim.x) {
         for (int i = 0; i < N; i++) to[at.A + c * N + i] = w.A_neg[(size_t)i * E + e];
-        for (int k = 0; k < K; k++) to[at.conv + k * channels + c] = w.conv_t[(size_t)k * E + e];
-        to[at.conv_bias + c] = conv_bias ? conv_bias[e] : 0, to[at.dt_bias + c] = dt_bias[e],
-                          to[at.D_skip + c] = D_skip[e];
+        for (int k = 0; k < K; k++) to[at.conv + k * p.channels + c] = w.conv_t[(size_t)k * E + e];
+        to[at.conv_bias + c] = conv_bias ? conv_bias[e] : 0;
+        to[at.dt_bias + c] = ((const float *)w.dt_bias)[e];
+        to[at.D_skip + c] = ((const float *)w.D_skip)[e];
     }
-    int pairs = D / (2 * SOLO_CLUSTER);
     for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
         int q = blockIdx.x % SOLO_CLUSTER * pairs + i, column = q / 8 * 16 + q % 8;
-        to[at.norm + 2 * i] = norm[column], to[at.norm + 2 * i + 1] = norm[column + 8];
+        to[at.norm + 2 * i] = norm[column];
+        to[at.norm + 2 * i + 1] = norm[column + 8];
     }
 }
 
 // h (n_layer,N,E) and window (n_layer,K-1,E) to where the blocks have them, or back.
-__global__ void solo_state_kernel(float *vectors, SoloVectors at, float *h, float *window,
-                                  int channels, int blocks, int E, int N, int K, bool back) {
-    int e = blockIdx.x * blockDim.x + threadIdx.x, layer = blockIdx.y;
+__global__ void solo_state_kernel(SoloArgs p, float *h, float *window, bool back) {
+    const SoloVectors at(p.channels, p.N, p.K, p.D);
+    const int E = p.E, N = p.N, K = p.K, e = blockIdx.x * blockDim.x + threadIdx.x,
+              layer = blockIdx.y, blocks = p.clusters * SOLO_CLUSTER;
     if (e >= E) return;
     int block = (int)(((int64_t)(e + 1) * blocks - 1) / E), c = e - solo_first(block, blocks, E);
-    float *of_block = vectors + ((size_t)layer * blocks + block) * at.floats;
+    float *of_block = p.vectors + ((size_t)layer * blocks + block) * at.floats;
     for (int i = 0; i < N + K - 1; i++) {
         float *here = i < N ? h + ((size_t)layer * N + i) * E + e
-                            : window + ((size_t)layer * (K - 1) + i - N) * E + e,
-              *there = of_block + (i < N ? at.h + c * N + i : at.window + (i - N) * channels + c);
+                            : window + ((size_t)layer * (K - 1) + i - N) * E + e;
+        float *there = of_block + (i < N ? at.h + c * N + i : at.window + (i - N) * p.channels + c);
         if (back) *here = *there;
         else *there = *here;
     }
 }
 static void solo_state(Gpu *g, const Solo *q, bool back) {
-    const SoloArgs *p = &q->args;
-    SoloVectors at(p->channels, p->N, p->K, p->D);
-    solo_state_kernel<<<dim3(blocks_for((size_t)p->E, 128), (unsigned)p->n_layer), 128, 0,
-                        g->device.stream>>>(p->vectors, at, g->h, g->window, p->channels,
-                                            p->clusters * SOLO_CLUSTER, p->E, p->N, p->K, back);
+    dim3 grid(blocks_for((size_t)q->args.E, 128), (unsigned)q->args.n_layer);
+    solo_state_kernel<<<grid, 128, 0, g->device.stream>>>(q->args, g->h, g->window, back);
     check_launch(&g->device, "state");
 }
 
@@ -774,9 +773,7 @@ static Solo *solo_new(Gpu *g) {
                   E);
         const float *norm =
             (const float *)(layer + 1 < L ? g->w.layer[layer + 1].norm : g->w.norm_f);
-        solo_vectors_kernel<<<(unsigned)blocks, 64, 0, d->stream>>>(
-            p->vectors + layer * blocks * p->vector_floats, SoloVectors(p->channels, N, K, D), *w,
-            norm, p->channels, D, E, N, K);
+        solo_vectors_kernel<<<(unsigned)blocks, 64, 0, d->stream>>>(*p, *w, (int)layer, norm);
         check_launch(d, "weights");
     }
     check_cuda(d,

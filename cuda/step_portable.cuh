@@ -290,15 +290,27 @@ __global__ void __launch_bounds__(32 * THIN_WARPS)
 
 // Kernel 3, a thread a channel and a block 128 channels of one sequence: xdb from its parts,
 // FalconMamba's norms, delta = softplus(W_dt dt_low + bias), the step of the recurrence, the gate.
-template <int NS, int RV> // states, and groups of 8 weights of dt_proj, that are loaded before the
-                          // input is there
-__global__ void __launch_bounds__(128)
-    thin_scan_kernel(bf16 *__restrict__ g, float *__restrict__ h, float *__restrict__ window,
-                     const float *__restrict__ parts, int K_SPLIT, const bf16 *__restrict__ xz,
-                     const float *__restrict__ conv_t, const float *__restrict__ conv_bias,
-                     const bf16 *__restrict__ W_dt, const float *__restrict__ dt_bias,
-                     const float *__restrict__ A_neg, const float *__restrict__ D_skip, int E,
-                     int N, int K, int R, float norm_eps) {
+struct ThinScanArgs {
+    bf16 *g;                               // (S,E)
+    float *h, *window;                     // (S,N,E), (S,K-1,E)
+    const float *parts;                    // (n_parts,S,P): sums of parts of x_proj
+    const bf16 *xz, *W_dt;                 // (S,2E), (E,R)
+    const float *conv_t, *conv_bias;       // (K,E), (E) or NULL
+    const float *dt_bias, *A_neg, *D_skip; // (E), (N,E), (E)
+    int n_parts, E, N, K, R;
+    float norm_eps; // of FalconMamba's norms, or 0
+};
+// Loaded before the input is there: NS states, RV groups of 8 weights of dt_proj.
+template <int NS, int RV> __global__ void __launch_bounds__(128) thin_scan_kernel(ThinScanArgs p) {
+    const int E = p.E, N = p.N, K = p.K, R = p.R, n_parts = p.n_parts;
+    const float norm_eps = p.norm_eps;
+    bf16 *__restrict__ g = p.g;
+    float *__restrict__ h = p.h, *__restrict__ window = p.window;
+    const bf16 *__restrict__ xz = p.xz, *__restrict__ W_dt = p.W_dt;
+    const float *__restrict__ parts = p.parts, *__restrict__ conv_t = p.conv_t,
+                              *__restrict__ conv_bias = p.conv_bias,
+                              *__restrict__ dt_bias = p.dt_bias, *__restrict__ A_neg = p.A_neg,
+                              *__restrict__ D_skip = p.D_skip;
     extern __shared__ float xdb[]; // (P)
     int P = R + 2 * N, s = blockIdx.y, S = gridDim.y, e = blockIdx.x * 128 + threadIdx.x;
     bool live = e < E;
@@ -329,7 +341,7 @@ __global__ void __launch_bounds__(128)
     for (int i = threadIdx.x; i < P; i += 128) {
         float sum = 0;
 #pragma unroll 8
-        for (int part = 0; part < K_SPLIT; part++) sum += parts[((size_t)part * S + s) * P + i];
+        for (int part = 0; part < n_parts; part++) sum += parts[((size_t)part * S + s) * P + i];
         xdb[i] = sum;
     }
     __syncthreads();
@@ -423,10 +435,25 @@ static void thin_step(Gpu *g, int S) {
                      (const bf16 *)w->in_proj, S, 2 * E, D, 1);
         thin_product(d, ConvSource{a.xz, window, w->conv_t, conv_bias, K}, PartSink{sums},
                      (const bf16 *)w->x_proj, S, P, E, parts);
+        ThinScanArgs scan = {a.g,
+                             h,
+                             window,
+                             sums,
+                             a.xz,
+                             (const bf16 *)w->dt_proj,
+                             w->conv_t,
+                             conv_bias,
+                             (const float *)w->dt_bias,
+                             w->A_neg,
+                             (const float *)w->D_skip,
+                             parts,
+                             E,
+                             N,
+                             K,
+                             R,
+                             eps};
         launch_dependent(d, R <= 64 ? thin_scan_kernel<16, 8> : thin_scan_kernel<16, 20>, scan_grid,
-                         128, (size_t)P * sizeof(float), a.g, h, window, sums, parts, a.xz,
-                         w->conv_t, conv_bias, (const bf16 *)w->dt_proj, (const float *)w->dt_bias,
-                         w->A_neg, (const float *)w->D_skip, E, N, K, R, eps);
+                         128, (size_t)P * sizeof(float), scan);
         thin_product(d, PlainSource{a.g}, AddSink{g->res}, (const bf16 *)w->out_proj, S, D, E, 1);
     }
     thin_product(d, NormSource{g->res, (const float *)g->w.norm_f, c->norm_eps},

@@ -57,20 +57,24 @@ __global__ void norm_kernel(float *norm, const float *parts, int n, float clip) 
 
 // AdamW on all weights at once; nothing happens where the norm is not finite. The gradient is
 // cleared.
+struct AdamStep {
+    const float *norm;                 // [0] the gradient's length, [1] what clipping leaves of it
+    float rate, beta1, beta2, epsilon; // rate: over 1 - beta1^step
+    float keep, root;                  // 1 - rate decay; 1 / sqrt(1 - beta2^step)
+};
 template <class T>
 __global__ void adamw_kernel(float *weights, T *compute, float *__restrict__ gradient,
                              float *__restrict__ moment, float *__restrict__ moment2,
-                             const unsigned char *__restrict__ decays, const float *norm, size_t n,
-                             float rate, float beta1, float beta2, float epsilon, float keep,
-                             float root) {
+                             const unsigned char *__restrict__ decays, size_t n, AdamStep how) {
+    const float *norm = how.norm;
     if (!(norm[0] - norm[0] == 0)) return;
     float scale = norm[1];
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
          i += (size_t)gridDim.x * blockDim.x) {
-        float g = gradient[i] * scale, m = beta1 * moment[i] + (1 - beta1) * g,
-              v = beta2 * moment2[i] + (1 - beta2) * g * g;
-        float w =
-            weights[i] * (decays[i / 16] ? keep : 1.0f) - rate * m / (sqrtf(v) * root + epsilon);
+        float g = gradient[i] * scale, m = how.beta1 * moment[i] + (1 - how.beta1) * g,
+              v = how.beta2 * moment2[i] + (1 - how.beta2) * g * g;
+        float w = weights[i] * (decays[i / 16] ? how.keep : 1.0f) -
+                  how.rate * m / (sqrtf(v) * how.root + how.epsilon);
         moment[i] = m, moment2[i] = v, weights[i] = w, gradient[i] = 0;
         if ((void *)compute != (void *)weights) put(compute + i, w);
     }
@@ -483,14 +487,14 @@ static int gpu_train_step(GpuTrainer *x, const AdamW *how, uint64_t step, double
     float rate = (float)(how->rate / unbias), root = (float)(1 / sqrt(unbias2)),
           keep = 1 - how->rate * how->decay;
     unsigned blocks = (unsigned)d->processors * 8;
+    const AdamStep step_now = {x->norms, rate, how->beta1, how->beta2, how->epsilon, keep, root};
     if (x->bf16_compute)
-        adamw_kernel<<<blocks, 256, 0, d->stream>>>(
-            x->weights, (bf16 *)x->compute, x->gradient, x->moment, x->moment2, x->decays, x->norms,
-            x->floats, rate, how->beta1, how->beta2, how->epsilon, keep, root);
+        adamw_kernel<<<blocks, 256, 0, d->stream>>>(x->weights, (bf16 *)x->compute, x->gradient,
+                                                    x->moment, x->moment2, x->decays, x->floats,
+                                                    step_now);
     else
-        adamw_kernel<<<blocks, 256, 0, d->stream>>>(
-            x->weights, x->weights, x->gradient, x->moment, x->moment2, x->decays, x->norms,
-            x->floats, rate, how->beta1, how->beta2, how->epsilon, keep, root);
+        adamw_kernel<<<blocks, 256, 0, d->stream>>>(x->weights, x->weights, x->gradient, x->moment,
+                                                    x->moment2, x->decays, x->floats, step_now);
     check_launch(d, "adamw");
     derive_all(x);
     return finish(d);
