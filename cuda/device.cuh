@@ -1,7 +1,7 @@
 // device.cuh - errors, memory, launches, conversions, sums over warps and blocks.
 // Included by mamba_cuda.cu.
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 // 1 Errors, arenas, conversions
 // The first thing that goes wrong is kept, with where, until the caller asks; work queued after it
 // does no harm. Kernels are queued on one stream, so an error of a launch shows at the next

@@ -1,7 +1,7 @@
 // layers.cuh - embedding, rmsnorm, convolution, bias, loss: forward, step and backward.
 // Included by mamba_cuda.cu.
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 // 2 Small kernels
 // One pass over their data each, neighbouring threads on neighbouring channels.
 

@@ -1,7 +1,7 @@
 // products.cuh - matrix products by cuBLAS.
 // Included by mamba_cuda.cu.
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 // 3 Matrix products
 // Row-major (rows, depth) products as cuBLAS sees them: its column-major matrices are ours
 // transposed, so the outputs come first. float: plain float32 multiply-adds. bf16: tensor cores,

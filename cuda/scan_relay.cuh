@@ -1,7 +1,7 @@
 // scan_relay.cuh - the scan of many channels with few states.
 // Included by mamba_cuda.cu.
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 // Many channels, few states: the relay. A block is 32 C channels of a sequence; its 4 warps take
 // turns of 8 steps in time, and a warp does all states of its steps. delta, delta*u and y are then
 // registers of one thread: nothing is prepared twice, y has no parts to add, and a warp stages

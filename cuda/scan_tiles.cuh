@@ -1,11 +1,29 @@
 // scan_tiles.cuh - the scan of few channels.
 // Included by mamba_cuda.cu.
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 // Few channels: time is cut into tiles, tiles into pieces. Tickets give the blocks of a time before
 // those of the next, so the block that a block waits for always runs or is done, in whatever order
 // they start. Blocks that stay for many tiles were slower: the loop takes registers from the
 // states. N is a run-time size; states are staged NB at a time.
+
+// A shared load that the compiler leaves outside of conditions, so that several are in flight.
+__device__ __forceinline__ Row<2> load_always(const Row<2> *p) {
+    Row<2> r;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(r.v[0]), "=f"(r.v[1])
+                 : "r"((unsigned)__cvta_generic_to_shared(p))
+                 : "memory");
+    return r;
+}
+__device__ __forceinline__ Row<4> load_always(const Row<4> *p) {
+    Row<4> r;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(r.v[0]), "=f"(r.v[1]), "=f"(r.v[2]), "=f"(r.v[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(p))
+                 : "memory");
+    return r;
+}
 
 struct Yes {
     static constexpr bool value = true;

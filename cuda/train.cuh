@@ -1,7 +1,7 @@
 // train.cuh - training: pass, AdamW.
 // Included by mamba_cuda.cu.
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 // 7 [train] Training: pass, AdamW
 // Master weights, gradients and the two moments are four float arenas laid out as the file is;
 // matrices are read through a copy in T, made again after every step. What a block's backward needs
