@@ -145,8 +145,8 @@ template <typename T> __device__ __forceinline__ T to(float x);
 template <> __device__ __forceinline__ float to<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 to<bf16>(float x) { return __float2bfloat16_rn(x); }
 
-__device__ __forceinline__ float
-exp2_fast(float x) { // 2^x to 2 ulp, one instruction; 0 below 2^-126
+// 2^x, off by 2 units in the last place, in one instruction; 0 below 2^-126.
+__device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
@@ -178,8 +178,8 @@ template <typename T> __device__ __forceinline__ float log1p_ratio(float e) {
     q = fmaf(q, e, -0.499994931f);
     return fmaf(q, e, 0.99999997f);
 }
-template <typename T = float>
-__device__ __forceinline__ float softplus(float x) { // max(x, 0) + log1p(exp(-|x|))
+// max(x, 0) + log1p(exp(-|x|))
+template <typename T = float> __device__ __forceinline__ float softplus(float x) {
     float e = exp2_fast(-LOG2E * fabsf(x));
     return fmaf(e, log1p_ratio<T>(e), fmaxf(x, 0.f));
 }
@@ -281,9 +281,8 @@ __global__ void __launch_bounds__(32 * WARPS) scan_step(ScanArgs<T> p) {
                 unpack(h, load4(p.h0 + at)), unpack(A, load4(p.A_neg + (size_t)n * E + e));
             else h[0] = p.h0[at], A[0] = p.A_neg[(size_t)n * E + e];
 #pragma unroll
-            for (int v = 0; v < CHANNELS; v++) {
+            for (int v = 0; v < CHANNELS; v++)
                 step_state(h[v], y[v], exp2_fast(delta[v] * A[v]), delta_u[v] * B, C);
-            }
             if constexpr (CHANNELS == 4)
                 *(float4 *)(p.h_final + at) = make_float4(h[0], h[1], h[2], h[3]);
             else p.h_final[at] = h[0];
@@ -292,8 +291,8 @@ __global__ void __launch_bounds__(32 * WARPS) scan_step(ScanArgs<T> p) {
         for (int v = 0; v < CHANNELS; v++) part[warp][v * 32 + lane] = y[v];
     }
     __syncthreads();
-    for (int v = warp; v < CHANNELS;
-         v += WARPS) // the sum over warps and the gate: warp v does each lane's channel v
+    // The sum over warps and the gate: warp v does channel v of each lane.
+    for (int v = warp; v < CHANNELS; v += WARPS)
         if (live) {
             float sum = p.D_skip[e + v] * value(p.u[b * p.ld_u + e + v]),
                   zv = value(p.z[b * p.ld_z + e + v]), none = 0.f;
@@ -327,24 +326,23 @@ template <typename T> static cudaError_t scan_step_forward(Device *d, const Scan
 // barriers a warp prepares its rows of tile i + 1, does its states of tile i and gates its rows of
 // tile i - 1: loads are in flight for the time of a tile, and the units for states, conversions and
 // memory are all busy. Rows in shared memory are STEPS + 4 floats long, so that the 16-byte
-// accesses of 8 neighbouring lanes fall into 32 different banks.
+// accesses of 8 neighbouring lanes fall into 32 different banks. UNROLL is of the loop over 4
+// steps; MIN_BLOCKS, blocks a multiprocessor, limits the registers.
 
-template <typename T, int WARPS, int STATES, int UNROLL, int MINB>
-__global__ void __launch_bounds__(32 * WARPS, MINB) scan_walk(ScanArgs<T> p) {
+template <typename T, int WARPS, int STATES, int UNROLL, int MIN_BLOCKS>
+__global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_walk(ScanArgs<T> p) {
     constexpr int STEPS = 16, PITCH = STEPS + 4, ROWS = STEPS / WARPS, N = WARPS * STATES,
                   BC_FLOATS = 2 * N * PITCH, E_FLOATS = 32 * PITCH;
     extern __shared__ float4 shared[];
-    float *bc = (float *)shared;        // [2][2N][PITCH]    B_ssm, then C_ssm
-    float *deltas = bc + 2 * BC_FLOATS; // [2][2][32][PITCH] delta, then delta*u
-    float *part =
-        deltas + 4 * E_FLOATS; // [2][WARPS][32][PITCH] y, summed over the states of a warp
+    float *bc = (float *)shared;         // [2][2N][PITCH]    B_ssm, then C_ssm
+    float *deltas = bc + 2 * BC_FLOATS;  // [2][2][32][PITCH] delta, then delta*u
+    float *part = deltas + 4 * E_FLOATS; // [2][WARPS][32][PITCH] y over the states of a warp
     wait_for_input();
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, groups = (p.E + 31) / 32;
     const int b = blockIdx.x / groups, e_true = blockIdx.x % groups * 32 + lane, L = p.L, E = p.E;
     const bool live = e_true < E;
     const int e = live ? e_true : E - 1, tiles = (L + STEPS - 1) / STEPS;
-    const size_t row =
-        (size_t)b * L + warp * ROWS; // this warp's rows of a tile: ROWS for softplus and gate,
+    const size_t row = (size_t)b * L + warp * ROWS; // of softplus and gate: ROWS a warp and tile
     const T *delta_raw = p.delta_raw + row * p.ld_delta + e, *u = p.u + row * p.ld_u + e,
             *z = p.z + row * p.ld_z + e;
     T *out = p.out + row * p.ld_out + e;
@@ -410,16 +408,20 @@ __global__ void __launch_bounds__(32 * WARPS, MINB) scan_walk(ScanArgs<T> p) {
     auto prepare = [&](int tile) {
         float *delta_to = deltas + (tile & 1) * 2 * E_FLOATS + lane * PITCH + warp * ROWS;
         float *bc_to = bc + (tile & 1) * BC_FLOATS + bc_n * PITCH + bc_t;
-        Row<ROWS> d, du;
+        Row<ROWS> delta, delta_u;
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) d.v[i] = softplus<T>(value(raw_delta[i]) + bias);
+        for (int i = 0; i < ROWS; i++) delta.v[i] = softplus<T>(value(raw_delta[i]) + bias);
         if (tile * STEPS + STEPS > L)
 #pragma unroll
             for (int i = 0; i < ROWS; i++)
-                d.v[i] = tile * STEPS + warp * ROWS + i < L ? d.v[i] : 0.f;
+                delta.v[i] = tile * STEPS + warp * ROWS + i < L ? delta.v[i] : 0.f;
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) u_next[i] = value(raw_u[i]), du.v[i] = d.v[i] * u_next[i];
-        *(Row<ROWS> *)delta_to = d, *(Row<ROWS> *)(delta_to + E_FLOATS) = du;
+        for (int i = 0; i < ROWS; i++) {
+            u_next[i] = value(raw_u[i]);
+            delta_u.v[i] = delta.v[i] * u_next[i];
+        }
+        *(Row<ROWS> *)delta_to = delta;
+        *(Row<ROWS> *)(delta_to + E_FLOATS) = delta_u;
 #pragma unroll
         for (int k = 0; k < STATES; k++)
             bc_to[k / 4 * 8 * PITCH + k % UNITS * 4] = value(raw_bc[k]);
@@ -443,9 +445,8 @@ __global__ void __launch_bounds__(32 * WARPS, MINB) scan_walk(ScanArgs<T> p) {
                 float B[4], C[4];
                 unpack(B, load4(B_at + j * PITCH + t)), unpack(C, load4(C_at + j * PITCH + t));
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
+                for (int i = 0; i < 4; i++)
                     step_state(h[j], y[i], exp2_fast(delta[i] * A[j]), delta_u[i] * B[i], C[i]);
-                }
             }
             *(float4 *)(part_to + t) = make_float4(y[0], y[1], y[2], y[3]);
         }
@@ -490,7 +491,7 @@ __global__ void __launch_bounds__(32 * WARPS, MINB) scan_walk(ScanArgs<T> p) {
     for (int tile = 0; tile < tiles; tile++) {
         load_z(tile);
         walk(tile);
-        prepare(tile + 1); // of the tile after the last: rows clamped, never used
+        prepare(tile + 1); // after the last tile: rows that nobody uses
         load_raw(tile + 2);
         if (tile > 0) gate(tile - 1);
         shift();
@@ -502,11 +503,11 @@ __global__ void __launch_bounds__(32 * WARPS, MINB) scan_walk(ScanArgs<T> p) {
             p.h_final[((size_t)b * N + warp * STATES + j) * E + e] = h[j];
 }
 
-template <typename T, int WARPS, int STATES, int UNROLL, int MINB>
+template <typename T, int WARPS, int STATES, int UNROLL, int MIN_BLOCKS>
 cudaError_t scan_walk_launch(Device *d, const ScanArgs<T> &p) {
     constexpr int bytes = (2 * 2 * WARPS * STATES + 4 * 32 + 2 * WARPS * 32) * 20 * 4;
-    return launch_dependent(d, scan_walk<T, WARPS, STATES, UNROLL, MINB>, p.B * blocks_for(p.E, 32),
-                            32 * WARPS, bytes, p);
+    return launch_dependent(d, scan_walk<T, WARPS, STATES, UNROLL, MIN_BLOCKS>,
+                            p.B * blocks_for(p.E, 32), 32 * WARPS, bytes, p);
 }
 
 #include "cuda/scan_relay.cuh"
@@ -523,33 +524,35 @@ cudaError_t scan_walk_launch(Device *d, const ScanArgs<T> &p) {
 // every run gives the same bits.
 template <typename T> static cudaError_t scan_forward(Device *d, const ScanArgs<T> &p) {
     size_t blocks = (size_t)p.B * ((p.E + 31) / 32), pairs = (size_t)p.B * ((p.E + 63) / 64),
-           each = (size_t)d->processors;
-    bool few = 20 * blocks < 18 * each || (blocks > each && 20 * blocks < 27 * each),
-         brief = p.L <= 128;
-    if (p.N != 8 && p.N != 16) few = 2 * blocks < 3 * each;
+           processors = (size_t)d->processors;
+    bool few_channels = 20 * blocks < 18 * processors ||
+                        (blocks > processors && 20 * blocks < 27 * processors),
+         short_text = p.L <= 128;
+    if (p.N != 8 && p.N != 16) few_channels = 2 * blocks < 3 * processors;
     bool paired = false; // two channels of bf16 are 4 bytes
     if constexpr (sizeof(T) == 2) {
         uintptr_t bases =
             (uintptr_t)p.out | (uintptr_t)p.delta_raw | (uintptr_t)p.u | (uintptr_t)p.z;
         paired = bases % 4 == 0 && (p.ld_out | p.ld_delta | p.ld_u | p.ld_z | p.E) % 2 == 0;
     }
-    if (!few && !brief && (p.N == 8 || p.N == 16)) {
+    if (!few_channels && !short_text && (p.N == 8 || p.N == 16)) {
         if (p.N == 8) return scan_relay_launch<T, 2, 1, 4, 4>(d, p);
         if constexpr (sizeof(T) == 2)
-            if (paired && blocks > 2 * each &&
-                9 * 2 * ((pairs + each - 1) / each) <= 10 * ((blocks + each - 1) / each))
+            if (paired && blocks > 2 * processors &&
+                9 * 2 * ((pairs + processors - 1) / processors) <=
+                    10 * ((blocks + processors - 1) / processors))
                 return scan_relay_launch<T, 4, 2, 1, 3>(d, p);
-        if (blocks <= 3 * each) return scan_relay_launch<T, 4, 1, 4, 3>(d, p);
+        if (blocks <= 3 * processors) return scan_relay_launch<T, 4, 1, 4, 3>(d, p);
         return scan_relay_launch<T, 4, 1, 4, 4>(d, p);
     }
-    if (!few || brief) {
+    if (!few_channels || short_text) {
         if (p.N == 8) return scan_walk_launch<T, 4, 2, 4, 4>(d, p);
         if (p.N == 16) return scan_walk_launch<T, 4, 4, 4, 4>(d, p);
         if (p.N == 32) return scan_walk_launch<T, 4, 8, 2, 4>(d, p);
         if (p.N == 64) return scan_walk_launch<T, 8, 8, 2, 2>(d, p);
     }
     if constexpr (sizeof(T) == 2)
-        if (paired && pairs * (((size_t)p.L + 63) / 64) >= 12 * each)
+        if (paired && pairs * (((size_t)p.L + 63) / 64) >= 12 * processors)
             return scan_tiles_launch<T, 16, 4, 2, 3>(d, p);
     return scan_tiles_launch<T, 16, 4, 1, 4>(d, p);
 }
@@ -644,6 +647,7 @@ __device__ __forceinline__ float group_sums(const float (&d)[4], int lane) {
 __device__ __forceinline__ void prefetch_L2(const void *p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
+
 enum { BACK_STATES = 16, BACK_STEPS = 8 }; // states at a time, steps of a piece
 
 struct ScanBackPlan {
@@ -661,24 +665,21 @@ template <int WARPS> constexpr size_t scan_back_shared() {
 //   flags     tickets given; (blocks, B, tiles) groups of BACK_STATES states whose mail has come
 //   mail      (B, tiles, N, E) d_h that a tile leaves to the tile before it
 //   partial2  (B, tiles, N + 2, E) a tile's d_A_neg, d_D_skip, d_dt_bias
-//   partial   (blocks, B, tiles, N, WARPS, 2K) d_C_ssm, d_B_ssm summed over 32 channels
-template <typename T, int WARPS, int MINB, int UNROLL>
-__global__ void __launch_bounds__(32 * WARPS, MINB) scan_back(ScanBackArgs<T> p, ScanBackPlan q) {
+//   partial   (blocks, B, tiles, N, WARPS, 2 BACK_STEPS) d_C_ssm, d_B_ssm summed over 32 channels
+template <typename T, int WARPS, int MIN_BLOCKS, int UNROLL>
+__global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
+    scan_back(ScanBackArgs<T> p, ScanBackPlan q) {
     constexpr int STEPS = WARPS * BACK_STEPS, THREADS = 32 * WARPS, STATES = BACK_STATES / WARPS,
                   LANES = WARPS * 32, BC_ROW = 2 * STEPS + 4, PIECE_ROW = 2 * LANES + 32;
     static_assert(STEPS % SCAN_SAVE == 0, "a tile starts at a saved state");
     extern __shared__ float4 shared[];
-    __shared__ int4 next;        // group, b, tile; whether there is one
-    float *bc = (float *)shared; // [BACK_STATES] rows: B_ssm (STEPS), C_ssm (STEPS)
-    float *pieces =
-        bc + BACK_STATES *
-                 BC_ROW; // [BACK_STATES] rows: piece's end of h from zero, then its start,
-                         // then its d_A (WARPS,32); the same of d_h (WARPS,32); A_neg log2(e) (32)
-    float *sums =
-        pieces +
-        BACK_STATES * PIECE_ROW; // [3][WARPS][32] a piece's sums: delta, d_D_skip, d_dt_bias
-    float *kept =
-        sums + 3 * LANES; // [3][BACK_STEPS][WARPS][32] u, slope of softplus, d_z / (y + D_skip u)
+    __shared__ int4 next;        // group of 32 channels, b, tile; whether there is one
+    float *bc = (float *)shared; // [BACK_STATES] rows: B_ssm, C_ssm (STEPS)
+    float *pieces = bc + BACK_STATES * BC_ROW;      // [BACK_STATES] rows, see below
+    float *sums = pieces + BACK_STATES * PIECE_ROW; // [3][WARPS][32] delta, d_D_skip, d_dt_bias
+    float *kept = sums + 3 * LANES; // [3][BACK_STEPS][WARPS][32] u, slope of softplus, d_z / y
+    // A row of `pieces`: h of each piece (WARPS,32), its end, then its start, last its d_A; d_h
+    // (WARPS,32) likewise; A_neg log2(e) (32).
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, L = p.L, E = p.E, N = p.N;
     const int ld_delta = p.ld_delta * sizeof(T), ld_u = p.ld_u * (int)sizeof(T),
               ld_z = p.ld_z * sizeof(T), ld_d_g = p.ld_d_g * sizeof(T), ld_B = p.ld_B * sizeof(T),
@@ -769,9 +770,9 @@ __global__ void __launch_bounds__(32 * WARPS, MINB) scan_back(ScanBackArgs<T> p,
                 bool in = n0 + tid % BACK_STATES < N && first + k < L;
                 float Bv = value(*row_at_bytes(B_ssm, t, ld_B)),
                       Cv = value(*row_at_bytes(C_ssm, t, ld_C));
-                bc[tid % BACK_STATES * BC_ROW + k] = in ? Bv : 0.f,
-                                                bc[tid % BACK_STATES * BC_ROW + STEPS + k] =
-                                                    in ? Cv : 0.f;
+                float *to = bc + tid % BACK_STATES * BC_ROW + k;
+                to[0] = in ? Bv : 0.f;
+                to[STEPS] = in ? Cv : 0.f;
             }
             float h_start[STATES], A_mine[STATES];
             const float *starts =
@@ -789,7 +790,7 @@ __global__ void __launch_bounds__(32 * WARPS, MINB) scan_back(ScanBackArgs<T> p,
 #pragma unroll 2
             for (int n = 0; n < count;
                  n++, row_bc += BC_ROW, row_A += PIECE_ROW, row_piece += PIECE_ROW) {
-                float A_scaled = *row_A, h = 0.f, d_h = 0.f, a[BACK_STEPS], Bv[BACK_STEPS],
+                float A_scaled = *row_A, h = 0.f, d_h = 0.f, decay[BACK_STEPS], Bv[BACK_STEPS],
                       Cv[BACK_STEPS];
 #pragma unroll
                 for (int k = 0; k < BACK_STEPS; k += 4) {
@@ -798,16 +799,16 @@ __global__ void __launch_bounds__(32 * WARPS, MINB) scan_back(ScanBackArgs<T> p,
                 }
 #pragma unroll
                 for (int k = 0; k < BACK_STEPS; k++) {
-                    a[k] = exp2_fast(delta[k] * A_scaled);
-                    h = fmaf(a[k], h, delta_u[k] * Bv[k]);
+                    decay[k] = exp2_fast(delta[k] * A_scaled);
+                    h = fmaf(decay[k], h, delta_u[k] * Bv[k]);
                 }
 #pragma unroll
-                for (int k = BACK_STEPS - 1; k >= 0; k--) d_h = fmaf(dy[k], Cv[k], d_h) * a[k];
+                for (int k = BACK_STEPS - 1; k >= 0; k--) d_h = fmaf(dy[k], Cv[k], d_h) * decay[k];
                 row_piece[0] = h, row_piece[LANES] = d_h;
             }
             if (tid == 0) next = take(ticket);
             __syncthreads();
-            // 2. Join the pieces: ends become starts. A piece's decay is that of its sum of delta.
+            // 2. Join the pieces: ends become starts. The decay of a piece is exp(A_neg sum delta).
             // A warp has STATES states.
             if (tile + 1 < tiles) {
                 const int *later = flag + 1;
@@ -823,22 +824,22 @@ __global__ void __launch_bounds__(32 * WARPS, MINB) scan_back(ScanBackArgs<T> p,
                 const int n = n0 + warp * STATES + i;
                 if (n >= N) break;
                 float A_scaled = A_mine[i], h = h_start[i], decay[WARPS],
-                      *ends = pieces + (warp * STATES + i) * PIECE_ROW + lane,
-                      *ends2 = ends + LANES;
+                      *h_ends = pieces + (warp * STATES + i) * PIECE_ROW + lane,
+                      *d_h_ends = h_ends + LANES;
                 float d_h = tile + 1 < tiles ? __ldcg(mail + ((bt + 1) * N + n) * E + e)
                             : p.d_h_final    ? p.d_h_final[((size_t)b * N + n) * E + e]
                                              : 0.f;
 #pragma unroll
                 for (int j = 0; j < WARPS; j++) {
                     decay[j] = exp2_fast(A_scaled * sums[j * 32 + lane]);
-                    float end = ends[j * 32];
-                    ends[j * 32] = h;
+                    float end = h_ends[j * 32];
+                    h_ends[j * 32] = h;
                     h = fmaf(decay[j], h, end);
                 }
 #pragma unroll
                 for (int j = WARPS - 1; j >= 0; j--) {
-                    float end = ends2[j * 32];
-                    ends2[j * 32] = d_h;
+                    float end = d_h_ends[j * 32];
+                    d_h_ends[j * 32] = d_h;
                     d_h = fmaf(decay[j], d_h, end);
                 }
                 if (live && tile) mail[(bt * N + n) * E + e] = d_h;
@@ -846,8 +847,8 @@ __global__ void __launch_bounds__(32 * WARPS, MINB) scan_back(ScanBackArgs<T> p,
             }
             __syncthreads();
             if (tid == 0 && tile) store_release(flag, n0 / BACK_STATES + 1);
-            if (n0 == 0 && next.w) { // the next tile's rows, into L2: 4 tensors of STEPS rows, one
-                                     // row a thread
+            // The rows of the next tile into L2: 4 tensors of STEPS rows, a row a thread.
+            if (n0 == 0 && next.w) {
                 const int which = tid / STEPS,
                           r = next.y * L + min(next.z * STEPS + tid % STEPS, L - 1);
                 const T *row = which == 0   ? p.delta_raw
@@ -873,7 +874,7 @@ __global__ void __launch_bounds__(32 * WARPS, MINB) scan_back(ScanBackArgs<T> p,
 #pragma unroll UNROLL
             for (int n = 0; n < count;
                  n++, row_bc += BC_ROW, row_A += PIECE_ROW, row_piece += PIECE_ROW) {
-                float A_scaled = *row_A, d_h = row_piece[LANES], d_A = 0.f, a[BACK_STEPS],
+                float A_scaled = *row_A, d_h = row_piece[LANES], d_A = 0.f, decay[BACK_STEPS],
                       h[BACK_STEPS + 1], Bv[BACK_STEPS], Cv[BACK_STEPS], v[4];
 #pragma unroll
                 for (int k = 0; k < BACK_STEPS; k += 4) {
@@ -888,9 +889,9 @@ __global__ void __launch_bounds__(32 * WARPS, MINB) scan_back(ScanBackArgs<T> p,
                 for (int i = 0; i < 4; i++) d_BC[i] = 0.f;
 #pragma unroll
                 for (int k = 0; k < BACK_STEPS; k++) {
-                    a[k] = exp2_fast(delta[k] * A_scaled);
+                    decay[k] = exp2_fast(delta[k] * A_scaled);
                     h[k + 1] = h[k];
-                    step_state(h[k + 1], y[k], a[k], delta_u[k] * Bv[k], Cv[k]);
+                    step_state(h[k + 1], y[k], decay[k], delta_u[k] * Bv[k], Cv[k]);
                     v[k % 4] = dy[k] * h[k + 1];
                     if (k % 4 == 3)
                         lane_sums<EXACT>(d_BC, v[0], v[1], v[2], v[3], ones + k / 4 * 2);
@@ -902,7 +903,7 @@ __global__ void __launch_bounds__(32 * WARPS, MINB) scan_back(ScanBackArgs<T> p,
                     v[3 - k % 4] = d_h * delta_u[k];
                     if (k % 4 == 0)
                         lane_sums<EXACT>(d_BC, v[0], v[1], v[2], v[3], ones + (k ? 4 : 6));
-                    d_h *= a[k];
+                    d_h *= decay[k];
                     float d_log = d_h * h[k]; // gradient of delta A_neg
                     sum_A[k] = fmaf(d_log, A_scaled, sum_A[k]);
                     d_A = fmaf(d_log, delta[k], d_A);
@@ -990,19 +991,18 @@ __global__ void scan_back_sum_A(ScanBackArgs<T> p, const float *partial2, int pa
 template <int WARPS> static ScanBackPlan scan_back_plan(int B, int L, int E, int N) {
     ScanBackPlan q = {};
     q.blocks = (E + 31) / 32, q.tiles = (L + WARPS * BACK_STEPS - 1) / (WARPS * BACK_STEPS);
-    size_t bt = (size_t)B * q.tiles, items = bt * q.blocks, at = 0;
-    q.flags = at, at += (1 + items + 31) / 32 * 32;
-    q.mail = at, at += bt * N * E;
-    q.partial2 = at, at += (bt * (N + 2) * E + 31) / 32 * 32;
-    q.partial = at, at += items * N * WARPS * 2 * BACK_STEPS;
-    q.bytes = at * 4;
+    size_t bt = (size_t)B * q.tiles, items = bt * q.blocks;
+    q.mail = q.flags + (1 + items + 31) / 32 * 32;
+    q.partial2 = q.mail + bt * N * E;
+    q.partial = q.partial2 + (bt * (N + 2) * E + 31) / 32 * 32;
+    q.bytes = 4 * (q.partial + items * N * WARPS * 2 * BACK_STEPS);
     return q;
 }
 
-template <typename T, int WARPS, int MINB, int UNROLL>
+template <typename T, int WARPS, int MIN_BLOCKS, int UNROLL>
 static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p) {
     const ScanBackPlan q = scan_back_plan<WARPS>(p.B, p.L, p.E, p.N);
-    auto kernel = scan_back<T, WARPS, MINB, UNROLL>;
+    auto kernel = scan_back<T, WARPS, MIN_BLOCKS, UNROLL>;
     float *words = (float *)p.workspace;
     cudaError_t error = allow_shared(kernel, scan_back_shared<WARPS>());
     if (error == cudaSuccess)
@@ -1010,7 +1010,7 @@ static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p) {
     if (error != cudaSuccess) return error;
     size_t items = (size_t)p.B * q.tiles * q.blocks,
            sums = (size_t)p.B * q.tiles * p.N * WARPS * 2 * BACK_STEPS;
-    unsigned grid = (unsigned)std::min(items, (size_t)d->processors * MINB);
+    unsigned grid = (unsigned)std::min(items, (size_t)d->processors * MIN_BLOCKS);
     kernel<<<grid, 32 * WARPS, scan_back_shared<WARPS>(), d->stream>>>(p, q);
     scan_back_sum_BC<<<blocks_for(sums, 256), 256, 0, d->stream>>>(p, words + q.partial, q.blocks,
                                                                    q.tiles, WARPS);

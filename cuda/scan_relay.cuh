@@ -32,8 +32,8 @@ template <> struct Pack<bf16, 2> {
     }
 };
 
-template <typename T, int NS, int C, int UNROLL, int MINB> // NS: a quarter of the states
-__global__ void __launch_bounds__(128, MINB) scan_relay(ScanArgs<T> p) {
+template <typename T, int NS, int C, int UNROLL, int MIN_BLOCKS> // NS: a quarter of the states
+__global__ void __launch_bounds__(128, MIN_BLOCKS) scan_relay(ScanArgs<T> p) {
     constexpr int W = 4, Q = 4, K = 8, N = NS * Q, PITCH = K + 4, V = NS * C < 4 ? NS * C : 4,
                   M = NS * C / V;
     constexpr int UNITS = N / 4;
@@ -253,9 +253,9 @@ __global__ void __launch_bounds__(128, MINB) scan_relay(ScanArgs<T> p) {
         }
 }
 
-template <typename T, int NS, int C, int UNROLL, int MINB>
+template <typename T, int NS, int C, int UNROLL, int MIN_BLOCKS>
 cudaError_t scan_relay_launch(Device *d, const ScanArgs<T> &p) {
     constexpr int bytes = (20 * NS * C * 32 + 32 * NS * 12) * 4;
-    return launch_dependent(d, scan_relay<T, NS, C, UNROLL, MINB>, p.B * blocks_for(p.E, 32 * C),
-                            128, bytes, p);
+    return launch_dependent(d, scan_relay<T, NS, C, UNROLL, MIN_BLOCKS>,
+                            p.B * blocks_for(p.E, 32 * C), 128, bytes, p);
 }

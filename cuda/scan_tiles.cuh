@@ -32,8 +32,8 @@ struct No {
     static constexpr bool value = false;
 };
 
-template <typename T, int K, int W, int C, int MINB>
-__global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMail m) {
+template <typename T, int K, int W, int C, int MIN_BLOCKS>
+__global__ void __launch_bounds__(32 * W, MIN_BLOCKS) scan_tiles(ScanArgs<T> p, ScanMail m) {
     constexpr int TILE = K * W,
                   NB = 16; // NB: states whose B_ssm, C_ssm and A_neg are staged at a time
     constexpr int ROW = 2 * TILE + 32 * C +
@@ -290,7 +290,7 @@ static size_t scan_forward_workspace(int B, int E, int N) {
     return sizeof(uint64_t) * (2 * (size_t)B * N * E + MAIL_BOXES);
 }
 
-template <typename T, int K, int W, int C, int MINB>
+template <typename T, int K, int W, int C, int MIN_BLOCKS>
 static cudaError_t scan_tiles_launch(Device *d, const ScanArgs<T> &p) {
     constexpr int bytes = (16 * (2 * K * W + 32 * C + 4) + 2 * 2 * W * 32 * 2 * C) * 4 +
                           K * W * 32 * C * (int)sizeof(T);
@@ -306,8 +306,8 @@ static cudaError_t scan_tiles_launch(Device *d, const ScanArgs<T> &p) {
         if (err != cudaSuccess) return err;
         m->ticket = m->tag = 0, m->cleared = true;
     }
-    cudaError_t err =
-        launch_dependent(d, scan_tiles<T, K, W, C, MINB>, (unsigned)items, 32 * W, bytes, p, *m);
+    cudaError_t err = launch_dependent(d, scan_tiles<T, K, W, C, MIN_BLOCKS>, (unsigned)items,
+                                       32 * W, bytes, p, *m);
     if (err != cudaSuccess) return err;
     m->tag += (uint32_t)tiles, m->ticket += (uint32_t)items;
     return cudaSuccess;
