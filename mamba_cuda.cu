@@ -1,25 +1,94 @@
 // clang-format off
 /* mamba_cuda.cu - the GPU backend of mamba.c, chosen at build time by `make cuda`.
 
-   What it is: the same model, the same files and the same steps as mamba.c, with everything of one piece of text, one step or
-   one training pass on the device. Matrix products are cuBLAS's; the scan, which no library has, is in section 4 and is what
-   this file is about. Names are those of mamba.c's glossary; its section 3 is included for the types and for TENSORS.
-   What it is not: a second definition. mamba.c's scan_sequential says what is computed; tests compare with it.
+   What it is: the same model, the same files and the same steps as mamba.c, on the device. cuBLAS
+   computes the matrix products; the scan, which no library has, is what this file is about.
+   What it is not: a second definition. mamba.c says what is computed, scan_plain says it once more
+   for the GPU, and the tests compare. Names are those of mamba.c's glossary.
 
-   PRECISION. T is what matrices and activations between kernels are: float, or __nv_bfloat16. The residual stream, the state
-   h, delta after softplus, A, every sum and the loss are float32 in both, and so are master weights and the optimizer.
+   A CHANNEL IS A LANE. The paper's kernel gives one channel of one sequence to a block, whose
+   threads stand along time: each computes a few steps, and a parallel scan through shuffles and
+   shared memory joins their pairs (decay, inject) for every state. Here a channel is a lane, and
+   time runs in its registers: the recurrence is the plain loop, one multiply-add a step, no pair is
+   joined across lanes, and 32 channels share each B_ssm and C_ssm that is loaded. The price is
+   parallelism: it takes many channels to fill a GPU, and where there are few, scan_tiles cuts time
+   into tiles and joins those, a tile where the paper has a thread.
 
-   WHAT LIVES WHERE, of a block of L tokens. Device memory: the residual stream (float), and the products' inputs and outputs
-   xn, xz, u, xdb, delta, g (T). Registers: h, the state of the scan, (E,N) for every sequence, never written but at the ends.
-   Shared memory: B_ssm and C_ssm of a tile of time steps, which all channels of a block read.
-   Bytes a token and layer, forward: 4D + 4D read and written by the residual stream, 2D T for xn, 2*2E for xz, E*3 read by
-   the scan (delta, u, z) and E written (g), 2E for u, which is all that is moved except by the products' own reading.
+   WHERE h GOES, in each form of the scan. An arrow is a load or a store; "->" within a column is
+   arithmetic. The states of all times, (B,L,N,E), never exist in any of them.
 
-   CONTENTS
-     1 errors, arenas, conversions      4 the scan: forward, step, [train] backward
-     2 small kernels                    5 model: weights, block, prefill, state
-     3 matrix products                  6 generation: step, sampling, graph
-                                        7 [train] pass, AdamW                                                          */
+     device memory                  shared memory                    registers of a lane
+   ---------------------------------------------------------------------------------------------
+   scan_plain: the definition. A thread is a channel; one step after the other.
+     delta, u, z, B_ssm, C_ssm  ------------------------------->     decay, inject, y
+     h (N)  <-------------------------------------------------->     one state at a time
+   ---------------------------------------------------------------------------------------------
+   scan_step: one token. The warps of a block share the states of 32 or 128 channels.
+     h (N)  <-------------------------------------------------->     N / warps states
+     g  <-----------------------    y of each warp  <-----------     y
+
+   ---------------------------------------------------------------------------------------------
+   scan_walk: short texts, or many states. A block is 32 channels and walks through time in tiles
+   of 16 steps; its S warps share the states. h stays in registers from the first step to the last.
+     delta_raw, u  ------------>    delta, delta u (32,16) x2   ->   4 steps at a time
+     B_ssm, C_ssm  ------------>    B, C (N,16) x2  ------------>    4 steps at a time
+     h0, h_final, h_starts  <----------------------------------->    h (N/S)
+     g  <----  z, gate  <-------    y of each warp (S,32,16) x2  <-  y of 4 steps
+   ---------------------------------------------------------------------------------------------
+   scan_relay: many channels, N = 8 or 16. A block is 32 or 64 channels; its 4 warps take turns of
+   8 steps. A warp does all states of its turn, a quarter at a time, then hands the quarter to the
+   next warp: h goes through shared memory between turns.
+     delta_raw, u, z  ------------------------------------------>    delta, delta u, y of 8 steps
+     B_ssm, C_ssm  ------------>    B, C (N,8) of each warp  --->    4 steps at a time
+                                    A_neg (N)  ----------------->    a quarter
+     h0  ---------------------->    h (N) of warp w - 1  ------->    h (N/4)
+     h_starts  <-------------------------------------------------    h at the start of a turn
+     h_final  <-----------------    h (N) of warp w  <-----------    h after 8 steps
+     g  <--------------------------------------------------------    gate of 8 steps
+   ---------------------------------------------------------------------------------------------
+   scan_tiles: few channels. A block is 32 or 64 channels and one tile of 64 steps, a warp 16 of
+   them; all tiles run at once. Of each state a warp first computes what its 16 steps make of h = 0,
+   then joins what the warps before it found, then walks from the true h. h of the tile before
+   comes through a mailbox in device memory.
+     delta_raw, u  --------------------------------------------->    delta, delta u, y of 16 steps
+     B_ssm, C_ssm, A_neg  ----->    16 states of a tile  ------->    one state at a time
+                                    (decay, end from 0)  <------     16 decays, kept for the walk
+     mailbox of tile i - 1  --->    h before the tile  --------->    h before the warp -> its walk
+     mailbox of tile i  <----------------------------------------    h after the last warp
+     z  ----------------------->    z  ------------------------->    gate
+     g  <--------------------------------------------------------    y
+   ---------------------------------------------------------------------------------------------
+   scan_back: the backward. A block is 32 channels and one tile of 64 steps, a warp 8 of them. h is
+   computed again from the state that the forward saved every 64 steps; d_h comes from the tile
+   after through a mailbox in device memory, so tiles run in the order of reversed time.
+     delta_raw, u, z, d_g  ------------------------------------->    delta, delta u, d_y of 8 steps
+     B_ssm, C_ssm, A_neg  ----->    16 states of a tile  ------->    one state at a time
+                                    ends of h and d_h  <---------    from h = 0 and d_h = 0
+     h_starts, mail of i + 1 -->    starts of h and d_h  ------->    8 h, d_h
+     mail of tile i  <-----------------------------------------      d_h before the tile
+     d_delta, d_u, d_z  <----------------------------------------    sums over states
+     parts of d_B, d_C  <----------------------------------------    sums over lanes (tensor cores)
+     parts of d_A, d_D, d_bias <-   d_A of each warp  <----------    sums over steps
+   ---------------------------------------------------------------------------------------------
+
+   PRECISION. T is the type of matrices and of activations between kernels: float or __nv_bfloat16.
+   The residual stream, h, delta after softplus, A, every sum and the loss are float32 in both, and
+   so are the trainer's weights and moments.
+
+   CONTENTS. This file:                            What it includes from cuda/, where it is needed:
+     1 the scan: arguments, arithmetic, definition   device.cuh      errors, memory, launches, sums
+     2 the scan of one token                         exchange.cuh    how blocks tell each other
+     3 the scan of a text, and which form runs       scan_relay.cuh, scan_tiles.cuh
+     4 [train] the scan's backward
+     5 the model: weights, block                     layers.cuh      embedding, norm, conv, loss
+                                                     products.cuh    matrix products
+                                                     step_portable.cuh    a token on any GPU
+     6 the model on the device, its state, prefill
+     7 generation: a step, its graph                 sampling.cuh    the next token
+                                                     step_one_hopper.cuh  a step of 1 sequence
+                                                     step_many_hopper.cuh a step of 2 to 64
+     8 what mamba.c calls                            train.cuh       pass and AdamW
+                                                     bench.cuh       times, the scan's check    */
 // clang-format on
 
 #define MAMBA_TYPES_ONLY
@@ -33,56 +102,28 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 typedef __nv_bfloat16 bf16;
 
 #include "cuda/device.cuh"
 
-#include "cuda/layers.cuh"
-
-#include "cuda/products.cuh"
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 4 The scan
+// ------------------------------------------------------------------------------------------------
+// 1 The scan: arguments, arithmetic, definition
 //     delta = softplus(delta_raw + dt_bias)      h_t = exp(delta A_neg) h_{t-1} + delta B_ssm u
 //     g = silu(z) (sum over n of C_ssm h_t + D_skip u)
 //
-// WHAT LIVES WHERE. The states h (B,N,E) of all times never exist: they are registers, and global
-// memory sees only h0, h_final and every SAVE-th state. A row of delta_raw, u, z is read once and a
-// row of g written once: 4 elements a token and channel (8 bytes in bf16, 16 in float), plus B_ssm
-// and C_ssm once per 32 or 64 channels (2N/32 or 2N/64 elements, mostly from L2) and 4N/SAVE bytes
-// of h_starts. Bytes are not the limit: 16 decays a token and channel on a special-function unit of
-// 16 a clock and multiprocessor take twice as long, and so do the instructions around them. So
-//   - A_neg is scaled by log2(e) once: a decay is one multiplication and one ex2, and no decay is
-//   computed twice;
-//   - softplus is one ex2 and a polynomial for log1p (exact for small arguments too, where log(1 +
-//   e) is not), and two gates share
-//     one reciprocal: 18.5 special functions a token and channel instead of 20;
-//   - a row's address is one multiply-add (down()): 64-bit indices and clamps cost a third of the
-//   time before (660 to 499 us).
-// A lane is a channel (in scan_relay and scan_tiles also two neighbouring ones, where alignment and
-// shape allow) in every kernel: a row's loads are contiguous whatever its stride and base, so there
-// is one path for all alignments, and no sum crosses lanes.
-//
-// scan_relay, for many channels and N = 8 or 16: four warps take turns in time and hand the states
-// on; delta, delta*u and y are
-//   registers. About 145 instructions a token and channel instead of 160 (477 instead of 500 us);
-//   with two channels a lane, which share the loads of B_ssm and C_ssm and the addresses, 130 (437
-//   us).
-// scan_walk, for many channels and N = 32 or 64, or short texts: a block is 32 channels of a
-// sequence and walks through time in tiles
-//   of 16 steps. Its S warps share the states of a channel (N/S each, in registers) and, in time,
-//   what all states need: softplus, conversions and the gate, which otherwise every warp would
-//   repeat. Shared memory holds delta and delta*u, B_ssm, C_ssm, and the warps' parts of y.
-// scan_tiles, for few channels: a block is 32 C channels and one tile of W*K steps, a warp a piece
-// of K steps, whose delta, delta*u
-//   and y are registers. For each state a warp computes its K decays and its end state from h = 0
-//   (the forecast), keeps the decays, leaves (product of decays, end state) in shared memory, joins
-//   the pieces before its own and walks the piece again with the decays it kept: 7 instructions a
-//   state and step instead of 5, but no second exponential. All tiles run in parallel; a tile's
-//   first state comes from the tile before through a mailbox in global memory, about a microsecond
-//   behind it.
+// A form reads a row of delta_raw, u and z once and writes a row of g once: 4 elements a token and
+// channel, 8 bytes in bf16. B_ssm and C_ssm come once per 32 or 64 channels, mostly from L2. Bytes
+// are not the limit. A multiprocessor has special-function units for 16 results a clock, and 16
+// decays a token and channel take twice the time of the bytes. So do the instructions around them.
+//   - A_neg is scaled by log2(e) once. A decay is one multiplication and one ex2, computed once.
+//   - softplus is one ex2 and a polynomial; two gates share one reciprocal. That makes 18.5 special
+//     functions a token and channel instead of 20.
+//   - The address of a row is one multiply-add (row_at). 64-bit indices and clamps cost a third of
+//     the time (660 us, now 499).
+// A row's loads are contiguous whatever its stride and base, so all alignments take one path.
 
 enum { SCAN_SAVE = 64 }; // h_starts holds the state before each step t with t % SCAN_SAVE = 0
 
@@ -93,36 +134,19 @@ template <typename T> struct ScanArgs {
     const float *A_neg, *D_skip, *dt_bias, *h0;   // (N,E), (E), (E), (B,N,E) or NULL: zeros
     int ld_out, ld_delta, ld_u, ld_z, ld_B, ld_C; // elements from a row to the next
     int B, L, E, N;
-    struct ScanMail *mail; // the host's; scan_tiles alone needs it
+    struct ScanMail *mail; // of scan_tiles, see exchange.cuh
 };
 
 #include "cuda/exchange.cuh"
 
 #define LOG2E 1.44269504f
 
-// Every kernel of the scan waits for its input first, where it was compiled for that.
-template <class... Parameters, class... Arguments>
-static cudaError_t scan_launch(Device *d, void (*kernel)(Parameters...), size_t blocks, int threads,
-                               int shared, Arguments... arguments) {
-    cudaError_t err =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (err) return err;
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = (unsigned)blocks, config.blockDim = (unsigned)threads,
-    config.dynamicSmemBytes = (size_t)shared;
-    config.stream = d->stream, config.attrs = &early, config.numAttrs = d->hopper;
-    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-}
-
 template <typename T> __device__ __forceinline__ T to(float x);
 template <> __device__ __forceinline__ float to<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 to<bf16>(float x) { return __float2bfloat16_rn(x); }
 
-__device__ __forceinline__ float
-exp2_fast(float x) { // 2^x to 2 ulp, one instruction; 0 below 2^-126
+// 2^x, off by 2 units in the last place, in one instruction; 0 below 2^-126.
+__device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
@@ -133,8 +157,8 @@ __device__ __forceinline__ float rcp_fast(float x) {
     return y;
 }
 
-// log1p(e) / e on [0,1]: a polynomial of degree 8 within 3e-8, or of degree 6 within 1.3e-6, which
-// is enough for what comes in bf16.
+// log1p(e) / e for e in [0,1]: a polynomial of degree 8, off by 3e-8 at most, or, where inputs are
+// bf16, of degree 6, off by 1.3e-6. log(1 + e) would lose a small e.
 template <typename T> __device__ __forceinline__ float log1p_ratio(float e) {
     float q;
     if (sizeof(T) == 2) {
@@ -154,10 +178,17 @@ template <typename T> __device__ __forceinline__ float log1p_ratio(float e) {
     q = fmaf(q, e, -0.499994931f);
     return fmaf(q, e, 0.99999997f);
 }
-template <typename T = float>
-__device__ __forceinline__ float softplus(float x) { // max(x, 0) + log1p(exp(-|x|))
+// max(x, 0) + log1p(exp(-|x|))
+template <typename T = float> __device__ __forceinline__ float softplus(float x) {
     float e = exp2_fast(-LOG2E * fabsf(x));
     return fmaf(e, log1p_ratio<T>(e), fmaxf(x, 0.f));
+}
+
+// One step of one state, which is the whole recurrence:
+//     h_t = decay_t h_{t-1} + inject_t        y_t = D_skip u_t + sum over n of C_ssm h_t
+__device__ __forceinline__ void step_state(float &h, float &y, float decay, float inject, float C) {
+    h = fmaf(decay, h, inject);
+    y = fmaf(C, h, y);
 }
 
 // y0 silu(z0) and y1 silu(z1) by one reciprocal, of (1 + exp(-z0)) (1 + exp(-z1)). Below z = -43,
@@ -170,190 +201,285 @@ __device__ __forceinline__ void gate_pair(float &y0, float &y1, float z0, float 
     y1 *= z1 * (r * a);
 }
 
-// i rows of ld elements on, as one 32 x 32 + 64 bit multiply-add. Addresses would otherwise cost as
-// much as the arithmetic.
-template <typename T> __device__ __forceinline__ T *down(T *p, int i, int ld) {
-    return (T *)((char *)p + (long long)(i * (int)sizeof(T)) * ld);
+// Row i of rows that lie `bytes` apart: one 32 x 32 + 64 bit multiply-add. A 64-bit index costs as
+// much as the arithmetic of a step.
+template <typename T> __device__ __forceinline__ T *row_at_bytes(T *p, int i, int bytes) {
+    return (T *)((char *)p + (long long)i * bytes);
+}
+// The same of rows ld elements apart, for an i that the compiler knows.
+template <typename T> __device__ __forceinline__ T *row_at(T *p, int i, int ld) {
+    return row_at_bytes(p, i * (int)sizeof(T), ld);
 }
 
 template <int R> struct alignas(R >= 4 ? 16 : 4 * R) Row {
     float v[R];
 };
 
-// A shared load that the compiler leaves outside of conditions, so that several are in flight.
-__device__ __forceinline__ Row<2> load_always(const Row<2> *p) {
-    Row<2> r;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                 : "=f"(r.v[0]), "=f"(r.v[1])
-                 : "r"((unsigned)__cvta_generic_to_shared(p))
-                 : "memory");
-    return r;
-}
-__device__ __forceinline__ Row<4> load_always(const Row<4> *p) {
-    Row<4> r;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(r.v[0]), "=f"(r.v[1]), "=f"(r.v[2]), "=f"(r.v[3])
-                 : "r"((unsigned)__cvta_generic_to_shared(p))
-                 : "memory");
-    return r;
-}
-
 __device__ __forceinline__ float4 load4(const float *p) { return *(const float4 *)p; }
 __device__ __forceinline__ void unpack(float *to, float4 v) {
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Many channels, many states: the walk. Between two barriers a warp does tile i's states, prepares
-// its rows of tile i+1 and gates its rows of tile i-1, so that loads are in flight for a tile's
-// time and the units for states, conversions and memory are all busy. Shared rows have a time pitch
-// of TT+4 floats: 16-byte accesses of 8 neighbouring lanes then fall into 32 different banks.
+// The definition, for any N: a thread is a channel and takes one step after the other. It is slow;
+// time_scan() tests the fast forms against it. h_final must be given: it holds h all the time.
+template <typename T> __global__ void scan_plain(ScanArgs<T> p) {
+    const int e = blockIdx.x * blockDim.x + threadIdx.x, E = p.E, N = p.N;
+    const size_t b = blockIdx.y, saves = (p.L + SCAN_SAVE - 1) / SCAN_SAVE;
+    if (e >= E) return;
+    float *h = p.h_final + b * N * E + e; // h_n lies at h[n * E]
+    for (int n = 0; n < N; n++) h[(size_t)n * E] = p.h0 ? p.h0[(b * N + n) * E + e] : 0.f;
+    for (int t = 0; t < p.L; t++) {
+        const size_t row = b * p.L + t;
+        if (p.h_starts && t % SCAN_SAVE == 0)
+            for (int n = 0; n < N; n++)
+                p.h_starts[((b * saves + t / SCAN_SAVE) * N + n) * E + e] = h[(size_t)n * E];
+        float x = value(p.delta_raw[row * p.ld_delta + e]) + p.dt_bias[e];
+        float delta = x > 20.f ? x : log1pf(expf(x));
+        float u = value(p.u[row * p.ld_u + e]), z = value(p.z[row * p.ld_z + e]);
+        float y = p.D_skip[e] * u;
+        for (int n = 0; n < N; n++) {
+            float B = value(p.B_ssm[row * p.ld_B + n]), C = value(p.C_ssm[row * p.ld_C + n]);
+            float decay = expf(delta * p.A_neg[(size_t)n * E + e]);
+            h[(size_t)n * E] = decay * h[(size_t)n * E] + delta * B * u;
+            y += C * h[(size_t)n * E];
+        }
+        p.out[row * p.ld_out + e] = to<T>(y * z / (1.f + expf(-z)));
+    }
+}
+template <typename T> static cudaError_t scan_plain_forward(Device *d, const ScanArgs<T> &p) {
+    scan_plain<<<dim3(blocks_for(p.E, 32), p.B), 32, 0, d->stream>>>(p);
+    return cudaGetLastError();
+}
 
-template <typename T, int S, int NS, int UNROLL, int MINB>
-__global__ void __launch_bounds__(32 * S, MINB) scan_walk(ScanArgs<T> p) {
-    constexpr int TT = 16, PITCH = TT + 4, R = TT / S, N = S * NS, TILE_BC = 2 * N * PITCH,
-                  TILE_E = 32 * PITCH;
+// ------------------------------------------------------------------------------------------------
+// 2 The scan of one token
+// One token of each of p.B sequences (L = 1). h0 and h_final (B,N,E) must be given and may be the
+// same array. The state is nearly all the traffic: it is read and written once. A lane has CHANNELS
+// neighbouring channels, so that the accesses are of 16 bytes; the WARPS of a block share the
+// states. A_neg comes from L2.
+
+template <typename T, int CHANNELS, int WARPS>
+__global__ void __launch_bounds__(32 * WARPS) scan_step(ScanArgs<T> p) {
+    __shared__ float part[WARPS][32 * CHANNELS];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, E = p.E, N = p.N,
+              e = (blockIdx.x * 32 + lane) * CHANNELS;
+    const size_t b = blockIdx.y;
+    const bool live = e < E; // CHANNELS divides E
+    float delta[CHANNELS], delta_u[CHANNELS], y[CHANNELS];
+    if (live) {
+#pragma unroll
+        for (int v = 0; v < CHANNELS; v++) {
+            delta[v] = softplus(value(p.delta_raw[b * p.ld_delta + e + v]) + p.dt_bias[e + v]);
+            delta_u[v] = delta[v] * value(p.u[b * p.ld_u + e + v]), y[v] = 0.f, delta[v] *= LOG2E;
+        }
+#pragma unroll 4
+        for (int n = warp; n < N; n += WARPS) {
+            size_t at = (b * N + n) * E + e;
+            float h[CHANNELS], A[CHANNELS], B = value(p.B_ssm[b * p.ld_B + n]),
+                                            C = value(p.C_ssm[b * p.ld_C + n]);
+            if constexpr (CHANNELS == 4)
+                unpack(h, load4(p.h0 + at)), unpack(A, load4(p.A_neg + (size_t)n * E + e));
+            else h[0] = p.h0[at], A[0] = p.A_neg[(size_t)n * E + e];
+#pragma unroll
+            for (int v = 0; v < CHANNELS; v++)
+                step_state(h[v], y[v], exp2_fast(delta[v] * A[v]), delta_u[v] * B, C);
+            if constexpr (CHANNELS == 4)
+                *(float4 *)(p.h_final + at) = make_float4(h[0], h[1], h[2], h[3]);
+            else p.h_final[at] = h[0];
+        }
+#pragma unroll
+        for (int v = 0; v < CHANNELS; v++) part[warp][v * 32 + lane] = y[v];
+    }
+    __syncthreads();
+    // The sum over warps and the gate: warp v does channel v of each lane.
+    for (int v = warp; v < CHANNELS; v += WARPS)
+        if (live) {
+            float sum = p.D_skip[e + v] * value(p.u[b * p.ld_u + e + v]),
+                  zv = value(p.z[b * p.ld_z + e + v]), none = 0.f;
+#pragma unroll
+            for (int s = 0; s < WARPS; s++) sum += part[s][v * 32 + lane];
+            gate_pair(sum, none, zv, 0.f);
+            p.out[b * p.ld_out + e + v] = to<T>(sum);
+        }
+}
+
+template <typename T, int CHANNELS, int WARPS>
+static cudaError_t scan_step_launch(Device *d, const ScanArgs<T> &p) {
+    scan_step<T, CHANNELS, WARPS>
+        <<<dim3((p.E + 32 * CHANNELS - 1) / (32 * CHANNELS), p.B), 32 * WARPS, 0, d->stream>>>(p);
+    return cudaGetLastError();
+}
+
+template <typename T> static cudaError_t scan_step_forward(Device *d, const ScanArgs<T> &p) {
+    bool fours =
+        p.E % 4 == 0 && ((uintptr_t)p.h0 | (uintptr_t)p.h_final | (uintptr_t)p.A_neg) % 16 == 0;
+    if (!fours) return scan_step_launch<T, 1, 4>(d, p);
+    if ((size_t)p.B * p.E < 1 << 18) return scan_step_launch<T, 4, 4>(d, p); // more warps: latency
+    return scan_step_launch<T, 4, 1>(d, p); // enough warps: fewer of everything else
+}
+
+// ------------------------------------------------------------------------------------------------
+// 3 The scan of a text, and which form runs
+// The walk: a block is 32 channels of a sequence and goes through time in tiles of 16 steps. Its
+// WARPS share the states of a channel, STATES each, in registers. Softplus, conversions and the
+// gate are the same for all states, so the warps share the rows of a tile for those. Between two
+// barriers a warp prepares its rows of tile i + 1, does its states of tile i and gates its rows of
+// tile i - 1: loads are in flight for the time of a tile, and the units for states, conversions and
+// memory are all busy. Rows in shared memory are STEPS + 4 floats long, so that the 16-byte
+// accesses of 8 neighbouring lanes fall into 32 different banks. UNROLL is of the loop over 4
+// steps; MIN_BLOCKS, blocks a multiprocessor, limits the registers.
+
+template <typename T, int WARPS, int STATES, int UNROLL, int MIN_BLOCKS>
+__global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_walk(ScanArgs<T> p) {
+    constexpr int STEPS = 16, PITCH = STEPS + 4, ROWS = STEPS / WARPS, N = WARPS * STATES,
+                  BC_FLOATS = 2 * N * PITCH, E_FLOATS = 32 * PITCH;
     extern __shared__ float4 shared[];
-    float *bc = (float *)shared;   // [2][2N][PITCH]    B_ssm, then C_ssm
-    float *dt = bc + 2 * TILE_BC;  // [2][2][32][PITCH] delta, then delta*u
-    float *part = dt + 4 * TILE_E; // [2][S][32][PITCH] y, summed over the states of a warp
+    float *bc = (float *)shared;         // [2][2N][PITCH]    B_ssm, then C_ssm
+    float *deltas = bc + 2 * BC_FLOATS;  // [2][2][32][PITCH] delta, then delta*u
+    float *part = deltas + 4 * E_FLOATS; // [2][WARPS][32][PITCH] y over the states of a warp
     wait_for_input();
-    const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, groups = (p.E + 31) / 32;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, groups = (p.E + 31) / 32;
     const int b = blockIdx.x / groups, e_true = blockIdx.x % groups * 32 + lane, L = p.L, E = p.E;
     const bool live = e_true < E;
-    const int e = live ? e_true : E - 1, tiles = (L + TT - 1) / TT;
-    const size_t row =
-        (size_t)b * L + w * R; // this warp's rows of a tile: R for softplus and gate,
+    const int e = live ? e_true : E - 1, tiles = (L + STEPS - 1) / STEPS;
+    const size_t row = (size_t)b * L + warp * ROWS; // of softplus and gate: ROWS a warp and tile
     const T *delta_raw = p.delta_raw + row * p.ld_delta + e, *u = p.u + row * p.ld_u + e,
             *z = p.z + row * p.ld_z + e;
     T *out = p.out + row * p.ld_out + e;
     const float bias = p.dt_bias[e], skip = p.D_skip[e];
-    // and 4-step x 8-state units of B_ssm (first half of the warps) or C_ssm: unit k is 4 (k % 4)
-    // steps and 8 (k / 4) states on.
-    constexpr int UNITS = NS < 4 ? NS : 4;
-    const int bc_t = w * NS % 4 * 4 + lane / 8, bc_n = w * NS / 4 * 8 + lane % 8,
-              ld_bc = w < S / 2 ? p.ld_B : p.ld_C;
+    // A warp loads units of 4 steps x 8 states, the first half of the warps of B_ssm, the others of
+    // C_ssm. Unit k begins 4 (k % 4) steps and 8 (k / 4) states after the first.
+    constexpr int UNITS = STATES < 4 ? STATES : 4;
+    const int bc_t = warp * STATES % 4 * 4 + lane / 8, bc_n = warp * STATES / 4 * 8 + lane % 8,
+              ld_bc = warp < WARPS / 2 ? p.ld_B : p.ld_C;
     const T *bc_from =
-        (w < S / 2 ? p.B_ssm + bc_n : p.C_ssm + bc_n - N) + ((size_t)b * L + bc_t) * ld_bc;
+        (warp < WARPS / 2 ? p.B_ssm + bc_n : p.C_ssm + bc_n - N) + ((size_t)b * L + bc_t) * ld_bc;
 
-    float A[NS], h[NS];
+    float A[STATES], h[STATES];
 #pragma unroll
-    for (int j = 0; j < NS; j++) {
-        int n = w * NS + j;
+    for (int j = 0; j < STATES; j++) {
+        int n = warp * STATES + j;
         A[j] = LOG2E * p.A_neg[(size_t)n * E + e];
         h[j] = p.h0 ? p.h0[((size_t)b * N + n) * E + e] : 0.f;
     }
-    T raw_delta[R], raw_u[R], raw_bc[NS], z_now[R], z_before[R];
-    float u_before[R], u_now[R], u_next[R];
+    T raw_delta[ROWS], raw_u[ROWS], raw_bc[STATES], z_now[ROWS], z_before[ROWS];
+    float u_before[ROWS], u_now[ROWS], u_next[ROWS];
 
-    // Called for tile 0, 1, 2, ...: pointers go on by themselves.
+    // Called for tile 0, 1, 2, ... in order: it advances its pointers.
     auto load_raw = [&](int tile) {
-        const T *d_at = delta_raw, *u_at = u, *bc_at = bc_from;
-        delta_raw = down(d_at, TT, p.ld_delta), u = down(u_at, TT, p.ld_u),
-        bc_from = down(bc_at, TT, ld_bc);
-        if (tile * TT + TT <= L) {
+        const T *delta_from = delta_raw, *u_from = u, *bc_at = bc_from;
+        delta_raw = row_at(delta_from, STEPS, p.ld_delta), u = row_at(u_from, STEPS, p.ld_u),
+        bc_from = row_at(bc_at, STEPS, ld_bc);
+        if (tile * STEPS + STEPS <= L) {
 #pragma unroll
-            for (int i = 0; i < R; i++)
-                raw_delta[i] = *down(d_at, i, p.ld_delta), raw_u[i] = *down(u_at, i, p.ld_u);
+            for (int i = 0; i < ROWS; i++)
+                raw_delta[i] = *row_at(delta_from, i, p.ld_delta),
+                raw_u[i] = *row_at(u_from, i, p.ld_u);
 #pragma unroll
-            for (int k = 0; k < NS; k++) raw_bc[k] = down(bc_at, k % UNITS * 4, ld_bc)[k / 4 * 8];
+            for (int k = 0; k < STATES; k++)
+                raw_bc[k] = row_at(bc_at, k % UNITS * 4, ld_bc)[k / 4 * 8];
         } else {
 #pragma unroll
-            for (int i = 0; i < R; i++) {
-                bool in = tile * TT + w * R + i < L;
-                raw_delta[i] = in ? *down(d_at, i, p.ld_delta) : to<T>(0.f),
-                raw_u[i] = in ? *down(u_at, i, p.ld_u) : to<T>(0.f);
+            for (int i = 0; i < ROWS; i++) {
+                bool in = tile * STEPS + warp * ROWS + i < L;
+                raw_delta[i] = in ? *row_at(delta_from, i, p.ld_delta) : to<T>(0.f),
+                raw_u[i] = in ? *row_at(u_from, i, p.ld_u) : to<T>(0.f);
             }
 #pragma unroll
-            for (int k = 0; k < NS; k++)
-                raw_bc[k] = tile * TT + bc_t + k % UNITS * 4 < L
-                                ? down(bc_at, k % UNITS * 4, ld_bc)[k / 4 * 8]
+            for (int k = 0; k < STATES; k++)
+                raw_bc[k] = tile * STEPS + bc_t + k % UNITS * 4 < L
+                                ? row_at(bc_at, k % UNITS * 4, ld_bc)[k / 4 * 8]
                                 : to<T>(0.f);
         }
     };
     auto load_z = [&](int tile) {
         const T *at = z;
-        z = down(at, TT, p.ld_z);
-        if (tile * TT + TT <= L) {
+        z = row_at(at, STEPS, p.ld_z);
+        if (tile * STEPS + STEPS <= L) {
 #pragma unroll
-            for (int i = 0; i < R; i++) z_now[i] = *down(at, i, p.ld_z);
+            for (int i = 0; i < ROWS; i++) z_now[i] = *row_at(at, i, p.ld_z);
         } else {
 #pragma unroll
-            for (int i = 0; i < R; i++)
-                z_now[i] = tile * TT + w * R + i < L ? *down(at, i, p.ld_z) : to<T>(0.f);
+            for (int i = 0; i < ROWS; i++)
+                z_now[i] = tile * STEPS + warp * ROWS + i < L ? *row_at(at, i, p.ld_z) : to<T>(0.f);
         }
     };
     // Past the end of time delta is 0: decay 1, inject 0, the state stays.
     auto prepare = [&](int tile) {
-        float *dt_to = dt + (tile & 1) * 2 * TILE_E + lane * PITCH + w * R;
-        float *bc_to = bc + (tile & 1) * TILE_BC + bc_n * PITCH + bc_t;
-        Row<R> d, du;
+        float *delta_to = deltas + (tile & 1) * 2 * E_FLOATS + lane * PITCH + warp * ROWS;
+        float *bc_to = bc + (tile & 1) * BC_FLOATS + bc_n * PITCH + bc_t;
+        Row<ROWS> delta, delta_u;
 #pragma unroll
-        for (int i = 0; i < R; i++) d.v[i] = softplus<T>(value(raw_delta[i]) + bias);
-        if (tile * TT + TT > L)
+        for (int i = 0; i < ROWS; i++) delta.v[i] = softplus<T>(value(raw_delta[i]) + bias);
+        if (tile * STEPS + STEPS > L)
 #pragma unroll
-            for (int i = 0; i < R; i++) d.v[i] = tile * TT + w * R + i < L ? d.v[i] : 0.f;
+            for (int i = 0; i < ROWS; i++)
+                delta.v[i] = tile * STEPS + warp * ROWS + i < L ? delta.v[i] : 0.f;
 #pragma unroll
-        for (int i = 0; i < R; i++) u_next[i] = value(raw_u[i]), du.v[i] = d.v[i] * u_next[i];
-        *(Row<R> *)dt_to = d, *(Row<R> *)(dt_to + TILE_E) = du;
+        for (int i = 0; i < ROWS; i++) {
+            u_next[i] = value(raw_u[i]);
+            delta_u.v[i] = delta.v[i] * u_next[i];
+        }
+        *(Row<ROWS> *)delta_to = delta;
+        *(Row<ROWS> *)(delta_to + E_FLOATS) = delta_u;
 #pragma unroll
-        for (int k = 0; k < NS; k++) bc_to[k / 4 * 8 * PITCH + k % UNITS * 4] = value(raw_bc[k]);
+        for (int k = 0; k < STATES; k++)
+            bc_to[k / 4 * 8 * PITCH + k % UNITS * 4] = value(raw_bc[k]);
     };
     auto walk = [&](int tile) {
-        const float *dt_at = dt + (tile & 1) * 2 * TILE_E + lane * PITCH;
-        const float *B_at = bc + (tile & 1) * TILE_BC + w * NS * PITCH, *C_at = B_at + N * PITCH;
-        float *part_to = part + ((tile & 1) * S + w) * TILE_E + lane * PITCH;
-        if (p.h_starts && tile * TT % SCAN_SAVE == 0 && live) {
+        const float *delta_at = deltas + (tile & 1) * 2 * E_FLOATS + lane * PITCH;
+        const float *B_at = bc + (tile & 1) * BC_FLOATS + warp * STATES * PITCH,
+                    *C_at = B_at + N * PITCH;
+        float *part_to = part + ((tile & 1) * WARPS + warp) * E_FLOATS + lane * PITCH;
+        if (p.h_starts && tile * STEPS % SCAN_SAVE == 0 && live) {
             size_t chunks = (L + SCAN_SAVE - 1) / SCAN_SAVE,
-                   at = ((size_t)b * chunks + tile * TT / SCAN_SAVE) * N + w * NS;
-            for (int j = 0; j < NS; j++) p.h_starts[(at + j) * E + e] = h[j];
+                   at = ((size_t)b * chunks + tile * STEPS / SCAN_SAVE) * N + warp * STATES;
+            for (int j = 0; j < STATES; j++) p.h_starts[(at + j) * E + e] = h[j];
         }
 #pragma unroll UNROLL
-        for (int t = 0; t < TT; t += 4) {
-            float d[4], du[4], y[4] = {0, 0, 0, 0};
-            unpack(d, load4(dt_at + t)), unpack(du, load4(dt_at + TILE_E + t));
+        for (int t = 0; t < STEPS; t += 4) {
+            float delta[4], delta_u[4], y[4] = {0, 0, 0, 0};
+            unpack(delta, load4(delta_at + t)), unpack(delta_u, load4(delta_at + E_FLOATS + t));
 #pragma unroll
-            for (int j = 0; j < NS; j++) {
+            for (int j = 0; j < STATES; j++) {
                 float B[4], C[4];
                 unpack(B, load4(B_at + j * PITCH + t)), unpack(C, load4(C_at + j * PITCH + t));
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    h[j] = fmaf(exp2_fast(d[i] * A[j]), h[j], du[i] * B[i]);
-                    y[i] = fmaf(C[i], h[j], y[i]);
-                }
+                for (int i = 0; i < 4; i++)
+                    step_state(h[j], y[i], exp2_fast(delta[i] * A[j]), delta_u[i] * B[i], C[i]);
             }
             *(float4 *)(part_to + t) = make_float4(y[0], y[1], y[2], y[3]);
         }
     };
-    auto gate = [&](int tile) { // rows of z_before, u_before
-        const float *part_at = part + (tile & 1) * S * TILE_E + lane * PITCH + w * R;
+    auto gate = [&](int tile) { // of the rows in z_before, u_before
+        const float *part_at = part + (tile & 1) * WARPS * E_FLOATS + lane * PITCH + warp * ROWS;
         T *to_row = out;
-        out = down(to_row, TT, p.ld_out);
-        float y[R];
+        out = row_at(to_row, STEPS, p.ld_out);
+        float y[ROWS];
 #pragma unroll
-        for (int i = 0; i < R; i++) y[i] = skip * u_before[i];
+        for (int i = 0; i < ROWS; i++) y[i] = skip * u_before[i];
 #pragma unroll
-        for (int s = 0; s < S; s++) {
-            Row<R> one = *(const Row<R> *)(part_at + s * TILE_E);
+        for (int s = 0; s < WARPS; s++) {
+            Row<ROWS> one = *(const Row<ROWS> *)(part_at + s * E_FLOATS);
 #pragma unroll
-            for (int i = 0; i < R; i++) y[i] += one.v[i];
+            for (int i = 0; i < ROWS; i++) y[i] += one.v[i];
         }
 #pragma unroll
-        for (int i = 0; i < R; i += 2)
+        for (int i = 0; i < ROWS; i += 2)
             gate_pair(y[i], y[i + 1], value(z_before[i]), value(z_before[i + 1]));
-        int rows = live ? L - tile * TT - w * R : 0;
-        if (rows >= R) {
+        int rows = live ? L - tile * STEPS - warp * ROWS : 0;
+        if (rows >= ROWS) {
 #pragma unroll
-            for (int i = 0; i < R; i++) *down(to_row, i, p.ld_out) = to<T>(y[i]);
+            for (int i = 0; i < ROWS; i++) *row_at(to_row, i, p.ld_out) = to<T>(y[i]);
         } else {
 #pragma unroll
-            for (int i = 0; i < R; i++)
-                if (i < rows) *down(to_row, i, p.ld_out) = to<T>(y[i]);
+            for (int i = 0; i < ROWS; i++)
+                if (i < rows) *row_at(to_row, i, p.ld_out) = to<T>(y[i]);
         }
     };
     auto shift = [&]() {
 #pragma unroll
-        for (int i = 0; i < R; i++)
+        for (int i = 0; i < ROWS; i++)
             z_before[i] = z_now[i], u_before[i] = u_now[i], u_now[i] = u_next[i];
     };
 
@@ -365,7 +491,7 @@ __global__ void __launch_bounds__(32 * S, MINB) scan_walk(ScanArgs<T> p) {
     for (int tile = 0; tile < tiles; tile++) {
         load_z(tile);
         walk(tile);
-        prepare(tile + 1); // of the tile after the last: rows clamped, never used
+        prepare(tile + 1); // after the last tile: rows that nobody uses
         load_raw(tile + 2);
         if (tile > 0) gate(tile - 1);
         shift();
@@ -373,163 +499,93 @@ __global__ void __launch_bounds__(32 * S, MINB) scan_walk(ScanArgs<T> p) {
     }
     gate(tiles - 1);
     if (p.h_final && live)
-        for (int j = 0; j < NS; j++) p.h_final[((size_t)b * N + w * NS + j) * E + e] = h[j];
+        for (int j = 0; j < STATES; j++)
+            p.h_final[((size_t)b * N + warp * STATES + j) * E + e] = h[j];
 }
 
-template <typename T, int S, int NS, int UNROLL, int MINB>
+template <typename T, int WARPS, int STATES, int UNROLL, int MIN_BLOCKS>
 cudaError_t scan_walk_launch(Device *d, const ScanArgs<T> &p) {
-    constexpr int bytes = (2 * 2 * S * NS + 4 * 32 + 2 * S * 32) * 20 * 4;
-    return scan_launch(d, scan_walk<T, S, NS, UNROLL, MINB>, (size_t)p.B * ((p.E + 31) / 32),
-                       32 * S, bytes, p);
+    constexpr int bytes = (2 * 2 * WARPS * STATES + 4 * 32 + 2 * WARPS * 32) * 20 * 4;
+    return launch_dependent(d, scan_walk<T, WARPS, STATES, UNROLL, MIN_BLOCKS>,
+                            p.B * blocks_for(p.E, 32), 32 * WARPS, bytes, p);
 }
 
 #include "cuda/scan_relay.cuh"
-
 #include "cuda/scan_tiles.cuh"
 
-// A relay's time is that of the multiprocessor with most blocks: 88 us for 2,048 steps of one, 134
-// of two, 187 of three; tiles spread over all and take 0.76 us a block of 32 channels. So tiles
-// take few channels and what is a little over one block a multiprocessor, unless the text is too
-// short to pay for their start. Else the relay for N = 8 and 16 (the walk where the text is short),
-// the walk for 32 and 64, and tiles for any other N. With two channels a lane the relay does a
-// block of 64 in 0.9 of the time of two blocks of 32, but its blocks spread less evenly: 192 over
-// 132 multiprocessors are two for some, where 384 of 32 channels are three. Tiles gain 4 to 8% by
-// two channels a lane where there are enough of them. Shape, alignment and machine alone decide, so
+// Which form runs. A relay takes as long as the multiprocessor with most blocks: 88 us for 2,048
+// steps of one block, 134 of two, 187 of three. Tiles spread over all multiprocessors and take
+// 0.76 us a block of 32 channels. So tiles take few channels, and what is a little over one block a
+// multiprocessor, unless the text is too short to pay for their start. Everything else goes to the
+// relay for N = 8 and 16 (short texts to the walk), to the walk for N = 32 and 64, to tiles for any
+// other N. With two channels a lane the relay does a block of 64 channels in 0.9 of the time of two
+// blocks of 32, but its blocks spread less evenly: 192 blocks over 132 multiprocessors are two for
+// some. Tiles gain 4 to 8% by two channels a lane. Shape, alignment and machine alone decide, so
 // every run gives the same bits.
-
 template <typename T> static cudaError_t scan_forward(Device *d, const ScanArgs<T> &p) {
     size_t blocks = (size_t)p.B * ((p.E + 31) / 32), pairs = (size_t)p.B * ((p.E + 63) / 64),
-           each = (size_t)d->processors;
-    bool few = 20 * blocks < 18 * each || (blocks > each && 20 * blocks < 27 * each),
-         brief = p.L <= 128;
-    if (p.N != 8 && p.N != 16) few = 2 * blocks < 3 * each;
+           processors = (size_t)d->processors;
+    bool few_channels = 20 * blocks < 18 * processors ||
+                        (blocks > processors && 20 * blocks < 27 * processors),
+         short_text = p.L <= 128;
+    if (p.N != 8 && p.N != 16) few_channels = 2 * blocks < 3 * processors;
     bool paired = false; // two channels of bf16 are 4 bytes
     if constexpr (sizeof(T) == 2) {
         uintptr_t bases =
             (uintptr_t)p.out | (uintptr_t)p.delta_raw | (uintptr_t)p.u | (uintptr_t)p.z;
         paired = bases % 4 == 0 && (p.ld_out | p.ld_delta | p.ld_u | p.ld_z | p.E) % 2 == 0;
     }
-    if (!few && !brief && (p.N == 8 || p.N == 16)) {
+    if (!few_channels && !short_text && (p.N == 8 || p.N == 16)) {
         if (p.N == 8) return scan_relay_launch<T, 2, 1, 4, 4>(d, p);
         if constexpr (sizeof(T) == 2)
-            if (paired && blocks > 2 * each &&
-                9 * 2 * ((pairs + each - 1) / each) <= 10 * ((blocks + each - 1) / each))
+            if (paired && blocks > 2 * processors &&
+                9 * 2 * ((pairs + processors - 1) / processors) <=
+                    10 * ((blocks + processors - 1) / processors))
                 return scan_relay_launch<T, 4, 2, 1, 3>(d, p);
-        if (blocks <= 3 * each) return scan_relay_launch<T, 4, 1, 4, 3>(d, p);
+        if (blocks <= 3 * processors) return scan_relay_launch<T, 4, 1, 4, 3>(d, p);
         return scan_relay_launch<T, 4, 1, 4, 4>(d, p);
     }
-    if (!few || brief) {
+    if (!few_channels || short_text) {
         if (p.N == 8) return scan_walk_launch<T, 4, 2, 4, 4>(d, p);
         if (p.N == 16) return scan_walk_launch<T, 4, 4, 4, 4>(d, p);
         if (p.N == 32) return scan_walk_launch<T, 4, 8, 2, 4>(d, p);
         if (p.N == 64) return scan_walk_launch<T, 8, 8, 2, 2>(d, p);
     }
     if constexpr (sizeof(T) == 2)
-        if (paired && pairs * (((size_t)p.L + 63) / 64) >= 12 * each)
+        if (paired && pairs * (((size_t)p.L + 63) / 64) >= 12 * processors)
             return scan_tiles_launch<T, 16, 4, 2, 3>(d, p);
     return scan_tiles_launch<T, 16, 4, 1, 4>(d, p);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// One token of each of p.B sequences (L = 1): h (B,N,E), given as h0, becomes h_final, which may be
-// the same array; both must be given. The state is all the traffic, read and written once; V
-// neighbouring channels a lane make it 16-byte accesses, the Y warps of a block share the states.
-// A_neg comes from L2. p.mail and p.h_starts are not used.
-
-template <typename T, int V, int Y>
-__global__ void __launch_bounds__(32 * Y) scan_step(ScanArgs<T> p) {
-    __shared__ float part[Y][32 * V];
-    const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, E = p.E, N = p.N,
-              e = (blockIdx.x * 32 + lane) * V;
-    const size_t b = blockIdx.y;
-    const bool live = e < E; // V divides E
-    float d[V], du[V], y[V];
-    if (live) {
-#pragma unroll
-        for (int v = 0; v < V; v++) {
-            d[v] = softplus(value(p.delta_raw[b * p.ld_delta + e + v]) + p.dt_bias[e + v]);
-            du[v] = d[v] * value(p.u[b * p.ld_u + e + v]), y[v] = 0.f, d[v] *= LOG2E;
-        }
-#pragma unroll 4
-        for (int n = w; n < N; n += Y) {
-            size_t at = (b * N + n) * E + e;
-            float h[V], A[V], B = value(p.B_ssm[b * p.ld_B + n]),
-                              C = value(p.C_ssm[b * p.ld_C + n]);
-            if constexpr (V == 4)
-                unpack(h, load4(p.h0 + at)), unpack(A, load4(p.A_neg + (size_t)n * E + e));
-            else h[0] = p.h0[at], A[0] = p.A_neg[(size_t)n * E + e];
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-                h[v] = fmaf(exp2_fast(d[v] * A[v]), h[v], du[v] * B);
-                y[v] = fmaf(C, h[v], y[v]);
-            }
-            if constexpr (V == 4) *(float4 *)(p.h_final + at) = make_float4(h[0], h[1], h[2], h[3]);
-            else p.h_final[at] = h[0];
-        }
-#pragma unroll
-        for (int v = 0; v < V; v++) part[w][v * 32 + lane] = y[v];
-    }
-    __syncthreads();
-    for (int v = w; v < V;
-         v += Y) // the sum over warps and the gate: warp v does each lane's channel v
-        if (live) {
-            float sum = p.D_skip[e + v] * value(p.u[b * p.ld_u + e + v]),
-                  zv = value(p.z[b * p.ld_z + e + v]), none = 0.f;
-#pragma unroll
-            for (int s = 0; s < Y; s++) sum += part[s][v * 32 + lane];
-            gate_pair(sum, none, zv, 0.f);
-            p.out[b * p.ld_out + e + v] = to<T>(sum);
-        }
-}
-
-template <typename T, int V, int Y>
-static cudaError_t scan_step_launch(Device *d, const ScanArgs<T> &p) {
-    scan_step<T, V, Y><<<dim3((p.E + 32 * V - 1) / (32 * V), p.B), 32 * Y, 0, d->stream>>>(p);
-    return cudaGetLastError();
-}
-
-template <typename T> static cudaError_t scan_step_forward(Device *d, const ScanArgs<T> &p) {
-    bool wide =
-        p.E % 4 == 0 && ((uintptr_t)p.h0 | (uintptr_t)p.h_final | (uintptr_t)p.A_neg) % 16 == 0;
-    if (!wide) return scan_step_launch<T, 1, 4>(d, p);
-    if ((size_t)p.B * p.E < 1 << 18) return scan_step_launch<T, 4, 4>(d, p); // more warps: latency
-    return scan_step_launch<T, 4, 1>(d, p); // enough warps: fewer of everything else
-}
-
-// --- [train] the scan's backward
+// ------------------------------------------------------------------------------------------------
+// 4 [train] The scan's backward
+//     forward   h_t = decay_t h_{t-1} + delta_t B_t u_t     decay_t = exp(delta_t A_neg)
+//               y_t = sum over n of C_t h_t + D_skip u_t    g = y silu(z)
+//     backward  d_y = d_g silu(z)                           d_h_t = d_y C_t + decay_{t+1} d_h_{t+1}
+//               d_C_t = sum over e of d_y h_t               d_B_t = sum over e of d_h_t delta u
+//               d_log = d_h_t decay_t h_{t-1}               d_A_neg += d_log delta
+//               d_delta = sum over n of d_log A_neg + u sum over n of d_h_t B_t
+//               d_u = delta sum over n of d_h_t B_t + D_skip d_y          d_z = d_g y silu'(z)
 //
-//     forward   h_t = decay_t h_{t-1} + delta_t B_t u_t, decay_t = exp(delta_t A_neg);  y_t = sum_n
-//     C_t h_t + D_skip u_t;  g = y silu(z) backward  d_y = d_g silu(z);  d_h_t = d_y C_t +
-//     decay_{t+1} d_h_{t+1};  d_C_t = sum_e d_y h_t;  d_B_t = sum_e d_h_t delta u
-//               d_log = d_h_t decay_t h_{t-1};  d_A_neg += d_log delta;  d_delta = sum_n d_log
-//               A_neg + u sum_n d_h_t B_t d_u = delta sum_n d_h_t B_t + D_skip d_y;  d_z = d_g y
-//               silu'(z)
-//
-// WHAT LIVES WHERE. A block takes one tile, 32 channels (a lane each) by 64 steps (a piece of K = 8
-// for each of 8 warps), and goes through it three times, a state after the other:
-//   1 what a piece makes of zeros: the end of h forward, the end of d_h backward: (16,8,32) twice
-//   into shared memory; 2 the ends joined to starts, two states a warp: h comes from the forward's
-//   saved states, d_h from the tile after it through
-//     global memory (mail), and goes on to the tile before it. A piece's decay is exp(A_neg times
-//     its sum of delta);
+// A block takes one tile, 32 channels by 64 steps, cut into 8 pieces of 8 steps, a warp each. It
+// goes through the tile three times, a state after the other:
+//   1 the ends of each piece from h = 0 and d_h = 0, which go to shared memory;
+//   2 the ends are joined to starts. h starts from the state that the forward saved, d_h from the
+//     mail of the tile after, and the tile leaves its own d_h for the tile before;
 //   3 the pieces from their true starts: h forward into registers, d_h backward, all gradients.
+// A counter hands out the tiles in the order of reversed time. So the tile that a tile waits for
+// has always started, and any number of sequences and channels fills the machine.
+//
 // Registers hold what all states of a step share: delta, delta*u, d_y, and the sums over states for
 // d_delta, d_u and y, 6 floats a step; and of one state 8 decays and 8 h. Shared memory holds
-// B_ssm, C_ssm and starts (44 kB) and what the end needs again (24 kB). h of all steps never
-// exists. Tiles are handed out in the order of reversed time by a counter, so the one that a tile
-// waits for has always started, any number of sequences and channels fills the machine, and the
-// last round is short.
+// B_ssm, C_ssm and the starts (44 kB), and what the end needs again (24 kB).
 //
-// BYTES a token and channel, bf16, N = 16: 8 read, 6 written; h_starts 1 and mail 2 (float, a 64th
-// each way); the parts of d_B_ssm and d_C_ssm summed over 32 channels 4 written, 4 read; d_A_neg of
-// a tile 1.1 written and read. What limits is not those 27 but instructions: about 37 a token,
-// channel and state, of which 17 are the algorithm's.
-//
-// WHAT EACH TRICK BOUGHT (doc/SPEED.md has the ladder): sums over lanes on the tensor cores, a step
-// behind the arithmetic; all states between two barriers, decays computed twice instead of kept;
-// strides in bytes so that an address is one instruction; the end's inputs kept in shared memory
-// instead of read again; the next tile's rows prefetched into L2. Deterministic: no sum depends on
-// which block ran when.
+// Bytes a token and channel, bf16, N = 16: 8 read, 6 written; h_starts 1 and mail 2; the parts of
+// d_B_ssm and d_C_ssm 4 written, 4 read; d_A_neg of a tile 1.1 written and read. Instructions are
+// the limit, not those 27 bytes: about 37 a token, channel and state, of which 17 are the
+// algorithm's. doc/SPEED.md has what each trick gained: sums over lanes on the tensor cores, decays
+// computed twice instead of kept, strides in bytes, inputs kept in shared memory for the end, the
+// rows of the next tile prefetched into L2. No sum depends on which block ran when.
 
 #define LN2 0.693147181f
 
@@ -553,11 +609,11 @@ __device__ __forceinline__ float softplus(float x, float &slope) {
     return fmaf(e, log1p_ratio<float>(e), fmaxf(x, 0.f));
 }
 
-// Sums over the 32 lanes of 16 values a lane, in two steps. Tensor cores add up lanes 4g..4g+3:
-// four values are the left matrix of a product whose right one has ones in the two columns of slot
-// j (ones[2j], ones[2j+1]); after slots 0..3, d in lane 4g+q holds values 4q..4q+3 of the lanes of
-// group g. Products are cut to 11 bits (TF32), sums are float; EXACT: the rest of a value goes the
-// same way. 18 instructions where an exchange of all 16 takes 62.
+// Sums over the 32 lanes of 16 values a lane, in two steps. First tensor cores add up lanes
+// 4g..4g+3: four values are the left matrix of a product whose right one has ones in the two
+// columns of slot j (ones[2j], ones[2j+1]). After slots 0..3, d in lane 4g+q holds values 4q..4q+3
+// of the lanes of group g. Values are cut to 11 bits (TF32), sums are float; with EXACT what was
+// cut off is added the same way. 18 instructions, where an exchange of all 16 takes 62.
 template <bool EXACT>
 __device__ __forceinline__ void lane_sums(float (&d)[4], float v0, float v1, float v2, float v3,
                                           const uint32_t *ones) {
@@ -576,8 +632,8 @@ __device__ __forceinline__ void lane_sums(float (&d)[4], float v0, float v1, flo
             : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(ones[0]), "r"(ones[1]));
     }
 }
-// The sum over the 8 groups of value 4(lane%4) + 2(lane/16) + lane/8%2: an exchange in which each
-// step halves the values.
+// Then the sum over the 8 groups, of value 4(lane%4) + 2(lane/16) + lane/8%2: each step of the
+// exchange halves the number of values.
 __device__ __forceinline__ float group_sums(const float (&d)[4], int lane) {
     const bool up = lane & 16, up2 = lane & 8;
     float k0 = up ? d[2] : d[0], g0 = up ? d[0] : d[2], k1 = up ? d[3] : d[1],
@@ -591,13 +647,6 @@ __device__ __forceinline__ float group_sums(const float (&d)[4], int lane) {
 __device__ __forceinline__ void prefetch_L2(const void *p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
-// Row k of a column whose rows are `ld` bytes apart: one multiply-add.
-template <typename T> __device__ __forceinline__ const T *row_at(const T *p, int k, int ld) {
-    return (const T *)((const char *)p + (long long)k * ld);
-}
-template <typename T> __device__ __forceinline__ T *row_at(T *p, int k, int ld) {
-    return (T *)((char *)p + (long long)k * ld);
-}
 
 enum { BACK_STATES = 16, BACK_STEPS = 8 }; // states at a time, steps of a piece
 
@@ -606,42 +655,43 @@ struct ScanBackPlan {
     size_t flags, mail, partial2, partial, bytes; // offsets in 4-byte words; the whole
 };
 
-template <int W> constexpr size_t scan_back_shared() {
-    return sizeof(float) * (BACK_STATES * (2 * W * BACK_STEPS + 4) +
-                            BACK_STATES * (2 * W * 32 + 32) + 3 * W * 32 + 3 * BACK_STEPS * W * 32);
+template <int WARPS> constexpr size_t scan_back_shared() {
+    return sizeof(float) *
+           (BACK_STATES * (2 * WARPS * BACK_STEPS + 4) + BACK_STATES * (2 * WARPS * 32 + 32) +
+            3 * WARPS * 32 + 3 * BACK_STEPS * WARPS * 32);
 }
 
 // The workspace, in words:
 //   flags     tickets given; (blocks, B, tiles) groups of BACK_STATES states whose mail has come
 //   mail      (B, tiles, N, E) d_h that a tile leaves to the tile before it
 //   partial2  (B, tiles, N + 2, E) a tile's d_A_neg, d_D_skip, d_dt_bias
-//   partial   (blocks, B, tiles, N, W, 2K) d_C_ssm, d_B_ssm summed over 32 channels
-template <typename T, int W, int MINB, int U>
-__global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, ScanBackPlan q) {
-    constexpr int TT = W * BACK_STEPS, THREADS = 32 * W, NS = BACK_STATES / W, XW = W * 32,
-                  BC_ROW = 2 * TT + 4, X_ROW = 2 * XW + 32;
-    static_assert(TT % SCAN_SAVE == 0, "a tile starts at a saved state");
+//   partial   (blocks, B, tiles, N, WARPS, 2 BACK_STEPS) d_C_ssm, d_B_ssm summed over 32 channels
+template <typename T, int WARPS, int MIN_BLOCKS, int UNROLL>
+__global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
+    scan_back(ScanBackArgs<T> p, ScanBackPlan q) {
+    constexpr int STEPS = WARPS * BACK_STEPS, THREADS = 32 * WARPS, STATES = BACK_STATES / WARPS,
+                  LANES = WARPS * 32, BC_ROW = 2 * STEPS + 4, PIECE_ROW = 2 * LANES + 32;
+    static_assert(STEPS % SCAN_SAVE == 0, "a tile starts at a saved state");
     extern __shared__ float4 shared[];
-    __shared__ int4 next;        // cb, b, tile; whether there is one
-    float *bc = (float *)shared; // [BACK_STATES] rows: B_ssm (TT), C_ssm (TT)
-    float *x = bc + BACK_STATES *
-                        BC_ROW; // [BACK_STATES] rows: piece's end of h from zero, then its start,
-                                // then its d_A (W,32); the same of d_h (W,32); A_neg log2(e) (32)
-    float *sums = x + BACK_STATES * X_ROW; // [3][W][32] a piece's sums: delta, d_D_skip, d_dt_bias
-    float *kept =
-        sums + 3 * XW; // [3][BACK_STEPS][W][32] u, slope of softplus, d_z / (y + D_skip u)
-    const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5, L = p.L, E = p.E, N = p.N;
+    __shared__ int4 next;        // group of 32 channels, b, tile; whether there is one
+    float *bc = (float *)shared; // [BACK_STATES] rows: B_ssm, C_ssm (STEPS)
+    float *pieces = bc + BACK_STATES * BC_ROW;      // [BACK_STATES] rows, see below
+    float *sums = pieces + BACK_STATES * PIECE_ROW; // [3][WARPS][32] delta, d_D_skip, d_dt_bias
+    float *kept = sums + 3 * LANES; // [3][BACK_STEPS][WARPS][32] u, slope of softplus, d_z / y
+    // A row of `pieces`: h of each piece (WARPS,32), its end, then its start, last its d_A; d_h
+    // (WARPS,32) likewise; A_neg log2(e) (32).
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, L = p.L, E = p.E, N = p.N;
+    const int ld_delta = p.ld_delta * sizeof(T), ld_u = p.ld_u * (int)sizeof(T),
+              ld_z = p.ld_z * sizeof(T), ld_d_g = p.ld_d_g * sizeof(T), ld_B = p.ld_B * sizeof(T),
+              ld_C = p.ld_C * sizeof(T), ld_d_delta = p.ld_d_delta * sizeof(T),
+              ld_d_u = p.ld_d_u * (int)sizeof(T),
+              ld_d_z = p.ld_d_z * sizeof(T); // all in bytes
     const int tiles = q.tiles, items = q.blocks * p.B * tiles,
               saves = (L + SCAN_SAVE - 1) / SCAN_SAVE;
     int *flags = (int *)p.workspace + q.flags;
     float *mail = (float *)p.workspace + q.mail, *partial = (float *)p.workspace + q.partial;
-    const int ld_delta = p.ld_delta * sizeof(T), ld_u = p.ld_u * sizeof(T),
-              ld_z = p.ld_z * sizeof(T), ld_g = p.ld_d_g * sizeof(T);
-    const int ld_B = p.ld_B * sizeof(T), ld_C = p.ld_C * sizeof(T);
-    const int ld_d_delta = p.ld_d_delta * sizeof(T), ld_d_u = p.ld_d_u * sizeof(T),
-              ld_d_z = p.ld_d_z * sizeof(T);
 
-    // Tickets are given in the order of reversed time, so whoever a tile waits for has started.
+    // Tickets are given in the order of reversed time: a tile waits for one that has started.
     auto take = [&](int i) {
         return make_int4(i % q.blocks, i / q.blocks % p.B, tiles - 1 - i / (q.blocks * p.B),
                          i < items);
@@ -652,28 +702,30 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
     if (tid == 0) next = take(atomicAdd(flags, 1));
     __syncthreads();
     for (int4 item = next; item.w;) {
-        const int cb = item.x, b = item.y, tile = item.z;
-        const int e_true = cb * 32 + lane, e = min(e_true, E - 1), t0 = tile * TT + w * BACK_STEPS;
+        const int group = item.x, b = item.y, tile = item.z;
+        const int e_true = group * 32 + lane, e = min(e_true, E - 1),
+                  t0 = tile * STEPS + warp * BACK_STEPS;
         const bool live = e_true < E;
         const size_t bt = (size_t)b * tiles + tile;
-        int *flag = flags + 1 + ((size_t)cb * p.B + b) * tiles + tile;
+        int *flag = flags + 1 + ((size_t)group * p.B + b) * tiles + tile;
         const int left = L - 1 - t0; // steps after t0
         const int row0 = b * L, r0 = row0 + min(t0, L - 1);
-        const T *delta_raw = row_at(p.delta_raw + e, r0, ld_delta), *u = row_at(p.u + e, r0, ld_u);
-        const T *z = row_at(p.z + e, r0, ld_z), *d_g = row_at(p.d_g + e, r0, ld_g);
+        const T *delta_raw = row_at_bytes(p.delta_raw + e, r0, ld_delta),
+                *u = row_at_bytes(p.u + e, r0, ld_u);
+        const T *z = row_at_bytes(p.z + e, r0, ld_z), *d_g = row_at_bytes(p.d_g + e, r0, ld_d_g);
         int ticket = 0;
         if (tid == 0) ticket = atomicAdd(flags, 1);
 
-        // What all states share. Steps past the end have delta = 0 and leave everything as it is.
-        float delta[BACK_STEPS], delta_u[BACK_STEPS], dy[BACK_STEPS], sA[BACK_STEPS],
-            sB[BACK_STEPS], y[BACK_STEPS], sum = 0.f;
+        // What all states share. Past the end delta is 0: such steps change nothing.
+        float delta[BACK_STEPS], delta_u[BACK_STEPS], dy[BACK_STEPS], sum_A[BACK_STEPS],
+            sum_B[BACK_STEPS], y[BACK_STEPS], sum = 0.f;
         {
             T raw_[BACK_STEPS], u_[BACK_STEPS], z_[BACK_STEPS], g_[BACK_STEPS];
 #pragma unroll
             for (int k = 0; k < BACK_STEPS; k++) {
                 int i = max(0, min(k, left));
-                raw_[k] = *row_at(delta_raw, i, ld_delta), u_[k] = *row_at(u, i, ld_u);
-                z_[k] = *row_at(z, i, ld_z), g_[k] = *row_at(d_g, i, ld_g);
+                raw_[k] = *row_at_bytes(delta_raw, i, ld_delta), u_[k] = *row_at_bytes(u, i, ld_u);
+                z_[k] = *row_at_bytes(z, i, ld_z), g_[k] = *row_at_bytes(d_g, i, ld_d_g);
             }
             const float bias = p.dt_bias[e];
 #pragma unroll
@@ -687,72 +739,77 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
                 kept[k * THREADS + tid] = ut;
                 kept[(BACK_STEPS + k) * THREADS + tid] = in ? slope : 0.f;
                 kept[(2 * BACK_STEPS + k) * THREADS + tid] = fmaf(dy[k], 1.f - s, dg_s);
-                sA[k] = sB[k] = y[k] = 0.f;
+                sum_A[k] = sum_B[k] = y[k] = 0.f;
                 sum += delta[k];
             }
         }
         sums[tid] = sum;
 
-        // d_A_neg of the tile: the pieces' parts in order, after a barrier. A warp has NS states.
+        // d_A_neg of the tile: the pieces' parts in order, after a barrier. A warp has STATES
+        // states.
         auto add_d_A = [&](int n0) {
-            float *out = (float *)p.workspace + q.partial2 + (bt * (N + 2) + n0 + w * NS) * E + e;
+            float *out =
+                (float *)p.workspace + q.partial2 + (bt * (N + 2) + n0 + warp * STATES) * E + e;
 #pragma unroll
-            for (int i = 0; i < NS; i++) {
+            for (int i = 0; i < STATES; i++) {
                 float d_A = 0.f;
 #pragma unroll
-                for (int j = 0; j < W; j++) d_A += x[(w * NS + i) * X_ROW + j * 32 + lane];
-                if (n0 + w * NS + i < N && live) out[(size_t)i * E] = d_A;
+                for (int j = 0; j < WARPS; j++)
+                    d_A += pieces[(warp * STATES + i) * PIECE_ROW + j * 32 + lane];
+                if (n0 + warp * STATES + i < N && live) out[(size_t)i * E] = d_A;
             }
         };
         for (int n0 = 0; n0 < N; n0 += BACK_STATES) {
             const int count = min(BACK_STATES, N - n0);
-            const int n_mine = min(n0 + tid % BACK_STATES, N - 1), first = tile * TT;
-            const T *B_ssm = row_at(p.B_ssm + n_mine, row0, ld_B),
-                    *C_ssm = row_at(p.C_ssm + n_mine, row0, ld_C);
+            const int n_mine = min(n0 + tid % BACK_STATES, N - 1), first = tile * STEPS;
+            const T *B_ssm = row_at_bytes(p.B_ssm + n_mine, row0, ld_B),
+                    *C_ssm = row_at_bytes(p.C_ssm + n_mine, row0, ld_C);
 #pragma unroll
-            for (int i = 0; i < BACK_STATES * TT; i += THREADS) {
+            for (int i = 0; i < BACK_STATES * STEPS; i += THREADS) {
                 int k = (i + tid) / BACK_STATES, t = min(first + k, L - 1);
                 bool in = n0 + tid % BACK_STATES < N && first + k < L;
-                float Bv = value(*row_at(B_ssm, t, ld_B)), Cv = value(*row_at(C_ssm, t, ld_C));
-                bc[tid % BACK_STATES * BC_ROW + k] = in ? Bv : 0.f,
-                                                bc[tid % BACK_STATES * BC_ROW + TT + k] =
-                                                    in ? Cv : 0.f;
+                float Bv = value(*row_at_bytes(B_ssm, t, ld_B)),
+                      Cv = value(*row_at_bytes(C_ssm, t, ld_C));
+                float *to = bc + tid % BACK_STATES * BC_ROW + k;
+                to[0] = in ? Bv : 0.f;
+                to[STEPS] = in ? Cv : 0.f;
             }
-            float h_start[NS], A2_mine[NS];
+            float h_start[STATES], A_mine[STATES];
             const float *starts =
-                p.h_starts + ((size_t)b * saves + tile * (TT / SCAN_SAVE)) * N * E + e;
+                p.h_starts + ((size_t)b * saves + tile * (STEPS / SCAN_SAVE)) * N * E + e;
 #pragma unroll
-            for (int i = 0; i < NS; i++) {
-                size_t at = (size_t)min(n0 + w * NS + i, N - 1) * E;
-                A2_mine[i] = LOG2E * p.A_neg[at + e], h_start[i] = starts[at];
-                x[(w * NS + i) * X_ROW + 2 * XW + lane] = A2_mine[i];
+            for (int i = 0; i < STATES; i++) {
+                size_t at = (size_t)min(n0 + warp * STATES + i, N - 1) * E;
+                A_mine[i] = LOG2E * p.A_neg[at + e], h_start[i] = starts[at];
+                pieces[(warp * STATES + i) * PIECE_ROW + 2 * LANES + lane] = A_mine[i];
             }
             __syncthreads();
-            // 1. What a piece makes of zeros, forward and backward.
-            const float *row_bc = bc + w * BACK_STEPS, *row_A = x + 2 * XW + lane;
-            float *row_x = x + tid;
+            // 1. The ends of each piece of 8 steps, from h = 0 and d_h = 0.
+            const float *row_bc = bc + warp * BACK_STEPS, *row_A = pieces + 2 * LANES + lane;
+            float *row_piece = pieces + tid;
 #pragma unroll 2
-            for (int n = 0; n < count; n++, row_bc += BC_ROW, row_A += X_ROW, row_x += X_ROW) {
-                float A2 = *row_A, h = 0.f, d_h = 0.f, a[BACK_STEPS], Bv[BACK_STEPS],
+            for (int n = 0; n < count;
+                 n++, row_bc += BC_ROW, row_A += PIECE_ROW, row_piece += PIECE_ROW) {
+                float A_scaled = *row_A, h = 0.f, d_h = 0.f, decay[BACK_STEPS], Bv[BACK_STEPS],
                       Cv[BACK_STEPS];
 #pragma unroll
                 for (int k = 0; k < BACK_STEPS; k += 4) {
                     *(float4 *)(Bv + k) = *(const float4 *)(row_bc + k);
-                    *(float4 *)(Cv + k) = *(const float4 *)(row_bc + TT + k);
+                    *(float4 *)(Cv + k) = *(const float4 *)(row_bc + STEPS + k);
                 }
 #pragma unroll
                 for (int k = 0; k < BACK_STEPS; k++) {
-                    a[k] = exp2_fast(delta[k] * A2);
-                    h = fmaf(a[k], h, delta_u[k] * Bv[k]);
+                    decay[k] = exp2_fast(delta[k] * A_scaled);
+                    h = fmaf(decay[k], h, delta_u[k] * Bv[k]);
                 }
 #pragma unroll
-                for (int k = BACK_STEPS - 1; k >= 0; k--) d_h = fmaf(dy[k], Cv[k], d_h) * a[k];
-                row_x[0] = h, row_x[XW] = d_h;
+                for (int k = BACK_STEPS - 1; k >= 0; k--) d_h = fmaf(dy[k], Cv[k], d_h) * decay[k];
+                row_piece[0] = h, row_piece[LANES] = d_h;
             }
             if (tid == 0) next = take(ticket);
             __syncthreads();
-            // 2. Join the pieces: ends become starts. A piece's decay is that of its sum of delta.
-            // A warp has NS states.
+            // 2. Join the pieces: ends become starts. The decay of a piece is exp(A_neg sum delta).
+            // A warp has STATES states.
             if (tile + 1 < tiles) {
                 const int *later = flag + 1;
                 if (lane == 0)
@@ -763,25 +820,26 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
                 __syncwarp();
             }
 #pragma unroll
-            for (int i = 0; i < NS; i++) {
-                const int n = n0 + w * NS + i;
+            for (int i = 0; i < STATES; i++) {
+                const int n = n0 + warp * STATES + i;
                 if (n >= N) break;
-                float A2 = A2_mine[i], h = h_start[i], decay[W],
-                      *ends = x + (w * NS + i) * X_ROW + lane, *ends2 = ends + XW;
+                float A_scaled = A_mine[i], h = h_start[i], decay[WARPS],
+                      *h_ends = pieces + (warp * STATES + i) * PIECE_ROW + lane,
+                      *d_h_ends = h_ends + LANES;
                 float d_h = tile + 1 < tiles ? __ldcg(mail + ((bt + 1) * N + n) * E + e)
                             : p.d_h_final    ? p.d_h_final[((size_t)b * N + n) * E + e]
                                              : 0.f;
 #pragma unroll
-                for (int j = 0; j < W; j++) {
-                    decay[j] = exp2_fast(A2 * sums[j * 32 + lane]);
-                    float end = ends[j * 32];
-                    ends[j * 32] = h;
+                for (int j = 0; j < WARPS; j++) {
+                    decay[j] = exp2_fast(A_scaled * sums[j * 32 + lane]);
+                    float end = h_ends[j * 32];
+                    h_ends[j * 32] = h;
                     h = fmaf(decay[j], h, end);
                 }
 #pragma unroll
-                for (int j = W - 1; j >= 0; j--) {
-                    float end = ends2[j * 32];
-                    ends2[j * 32] = d_h;
+                for (int j = WARPS - 1; j >= 0; j--) {
+                    float end = d_h_ends[j * 32];
+                    d_h_ends[j * 32] = d_h;
                     d_h = fmaf(decay[j], d_h, end);
                 }
                 if (live && tile) mail[(bt * N + n) * E + e] = d_h;
@@ -789,47 +847,51 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
             }
             __syncthreads();
             if (tid == 0 && tile) store_release(flag, n0 / BACK_STATES + 1);
-            if (n0 == 0 &&
-                next.w) { // the next tile's rows, into L2: 4 tensors of TT rows, one row a thread
-                const int which = tid / TT, r = next.y * L + min(next.z * TT + tid % TT, L - 1);
+            // The rows of the next tile into L2: 4 tensors of STEPS rows, a row a thread.
+            if (n0 == 0 && next.w) {
+                const int which = tid / STEPS,
+                          r = next.y * L + min(next.z * STEPS + tid % STEPS, L - 1);
                 const T *row = which == 0   ? p.delta_raw
                                : which == 1 ? p.u
                                : which == 2 ? p.z
                                             : p.d_g;
-                prefetch_L2(row_at(row + next.x * 32, r,
-                                   which == 0   ? ld_delta
-                                   : which == 1 ? ld_u
-                                   : which == 2 ? ld_z
-                                                : ld_g));
+                prefetch_L2(row_at_bytes(row + next.x * 32, r,
+                                         which == 0   ? ld_delta
+                                         : which == 1 ? ld_u
+                                         : which == 2 ? ld_z
+                                                      : ld_d_g));
             }
-            // 3. The pieces from their true starts: forward, then backward. A state's d_B_ssm and
-            // d_C_ssm leave during the next state, whose arithmetic hides the latency of the sums.
+            // 3. The pieces from their true starts, forward, then backward. The sums of d_B_ssm and
+            // d_C_ssm of a state are stored during the next, whose arithmetic hides their latency.
             constexpr bool EXACT = sizeof(T) == 4;
-            float *part = partial +
-                          (((cb * (size_t)p.B * tiles + bt) * N + n0) * W + w) * 2 * BACK_STEPS +
-                          lane % 4 * 4 + lane / 16 * 2 + lane / 8 % 2;
+            float *part =
+                partial +
+                (((group * (size_t)p.B * tiles + bt) * N + n0) * WARPS + warp) * 2 * BACK_STEPS +
+                lane % 4 * 4 + lane / 16 * 2 + lane / 8 % 2;
             float d_BC[4] = {};
-            row_bc = bc + w * BACK_STEPS, row_A = x + 2 * XW + lane, row_x = x + tid;
-#pragma unroll U
-            for (int n = 0; n < count; n++, row_bc += BC_ROW, row_A += X_ROW, row_x += X_ROW) {
-                float A2 = *row_A, d_h = row_x[XW], d_A = 0.f, a[BACK_STEPS], h[BACK_STEPS + 1],
-                      Bv[BACK_STEPS], Cv[BACK_STEPS], v[4];
+            row_bc = bc + warp * BACK_STEPS, row_A = pieces + 2 * LANES + lane,
+            row_piece = pieces + tid;
+#pragma unroll UNROLL
+            for (int n = 0; n < count;
+                 n++, row_bc += BC_ROW, row_A += PIECE_ROW, row_piece += PIECE_ROW) {
+                float A_scaled = *row_A, d_h = row_piece[LANES], d_A = 0.f, decay[BACK_STEPS],
+                      h[BACK_STEPS + 1], Bv[BACK_STEPS], Cv[BACK_STEPS], v[4];
 #pragma unroll
                 for (int k = 0; k < BACK_STEPS; k += 4) {
                     *(float4 *)(Bv + k) = *(const float4 *)(row_bc + k);
-                    *(float4 *)(Cv + k) = *(const float4 *)(row_bc + TT + k);
+                    *(float4 *)(Cv + k) = *(const float4 *)(row_bc + STEPS + k);
                 }
                 float s = group_sums(d_BC, lane);
                 if (!(lane & 4)) *part = s; // at n = 0 nothing yet, soon overwritten
-                part += n ? 2 * BACK_STEPS * W : 0;
-                h[0] = row_x[0];
+                part += n ? 2 * BACK_STEPS * WARPS : 0;
+                h[0] = row_piece[0];
 #pragma unroll
                 for (int i = 0; i < 4; i++) d_BC[i] = 0.f;
 #pragma unroll
                 for (int k = 0; k < BACK_STEPS; k++) {
-                    a[k] = exp2_fast(delta[k] * A2);
-                    h[k + 1] = fmaf(a[k], h[k], delta_u[k] * Bv[k]);
-                    y[k] = fmaf(Cv[k], h[k + 1], y[k]);
+                    decay[k] = exp2_fast(delta[k] * A_scaled);
+                    h[k + 1] = h[k];
+                    step_state(h[k + 1], y[k], decay[k], delta_u[k] * Bv[k], Cv[k]);
                     v[k % 4] = dy[k] * h[k + 1];
                     if (k % 4 == 3)
                         lane_sums<EXACT>(d_BC, v[0], v[1], v[2], v[3], ones + k / 4 * 2);
@@ -837,16 +899,16 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
 #pragma unroll
                 for (int k = BACK_STEPS - 1; k >= 0; k--) {
                     d_h = fmaf(dy[k], Cv[k], d_h);
-                    sB[k] = fmaf(d_h, Bv[k], sB[k]);
+                    sum_B[k] = fmaf(d_h, Bv[k], sum_B[k]);
                     v[3 - k % 4] = d_h * delta_u[k];
                     if (k % 4 == 0)
                         lane_sums<EXACT>(d_BC, v[0], v[1], v[2], v[3], ones + (k ? 4 : 6));
-                    d_h *= a[k];
+                    d_h *= decay[k];
                     float d_log = d_h * h[k]; // gradient of delta A_neg
-                    sA[k] = fmaf(d_log, A2, sA[k]);
+                    sum_A[k] = fmaf(d_log, A_scaled, sum_A[k]);
                     d_A = fmaf(d_log, delta[k], d_A);
                 }
-                row_x[0] = d_A;
+                row_piece[0] = d_A;
             }
             float s = group_sums(d_BC, lane);
             if (!(lane & 4)) *part = s;
@@ -857,31 +919,31 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
         }
         float d_bias = 0.f, d_skip = 0.f;
         const float skip = p.D_skip[e];
-        T *d_delta_raw = row_at(p.d_delta_raw + e, r0, ld_d_delta),
-          *d_u = row_at(p.d_u + e, r0, ld_d_u), *d_z = row_at(p.d_z + e, r0, ld_d_z);
+        T *d_delta_raw = row_at_bytes(p.d_delta_raw + e, r0, ld_d_delta),
+          *d_u = row_at_bytes(p.d_u + e, r0, ld_d_u), *d_z = row_at_bytes(p.d_z + e, r0, ld_d_z);
         const int steps = live ? left : -1;
 #pragma unroll
         for (int k = 0; k < BACK_STEPS; k++) {
-            float ut = kept[k * THREADS + tid],
-                  d_raw = fmaf(LN2, sA[k], ut * sB[k]) * kept[(BACK_STEPS + k) * THREADS + tid];
+            float ut = kept[k * THREADS + tid], d_raw = fmaf(LN2, sum_A[k], ut * sum_B[k]) *
+                                                        kept[(BACK_STEPS + k) * THREADS + tid];
             if (k <= steps) {
-                *row_at(d_delta_raw, k, ld_d_delta) = to<T>(d_raw);
-                *row_at(d_u, k, ld_d_u) = to<T>(fmaf(delta[k], sB[k], skip * dy[k]));
-                *row_at(d_z, k, ld_d_z) =
+                *row_at_bytes(d_delta_raw, k, ld_d_delta) = to<T>(d_raw);
+                *row_at_bytes(d_u, k, ld_d_u) = to<T>(fmaf(delta[k], sum_B[k], skip * dy[k]));
+                *row_at_bytes(d_z, k, ld_d_z) =
                     to<T>(fmaf(skip, ut, y[k]) * kept[(2 * BACK_STEPS + k) * THREADS + tid]);
             }
             d_bias += d_raw;
             d_skip = fmaf(dy[k], ut, d_skip);
         }
-        sums[XW + tid] = d_skip, sums[2 * XW + tid] = d_bias;
+        sums[LANES + tid] = d_skip, sums[2 * LANES + tid] = d_bias;
         __syncthreads();
         item = next;
         add_d_A((N - 1) / BACK_STATES * BACK_STATES);
-        if (w < 2 && live) {
+        if (warp < 2 && live) {
             float s = 0.f;
 #pragma unroll
-            for (int j = 0; j < W; j++) s += sums[(1 + w) * XW + j * 32 + lane];
-            ((float *)p.workspace)[q.partial2 + (bt * (N + 2) + N + w) * E + e] = s;
+            for (int j = 0; j < WARPS; j++) s += sums[(1 + warp) * LANES + j * 32 + lane];
+            ((float *)p.workspace)[q.partial2 + (bt * (N + 2) + N + warp) * E + e] = s;
         }
     }
 }
@@ -889,14 +951,14 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_back(ScanBackArgs<T> p, Sca
 // d_B_ssm and d_C_ssm: the channel blocks' parts in order. One thread an element.
 template <typename T>
 __global__ void scan_back_sum_BC(ScanBackArgs<T> p, const float *partial, int blocks, int tiles,
-                                 int W) {
-    size_t count = (size_t)p.B * tiles * p.N * W * 16,
+                                 int WARPS) {
+    size_t count = (size_t)p.B * tiles * p.N * WARPS * 16,
            i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
     if (i >= count) return;
-    int v = i % 16, w = i / 16 % W, n = i / (16 * W) % p.N,
+    int v = i % 16, warp = i / 16 % WARPS, n = i / (16 * WARPS) % p.N,
         k = v < BACK_STEPS ? v : 2 * BACK_STEPS - 1 - v; // d_C_ssm upwards, d_B_ssm downwards
-    size_t bt = i / ((size_t)16 * W * p.N);
-    int t = (int)(bt % tiles) * W * BACK_STEPS + w * BACK_STEPS + k;
+    size_t bt = i / ((size_t)16 * WARPS * p.N);
+    int t = (int)(bt % tiles) * WARPS * BACK_STEPS + warp * BACK_STEPS + k;
     if (t >= p.L) return;
     float s = 0.f;
 #pragma unroll 8
@@ -926,40 +988,34 @@ __global__ void scan_back_sum_A(ScanBackArgs<T> p, const float *partial2, int pa
     else p.d_dt_bias[e] += s;
 }
 
-template <int W> static ScanBackPlan scan_back_plan(int B, int L, int E, int N) {
+template <int WARPS> static ScanBackPlan scan_back_plan(int B, int L, int E, int N) {
     ScanBackPlan q = {};
-    q.blocks = (E + 31) / 32, q.tiles = (L + W * BACK_STEPS - 1) / (W * BACK_STEPS);
-    size_t bt = (size_t)B * q.tiles, items = bt * q.blocks, at = 0;
-    q.flags = at, at += (1 + items + 31) / 32 * 32;
-    q.mail = at, at += bt * N * E;
-    q.partial2 = at, at += (bt * (N + 2) * E + 31) / 32 * 32;
-    q.partial = at, at += items * N * W * 2 * BACK_STEPS;
-    q.bytes = at * 4;
+    q.blocks = (E + 31) / 32, q.tiles = (L + WARPS * BACK_STEPS - 1) / (WARPS * BACK_STEPS);
+    size_t bt = (size_t)B * q.tiles, items = bt * q.blocks;
+    q.mail = q.flags + (1 + items + 31) / 32 * 32;
+    q.partial2 = q.mail + bt * N * E;
+    q.partial = q.partial2 + (bt * (N + 2) * E + 31) / 32 * 32;
+    q.bytes = 4 * (q.partial + items * N * WARPS * 2 * BACK_STEPS);
     return q;
 }
 
-template <typename T, int W, int MINB, int U>
-static cudaError_t scan_back_launch(const ScanBackArgs<T> &p, cudaStream_t stream) {
-    const ScanBackPlan q = scan_back_plan<W>(p.B, p.L, p.E, p.N);
-    auto kernel = scan_back<T, W, MINB, U>;
-    constexpr size_t shared = scan_back_shared<W>();
-    int device, processors;
-    cudaError_t err = cudaGetDevice(&device);
-    if (!err) err = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (!err)
-        err =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    if (!err)
-        err = cudaMemsetAsync((int *)p.workspace + q.flags, 0, (q.mail - q.flags) * 4, stream);
-    if (err) return err;
-    size_t items = (size_t)p.B * q.tiles * q.blocks;
-    int grid = items < (size_t)processors * MINB ? (int)items : processors * MINB;
-    kernel<<<grid, 32 * W, shared, stream>>>(p, q);
-    size_t sums = (size_t)p.B * q.tiles * p.N * W * 2 * BACK_STEPS;
-    scan_back_sum_BC<<<(unsigned)((sums + 255) / 256), 256, 0, stream>>>(
-        p, (float *)p.workspace + q.partial, q.blocks, q.tiles, W);
-    scan_back_sum_A<<<dim3((p.E + 31) / 32, p.N + 2), dim3(32, 8), 0, stream>>>(
-        p, (float *)p.workspace + q.partial2, p.B * q.tiles);
+template <typename T, int WARPS, int MIN_BLOCKS, int UNROLL>
+static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p) {
+    const ScanBackPlan q = scan_back_plan<WARPS>(p.B, p.L, p.E, p.N);
+    auto kernel = scan_back<T, WARPS, MIN_BLOCKS, UNROLL>;
+    float *words = (float *)p.workspace;
+    cudaError_t error = allow_shared(kernel, scan_back_shared<WARPS>());
+    if (error == cudaSuccess)
+        error = cudaMemsetAsync(words + q.flags, 0, (q.mail - q.flags) * 4, d->stream);
+    if (error != cudaSuccess) return error;
+    size_t items = (size_t)p.B * q.tiles * q.blocks,
+           sums = (size_t)p.B * q.tiles * p.N * WARPS * 2 * BACK_STEPS;
+    unsigned grid = (unsigned)std::min(items, (size_t)d->processors * MIN_BLOCKS);
+    kernel<<<grid, 32 * WARPS, scan_back_shared<WARPS>(), d->stream>>>(p, q);
+    scan_back_sum_BC<<<blocks_for(sums, 256), 256, 0, d->stream>>>(p, words + q.partial, q.blocks,
+                                                                   q.tiles, WARPS);
+    scan_back_sum_A<<<dim3(blocks_for(p.E, 32), p.N + 2), dim3(32, 8), 0, d->stream>>>(
+        p, words + q.partial2, p.B * q.tiles);
     return cudaGetLastError();
 }
 
@@ -969,10 +1025,9 @@ static cudaError_t scan_back_launch(const ScanBackArgs<T> &p, cudaStream_t strea
 static size_t scan_backward_workspace(int B, int L, int E, int N) {
     return scan_back_plan<8>(B, L, E, N).bytes;
 }
-template <typename T>
-static cudaError_t scan_backward(const ScanBackArgs<T> &p, cudaStream_t stream) {
+template <typename T> static cudaError_t scan_backward(Device *d, const ScanBackArgs<T> &p) {
     constexpr int UNROLL = sizeof(T) == 2 ? 2 : 1;
-    return scan_back_launch<T, 8, 2, UNROLL>(p, stream);
+    return scan_back_launch<T, 8, 2, UNROLL>(d, p);
 }
 
 // The backward's inputs that are the forward's; outputs are the caller's to set.
@@ -988,11 +1043,12 @@ static ScanBackArgs<T> scan_back_args(const ScanArgs<T> &p, const float *h_start
     return q;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 5 Model: weights, block, prefill, state
-// The file's tensors are copied as they lie; matrices of another type than T are converted once. A
-// piece of text is up to PIECE_MAX tokens, so memory does not depend on the prompt's length: window
-// and h go from one piece to the next.
+// ------------------------------------------------------------------------------------------------
+// 5 The model: weights, block
+// The file's tensors are copied as they lie; matrices of another type than T are converted once.
+
+#include "cuda/layers.cuh"
+#include "cuda/products.cuh"
 
 #define POINTER(name, rows, cols, type, init, decays, present) void *name;
 struct LayerWeights { // matrices of type T, vectors float
@@ -1143,17 +1199,25 @@ static ScanArgs<T> scan_args(const Config *c, const LayerWeights *w, BlockActs<T
     return p;
 }
 
-// out (B*L,D) = res + block(res), out may be res. B = 1 or L = 1: with the states in window and h,
-// which move on; else (both NULL) from zero.
+struct BlockRun {      // what a block is applied to
+    float *out;        // (B*L,D) = res + block(res)
+    const float *res;  // (B*L,D), may be out
+    int B, L;          // sequences, tokens of each
+    float *window, *h; // (B,K-1,E), (B,N,E), which move on: B = 1 or L = 1. NULL: from zero
+};
 template <class T>
-static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T> a, float *out,
-                  const float *res, int B, int L, float *window, float *h) {
+static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T> a,
+                  const BlockRun &run) {
+    const int B = run.B, L = run.L;
+    const float *res = run.res;
+    float *out = run.out, *h = run.h;
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, rows = B * L;
-    rmsnorm(d, a.xn, (size_t)D, res, (size_t)D, (const float *)w->norm, c->norm_eps, rows, D);
-    matmul(d, a.xz, 2 * (size_t)E, a.xn, (size_t)D, (const T *)w->in_proj, rows, 2 * E, D);
+    rmsnorm(d, Rows(a.xn, D), Rows(res, D), (const float *)w->norm, c->norm_eps, rows, D);
+    matmul(d, Rows(a.xz, 2 * E), Rows(a.xn, D), (const T *)w->in_proj, rows, 2 * E, D);
     add_bias(d, a.xz, 2 * (size_t)E, (const float *)w->in_bias, rows, 2 * E);
-    conv1d_silu(d, a.u, window, a.xz, w->conv_t, (const float *)w->conv_bias, B, L, E, K);
-    matmul(d, a.xdb, (size_t)P, a.u, (size_t)E, (const T *)w->x_proj, rows, P, E);
+    conv1d_silu(
+        d, ConvArgs<T>{a.u, a.xz, run.window, w->conv_t, (const float *)w->conv_bias, B, L, E, K});
+    matmul(d, Rows(a.xdb, P), Rows(a.u, E), (const T *)w->x_proj, rows, P, E);
     if (sizeof(T) == 2 && L == 1 && h && dt_step_pays(B, E, N, R)) {
         const float *dt_bias = (const float *)w->dt_bias, *D_skip = (const float *)w->D_skip;
         dt_step(d, {(bf16 *)a.g, h, (const bf16 *)a.xdb, (const bf16 *)a.u, (const bf16 *)a.xz + E,
@@ -1164,21 +1228,22 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
             if (a.raw)
                 cudaMemcpyAsync(a.raw, a.xdb, (size_t)rows * P * sizeof(T),
                                 cudaMemcpyDeviceToDevice, d->stream);
-            rmsnorm(d, a.xdb, (size_t)P, a.xdb, (size_t)P, NULL, c->mixer_eps, rows, R);
-            rmsnorm(d, a.xdb + R, (size_t)P, a.xdb + R, (size_t)P, NULL, c->mixer_eps, rows, N);
-            rmsnorm(d, a.xdb + R + N, (size_t)P, a.xdb + R + N, (size_t)P, NULL, c->mixer_eps, rows,
-                    N);
+            mixer_norms(d, a.xdb, c->mixer_eps, rows, R, N);
         }
-        matmul(d, a.delta, (size_t)E, a.xdb, (size_t)P, (const T *)w->dt_proj, rows, E, R);
+        matmul(d, Rows(a.delta, E), Rows(a.xdb, P), (const T *)w->dt_proj, rows, E, R);
         ScanArgs<T> scan = scan_args(c, w, a, B, L);
         scan.out = a.g, scan.h0 = scan.h_final = h, scan.h_starts = a.h_starts;
         check_cuda(d, L == 1 && h ? scan_step_forward(d, scan) : scan_forward(d, scan), "scan");
     }
-    if (out == res)
-        matmul(d, out, (size_t)D, a.g, (size_t)E, (const T *)w->out_proj, rows, D, E, true);
+    if (out == res) matmul(d, Rows(out, D), Rows(a.g, E), (const T *)w->out_proj, rows, D, E, true);
     else matmul_onto(d, out, res, a.g, (const T *)w->out_proj, rows, D, E);
     add_bias(d, out, (size_t)D, (const float *)w->out_bias, rows, D);
 }
+
+// ------------------------------------------------------------------------------------------------
+// 6 The model on the device, its state, prefill
+// A piece of text is up to GPU_PIECE tokens, so memory does not depend on the prompt's length:
+// window and h go from one piece to the next.
 
 static void *gpu_take(Gpu *g, size_t bytes) {
     void *p = device_alloc(bytes);
@@ -1417,10 +1482,10 @@ template <class T> static void network(Gpu *g, const int32_t *ids, int B, int L)
         embed_kernel<<<(unsigned)(B * L), 128, 0, d->stream>>>(g->res, ids,
                                                                (const T *)g->w.embedding, c->D);
     for (int layer = 0; layer < c->n_layer; layer++)
-        block(d, c, &g->w.layer[(size_t)layer], a, g->res, g->res, B, L, window_of(g, layer),
-              h_of(g, layer));
-    rmsnorm(d, a.xn, (size_t)c->D, g->res, (size_t)c->D, (const float *)g->w.norm_f, c->norm_eps,
-            B * L, c->D);
+        block(d, c, &g->w.layer[(size_t)layer], a,
+              {g->res, g->res, B, L, window_of(g, layer), h_of(g, layer)});
+    rmsnorm(d, Rows(a.xn, c->D), Rows(g->res, c->D), (const float *)g->w.norm_f, c->norm_eps, B * L,
+            c->D);
 }
 
 template <class T>
@@ -1435,10 +1500,11 @@ static int prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, c
         cudaMemcpyAsync(g->ids, ids + done, (size_t)L * sizeof *ids, cudaMemcpyHostToDevice,
                         d->stream);
         network<T>(g, g->ids, 1, L);
-        const T *xn = acts_of<T>(g).xn;
+        T *xn = acts_of<T>(g).xn;
         for (int t = 0; t < L && visit; t += g->logit_rows) {
             int rows = std::min(g->logit_rows, L - t);
-            matmul(d, g->logits, V, xn + (size_t)t * D, D, (const T *)g->w.head, rows, c->V, c->D);
+            matmul(d, Rows(g->logits, V), Rows(xn + (size_t)t * D, D), (const T *)g->w.head, rows,
+                   c->V, c->D);
             cudaMemcpyAsync(host.data(), g->logits, (size_t)rows * V * sizeof(float),
                             cudaMemcpyDeviceToHost, d->stream);
             if (finish(d)) return -1;
@@ -1446,8 +1512,8 @@ static int prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, c
         }
         done += (size_t)L;
         if (done == n)
-            matmul(d, g->step_logits, V, xn + (size_t)(L - 1) * D, D, (const T *)g->w.head, 1, c->V,
-                   c->D);
+            matmul(d, Rows(g->step_logits, V), Rows(xn + (size_t)(L - 1) * D, D),
+                   (const T *)g->w.head, 1, c->V, c->D);
     }
     return finish(d);
 }
@@ -1461,13 +1527,15 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
                            : prefill<float>(g, ids, n, visit, context);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 6 Generation: step, sampling, graph
-// A step samples a token for each of S sequences from its logits and reads it, so ids never wait
-// for the host: they are collected on the device and fetched after some steps. The whole step is
-// one graph, captured once for each S.
+// ------------------------------------------------------------------------------------------------
+// 7 Generation: a step, its graph
+// A step draws a token for each of S sequences from its logits and reads it, so ids never wait for
+// the host: they are collected on the device and fetched after some steps. The whole step is one
+// graph, captured once for each S.
 
 #include "cuda/sampling.cuh"
+#include "cuda/step_one_hopper.cuh"
+#include "cuda/step_many_hopper.cuh"
 
 static void generation_free(Gpu *g) {
     Generation *n = g->generation;
@@ -1481,19 +1549,16 @@ static void generation_free(Gpu *g) {
     g->generation = NULL;
 }
 
-#include "cuda/step_one_hopper.cuh"
-
-#include "cuda/step_many_hopper.cuh"
-
 template <class T> static void generation_step(Gpu *g) {
     Generation *n = g->generation;
     Device *d = &g->device;
     const Config *c = &g->config;
     launch_dependent(d, likeliest_kernel, dim3(SLICES, (unsigned)n->S), 256, 0, n->how,
                      n->sequences, g->step_logits, n->allowed, n->scratch, n->slices, c->V);
-    launch_dependent(d, sample_kernel<T>, (unsigned)n->S, 1024, 0, n->how, n->sequences, n->slices,
-                     n->scratch, n->current, n->tokens, g->res, (const T *)g->w.embedding, n->S,
-                     c->V, c->D);
+    SampleArgs<T> sample = {n->how,     n->sequences, n->slices, n->scratch,
+                            n->current, n->tokens,    g->res,    (const T *)g->w.embedding,
+                            n->S,       c->V,         c->D};
+    launch_dependent(d, sample_kernel<T>, (unsigned)n->S, 1024, 0, sample);
     if (n->solo) {
         solo_step(g, n->solo);
     } else if (!n->wide && thin_fits(g, n->S)) {
@@ -1501,8 +1566,8 @@ template <class T> static void generation_step(Gpu *g) {
     } else {
         if (n->wide) wide_step(g, n->wide);
         else network<T>(g, NULL, n->S, 1);
-        matmul(d, g->step_logits, (size_t)c->V, acts_of<T>(g).xn, (size_t)c->D,
-               (const T *)g->w.head, n->S, c->V, c->D);
+        matmul(d, Rows(g->step_logits, c->V), Rows(acts_of<T>(g).xn, c->D), (const T *)g->w.head,
+               n->S, c->V, c->D);
     }
     check_launch(d, "step");
 }
@@ -1605,11 +1670,11 @@ static int gpu_generate(Gpu *g, int32_t *ids, int steps) {
     return finish(d);
 }
 
-#include "cuda/train.cuh"
-
-// ---------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 // 8 What mamba.c calls
+// Training, measuring, and the table of GpuBackend.
 
+#include "cuda/train.cuh"
 #include "cuda/bench.cuh"
 
 extern "C" const GpuBackend mamba_gpu = {

@@ -1,7 +1,7 @@
 // device.cuh - errors, memory, launches, conversions, sums over warps and blocks.
 // Included by mamba_cuda.cu.
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 // 1 Errors, arenas, conversions
 // The first thing that goes wrong is kept, with where, until the caller asks; work queued after it
 // does no harm. Kernels are queued on one stream, so an error of a launch shows at the next
@@ -19,16 +19,28 @@ static int gpu_fail(const char *format, ...) {
     return -1;
 }
 
+// c (m,n) = op_a(a) op_b(b), column-major as cuBLAS sees matrices; ld: elements from a column to
+// the next.
+struct ProductShape {
+    cublasOperation_t op_a, op_b;
+    int m, n, k;
+    size_t ld_a, ld_b, ld_c;
+};
 // A matrix product prepared by cublasLt for one shape, see gemm().
 struct Product {
-    cublasOperation_t op_a, op_b;
-    cudaDataType_t in, out;
-    int m, n, k;
-    size_t lda, ldb, ldc;
+    ProductShape shape;
+    cudaDataType_t in, out; // of a and b, of c
     cublasLtMatmulDesc_t product;
     cublasLtMatrixLayout_t a, b, c;
     cublasLtMatmulAlgo_t algorithm;
     bool ready;
+};
+
+// Rows of a matrix: elements from the start of a row to the next.
+template <class T> struct Rows {
+    T *p;
+    size_t ld;
+    Rows(T *p_, size_t ld_) : p(p_), ld(ld_) {}
 };
 
 struct Device { // what every kernel launch needs
@@ -36,7 +48,7 @@ struct Device { // what every kernel launch needs
     cublasHandle_t blas;
     void *workspace; // cuBLAS's, so that graphs can be captured
     const char *failed;
-    int blas_status, processors;
+    int blas_status, processors, shared_limit; // multiprocessors; bytes of a block at the most
     bool hopper; // the code that runs was compiled for sm_90 or later: kernels wait for their input
     std::vector<Product> *products;
 };
@@ -119,6 +131,7 @@ static int device_open(Device *d) {
     int device = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&d->shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if ((error = cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking)) != cudaSuccess)
         return gpu_fail("GPU: %s", cudaGetErrorString(error));
     if (cublasCreate(&d->blas) != CUBLAS_STATUS_SUCCESS)
@@ -204,32 +217,44 @@ __device__ inline void wait_for_input() {
 #endif
 }
 
+// Shared memory beyond 48 kB must be asked for, kernel by kernel.
+template <class... Parameters>
+static cudaError_t allow_shared(void (*kernel)(Parameters...), size_t bytes) {
+    if (bytes <= 48 << 10) return cudaSuccess;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+}
+
 static unsigned blocks_for(size_t n, size_t a_block) {
     return (unsigned)((n + a_block - 1) / a_block);
 }
 
-// Starts while the kernel before still runs, which it awaits by wait_for_input(); in clusters of so
-// many blocks.
+// Launches a kernel that begins with wait_for_input(): it may start while the kernel before it
+// still runs, where the code was compiled for that. cluster: blocks of a thread block cluster.
 template <class... Parameters, class... Arguments>
-static void launch_cluster(Device *d, unsigned cluster, void (*kernel)(Parameters...), dim3 grid,
-                           unsigned threads, size_t shared, Arguments... arguments) {
+static cudaError_t launch_cluster(Device *d, unsigned cluster, void (*kernel)(Parameters...),
+                                  dim3 grid, unsigned threads, size_t shared,
+                                  Arguments... arguments) {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = cluster,
+    attributes[1].val.clusterDim.x = cluster;
     attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared,
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
     config.stream = d->stream;
-    config.attrs = attributes, config.numAttrs = !d->hopper ? 0 : cluster > 1 ? 2 : 1;
-    cudaLaunchKernelEx(&config, kernel,
-                       static_cast<Parameters>(arguments)...); // callers check, by their own name
+    config.attrs = attributes;
+    config.numAttrs = !d->hopper ? 0 : cluster > 1 ? 2 : 1;
+    cudaError_t error = allow_shared(kernel, shared);
+    if (error != cudaSuccess) return error;
+    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 template <class... Parameters, class... Arguments>
-static void launch_dependent(Device *d, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
-                             size_t shared, Arguments... arguments) {
-    launch_cluster(d, 1, kernel, grid, threads, shared, arguments...);
+static cudaError_t launch_dependent(Device *d, void (*kernel)(Parameters...), dim3 grid,
+                                    unsigned threads, size_t shared, Arguments... arguments) {
+    return launch_cluster(d, 1, kernel, grid, threads, shared, arguments...);
 }
 
 __device__ inline uint32_t pack(float low, float high) {
@@ -238,6 +263,13 @@ __device__ inline uint32_t pack(float low, float high) {
 }
 __device__ inline float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+__device__ inline uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+__device__ inline void copy_16(uint32_t to, const void *from) { // bytes, to a shared address
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
 
 __device__ inline void tensor_product(float c[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                       uint32_t a3, uint32_t b0, uint32_t b1) {

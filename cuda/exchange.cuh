@@ -70,9 +70,6 @@ __device__ __forceinline__ void store_release(int *p, int v) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 #if __CUDA_ARCH__ >= 900
-__device__ inline uint32_t shared_address(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
 __device__ inline void barrier_init(uint64_t *barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
                  : "memory");
@@ -131,19 +128,30 @@ __device__ inline void send(uint32_t to, uint32_t x, uint32_t barrier) {
 __device__ inline void send(uint32_t to, float x, uint32_t barrier) {
     send(to, __float_as_uint(x), barrier);
 }
-__device__ inline void put_words(ulonglong2 *to, float x, float y, uint32_t tag) {
+// Two numbers, each with its tag in an 8-byte word: a word arrives whole.
+__device__ inline void put_tagged(void *to, uint32_t x, uint32_t y, uint32_t tag) {
     asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1,%2};" ::"l"(to),
-                 "l"((uint64_t)tag << 32 | __float_as_uint(x)),
-                 "l"((uint64_t)tag << 32 | __float_as_uint(y))
+                 "l"((uint64_t)tag << 32 | x), "l"((uint64_t)tag << 32 | y)
                  : "memory");
 }
-__device__ inline ulonglong2
-get_words(const ulonglong2 *from) { // each of the two numbers is whole, with its tag
+__device__ inline ulonglong2 get_words(const void *from) {
     ulonglong2 v;
     asm volatile("ld.relaxed.gpu.global.v2.b64 {%0,%1}, [%2];"
                  : "=l"(v.x), "=l"(v.y)
                  : "l"(from)
                  : "memory");
     return v;
+}
+__device__ inline bool both_tagged(ulonglong2 v, uint32_t tag) {
+    return (uint32_t)(v.x >> 32) == tag && (uint32_t)(v.y >> 32) == tag;
+}
+__device__ inline uint2 get_tagged(const void *from, uint32_t tag) { // waits for them
+    ulonglong2 v;
+    int polls = 0;
+    do {
+        v = get_words(from);
+        give_up_after(++polls);
+    } while (!both_tagged(v, tag));
+    return make_uint2((uint32_t)v.x, (uint32_t)v.y);
 }
 #endif

@@ -1,7 +1,7 @@
 // layers.cuh - embedding, rmsnorm, convolution, bias, loss: forward, step and backward.
 // Included by mamba_cuda.cu.
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 // 2 Small kernels
 // One pass over their data each, neighbouring threads on neighbouring channels.
 
@@ -92,32 +92,59 @@ __global__ void __launch_bounds__(256)
     for (int i = first + step * PER; i < cols; i += step)
         store(i, *(const Read *)(x + i), weight ? *(const Weights *)(weight + i) : none);
 }
-template <class T, class In, int TEAM, int V> static auto rmsnorm_choice(int cols) {
-    int each = (cols + TEAM - 1) / TEAM;
-    if constexpr (V == 1)
-        return each <= 12 ? rmsnorm_kernel<T, In, 12, TEAM, 1> : rmsnorm_kernel<T, In, 0, TEAM, 1>;
-    else
-        return each <= 4    ? rmsnorm_kernel<T, In, 4 / V, TEAM, V>
-               : each <= 12 ? rmsnorm_kernel<T, In, 12 / V, TEAM, V>
-               : each <= 24 ? rmsnorm_kernel<T, In, 24 / V, TEAM, V>
-               : each <= 80 ? rmsnorm_kernel<T, In, 80 / V, TEAM, V>
-                            : rmsnorm_kernel<T, In, 0, TEAM, V>;
+enum { NORM_FEW = 2048 }; // rows: a warp a row would leave multiprocessors idle
+
+// The kernel of this shape. Rows that are not whole groups of 4, which no published model has, are
+// read twice by a warp each. Only the residual stream (In: float) has rows so long that a block
+// takes one.
+template <class T, class In> static auto rmsnorm_choice(bool fours, bool block, int cols) {
+    int each = (cols + (block ? 255 : 31)) / (block ? 256 : 32); // numbers of a thread
+    if (!fours) return rmsnorm_kernel<T, In, 0, 32, 1>;
+    if constexpr (sizeof(In) == 4) {
+        if (block)
+            return each <= 4    ? rmsnorm_kernel<T, In, 1, 256, 4>
+                   : each <= 12 ? rmsnorm_kernel<T, In, 3, 256, 4>
+                   : each <= 24 ? rmsnorm_kernel<T, In, 6, 256, 4>
+                                : rmsnorm_kernel<T, In, 0, 256, 4>;
+        if (each > 12 && each <= 80)
+            return each <= 24 ? rmsnorm_kernel<T, In, 6, 32, 4> : rmsnorm_kernel<T, In, 20, 32, 4>;
+    }
+    return each <= 12 ? rmsnorm_kernel<T, In, 3, 32, 4> : rmsnorm_kernel<T, In, 0, 32, 4>;
 }
-enum { NORM_FEW = 2048 }; // rows: 8 a block would leave multiprocessors idle
-template <class T, class In>
-static void rmsnorm(Device *d, T *out, size_t ld_out, const In *in, size_t ld_in,
-                    const float *weight, float eps, int rows, int cols) {
-    bool block = rows <= NORM_FEW && cols > 256; // a row of 256 or less is a warp's in any case
-    bool fours = (ld_out | ld_in | (size_t)cols) % 4 == 0 &&
-                 (uintptr_t)in % (4 * sizeof(In)) == 0 && ((uintptr_t)weight) % 16 == 0 &&
-                 (uintptr_t)out % (4 * sizeof(T)) == 0;
-    auto kernel =
-        block   ? fours ? rmsnorm_choice<T, In, 256, 4>(cols) : rmsnorm_choice<T, In, 256, 1>(cols)
-          : fours ? rmsnorm_choice<T, In, 32, 4>(cols)
-                : rmsnorm_choice<T, In, 32, 1>(cols);
-    launch_dependent(d, kernel, dim3(blocks_for((size_t)rows, block ? 1 : 8)), 256, 0, out, ld_out,
-                     in, ld_in, weight, eps, rows, cols);
+template <class T, class InRow>
+static void rmsnorm(Device *d, Rows<T> out, Rows<InRow> in, const float *weight, float eps,
+                    int rows, int cols) {
+    typedef std::remove_const_t<InRow> In;
+    bool fours = (out.ld | in.ld | (size_t)cols) % 4 == 0 &&
+                 (uintptr_t)in.p % (4 * sizeof(In)) == 0 && (uintptr_t)weight % 16 == 0 &&
+                 (uintptr_t)out.p % (4 * sizeof(T)) == 0;
+    bool block = fours && sizeof(In) == 4 && rows <= NORM_FEW && cols > 256;
+    launch_dependent(d, rmsnorm_choice<T, In>(fours, block, cols),
+                     blocks_for((size_t)rows, block ? 1 : 8), 256, 0, out.p, out.ld, in.p, in.ld,
+                     weight, eps, rows, cols);
     check_launch(d, "rmsnorm");
+}
+
+// FalconMamba scales dt_low, B_ssm and C_ssm of x_proj's output (R, N and N numbers of a row) to a
+// mean square of 1 each.
+struct MixerPart {
+    int at, n;
+};
+__host__ __device__ inline MixerPart mixer_part(int part, int R, int N) {
+    return part == 0 ? MixerPart{0, R} : MixerPart{R + (part - 1) * N, N};
+}
+template <class T> static void mixer_norms(Device *d, T *xdb, float eps, int rows, int R, int N) {
+    for (int part = 0; part < 3; part++) {
+        MixerPart m = mixer_part(part, R, N);
+        size_t ld = (size_t)(R + 2 * N);
+        rmsnorm(d, Rows(xdb + m.at, ld), Rows(xdb + m.at, ld), NULL, eps, rows, m.n);
+    }
+}
+__device__ inline void mixer_norm(float *row, MixerPart m, float eps) { // by a warp
+    float squares = 0, *x = row + m.at;
+    for (int i = threadIdx.x % 32; i < m.n; i += 32) squares += x[i] * x[i];
+    float scale = rsqrtf(warp_sum(squares) / (float)m.n + eps);
+    for (int i = threadIdx.x % 32; i < m.n; i += 32) x[i] *= scale;
 }
 
 // x (rows,cols) += bias (cols)
@@ -139,6 +166,17 @@ static void add_bias(Device *d, T *x, size_t ld, const float *bias, int rows, in
 // last K-1 inputs (K > 4: conv_window_kernel does, afterwards).
 enum { CONV_TAPS = 4 };
 
+// sum + tap_k input_k of V neighbouring channels, over TAPS of the K taps, one after the other.
+template <int TAPS, int V>
+__device__ __forceinline__ Group<float, V> conv_sum(Group<float, V> sum, const Group<float, V> *tap,
+                                                    const Group<float, V> *input) {
+#pragma unroll
+    for (int k = 0; k < TAPS; k++)
+#pragma unroll
+        for (int v = 0; v < V; v++) sum.v[v] += tap[k].v[v] * input[k].v[v];
+    return sum;
+}
+
 template <class T, int V>
 __global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, float *window,
                                    const float *__restrict__ conv_t, const float *__restrict__ bias,
@@ -157,30 +195,28 @@ __global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, 
     };
     int t1 = min(t0 + steps, L);
     if (K <= CONV_TAPS) {
-        float tap[CONV_TAPS][V], past[CONV_TAPS][V],
-            start[V]; // the last K of four taps are used; past[3] is x_t
+        Group<float, V> tap[CONV_TAPS], past[CONV_TAPS],
+            start; // the last K of four; past[3] is x_t
 #pragma unroll
         for (int v = 0; v < V; v++) {
-            start[v] = bias ? bias[e + v] : 0;
+            start.v[v] = bias ? bias[e + v] : 0;
 #pragma unroll
             for (int k = 0; k < CONV_TAPS; k++) {
                 int from = k - (CONV_TAPS - K);
-                tap[k][v] = from >= 0 ? conv_t[(size_t)from * E + e + v] : 0;
-                past[k][v] = k ? input(t0 - CONV_TAPS + k, v) : 0;
+                tap[k].v[v] = from >= 0 ? conv_t[(size_t)from * E + e + v] : 0;
+                past[k].v[v] = k ? input(t0 - CONV_TAPS + k, v) : 0;
             }
         }
 #pragma unroll 8
         for (int t = t0; t < t1; t++) {
             Group<T, V> in = *(const Group<T, V> *)(x + (size_t)t * 2 * E), out;
 #pragma unroll
-            for (int v = 0; v < V; v++) {
-                past[0][v] = past[1][v], past[1][v] = past[2][v], past[2][v] = past[3][v],
-                past[3][v] = value(in.v[v]);
-                float sum = start[v];
+            for (int k = 0; k + 1 < CONV_TAPS; k++) past[k] = past[k + 1];
 #pragma unroll
-                for (int k = 0; k < CONV_TAPS; k++) sum += tap[k][v] * past[k][v];
-                put(&out.v[v], silu(sum));
-            }
+            for (int v = 0; v < V; v++) past[CONV_TAPS - 1].v[v] = value(in.v[v]);
+            Group<float, V> sum = conv_sum<CONV_TAPS>(start, tap, past);
+#pragma unroll
+            for (int v = 0; v < V; v++) put(&out.v[v], silu(sum.v[v]));
             *(Group<T, V> *)(u + (size_t)t * E) = out;
         }
         if (before && t0 == 0)
@@ -189,10 +225,13 @@ __global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, 
     } else {
         for (int t = t0; t < t1; t++)
             for (int v = 0; v < V; v++) {
-                float sum = bias ? bias[e + v] : 0;
-                for (int k = 0; k < K; k++)
-                    sum += conv_t[(size_t)k * E + e + v] * input(t - K + 1 + k, v);
-                put(u + (size_t)t * E + v, silu(sum));
+                Group<float, 1> sum = {bias ? bias[e + v] : 0};
+                for (int k = 0; k < K; k++) {
+                    Group<float, 1> tap = {conv_t[(size_t)k * E + e + v]},
+                                    past = {input(t - K + 1 + k, v)};
+                    sum = conv_sum<1>(sum, &tap, &past);
+                }
+                put(u + (size_t)t * E + v, silu(sum.v[0]));
             }
     }
 }
@@ -233,47 +272,48 @@ __global__ void conv1d_silu_step_kernel(T *__restrict__ u, float *__restrict__ w
     wait_for_input();
     Group<T, V> raw = *in, out;
 #pragma unroll
-    for (int v = 0; v < V; v++) x.v[v] = value(raw.v[v]), sum.v[v] += last.v[v] * x.v[v];
-#pragma unroll
-    for (int k = 0; k < CONV_TAPS - 1; k++)
-#pragma unroll
-        for (int v = 0; v < V; v++) sum.v[v] += tap[k].v[v] * past[k].v[v];
+    for (int v = 0; v < V; v++) x.v[v] = value(raw.v[v]);
+    sum = conv_sum<CONV_TAPS - 1>(conv_sum<1>(sum, &last, &x), tap, past);
     if (K <= CONV_TAPS) {
 #pragma unroll
         for (int k = 0; k < CONV_TAPS - 1; k++)
             if (k < K - 1) *(Floats *)(w + (size_t)k * E) = k + 2 < K ? past[k + 1] : x;
     } else
-        for (int k = 0; k < K - 1; k++)
-            for (int v = 0; v < V; v++) {
-                size_t at = (size_t)k * E + v;
-                sum.v[v] += conv_t[at + e] * w[at];
-                w[at] = k + 2 < K ? w[at + E] : x.v[v];
-            }
+#pragma unroll 1
+        for (int k = 0; k < K - 1; k++) {
+            Floats *slot = (Floats *)(w + (size_t)k * E);
+            sum = conv_sum<1>(sum, (const Floats *)(conv_t + (size_t)k * E + e), slot);
+            *slot = k + 2 < K ? *(const Floats *)(w + (size_t)(k + 1) * E) : x;
+        }
 #pragma unroll
     for (int v = 0; v < V; v++) put(&out.v[v], silu(sum.v[v]));
     *(Group<T, V> *)(u + s * E + e) = out;
 }
 
-template <class T>
-static void conv1d_silu(Device *d, T *u, float *window, const T *xz, const float *conv_t,
-                        const float *bias, int B, int L, int E, int K) {
-    int V = E % 2 == 0 ? 2 : 1,
-        steps = L > 4096 ? 32 : 16; // 16: more blocks, and 3 inputs more for each
-    dim3 grid(blocks_for((size_t)E / V, 128), blocks_for((size_t)L, (size_t)steps), (unsigned)B);
-    if (L == 1 && window) {
-        if (E % 4 == 0)
-            launch_dependent(d, conv1d_silu_step_kernel<T, 4>,
-                             dim3(blocks_for((size_t)E / 4, 128), (unsigned)B), 128, 0, u, window,
-                             xz, conv_t, bias, E, K);
-        else
-            launch_dependent(d, conv1d_silu_step_kernel<T, 1>,
-                             dim3(blocks_for((size_t)E, 128), (unsigned)B), 128, 0, u, window, xz,
-                             conv_t, bias, E, K);
-    } else
-        launch_dependent(d, V == 2 ? conv1d_silu_kernel<T, 2> : conv1d_silu_kernel<T, 1>, grid, 128,
-                         0, u, xz, window, conv_t, bias, L, E, K, steps);
-    if (L > 1 && window && K > CONV_TAPS) // one sequence: prefill
-        conv_window_kernel<<<blocks_for((size_t)E, 128), 128, 0, d->stream>>>(window, xz, L, E, K);
+template <class T> struct ConvArgs {
+    T *u;                       // (B*L,E)
+    const T *xz;                // (B*L,2E), of which x is the first half
+    float *window;              // (B,K-1,E), moves on; NULL: zeros before the first token
+    const float *conv_t, *bias; // (K,E), (E) or NULL
+    int B, L, E, K;             // B > 1 and L > 1: no window
+};
+template <class T> static void conv1d_silu(Device *d, const ConvArgs<T> &p) {
+    const int E = p.E, pair = E % 2 == 0 ? 2 : 1,
+              steps = p.L > 4096 ? 32 : 16; // 16: more blocks, each reads 3 inputs more
+    auto of_text = pair == 2 ? conv1d_silu_kernel<T, 2> : conv1d_silu_kernel<T, 1>;
+    auto of_token = E % 4 == 0 ? conv1d_silu_step_kernel<T, 4> : conv1d_silu_step_kernel<T, 1>;
+    if (p.L == 1 && p.window) {
+        dim3 grid(blocks_for((size_t)E / (E % 4 == 0 ? 4 : 1), 128), (unsigned)p.B);
+        launch_dependent(d, of_token, grid, 128, 0, p.u, p.window, p.xz, p.conv_t, p.bias, E, p.K);
+    } else {
+        dim3 grid(blocks_for((size_t)E / pair, 128), blocks_for((size_t)p.L, (size_t)steps),
+                  (unsigned)p.B);
+        launch_dependent(d, of_text, grid, 128, 0, p.u, p.xz, p.window, p.conv_t, p.bias, p.L, E,
+                         p.K, steps);
+        if (p.L > 1 && p.window && p.K > CONV_TAPS)
+            conv_window_kernel<<<blocks_for((size_t)E, 128), 128, 0, d->stream>>>(p.window, p.xz,
+                                                                                  p.L, E, p.K);
+    }
     check_launch(d, "conv1d_silu");
 }
 
@@ -390,19 +430,20 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
     size_t b = blockIdx.z;
     const T *x = xz + b * L * 2 * E + e, *d = d_u + b * L * E + e;
     T *d_x = d_xz + b * L * 2 * E + e;
-    float tap[MAX_TAPS][V], past[MAX_TAPS][V], d_c[MAX_TAPS][V], d_tap[MAX_TAPS][V], d_bias[V],
-        start[V];
+    Group<float, 1> tap[V][MAX_TAPS], past[V][MAX_TAPS], start[V];
+    float d_c[MAX_TAPS][V], d_tap[MAX_TAPS][V], d_bias[V];
 #pragma unroll
     for (int v = 0; v < V; v++) {
-        start[v] = bias ? bias[e + v] : 0, d_bias[v] = 0;
+        start[v].v[0] = bias ? bias[e + v] : 0;
+        d_bias[v] = 0;
 #pragma unroll
         for (int k = 0; k < MAX_TAPS;
              k++) { // tap[0] belongs to x_t, tap[k] to x_{t-k}; d_c[k] to t-k
-            tap[k][v] = k < K ? conv_t[(size_t)(K - 1 - k) * E + e + v] : 0;
+            tap[v][k].v[0] = k < K ? conv_t[(size_t)(K - 1 - k) * E + e + v] : 0;
             d_tap[k][v] = d_c[k][v] = 0;
-            past[k][v] = k < MAX_TAPS - 1 && t0 - 1 - k >= 0
-                             ? value(x[(size_t)(t0 - 1 - k) * 2 * E + v])
-                             : 0;
+            past[v][k].v[0] = k < MAX_TAPS - 1 && t0 - 1 - k >= 0
+                                  ? value(x[(size_t)(t0 - 1 - k) * 2 * E + v])
+                                  : 0;
         }
     }
     auto step =
@@ -416,16 +457,14 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
             for (int v = 0; v < V; v++) {
 #pragma unroll
                 for (int k = MAX_TAPS - 1; k > 0; k--)
-                    past[k][v] = past[k - 1][v], d_c[k][v] = d_c[k - 1][v];
-                past[0][v] = inside ? value(in.v[v]) : 0;
-                float c = start[v];
-#pragma unroll
-                for (int k = 0; k < MAX_TAPS; k++) c += tap[k][v] * past[k][v];
+                    past[v][k] = past[v][k - 1], d_c[k][v] = d_c[k - 1][v];
+                past[v][0].v[0] = inside ? value(in.v[v]) : 0;
+                const float c = conv_sum<MAX_TAPS>(start[v], tap[v], past[v]).v[0];
                 float s = sigmoid(c);
                 d_c[0][v] = inside ? value(d_in.v[v]) * s * (1 + c * (1 - s)) : 0;
                 if (own) {
 #pragma unroll
-                    for (int k = 0; k < MAX_TAPS; k++) d_tap[k][v] += d_c[0][v] * past[k][v];
+                    for (int k = 0; k < MAX_TAPS; k++) d_tap[k][v] += d_c[0][v] * past[v][k].v[0];
                     d_bias[v] += d_c[0][v];
                 }
                 float sum =
@@ -434,7 +473,7 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
                 for (int k = 0; k < MAX_TAPS; k++)
 #pragma unroll
                     for (int j = 0; j < MAX_TAPS; j++)
-                        if (j == K - 1 - k) sum += tap[k][v] * d_c[j][v];
+                        if (j == K - 1 - k) sum += tap[v][k].v[0] * d_c[j][v];
                 put(&out.v[v], sum);
             }
             if (write) *(Group<T, V> *)(d_x + (size_t)(t - (K - 1)) * 2 * E) = out;
@@ -509,14 +548,10 @@ __global__ void __launch_bounds__(1024)
 template <class T>
 static void cross_entropy(Device *d, float *losses, T *d_logits, const float *logits,
                           const int32_t *targets, float weight, int rows, int V) {
-    int device = 0, most = 0, bytes = V * (int)sizeof(float);
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (d_logits && V % 4 == 0 && bytes + 2048 <= most) { // 2048: scratch and the system's
+    int bytes = V * (int)sizeof(float);
+    if (d_logits && V % 4 == 0 && bytes + 2048 <= d->shared_limit) { // 2048: scratch, the system's
         auto kernel = cross_entropy_kernel<T, true>;
-        check_cuda(d,
-                   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-                   "cross_entropy");
+        check_cuda(d, allow_shared(kernel, (size_t)bytes), "cross_entropy");
         int threads = V < 4096 ? 256 : 1024;
         kernel<<<(unsigned)rows, threads, bytes, d->stream>>>(losses, d_logits, logits, targets,
                                                               weight, V);

@@ -90,16 +90,26 @@ __global__ void __launch_bounds__(256)
 // min-p leave, found by bisection over the 2^32 floats, and of what is left the highest logit +
 // Gumbel noise, which is a draw from the softmax. The noise depends on seed, position and token
 // only. The residual stream starts with the token's embedding.
-template <class T>
-__global__ void __launch_bounds__(1024)
-    sample_kernel(const Sampling *how, Sequence *sequences, const Slice *slices, float *scratch,
-                  int32_t *current, int32_t *tokens, float *res, const T *embedding, int S, int V,
-                  int D) {
+template <class T> struct SampleArgs {
+    const Sampling *how;
+    Sequence *sequences; // (S)
+    const Slice *slices; // (S,SLICES)
+    float *scratch;      // (S,V): the logits as likeliest_kernel left them
+    int32_t *current;    // (S): the token drawn
+    int32_t *tokens;     // (GENERATE_MAX,S)
+    float *res;          // (S,D): its embedding
+    const T *embedding;  // (V,D)
+    int S, V, D;
+};
+template <class T> __global__ void __launch_bounds__(1024) sample_kernel(SampleArgs<T> p) {
+    const int S = p.S, V = p.V, D = p.D;
+    const Sampling *how = p.how;
+    const Slice *slices = p.slices;
     __shared__ float sums[33], values[32];
     __shared__ int indices[32];
     wait_for_input();
-    Sequence *q = &sequences[blockIdx.x];
-    float *x = scratch + (size_t)blockIdx.x * V, best = -INFINITY, temperature = how->temperature;
+    Sequence *q = &p.sequences[blockIdx.x];
+    float *x = p.scratch + (size_t)blockIdx.x * V, best = -INFINITY, temperature = how->temperature;
     int choice = V, bad = 0;
     for (int i = 0; i < SLICES; i++) {
         Slice slice = slices[blockIdx.x * SLICES + i];
@@ -151,12 +161,12 @@ __global__ void __launch_bounds__(1024)
     if (choice >= V) bad = 1;
     if (bad) choice = 0;
     for (int i = threadIdx.x; i < D; i += blockDim.x)
-        res[(size_t)blockIdx.x * D + i] = value(embedding[(size_t)choice * D + i]);
+        p.res[(size_t)blockIdx.x * D + i] = value(p.embedding[(size_t)choice * D + i]);
     __syncthreads(); // all have read q
     if (threadIdx.x) return;
-    tokens[(size_t)q->step * S + blockIdx.x] = bad ? -1 : choice;
+    p.tokens[(size_t)q->step * S + blockIdx.x] = bad ? -1 : choice;
     q->step = (q->step + 1) % GENERATE_MAX;
-    current[blockIdx.x] = choice;
+    p.current[blockIdx.x] = choice;
     q->recent[q->position % RECENT] = choice;
     q->position++;
     q->n_recent = q->position < RECENT ? (int32_t)q->position : RECENT;

@@ -1,7 +1,7 @@
 // scan_relay.cuh - the scan of many channels with few states.
 // Included by mamba_cuda.cu.
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 // Many channels, few states: the relay. A block is 32 C channels of a sequence; its 4 warps take
 // turns of 8 steps in time, and a warp does all states of its steps. delta, delta*u and y are then
 // registers of one thread: nothing is prepared twice, y has no parts to add, and a warp stages
@@ -32,8 +32,8 @@ template <> struct Pack<bf16, 2> {
     }
 };
 
-template <typename T, int NS, int C, int UNROLL, int MINB> // NS: a quarter of the states
-__global__ void __launch_bounds__(128, MINB) scan_relay(ScanArgs<T> p) {
+template <typename T, int NS, int C, int UNROLL, int MIN_BLOCKS> // NS: a quarter of the states
+__global__ void __launch_bounds__(128, MIN_BLOCKS) scan_relay(ScanArgs<T> p) {
     constexpr int W = 4, Q = 4, K = 8, N = NS * Q, PITCH = K + 4, V = NS * C < 4 ? NS * C : 4,
                   M = NS * C / V;
     constexpr int UNITS = N / 4;
@@ -101,43 +101,43 @@ __global__ void __launch_bounds__(128, MINB) scan_relay(ScanArgs<T> p) {
         if (t0 + K <= L) {
 #pragma unroll
             for (int i = 0; i < K; i++)
-                raw_d[i] = *(const P *)down(d_at, i, p.ld_delta),
-                raw_u[i] = *(const P *)down(u_at, i, p.ld_u);
+                raw_d[i] = *(const P *)row_at(d_at, i, p.ld_delta),
+                raw_u[i] = *(const P *)row_at(u_at, i, p.ld_u);
 #pragma unroll
             for (int k = 0; k < UNITS; k++)
-                raw_B[k] = down(B_at, k % 2 * 4, p.ld_B)[k / 2 * 8],
-                raw_C[k] = down(C_at, k % 2 * 4, p.ld_C)[k / 2 * 8];
+                raw_B[k] = row_at(B_at, k % 2 * 4, p.ld_B)[k / 2 * 8],
+                raw_C[k] = row_at(C_at, k % 2 * 4, p.ld_C)[k / 2 * 8];
         } else {
 #pragma unroll
             for (int i = 0; i < K; i++) {
                 raw_d[i].zero(), raw_u[i].zero();
                 if (t0 + i < L)
-                    raw_d[i] = *(const P *)down(d_at, i, p.ld_delta),
-                    raw_u[i] = *(const P *)down(u_at, i, p.ld_u);
+                    raw_d[i] = *(const P *)row_at(d_at, i, p.ld_delta),
+                    raw_u[i] = *(const P *)row_at(u_at, i, p.ld_u);
             }
 #pragma unroll
             for (int k = 0; k < UNITS; k++) {
                 raw_B[k] = raw_C[k] = to<T>(0.f);
                 if (t0 + bc_t + k % 2 * 4 < L)
-                    raw_B[k] = down(B_at, k % 2 * 4, p.ld_B)[k / 2 * 8],
-                    raw_C[k] = down(C_at, k % 2 * 4, p.ld_C)[k / 2 * 8];
+                    raw_B[k] = row_at(B_at, k % 2 * 4, p.ld_B)[k / 2 * 8],
+                    raw_C[k] = row_at(C_at, k % 2 * 4, p.ld_C)[k / 2 * 8];
             }
         }
-        d_at = down(d_at, W * K, p.ld_delta), u_at = down(u_at, W * K, p.ld_u);
-        B_at = down(B_at, W * K, p.ld_B), C_at = down(C_at, W * K, p.ld_C);
+        d_at = row_at(d_at, W * K, p.ld_delta), u_at = row_at(u_at, W * K, p.ld_u);
+        B_at = row_at(B_at, W * K, p.ld_B), C_at = row_at(C_at, W * K, p.ld_C);
     };
     auto load_z = [&](int t0) {
         if (t0 + K <= L) {
 #pragma unroll
-            for (int i = 0; i < K; i++) raw_z[i] = *(const P *)down(z_at, i, p.ld_z);
+            for (int i = 0; i < K; i++) raw_z[i] = *(const P *)row_at(z_at, i, p.ld_z);
         } else {
 #pragma unroll
             for (int i = 0; i < K; i++) {
                 raw_z[i].zero();
-                if (t0 + i < L) raw_z[i] = *(const P *)down(z_at, i, p.ld_z);
+                if (t0 + i < L) raw_z[i] = *(const P *)row_at(z_at, i, p.ld_z);
             }
         }
-        z_at = down(z_at, W * K, p.ld_z);
+        z_at = row_at(z_at, W * K, p.ld_z);
     };
     // Past the end of time delta is 0: decay 1, inject 0, the state stays.
     auto prepare = [&](int t0) {
@@ -210,10 +210,9 @@ __global__ void __launch_bounds__(128, MINB) scan_relay(ScanArgs<T> p) {
                     for (int k = 0; k < 4; k++)
 #pragma unroll
                         for (int c = 0; c < C; c++) {
-                            float &s = h[j * C + c];
-                            s = fmaf(exp2_fast(d[i + k][c] * A[j * C + c]), s,
-                                     du[i + k][c] * Bs[k]);
-                            y[i + k][c] = fmaf(Cs[k], s, y[i + k][c]);
+                            step_state(h[j * C + c], y[i + k][c],
+                                       exp2_fast(d[i + k][c] * A[j * C + c]), du[i + k][c] * Bs[k],
+                                       Cs[k]);
                         }
                 }
 #pragma unroll
@@ -234,9 +233,9 @@ __global__ void __launch_bounds__(128, MINB) scan_relay(ScanArgs<T> p) {
         for (int i = 0; i < K; i++) {
             P g;
             g.set(y[i]);
-            if (i < rows) *(P *)down(out, i, p.ld_out) = g;
+            if (i < rows) *(P *)row_at(out, i, p.ld_out) = g;
         }
-        out = down(out, W * K, p.ld_out);
+        out = row_at(out, W * K, p.ld_out);
         prepare(t0 + W * K);
     }
     if (w == 0) // the last states end as if for the first warp
@@ -254,9 +253,9 @@ __global__ void __launch_bounds__(128, MINB) scan_relay(ScanArgs<T> p) {
         }
 }
 
-template <typename T, int NS, int C, int UNROLL, int MINB>
+template <typename T, int NS, int C, int UNROLL, int MIN_BLOCKS>
 cudaError_t scan_relay_launch(Device *d, const ScanArgs<T> &p) {
     constexpr int bytes = (20 * NS * C * 32 + 32 * NS * 12) * 4;
-    return scan_launch(d, scan_relay<T, NS, C, UNROLL, MINB>,
-                       (size_t)p.B * ((p.E + 32 * C - 1) / (32 * C)), 128, bytes, p);
+    return launch_dependent(d, scan_relay<T, NS, C, UNROLL, MIN_BLOCKS>,
+                            p.B * blocks_for(p.E, 32 * C), 128, bytes, p);
 }

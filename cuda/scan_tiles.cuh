@@ -1,11 +1,29 @@
 // scan_tiles.cuh - the scan of few channels.
 // Included by mamba_cuda.cu.
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 // Few channels: time is cut into tiles, tiles into pieces. Tickets give the blocks of a time before
 // those of the next, so the block that a block waits for always runs or is done, in whatever order
 // they start. Blocks that stay for many tiles were slower: the loop takes registers from the
 // states. N is a run-time size; states are staged NB at a time.
+
+// A shared load that the compiler leaves outside of conditions, so that several are in flight.
+__device__ __forceinline__ Row<2> load_always(const Row<2> *p) {
+    Row<2> r;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(r.v[0]), "=f"(r.v[1])
+                 : "r"((unsigned)__cvta_generic_to_shared(p))
+                 : "memory");
+    return r;
+}
+__device__ __forceinline__ Row<4> load_always(const Row<4> *p) {
+    Row<4> r;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(r.v[0]), "=f"(r.v[1]), "=f"(r.v[2]), "=f"(r.v[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(p))
+                 : "memory");
+    return r;
+}
 
 struct Yes {
     static constexpr bool value = true;
@@ -14,8 +32,8 @@ struct No {
     static constexpr bool value = false;
 };
 
-template <typename T, int K, int W, int C, int MINB>
-__global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMail m) {
+template <typename T, int K, int W, int C, int MIN_BLOCKS>
+__global__ void __launch_bounds__(32 * W, MIN_BLOCKS) scan_tiles(ScanArgs<T> p, ScanMail m) {
     constexpr int TILE = K * W,
                   NB = 16; // NB: states whose B_ssm, C_ssm and A_neg are staged at a time
     constexpr int ROW = 2 * TILE + 32 * C +
@@ -56,17 +74,17 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMa
     if (t0 + K <= L) {
 #pragma unroll
         for (int i = 0; i < K; i++)
-            raw_d[i] = *(const P *)down(d_at, i, p.ld_delta),
-            raw_u[i] = *(const P *)down(u_at, i, p.ld_u),
-            raw_z[i] = *(const P *)down(z_at, i, p.ld_z);
+            raw_d[i] = *(const P *)row_at(d_at, i, p.ld_delta),
+            raw_u[i] = *(const P *)row_at(u_at, i, p.ld_u),
+            raw_z[i] = *(const P *)row_at(z_at, i, p.ld_z);
     } else {
 #pragma unroll
         for (int i = 0; i < K; i++) {
             raw_d[i].zero(), raw_u[i].zero(), raw_z[i].zero();
             if (t0 + i < L)
-                raw_d[i] = *(const P *)down(d_at, i, p.ld_delta),
-                raw_u[i] = *(const P *)down(u_at, i, p.ld_u),
-                raw_z[i] = *(const P *)down(z_at, i, p.ld_z);
+                raw_d[i] = *(const P *)row_at(d_at, i, p.ld_delta),
+                raw_u[i] = *(const P *)row_at(u_at, i, p.ld_u),
+                raw_z[i] = *(const P *)row_at(z_at, i, p.ld_z);
         }
     }
     // Warps stage 4-step x 8-state units: states 8 (w % 4).. of the 2 NB of B_ssm and C_ssm.
@@ -79,14 +97,14 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMa
         if (tile_t + TILE <= L && n0 + NB <= N) {
             T raw[K];
 #pragma unroll
-            for (int v = 0; v < K; v++) raw[v] = down(bc_from, v * W, ld_bc)[n0];
+            for (int v = 0; v < K; v++) raw[v] = row_at(bc_from, v * W, ld_bc)[n0];
 #pragma unroll
             for (int v = 0; v < K; v++) bc_to[v * W] = value(raw[v]);
         } else
 #pragma unroll 4
             for (int v = 0; v < K; v++) {
                 bool in = tile_t + bc_t + v * W < L && n0 + bc_n < N;
-                bc_to[v * W] = in ? value(down(bc_from, v * W, ld_bc)[n0]) : 0.f;
+                bc_to[v * W] = in ? value(row_at(bc_from, v * W, ld_bc)[n0]) : 0.f;
             }
         for (int n = w; n < NB; n += W) {
             Row<C> a;
@@ -214,8 +232,7 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMa
             for (int k = 0; k < 4; k++) {
 #pragma unroll
                 for (int c = 0; c < C; c++) {
-                    h.v[c] = fmaf(decay[i + k][c], h.v[c], du[i + k][c] * B[k]);
-                    y[i + k][c] = fmaf(C_row[k], h.v[c], y[i + k][c]);
+                    step_state(h.v[c], y[i + k][c], decay[i + k][c], du[i + k][c] * B[k], C_row[k]);
                 }
                 if (more.value) forecast(B_next, i + k, A);
             }
@@ -264,7 +281,7 @@ __global__ void __launch_bounds__(32 * W, MINB) scan_tiles(ScanArgs<T> p, ScanMa
     for (int i = 0; i < K; i++) {
         P g;
         g.set(y[i]);
-        if (i < steps) *(P *)down(out, i, p.ld_out) = g;
+        if (i < steps) *(P *)row_at(out, i, p.ld_out) = g;
     }
 }
 
@@ -273,7 +290,7 @@ static size_t scan_forward_workspace(int B, int E, int N) {
     return sizeof(uint64_t) * (2 * (size_t)B * N * E + MAIL_BOXES);
 }
 
-template <typename T, int K, int W, int C, int MINB>
+template <typename T, int K, int W, int C, int MIN_BLOCKS>
 static cudaError_t scan_tiles_launch(Device *d, const ScanArgs<T> &p) {
     constexpr int bytes = (16 * (2 * K * W + 32 * C + 4) + 2 * 2 * W * 32 * 2 * C) * 4 +
                           K * W * 32 * C * (int)sizeof(T);
@@ -289,7 +306,8 @@ static cudaError_t scan_tiles_launch(Device *d, const ScanArgs<T> &p) {
         if (err != cudaSuccess) return err;
         m->ticket = m->tag = 0, m->cleared = true;
     }
-    cudaError_t err = scan_launch(d, scan_tiles<T, K, W, C, MINB>, items, 32 * W, bytes, p, *m);
+    cudaError_t err = launch_dependent(d, scan_tiles<T, K, W, C, MIN_BLOCKS>, (unsigned)items,
+                                       32 * W, bytes, p, *m);
     if (err != cudaSuccess) return err;
     m->tag += (uint32_t)tiles, m->ticket += (uint32_t)items;
     return cudaSuccess;

@@ -112,9 +112,6 @@ __device__ inline void copy_box(void *to, const CUtensorMap *map, int k, int row
                  "l"(map), "r"(k), "r"(row), "r"(shared_address(barrier))
                  : "memory");
 }
-__device__ inline void copy_16(uint32_t to, const void *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
 __device__ inline void wide_sync() {
     asm volatile("bar.sync 1, %0;" ::"n"((int)WIDE_THREADS) : "memory");
 }
@@ -265,23 +262,6 @@ __device__ inline void arrive_at(uint32_t barrier) { // of any block of the clus
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
                  : "memory");
 }
-__device__ inline void put_tagged(uint4 *to, uint32_t x, uint32_t y, uint32_t tag) {
-    asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1,%2};" ::"l"(to),
-                 "l"((uint64_t)tag << 32 | x), "l"((uint64_t)tag << 32 | y)
-                 : "memory");
-}
-__device__ inline uint2 get_tagged(const uint4 *from, uint32_t tag) { // once they are there
-    uint64_t x, y;
-    int polls = 0;
-    do {
-        asm volatile("ld.relaxed.gpu.global.v2.b64 {%0,%1}, [%2];"
-                     : "=l"(x), "=l"(y)
-                     : "l"(from)
-                     : "memory");
-        if (++polls > 1 << 24) __trap(); // seconds: a block is gone
-    } while ((uint32_t)(x >> 32) != tag || (uint32_t)(y >> 32) != tag);
-    return make_uint2((uint32_t)x, (uint32_t)y);
-}
 // All blocks have written what they had to. To hear is no acquire, which would empty the
 // first-level cache: what was written is read past it (cg).
 __device__ inline void wide_say(const WideArgs &p, uint32_t tag) {
@@ -300,7 +280,7 @@ __device__ inline void wide_hear(const WideArgs &p, uint32_t tag) {
                          : "=r"(word)
                          : "l"(p.words + threadIdx.x * WIDE_LINE)
                          : "memory");
-            if (++polls > 1 << 24) __trap(); // seconds: a block is gone
+            give_up_after(++polls);
         } while ((int32_t)(word - tag) < 0);
     }
     wide_sync();
@@ -593,10 +573,9 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                                         cs[4] = {c4.x, c4.y, c4.z, c4.w};
 #pragma unroll
                             for (int j = 0; j < 4; j++) {
-                                float state =
-                                    exp2_fast(d * A[n + j]) * h_in[(n + j) * SUB] + dx * bs[j];
+                                float state = h_in[(n + j) * SUB];
+                                step_state(state, sum, exp2_fast(d * A[n + j]), dx * bs[j], cs[j]);
                                 h_out[(n + j) * E] = state;
-                                sum += cs[j] * state;
                             }
                         }
                         p.y[(s_first + s) * E + rank * SLICE + at] =
@@ -702,7 +681,7 @@ static void wide_free(Wide *q) {
 static Wide *wide_new(Gpu *g, int S) {
     const Config *c = &g->config;
     Device *d = &g->device;
-    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, limit = 0, device = 0;
+    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R;
     if (!d->hopper || !g->bf16_compute || c->flags & (FLAG_PROJ_BIAS | FLAG_MIXER_NORM) ||
         S > WIDE_SEQUENCES || E != 2 * D || R % 8 || R > D / 16 || N % 4 || N > SOLO_STATES ||
         K > SOLO_TAPS)
@@ -740,8 +719,6 @@ static Wide *wide_new(Gpu *g, int S) {
     // only are more.
     const int rows_most = D >= 2048 ? WIDE_ROWS_FEW : WIDE_ROWS;
     p->x_proj.set((p->P + 7) / 8, WIDE_ROWS_FEW), p->dt.set(p->slice / 8, WIDE_ROWS_FEW);
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     for (p->clusters = SOLO_CLUSTERS;; p->clusters--) { // as many as run at once
         if (!p->clusters) return NULL;
         p->in.set((E / 4 + 2 * p->clusters - 1) / (2 * p->clusters), rows_most);
@@ -754,7 +731,7 @@ static Wide *wide_new(Gpu *g, int S) {
              1023) /
             1024 * 1024;
         p->slots = SOLO_SLOTS;
-        while (p->slots && (q.shared = WideShared(*p).bytes) > (size_t)limit) p->slots--;
+        while (p->slots && (q.shared = WideShared(*p).bytes) > (size_t)d->shared_limit) p->slots--;
         if (p->slots < 4 || most > WIDE_EACH || p->out.tiles * 8 > 64 * pairs) return NULL;
         int at_once = clusters_at_once(q.kernel, p->clusters, WIDE_THREADS + 32, q.shared);
         if (at_once < 0) return NULL;
@@ -808,6 +785,6 @@ static void wide_step(Gpu *g, const Wide *q) {
     const Config *c = &g->config;
     launch_cluster(&g->device, SOLO_CLUSTER, q->kernel, (unsigned)(q->args.clusters * SOLO_CLUSTER),
                    WIDE_THREADS + 32, q->shared, q->args, q->h);
-    rmsnorm(&g->device, acts_of<bf16>(g).xn, (size_t)c->D, g->res, (size_t)c->D,
+    rmsnorm(&g->device, Rows(acts_of<bf16>(g).xn, c->D), Rows(g->res, c->D),
             (const float *)g->w.norm_f, c->norm_eps, q->args.S, c->D);
 }

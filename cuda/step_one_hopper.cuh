@@ -216,9 +216,8 @@ __device__ inline void solo_gather(float2 sum[ROUNDS], float2 *scratch, const ul
                 v[r] = get_words(words + half * 16 * ROUNDS + lane + 16 * r);
         }
 #pragma unroll
-        for (int r = 0; r < ROUNDS; r++)
-            all = all && (uint32_t)(v[r].x >> 32) == tag && (uint32_t)(v[r].y >> 32) == tag;
-        if (++polls > 1 << 24) __trap(); // seconds: a block is gone
+        for (int r = 0; r < ROUNDS; r++) all = all && both_tagged(v[r], tag);
+        give_up_after(++polls);
     } while (!__all_sync(0xffffffffu, all));
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) {
@@ -466,8 +465,8 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
             for (int i = 0; i < SOLO_CLUSTER; i++)
                 sum.x += xdb_parts[i * SOLO_X_TILES * 8 + tid].x,
                     sum.y += xdb_parts[i * SOLO_X_TILES * 8 + tid].y;
-            put_words(p.xdb_words + (rank * SOLO_CLUSTERS + cluster) * SOLO_X_TILES * 8 + tid,
-                      sum.x, sum.y, tag);
+            put_tagged(p.xdb_words + (rank * SOLO_CLUSTERS + cluster) * SOLO_X_TILES * 8 + tid,
+                       __float_as_uint(sum.x), __float_as_uint(sum.y), tag);
         }
         if (tid == 0) barrier_expect(xdb_parts_here, x_part_bytes);
         float2 xdb_sum[1];
@@ -524,15 +523,14 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
 #pragma unroll
         for (int r = 0; r < ROUNDS; r++) {
             int c = 16 * r + half;
-            float d = c < n ? softplus(delta[r] * dt_scale + vectors[vector.dt_bias + c]) : 0,
-                  h = 0;
+            float d = c < n ? softplus(delta[r] * dt_scale + vectors[vector.dt_bias + c]) : 0, h;
+            out[r] = 0;
             if (c < n && lane < N) {
-                h = __expf(d * vectors[vector.A + c * N + lane]) *
-                        vectors[vector.h + c * N + lane] +
-                    d * u[c] * B;
+                h = vectors[vector.h + c * N + lane];
+                step_state(h, out[r], __expf(d * vectors[vector.A + c * N + lane]), d * u[c] * B,
+                           C);
                 state[vector.h + c * N + lane] = h;
             }
-            out[r] = C * h;
         }
         sum_lanes(out);
 #pragma unroll
@@ -572,8 +570,8 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
 #pragma unroll
             for (int i = 0; i < SOLO_CLUSTER; i++)
                 sum.x += res_parts[i * res_each + q].x, sum.y += res_parts[i * res_each + q].y;
-            put_words(p.res_words + (rank * SOLO_CLUSTERS + cluster) * res_each + q, sum.x, sum.y,
-                      tag);
+            put_tagged(p.res_words + (rank * SOLO_CLUSTERS + cluster) * res_each + q,
+                       __float_as_uint(sum.x), __float_as_uint(sum.y), tag);
         }
         if (tid == 0) barrier_expect(res_parts_here, res_part_bytes);
     }
@@ -632,48 +630,47 @@ static void transpose(Device *d, bf16 *to, int pitch, const bf16 *from, int rows
     check_launch(d, "weights");
 }
 
-// A layer's vectors as blocks read them; norm: the next one.
-__global__ void solo_vectors_kernel(float *vectors, SoloVectors at, LayerWeights w,
-                                    const float *norm, int channels, int D, int E, int N, int K) {
-    float *to = vectors + (size_t)blockIdx.x * at.floats;
-    const float *conv_bias = (const float *)w.conv_bias, *dt_bias = (const float *)w.dt_bias,
-                *D_skip = (const float *)w.D_skip;
-    const int first = solo_first(blockIdx.x, gridDim.x, E),
-              n = solo_first(blockIdx.x + 1, gridDim.x, E) - first;
+// A layer's vectors as blocks read them; norm: the next layer's.
+__global__ void solo_vectors_kernel(SoloArgs p, LayerWeights w, int layer, const float *norm) {
+    const SoloVectors at(p.channels, p.N, p.K, p.D);
+    const int E = p.E, N = p.N, K = p.K, first = solo_first(blockIdx.x, gridDim.x, E),
+              n = solo_first(blockIdx.x + 1, gridDim.x, E) - first,
+              pairs = p.D / (2 * SOLO_CLUSTER);
+    float *to = p.vectors + ((size_t)layer * gridDim.x + blockIdx.x) * at.floats;
+    const float *conv_bias = (const float *)w.conv_bias;
     for (int c = threadIdx.x, e = first + c; c < n; c += blockDim.x, e += blockDim.x) {
         for (int i = 0; i < N; i++) to[at.A + c * N + i] = w.A_neg[(size_t)i * E + e];
-        for (int k = 0; k < K; k++) to[at.conv + k * channels + c] = w.conv_t[(size_t)k * E + e];
-        to[at.conv_bias + c] = conv_bias ? conv_bias[e] : 0, to[at.dt_bias + c] = dt_bias[e],
-                          to[at.D_skip + c] = D_skip[e];
+        for (int k = 0; k < K; k++) to[at.conv + k * p.channels + c] = w.conv_t[(size_t)k * E + e];
+        to[at.conv_bias + c] = conv_bias ? conv_bias[e] : 0;
+        to[at.dt_bias + c] = ((const float *)w.dt_bias)[e];
+        to[at.D_skip + c] = ((const float *)w.D_skip)[e];
     }
-    int pairs = D / (2 * SOLO_CLUSTER);
     for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
         int q = blockIdx.x % SOLO_CLUSTER * pairs + i, column = q / 8 * 16 + q % 8;
-        to[at.norm + 2 * i] = norm[column], to[at.norm + 2 * i + 1] = norm[column + 8];
+        to[at.norm + 2 * i] = norm[column];
+        to[at.norm + 2 * i + 1] = norm[column + 8];
     }
 }
 
 // h (n_layer,N,E) and window (n_layer,K-1,E) to where the blocks have them, or back.
-__global__ void solo_state_kernel(float *vectors, SoloVectors at, float *h, float *window,
-                                  int channels, int blocks, int E, int N, int K, bool back) {
-    int e = blockIdx.x * blockDim.x + threadIdx.x, layer = blockIdx.y;
+__global__ void solo_state_kernel(SoloArgs p, float *h, float *window, bool back) {
+    const SoloVectors at(p.channels, p.N, p.K, p.D);
+    const int E = p.E, N = p.N, K = p.K, e = blockIdx.x * blockDim.x + threadIdx.x,
+              layer = blockIdx.y, blocks = p.clusters * SOLO_CLUSTER;
     if (e >= E) return;
     int block = (int)(((int64_t)(e + 1) * blocks - 1) / E), c = e - solo_first(block, blocks, E);
-    float *of_block = vectors + ((size_t)layer * blocks + block) * at.floats;
+    float *of_block = p.vectors + ((size_t)layer * blocks + block) * at.floats;
     for (int i = 0; i < N + K - 1; i++) {
         float *here = i < N ? h + ((size_t)layer * N + i) * E + e
-                            : window + ((size_t)layer * (K - 1) + i - N) * E + e,
-              *there = of_block + (i < N ? at.h + c * N + i : at.window + (i - N) * channels + c);
+                            : window + ((size_t)layer * (K - 1) + i - N) * E + e;
+        float *there = of_block + (i < N ? at.h + c * N + i : at.window + (i - N) * p.channels + c);
         if (back) *here = *there;
         else *there = *here;
     }
 }
 static void solo_state(Gpu *g, const Solo *q, bool back) {
-    const SoloArgs *p = &q->args;
-    SoloVectors at(p->channels, p->N, p->K, p->D);
-    solo_state_kernel<<<dim3(blocks_for((size_t)p->E, 128), (unsigned)p->n_layer), 128, 0,
-                        g->device.stream>>>(p->vectors, at, g->h, g->window, p->channels,
-                                            p->clusters * SOLO_CLUSTER, p->E, p->N, p->K, back);
+    dim3 grid(blocks_for((size_t)q->args.E, 128), (unsigned)q->args.n_layer);
+    solo_state_kernel<<<grid, 128, 0, g->device.stream>>>(q->args, g->h, g->window, back);
     check_launch(&g->device, "state");
 }
 
@@ -715,9 +712,6 @@ static Solo *solo_new(Gpu *g) {
     p->D = D, p->E = E, p->N = N, p->K = K, p->R = R, p->P = P, p->V = c->V,
     p->n_layer = c->n_layer, p->eps = c->norm_eps;
     p->mixer_eps = c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0;
-    int limit = 0, device = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     for (int clusters = SOLO_CLUSTERS;; clusters--) { // as many as run at once
         p->channels = std::max(4, (E + SOLO_CLUSTER * clusters - 1) / (SOLO_CLUSTER * clusters));
         p->clusters = (E + SOLO_CLUSTER * p->channels - 1) / (SOLO_CLUSTER * p->channels);
@@ -727,7 +721,7 @@ static Solo *solo_new(Gpu *g) {
         p->slots = SOLO_SLOTS, p->flying = std::max(1, SOLO_FLYING / p->slot_bytes);
         while (p->slots &&
                (q.shared = SoloShared(p->slots, p->slot_bytes, p->channels, D, P).bytes) >
-                   (size_t)limit)
+                   (size_t)d->shared_limit)
             p->slots--;
         if (p->slots < 4 || p->channels > 48 || P > 128 * SOLO_X_TILES) return NULL;
         switch (D / 256) {
@@ -779,9 +773,7 @@ static Solo *solo_new(Gpu *g) {
                   E);
         const float *norm =
             (const float *)(layer + 1 < L ? g->w.layer[layer + 1].norm : g->w.norm_f);
-        solo_vectors_kernel<<<(unsigned)blocks, 64, 0, d->stream>>>(
-            p->vectors + layer * blocks * p->vector_floats, SoloVectors(p->channels, N, K, D), *w,
-            norm, p->channels, D, E, N, K);
+        solo_vectors_kernel<<<(unsigned)blocks, 64, 0, d->stream>>>(*p, *w, (int)layer, norm);
         check_launch(d, "weights");
     }
     check_cuda(d,

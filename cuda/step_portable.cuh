@@ -6,13 +6,6 @@
 // saves a launch and a product that are all latency. A block is 128 channels of four sequences: a
 // lane 4 channels, a warp a sequence. W_dt, A_neg and the states are on their way before the input
 // is there.
-__device__ inline void copy_async(void *to, const void *from) { // 16 bytes into shared memory
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
-        "l"(from)
-        : "memory");
-}
-
 enum { DT_STEP_STATES = 16, DT_STEP_WIDTH = 128, DT_STEP_ROWS = 4 };
 struct DtStepArgs {
     bf16 *out;                             // (S,E)
@@ -36,11 +29,12 @@ __global__ void __launch_bounds__(128) dt_scan_step(DtStepArgs p) {
     for (int i = threadIdx.x; i < WIDTH * (R / 8); i += 128) {
         int row = i / (R / 8), k = i % (R / 8) * 8;
         if (channels + row < E)
-            copy_async(W + row * pitch + k, p.W_dt + (size_t)(channels + row) * R + k);
+            copy_16(shared_address(W + row * pitch + k), p.W_dt + (size_t)(channels + row) * R + k);
     }
     for (int i = threadIdx.x; i < N * (WIDTH / 4); i += 128) {
         int n = i / (WIDTH / 4), c = i % (WIDTH / 4) * 4;
-        if (channels + c < E) copy_async(A + n * WIDTH + c, p.A_neg + (size_t)n * E + channels + c);
+        if (channels + c < E)
+            copy_16(shared_address(A + n * WIDTH + c), p.A_neg + (size_t)n * E + channels + c);
     }
     float *state = p.h + s * N * E + at;
     float4 before[NS], bias = load4(p.dt_bias + at), skip = load4(p.D_skip + at);
@@ -60,13 +54,8 @@ __global__ void __launch_bounds__(128) dt_scan_step(DtStepArgs p) {
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
     if (p.norm_eps > 0) { // dt_low, B_ssm, C_ssm each to a mean square of 1
-        for (int part = 0; part < 3; part++) {
-            int n = part == 0 ? R : N;
-            float squares = 0, *x = xdb + warp * P + (part == 0 ? 0 : R + (part - 1) * N);
-            for (int i = lane; i < n; i += 32) squares += x[i] * x[i];
-            float scale = rsqrtf(warp_sum(squares) / (float)n + p.norm_eps);
-            for (int i = lane; i < n; i += 32) x[i] *= scale;
-        }
+        for (int part = 0; part < 3; part++)
+            mixer_norm(xdb + warp * P, mixer_part(part, R, N), p.norm_eps);
         __syncthreads();
     }
     float sum[4][4] =
@@ -109,8 +98,7 @@ __global__ void __launch_bounds__(128) dt_scan_step(DtStepArgs p) {
             unpack(a, load4(A + n * WIDTH + 4 * lane)), unpack(h, before[n]);
 #pragma unroll
             for (int v = 0; v < 4; v++) {
-                h[v] = fmaf(exp2_fast(delta[v] * a[v]), h[v], inject[v] * B);
-                y[v] = fmaf(C, h[v], y[v]);
+                step_state(h[v], y[v], exp2_fast(delta[v] * a[v]), inject[v] * B, C);
             }
             *(float4 *)(state + (size_t)n * E) = make_float4(h[0], h[1], h[2], h[3]);
         }
@@ -131,16 +119,9 @@ static bool dt_step_pays(int S, int E, int N, int R) {
            N <= DT_STEP_STATES && dt_step_shared(R, N) < 100000;
 }
 static void dt_step(Device *d, const DtStepArgs &p) {
-    size_t shared = dt_step_shared(p.R, p.N);
-    check_cuda(d,
-               cudaFuncSetAttribute(dt_scan_step, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)shared),
+    dim3 grid(blocks_for((size_t)p.E, DT_STEP_WIDTH), blocks_for((size_t)p.S, DT_STEP_ROWS));
+    check_cuda(d, launch_dependent(d, dt_scan_step, grid, 128, dt_step_shared(p.R, p.N), p),
                "scan");
-    launch_dependent(
-        d, dt_scan_step,
-        dim3(blocks_for((size_t)p.E, DT_STEP_WIDTH), blocks_for((size_t)p.S, DT_STEP_ROWS)), 128,
-        shared, p);
-    check_launch(d, "scan");
 }
 
 // --- The step in bf16 for up to THIN_MAX sequences (more: network(), whose products are cuBLAS's):
@@ -188,23 +169,30 @@ struct ConvSource { // u = silu(conv(x)) of the x half of xz and the window
     static constexpr bool norm = false;
     __device__ uint4 eight(int s, int k, int E, float *) const {
         uint4 x = *(const uint4 *)(xz + (size_t)s * 2 * E + k);
-        float v[8] = {low_half(x.x), high_half(x.x), low_half(x.y), high_half(x.y),
-                      low_half(x.z), high_half(x.z), low_half(x.w), high_half(x.w)},
-              sum[8];
-        for (int i = 0; i < 8; i++)
-            sum[i] = (bias ? bias[k + i] : 0) + conv_t[(size_t)(K - 1) * E + k + i] * v[i];
-        for (int j = 0; j < K - 1; j++) {
-            const float4 *w = (const float4 *)(window + ((size_t)s * (K - 1) + j) * E + k),
-                         *c = (const float4 *)(conv_t + (size_t)j * E + k);
-            float4 w0 = w[0], w1 = w[1], c0 = c[0], c1 = c[1];
-            sum[0] += w0.x * c0.x, sum[1] += w0.y * c0.y, sum[2] += w0.z * c0.z,
-                sum[3] += w0.w * c0.w;
-            sum[4] += w1.x * c1.x, sum[5] += w1.y * c1.y, sum[6] += w1.z * c1.z,
-                sum[7] += w1.w * c1.w;
+        Group<float, 4> v[2] = {{low_half(x.x), high_half(x.x), low_half(x.y), high_half(x.y)},
+                                {low_half(x.z), high_half(x.z), low_half(x.w), high_half(x.w)}};
+        typedef const Group<float, 4> *Four;
+        Group<float, 4> sum[2] = {};
+        float out[8];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float *tap = conv_t + (size_t)(K - 1) * E + k + 4 * half;
+            Group<float, 4> last = {tap[0], tap[1], tap[2], tap[3]};
+            for (int i = 0; i < 4; i++) sum[half].v[i] = bias ? bias[k + 4 * half + i] : 0;
+            sum[half] = conv_sum<1>(sum[half], &last, v + half);
         }
-        for (int i = 0; i < 8; i++) sum[i] = silu(sum[i]);
-        return make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]),
-                          pack(sum[6], sum[7]));
+        for (int j = 0; j < K - 1; j++) {
+            Four taps = (Four)(conv_t + (size_t)j * E + k),
+                 inputs = (Four)(window + ((size_t)s * (K - 1) + j) * E + k);
+            Group<float, 4> tap[2] = {taps[0], taps[1]}, input[2] = {inputs[0], inputs[1]};
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                sum[half] = conv_sum<1>(sum[half], tap + half, input + half);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) out[i] = silu(sum[i / 4].v[i % 4]);
+        return make_uint4(pack(out[0], out[1]), pack(out[2], out[3]), pack(out[4], out[5]),
+                          pack(out[6], out[7]));
     }
 };
 
@@ -302,15 +290,27 @@ __global__ void __launch_bounds__(32 * THIN_WARPS)
 
 // Kernel 3, a thread a channel and a block 128 channels of one sequence: xdb from its parts,
 // FalconMamba's norms, delta = softplus(W_dt dt_low + bias), the step of the recurrence, the gate.
-template <int NS, int RV> // states, and groups of 8 weights of dt_proj, that are loaded before the
-                          // input is there
-__global__ void __launch_bounds__(128)
-    thin_scan_kernel(bf16 *__restrict__ g, float *__restrict__ h, float *__restrict__ window,
-                     const float *__restrict__ parts, int K_SPLIT, const bf16 *__restrict__ xz,
-                     const float *__restrict__ conv_t, const float *__restrict__ conv_bias,
-                     const bf16 *__restrict__ W_dt, const float *__restrict__ dt_bias,
-                     const float *__restrict__ A_neg, const float *__restrict__ D_skip, int E,
-                     int N, int K, int R, float norm_eps) {
+struct ThinScanArgs {
+    bf16 *g;                               // (S,E)
+    float *h, *window;                     // (S,N,E), (S,K-1,E)
+    const float *parts;                    // (n_parts,S,P): sums of parts of x_proj
+    const bf16 *xz, *W_dt;                 // (S,2E), (E,R)
+    const float *conv_t, *conv_bias;       // (K,E), (E) or NULL
+    const float *dt_bias, *A_neg, *D_skip; // (E), (N,E), (E)
+    int n_parts, E, N, K, R;
+    float norm_eps; // of FalconMamba's norms, or 0
+};
+// Loaded before the input is there: NS states, RV groups of 8 weights of dt_proj.
+template <int NS, int RV> __global__ void __launch_bounds__(128) thin_scan_kernel(ThinScanArgs p) {
+    const int E = p.E, N = p.N, K = p.K, R = p.R, n_parts = p.n_parts;
+    const float norm_eps = p.norm_eps;
+    bf16 *__restrict__ g = p.g;
+    float *__restrict__ h = p.h, *__restrict__ window = p.window;
+    const bf16 *__restrict__ xz = p.xz, *__restrict__ W_dt = p.W_dt;
+    const float *__restrict__ parts = p.parts, *__restrict__ conv_t = p.conv_t,
+                              *__restrict__ conv_bias = p.conv_bias,
+                              *__restrict__ dt_bias = p.dt_bias, *__restrict__ A_neg = p.A_neg,
+                              *__restrict__ D_skip = p.D_skip;
     extern __shared__ float xdb[]; // (P)
     int P = R + 2 * N, s = blockIdx.y, S = gridDim.y, e = blockIdx.x * 128 + threadIdx.x;
     bool live = e < E;
@@ -341,18 +341,12 @@ __global__ void __launch_bounds__(128)
     for (int i = threadIdx.x; i < P; i += 128) {
         float sum = 0;
 #pragma unroll 8
-        for (int part = 0; part < K_SPLIT; part++) sum += parts[((size_t)part * S + s) * P + i];
+        for (int part = 0; part < n_parts; part++) sum += parts[((size_t)part * S + s) * P + i];
         xdb[i] = sum;
     }
     __syncthreads();
-    if (norm_eps > 0) { // FalconMamba: dt_low, B_ssm, C_ssm each to a mean square of 1; a warp each
-        int part = threadIdx.x / 32, first = part == 0 ? 0 : R + (part - 1) * N,
-            n = part == 0 ? R : N;
-        float squares = 0;
-        for (int i = threadIdx.x % 32; i < n && part < 3; i += 32)
-            squares += xdb[first + i] * xdb[first + i];
-        float scale = rsqrtf(warp_sum(squares) / (float)n + norm_eps);
-        for (int i = threadIdx.x % 32; i < n && part < 3; i += 32) xdb[first + i] *= scale;
+    if (norm_eps > 0) { // FalconMamba: a warp a part
+        if (threadIdx.x / 32 < 3) mixer_norm(xdb, mixer_part(threadIdx.x / 32, R, N), norm_eps);
         __syncthreads();
     }
     if (!live) return;
@@ -382,13 +376,13 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
     for (int n = 0; n < NS; n++)
         if (n < N) {
-            float next = __expf(delta * A[n]) * ahead[n] + inject * B_ssm[n];
-            state[(size_t)n * E] = next, y += C_ssm[n] * next;
+            step_state(ahead[n], y, __expf(delta * A[n]), inject * B_ssm[n], C_ssm[n]);
+            state[(size_t)n * E] = ahead[n];
         }
     for (int n = NS; n < N; n++) {
-        float next =
-            __expf(delta * A_neg[(size_t)n * E + e]) * state[(size_t)n * E] + inject * B_ssm[n];
-        state[(size_t)n * E] = next, y += C_ssm[n] * next;
+        float next = state[(size_t)n * E], decay = __expf(delta * A_neg[(size_t)n * E + e]);
+        step_state(next, y, decay, inject * B_ssm[n], C_ssm[n]);
+        state[(size_t)n * E] = next;
     }
     put(g + (size_t)s * E + e, y * silu(z));
 }
@@ -441,10 +435,25 @@ static void thin_step(Gpu *g, int S) {
                      (const bf16 *)w->in_proj, S, 2 * E, D, 1);
         thin_product(d, ConvSource{a.xz, window, w->conv_t, conv_bias, K}, PartSink{sums},
                      (const bf16 *)w->x_proj, S, P, E, parts);
+        ThinScanArgs scan = {a.g,
+                             h,
+                             window,
+                             sums,
+                             a.xz,
+                             (const bf16 *)w->dt_proj,
+                             w->conv_t,
+                             conv_bias,
+                             (const float *)w->dt_bias,
+                             w->A_neg,
+                             (const float *)w->D_skip,
+                             parts,
+                             E,
+                             N,
+                             K,
+                             R,
+                             eps};
         launch_dependent(d, R <= 64 ? thin_scan_kernel<16, 8> : thin_scan_kernel<16, 20>, scan_grid,
-                         128, (size_t)P * sizeof(float), a.g, h, window, sums, parts, a.xz,
-                         w->conv_t, conv_bias, (const bf16 *)w->dt_proj, (const float *)w->dt_bias,
-                         w->A_neg, (const float *)w->D_skip, E, N, K, R, eps);
+                         128, (size_t)P * sizeof(float), scan);
         thin_product(d, PlainSource{a.g}, AddSink{g->res}, (const bf16 *)w->out_proj, S, D, E, 1);
     }
     thin_product(d, NormSource{g->res, (const float *)g->w.norm_f, c->norm_eps},

@@ -1,7 +1,7 @@
 // train.cuh - training: pass, AdamW.
 // Included by mamba_cuda.cu.
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------
 // 7 [train] Training: pass, AdamW
 // Master weights, gradients and the two moments are four float arenas laid out as the file is;
 // matrices are read through a copy in T, made again after every step. What a block's backward needs
@@ -57,20 +57,24 @@ __global__ void norm_kernel(float *norm, const float *parts, int n, float clip) 
 
 // AdamW on all weights at once; nothing happens where the norm is not finite. The gradient is
 // cleared.
+struct AdamStep {
+    const float *norm;                 // [0] the gradient's length, [1] what clipping leaves of it
+    float rate, beta1, beta2, epsilon; // rate: over 1 - beta1^step
+    float keep, root;                  // 1 - rate decay; 1 / sqrt(1 - beta2^step)
+};
 template <class T>
 __global__ void adamw_kernel(float *weights, T *compute, float *__restrict__ gradient,
                              float *__restrict__ moment, float *__restrict__ moment2,
-                             const unsigned char *__restrict__ decays, const float *norm, size_t n,
-                             float rate, float beta1, float beta2, float epsilon, float keep,
-                             float root) {
+                             const unsigned char *__restrict__ decays, size_t n, AdamStep how) {
+    const float *norm = how.norm;
     if (!(norm[0] - norm[0] == 0)) return;
     float scale = norm[1];
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
          i += (size_t)gridDim.x * blockDim.x) {
-        float g = gradient[i] * scale, m = beta1 * moment[i] + (1 - beta1) * g,
-              v = beta2 * moment2[i] + (1 - beta2) * g * g;
-        float w =
-            weights[i] * (decays[i / 16] ? keep : 1.0f) - rate * m / (sqrtf(v) * root + epsilon);
+        float g = gradient[i] * scale, m = how.beta1 * moment[i] + (1 - how.beta1) * g,
+              v = how.beta2 * moment2[i] + (1 - how.beta2) * g * g;
+        float w = weights[i] * (decays[i / 16] ? how.keep : 1.0f) -
+                  how.rate * m / (sqrtf(v) * how.root + how.epsilon);
         moment[i] = m, moment2[i] = v, weights[i] = w, gradient[i] = 0;
         if ((void *)compute != (void *)weights) put(compute + i, w);
     }
@@ -145,12 +149,6 @@ static void gpu_trainer_close(GpuTrainer *x) {
     cudaFree(x->arena);
     device_close(&x->device);
     delete x;
-}
-
-template <class T> __global__ void refresh_kernel(T *compute, const float *weights, size_t n) {
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
-         i += (size_t)gridDim.x * blockDim.x)
-        put(compute + i, weights[i]);
 }
 
 static void derive_all(GpuTrainer *x) {
@@ -245,21 +243,31 @@ template <class T> static BlockActs<T> trainer_acts(const GpuTrainer *x, int lay
             (T *)a.delta, (T *)a.g,  a.h_starts, a.mail};
 }
 
-// d_x of rmsnorm over `rows`, d_weight (or NULL) added to.
+template <class T, class In, class Out> struct NormBack {
+    Rows<Out> d_x;   // added to where ADD, whose rows have no gaps
+    T *copy;         // (rows,cols) d_x in T, or NULL
+    float *d_weight; // (cols), added to, or NULL
+    Rows<T> d_out;   // of d_x's stride where not ADD
+    Rows<const In> in;
+    const float *weight; // (cols) or NULL
+    float eps;
+    int rows, cols;
+    float *partial; // scratch
+};
 template <bool ADD, class T, class In, class Out>
-static void rmsnorm_backward(Device *d, Out *d_x, T *copy, float *d_weight, const T *d_out,
-                             size_t ld_d, const In *in, size_t ld, const float *weight, float eps,
-                             int rows, int cols, float *partial) {
-    unsigned blocks = std::min((unsigned)NORM_BLOCKS, blocks_for((size_t)rows, NORM_WARPS));
+static void rmsnorm_backward(Device *d, const NormBack<T, In, Out> &p) {
+    unsigned blocks = std::min((unsigned)NORM_BLOCKS, blocks_for((size_t)p.rows, NORM_WARPS));
     size_t parts = (size_t)blocks * NORM_WARPS;
-    auto kernel = cols <= 256    ? rmsnorm_backward_kernel<T, In, Out, ADD, 8>
-                  : cols <= 768  ? rmsnorm_backward_kernel<T, In, Out, ADD, 24>
-                  : cols <= 1024 ? rmsnorm_backward_kernel<T, In, Out, ADD, 32>
-                                 : rmsnorm_backward_kernel<T, In, Out, ADD, 0>;
-    kernel<<<blocks, 32 * NORM_WARPS, 0, d->stream>>>(d_x, copy, d_weight ? partial : NULL, d_out,
-                                                      ld_d, in, ld, weight, eps, rows, cols);
+    auto kernel = p.cols <= 256    ? rmsnorm_backward_kernel<T, In, Out, ADD, 8>
+                  : p.cols <= 768  ? rmsnorm_backward_kernel<T, In, Out, ADD, 24>
+                  : p.cols <= 1024 ? rmsnorm_backward_kernel<T, In, Out, ADD, 32>
+                                   : rmsnorm_backward_kernel<T, In, Out, ADD, 0>;
+    kernel<<<blocks, 32 * NORM_WARPS, 0, d->stream>>>(
+        p.d_x.p, p.copy, p.d_weight ? p.partial : NULL, p.d_out.p, p.d_out.ld, p.in.p, p.in.ld,
+        p.weight, p.eps, p.rows, p.cols);
     check_launch(d, "rmsnorm_backward");
-    sum_rows(d, d_weight, partial, (size_t)cols, (int)parts, cols, partial + parts * (size_t)cols);
+    sum_rows(d, p.d_weight, p.partial, (size_t)p.cols, (int)parts, p.cols,
+             p.partial + parts * (size_t)p.cols);
 }
 
 __global__ void add_conv_kernel(float *d_conv, float *d_bias, const float *sums, int E,
@@ -307,8 +315,8 @@ template <class T> static void block_backward(GpuTrainer *x, int layer) {
     T *d_o = (T *)x->d_o, *d_xz = (T *)x->d_xz, *d_u = (T *)x->d_u, *d_xdb = (T *)x->d_xdb,
       *d_delta = (T *)x->d_delta, *d_g = (T *)x->d_g, *d_xn = (T *)x->d_xn;
     sum_rows(d, (float *)dw->out_bias, x->d_res, lD, rows, D, x->partial);
-    matmul_d_x(d, d_g, lE, d_o, lD, (const T *)w->out_proj, rows, D, E);
-    matmul_d_W(d, (float *)dw->out_proj, d_o, lD, a.g, lE, rows, D, E);
+    matmul_d_x(d, Rows(d_g, lE), Rows(d_o, lD), (const T *)w->out_proj, rows, D, E);
+    matmul_d_W(d, (float *)dw->out_proj, Rows(d_o, lD), Rows(a.g, lE), rows, D, E);
     ScanArgs<T> scan = scan_args(c, w, a, x->B, x->L);
     ScanBackArgs<T> back = scan_back_args(scan, a.h_starts, (const T *)d_g, E, x->scan);
     back.d_delta_raw = d_delta, back.d_u = d_u, back.d_z = d_xz + E, back.d_B_ssm = d_xdb + R,
@@ -316,24 +324,40 @@ template <class T> static void block_backward(GpuTrainer *x, int layer) {
     back.d_A_log = (float *)dw->A_log, back.d_D_skip = (float *)dw->D_skip,
     back.d_dt_bias = (float *)dw->dt_bias;
     back.ld_d_delta = back.ld_d_u = E, back.ld_d_z = 2 * E, back.ld_d_B = back.ld_d_C = P;
-    check_cuda(d, scan_backward(back, d->stream), "backward scan");
-    matmul_d_x(d, d_xdb, lP, d_delta, lE, (const T *)w->dt_proj, rows, E, R);
-    matmul_d_W(d, (float *)dw->dt_proj, d_delta, lE, a.xdb, lP, rows, E, R);
+    check_cuda(d, scan_backward(d, back), "backward scan");
+    matmul_d_x(d, Rows(d_xdb, lP), Rows(d_delta, lE), (const T *)w->dt_proj, rows, E, R);
+    matmul_d_W(d, (float *)dw->dt_proj, Rows(d_delta, lE), Rows(a.xdb, lP), rows, E, R);
     if (c->flags & FLAG_MIXER_NORM)
         for (int part = 0; part < 3; part++) {
-            int at = part ? R + (part - 1) * N : 0, n = part ? N : R;
-            rmsnorm_backward<false>(d, d_xdb + at, (T *)NULL, (float *)NULL, d_xdb + at, lP,
-                                    a.raw + at, lP, NULL, c->mixer_eps, rows, n, x->partial);
+            MixerPart m = mixer_part(part, R, N);
+            rmsnorm_backward<false, T, T, T>(d, {{d_xdb + m.at, lP},
+                                                 NULL,
+                                                 NULL,
+                                                 {d_xdb + m.at, lP},
+                                                 {a.raw + m.at, lP},
+                                                 NULL,
+                                                 c->mixer_eps,
+                                                 rows,
+                                                 m.n,
+                                                 x->partial});
         }
-    matmul_d_x(d, d_u, lE, d_xdb, lP, (const T *)w->x_proj, rows, P, E, true);
-    matmul_d_W(d, (float *)dw->x_proj, d_xdb, lP, a.u, lE, rows, P, E);
+    matmul_d_x(d, Rows(d_u, lE), Rows(d_xdb, lP), (const T *)w->x_proj, rows, P, E, true);
+    matmul_d_W(d, (float *)dw->x_proj, Rows(d_xdb, lP), Rows(a.u, lE), rows, P, E);
     conv1d_silu_backward(x, d_xz, (float *)dw->conv, (float *)dw->conv_bias, d_u, a.xz, w);
     sum_rows(d, (float *)dw->in_bias, d_xz, 2 * lE, rows, 2 * E, x->partial);
-    rmsnorm(d, a.xn, lD, res, lD, (const float *)w->norm, c->norm_eps, rows, D);
-    matmul_d_x(d, d_xn, lD, d_xz, 2 * lE, (const T *)w->in_proj, rows, 2 * E, D);
-    matmul_d_W(d, (float *)dw->in_proj, d_xz, 2 * lE, a.xn, lD, rows, 2 * E, D);
-    rmsnorm_backward<true>(d, x->d_res, d_o, (float *)dw->norm, d_xn, lD, res, lD,
-                           (const float *)w->norm, c->norm_eps, rows, D, x->partial);
+    rmsnorm(d, Rows(a.xn, lD), Rows(res, lD), (const float *)w->norm, c->norm_eps, rows, D);
+    matmul_d_x(d, Rows(d_xn, lD), Rows(d_xz, 2 * lE), (const T *)w->in_proj, rows, 2 * E, D);
+    matmul_d_W(d, (float *)dw->in_proj, Rows(d_xz, 2 * lE), Rows(a.xn, lD), rows, 2 * E, D);
+    rmsnorm_backward<true, T, float, float>(d, {{x->d_res, lD},
+                                                d_o,
+                                                (float *)dw->norm,
+                                                {d_xn, lD},
+                                                {res, lD},
+                                                (const float *)w->norm,
+                                                c->norm_eps,
+                                                rows,
+                                                D,
+                                                x->partial});
 }
 
 // Adds the embedding's gradient: rows ordered by token on the host, which needs no more than the
@@ -381,25 +405,34 @@ static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets,
                                                         (const T *)x->w.embedding, D);
     for (int layer = 0; layer < c->n_layer; layer++)
         block(d, c, &x->w.layer[(size_t)layer], trainer_acts<T>(x, layer),
-              x->res[(size_t)layer + 1], x->res[(size_t)layer], x->B, x->L, (float *)NULL,
-              (float *)NULL);
+              {x->res[(size_t)layer + 1], x->res[(size_t)layer], x->B, x->L, NULL, NULL});
     const float *last = x->res[(size_t)c->n_layer];
     T *xn = trainer_acts<T>(x, 0).xn, *d_xn = (T *)x->d_xn, *d_logits = (T *)x->d_logits;
-    rmsnorm(d, xn, lD, last, lD, (const float *)x->w.norm_f, c->norm_eps, rows, D);
+    rmsnorm(d, Rows(xn, lD), Rows(last, lD), (const float *)x->w.norm_f, c->norm_eps, rows, D);
     for (int t = 0; t < rows; t += x->loss_rows) { // so many rows of logits exist at a time
         int n = std::min(x->loss_rows, rows - t);
-        matmul(d, x->logits, lV, xn + (size_t)t * D, lD, (const T *)x->w.head, n, V, D);
+        matmul(d, Rows(x->logits, lV), Rows(xn + (size_t)t * D, lD), (const T *)x->w.head, n, V, D);
         cross_entropy(d, x->losses + t, backward ? d_logits : (T *)NULL, x->logits, x->targets + t,
                       weight, n, V);
         if (!backward) continue;
-        matmul_d_x(d, d_xn + (size_t)t * D, lD, d_logits, lV, (const T *)x->w.head, n, V, D);
-        matmul_d_W(d, (float *)x->d.head, d_logits, lV, xn + (size_t)t * D, lD, n, V, D);
+        matmul_d_x(d, Rows(d_xn + (size_t)t * D, lD), Rows(d_logits, lV), (const T *)x->w.head, n,
+                   V, D);
+        matmul_d_W(d, (float *)x->d.head, Rows(d_logits, lV), Rows(xn + (size_t)t * D, lD), n, V,
+                   D);
     }
     sum_losses_kernel<<<1, 256, 0, d->stream>>>(x->sum, x->losses, rows);
     check_launch(d, "cross_entropy");
     if (backward) {
-        rmsnorm_backward<false>(d, x->d_res, (T *)x->d_o, (float *)x->d.norm_f, d_xn, lD, last, lD,
-                                (const float *)x->w.norm_f, c->norm_eps, rows, D, x->partial);
+        rmsnorm_backward<false, T, float, float>(d, {{x->d_res, lD},
+                                                     (T *)x->d_o,
+                                                     (float *)x->d.norm_f,
+                                                     {d_xn, lD},
+                                                     {last, lD},
+                                                     (const float *)x->w.norm_f,
+                                                     c->norm_eps,
+                                                     rows,
+                                                     D,
+                                                     x->partial});
         for (int layer = c->n_layer - 1; layer >= 0; layer--) block_backward<T>(x, layer);
         embed_backward(x, ids);
     }
@@ -454,14 +487,14 @@ static int gpu_train_step(GpuTrainer *x, const AdamW *how, uint64_t step, double
     float rate = (float)(how->rate / unbias), root = (float)(1 / sqrt(unbias2)),
           keep = 1 - how->rate * how->decay;
     unsigned blocks = (unsigned)d->processors * 8;
+    const AdamStep step_now = {x->norms, rate, how->beta1, how->beta2, how->epsilon, keep, root};
     if (x->bf16_compute)
-        adamw_kernel<<<blocks, 256, 0, d->stream>>>(
-            x->weights, (bf16 *)x->compute, x->gradient, x->moment, x->moment2, x->decays, x->norms,
-            x->floats, rate, how->beta1, how->beta2, how->epsilon, keep, root);
+        adamw_kernel<<<blocks, 256, 0, d->stream>>>(x->weights, (bf16 *)x->compute, x->gradient,
+                                                    x->moment, x->moment2, x->decays, x->floats,
+                                                    step_now);
     else
-        adamw_kernel<<<blocks, 256, 0, d->stream>>>(
-            x->weights, x->weights, x->gradient, x->moment, x->moment2, x->decays, x->norms,
-            x->floats, rate, how->beta1, how->beta2, how->epsilon, keep, root);
+        adamw_kernel<<<blocks, 256, 0, d->stream>>>(x->weights, x->weights, x->gradient, x->moment,
+                                                    x->moment2, x->decays, x->floats, step_now);
     check_launch(d, "adamw");
     derive_all(x);
     return finish(d);

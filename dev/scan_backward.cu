@@ -17,6 +17,8 @@
         } \
     } while (0)
 
+static Device device; // with the default stream
+
 static __host__ __device__ uint64_t hash64(uint64_t x) {
     x += 0x9e3779b97f4a7c15ull, x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull,
                                 x = (x ^ x >> 27) * 0x94d049bb133111ebull;
@@ -374,7 +376,7 @@ template <int W_, int MINB_, int U_> struct Shape {
     static constexpr int W = W_, MINB = MINB_, U = U_;
 };
 template <typename T, class S> static cudaError_t launch(const ScanBackArgs<T> &p) {
-    return scan_back_launch<T, S::W, S::MINB, S::U>(p, 0);
+    return scan_back_launch<T, S::W, S::MINB, S::U>(&device, p);
 }
 template <typename T, class S> struct Runner {
     ScanBackPlan q;
@@ -546,6 +548,8 @@ template <typename T, class... V> static void time_list(Problem<T> &x, List<V...
     (time_one<T, V>(x), ...);
 }
 int main(int argc, char **argv) {
+    if (device_open(&device)) return printf("%s\n", gpu_error()), 1;
+    device.stream = 0;
     const char *what = argc > 1 ? argv[1] : "check";
     if (!strcmp(what, "check")) {
         check_reference();
