@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(128, MIN_BLOCKS) scan_relay(ScanArgs<T> p) {
                                   : 0.f;
                 h_out[(q * M + m) * 32] = a;
             }
-            send_to(id_out + q);
+            turn_done(id_out + q);
         }
     P raw_d[K], raw_u[K], raw_z[K];
     T raw_B[UNITS], raw_C[UNITS];
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(128, MIN_BLOCKS) scan_relay(ScanArgs<T> p) {
 #pragma unroll
                 for (int v = 0; v < V; v++) A[m * V + v] = a.v[v];
             }
-            wait_for(id_in + q);
+            turn_wait(id_in + q);
 #pragma unroll
             for (int m = 0; m < M; m++) {
                 Row<V> a = h_in[(q * M + m) * 32];
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(128, MIN_BLOCKS) scan_relay(ScanArgs<T> p) {
                 for (int v = 0; v < V; v++) a.v[v] = h[m * V + v];
                 h_out[(q * M + m) * 32] = a;
             }
-            send_to(id_out + q);
+            turn_done(id_out + q);
         }
 #pragma unroll
         for (int f = 0; f < K * C; f += 2)
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(128, MIN_BLOCKS) scan_relay(ScanArgs<T> p) {
     }
     if (w == 0) // the last states end as if for the first warp
         for (int q = 0; q < Q; q++) {
-            wait_for(id_in + q);
+            turn_wait(id_in + q);
 #pragma unroll
             for (int m = 0; m < M; m++) {
                 Row<V> a = h_in[(q * M + m) * 32];

@@ -25,7 +25,6 @@ enum {
     WIDE_SEQUENCES = 64,
     WIDE_ROWS = 144, // of a slot, at the most: a slot has 64 inputs of so many rows of a matrix
     WIDE_PARTS = 4,  // of in_proj's inputs
-    WIDE_LINE = 32,  // words from a block's to the next one's
     WIDE_WARPS = 12,
     WIDE_THREADS = 32 * WIDE_WARPS,
     WIDE_ROWS_FEW = 8 * WIDE_WARPS, // the same of x_proj and dt_proj: a tile a warp
@@ -37,7 +36,7 @@ enum {
 // lane; ITEMS: four channels each, of the convolution, a thread; TEAM: warps that take a sequence
 // of the scan's step.
 template <int D> struct WideShape {
-    static constexpr int E = 2 * D, SLICE = E / SOLO_CLUSTER, CHUNKS = SLICE / 64,
+    static constexpr int E = 2 * D, SLICE = E / CLUSTER_BLOCKS, CHUNKS = SLICE / 64,
                          PITCH = SLICE * 2 + 16;
     static constexpr int SUB = D == 2560 ? 160 : D % 768 == 0 ? 192 : 128, SUBS = SLICE / SUB;
     static constexpr int PAIRS = D == 768 ? 1 : D <= 1536 ? 2 : 3;
@@ -87,11 +86,11 @@ struct WideShared {
         most = (p.S + p.clusters - 1) / p.clusters;
         size_t out = (size_t)64 * p.out.tiles * 8 * 4,
                in = (size_t)WIDE_PARTS * 16 * p.in.tiles * 8 * 2,
-               scan = (size_t)3 * most * p.slice * 4, xdb = (size_t)SOLO_CLUSTER * most * p.P * 4,
+               scan = (size_t)3 * most * p.slice * 4, xdb = (size_t)CLUSTER_BLOCKS * most * p.P * 4,
                pitch = p.slice * 2 + 16, low_pitch = (p.slice / 4 + 63) / 64 * 128 + 16;
         if (out < scan) out = scan;
         if (out < in) out = in;
-        sums = ((2 * SOLO_SLOTS + 4) * 8 + 127) / 128 * 128, bc = sums + out;
+        sums = ((2 * RING_SLOTS + 4) * 8 + 127) / 128 * 128, bc = sums + out;
         scale = bc + (size_t)most * 2 * p.N * 4, end = scale + 32;
         u = xdb, low = u + 8 * pitch, a_bytes = low + 8 * low_pitch;
         if (a_bytes < (size_t)WIDE_SEQUENCES * p.slice * 2)
@@ -112,14 +111,10 @@ __device__ inline void copy_box(void *to, const CUtensorMap *map, int k, int row
                  "l"(map), "r"(k), "r"(row), "r"(shared_address(barrier))
                  : "memory");
 }
-__device__ inline void wide_sync() {
-    asm volatile("bar.sync 1, %0;" ::"n"((int)WIDE_THREADS) : "memory");
-}
-
 // Fetches everything that the block reads of weights and states, in the order in which it is used.
 template <int D>
-__device__ inline void wide_fetch(const WideArgs &p, const CUtensorMap *map_h, SoloRing ring,
-                                  int rank, int in_first, int out_first, int s_first, int n_s) {
+__device__ inline void wide_fetch(const WideArgs &p, const CUtensorMap *map_h, Ring ring, int rank,
+                                  int in_first, int out_first, int s_first, int n_s) {
     using Q = WideShape<D>;
     constexpr int SUB = Q::SUB;
     const int lane = threadIdx.x % 32, channel = rank * Q::SLICE, conv_floats = (p.K + 1) * SUB,
@@ -141,7 +136,7 @@ __device__ inline void wide_fetch(const WideArgs &p, const CUtensorMap *map_h, S
 #pragma unroll 1
     for (int layer = 0; layer < p.n_layer; layer++) {
         const WideLayer *w = p.layers + layer;
-        const size_t place = ((size_t)layer * SOLO_CLUSTER + rank) * Q::SUBS;
+        const size_t place = ((size_t)layer * CLUSTER_BLOCKS + rank) * Q::SUBS;
         boxes(&w->in, p.in, Q::CHUNKS, rank % WIDE_PARTS * Q::SLICE, in_first);
         if (layer == 0)
             asm volatile("griddepcontrol.wait;" ::: "memory"); // states are of the step before
@@ -190,7 +185,7 @@ __device__ inline uint64_t wide_operand(uint32_t at) {
            (uint64_t)1 << 62;
 }
 template <int CHUNKS, class Take>
-__device__ inline void wide_product(SoloRing &ring, int tid, uint32_t a, int m_tiles, int tiles,
+__device__ inline void wide_product(Ring &ring, int tid, uint32_t a, int m_tiles, int tiles,
                                     Take take) {
     constexpr int GROUP = wide_group(CHUNKS);
     const int first = tid / 128 * (WIDE_GROUP / 8), m = tid / 32 % 4;
@@ -199,7 +194,7 @@ __device__ inline void wide_product(SoloRing &ring, int tid, uint32_t a, int m_t
     float c[24] = {};
 #pragma unroll 1
     for (int i = 0; i < CHUNKS; i += GROUP) {
-        SoloRing ahead = ring;
+        Ring ahead = ring;
         uint32_t slot[GROUP];
 #pragma unroll
         for (int g = 0; g < GROUP; g++, ahead.next()) slot[g] = shared_address(ahead.wait()) + rows;
@@ -230,14 +225,14 @@ __device__ inline void wide_product(SoloRing &ring, int tid, uint32_t a, int m_t
 // The same of up to 8 sequences, whose activations lie at `a` in rows of PITCH bytes; a tile a
 // warp. take(sums): of sequence lane / 4, rows 8 warp + 2 (lane % 4) and one more.
 template <int PITCH, int CHUNKS, class Take>
-__device__ inline void wide_few(SoloRing &ring, int tid, uint32_t a, int tiles, Take take) {
+__device__ inline void wide_few(Ring &ring, int tid, uint32_t a, int tiles, Take take) {
     constexpr int GROUP = wide_group(CHUNKS);
     const int lane = tid % 32, warp = tid / 32;
     const uint32_t a_row = a + lane % 8 * PITCH + lane / 8 * 16, row = warp * 1024 + lane % 8 * 128;
     float c[2][4] = {};
 #pragma unroll 1
     for (int i = 0; i < CHUNKS; i += GROUP) {
-        SoloRing ahead = ring;
+        Ring ahead = ring;
         uint32_t slot[GROUP];
 #pragma unroll
         for (int g = 0; g < GROUP; g++, ahead.next()) slot[g] = shared_address(ahead.wait());
@@ -258,34 +253,6 @@ __device__ inline void wide_few(SoloRing &ring, int tid, uint32_t a, int tiles, 
     if (warp < tiles) take(make_float2(c[0][0] + c[1][0], c[0][1] + c[1][1]));
 }
 
-__device__ inline void arrive_at(uint32_t barrier) { // of any block of the cluster
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-                 : "memory");
-}
-// All blocks have written what they had to. To hear is no acquire, which would empty the
-// first-level cache: what was written is read past it (cg).
-__device__ inline void wide_say(const WideArgs &p, uint32_t tag) {
-    wide_sync();
-    if (threadIdx.x == 0)
-        asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p.words + blockIdx.x * WIDE_LINE),
-                     "r"(tag)
-                     : "memory");
-}
-__device__ inline void wide_hear(const WideArgs &p, uint32_t tag) {
-    if (threadIdx.x < gridDim.x) {
-        uint32_t word;
-        int polls = 0;
-        do {
-            asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];"
-                         : "=r"(word)
-                         : "l"(p.words + threadIdx.x * WIDE_LINE)
-                         : "memory");
-            give_up_after(++polls);
-        } while ((int32_t)(word - tag) < 0);
-    }
-    wide_sync();
-}
-
 // Rows of activations, a slice of their inputs, to shared memory; rows of sequences that there are
 // not stay what they are.
 template <int D>
@@ -304,7 +271,7 @@ __device__ inline void wide_load(int S, int tid, uint32_t a, const bf16 *from, i
 }
 __device__ inline void wide_loaded() { // and the tensor cores may read it
     asm volatile("cp.async.wait_all;\nfence.proxy.async.shared::cta;" ::: "memory");
-    wide_sync();
+    sync_workers<WIDE_THREADS>();
 }
 #endif
 
@@ -312,9 +279,9 @@ template <int D>
 __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
     wide_kernel(const __grid_constant__ WideArgs p, const __grid_constant__ CUtensorMap map_h) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    unsigned char *memory = solo_memory;
+    unsigned char *memory = block_memory;
     int tid = threadIdx.x;
-    const int rank = blockIdx.x % SOLO_CLUSTER, cluster = blockIdx.x / SOLO_CLUSTER, N = p.N,
+    const int rank = blockIdx.x % CLUSTER_BLOCKS, cluster = blockIdx.x / CLUSTER_BLOCKS, N = p.N,
               K = p.K, R = p.R, P = p.P, m_tiles = (p.S + 15) / 16;
     using Q = WideShape<D>;
     constexpr int E = Q::E, SLICE = Q::SLICE, SUB = Q::SUB, PITCH = Q::PITCH, CHUNKS = Q::CHUNKS,
@@ -331,24 +298,24 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
               out_tiles = cut(cluster + 1, p.clusters, D / 8) - out_first,
               s_first = cut(cluster, p.clusters, p.S),
               n_s = cut(cluster + 1, p.clusters, p.S) - s_first, columns = out_tiles * 8;
-    uint64_t *xdb_here = (uint64_t *)memory + 2 * SOLO_SLOTS, *sums_here = xdb_here + 1,
+    uint64_t *xdb_here = (uint64_t *)memory + 2 * RING_SLOTS, *sums_here = xdb_here + 1,
              *parts_here = xdb_here + 2, *x_read = xdb_here + 3;
     const uint32_t a = (shared_address(memory + place.end) + 1023) / 1024 * 1024,
                    a_at = a - shared_address(memory), ring_at = a_at + (uint32_t)place.a_bytes;
-    SoloRing ring = {ring_at, (uint32_t)p.slot_bytes, ring_at, p.slots, 0, 0};
+    Ring ring = {ring_at, (uint32_t)p.slot_bytes, ring_at, p.slots, 0, 0};
     bf16 *parts = (bf16 *)(memory + place.sums);
     float *xdb_parts = (float *)(memory + a_at), *sums = (float *)(memory + place.sums), *u = sums,
           *gate = u + most * SLICE, *delta = gate + most * SLICE,
           *bc = (float *)(memory + place.bc), *scale = (float *)(memory + place.scale);
-    const int xdb_bytes = SOLO_CLUSTER * n_s * P * 4,
+    const int xdb_bytes = CLUSTER_BLOCKS * n_s * P * 4,
               sums_bytes = rank < 2 * m_tiles ? 64 * columns * 4 : 0,
               parts_bytes = rank % WIDE_PARTS < m_tiles ? WIDE_PARTS * 16 * in_tiles * 8 * 2 : 0;
     if (tid == 0) {
         uint64_t *barriers = (uint64_t *)memory;
         for (int i = 0; i < p.slots; i++)
-            barrier_init(barriers + i, 1), barrier_init(barriers + SOLO_SLOTS + i, WIDE_WARPS);
+            barrier_init(barriers + i, 1), barrier_init(barriers + RING_SLOTS + i, WIDE_WARPS);
         barrier_init(xdb_here, 1), barrier_init(sums_here, 1), barrier_init(parts_here, 1);
-        barrier_init(x_read, SOLO_CLUSTER);
+        barrier_init(x_read, CLUSTER_BLOCKS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         barrier_expect(xdb_here, xdb_bytes), barrier_expect(sums_here, sums_bytes);
         barrier_expect(parts_here, parts_bytes);
@@ -389,7 +356,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
             if (sums_bytes) barrier_watch(sums_here, phase ^ 1);
             pairs([&](int i, int) {
 #pragma unroll
-                for (int part = 0; part < SOLO_CLUSTER; part++) {
+                for (int part = 0; part < CLUSTER_BLOCKS; part++) {
                     float2 v = *(const float2 *)(sums + (part * 8 + warp) * columns +
                                                  2 * (tid % 32 + 32 * i));
                     res[i].x += v.x, res[i].y += v.y;
@@ -406,8 +373,8 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
         });
         square = warp_sum(square);
         if (lane == 0 && own < p.S) p.squares[cluster * WIDE_SEQUENCES + own] = square;
-        wide_say(p, tag);
-        wide_hear(p, tag++);
+        raise_flag<WIDE_THREADS>(p.words, tag);
+        wait_for_flags<WIDE_THREADS>(p.words, tag++);
         wide_load<D>(p.S, tid, a, p.x + rank % WIDE_PARTS * SLICE, D);
         if (warp < n_s) {
             float v =
@@ -450,8 +417,8 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                 put_tagged(to, pack(v[0], v[1]), pack(v[2], v[3]), tag),
                     put_tagged(to + 1, pack(v[4], v[5]), pack(v[6], v[7]), tag);
             }
-        wide_sync();            // all warps have multiplied from x
-        if (tid < SOLO_CLUSTER) // so the cluster's blocks may overwrite it with x_proj's sums
+        sync_workers<WIDE_THREADS>(); // all warps have multiplied from x
+        if (tid < CLUSTER_BLOCKS)     // so the cluster's blocks may overwrite it with x_proj's sums
             arrive_at(address_in(shared_address(x_read), tid));
         if (n_s) {
             float4 x[Q::ITEMS], z[Q::ITEMS];
@@ -470,7 +437,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
 #pragma unroll 1
             for (int q = 0; q < Q::SUBS; q++) {
                 const float *conv = (const float *)ring.wait();
-                SoloRing second = ring;
+                Ring second = ring;
                 second.next();
                 const float *window = (const float *)second.wait();
 #pragma unroll
@@ -502,7 +469,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                 ring.release(), ring.release();
             }
             barrier_watch(x_read, phase);
-            wide_sync();
+            sync_workers<WIDE_THREADS>();
 #pragma unroll 1
             for (int b = 0; b < p.x_proj.blocks; b++)
                 wide_few<PITCH, CHUNKS>(
@@ -512,7 +479,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                         uint32_t to = shared_address(xdb_parts + (rank * n_s + lane / 4) * P +
                                                      b * p.x_proj.rows + warp * 8 + lane % 4 * 2);
 #pragma unroll 2
-                        for (int i = 0; i < SOLO_CLUSTER; i++)
+                        for (int i = 0; i < CLUSTER_BLOCKS; i++)
                             send(address_in(to, i), __float_as_uint(c.x), __float_as_uint(c.y),
                                  address_in(shared_address(xdb_here), i));
                     });
@@ -522,7 +489,8 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
             for (int i = tid; i < n_s * P; i += WIDE_THREADS) {
                 float v = 0;
 #pragma unroll
-                for (int part = 0; part < SOLO_CLUSTER; part++) v += xdb_parts[part * n_s * P + i];
+                for (int part = 0; part < CLUSTER_BLOCKS; part++)
+                    v += xdb_parts[part * n_s * P + i];
                 int item_s = (int)((uint32_t)i * p.P_inverse >> 20), o = i - item_s * P;
                 if (o < R) low[item_s * (LOW_PITCH / 2) + o] = __float2bfloat16_rn(v);
                 else bc[item_s * 2 * N + o - R] = v;
@@ -531,7 +499,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                  o += WIDE_THREADS) // up to a multiple of 64
                 for (int row = 0; row < n_s; row++)
                     low[row * (LOW_PITCH / 2) + o] = __float2bfloat16_rn(0);
-            wide_sync();
+            sync_workers<WIDE_THREADS>();
 #pragma unroll 1
             for (int b = 0; b < p.dt.blocks; b++)
                 wide_few<LOW_PITCH, LOW_CHUNKS>(
@@ -541,7 +509,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                             *(float2 *)(delta + lane / 4 * SLICE + b * p.dt.rows + warp * 8 +
                                         lane % 4 * 2) = c;
                     });
-            wide_sync();
+            sync_workers<WIDE_THREADS>();
             // The scan's step: a channel a lane, all its states; teams of warps take the sequences
             // in turn.
             const int team = warp / Q::TEAM, c = warp % Q::TEAM * 32 + lane;
@@ -587,8 +555,8 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
             }
         }
         tag++;
-        wide_say(p, tag);
-        wide_hear(p, tag++);
+        raise_flag<WIDE_THREADS>(p.words, tag);
+        wait_for_flags<WIDE_THREADS>(p.words, tag++);
         wide_load<D>(p.S, tid, a, p.y + rank * SLICE, E);
         if (layer + 1 < p.n_layer)
             pairs([&](int i, int at) { norm[i] = *(const float2 *)(p.norms[layer + 1] + at); });
@@ -719,7 +687,7 @@ static Wide *wide_new(Gpu *g, int S) {
     // only are more.
     const int rows_most = D >= 2048 ? WIDE_ROWS_FEW : WIDE_ROWS;
     p->x_proj.set((p->P + 7) / 8, WIDE_ROWS_FEW), p->dt.set(p->slice / 8, WIDE_ROWS_FEW);
-    for (p->clusters = SOLO_CLUSTERS;; p->clusters--) { // as many as run at once
+    for (p->clusters = CLUSTERS_MAX;; p->clusters--) { // as many as run at once
         if (!p->clusters) return NULL;
         p->in.set((E / 4 + 2 * p->clusters - 1) / (2 * p->clusters), rows_most);
         p->out.set((D / 8 + p->clusters - 1) / p->clusters, rows_most);
@@ -730,14 +698,14 @@ static Wide *wide_new(Gpu *g, int S) {
             (std::max(std::max(rows * 128, (N + 2) * p->sub * 4), most * (K - 1) * p->sub * 4) +
              1023) /
             1024 * 1024;
-        p->slots = SOLO_SLOTS;
+        p->slots = RING_SLOTS;
         while (p->slots && (q.shared = WideShared(*p).bytes) > (size_t)d->shared_limit) p->slots--;
         if (p->slots < 4 || most > WIDE_EACH || p->out.tiles * 8 > 64 * pairs) return NULL;
         int at_once = clusters_at_once(q.kernel, p->clusters, WIDE_THREADS + 32, q.shared);
         if (at_once < 0) return NULL;
         if (at_once >= p->clusters) break;
     }
-    size_t L = (size_t)c->n_layer, places = (size_t)SOLO_CLUSTER * p->subs;
+    size_t L = (size_t)c->n_layer, places = (size_t)CLUSTER_BLOCKS * p->subs;
     WideLayer *layers = NULL;
     float *conv = NULL, *scan = NULL;
     const float **norms = NULL;
@@ -746,8 +714,8 @@ static Wide *wide_new(Gpu *g, int S) {
         a.take(layers, L), a.take(norms, L), a.take(conv, L * E * (K + 1)),
             a.take(scan, L * E * (N + 2));
         a.take(p->xz, (size_t)S * E / 2), a.take(p->x, (size_t)S * D), a.take(p->y, (size_t)S * E);
-        a.take(p->squares, (size_t)SOLO_CLUSTERS * WIDE_SEQUENCES);
-        a.take(p->words, (size_t)SOLO_CLUSTERS * SOLO_CLUSTER * WIDE_LINE), a.take(p->turn, 1);
+        a.take(p->squares, (size_t)CLUSTERS_MAX * WIDE_SEQUENCES);
+        a.take(p->words, (size_t)CLUSTERS_MAX * CLUSTER_BLOCKS * FLAG_STRIDE), a.take(p->turn, 1);
         if (!measure) break;
         if (cudaMalloc(&q.memory, a.used) != cudaSuccess) return cudaGetLastError(), (Wide *)NULL;
         cudaMemsetAsync(q.memory, 0, a.used, d->stream);
@@ -766,7 +734,7 @@ static Wide *wide_new(Gpu *g, int S) {
             tensor_map(&host[layer].dt, true, w->dt_proj, (size_t)E, (size_t)R, p->dt.rows, 64) &&
             tensor_map(&host[layer].out, true, w->out_proj, (size_t)D, (size_t)E, p->out.rows, 64);
         host_norms[layer] = (const float *)w->norm;
-        wide_vectors_kernel<<<dim3(SOLO_CLUSTER, (unsigned)p->subs), 128, 0, d->stream>>>(
+        wide_vectors_kernel<<<dim3(CLUSTER_BLOCKS, (unsigned)p->subs), 128, 0, d->stream>>>(
             conv + layer * places * (K + 1) * p->sub, scan + layer * places * (N + 2) * p->sub, *w,
             p->sub, E, N, K);
         check_launch(d, "weights");
@@ -783,8 +751,9 @@ static Wide *wide_new(Gpu *g, int S) {
 // network() for one token of each sequence; res has their embeddings.
 static void wide_step(Gpu *g, const Wide *q) {
     const Config *c = &g->config;
-    launch_cluster(&g->device, SOLO_CLUSTER, q->kernel, (unsigned)(q->args.clusters * SOLO_CLUSTER),
-                   WIDE_THREADS + 32, q->shared, q->args, q->h);
+    launch_cluster(&g->device, CLUSTER_BLOCKS, q->kernel,
+                   (unsigned)(q->args.clusters * CLUSTER_BLOCKS), WIDE_THREADS + 32, q->shared,
+                   q->args, q->h);
     rmsnorm(&g->device, Rows(acts_of<bf16>(g).xn, c->D), Rows(g->res, c->D),
             (const float *)g->w.norm_f, c->norm_eps, q->args.S, c->D);
 }

@@ -18,22 +18,8 @@
 // longest), inputs as the sum of two bf16, in two of the product's 8 or 16 columns. Outputs go by
 // pairs i, i + 8 of each 16, which one lane has.
 
-enum {
-    SOLO_CLUSTER = 8,
-    SOLO_CLUSTERS = 16,
-    SOLO_THREADS = 256,
-    SOLO_WARPS = 8,
-    SOLO_ROWS = 8,
-    SOLO_STATES = 16,
-    SOLO_TAPS = 4
-};
-enum {
-    SOLO_SLOTS = 24,
-    SOLO_BARRIERS = 2 * SOLO_SLOTS + 4,
-    SOLO_PAD = 8,
-    SOLO_X_TILES = 2,
-    SOLO_FLYING = 49152
-};
+enum { SOLO_THREADS = 256, SOLO_WARPS = 8, SOLO_ROWS = 8, SOLO_STATES = 16, SOLO_TAPS = 4 };
+enum { SOLO_BARRIERS = 2 * RING_SLOTS + 4, SOLO_PAD = 8, SOLO_X_TILES = 2, SOLO_FLYING = 49152 };
 // PAD: of rows, against bank conflicts; X_TILES: of x_proj, for each block of a cluster, at the
 // most; FLYING: bytes on their way to a block: more do not come faster, and polls wait behind them
 
@@ -63,7 +49,7 @@ struct SoloVectors {
         A = 0, conv = A + channels * N, conv_bias = conv + channels * K,
         dt_bias = conv_bias + channels;
         D_skip = dt_bias + channels, h = D_skip + channels, window = h + channels * N;
-        norm = (window + channels * (K - 1) + 3) / 4 * 4, floats = norm + D / SOLO_CLUSTER;
+        norm = (window + channels * (K - 1) + 3) / 4 * 4, floats = norm + D / CLUSTER_BLOCKS;
     }
 };
 
@@ -95,8 +81,6 @@ __host__ __device__ inline int solo_first(int block, int blocks, int E) {
 }
 
 #if __CUDA_ARCH__ >= 900
-extern __shared__ __align__(128) unsigned char solo_memory[];
-__device__ inline void sync_workers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 // Four 8 x 8 matrices of bf16, whose rows the lanes 8i..8i+7 point at.
 template <bool TRANSPOSED> __device__ inline uint4 matrices(uint32_t row) {
     uint4 v;
@@ -121,37 +105,12 @@ __device__ inline uint32_t operand(uint32_t x, uint32_t y) {
     return lane < 8 ? __byte_perm(x, y, lane < 4 ? 0x5410 : 0x7632) : 0;
 }
 
-struct SoloRing {              // a place in the ring, the same in all threads that pass through it
-    uint32_t slots, bytes, at; // offsets in shared memory
-    int n, slot, phase;
-    __device__ uint64_t *full() const { return (uint64_t *)solo_memory + slot; }
-    __device__ uint64_t *empty() const { return full() + SOLO_SLOTS; }
-    __device__ void next() {
-        at += bytes;
-        if (++slot == n) slot = 0, at = slots, phase ^= 1;
-    }
-    __device__ unsigned char *wait() const {
-        return barrier_watch(full(), phase), solo_memory + at;
-    }
-    __device__ void release() { // by a warp
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty());
-        next();
-    }
-    __device__ unsigned char *claim(int expected) {
-        barrier_wait(empty(), phase ^ 1); // passes the first time round
-        if (threadIdx.x % 32 == 0) barrier_expect(full(), expected);
-        __syncwarp();
-        return solo_memory + at;
-    }
-};
-
 // Fetches everything that the block reads of the weights, in the order in which it is used; a warp,
 // a row a lane.
-__device__ inline void solo_fetch(const SoloArgs &p, SoloRing ring, int first, int n) {
+__device__ inline void solo_fetch(const SoloArgs &p, Ring ring, int first, int n) {
     const int D = p.D, E = p.E, R = p.R, P = p.P + SOLO_PAD, lane = threadIdx.x % 32,
               pitch = (D + SOLO_PAD) * 2;
-    SoloRing landed = ring;
+    Ring landed = ring;
     int flying = 0;
     auto claim = [&](int bytes) {
         if (flying++ >= p.flying) barrier_wait(landed.full(), landed.phase), landed.next();
@@ -195,49 +154,6 @@ __device__ inline void solo_fetch(const SoloArgs &p, SoloRing ring, int first, i
     rows(p.head + (size_t)row * D, p.V, NULL, max(0, min(rows_each, p.V - row)));
 }
 
-// sum[r] = the sums of a pair of numbers over the clusters, in all 16 lanes of half-warp i for
-// pairs i, i + 16, ... below `pairs`. words: (clusters, 16 ROUNDS), of which a warp watches two
-// clusters', by 16 neighbours each: a cluster's words fill lines that nobody else writes. (A line
-// that is polled and that many write is slow: 0.34 ms a step of 130M instead of 0.22.) scratch: (8,
-// 16 ROUNDS).
-template <int ROUNDS>
-__device__ inline void solo_gather(float2 sum[ROUNDS], float2 *scratch, const ulonglong2 *words,
-                                   int pairs, int clusters, uint32_t tag) {
-    const int warp = threadIdx.x / 32, half = threadIdx.x / 16, lane = threadIdx.x % 16;
-    ulonglong2 v[ROUNDS];
-    int polls = 0;
-    bool all;
-    do {
-        all = true;
-#pragma unroll
-        for (int r = 0; r < ROUNDS; r++) {
-            v[r] = make_ulonglong2((uint64_t)tag << 32, (uint64_t)tag << 32);
-            if (lane + 16 * r < pairs && half < clusters)
-                v[r] = get_words(words + half * 16 * ROUNDS + lane + 16 * r);
-        }
-#pragma unroll
-        for (int r = 0; r < ROUNDS; r++) all = all && both_tagged(v[r], tag);
-        give_up_after(++polls);
-    } while (!__all_sync(0xffffffffu, all));
-#pragma unroll
-    for (int r = 0; r < ROUNDS; r++) {
-        float2 x =
-            make_float2(__uint_as_float((uint32_t)v[r].x), __uint_as_float((uint32_t)v[r].y));
-        x.x += __shfl_xor_sync(0xffffffffu, x.x, 16), x.y += __shfl_xor_sync(0xffffffffu, x.y, 16);
-        if (threadIdx.x % 32 < 16) scratch[warp * 16 * ROUNDS + lane + 16 * r] = x;
-    }
-    sync_workers();
-#pragma unroll
-    for (int r = 0; r < ROUNDS; r++) sum[r] = scratch[lane % 8 * 16 * ROUNDS + half + 16 * r];
-#pragma unroll
-    for (int step = 4; step; step /= 2)
-#pragma unroll
-        for (int r = 0; r < ROUNDS; r++) {
-            sum[r].x += __shfl_xor_sync(0xffffffffu, sum[r].x, step);
-            sum[r].y += __shfl_xor_sync(0xffffffffu, sum[r].y, step);
-        }
-}
-
 // x's operands for 16 inputs; in memory x lies by pairs.
 __device__ inline uint2 x_operands(const uint4 *x, int sixteen) {
     uint4 v = x[4 * sixteen + threadIdx.x % 4]; // inputs 2j, 2j + 8, 2j + 1, 2j + 9
@@ -253,7 +169,7 @@ __device__ inline float2 both_parts(const float c[4]) {
 // sums (8,sum_rows): of W's rows (`rows` of them come through the ring) times x, by warps, each of
 // which takes every eighth group of 32 inputs; GROUP slots at a time.
 template <int WIDTH, int GROUP>
-__device__ inline void solo_in_proj(SoloRing &ring, float *sums, int sum_rows, const uint4 *x,
+__device__ inline void solo_in_proj(Ring &ring, float *sums, int sum_rows, const uint4 *x,
                                     int rows) {
     constexpr int pitch = (256 * WIDTH + SOLO_PAD) * 2;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -269,11 +185,11 @@ __device__ inline void solo_in_proj(SoloRing &ring, float *sums, int sum_rows, c
     for (int base = 0; base < rows; base += GROUP * SOLO_ROWS) {
         float c[GROUP][4] = {};
         uint32_t at[GROUP];
-        SoloRing ahead = ring;
+        Ring ahead = ring;
 #pragma unroll
         for (int i = 0; i < GROUP;
              i++) { // beyond the last row: anything, for sums that nobody takes
-            at[i] = shared_address(solo_memory) + ahead.at + mine;
+            at[i] = shared_address(block_memory) + ahead.at + mine;
             if (base + i * SOLO_ROWS < rows) ahead.wait(), ahead.next();
         }
 #pragma unroll
@@ -304,15 +220,15 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
     solo_kernel(const __grid_constant__ SoloArgs p) {
 #if __CUDA_ARCH__ >= 900
     constexpr int D = 256 * WIDTH, TILES = D / 128;
-    unsigned char *memory = solo_memory;
+    unsigned char *memory = block_memory;
     const int E = p.E, N = p.N, K = p.K, R = p.R, P = p.P, tid = threadIdx.x, warp = tid / 32,
-              half = tid / 16, lane = tid % 16, rank = blockIdx.x % SOLO_CLUSTER,
-              cluster = blockIdx.x / SOLO_CLUSTER, channels = p.channels,
+              half = tid / 16, lane = tid % 16, rank = blockIdx.x % CLUSTER_BLOCKS,
+              cluster = blockIdx.x / CLUSTER_BLOCKS, channels = p.channels,
               first = solo_first(blockIdx.x, gridDim.x, E),
               n = solo_first(blockIdx.x + 1, gridDim.x, E) - first;
     const SoloShared place(p.slots, p.slot_bytes, channels, D, P);
     const SoloVectors vector(channels, N, K, D);
-    uint64_t *barriers = (uint64_t *)memory, *x_here = barriers + 2 * SOLO_SLOTS,
+    uint64_t *barriers = (uint64_t *)memory, *x_here = barriers + 2 * RING_SLOTS,
              *xdb_here = x_here + 1, *xdb_parts_here = x_here + 2, *res_parts_here = x_here + 3;
     auto floats = [&](size_t at) { return (float *)(memory + at); };
     const uint4 *x = (uint4 *)(memory + place.x);
@@ -323,17 +239,17 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
     float2 *xdb_parts = (float2 *)(memory + place.xdb_parts),
            *res_parts = (float2 *)(memory + place.res_parts),
            *gathered = (float2 *)(memory + place.gathered);
-    SoloRing ring = {
-        (uint32_t)place.ring, (uint32_t)p.slot_bytes, (uint32_t)place.ring, p.slots, 0, 0};
+    Ring ring = {(uint32_t)place.ring, (uint32_t)p.slot_bytes, (uint32_t)place.ring, p.slots, 0, 0};
     // Pairs of x_proj's and out_proj's outputs that this block sums up: of every eighth tile from
     // `rank` on, 8 of each; D/16.
-    const int x_mine = P / 16 > rank ? (P / 16 - rank + SOLO_CLUSTER - 1) / SOLO_CLUSTER * 8 : 0,
-              res_each = D / (2 * SOLO_CLUSTER); // 16 WIDTH
+    const int x_mine =
+                  P / 16 > rank ? (P / 16 - rank + CLUSTER_BLOCKS - 1) / CLUSTER_BLOCKS * 8 : 0,
+              res_each = D / (2 * CLUSTER_BLOCKS); // 16 WIDTH
     const int x_bytes = D * 4 + 128 * 4, xdb_bytes = P * 4,
-              x_part_bytes = SOLO_CLUSTER * x_mine * 8, res_part_bytes = D * 4;
+              x_part_bytes = CLUSTER_BLOCKS * x_mine * 8, res_part_bytes = D * 4;
     if (tid == 0) {
         for (int i = 0; i < p.slots; i++)
-            barrier_init(barriers + i, 1), barrier_init(barriers + SOLO_SLOTS + i, SOLO_WARPS);
+            barrier_init(barriers + i, 1), barrier_init(barriers + RING_SLOTS + i, SOLO_WARPS);
         for (int i = 0; i < 4; i++) barrier_init(x_here + i, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         barrier_expect(x_here, x_bytes), barrier_expect(xdb_here, xdb_bytes);
@@ -378,23 +294,23 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
         const uint32_t tag = first_tag + (uint32_t)layer;
         if (layer) { // the residual stream, and what out_proj of the layer before adds to it
             float2 sum[WIDTH];
-            solo_gather<WIDTH>(sum, gathered, p.res_words + rank * SOLO_CLUSTERS * res_each,
-                               res_each, p.clusters, tag - 1);
+            gather_pairs<WIDTH>(sum, gathered, p.res_words + rank * CLUSTERS_MAX * res_each,
+                                res_each, p.clusters, tag - 1);
 #pragma unroll
             for (int r = 0; r < WIDTH; r++) res[r].x += sum[r].x, res[r].y += sum[r].y;
         }
         float square = 0;
-        const uint32_t to = address_in(shared_address(x), lane % SOLO_CLUSTER),
-                       bar = address_in(shared_address(x_here), lane % SOLO_CLUSTER);
+        const uint32_t to = address_in(shared_address(x), lane % CLUSTER_BLOCKS),
+                       bar = address_in(shared_address(x_here), lane % CLUSTER_BLOCKS);
 #pragma unroll
         for (int r = 0; r < WIDTH; r++) {
             int q = half + 16 * r;
-            if (lane < SOLO_CLUSTER)
+            if (lane < CLUSTER_BLOCKS)
                 send(to + (uint32_t)(rank * res_each + q) * 8, split(res[r].x * norm[r].x),
                      split(res[r].y * norm[r].y), bar);
             square += res[r].x * res[r].x + res[r].y * res[r].y;
         }
-        if (lane < SOLO_CLUSTER)
+        if (lane < CLUSTER_BLOCKS)
             send(address_in(shared_address(squares + rank * 16 + half), lane), square, bar);
         barrier_watch(x_here, phase);
         if (tid == 0) barrier_expect(x_here, x_bytes);
@@ -405,7 +321,7 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
         const uint32_t *W_dt = (const uint32_t *)(small + n * (P + SOLO_PAD) * 2);
         float *vectors = (float *)(W_dt + n * (R / 2)),
               *state = p.vectors + ((size_t)layer * gridDim.x + blockIdx.x) * p.vector_floats;
-        sync_workers();
+        sync_workers<SOLO_THREADS>();
         if (tid < n) {
             float v = 0, z = 0, conv = vectors[vector.conv_bias + tid];
 #pragma unroll
@@ -422,7 +338,7 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
             float out = silu(conv);
             u[tid] = out, u_words[tid] = split(out), gate[tid] = silu(z * scale);
         }
-        sync_workers();
+        sync_workers<SOLO_THREADS>();
         // A transposed product of tiles of 16 outputs by 16 channels; those beyond n count 0,
         // whatever lies there.
         auto transposed = [&](auto *sums, int tiles, uint32_t at, int stride, const uint32_t *words,
@@ -462,19 +378,19 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
             float2 sum = {};
             barrier_watch(xdb_parts_here, phase);
 #pragma unroll
-            for (int i = 0; i < SOLO_CLUSTER; i++)
+            for (int i = 0; i < CLUSTER_BLOCKS; i++)
                 sum.x += xdb_parts[i * SOLO_X_TILES * 8 + tid].x,
                     sum.y += xdb_parts[i * SOLO_X_TILES * 8 + tid].y;
-            put_tagged(p.xdb_words + (rank * SOLO_CLUSTERS + cluster) * SOLO_X_TILES * 8 + tid,
+            put_tagged(p.xdb_words + (rank * CLUSTERS_MAX + cluster) * SOLO_X_TILES * 8 + tid,
                        __float_as_uint(sum.x), __float_as_uint(sum.y), tag);
         }
         if (tid == 0) barrier_expect(xdb_parts_here, x_part_bytes);
         float2 xdb_sum[1];
-        solo_gather<1>(xdb_sum, gathered, p.xdb_words + rank * SOLO_CLUSTERS * SOLO_X_TILES * 8,
-                       x_mine, p.clusters, tag);
-        if (half < x_mine && lane < SOLO_CLUSTER) {
+        gather_pairs<1>(xdb_sum, gathered, p.xdb_words + rank * CLUSTERS_MAX * SOLO_X_TILES * 8,
+                        x_mine, p.clusters, tag);
+        if (half < x_mine && lane < CLUSTER_BLOCKS) {
             uint32_t there = address_in(
-                         shared_address(xdb + (rank + half / 8 * SOLO_CLUSTER) * 16 + half % 8),
+                         shared_address(xdb + (rank + half / 8 * CLUSTER_BLOCKS) * 16 + half % 8),
                          lane),
                      bar = address_in(shared_address(xdb_here), lane);
             send(there, xdb_sum[0].x, bar), send(there + 32, xdb_sum[0].y, bar);
@@ -543,11 +459,11 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
         for (int r = 0; r < WIDTH; r++)
             norm[r] = ((const float2 *)(vectors + vector.norm))[half + 16 * r];
         ring.release();
-        sync_workers();
+        sync_workers<SOLO_THREADS>();
         float part[TILES][4] = {}; // this block's part of out_proj
 #pragma unroll 1
         for (int from = 0; from < n; from += 16) {
-            SoloRing second = ring;
+            Ring second = ring;
             unsigned char *rows = ring.wait(), *more = rows;
             if (from + SOLO_ROWS < n) second.next(), more = second.wait();
             transposed(&part, D / 128,
@@ -568,9 +484,9 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
             float2 sum = {};
             barrier_watch(res_parts_here, phase);
 #pragma unroll
-            for (int i = 0; i < SOLO_CLUSTER; i++)
+            for (int i = 0; i < CLUSTER_BLOCKS; i++)
                 sum.x += res_parts[i * res_each + q].x, sum.y += res_parts[i * res_each + q].y;
-            put_tagged(p.res_words + (rank * SOLO_CLUSTERS + cluster) * res_each + q,
+            put_tagged(p.res_words + (rank * CLUSTERS_MAX + cluster) * res_each + q,
                        __float_as_uint(sum.x), __float_as_uint(sum.y), tag);
         }
         if (tid == 0) barrier_expect(res_parts_here, res_part_bytes);
@@ -635,7 +551,7 @@ __global__ void solo_vectors_kernel(SoloArgs p, LayerWeights w, int layer, const
     const SoloVectors at(p.channels, p.N, p.K, p.D);
     const int E = p.E, N = p.N, K = p.K, first = solo_first(blockIdx.x, gridDim.x, E),
               n = solo_first(blockIdx.x + 1, gridDim.x, E) - first,
-              pairs = p.D / (2 * SOLO_CLUSTER);
+              pairs = p.D / (2 * CLUSTER_BLOCKS);
     float *to = p.vectors + ((size_t)layer * gridDim.x + blockIdx.x) * at.floats;
     const float *conv_bias = (const float *)w.conv_bias;
     for (int c = threadIdx.x, e = first + c; c < n; c += blockDim.x, e += blockDim.x) {
@@ -646,7 +562,7 @@ __global__ void solo_vectors_kernel(SoloArgs p, LayerWeights w, int layer, const
         to[at.D_skip + c] = ((const float *)w.D_skip)[e];
     }
     for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
-        int q = blockIdx.x % SOLO_CLUSTER * pairs + i, column = q / 8 * 16 + q % 8;
+        int q = blockIdx.x % CLUSTER_BLOCKS * pairs + i, column = q / 8 * 16 + q % 8;
         to[at.norm + 2 * i] = norm[column];
         to[at.norm + 2 * i + 1] = norm[column + 8];
     }
@@ -656,7 +572,7 @@ __global__ void solo_vectors_kernel(SoloArgs p, LayerWeights w, int layer, const
 __global__ void solo_state_kernel(SoloArgs p, float *h, float *window, bool back) {
     const SoloVectors at(p.channels, p.N, p.K, p.D);
     const int E = p.E, N = p.N, K = p.K, e = blockIdx.x * blockDim.x + threadIdx.x,
-              layer = blockIdx.y, blocks = p.clusters * SOLO_CLUSTER;
+              layer = blockIdx.y, blocks = p.clusters * CLUSTER_BLOCKS;
     if (e >= E) return;
     int block = (int)(((int64_t)(e + 1) * blocks - 1) / E), c = e - solo_first(block, blocks, E);
     float *of_block = p.vectors + ((size_t)layer * blocks + block) * at.floats;
@@ -686,9 +602,9 @@ static int clusters_at_once(void (*kernel)(Parameters...), int clusters, int thr
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = SOLO_CLUSTER,
+    attribute.val.clusterDim.x = CLUSTER_BLOCKS,
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.gridDim = (unsigned)(clusters * SOLO_CLUSTER), config.blockDim = (unsigned)threads;
+    config.gridDim = (unsigned)(clusters * CLUSTER_BLOCKS), config.blockDim = (unsigned)threads;
     config.dynamicSmemBytes = shared, config.attrs = &attribute, config.numAttrs = 1;
     int at_once = 0;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) ==
@@ -712,13 +628,14 @@ static Solo *solo_new(Gpu *g) {
     p->D = D, p->E = E, p->N = N, p->K = K, p->R = R, p->P = P, p->V = c->V,
     p->n_layer = c->n_layer, p->eps = c->norm_eps;
     p->mixer_eps = c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0;
-    for (int clusters = SOLO_CLUSTERS;; clusters--) { // as many as run at once
-        p->channels = std::max(4, (E + SOLO_CLUSTER * clusters - 1) / (SOLO_CLUSTER * clusters));
-        p->clusters = (E + SOLO_CLUSTER * p->channels - 1) / (SOLO_CLUSTER * p->channels);
+    for (int clusters = CLUSTERS_MAX;; clusters--) { // as many as run at once
+        p->channels =
+            std::max(4, (E + CLUSTER_BLOCKS * clusters - 1) / (CLUSTER_BLOCKS * clusters));
+        p->clusters = (E + CLUSTER_BLOCKS * p->channels - 1) / (CLUSTER_BLOCKS * p->channels);
         p->vector_floats = SoloVectors(p->channels, N, K, D).floats;
         int small = p->channels * (P + SOLO_PAD + R) * 2 + p->vector_floats * 4;
         p->slot_bytes = (std::max(SOLO_ROWS * (D + SOLO_PAD) * 2, small) + 127) / 128 * 128;
-        p->slots = SOLO_SLOTS, p->flying = std::max(1, SOLO_FLYING / p->slot_bytes);
+        p->slots = RING_SLOTS, p->flying = std::max(1, SOLO_FLYING / p->slot_bytes);
         while (p->slots &&
                (q.shared = SoloShared(p->slots, p->slot_bytes, p->channels, D, P).bytes) >
                    (size_t)d->shared_limit)
@@ -748,7 +665,7 @@ static Solo *solo_new(Gpu *g) {
         if (at_once >= p->clusters) break;
         if (clusters == 1) return NULL;
     }
-    size_t L = (size_t)c->n_layer, blocks = (size_t)p->clusters * SOLO_CLUSTER;
+    size_t L = (size_t)c->n_layer, blocks = (size_t)p->clusters * CLUSTER_BLOCKS;
     SoloLayer *layers = NULL;
     bf16 *W_x = NULL, *W_out = NULL;
     for (int measure = 1; measure >= 0; measure--) {
@@ -756,8 +673,8 @@ static Solo *solo_new(Gpu *g) {
         a.take(layers, L), a.take(W_x, L * E * (P + SOLO_PAD)),
             a.take(W_out, L * E * (D + SOLO_PAD));
         a.take(p->vectors, L * blocks * p->vector_floats),
-            a.take(p->xdb_words, (size_t)SOLO_X_TILES * 8 * SOLO_CLUSTER * SOLO_CLUSTERS);
-        a.take(p->res_words, (size_t)D / 2 * SOLO_CLUSTERS), a.take(p->turn, 1);
+            a.take(p->xdb_words, (size_t)SOLO_X_TILES * 8 * CLUSTER_BLOCKS * CLUSTERS_MAX);
+        a.take(p->res_words, (size_t)D / 2 * CLUSTERS_MAX), a.take(p->turn, 1);
         if (!measure) break;
         if (cudaMalloc(&q.memory, a.used) != cudaSuccess) return cudaGetLastError(), (Solo *)NULL;
         cudaMemsetAsync(q.memory, 0, a.used, d->stream);
@@ -788,6 +705,7 @@ static Solo *solo_new(Gpu *g) {
 
 // network() and the head for one token; res has its embedding.
 static void solo_step(Gpu *g, const Solo *q) {
-    launch_cluster(&g->device, SOLO_CLUSTER, q->kernel, (unsigned)(q->args.clusters * SOLO_CLUSTER),
-                   SOLO_THREADS + 32, q->shared, q->args);
+    launch_cluster(&g->device, CLUSTER_BLOCKS, q->kernel,
+                   (unsigned)(q->args.clusters * CLUSTER_BLOCKS), SOLO_THREADS + 32, q->shared,
+                   q->args);
 }
