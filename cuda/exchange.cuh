@@ -251,7 +251,7 @@ __device__ inline uint2 get_tagged(const void *from, uint32_t tag) { // waits fo
 // 16, ... below `pairs`. words: (clusters, 16 ROUNDS). A warp polls the words of two clusters, 16
 // neighbouring lanes each. The words of a cluster fill lines that nobody else writes: a line that
 // is polled and that many write is slow (0.34 ms a step of 130M instead of 0.22). scratch: (8, 16
-// ROUNDS).
+// ROUNDS). By 256 threads.
 template <int ROUNDS>
 __device__ inline void gather_pairs(float2 sum[ROUNDS], float2 *scratch, const ulonglong2 *words,
                                     int pairs, int clusters, uint32_t tag) {
