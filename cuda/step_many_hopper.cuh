@@ -1,25 +1,21 @@
-// step_many_hopper.cuh - one token of 2 to 64 sequences on Hopper: one kernel for all layers.
-// Included by mamba_cuda.cu.
-
-// --- The step in bf16 of 2 to 64 sequences on Hopper: one kernel for all layers. Clusters of 8
-// blocks, all at once, and three exchanges among all of them a layer. Of a matrix a block reads a
-// part that nobody else reads, but for x_proj and dt_proj:
-//   1 in_proj: a quarter of the inputs (block r: quarter r % 4) times rows. The four sums of an
-//   output meet in one block of the cluster, which
-//     writes xz to global memory, in words with a tag that says of which layer and step they are,
-//     so that whoever needs some polls those.
+// step_many_hopper.cuh - one token of 2 to 64 sequences in bf16 on Hopper: one kernel for all
+// layers. Included by mamba_cuda.cu. It needs code for sm_90a, which alone has wgmma.
+//
+// Clusters of 8 blocks run all at once, with three exchanges among all of them in a layer. A block
+// reads parts of the matrices that no other block reads, but for x_proj and dt_proj:
+//   1 in_proj: a quarter of the inputs (block r: quarter r % 4) times some rows. The four sums of
+//   an
+//     output meet in one block of the cluster (exchange.cuh, 5), which writes xz to device memory
+//     as words with a tag (6); whoever needs some polls for them.
 //   2 From here on a cluster has sequences of its own, up to 5, and a block an eighth of the
-//   channels, the slice: the convolution; x_proj,
-//     whose 8 sums of an output all blocks of the cluster send each other; dt_proj, the scan's
-//     step, the gate; y to global memory. Meeting: a block says that it has come in a word of its
-//     own, in a line of its own, and polls those of all.
-//   3 out_proj: of the slice, of all sequences, times the cluster's columns. Block r adds up
-//   sequences 8r..8r+7 and the residual
-//     stream, which stays in registers; times the norm's weight it goes to global memory, and so do
-//     its squares. Meeting.
-// All that a block reads of weights and states comes through the ring (see above), layers ahead, in
-// boxes that the copy engine puts in the order in which tensor cores read them. Products of all
-// sequences are wgmma's, which needs code for sm_90a.
+//     channels, the slice: convolution; x_proj, of whose outputs all blocks of the cluster send
+//     each other 8 sums; dt_proj, the step of the scan, the gate. y goes to device memory; all
+//     blocks meet (7).
+//   3 out_proj: of the slice, of all sequences, times the columns of the cluster. Block r adds up
+//     sequences 8r..8r+7 and the residual stream, which stays in registers. Times the norm's weight
+//     it goes to device memory, and so do its squares; all blocks meet (7).
+// All that a block reads of weights and states comes through the ring (4), layers ahead, in boxes
+// that the copy engine puts in the order in which tensor cores read them.
 
 enum {
     WIDE_SEQUENCES = 64,
@@ -66,7 +62,7 @@ struct WideArgs {
     uint4 *xz; // (S,2E / 4): two pairs, each with a tag that says of which layer and step it is
     float *squares;              // (clusters,SEQUENCES)
     float *h, *window;           // (n_layer,S,N,E), (n_layer,S,K - 1,E)
-    uint32_t *words, *turn;      // (blocks,LINE); steps so far
+    uint32_t *flags, *turn;      // (blocks,FLAG_STRIDE); steps so far
     WideCut in, x_proj, dt, out; // of W_in a half cluster, W_x all, W_dt a slice, W_out a cluster
     int S, clusters, slots, slot_bytes, slice, subs, sub;
     int n_layer, N, K, R, P;
@@ -190,7 +186,7 @@ __device__ inline void wide_product(Ring &ring, int tid, uint32_t a, int m_tiles
     constexpr int GROUP = wide_group(CHUNKS);
     const int first = tid / 128 * (WIDE_GROUP / 8), m = tid / 32 % 4;
     const uint32_t rows =
-        first < tiles ? first * 1024 : 0; // a group without rows: sums that nobody takes
+        first < tiles ? first * 1024 : 0; // a group without rows: sums that nobody uses
     float c[24] = {};
 #pragma unroll 1
     for (int i = 0; i < CHUNKS; i += GROUP) {
@@ -322,7 +318,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
     }
     __syncthreads();
     asm volatile("barrier.cluster.arrive.release.aligned;" ::
-                     : "memory"); // the others' barriers are there
+                     : "memory"); // the barriers of the others are ready
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     if (tid / 32 == WIDE_WARPS) {
         wide_fetch<D>(p, &map_h, ring, rank, in_first * 8, out_first * 8, s_first, n_s);
@@ -347,9 +343,9 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
 
 #pragma unroll 1
     for (int layer = 0;; layer++) {
-        // What is computed of tid is computed where it is used: the compiler would do so once for
-        // all layers, and more than fits into registers, and 12 warps' spilled registers do not fit
-        // into what shared memory leaves of the first-level cache.
+        // The compiler must compute what depends on tid where it is used. It would do so once for
+        // all layers, which needs more registers than there are; and what 12 warps spill does not
+        // fit into the first-level cache that shared memory leaves.
         asm volatile("" : "+r"(tid));
         const int phase = layer & 1, warp = tid / 32, lane = tid % 32;
         if (layer) {
@@ -373,8 +369,8 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
         });
         square = warp_sum(square);
         if (lane == 0 && own < p.S) p.squares[cluster * WIDE_SEQUENCES + own] = square;
-        raise_flag<WIDE_THREADS>(p.words, tag);
-        wait_for_flags<WIDE_THREADS>(p.words, tag++);
+        raise_flag<WIDE_THREADS>(p.flags, tag);
+        wait_for_flags<WIDE_THREADS>(p.flags, tag++);
         wide_load<D>(p.S, tid, a, p.x + rank % WIDE_PARTS * SLICE, D);
         if (warp < n_s) {
             float v =
@@ -555,8 +551,8 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
             }
         }
         tag++;
-        raise_flag<WIDE_THREADS>(p.words, tag);
-        wait_for_flags<WIDE_THREADS>(p.words, tag++);
+        raise_flag<WIDE_THREADS>(p.flags, tag);
+        wait_for_flags<WIDE_THREADS>(p.flags, tag++);
         wide_load<D>(p.S, tid, a, p.y + rank * SLICE, E);
         if (layer + 1 < p.n_layer)
             pairs([&](int i, int at) { norm[i] = *(const float2 *)(p.norms[layer + 1] + at); });
@@ -576,7 +572,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                 });
     }
     pairs([&](int i, int at) { *(float2 *)(p.res + (size_t)own * D + at) = res[i]; });
-    if (blockIdx.x == 0 && tid == 0) *p.turn += 1; // all have read it, for all have been heard from
+    if (blockIdx.x == 0 && tid == 0) *p.turn += 1; // every block has read it: all have met since
 #endif
 }
 
@@ -715,7 +711,7 @@ static Wide *wide_new(Gpu *g, int S) {
             a.take(scan, L * E * (N + 2));
         a.take(p->xz, (size_t)S * E / 2), a.take(p->x, (size_t)S * D), a.take(p->y, (size_t)S * E);
         a.take(p->squares, (size_t)CLUSTERS_MAX * WIDE_SEQUENCES);
-        a.take(p->words, (size_t)CLUSTERS_MAX * CLUSTER_BLOCKS * FLAG_STRIDE), a.take(p->turn, 1);
+        a.take(p->flags, (size_t)CLUSTERS_MAX * CLUSTER_BLOCKS * FLAG_STRIDE), a.take(p->turn, 1);
         if (!measure) break;
         if (cudaMalloc(&q.memory, a.used) != cudaSuccess) return cudaGetLastError(), (Wide *)NULL;
         cudaMemsetAsync(q.memory, 0, a.used, d->stream);

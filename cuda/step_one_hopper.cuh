@@ -1,27 +1,36 @@
-// step_one_hopper.cuh - one token of one sequence on Hopper: one kernel for the whole step.
+// step_one_hopper.cuh - one token of one sequence in bf16 on Hopper: one kernel for the whole step.
 // Included by mamba_cuda.cu.
-
-// --- The step in bf16 of one sequence on Hopper: one kernel. What bounds such a step is neither
-// bytes nor arithmetic but how often all multiprocessors must hear from each other. A block takes
-// its channels through a whole layer, in_proj to out_proj, so that only two sums over all channels
-// are left a layer: x_proj's outputs and out_proj's. Each goes the same way:
-//   every block computes its channels' part and sends it to the blocks of its cluster of 8, each of
-//   which adds up an eighth, writes that to global memory, every number with a tag that says of
-//   which layer and step it is (no other barrier is needed), polls for the same eighth from all
-//   clusters, adds up, and sends the sum to the 8 blocks of its cluster.
+//
+// Neither bytes nor arithmetic bound such a step, but how often all multiprocessors must hear from
+// each other. A block takes its channels through a whole layer, from in_proj to out_proj. So only
+// two sums over all channels are left in a layer: the outputs of x_proj and those of out_proj.
+//
+//   block i: x of all  -> in_proj of its channels -> conv -> its part of x_proj
+//            ----- sum over blocks: x_proj's outputs to all -----
+//            dt_proj, step of the scan, gate of its channels -> its part of out_proj
+//            ----- sum over blocks: the residual stream to all -----
+//
+// Each sum goes the same way. A block sends its part to the 8 blocks of its cluster, an eighth of
+// the outputs each (exchange.cuh, 5). Each block adds up its eighth and writes it to device memory
+// with a tag (6), polls for the same eighth from all clusters, adds up, and sends the sum to the 8
+// blocks of its cluster (5).
+//
 // For such parts x_proj and out_proj are read by channel, so they lie transposed. All that a block
-// reads of a layer (weights, vectors, its channels' state) is fetched in order, layers ahead, by
-// the copy engine, which a warp of its own feeds, into a ring of slots in shared memory. (Plain
-// loads would do for the state, but polls wait behind them, for loads return in order.) A slot
-// holds 8 rows of in_proj, of out_proj's transpose or of the head, or a layer's small things.
-// Products are the tensor cores' (with plain arithmetic, unpacking the weights was what took
-// longest), inputs as the sum of two bf16, in two of the product's 8 or 16 columns. Outputs go by
-// pairs i, i + 8 of each 16, which one lane has.
+// reads of a layer, weights, vectors and the state of its channels, comes through the ring (4) in
+// the order of use, layers ahead. The state, too, for plain loads return in order, and polls would
+// wait behind them. A slot holds 8 rows of in_proj, of out_proj's transpose or of the head, or the
+// small things of a layer. The products run on tensor cores: with plain arithmetic, unpacking the
+// weights took longest. An input is the sum of two bf16, in two of the product's 8 or 16 columns.
+// Outputs are handled by pairs i, i + 8 of each 16, which one lane has.
 
-enum { SOLO_THREADS = 256, SOLO_WARPS = 8, SOLO_ROWS = 8, SOLO_STATES = 16, SOLO_TAPS = 4 };
-enum { SOLO_BARRIERS = 2 * RING_SLOTS + 4, SOLO_PAD = 8, SOLO_X_TILES = 2, SOLO_FLYING = 49152 };
-// PAD: of rows, against bank conflicts; X_TILES: of x_proj, for each block of a cluster, at the
-// most; FLYING: bytes on their way to a block: more do not come faster, and polls wait behind them
+enum { SOLO_WARPS = 8, SOLO_THREADS = 32 * SOLO_WARPS }; // and the warp that feeds the ring
+enum { SOLO_ROWS = 8 };                                  // of a matrix, in a slot of the ring
+enum { SOLO_STATES = 16 };                               // N at the most
+enum { SOLO_TAPS = 4 };                                  // K at the most
+enum { SOLO_PAD = 8 };        // elements after each row, against bank conflicts
+enum { SOLO_X_TILES = 2 };    // tiles of 16 outputs of x_proj of a block of a cluster, at the most
+enum { SOLO_FLYING = 49152 }; // bytes on their way to a block. More do not come faster; polls wait
+enum { SOLO_BARRIERS = 2 * RING_SLOTS + 4 };
 
 struct SoloLayer {
     const bf16 *W_in, *W_dt; // (2E,D), (E,R)
@@ -75,7 +84,7 @@ struct SoloShared {
     }
 };
 
-// The first channel of a block: all have as many, or one more.
+// The first channel of a block. Blocks have equally many, or one more.
 __host__ __device__ inline int solo_first(int block, int blocks, int E) {
     return (int)((int64_t)block * E / blocks);
 }
@@ -187,8 +196,7 @@ __device__ inline void solo_in_proj(Ring &ring, float *sums, int sum_rows, const
         uint32_t at[GROUP];
         Ring ahead = ring;
 #pragma unroll
-        for (int i = 0; i < GROUP;
-             i++) { // beyond the last row: anything, for sums that nobody takes
+        for (int i = 0; i < GROUP; i++) { // beyond the last row: sums that nobody uses
             at[i] = shared_address(block_memory) + ahead.at + mine;
             if (base + i * SOLO_ROWS < rows) ahead.wait(), ahead.next();
         }
@@ -260,7 +268,7 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
         u_words[i] = y_words[i] = 0; // beyond n: for good
     __syncthreads();
     asm volatile("barrier.cluster.arrive.release.aligned;" ::
-                     : "memory"); // the others' barriers are there
+                     : "memory"); // the barriers of the others are ready
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     if (warp == SOLO_WARPS) {
         solo_fetch(p, ring, first, n);
@@ -516,7 +524,8 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
             ring.release();
         }
     }
-    if (blockIdx.x == 0 && tid == 0) *p.turn += 1; // all have read it, for all have been heard from
+    if (blockIdx.x == 0 && tid == 0)
+        *p.turn += 1; // every block has read it: this one has numbers from all of them
 #endif
 }
 
