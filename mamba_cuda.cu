@@ -1478,7 +1478,7 @@ static int gpu_set_state(Gpu *g, const float *window, const float *h, const floa
     return finish(&g->device);
 }
 
-// The state of the first sequence to host arrays; NULL ones are left out.
+// The state of the first sequence to host arrays. NULL: not wanted.
 static int gpu_get_state(Gpu *g, float *window, float *h, float *logits) {
     const StateBytes n(&g->config);
     cudaStream_t stream = g->device.stream;

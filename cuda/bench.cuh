@@ -1,4 +1,4 @@
-// bench.cuh - ceilings of the machine and times of the scan.
+// bench.cuh - ceilings of the machine, the scan's check against its definition, and its times.
 // Included by mamba_cuda.cu.
 
 // Random numbers for benchmarks, uniform between low and high.
@@ -10,9 +10,9 @@ __global__ void random_kernel(T *x, size_t n, uint64_t seed, float low, float hi
             low + (high - low) * ((float)(mix(i + seed * 0x9E3779B97F4A7C15u) >> 40) * 0x1p-24f));
 }
 
-// The machine's ceilings: bytes read and written a second by a copy, operations a second of a bf16
-// product (either NULL: not asked), device memory in use by everybody, the GPU's name. 0, or -1
-// with a sentence.
+// The ceilings of the machine: bytes a second that a copy reads and writes, operations a second of
+// a product in bf16 (copy_bytes NULL: neither is measured); device memory in use by all programs;
+// the name of the GPU. 0, or -1 with a sentence.
 static int gpu_measure(double *copy_bytes, double *flops, double *used_bytes, char name[256]) {
     cudaDeviceProp properties;
     size_t free_bytes = 0, total = 0;

@@ -28,9 +28,9 @@ enum {
     WIDE_EACH = 5                   // sequences of a cluster, at the most
 };
 
-// What follows from D. SUB: channels at a time, of the slice; PAIRS: of a cluster's columns, in a
-// lane; ITEMS: four channels each, of the convolution, a thread; TEAM: warps that take a sequence
-// of the scan's step.
+// What follows from D. SLICE: channels of a block; CHUNKS: of 64 of them. SUB: channels of the
+// slice at a time. PAIRS: pairs of columns of a cluster, a lane. ITEMS: groups of four channels of
+// the convolution, a thread. TEAM: warps that take a sequence of the step of the scan.
 template <int D> struct WideShape {
     static constexpr int E = 2 * D, SLICE = E / CLUSTER_BLOCKS, CHUNKS = SLICE / 64,
                          PITCH = SLICE * 2 + 16;
@@ -44,7 +44,7 @@ template <int D> struct WideShape {
 struct WideLayer {
     CUtensorMap in, x, dt, out; // (2E,D), (P,E), (E,R), (D,E), in boxes of rows by 64
 };
-// How many rows a block has at the most, in how many slots, and how many a slot.
+// The rows of a matrix that a block has, at the most: tiles of 8, in so many slots of so many rows.
 struct WideCut {
     int tiles, blocks, rows;
     void set(int tiles_, int rows_) {
@@ -70,11 +70,16 @@ struct WideArgs {
     float eps;
 };
 
-// Where things lie in shared memory, most of it several things in turn:
-//   sums  out_proj's (8,8,columns), or in_proj's (PARTS,16,rows) in bf16, or u, gate, delta
-//   (most,slice) bc    (most,2N)      scale (8) end   x or y (SEQUENCES,slice), or x_proj's sums
-//   (8,most,P), then, at u and low from there, what is multiplied next in bf16 then the ring. These
-//   two begin at a multiple of 1024, from which the boxes' order of 16 bytes counts.
+// Offsets in shared memory. Most places hold several things in turn:
+//   sums   sums of out_proj (8,8,columns); of in_proj (PARTS,16,rows) in bf16; u, gate, delta
+//          (most,slice) each
+//   bc     B_ssm, C_ssm (most,2N)
+//   scale  of the norm (8)
+//   end    x or y (SEQUENCES,slice); sums of x_proj (8,most,P), and from there on, at u and low,
+//   what
+//          is multiplied next, in bf16
+//   then the ring. `end` and the ring are rounded up to a multiple of 1024, from which the copy
+//   engine counts its order of 16 bytes.
 struct WideShared {
     size_t sums, bc, scale, end, a_bytes, u, low, bytes;
     int most; // sequences of a cluster
@@ -107,7 +112,7 @@ __device__ inline void copy_box(void *to, const CUtensorMap *map, int k, int row
                  "l"(map), "r"(k), "r"(row), "r"(shared_address(barrier))
                  : "memory");
 }
-// Fetches everything that the block reads of weights and states, in the order in which it is used.
+// Feeds the ring with all that the block reads of weights and states, in the order of use.
 template <int D>
 __device__ inline void wide_fetch(const WideArgs &p, const CUtensorMap *map_h, Ring ring, int rank,
                                   int in_first, int out_first, int s_first, int n_s) {
@@ -168,14 +173,15 @@ __device__ inline void wide_fetch(const WideArgs &p, const CUtensorMap *map_h, R
     }
 }
 
-// Sums of all sequences, whose activations lie at `a` (boxes of (SEQUENCES,64)), times a block of
-// rows of a matrix that comes through the ring, 64 inputs a slot; 48 rows a group of four warps,
-// whose tensor cores read both from shared memory. take(m, tile, sums): of sequences 16m + lane / 4
-// and 8 more, rows 8 tile + 2 (lane % 4) and one more.
+// The activations of all sequences, at `a` in boxes of (SEQUENCES,64), times a block of rows of a
+// matrix that comes through the ring, 64 inputs a slot. Four warps take 48 rows; their tensor cores
+// read both from shared memory. take(m, tile, sums) gets the sums of sequences 16m + lane / 4 and 8
+// more, of rows 8 tile + 2 (lane % 4) and one more.
 __host__ __device__ constexpr int wide_group(int chunks) { // slots at a time
     return chunks % 4 == 0 ? 4 : chunks % 3 == 0 ? 3 : chunks % 2 == 0 ? 2 : 1;
 }
-// Rows of 128 bytes, 8 of them a period of the order of their 16 bytes.
+// The descriptor of rows of 128 bytes, whose 16-byte units lie in the order that repeats after 8
+// rows.
 __device__ inline uint64_t wide_operand(uint32_t at) {
     return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)64 << 32 |
            (uint64_t)1 << 62;
@@ -218,8 +224,8 @@ __device__ inline void wide_product(Ring &ring, int tid, uint32_t a, int m_tiles
             if (first + n < tiles) take(m, first + n, c + 4 * n);
 }
 
-// The same of up to 8 sequences, whose activations lie at `a` in rows of PITCH bytes; a tile a
-// warp. take(sums): of sequence lane / 4, rows 8 warp + 2 (lane % 4) and one more.
+// The same for up to 8 sequences, whose activations lie at `a` in rows of PITCH bytes. A tile a
+// warp. take(sums) gets those of sequence lane / 4, of rows 8 warp + 2 (lane % 4) and one more.
 template <int PITCH, int CHUNKS, class Take>
 __device__ inline void wide_few(Ring &ring, int tid, uint32_t a, int tiles, Take take) {
     constexpr int GROUP = wide_group(CHUNKS);
@@ -249,8 +255,8 @@ __device__ inline void wide_few(Ring &ring, int tid, uint32_t a, int tiles, Take
     if (warp < tiles) take(make_float2(c[0][0] + c[1][0], c[0][1] + c[1][1]));
 }
 
-// Rows of activations, a slice of their inputs, to shared memory; rows of sequences that there are
-// not stay what they are.
+// Rows of activations, a slice of their inputs, to shared memory. Rows beyond S keep what they
+// have.
 template <int D>
 __device__ inline void wide_load(int S, int tid, uint32_t a, const bf16 *from, int ld) {
     constexpr int PIECES = WideShape<D>::SLICE / 8;
@@ -284,8 +290,8 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                   LOW_CHUNKS = (D / 16 + 63) / 64, LOW_PITCH = LOW_CHUNKS * 128 + 16;
     const WideShared place(p);
     const int most = place.most;
-    // What is whose: rows of in_proj of half a cluster, columns of out_proj and sequences of a
-    // cluster.
+    // Who has what: half a cluster some rows of in_proj, a cluster some columns of out_proj and
+    // some sequences.
     auto cut = [](int i, int of, int n) { return (int)((int64_t)i * n / of); };
     const int half = cluster * 2 + rank / WIDE_PARTS, halves = p.clusters * 2,
               in_first = cut(half, halves, E / 4),
@@ -326,7 +332,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
     }
     wait_for_input();
     uint32_t tag = *(volatile uint32_t *)p.turn * (uint32_t)(3 * p.n_layer) + 1;
-    // The sequence whose residual stream, of the cluster's columns, this warp has.
+    // The sequence whose residual stream this warp keeps, of the columns of the cluster.
     const int own = tid < 256 ? rank * 8 + tid / 32 : WIDE_SEQUENCES;
     float2 res[Q::PAIRS], norm[Q::PAIRS];
     auto pairs = [&](auto each) {
@@ -506,8 +512,8 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                                         lane % 4 * 2) = c;
                     });
             sync_workers<WIDE_THREADS>();
-            // The scan's step: a channel a lane, all its states; teams of warps take the sequences
-            // in turn.
+            // The step of the scan: a lane is a channel with all its states. Teams of warps take
+            // turns with the sequences.
             const int team = warp / Q::TEAM, c = warp % Q::TEAM * 32 + lane;
 #pragma unroll 1
             for (int q = 0; q < Q::SUBS; q++) {
@@ -620,7 +626,7 @@ static bool tensor_map(CUtensorMap *map, bool bf16_, const void *x, size_t rows,
                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
-// A layer's vectors as blocks read them; grid (8, subs).
+// The vectors of a layer as blocks read them. Grid (8, subs).
 __global__ void wide_vectors_kernel(float *conv, float *scan, LayerWeights w, int sub, int E, int N,
                                     int K) {
     const int place = blockIdx.x * gridDim.y + blockIdx.y;
@@ -641,7 +647,7 @@ static void wide_free(Wide *q) {
     delete q;
 }
 
-// NULL where shapes do not fit, or the GPU, or its memory.
+// NULL if the shape does not fit, or the GPU, or its memory.
 static Wide *wide_new(Gpu *g, int S) {
     const Config *c = &g->config;
     Device *d = &g->device;
@@ -679,8 +685,7 @@ static Wide *wide_new(Gpu *g, int S) {
     default:
         return NULL;
     }
-    // Where little is left for the ring, smaller slots keep more bytes on their way; elsewhere they
-    // only are more.
+    // Where little memory is left for the ring, smaller slots keep more bytes on their way.
     const int rows_most = D >= 2048 ? WIDE_ROWS_FEW : WIDE_ROWS;
     p->x_proj.set((p->P + 7) / 8, WIDE_ROWS_FEW), p->dt.set(p->slice / 8, WIDE_ROWS_FEW);
     for (p->clusters = CLUSTERS_MAX;; p->clusters--) { // as many as run at once

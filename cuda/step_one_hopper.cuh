@@ -50,7 +50,7 @@ struct SoloArgs {
     float eps, mixer_eps;                            // mixer_eps: of FalconMamba's norms, or 0
 };
 
-// Where what lies in a block's vectors of a layer: A and h (channels,N), conv and window
+// Offsets in the vectors of a block and a layer: A and h (channels,N), conv and window
 // (taps,channels), and of the next norm the pairs that the block adds up.
 struct SoloVectors {
     int A, conv, conv_bias, dt_bias, D_skip, h, window, norm, floats;
@@ -62,7 +62,7 @@ struct SoloVectors {
     }
 };
 
-// Shared memory, in the order in which it lies.
+// Offsets in shared memory, in bytes.
 struct SoloShared {
     size_t ring, x, res_parts, gathered, xdb_parts, xdb, squares, sums, u, gate, u_words, y_words,
         bytes;
@@ -107,15 +107,15 @@ __device__ inline uint32_t split(float x) { // into two bf16, the larger below
     bf16 high = __float2bfloat16_rn(x), low = __float2bfloat16_rn(x - value(high));
     return (uint32_t)__bfloat16_as_ushort(low) << 16 | __bfloat16_as_ushort(high);
 }
-// Of two such numbers, as operand of a product: in lanes 0..3 the larger parts, in 4..7 the
-// smaller, elsewhere 0.
+// The operand of a product from two such numbers: lanes 0..3 have the larger parts, lanes 4..7 the
+// smaller ones, the others 0.
 __device__ inline uint32_t operand(uint32_t x, uint32_t y) {
     int lane = threadIdx.x % 32;
     return lane < 8 ? __byte_perm(x, y, lane < 4 ? 0x5410 : 0x7632) : 0;
 }
 
-// Fetches everything that the block reads of the weights, in the order in which it is used; a warp,
-// a row a lane.
+// Feeds the ring with all that the block reads of the weights, in the order of use. By a warp, a
+// row a lane.
 __device__ inline void solo_fetch(const SoloArgs &p, Ring ring, int first, int n) {
     const int D = p.D, E = p.E, R = p.R, P = p.P + SOLO_PAD, lane = threadIdx.x % 32,
               pitch = (D + SOLO_PAD) * 2;
@@ -168,15 +168,15 @@ __device__ inline uint2 x_operands(const uint4 *x, int sixteen) {
     uint4 v = x[4 * sixteen + threadIdx.x % 4]; // inputs 2j, 2j + 8, 2j + 1, 2j + 9
     return make_uint2(operand(v.x, v.z), operand(v.y, v.w));
 }
-// The sums of two columns of a product in lanes 0..3, where the larger parts' are: add those of the
-// smaller.
+// The sums of two columns of a product, in lanes 0..3: those of the larger parts plus those of the
+// smaller ones, which lanes 4..7 have.
 __device__ inline float2 both_parts(const float c[4]) {
     return make_float2(c[0] + __shfl_down_sync(0xffffffffu, c[0], 4),
                        c[1] + __shfl_down_sync(0xffffffffu, c[1], 4));
 }
 
-// sums (8,sum_rows): of W's rows (`rows` of them come through the ring) times x, by warps, each of
-// which takes every eighth group of 32 inputs; GROUP slots at a time.
+// sums (8,sum_rows) of each warp: `rows` rows of W, which come through the ring, times x. A warp
+// takes every eighth group of 32 inputs. GROUP slots at a time.
 template <int WIDTH, int GROUP>
 __device__ inline void solo_in_proj(Ring &ring, float *sums, int sum_rows, const uint4 *x,
                                     int rows) {
@@ -221,8 +221,8 @@ __device__ inline void solo_in_proj(Ring &ring, float *sums, int sum_rows, const
 }
 #endif
 
-// D = 256 WIDTH. 16 lanes a channel, a state each: at most 16 ROUNDS channels a block. GROUP: slots
-// of in_proj at a time.
+// D = 256 WIDTH. Of the scan, 16 lanes take a channel, a state each, so 16 channels at a time, in
+// ROUNDS rounds. GROUP: slots of in_proj at a time.
 template <int WIDTH, int ROUNDS, int GROUP>
 __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
     solo_kernel(const __grid_constant__ SoloArgs p) {
@@ -248,8 +248,8 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
            *res_parts = (float2 *)(memory + place.res_parts),
            *gathered = (float2 *)(memory + place.gathered);
     Ring ring = {(uint32_t)place.ring, (uint32_t)p.slot_bytes, (uint32_t)place.ring, p.slots, 0, 0};
-    // Pairs of x_proj's and out_proj's outputs that this block sums up: of every eighth tile from
-    // `rank` on, 8 of each; D/16.
+    // Pairs of outputs that this block adds up: of x_proj 8 of every eighth tile from `rank` on, of
+    // out_proj D/16.
     const int x_mine =
                   P / 16 > rank ? (P / 16 - rank + CLUSTER_BLOCKS - 1) / CLUSTER_BLOCKS * 8 : 0,
               res_each = D / (2 * CLUSTER_BLOCKS); // 16 WIDTH
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
         solo_fetch(p, ring, first, n);
         return;
     }
-    // Warp i computes the parts that block i of the cluster sums up; every fourth lane has a pair
+    // Warp i computes the parts that block i of the cluster adds up. Every fourth lane has a pair
     // of a tile.
     const uint32_t x_part_to = address_in(
                        shared_address(xdb_parts + rank * SOLO_X_TILES * 8 + tid % 32 / 4), warp),
@@ -347,8 +347,8 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
             u[tid] = out, u_words[tid] = split(out), gate[tid] = silu(z * scale);
         }
         sync_workers<SOLO_THREADS>();
-        // A transposed product of tiles of 16 outputs by 16 channels; those beyond n count 0,
-        // whatever lies there.
+        // A transposed product of tiles of 16 outputs by 16 channels. Channels beyond n are masked
+        // out.
         auto transposed = [&](auto *sums, int tiles, uint32_t at, int stride, const uint32_t *words,
                               int from) {
             const uint32_t *in = words + from + k_first, b0 = operand(in[0], in[1]),
@@ -604,7 +604,7 @@ static void solo_free(Solo *q) {
     delete q;
 }
 
-// How many of so many clusters of 8 blocks run at once; -1 where the kernel does not run at all.
+// How many of these clusters of 8 blocks run at once; -1 if the kernel does not run at all.
 template <class... Parameters>
 static int clusters_at_once(void (*kernel)(Parameters...), int clusters, int threads,
                             size_t shared) {
@@ -623,8 +623,8 @@ static int clusters_at_once(void (*kernel)(Parameters...), int clusters, int thr
     return cudaGetLastError(), -1;
 }
 
-// NULL where shapes do not fit (a D that there is a kernel for, rows of whole 16 bytes, a ring of 4
-// slots at least), or the GPU, or its memory.
+// NULL if the shape does not fit (a D that there is a kernel for, rows of whole 16 bytes, a ring of
+// 4 slots at least), or the GPU, or its memory.
 static Solo *solo_new(Gpu *g) {
     const Config *c = &g->config;
     Device *d = &g->device;

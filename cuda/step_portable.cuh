@@ -415,7 +415,7 @@ static void thin_product(Device *d, Source source, Sink sink, const bf16 *W, int
     else thin_launch<1, 6>(d, source, sink, W, S, O, I, parts);
 }
 
-// Whether the kernels above fit: 16-byte loads need rows of whole 8 weights.
+// Whether these kernels fit: 16-byte loads need rows of whole groups of 8 weights.
 static bool thin_fits(const Gpu *g, int S) {
     const Config *c = &g->config;
     return g->bf16_compute && S <= THIN_MAX && c->D % 8 == 0 && c->E % 8 == 0 &&

@@ -1,11 +1,8 @@
-// train.cuh - training: pass, AdamW.
-// Included by mamba_cuda.cu.
-
-// ------------------------------------------------------------------------------------------------
-// 7 [train] Training: pass, AdamW
-// Master weights, gradients and the two moments are four float arenas laid out as the file is;
-// matrices are read through a copy in T, made again after every step. What a block's backward needs
-// of its forward is kept, h as chunk starts only.
+// train.cuh - [train] a pass, its backward, AdamW. Included by mamba_cuda.cu.
+//
+// Weights, gradients and the two moments are four arenas of float, laid out as the file is.
+// Matrices are read through a copy in T, made again after every step. What the backward of a block
+// needs of its forward is kept; of h, the state before every SCAN_SAVE-th step.
 
 struct GpuTrainer {
     Device device;
@@ -55,8 +52,7 @@ __global__ void norm_kernel(float *norm, const float *parts, int n, float clip) 
     }
 }
 
-// AdamW on all weights at once; nothing happens where the norm is not finite. The gradient is
-// cleared.
+// AdamW on all weights at once. The gradient is cleared. Nothing happens if its norm is not finite.
 struct AdamStep {
     const float *norm;                 // [0] the gradient's length, [1] what clipping leaves of it
     float rate, beta1, beta2, epsilon; // rate: over 1 - beta1^step
@@ -172,7 +168,7 @@ static int gpu_trainer_set(GpuTrainer *x, const float *weights, const float *mom
     return finish(&x->device);
 }
 
-// The same back to the host, and the gradient; NULL ones are left out.
+// The same back to the host, and the gradient. NULL: not wanted.
 static int gpu_trainer_get(GpuTrainer *x, float *weights, float *moment, float *moment2,
                            float *gradient) {
     size_t bytes = x->floats * sizeof(float);
@@ -302,8 +298,8 @@ static void conv1d_silu_backward(GpuTrainer *x, T *d_xz, float *d_conv, float *d
     check_launch(d, "conv1d_silu_backward");
 }
 
-// d_res, the gradient after the layer, and d_o, the same in T, become those before it; weights'
-// gradients are added to.
+// Turns d_res, the gradient after the layer, and d_o, the same in T, into those before it, and adds
+// to the gradients of the weights. The order is that of block(), backwards.
 template <class T> static void block_backward(GpuTrainer *x, int layer) {
     Device *d = &x->device;
     const Config *c = &x->config;
@@ -360,8 +356,7 @@ template <class T> static void block_backward(GpuTrainer *x, int layer) {
                                                 x->partial});
 }
 
-// Adds the embedding's gradient: rows ordered by token on the host, which needs no more than the
-// ids.
+// Adds the gradient of the embedding. The host orders the rows by token; it has the ids.
 static void embed_backward(GpuTrainer *x, const int32_t *ids) {
     Device *d = &x->device;
     int rows = x->B * x->L, V = x->config.V, D = x->config.D;
