@@ -17,16 +17,13 @@
 // All that a block reads of weights and states comes through the ring (4), layers ahead, in boxes
 // that the copy engine puts in the order in which tensor cores read them.
 
-enum {
-    WIDE_SEQUENCES = 64,
-    WIDE_ROWS = 144, // of a slot, at the most: a slot has 64 inputs of so many rows of a matrix
-    WIDE_PARTS = 4,  // of in_proj's inputs
-    WIDE_WARPS = 12,
-    WIDE_THREADS = 32 * WIDE_WARPS,
-    WIDE_ROWS_FEW = 8 * WIDE_WARPS, // the same of x_proj and dt_proj: a tile a warp
-    WIDE_GROUP = 48,                // rows that a group of four warps multiplies at once
-    WIDE_EACH = 5                   // sequences of a cluster, at the most
-};
+enum { WIDE_SEQUENCES = 64 };                             // at the most
+enum { WIDE_EACH = 5 };                                   // sequences of a cluster, at the most
+enum { WIDE_PARTS = 4 };                                  // parts of the inputs of in_proj
+enum { WIDE_WARPS = 12, WIDE_THREADS = 32 * WIDE_WARPS }; // and the warp that feeds the ring
+enum { WIDE_GROUP = 48 };                                 // rows that four warps multiply at once
+// Rows of a slot, at the most; a slot has 64 inputs of each. Of x_proj and dt_proj: a tile a warp.
+enum { WIDE_ROWS = 144, WIDE_ROWS_FEW = 8 * WIDE_WARPS };
 
 // What follows from D. SLICE: channels of a block; CHUNKS: of 64 of them. SUB: channels of the
 // slice at a time. PAIRS: pairs of columns of a cluster, a lane. ITEMS: groups of four channels of
@@ -53,20 +50,26 @@ struct WideCut {
     }
 };
 struct WideArgs {
-    const WideLayer *layers; // (n_layer)
-    const float *conv,
-        *scan; // (n_layer,8,subs,K + 1,sub): conv, its bias; (.., N + 2,sub): dt_bias, D_skip, A
+    const WideLayer *layers;   // (n_layer)
+    const float *conv;         // (n_layer,8,subs,K + 1,sub): taps, then the bias
+    const float *scan;         // (n_layer,8,subs,N + 2,sub): dt_bias, D_skip, A
     const float *const *norms; // (n_layer)
     float *res;                // (S,D)
-    bf16 *x, *y;               // (S,D): the residual stream times the norm's weight; (S,E)
-    uint4 *xz; // (S,2E / 4): two pairs, each with a tag that says of which layer and step it is
-    float *squares;              // (clusters,SEQUENCES)
-    float *h, *window;           // (n_layer,S,N,E), (n_layer,S,K - 1,E)
-    uint32_t *flags, *turn;      // (blocks,FLAG_STRIDE); steps so far
-    WideCut in, x_proj, dt, out; // of W_in a half cluster, W_x all, W_dt a slice, W_out a cluster
+    bf16 *x;                   // (S,D): the residual stream times the norm's weight
+    bf16 *y;                   // (S,E)
+    uint4 *xz;                 // (S,2E / 4): two pairs, each with a tag
+    float *squares;            // (clusters,SEQUENCES)
+    float *h;                  // (n_layer,S,N,E)
+    float *window;             // (n_layer,S,K - 1,E)
+    uint32_t *flags;           // (blocks,FLAG_STRIDE)
+    uint32_t *turn;            // steps so far
+    WideCut in;                // rows of in_proj of half a cluster
+    WideCut x_proj;            // all rows
+    WideCut dt;                // rows of dt_proj of a slice
+    WideCut out;               // rows of out_proj of a cluster
     int S, clusters, slots, slot_bytes, slice, subs, sub;
     int n_layer, N, K, R, P;
-    uint32_t P_inverse; // 2^20 / P, up
+    uint32_t P_inverse; // 2^20 / P, rounded up
     float eps;
 };
 

@@ -36,18 +36,26 @@ struct SoloLayer {
     const bf16 *W_in, *W_dt; // (2E,D), (E,R)
 };
 struct SoloArgs {
-    const SoloLayer *layers;        // (n_layer)
-    const bf16 *W_x, *W_out, *head; // (n_layer,E,P+PAD), (n_layer,E,D+PAD): transposed; (V,D)
-    float *vectors;                 // (n_layer,blocks,vector_floats), see SoloVectors
-    const float *res, *norm;        // (D): the token's embedding; the first layer's norm
-    float *logits;                  // (V)
-    ulonglong2 *xdb_words,
-        *res_words; // (8,CLUSTERS,8 X_TILES), (8,CLUSTERS,D/16): pairs, each number with a tag
-    uint32_t *turn; // steps so far
-    int clusters, channels, slots, slot_bytes,
-        flying; // channels: of a block; flying: slots that are being filled
-    int vector_floats, n_layer, D, E, N, K, R, P, V; // P: R + 2 N as a multiple of 16
-    float eps, mixer_eps;                            // mixer_eps: of FalconMamba's norms, or 0
+    const SoloLayer *layers; // (n_layer)
+    const bf16 *W_x;         // (n_layer,E,P + PAD), transposed
+    const bf16 *W_out;       // (n_layer,E,D + PAD), transposed
+    const bf16 *head;        // (V,D)
+    float *vectors;          // (n_layer,blocks,vector_floats), see SoloVectors
+    const float *res;        // (D): the embedding of the token
+    const float *norm;       // (D): of the first layer
+    float *logits;           // (V)
+    ulonglong2 *xdb_words;   // (8,CLUSTERS_MAX,8 X_TILES): pairs, each number with a tag
+    ulonglong2 *res_words;   // (8,CLUSTERS_MAX,D/16): the same
+    uint32_t *turn;          // steps so far
+    int clusters;
+    int channels; // of a block, at the most
+    int slots, slot_bytes;
+    int flying; // slots that are being filled
+    int vector_floats, n_layer, D, E, N, K, R;
+    int P; // R + 2 N, rounded up to a multiple of 16
+    int V;
+    float eps;
+    float mixer_eps; // of FalconMamba's norms, or 0
 };
 
 // Offsets in the vectors of a block and a layer: A and h (channels,N), conv and window

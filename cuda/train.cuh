@@ -7,25 +7,36 @@
 struct GpuTrainer {
     Device device;
     Config config;
-    bool bf16_compute;
-    int B, L;
-    size_t floats;                                // of an arena
-    float *weights, *gradient, *moment, *moment2; // (floats)
-    void *compute;         // (floats) T, the weights themselves where T is float
+    bool bf16_compute;     // T is bf16, else float
+    int B, L;              // sequences of a pass, tokens of each
+    size_t floats;         // of an arena
+    float *weights;        // (floats)
+    float *gradient;       // (floats)
+    float *moment;         // (floats)
+    float *moment2;        // (floats)
+    void *compute;         // (floats) T; the weights themselves where T is float
     unsigned char *decays; // (floats / 16): weight decay applies
     Weights w, d;          // pointers into compute or weights, into gradient
     std::vector<TensorPlace> places;
-    std::vector<void *> memory;
-    char *arena;                        // activations
-    std::vector<float *> res;           // (B*L,D), n_layer + 1 of them
+    std::vector<void *> memory;         // all but the arena
+    char *arena;                        // what follows, for passes of B sequences of L tokens
+    std::vector<float *> res;           // n_layer + 1 of (B*L,D)
     std::vector<BlockActs<float>> acts; // n_layer; their pointers are T's
     ScanMail mail;
-    float *d_res, *logits, *losses, *partial, *norms;
-    void *d_o, *d_xz, *d_u, *d_xdb, *d_delta, *d_g, *d_xn, *d_logits;
-    double *sum;
-    int32_t *ids, *targets, *order, *start, *token, *first;
-    char *scan;
-    int loss_rows;
+    float *d_res;                   // (B*L,D)
+    void *d_o;                      // (B*L,D)  d_res in T
+    void *d_xz, *d_u, *d_xdb;       // (B*L,2E), (B*L,E), (B*L,P) in T
+    void *d_delta, *d_g, *d_xn;     // (B*L,E), (B*L,E), (B*L,D) in T
+    float *logits;                  // (loss_rows,V)
+    void *d_logits;                 // (loss_rows,V) in T
+    int loss_rows;                  // rows of logits that exist at a time
+    float *losses;                  // (B*L)
+    double *sum;                    // of the losses
+    float *partial;                 // sums of parts of the rows, for several uses
+    float *norms;                   // (NORM_PARTS + 2), see squares_kernel
+    int32_t *ids, *targets, *order; // (B*L)
+    int32_t *start, *token, *first; // see embed_backward
+    char *scan;                     // workspace of the backward scan
 };
 
 enum { NORM_PARTS = 1024 };
