@@ -739,7 +739,7 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
                 kept[k * THREADS + tid] = ut;
                 kept[(BACK_STEPS + k) * THREADS + tid] = in ? slope : 0.f;
                 kept[(2 * BACK_STEPS + k) * THREADS + tid] = fmaf(dy[k], 1.f - s, dg_s);
-                sum_A[k] = sum_B[k] = y[k] = 0.f;
+                sum_A[k] = 0.f, sum_B[k] = 0.f, y[k] = 0.f;
                 sum += delta[k];
             }
         }
@@ -1203,7 +1203,7 @@ static ScanArgs<T> scan_args(const Config *c, const LayerWeights *w, BlockActs<T
     p.delta_raw = a.delta, p.u = a.u, p.z = a.xz + E, p.B_ssm = a.xdb + R, p.C_ssm = a.xdb + R + N,
     p.mail = a.mail;
     p.A_neg = w->A_neg, p.D_skip = (const float *)w->D_skip, p.dt_bias = (const float *)w->dt_bias;
-    p.ld_out = p.ld_delta = p.ld_u = E, p.ld_z = 2 * E, p.ld_B = p.ld_C = P;
+    p.ld_out = E, p.ld_delta = E, p.ld_u = E, p.ld_z = 2 * E, p.ld_B = P, p.ld_C = P;
     p.B = B, p.L = L, p.E = E, p.N = N;
     return p;
 }
@@ -1250,7 +1250,7 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
         }
         matmul(d, Rows(a.delta, E), Rows(a.xdb, P), (const T *)w->dt_proj, rows, E, R);
         ScanArgs<T> scan = scan_args(c, w, a, B, L);
-        scan.out = a.g, scan.h0 = scan.h_final = h, scan.h_starts = a.h_starts;
+        scan.out = a.g, scan.h0 = h, scan.h_final = h, scan.h_starts = a.h_starts;
         check_cuda(d, L == 1 && h ? scan_step_forward(d, scan) : scan_forward(d, scan), "scan");
     }
     if (out == res) matmul(d, Rows(out, D), Rows(a.g, E), (const T *)w->out_proj, rows, D, E, true);
@@ -1596,7 +1596,8 @@ template <class T> static void generation_step(Gpu *g) {
 
 static bool generation_alloc(Gpu *g, int S) {
     const Config *c = &g->config;
-    Generation *n = g->generation = new Generation();
+    Generation *n = new Generation();
+    g->generation = n;
     const size_t s = (size_t)S, V = (size_t)c->V, P = (size_t)(c->R + 2 * c->N);
     auto take = [](auto *&p, size_t elements) {
         p = (std::remove_reference_t<decltype(p)>)device_alloc(elements * sizeof *p);

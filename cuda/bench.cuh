@@ -145,14 +145,14 @@ template <class T> static int scan_bench_open(Device *d, ScanBench<T> *x) {
     p.delta_raw = x->inputs, p.u = p.delta_raw + x->cells, p.z = p.u + x->cells;
     p.B_ssm = p.z + x->cells, p.C_ssm = p.B_ssm + N;
     p.A_neg = A_neg, p.D_skip = D_skip, p.dt_bias = dt_bias;
-    p.ld_out = p.ld_delta = p.ld_u = p.ld_z = E, p.ld_B = p.ld_C = 2 * N;
+    p.ld_out = E, p.ld_delta = E, p.ld_u = E, p.ld_z = E, p.ld_B = 2 * N, p.ld_C = 2 * N;
     p.B = B, p.L = L, p.E = E, p.N = N;
     ScanBackArgs<T> &q = x->back;
     q = scan_back_args(p, x->h_starts, (const T *)x->gradients, E, x->scratch + x->mail_bytes);
     q.d_delta_raw = x->gradients + x->cells, q.d_u = q.d_delta_raw + x->cells;
     q.d_z = q.d_u + x->cells, q.d_B_ssm = q.d_z + x->cells, q.d_C_ssm = q.d_B_ssm + N;
     q.d_A_log = d_A, q.d_D_skip = d_A + NE, q.d_dt_bias = q.d_D_skip + E;
-    q.ld_d_delta = q.ld_d_u = q.ld_d_z = E, q.ld_d_B = q.ld_d_C = 2 * N;
+    q.ld_d_delta = E, q.ld_d_u = E, q.ld_d_z = E, q.ld_d_B = 2 * N, q.ld_d_C = 2 * N;
     return finish(d);
 }
 

@@ -441,7 +441,7 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
         for (int k = 0; k < MAX_TAPS;
              k++) { // tap[0] belongs to x_t, tap[k] to x_{t-k}; d_c[k] to t-k
             tap[v][k].v[0] = k < K ? conv_t[(size_t)(K - 1 - k) * E + e + v] : 0;
-            d_tap[k][v] = d_c[k][v] = 0;
+            d_tap[k][v] = 0, d_c[k][v] = 0;
             past[v][k].v[0] = k < MAX_TAPS - 1 && t0 - 1 - k >= 0
                                   ? value(x[(size_t)(t0 - 1 - k) * 2 * E + v])
                                   : 0;

@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(128, MIN_BLOCKS) scan_relay(ScanArgs<T> p) {
             }
 #pragma unroll
             for (int k = 0; k < UNITS; k++) {
-                raw_B[k] = raw_C[k] = to<T>(0.f);
+                raw_B[k] = to<T>(0.f), raw_C[k] = to<T>(0.f);
                 if (t0 + bc_t + k % 2 * 4 < L)
                     raw_B[k] = row_at(B_at, k % 2 * 4, p.ld_B)[k / 2 * 8],
                     raw_C[k] = row_at(C_at, k % 2 * 4, p.ld_C)[k / 2 * 8];

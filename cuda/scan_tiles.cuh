@@ -113,7 +113,10 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_tiles(ScanArgs<T>
         }
     };
     stage(0);
-    if (warp < WARPS - 1) join[warp * 32 + lane] = join[JOIN + warp * 32 + lane] = {};
+    if (warp < WARPS - 1) {
+        join[JOIN + warp * 32 + lane] = {};
+        join[warp * 32 + lane] = {};
+    }
     float delta[STEPS][C], delta_u[STEPS][C], y[STEPS][C], elapsed[C];
 #pragma unroll
     for (int c = 0; c < C; c++) elapsed[c] = 0.f;
@@ -305,7 +308,7 @@ static cudaError_t scan_tiles_launch(Device *d, const ScanArgs<T> &p) {
     if (!m->cleared || m->tag > UINT32_MAX - tiles) {
         cudaError_t err = cudaMemsetAsync(m->words, 0, m->bytes, d->stream);
         if (err != cudaSuccess) return err;
-        m->ticket = m->tag = 0, m->cleared = true;
+        m->ticket = 0, m->tag = 0, m->cleared = true;
     }
     cudaError_t err = launch_dependent(d, scan_tiles<T, STEPS, WARPS, C, MIN_BLOCKS>,
                                        (unsigned)items, 32 * WARPS, bytes, p, *m);

@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
             barrier_expect(res_parts_here, res_part_bytes);
     }
     for (int i = tid; i < 16 * ROUNDS && i < (channels + 15) / 16 * 16; i += SOLO_THREADS)
-        u_words[i] = y_words[i] = 0; // beyond n: for good
+        y_words[i] = 0, u_words[i] = 0; // beyond n they stay 0
     __syncthreads();
     asm volatile("barrier.cluster.arrive.release.aligned;" ::
                      : "memory"); // the barriers of the others are ready
@@ -619,8 +619,8 @@ static int clusters_at_once(void (*kernel)(Parameters...), int clusters, int thr
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = CLUSTER_BLOCKS,
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    attribute.val.clusterDim.x = CLUSTER_BLOCKS, attribute.val.clusterDim.y = 1,
+    attribute.val.clusterDim.z = 1;
     config.gridDim = (unsigned)(clusters * CLUSTER_BLOCKS), config.blockDim = (unsigned)threads;
     config.dynamicSmemBytes = shared, config.attrs = &attribute, config.numAttrs = 1;
     int at_once = 0;
