@@ -14,6 +14,23 @@ template <class To, class From> static void convert(Device *d, To *to, const Fro
     check_launch(d, "convert");
 }
 
+// out (rows, cols) = the weights of Q8 or Q4 tiles, as mamba.c describes them. A thread is a
+// weight.
+template <class T>
+__global__ void dequantize_kernel(T *out, const unsigned char *tiles, int bits, int rows,
+                                  int cols) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (size_t)rows * cols) return;
+    int row = (int)(i / cols), col = (int)(i % cols), codes = 32 / bits, j = col % codes;
+    size_t at = (size_t)(row / TILE) * ((cols + TILE - 1) / TILE) + col / TILE;
+    const unsigned char *tile = tiles + at * (size_t)(2 * TILE + bits * TILE * 4);
+    uint32_t word =
+        ((const uint32_t *)(tile + 2 * TILE))[col % TILE / codes * TILE + row % TILE] ^ 0x80000000u;
+    int code = (int)(word >> (j * bits) & ((1u << bits) - 1)) - (1 << (bits - 1));
+    out[i] =
+        (T)((float)code * __uint_as_float((uint32_t)((const uint16_t *)tile)[row % TILE] << 16));
+}
+
 __device__ inline uint64_t mix(uint64_t x) { // SplitMix64's output function
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;

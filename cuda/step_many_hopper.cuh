@@ -453,18 +453,22 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                     float *keep = p.window +
                                   (((size_t)layer * p.S + s_first + item_s) * (K - 1)) * E +
                                   rank * SLICE + q * SUB + c;
-                    float4 v = *(const float4 *)(conv + K * SUB + c);
+                    typedef Group<float, 4> Four;
+                    Four sum = *(const Four *)(conv + K * SUB + c),
+                         now = {x[j].x, x[j].y, x[j].z, x[j].w};
 #pragma unroll
                     for (int k = 0; k < SOLO_TAPS; k++) {
                         if (k >= K) break;
-                        float4 w = *(const float4 *)(conv + k * SUB + c),
-                               in = k + 1 < K ? *(const float4 *)(window +
-                                                                  (item_s * (K - 1) + k) * SUB + c)
-                                              : x[j];
-                        v.x += w.x * in.x, v.y += w.y * in.y, v.z += w.z * in.z, v.w += w.w * in.w;
-                        if (k) *(float4 *)(keep + (size_t)(k - 1) * E) = in;
+                        Four tap = *(const Four *)(conv + k * SUB + c),
+                             input =
+                                 k + 1 < K
+                                     ? *(const Four *)(window + (item_s * (K - 1) + k) * SUB + c)
+                                     : now;
+                        sum = conv_sum<1>(sum, &tap, &input);
+                        if (k) *(Four *)(keep + (size_t)(k - 1) * E) = input;
                     }
-                    v = make_float4(silu(v.x), silu(v.y), silu(v.z), silu(v.w));
+                    float4 v =
+                        make_float4(silu(sum.v[0]), silu(sum.v[1]), silu(sum.v[2]), silu(sum.v[3]));
                     *(float4 *)(u + i * 4) = v;
                     *(float4 *)(gate + i * 4) =
                         make_float4(silu(z[j].x), silu(z[j].y), silu(z[j].z), silu(z[j].w));

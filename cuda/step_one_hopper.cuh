@@ -339,7 +339,8 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
               *state = p.vectors + ((size_t)layer * gridDim.x + blockIdx.x) * p.vector_floats;
         sync_workers<SOLO_THREADS>();
         if (tid < n) {
-            float v = 0, z = 0, conv = vectors[vector.conv_bias + tid];
+            float v = 0, z = 0;
+            Group<float, 1> conv = {vectors[vector.conv_bias + tid]};
 #pragma unroll
             for (int i = 0; i < SOLO_WARPS; i++)
                 v += sums[i * place.sum_rows + tid], z += sums[i * place.sum_rows + n + tid];
@@ -347,11 +348,13 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
 #pragma unroll
             for (int k = 0; k < SOLO_TAPS; k++) {
                 if (k >= K) break;
-                float input = k + 1 < K ? vectors[vector.window + k * channels + tid] : v;
-                conv += vectors[vector.conv + k * channels + tid] * input;
-                if (k) state[vector.window + (k - 1) * channels + tid] = input;
+                Group<float, 1> tap = {vectors[vector.conv + k * channels + tid]},
+                                input = {k + 1 < K ? vectors[vector.window + k * channels + tid]
+                                                   : v};
+                conv = conv_sum<1>(conv, &tap, &input);
+                if (k) state[vector.window + (k - 1) * channels + tid] = input.v[0];
             }
-            float out = silu(conv);
+            float out = silu(conv.v[0]);
             u[tid] = out, u_words[tid] = split(out), gate[tid] = silu(z * scale);
         }
         sync_workers<SOLO_THREADS>();
