@@ -96,7 +96,6 @@
 // this section and nothing else of this file (MAMBA_TYPES_ONLY).
 
 typedef enum { F32, F16, BF16, Q8, Q4, N_TYPES } Type; // how matrices are stored
-typedef uint16_t half;                                 // the bits of an F16 or BF16 number
 enum { TILE = 32 };    // rows and columns of a tile of Q8 and Q4, see files/tensors.h
 enum { ALIGN = 64 };   // bytes: where tensors begin in files and arrays in memory
 enum { N_MAX = 1024 }; // the largest N
@@ -228,8 +227,9 @@ typedef struct GpuBackend {
 } GpuBackend;
 
 #ifndef MAMBA_TYPES_ONLY
-#include "files/bytes.h"
+typedef uint16_t half; // the bits of an F16 or BF16 number
 
+#include "files/bytes.h"
 #include "files/random.h"
 #include "files/new_file.h"
 COLD
