@@ -36,8 +36,7 @@ __device__ __forceinline__ void turn_done(int barrier) {
 //   - The tag is a number that rises from tile to tile and from launch to launch, so a word of an
 //     earlier tile or launch is never taken for one of this. Before the tags would wrap, the words
 //     are cleared and the tags begin again.
-//   - Tile i and tile i + 2 share a word. Tile i + 2 has its state from tile i + 1, which wrote
-//   that
+//   - Tile i and tile i + 2 share a word. Tile i + 2 has its state from tile i + 1, which wrote it
 //     only after it had read the word of tile i, so nothing is overwritten unread. But nothing
 //     orders plain stores of two multiprocessors to one word: the older one may land last, and did,
 //     once in some hundred million tiles. So a word is written by a maximum, with the tag on top.
