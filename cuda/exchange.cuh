@@ -188,7 +188,9 @@ struct Ring {                  // a place in the ring, the same in all threads t
 // written again in the next layer. Before a block gets there, it takes part in an exchange of all
 // blocks (6 or 7) that no warp of this block joins before it has read the place. Where no such
 // exchange lies between, the reader says that it is done: arrive_at(), after a barrier of its
-// block, so that no warp still reads. The same place in block `rank` of the cluster.
+// block, so that no warp still reads.
+
+// The same place in block `rank` of the cluster.
 __device__ inline uint32_t address_in(uint32_t address, int rank) {
     uint32_t there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
