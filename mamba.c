@@ -1291,6 +1291,15 @@ int mamba_acts_gpu(Acts *a, const Model *m, bool float32) {
     return a->gpu ? 0 : gpu_failed();
 }
 
+// Whether this build has a GPU backend.
+bool mamba_has_gpu(void) { return GPU != NULL; }
+
+// The name of the GPU, and the bytes of its memory that are in use. 0, or -1 after fail().
+int mamba_gpu_memory(char name[256], double *used_bytes) {
+    if (!GPU) return fail("this build has no GPU backend: make cuda");
+    return GPU->measure(NULL, NULL, used_bytes, name) ? gpu_failed() : 0;
+}
+
 // res (T,D) = the rows of embedding (V,D) named by ids (T); ids NULL: the first T.
 static void embed(float *res, const int32_t *ids, const Tensor *embedding, int T) {
     int D = embedding->cols;
@@ -1545,6 +1554,36 @@ int mamba_step(const Model *m, Acts *a, State *s, int32_t id) {
     return a->gpu ? mamba_prefill(m, a, s, &id, 1, NULL, NULL) : mamba_step_batch(m, a, &s, &id, 1);
 }
 
+// -log of the probability that logits (V) give to id, in nats; NaN where they are not numbers. For
+// a LogitsVisitor, or for the logits of a state.
+double mamba_nll(const Model *m, const float *logits, int32_t id) {
+    return log_sum_exp(logits, m->config.V) - (double)logits[id];
+}
+
+typedef struct {
+    const Model *m;
+    const int32_t *next; // the token after the position of the next logits
+    size_t left;         // tokens from next on
+    double sum;
+} NllSum;
+
+static void evaluate_position(void *context, const float *logits) {
+    NllSum *e = context;
+    if (e->left == 0) return; // nothing follows the last token
+    e->sum += mamba_nll(e->m, logits, *e->next);
+    e->next++;
+    e->left--;
+}
+
+// Reads n tokens into the state as mamba_prefill does. *nll: the sum of -log p, in nats, of all but
+// the first of them, each given everything before it. 0, or -1 after fail().
+int mamba_evaluate(const Model *m, Acts *a, State *s, const int32_t *ids, size_t n, double *nll) {
+    NllSum e = {.m = m, .next = n ? ids + 1 : ids, .left = n ? n - 1 : 0};
+    if (mamba_prefill(m, a, s, ids, n, evaluate_position, &e)) return -1;
+    *nll = e.sum;
+    return 0;
+}
+
 COLD
 // ---------------------------------------------------------------------------------------------------------------------
 // 8 State: save, load, copy
@@ -1703,6 +1742,7 @@ typedef struct Trainer {
     float *moment, *moment2; // AdamW's, in the same layout
     int B, L, threads;       // a pass has T = B L rows
     GpuTrainer *gpu;         // where everything below and the arenas live instead; NULL: here
+    bool gpu_newer;          // weights and moments on the GPU are newer than those here
     uint64_t step;           // optimizer steps taken
     Work *work;              // (n_layer + 1) what backward needs of each layer; of the last, res
     LayerState *seq;         // (n_layer,B) states of a pass
@@ -1776,6 +1816,15 @@ static void trainer_layout(Trainer *x, Arena *from) {
     x->scan = take_floats(from, scan_backward_floats(x->B, x->L, c->E, c->N));
 }
 
+// The memory that a trainer of m needs beside weights, gradient and moments (each of
+// m->tensors_bytes), for passes of B sequences of L tokens.
+size_t mamba_trainer_bytes(Model *m, int B, int L) {
+    Trainer measure = {.model = m, .B = B, .L = L};
+    Arena arena = {NULL, 0};
+    trainer_layout(&measure, &arena);
+    return arena.used;
+}
+
 void mamba_trainer_free(Trainer *x) {
     if (!x) return;
     if (x->gpu) GPU->trainer_close(x->gpu);
@@ -1821,11 +1870,13 @@ Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, bool float32) {
 // Weights and moments from the GPU to the host, or, store: the other way. Nothing to do without
 // one. 0, or -1 after fail().
 int mamba_trainer_fetch(Trainer *x, bool store) {
-    if (!x->gpu) return 0;
+    if (!x->gpu || (!store && !x->gpu_newer)) return 0;
     float *weights = x->model->weights;
-    if (store) return GPU->trainer_set(x->gpu, weights, x->moment, x->moment2) ? gpu_failed() : 0;
-    if (GPU->trainer_get(x->gpu, weights, x->moment, x->moment2, NULL)) return gpu_failed();
-    refresh_derived(x->model);
+    int bad = store ? GPU->trainer_set(x->gpu, weights, x->moment, x->moment2)
+                    : GPU->trainer_get(x->gpu, weights, x->moment, x->moment2, NULL);
+    if (bad) return gpu_failed();
+    x->gpu_newer = false;
+    if (!store) refresh_derived(x->model);
     return 0;
 }
 
@@ -2004,6 +2055,7 @@ static void adamw_tensor(void *context, const TensorInfo *info, Tensor *w) {
 // after fail() with the weights untouched, where a gradient is not finite.
 int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
     if (x->gpu) {
+        x->gpu_newer = true;
         if (GPU->train_step(x->gpu, how, x->step + 1, norm)) return gpu_failed();
         return x->step++, 0;
     }
