@@ -138,7 +138,6 @@ enum { RECENT = 64 }; // tokens that the repeat penalty looks back over
 enum { FLAG_TIED = 1, FLAG_PROJ_BIAS = 2, FLAG_CONV_BIAS = 4, FLAG_MIXER_NORM = 8 };
 enum { ARCH_MAMBA = 0, ARCH_FALCON_MAMBA = 1 };
 enum { HEADER_BYTES = 256, FILE_VERSION = 1, ALIGN = 64, N_MAX = 1024, PENDING = 4 };
-static const char MODEL_MAGIC[8] = {'m', 'a', 'm', 'b', 'a', '.', 'c', '\n'};
 
 typedef struct {
     int arch, flags;
@@ -197,6 +196,8 @@ typedef struct Model {
     size_t text_room; // most bytes that mamba_decode writes for one token
     uint32_t tensors_crc;
     size_t tensors_offset, tensors_bytes, tokenizer_bytes, n_params;
+    const unsigned char *tokenizer_blob; // (tokenizer_bytes) in file, or own_blob
+    unsigned char *own_blob;             // NULL: a model from a file, or without a tokenizer
     unsigned char *file; // the whole of model.bin, mapped or read
     size_t file_bytes;
     bool mapped;
@@ -395,6 +396,7 @@ COLD
 void mamba_free(Model *m) {
     if (!m) return;
     if (m->tokenizer) tokenizer_close(m->tokenizer);
+    free(m->own_blob);
     if (m->file) file_unmap(m->file, m->file_bytes, m->mapped);
     free_aligned(m->weights);
     free_aligned(m->derived);
@@ -421,7 +423,6 @@ static Model *blank_model(const Config *config) {
     return m;
 }
 
-#include "files/model_file.h"
 COLD_END
 // ---------------------------------------------------------------------------------------------------------------------
 // Sequences, activations, training: what a pass works with
@@ -1634,6 +1635,8 @@ void mamba_state_reset(const Model *m, State *s) {
     state_point(s, &m->config);
 }
 
+#include "files/header.h"
+#include "files/model_file.h"
 #include "files/state_file.h"
 COLD_END
 #include "files/quantizer.h"
@@ -2075,6 +2078,9 @@ int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
     return 0;
 }
 
+COLD
+#include "files/checkpoint.h"
+COLD_END
 // ---------------------------------------------------------------------------------------------------------------------
 // 11 Sampling
 // In this order: repeat penalty, temperature, top-k, top-p, min-p, then one draw. Ids that the

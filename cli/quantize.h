@@ -21,12 +21,11 @@ static int command_quantize(int argc, char **argv) {
     if (result == 0 && is_quantized(m->config.type))
         result = fail("%s is in %s already: quantize the model that it was made from", rest[0],
                       type_name(m->config.type));
-    if (result == 0) result = verify(m, rest[0]); // or damage would be given a valid checksum
+    if (result == 0)
+        result = mamba_verify(m) ? fail_in(rest[0]) : 0; // else damage would get
+                                                         // a valid checksum
     if (result == 0) result = (quantized = mamba_quantize(m, four_bits)) ? 0 : fail_in(rest[0]);
-    if (result == 0) {
-        each_tensor(quantized, swap_tensor, NULL);
-        result = save_model(quantized, m->file + HEADER_BYTES, m->tokenizer_bytes, rest[1]);
-    }
+    if (result == 0) result = mamba_save(quantized, rest[1]);
     if (result == 0)
         fprintf(stderr, "wrote %s: %.1f MB of weights in %s, from %.1f in %s\n", rest[1],
                 (double)quantized->tensors_bytes / 1e6, rest[2], (double)m->tensors_bytes / 1e6,
@@ -35,4 +34,3 @@ static int command_quantize(int argc, char **argv) {
     mamba_free(m);
     return result;
 }
-

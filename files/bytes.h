@@ -4,7 +4,20 @@
 // saturate instead of wrapping, so one comparison with the file's length catches every overflow.
 // Files are read byte by byte: any machine reads the same little-endian file.
 
-static char error_text[512];
+// A variable that every thread has one of. Some compilers (tcc) have no such variables, and no
+// threads.
+#ifndef PER_THREAD
+#if defined(_MSC_VER)
+#define PER_THREAD __declspec(thread)
+#elif defined(__TINYC__) || (!defined(__GNUC__) && __STDC_VERSION__ < 201112L)
+#define PER_THREAD
+#else
+#define PER_THREAD _Thread_local
+#endif
+#endif
+
+enum { ERROR_BYTES = 512 };
+static PER_THREAD char error_text[ERROR_BYTES];
 
 static int fail(const char *format, ...) {
     va_list args;
@@ -21,7 +34,8 @@ static int fail_in(const char *where) {
     return fail("%.200s: %.300s", where, why);
 }
 
-// Why the last call failed: one sentence, no newline.
+// Why the last call of this thread failed: one sentence, no newline. Where a thread of a team
+// fails, its text must be copied to the thread that started the team.
 const char *mamba_error(void) { return error_text; }
 
 static size_t size_mul(size_t a, size_t b) { return a && b > SIZE_MAX / a ? SIZE_MAX : a * b; }
@@ -58,12 +72,6 @@ static uint32_t u32_at(const unsigned char *p) {
     return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 static uint64_t u64_at(const unsigned char *p) { return u32_at(p) | (uint64_t)u32_at(p + 4) << 32; }
-static float f32_at(const unsigned char *p) {
-    uint32_t bits = u32_at(p);
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
 static void put_u32(unsigned char *p, uint32_t value) {
     for (int i = 0; i < 4; i++) p[i] = (unsigned char)(value >> (8 * i));
 }
@@ -170,4 +178,3 @@ static void file_unmap(unsigned char *data, size_t bytes, bool mapped) {
     (void)bytes, (void)mapped;
     free_aligned(data);
 }
-

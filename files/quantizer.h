@@ -125,23 +125,33 @@ static int copy_tensor(const Tensor *to, const Tensor *from, const TensorInfo *i
     return 0;
 }
 
-// A copy of a model in memory of its own with matrices in F32, Q8 or Q4. NULL after fail().
-static Model *copy_as(Model *from, Type type) {
+// A copy of a model in memory of its own, with its tokenizer and matrices in F32, Q8 or Q4. NULL
+// after fail().
+static Model *copy_as(const Model *from, Type type) {
     Config config = from->config;
     config.type = type;
     Model *to = blank_model(&config);
     TensorList source = {NULL, NULL, 0}, target = {NULL, NULL, 0};
-    int result = to && list_tensors(&source, from) == 0 ? list_tensors(&target, to) : -1;
+    int result = to ? list_tensors(&source, (Model *)(uintptr_t)from) : -1;
+    if (result == 0) result = list_tensors(&target, to);
     for (int i = 0; i < source.n && result == 0; i++)
         result = copy_tensor(target.list[i], source.list[i], &source.info[i]);
-    free(source.list), free(source.info), free(target.list), free(target.info);
+    free(source.list);
+    free(source.info);
+    free(target.list);
+    free(target.info);
+    if (result == 0 && from->tokenizer)
+        result = mamba_set_tokenizer(to, from->tokenizer_blob, from->tokenizer_bytes);
     if (result == 0 && make_derived(to) == 0) return to;
     mamba_free(to);
     return NULL;
 }
 
-// Their tokenizer stays with the original, which must outlive them. The float32 copy is ready to be
-// trained.
-Model *mamba_float_copy(Model *from) { return copy_as(from, F32); }
-Model *mamba_quantize(Model *from, bool four_bits) { return copy_as(from, four_bits ? Q4 : Q8); }
+// A copy with all weights in float32, ready to be trained. NULL after fail().
+Model *mamba_float_copy(const Model *from) { return copy_as(from, F32); }
 
+// A copy with matrices in 8.5 bits a weight, or 4.5: what the recurrence touches stays float32.
+// NULL after fail().
+Model *mamba_quantize(const Model *from, bool four_bits) {
+    return copy_as(from, four_bits ? Q4 : Q8);
+}
