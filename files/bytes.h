@@ -103,7 +103,7 @@ static void fix_endian(void *data, size_t bytes, size_t width) {
 // CRC-32 (polynomial 0xEDB88320, zlib's), eight bytes a step: start with crc = 0 and feed pieces in
 // order.
 static uint32_t crc32_of(uint32_t crc, const void *data, size_t bytes) {
-    static uint32_t table[8][256];
+    static PER_THREAD uint32_t table[8][256]; // two threads may make it at one time
     if (!table[7][255]) { // row 0 is the bytewise table, row k is row 0 applied k more times
         for (int i = 0; i < 256; i++) {
             uint32_t c = (uint32_t)i;

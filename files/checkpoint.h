@@ -129,7 +129,10 @@ static int check_checkpoint(const Trainer *x, const TrainRun *run, const unsigne
         crc32_of(0, weights + 2 * bytes, bytes) != h.moment2_crc)
         return fail("%s: the checkpoint is damaged", path);
     if (!same_model(model, &stored, x->model))
-        return fail("%s: the checkpoint is of a model of another shape or vocabulary", path);
+        return fail("%s: the checkpoint is of another model: sizes, options or tokenizer differ",
+                    path);
+    if (tokenizer_bytes && memcmp(model + HEADER_BYTES, x->model->tokenizer_blob, tokenizer_bytes))
+        return fail("%s: the checkpoint is damaged", path);
     return 0;
 }
 

@@ -13,7 +13,7 @@ typedef struct {
     int count;              // numbers one after the other; for FIELD_TEXT bytes
     double lowest, highest; // of a number. A float must be below highest; FIELD_F64 may be
                             // anything. A token id is below the vocabulary's size.
-    size_t place; // offsetof() in the struct that holds what the header says
+    size_t place;           // offsetof() in the struct that holds what the header says
 } Field;
 
 typedef struct {
