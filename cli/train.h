@@ -72,8 +72,7 @@ static double held_out_loss(Training *t) {
 static double learning_rate(const TrainOptions *o, uint64_t step) { // of step 1, 2, ...
     if (step <= (uint64_t)o->warmup) return o->rate * (double)step / (double)o->warmup;
     if (!strcmp(o->schedule, "constant")) return o->rate;
-    if (!strcmp(o->schedule,
-                "wsd")) { // warm-up, stable, decay: a straight line down over the last fifth
+    if (!strcmp(o->schedule, "wsd")) { // constant, then in the last fifth a straight line down
         double left = 5 * (1 - (double)step / (double)o->steps);
         return o->min_rate + (o->rate - o->min_rate) * fmin(left, 1);
     }
@@ -130,7 +129,10 @@ static int log_open(TrainLog *log, const char *path, uint64_t step) {
     bool failed = false;
     char *old = step ? read_log(path, &failed) : NULL;
     *log = (TrainLog){.path = path};
-    if (failed || new_file_open(&w, path, true)) return free(old), -1;
+    if (failed || new_file_open(&w, path, true)) {
+        free(old);
+        return -1;
+    }
     if (!old || !strchr(old, '\n'))
         fprintf(w.f, "step,tokens,seconds,loss,held_out,learning_rate,gradient_norm,"
                      "tokens_per_second\n");
@@ -276,7 +278,10 @@ static int append_tokens(Training *t, const char *path) {
     free(text);
     if (bad) return fail_in(path);
     int32_t *all = realloc(t->data, (t->n_data + n + 1) * sizeof *all);
-    if (!all) return free(ids), fail("out of memory: %zu tokens", t->n_data + n);
+    if (!all) {
+        free(ids);
+        return fail("out of memory: %zu tokens", t->n_data + n);
+    }
     t->data = all;
     memcpy(all + t->n_data, ids, n * sizeof *all);
     t->n_data += n;
@@ -599,7 +604,10 @@ static int command_train(int argc, char **argv) {
         {"-T", "N", "threads; the result does not depend on it", OPT_INT, &o.threads, 1, 1024},
     };
     const char *rest[1];
-    if (wants_help(argc, argv)) return print_help(TRAIN_USAGE, options, COUNT(options)), 0;
+    if (wants_help(argc, argv)) {
+        print_help(TRAIN_USAGE, options, COUNT(options));
+        return 0;
+    }
     int n = parse_options(argc, argv, options, COUNT(options), rest, 0);
     if (n < 0) return -1;
     if (check_train_options(&o)) return -1;

@@ -1,8 +1,8 @@
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // 1 Errors, checked sizes, bytes
-// A failing function says why with fail() and returns; only main exits. Sizes that come from a file
+// A function that fails says why with fail() and returns; only main exits. Sizes from a file
 // saturate instead of wrapping, so one comparison with the file's length catches every overflow.
-// Files are read byte by byte: any machine reads the same little-endian file.
+// Numbers are read byte by byte: any machine reads the same little-endian file.
 
 // A variable that every thread has one of. Some compilers (tcc) have no such variables, and no
 // threads.
@@ -133,10 +133,14 @@ static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
 #ifdef MAMBA_POSIX
     int fd = open(path, O_RDONLY | O_NONBLOCK); // a FIFO without a writer would wait here
     struct stat info;
-    if (fd < 0) return fail("%s: %s", path, strerror(errno)), NULL;
+    if (fd < 0) {
+        fail("%s: %s", path, strerror(errno));
+        return NULL;
+    }
     if (fstat(fd, &info) || !S_ISREG(info.st_mode)) {
         close(fd);
-        return fail("%s: not a regular file", path), NULL;
+        fail("%s: not a regular file", path);
+        return NULL;
     }
     *bytes = (size_t)info.st_size;
     bool fits = *bytes > 0 && (uintmax_t)info.st_size <= SIZE_MAX / 2;
@@ -151,7 +155,10 @@ static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
     close(fd);
 #endif
     FILE *f = fopen(path, "rb");
-    if (!f) return fail("%s: %s", path, strerror(errno)), NULL;
+    if (!f) {
+        fail("%s: %s", path, strerror(errno));
+        return NULL;
+    }
     unsigned char *data = NULL;
     long length = fseek(f, 0, SEEK_END) ? -1 : ftell(f);
     if (length < 0) fail("%s: cannot find its length", path);
@@ -175,6 +182,7 @@ static void file_unmap(unsigned char *data, size_t bytes, bool mapped) {
         return;
     }
 #endif
-    (void)bytes, (void)mapped;
+    (void)bytes;
+    (void)mapped;
     free_aligned(data);
 }

@@ -151,7 +151,10 @@ static int open_model(Model *m, const char *path) {
 // NULL after fail().
 Model *mamba_load(const char *path) {
     Model *m = calloc(1, sizeof *m);
-    if (!m) return fail("out of memory"), NULL;
+    if (!m) {
+        fail("out of memory: a model");
+        return NULL;
+    }
     if (open_model(m, path)) {
         mamba_free(m);
         return NULL;
@@ -184,7 +187,10 @@ int mamba_set_tokenizer(Model *m, const unsigned char *blob, size_t bytes) {
     unsigned char *old = m->own_blob, *copy = malloc(bytes ? bytes : 1);
     if (!copy) return fail("out of memory: a tokenizer of %zu bytes", bytes);
     memcpy(copy, blob, bytes);
-    if (open_tokenizer(m, copy, bytes)) return free(copy), -1;
+    if (open_tokenizer(m, copy, bytes)) {
+        free(copy);
+        return -1;
+    }
     m->own_blob = copy;
     free(old);
     return 0;
@@ -192,7 +198,8 @@ int mamba_set_tokenizer(Model *m, const unsigned char *blob, size_t bytes) {
 
 // Numbers in memory to the order of bytes in files, or back. A little-endian machine needs nothing.
 static void swap_tensor(void *context, const TensorInfo *info, Tensor *w) {
-    (void)context, (void)info;
+    (void)context;
+    (void)info;
     fix_tensor_endian(w);
 }
 static void swap_model(const Model *m) {

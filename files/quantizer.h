@@ -1,11 +1,11 @@
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // 9 Quantiser
-// Q8 and Q4 from wider weights, a tile at a time (section 3 says what that is). A row's scale in a
-// tile is its largest weight over one of some divisors: 127 for Q8; for Q4 the one of 22 whose
-// codes leave the smallest sum of squared errors, which takes that error from 9.7 to 8.1% of the
-// weights (normally distributed ones). What would round otherwise elsewhere is avoided, so that
-// export.py writes the same bytes: a scale is rounded before it divides, weight - code * scale is
-// exact, and so is its square.
+// Q8 and Q4 from wider weights, a tile at a time; mamba.c describes a tile beside tile_bytes(). The
+// scale of a row in a tile is its largest weight divided by a divisor. Q8 always takes 127. Q4
+// tries 22 divisors and takes the one with the smallest sum of squared errors: for normally
+// distributed weights the error is 8.1% instead of 9.7%.
+// export.py writes the same bytes, because nothing here depends on how a machine rounds: a scale is
+// rounded before it divides, weight - code * scale is exact, and so is its square.
 
 static float round_bf16(float x) { // to the nearest, ties to even
     uint32_t bits;
@@ -37,7 +37,10 @@ static void try_divisor(float scale[TILE], double error[TILE], const float w[TIL
             sum[r] += (double)off * (double)off;
         }
     for (int r = 0; r < TILE; r++)
-        if (sum[r] < error[r]) error[r] = sum[r], scale[r] = tried[r];
+        if (sum[r] < error[r]) {
+            error[r] = sum[r];
+            scale[r] = tried[r];
+        }
 }
 
 // tile = w, where w[k][r] is input k of row r; all finite.
@@ -82,7 +85,10 @@ static int quantize_tensor(const Tensor *to, const Tensor *from) {
             int n = to->cols - k0 < TILE ? to->cols - k0 : TILE;
             for (int r = 0; r < TILE && r0 + r < to->rows; r++) {
                 tensor_widen(row, from, r0 + r, k0, n);
-                for (int k = 0; k < n; k++) w[k][r] = row[k], bad |= !(fabsf(row[k]) <= FLT_MAX);
+                for (int k = 0; k < n; k++) {
+                    w[k][r] = row[k];
+                    bad |= !(fabsf(row[k]) <= FLT_MAX);
+                }
             }
             if (!bad)
                 quantize_tile((unsigned char *)(uintptr_t)to->data +
@@ -101,7 +107,9 @@ typedef struct { // the tensors of a model in the file's order
 
 static void list_tensor(void *context, const TensorInfo *info, Tensor *w) {
     TensorList *all = context;
-    all->info[all->n] = *info, all->list[all->n++] = w;
+    all->info[all->n] = *info;
+    all->list[all->n] = w;
+    all->n++;
 }
 
 static int list_tensors(TensorList *all, Model *m) {

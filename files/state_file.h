@@ -65,7 +65,10 @@ int mamba_state_save(const Model *m, const State *s, const char *path) {
     unsigned char header[STATE_HEADER];
     float *data = malloc(bytes);
     if (!data) return fail("out of memory: saving a state of %zu bytes", bytes);
-    if (state_fetch(s)) return free(data), -1;
+    if (state_fetch(s)) {
+        free(data);
+        return -1;
+    }
     memcpy(data, s->data, bytes);
     fix_endian(data, bytes, sizeof(float));
     const StateHeader h = header_of_state(m, s, crc32_of(0, data, bytes));
