@@ -482,7 +482,7 @@ typedef struct Acts { // what one pass at a time over one model needs
     LayerState *seq;  // (n_layer,B) of the sequences of the pass
     float *logits;    // (LOGIT_ROWS,V)
     float *probs;     // (V) the sampler's scratch
-    int32_t *order;   // (V) the sampler's scratch
+    int32_t *order;   // (BATCH_MAX,V) the sampler's scratch
     float *selection; // (n) of the next prefill, or NULL, see mamba_selection()
     Gpu *gpu;         // NULL: everything runs on the processor
     State *gpu_state; // the state that the GPU holds
@@ -1255,7 +1255,7 @@ static void acts_layout(Acts *a, const Config *c, Arena *from) {
     w->carry = take_floats(from, scan_carry_floats(c->E, c->N));
     a->logits = take_floats(from, size_mul(LOGIT_ROWS, V));
     a->probs = take_floats(from, V);
-    a->order = take(from, V, sizeof *a->order);
+    a->order = take(from, size_mul(BATCH_MAX, V), sizeof *a->order);
     a->seq = take(from, (size_t)c->n_layer * BATCH_MAX, sizeof *a->seq);
 }
 
@@ -1545,6 +1545,11 @@ int mamba_step(const Model *m, Acts *a, State *s, int32_t id) {
     return a->gpu ? mamba_prefill(m, a, s, &id, 1, NULL, NULL) : mamba_step_batch(m, a, &s, &id, 1);
 }
 
+// -log p(target) in nats, by the logits (V) after the text before it.
+double mamba_log_loss(const float *logits, int V, int32_t target) {
+    return log_sum_exp(logits, V) - (double)logits[target];
+}
+
 COLD
 // ---------------------------------------------------------------------------------------------------------------------
 // 8 State: save, load, copy
@@ -1596,6 +1601,53 @@ void mamba_state_reset(const Model *m, State *s) {
 }
 
 #include "files/state_file.h"
+
+// Bytes of a saved state, whatever the length of the text that it has read.
+size_t mamba_state_bytes(const Model *m) {
+    return size_add(STATE_HEADER, size_mul(state_floats(&m->config), sizeof(float)));
+}
+
+// --- verify: mamba_load checks the header and the tokenizer, this checks the weights
+
+static bool row_is_finite(const Tensor *w, int row) {
+    enum { VALUES = 1024 };
+    float value[VALUES];
+    // F16's infinity and NaN become numbers above 65504, its largest.
+    const float highest = w->type == F16 ? 65504 : FLT_MAX;
+    for (int from = 0; from < w->cols; from += VALUES) {
+        int n = w->cols - from < VALUES ? w->cols - from : VALUES;
+        tensor_widen(value, w, row, from, n);
+        for (int i = 0; i < n; i++)
+            if (!(fabsf(value[i]) <= highest)) return false;
+    }
+    return true;
+}
+
+// context: the label of the first tensor with a value that is not finite; empty: none so far.
+static void verify_tensor(void *context, const TensorInfo *info, Tensor *w) {
+    char *bad = context;
+    for (int row = 0; row < w->rows && !bad[0]; row++)
+        if (!row_is_finite(w, row)) tensor_label(bad, info);
+}
+
+static void swap_tensor(void *context, const TensorInfo *info, Tensor *w) {
+    (void)context;
+    (void)info;
+    fix_tensor_endian(w);
+}
+
+// Checks that every weight of a model from the file path is finite, and that the tensors' bytes
+// have the checksum of the header. 0, or -1 after fail().
+int mamba_verify(Model *m, const char *path) {
+    char bad[LABEL] = "";
+    each_tensor(m, verify_tensor, bad);
+    if (bad[0]) return fail("%s: %s holds a value that is not finite", path, bad);
+    each_tensor(m, swap_tensor, NULL); // the checksum is of the bytes as stored
+    uint32_t crc = crc32_of(0, m->file + m->tensors_offset, m->tensors_bytes);
+    each_tensor(m, swap_tensor, NULL);
+    if (crc == m->tensors_crc) return 0;
+    return fail("%s: the checksum of the tensors does not match: the file is damaged", path);
+}
 COLD_END
 #include "files/quantizer.h"
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2120,6 +2172,24 @@ int32_t mamba_sample(const Model *m, Acts *a, State *s, const Sampling *how) {
     if (s->position == 0) return fail("nothing to continue: the state has read no token");
     int32_t id = draw(m, a->probs, a->order, s, how);
     return id < 0 ? draw_failed(id) : id;
+}
+
+// The next token of each of B different states, at most BATCH_MAX, as mamba_sample draws it: ids
+// (B). The logits must be in the states, so not for states on a GPU. 0, or -1 after fail().
+int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling *how, int32_t *ids,
+                       int B) {
+    const size_t V = (size_t)m->config.V;
+    assert(B >= 1 && B <= BATCH_MAX && B <= LOGIT_ROWS);
+    for (int b = 0; b < B; b++)
+        if (s[b]->position == 0) return fail("nothing to continue: a state has read no token");
+    int team = pass_team(m, a, B);
+    (void)team;
+#pragma omp parallel for num_threads(team) schedule(dynamic)
+    for (int b = 0; b < B; b++) // a->logits is free: every state has its own logits by now
+        ids[b] = draw(m, a->logits + (size_t)b * V, a->order + (size_t)b * V, s[b], how);
+    for (int b = 0; b < B; b++)
+        if (ids[b] < 0) return draw_failed(ids[b]);
+    return 0;
 }
 
 // Text to token ids, malloc'd, for the caller to free. 0, or -1 after fail().

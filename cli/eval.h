@@ -62,7 +62,7 @@ typedef struct {
 static void evaluate(void *context, const float *logits) {
     Evaluation *ev = context;
     if (++ev->t == ev->n) return; // nothing follows the last token
-    double nll = log_sum_exp(logits, ev->V) - (double)logits[ev->ids[ev->t]];
+    double nll = mamba_log_loss(logits, ev->V, ev->ids[ev->t]);
     ev->sum += nll;
     if (ev->each) printf("%.6f\n", nll);
 }

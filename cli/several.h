@@ -21,8 +21,8 @@ typedef struct {
     const GenerateOptions *o;
     Prompt *prompt;
     size_t n_prompts, samples, begun, printed; // texts: number = prompt * samples + sample
-    int32_t *ids, *order; // of all prompts; the sampler's scratch, (BATCH_MAX,V)
-    State *start;         // what every prompt goes on from: zeros or a loaded state
+    int32_t *ids;                              // of all prompts
+    State *start; // what every prompt goes on from: zeros or a loaded state
     uint64_t seed;
     Sequence sequence[BATCH_MAX];
     int running, slots;
@@ -113,7 +113,6 @@ static int many_begin(Many *y, Report *report) {
 // fail().
 static int many_accept(Many *y, Sequence *q, int32_t id) {
     const Model *m = y->x->model;
-    if (id < 0) return draw_failed(id);
     if (is_eos(&m->config, id) && !y->o->ignore_eos) return 2;
     int stopped = output_add(&q->out, y->bytes, mamba_decode(m, q->state, id, y->bytes));
     q->written++;
@@ -151,7 +150,7 @@ static int many_loop(Many *y, Report *report) {
     const Sampling how = {(float)o->temperature, (float)o->top_p, (int)o->top_k, (float)o->min_p,
                           (float)o->repeat_penalty};
     Acts *a = y->x->acts;
-    size_t total = size_mul(y->n_prompts, y->samples), V = (size_t)m->config.V;
+    size_t total = size_mul(y->n_prompts, y->samples);
     for (;;) {
         while (y->running < y->slots && y->begun < total && y->begun - y->printed < TEXTS_MAX &&
                !interrupted)
@@ -159,12 +158,9 @@ static int many_loop(Many *y, Report *report) {
         if (y->running == 0) return 0;
         int32_t ids[BATCH_MAX];
         State *states[BATCH_MAX];
-        int team = pass_team(m, a, y->running), n = y->running;
-        (void)team;
-#pragma omp parallel for num_threads(team) schedule(dynamic)
-        for (int i = 0; i < n; i++) // a->logits is free: every state has its own by now
-            ids[i] = draw(m, a->logits + (size_t)i * V, y->order + (size_t)i * V,
-                          y->sequence[i].state, &how);
+        const int n = y->running;
+        for (int i = 0; i < n; i++) states[i] = y->sequence[i].state;
+        if (mamba_sample_batch(m, a, states, &how, ids, n)) return -1;
         for (int i = n - 1; i >= 0; i--) { // backward: the one that takes a place is done with
             int why = interrupted ? 4 : many_accept(y, &y->sequence[i], ids[i]);
             if (!interrupted) report->n_written += why != 2;
@@ -186,11 +182,9 @@ static int generate_many(Session *x, const GenerateOptions *o, const char *text,
     size_t total = size_mul(y->n_prompts, y->samples);
     y->slots = total < BATCH_MAX ? (int)total : BATCH_MAX;
     if (result == 0) {
-        y->order = malloc(
-            size_mul(size_mul((size_t)y->slots, (size_t)x->model->config.V), sizeof *y->order));
         y->bytes = malloc(x->model->text_room);
         y->start = mamba_state_new(x->model);
-        if (!y->order || !y->bytes) result = fail("out of memory: %d sequences", y->slots);
+        if (!y->bytes) result = fail("out of memory: %d sequences", y->slots);
         if (!y->start) result = -1;
     }
     for (int i = 0; i < y->slots && result == 0; i++) {
@@ -215,7 +209,6 @@ static int generate_many(Session *x, const GenerateOptions *o, const char *text,
         mamba_state_free(y->sequence[i].state), free(y->sequence[i].out.held.bytes);
     for (int i = 0; i < TEXTS_MAX; i++) free(y->text[i].bytes);
     mamba_state_free(y->start);
-    free(y->prompt), free(y->ids), free(y->order), free(y->bytes), free(y);
+    free(y->prompt), free(y->ids), free(y->bytes), free(y);
     return result;
 }
-
