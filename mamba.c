@@ -2215,9 +2215,11 @@ size_t mamba_decode(const Model *m, State *s, int32_t id, unsigned char *out) {
 #ifndef MAMBA_NO_MAIN
 COLD
 #include "cli/options.h"
-#include "cli/generate.h"
+#include "cli/output.h"
 #include "cli/selection.h"
+#include "cli/generate.h"
 #include "cli/several.h"
+#include "cli/session.h"
 #include "cli/command_generate.h"
 #include "cli/inspect.h"
 #include "cli/eval.h"
