@@ -2222,6 +2222,7 @@ COLD
 #include "cli/session.h"
 #include "cli/command_generate.h"
 #include "cli/inspect.h"
+#include "cli/tasks.h"
 #include "cli/eval.h"
 #include "cli/train.h"
 #include "cli/quantize.h"
