@@ -125,6 +125,7 @@ typedef struct {
     size_t left; // sequences still to be made
     uint64_t random;
     int result;
+    char error[512]; // mamba_error() of the first thread that failed
 } TaskQueue;
 
 typedef struct {
@@ -167,7 +168,10 @@ static void read_sequences(TaskQueue *q, TaskReader *r) {
         if (read_tokens(q, r, r->ids, body, false) ||
             read_tokens(q, r, r->ids + body, tail, true)) {
 #pragma omp critical
-            q->result = -1;
+            {
+                if (q->result == 0) snprintf(q->error, sizeof q->error, "%s", mamba_error());
+                q->result = -1;
+            }
         }
     }
 }
@@ -209,8 +213,10 @@ static int evaluate_task(Session *x, const TaskRun *run) {
         return fail("the model has %d ids, the tasks need %d", m->config.V, TASK_VOCAB);
     const int threads = x->acts->threads;
     const int team = x->acts->gpu || run->samples < (size_t)threads ? 1 : threads;
-    // Training's generator starts elsewhere.
-    TaskQueue queue = {m, run, run->samples, run->seed ^ 0x6576616C75617465u, 0};
+    TaskQueue queue = {.m = m,
+                       .run = run,
+                       .left = run->samples,
+                       .random = run->seed ^ 0x6576616C75617465u}; // training's starts elsewhere
     TaskReader *reader = calloc((size_t)team, sizeof *reader);
     size_t right = 0, wanted = 0;
     double start = seconds();
@@ -221,7 +227,7 @@ static int evaluate_task(Session *x, const TaskRun *run) {
     if (result == 0) {
 #pragma omp parallel for num_threads(team) schedule(static, 1)
         for (int i = 0; i < team; i++) read_sequences(&queue, &reader[i]);
-        result = queue.result;
+        if (queue.result) result = fail("%s", queue.error); // maybe of another thread
     }
     for (int i = 0; i < opened; i++) {
         right += reader[i].score.right;

@@ -1,7 +1,6 @@
 // cli/generate.h - one text: the prompt is read, then tokens are drawn, printed and read.
 //
-// Depends on cli/options.h (Session, Ctrl-C) and cli/output.h. Uses GPU->generate for text whose
-// state nobody wants afterwards.
+// Depends on cli/options.h (Session, Ctrl-C), cli/output.h and mamba_generate().
 
 typedef struct {
     const char *model_path, *save, *load, *batch;
@@ -62,84 +61,42 @@ static int read_prompt(Session *x, const int32_t *ids, size_t n, Report *report)
 
 // --- writing
 
-static bool is_eos(const Config *c, int32_t id) {
-    for (int i = 0; i < 4; i++)
-        if (c->eos[i] == id) return true;
-    return false;
+typedef struct { // what print_text() knows and tells
+    Output out;
+    bool stopped, failed;
+} Printing;
+
+// For mamba_generate(): prints what a token adds. Returns true to end the text.
+static bool print_text(void *context, int32_t id, const unsigned char *text, size_t n) {
+    Printing *p = context;
+    (void)id;
+    int found = output_add(&p->out, text, n);
+    p->stopped |= found == 1;
+    p->failed |= found < 0;
+    return found != 0 || interrupted;
 }
 
-// Tokens that the GPU has drawn and read, several a launch, because a launch takes longer than a
-// step. Where the text ends within them, the state has read too much. So a burst is only for a
-// state that nobody wants afterwards.
-typedef struct {
-    int32_t ids[64];
-    int at, n;
-} Burst;
-
-// 0, or -1 after fail().
-static int burst_start(Session *x, const Sampling *how) {
-    const Model *m = x->model;
-    const State *s = x->state;
-    unsigned char *allowed = malloc((size_t)m->config.V);
-    if (!allowed) return fail("out of memory");
-    for (int v = 0; v < m->config.V; v++)
-        allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
-    int bad = GPU->generate_start(x->acts->gpu, 1, how, &s->random, s->position, s->recent,
-                                  s->n_recent, allowed);
-    free(allowed);
-    return bad ? gpu_failed() : 0;
-}
-
-// The next token, or -1 after fail().
-static int32_t burst_next(Burst *b, Session *x, const Sampling *how) {
-    if (b->at < b->n) return b->ids[b->at++];
-    if (b->n == 0 && burst_start(x, how)) return -1;
-    b->n = b->n ? 32 : 4; // few at first: they are shown sooner
-    b->at = 0;
-    if (GPU->generate(x->acts->gpu, b->ids, b->n)) return gpu_failed();
-    for (int i = 0; i < b->n; i++)
-        if (b->ids[i] < 0) return fail("a logit is not finite: run `info --verify`");
-    return b->ids[b->at++];
-}
-
-// Writes up to o->n tokens after what the state has read. keep_pending: an unfinished character
-// stays in the state, for the run that goes on with it. 0, or -1 after fail().
-static int write_tokens(Session *x, const GenerateOptions *o, bool keep_pending, Report *report) {
-    const Sampling how = sampling_of(o);
-    const bool bursts = x->acts->gpu && !keep_pending;
-    Output out = {.stop = &o->stop};
-    Burst burst = {.n = 0};
-    unsigned char *text = malloc(x->model->text_room);
-    if (!text) return fail("out of memory: a token of %zu bytes", x->model->text_room);
-    int result = 0;
+// Writes up to o->n tokens after what the state has read. goes_on: an unfinished character stays in
+// the state, for the run that goes on with it. 0, or -1 after fail().
+static int write_tokens(Session *x, const GenerateOptions *o, bool goes_on, Report *report) {
+    static const char *const ended[] = {"length", "end of text", "interrupted"}; // as in Ended
+    Printing p = {.out = {.stop = &o->stop}};
+    Writing w = {.sampling = sampling_of(o),
+                 .most = interrupted ? 0 : o->n,
+                 .ignore_eos = o->ignore_eos,
+                 .goes_on = goes_on,
+                 .emit = print_text,
+                 .context = &p};
     double start = seconds();
-    report->ended = "length";
-    for (long i = 0; (o->n < 0 || i < o->n) && result == 0; i++) {
-        if (interrupted) {
-            report->ended = "interrupted";
-            break;
-        }
-        int32_t id =
-            bursts ? burst_next(&burst, x, &how) : mamba_sample(x->model, x->acts, x->state, &how);
-        if (id < 0) result = -1;
-        if (id < 0) break;
-        if (is_eos(&x->model->config, id) && !o->ignore_eos) {
-            report->ended = "end of text";
-            break;
-        }
-        result = output_add(&out, text, mamba_decode(x->model, x->state, id, text));
-        if (result == 1) report->ended = "stop string";
-        if (!bursts && mamba_step(x->model, x->acts, x->state, id)) result = -1;
-        report->n_written++;
-    }
-    if (!keep_pending && result == 0)
-        result = output_add(&out, text, mamba_decode(x->model, x->state, -1, text));
-    if (result == 1) x->state->pending.n = 0; // it belongs to what follows the stop string
-    if (result >= 0 && output_flush(&out)) result = -1;
-    free(out.held.bytes);
-    free(text);
+    long written = mamba_generate(x->model, x->acts, x->state, &w);
+    bool failed = written < 0 || p.failed;
+    report->ended = p.stopped ? "stop string" : interrupted ? "interrupted" : ended[w.ended];
+    report->n_written = written > 0 ? (size_t)written : 0;
+    if (p.stopped) x->state->pending.n = 0; // it belongs to what follows the stop string
+    if (!failed && output_flush(&p.out)) failed = true;
+    free(p.out.held.bytes);
     report->write_seconds = seconds() - start;
-    return result < 0 ? -1 : 0;
+    return failed ? -1 : 0;
 }
 
 // --- one text
