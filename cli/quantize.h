@@ -21,7 +21,8 @@ static int command_quantize(int argc, char **argv) {
     if (result == 0 && is_quantized(m->config.type))
         result = fail("%s is in %s already: quantize the model that it was made from", rest[0],
                       type_name(m->config.type));
-    if (result == 0) result = mamba_verify(m) ? fail_in(rest[0]) : 0; // or damage would be given a valid checksum
+    // Damage would get a valid checksum.
+    if (result == 0) result = mamba_verify(m) ? fail_in(rest[0]) : 0;
     if (result == 0) result = (quantized = mamba_quantize(m, four_bits)) ? 0 : fail_in(rest[0]);
     if (result == 0) {
         each_tensor(quantized, swap_tensor, NULL);
@@ -35,4 +36,3 @@ static int command_quantize(int argc, char **argv) {
     mamba_free(m);
     return result;
 }
-
