@@ -77,14 +77,18 @@
 
    API. Another program includes this file with MAMBA_NO_MAIN defined, as tests/api_example.c does.
    A function that can fail returns NULL or -1 and leaves a sentence in mamba_error().
-     models     mamba_load  mamba_free  mamba_random_model  mamba_float_copy  mamba_quantize
+     models     mamba_load  mamba_save  mamba_free  mamba_verify  mamba_set_tokenizer
+                mamba_random_model  mamba_float_copy  mamba_quantize
      texts      mamba_encode  mamba_decode
-     running    mamba_acts_new  mamba_acts_free  mamba_acts_gpu  mamba_prefill  mamba_step
-                mamba_step_batch  mamba_sample  mamba_generate  mamba_log_loss  mamba_selection
+     running    mamba_acts_new  mamba_acts_gpu  mamba_acts_free  mamba_has_gpu  mamba_gpu_memory
+                mamba_prefill  mamba_step  mamba_step_batch  mamba_selection
+     writing    mamba_sample  mamba_sample_batch  mamba_generate
+     scoring    mamba_nll  mamba_evaluate
      states     mamba_state_new  mamba_state_free  mamba_state_copy  mamba_state_reset
-                mamba_state_save  mamba_state_load
-     training   mamba_trainer_new  mamba_trainer_new_gpu  mamba_trainer_resize  mamba_trainer_free
-                mamba_train_pass  mamba_train_step  mamba_trainer_fetch */
+                mamba_state_bytes  mamba_state_save  mamba_state_load
+     training   mamba_trainer_new  mamba_trainer_new_gpu  mamba_trainer_bytes
+                mamba_trainer_resize  mamba_trainer_fetch  mamba_trainer_free  mamba_train_pass
+                mamba_train_step  mamba_checkpoint_save  mamba_checkpoint_load */
 // clang-format on
 
 #include "files/platform.h"
@@ -167,8 +171,8 @@ typedef struct Model {
     uint32_t tensors_crc;
     size_t tensors_offset, tensors_bytes, tokenizer_bytes, n_params;
     const unsigned char *tokenizer_blob; // (tokenizer_bytes) in file, or own_blob
-    unsigned char *own_blob; // NULL: a model from a file, or without a tokenizer
-    unsigned char *file;     // the whole of model.bin, mapped or read
+    unsigned char *own_blob;             // NULL: a model from a file, or without a tokenizer
+    unsigned char *file;                 // the whole of model.bin, mapped or read
     size_t file_bytes;
     bool mapped;
     void *weights; // where weights are allocated instead of mapped: random and trained models
@@ -1101,7 +1105,7 @@ typedef struct Acts { // what one pass at a time over one model needs
     LayerState *seq;  // (n_layer,B) of the sequences of the pass
     float *logits;    // (LOGIT_ROWS,V)
     float *probs;     // (V) the sampler's scratch
-    int32_t *order;   // (V) the sampler's scratch
+    int32_t *order;   // (BATCH_MAX,V) the sampler's scratch
     float *selection; // (n) of the next prefill, or NULL, see mamba_selection()
     Gpu *gpu;         // NULL: everything runs on the processor
     State *gpu_state; // the state that the GPU holds
@@ -1314,15 +1318,17 @@ int mamba_step(const Model *m, Acts *a, State *s, int32_t id) {
     return a->gpu ? mamba_prefill(m, a, s, &id, 1, NULL, NULL) : mamba_step_batch(m, a, &s, &id, 1);
 }
 
-// -log of the probability that logits (V) give to id, in nats; NaN where they are not numbers. For a
-// LogitsVisitor, or for the logits of a state.
+// -log of the probability that logits (V) give to id, in nats; NaN where they are not numbers. For
+// a LogitsVisitor, or for the logits of a state.
 double mamba_nll(const Model *m, const float *logits, int32_t id) {
     return log_sum_exp(logits, m->config.V) - (double)logits[id];
 }
 
 #include "files/evaluate.h"
 #include "files/quantizer.h"
+COLD
 #include "files/verify.h"
+COLD_END
 
 // -------------------------------------------------------------------------------------------------
 // 5 Learning
@@ -1847,6 +1853,24 @@ int32_t mamba_sample(const Model *m, Acts *a, State *s, const Sampling *how) {
     return id < 0 ? draw_failed(id) : id;
 }
 
+// The next token of each of B different states, at most BATCH_MAX, as mamba_sample draws it: ids
+// (B). The logits must be in the states, so not for states on a GPU. 0, or -1 after fail().
+int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling *how, int32_t *ids,
+                       int B) {
+    const size_t V = (size_t)m->config.V;
+    assert(B >= 1 && B <= BATCH_MAX && B <= LOGIT_ROWS);
+    for (int b = 0; b < B; b++)
+        if (s[b]->position == 0) return fail("nothing to continue: a state has read no token");
+    int team = pass_team(m, a, B);
+    (void)team;
+#pragma omp parallel for num_threads(team) schedule(dynamic)
+    for (int b = 0; b < B; b++) // a->logits is free: every state has its own logits by now
+        ids[b] = draw(m, a->logits + (size_t)b * V, a->order + (size_t)b * V, s[b], how);
+    for (int b = 0; b < B; b++)
+        if (ids[b] < 0) return draw_failed(ids[b]);
+    return 0;
+}
+
 // Text to token ids, malloc'd, for the caller to free. 0, or -1 after fail().
 int mamba_encode(const Model *m, const char *text, size_t bytes, int32_t **ids, size_t *n) {
     if (!m->tokenizer) return fail("this model has no tokenizer");
@@ -1952,11 +1976,14 @@ long mamba_generate(const Model *m, Acts *a, State *s, Writing *w) {
 #ifndef MAMBA_NO_MAIN
 COLD
 #include "cli/options.h"
-#include "cli/generate.h"
+#include "cli/output.h"
 #include "cli/selection.h"
+#include "cli/generate.h"
 #include "cli/several.h"
+#include "cli/session.h"
 #include "cli/command_generate.h"
 #include "cli/inspect.h"
+#include "cli/tasks.h"
 #include "cli/eval.h"
 #include "cli/train.h"
 #include "cli/quantize.h"

@@ -48,7 +48,7 @@ static void acts_layout(Acts *a, const Config *c, Arena *from) {
     w->carry = take_floats(from, scan_carry_floats(c->E, c->N));
     a->logits = take_floats(from, size_mul(LOGIT_ROWS, V));
     a->probs = take_floats(from, V);
-    a->order = take(from, V, sizeof *a->order);
+    a->order = take(from, size_mul(BATCH_MAX, V), sizeof *a->order);
     a->seq = take(from, (size_t)c->n_layer * BATCH_MAX, sizeof *a->seq);
 }
 

@@ -130,3 +130,8 @@ int mamba_state_load(const Model *m, State *s, const char *path) {
     file_unmap(file, bytes, mapped);
     return result;
 }
+
+// Bytes of a saved state, whatever the length of the text that it has read.
+size_t mamba_state_bytes(const Model *m) {
+    return size_add(STATE_HEADER, size_mul(state_floats(&m->config), sizeof(float)));
+}
