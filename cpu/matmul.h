@@ -109,6 +109,7 @@ static void tensor_widen(float *out, const Tensor *w, int row, int from, int n) 
 #define MR 6 // 6 x 2 sums + 2 + 1 of 16
 #endif
 #define KC 512
+#define MATMUL_FEW 4     // below this many rows, packing costs more than it saves
 #define PRODUCT_TASKS 32 // at least so many tasks for a team, where the rows allow it
 
 static const void *tensor_row(const Tensor *w, int row) {

@@ -170,4 +170,3 @@ static void file_unmap(unsigned char *data, size_t bytes, bool mapped) {
     (void)bytes, (void)mapped;
     free_aligned(data);
 }
-

@@ -1,3 +1,6 @@
+enum { HEADER_BYTES = 256, FILE_VERSION = 1 };
+static const char MODEL_MAGIC[8] = {'m', 'a', 'm', 'b', 'a', '.', 'c', '\n'};
+
 static int check_token_id(const char *path, const char *name, int32_t id, int V) {
     if (id >= -1 && id < V) return 0;
     return fail("%s: %s token id %d is not in the vocabulary of %d", path, name, id, V);

@@ -211,4 +211,3 @@ static int write_pieces(const char *path, const Piece *piece, int n) {
         }
     return new_file_commit(&w);
 }
-

@@ -77,4 +77,3 @@ int mamba_state_load(const Model *m, State *s, const char *path) {
     if (data) file_unmap(data, bytes, mapped);
     return result;
 }
-
