@@ -96,7 +96,6 @@
 // this section and nothing else of this file (MAMBA_TYPES_ONLY).
 
 typedef enum { F32, F16, BF16, Q8, Q4, N_TYPES } Type; // how matrices are stored
-typedef uint16_t half;                                 // the bits of an F16 or BF16 number
 enum { TILE = 32 };    // rows and columns of a tile of Q8 and Q4, see files/tensors.h
 enum { ALIGN = 64 };   // bytes: where tensors begin in files and arrays in memory
 enum { N_MAX = 1024 }; // the largest N
@@ -228,8 +227,9 @@ typedef struct GpuBackend {
 } GpuBackend;
 
 #ifndef MAMBA_TYPES_ONLY
-#include "files/bytes.h"
+typedef uint16_t half; // the bits of an F16 or BF16 number
 
+#include "files/bytes.h"
 #include "files/random.h"
 #include "files/new_file.h"
 COLD
@@ -1024,7 +1024,10 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
     // x is the first rows of in_proj, dt_low and B those of x_proj.
     const bool state_only = w->state_only && layer == c->n_layer - 1;
     Tensor in_proj = p->in_proj, x_proj = p->x_proj;
-    if (state_only) in_proj.rows = E, x_proj.rows = R + N;
+    if (state_only) {
+        in_proj.rows = E;
+        x_proj.rows = R + N;
+    }
 
     // [x | z] = in_proj(rmsnorm(res))
     if (layer > 0 || !in_proj_of_ids(m, w, &in_proj, T, L)) {
@@ -1128,79 +1131,6 @@ static void state_detach(State *s) {
     s->newer_on = NULL;
 }
 
-// Default number of threads: the processors there are, but half of many, since those are often two
-// to a core.
-static int default_threads(void) {
-#ifdef _OPENMP
-    int n = omp_get_num_procs();
-    return n <= 8 ? n : n <= 16 ? 8 : n <= 64 ? n / 2 : 32;
-#else
-    return 1;
-#endif
-}
-
-// An arena is laid out twice by the same code: base NULL only measures, then it hands out pointers.
-typedef struct {
-    char *base;
-    size_t used; // bytes, saturating
-} Arena;
-
-static void *take(Arena *from, size_t count, size_t size) {
-    void *p = from->base ? from->base + from->used : NULL;
-    size_t bytes = size_mul(count, size);
-    from->used = size_add(
-        from->used, bytes > SIZE_MAX - ALIGN ? SIZE_MAX : (bytes + ALIGN - 1) / ALIGN * ALIGN);
-    return p;
-}
-static float *take_floats(Arena *from, size_t n) { return take(from, n, sizeof(float)); }
-
-static size_t activation_row_floats(const Config *c) { // floats a token in a Work, without scratch
-    return 2 * (size_t)c->D + 5 * (size_t)c->E + (size_t)(c->R + 2 * c->N);
-}
-
-static void acts_layout(Acts *a, const Config *c, Arena *from) {
-    const size_t D = (size_t)c->D, E = (size_t)c->E, P = (size_t)(c->R + 2 * c->N);
-    const size_t V = (size_t)c->V, R = (size_t)c->R, T = (size_t)a->piece;
-    Work *w = &a->work;
-    w->res = w->next = take_floats(from, T * D);
-    w->xn = take_floats(from, T * D);
-    w->xz = take_floats(from, T * 2 * E);
-    w->u = take_floats(from, T * E);
-    w->raw = w->xdb = take_floats(from, T * P);
-    w->delta = take_floats(from, T * E);
-    w->y = w->g = take_floats(from, T * E);
-    w->packed = take_floats(from, matmul_floats(T, E > D ? (E > R ? E : R) : D > R ? D : R));
-    w->carry = take_floats(from, scan_carry_floats(c->E, c->N));
-    a->logits = take_floats(from, size_mul(LOGIT_ROWS, V));
-    a->probs = take_floats(from, V);
-    a->order = take(from, V, sizeof *a->order);
-    a->seq = take(from, (size_t)c->n_layer * BATCH_MAX, sizeof *a->seq);
-}
-
-// Scratch for one pass at a time over one model; threads 0 = default. NULL after fail().
-Acts *mamba_acts_new(const Model *m, int threads) {
-    size_t piece = ((size_t)1 << 25) / activation_row_floats(&m->config); // 128 MB at the most,
-    piece = piece > PIECE_MAX ? PIECE_MAX : piece < PIECE_MIN ? PIECE_MIN : piece; // or PIECE_MIN
-    Acts *a = calloc(1, sizeof *a);
-    if (!a) return fail("out of memory"), NULL;
-    a->threads = threads > 0 ? threads : default_threads();
-    a->piece = (int)piece;
-    Arena arena = {NULL, 0};
-    acts_layout(a, &m->config, &arena);
-    arena = (Arena){a->arena = alloc_aligned(arena.used), 0};
-    if (!a->arena) return free(a), NULL;
-    acts_layout(a, &m->config, &arena);
-    return a;
-}
-
-void mamba_acts_free(Acts *a) {
-    if (!a) return;
-    if (a->gpu_state && a->gpu_state->newer_on == a) state_fetch(a->gpu_state);
-    if (a->gpu) GPU->close(a->gpu);
-    free_aligned(a->arena);
-    free(a);
-}
-
 // From now on the passes of a run on the GPU, float32: with float32 products for bf16 weights too.
 // 0, or -1 after fail().
 int mamba_acts_gpu(Acts *a, const Model *m, bool float32) {
@@ -1210,6 +1140,7 @@ int mamba_acts_gpu(Acts *a, const Model *m, bool float32) {
 }
 
 COLD
+#include "files/acts.h"
 #include "files/state.h"
 #include "files/state_file.h"
 COLD_END
@@ -1275,23 +1206,30 @@ static void last_logits(const Model *m, Acts *a, State *const *s, const float *r
     for (int b = 0; b < B; b++) memcpy(s[b]->logits, logits + b * V, V * sizeof(float));
 }
 
-// One pass by a team of threads: B sequences of L tokens ids (B,L), at most a->piece in all. The
-// states' logits become those after the last token, unless more of the text follows and nobody
-// wants to see them.
-static void pass(const Model *m, Acts *a, State *const *s, const int32_t *ids, int B, int L,
-                 bool more, LogitsVisitor *visit, void *context) {
-    int team = pass_team(m, a, B * L);
+typedef struct {          // one pass: B sequences of L tokens, B L at most Acts.piece
+    State *const *states; // (B)
+    const int32_t *ids;   // (B,L)
+    int B, L;
+    bool more;            // more of the same text follows, and only the states count
+    LogitsVisitor *visit; // gets the logits of every position of the one sequence; or NULL
+    void *context;
+} Reading;
+
+// Reads tokens into states, by a team of threads. The states' logits become those after the last
+// token, unless r->more.
+static void run_pass(const Model *m, Acts *a, const Reading *r) {
+    const int B = r->B, L = r->L, team = pass_team(m, a, B * L);
     (void)team;
-    a->work.ids = ids;
-    a->work.state_only = more && !visit;
-    layer_states(a->seq, m, s, B);
+    a->work.ids = r->ids;
+    a->work.state_only = r->more && !r->visit;
+    layer_states(a->seq, m, r->states, B);
 #pragma omp parallel num_threads(team)
     {
         const float *res = forward(m, &a->work, a->seq, B, L);
-        if (visit) visit_logits(m, a, s[0], res, L, visit, context);
-        else if (!more) last_logits(m, a, s, res, B, L);
+        if (r->visit) visit_logits(m, a, r->states[0], res, L, r->visit, r->context);
+        else if (!r->more) last_logits(m, a, r->states, res, B, L);
     }
-    for (int b = 0; b < B; b++) state_read(s[b], ids + (size_t)b * L, (size_t)L);
+    for (int b = 0; b < B; b++) state_read(r->states[b], r->ids + (size_t)b * L, (size_t)L);
 }
 
 static int check_ids(const Model *m, const int32_t *ids, size_t n) {
@@ -1333,7 +1271,8 @@ int mamba_prefill(const Model *m, Acts *a, State *s, const int32_t *ids, size_t 
         int L = n - done < (size_t)a->piece ? (int)(n - done) : a->piece;
         a->work.selection = a->selection ? a->selection + done : NULL;
         done += (size_t)L;
-        pass(m, a, &s, ids + done - L, 1, L, done < n, visit, context);
+        Reading r = {&s, ids + done - L, 1, L, done < n, visit, context};
+        run_pass(m, a, &r);
     }
     return 0;
 }
@@ -1354,7 +1293,7 @@ int mamba_step_batch(const Model *m, Acts *a, State *const *s, const int32_t *id
     for (int b = 0; b < B; b++)
         if (state_fetch(s[b])) return -1;
     a->work.selection = NULL;
-    pass(m, a, s, ids, B, 1, false, NULL, NULL);
+    run_pass(m, a, &(Reading){.states = s, .ids = ids, .B = B, .L = 1});
     return 0;
 }
 
@@ -1367,9 +1306,9 @@ int mamba_step(const Model *m, Acts *a, State *s, int32_t id) {
 
 // -------------------------------------------------------------------------------------------------
 // 5 Learning
-// Weights, gradients and the optimizer's two moments are four arenas of one layout, all float32. A
-// pass takes B sequences of L tokens, B * L rows; what a block's backward needs of its forward is
-// kept (Saved), everything else is computed again.
+// Weights, gradients and the optimizer's two moments are four arrays of one layout, all float32. A
+// pass takes B sequences of L tokens. Of each layer the forward pass keeps its Work. The backward
+// pass computes the rest again: norms, the convolution before SiLU, and all states of the scan.
 
 typedef struct {
     uint64_t seed;
@@ -1528,7 +1467,8 @@ void mamba_trainer_free(Trainer *x) {
 
 // Passes from now on have B sequences of L tokens. 0, or -1 after fail().
 int mamba_trainer_resize(Trainer *x, int B, int L) {
-    x->B = B, x->L = L;
+    x->B = B;
+    x->L = L;
     if (x->gpu) return GPU->trainer_resize(x->gpu, B, L) ? gpu_failed() : 0;
     Arena arena = {NULL, 0};
     trainer_layout(x, &arena);
@@ -1745,7 +1685,8 @@ static void adamw_tensor(void *context, const TensorInfo *info, Tensor *w) {
 int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
     if (x->gpu) {
         if (GPU->train_step(x->gpu, how, x->step + 1, norm)) return gpu_failed();
-        return x->step++, 0;
+        x->step++;
+        return 0;
     }
     AdamWPass p = {.x = x, .how = how, .scale = 1, .base = x->model->weights};
     each_tensor(x->model, norm_tensor, &p);
@@ -1755,7 +1696,7 @@ int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
                     p.bad);
     if (how->clip > 0 && *norm > how->clip) p.scale = (float)(how->clip / (*norm + 1e-6));
     x->step++;
-    p.unbias = 1 - pow(how->beta1, (double)x->step),
+    p.unbias = 1 - pow(how->beta1, (double)x->step);
     p.unbias2 = 1 - pow(how->beta2, (double)x->step);
     each_tensor(x->model, adamw_tensor, &p);
     if (x->model->config.flags & FLAG_TIED) x->model->head = x->model->embedding;
@@ -1774,14 +1715,16 @@ static void heap_down(int32_t *heap, int n, int i, const float *probs) {
         if (child + 1 < n && probs[heap[child + 1]] > probs[heap[child]]) child++;
         if (!(probs[heap[child]] > probs[heap[i]])) return;
         int32_t swap = heap[i];
-        heap[i] = heap[child], heap[child] = swap;
+        heap[i] = heap[child];
+        heap[child] = swap;
     }
 }
 
 // Moves the likeliest of order[0..n) to its end, keeping the rest a heap.
 static void heap_pop(int32_t *order, int n, const float *probs) {
     int32_t best = order[0];
-    order[0] = order[n - 1], order[n - 1] = best;
+    order[0] = order[n - 1];
+    order[n - 1] = best;
     heap_down(order, n - 1, 0, probs);
 }
 
@@ -1801,16 +1744,17 @@ static int keep_likeliest(int32_t *order, int n, const float *probs, const Sampl
     for (int i = n / 2 - 1; i >= 0; i--) heap_down(order, n, i, probs);
     int limit = how->top_k > 0 && how->top_k < n ? how->top_k : n, popped = 0, kept = 0;
     double whole = 0, sum = 0;
-    if (limit < n)
-        for (; popped < limit; popped++)
-            heap_pop(order, n - popped, probs), whole += probs[order[n - 1 - popped]];
-    else
-        for (int i = 0; i < n; i++) whole += probs[order[i]];
+    for (; limit < n && popped < limit; popped++) {
+        heap_pop(order, n - popped, probs);
+        whole += probs[order[n - 1 - popped]];
+    }
+    for (int i = 0; limit == n && i < n; i++) whole += probs[order[i]];
     while (kept < limit && !(kept && sum >= how->top_p * whole)) {
-        if (kept >= popped) heap_pop(order, n - popped, probs), popped++;
+        if (kept >= popped) heap_pop(order, n - popped++, probs);
         float p = probs[order[n - 1 - kept]];
         if (kept && p < how->min_p * probs[order[n - 1]]) break;
-        sum += p, kept++;
+        sum += p;
+        kept++;
     }
     *mass = sum;
     return kept;
@@ -1830,14 +1774,18 @@ static int32_t draw(const Model *m, float *logits, int32_t *order, State *s, con
     for (int v = 0; v < V; v++) {
         if (m->tokenizer && !tokenizer_has(m->tokenizer, v)) continue;
         order[n++] = v;
-        if (logits[v] > highest) highest = logits[v], likeliest = v;
+        if (logits[v] > highest) {
+            highest = logits[v];
+            likeliest = v;
+        }
     }
     if (likeliest < 0 || highest > FLT_MAX) return -1;
     if (how->temperature == 0) return likeliest;
     double whole = 0;
     for (int i = 0; i < n; i++) { // softmax without its denominator, which the draw divides out
         float *x = &logits[order[i]];
-        whole += *x = expf((*x - highest) / how->temperature);
+        *x = expf((*x - highest) / how->temperature);
+        whole += *x;
     }
     bool all = how->top_p >= 1 && how->min_p <= 0 && (how->top_k <= 0 || how->top_k >= n);
     int kept = all ? n : keep_likeliest(order, n, logits, how, &whole);
