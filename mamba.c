@@ -166,7 +166,9 @@ typedef struct Model {
     size_t text_room; // most bytes that mamba_decode writes for one token
     uint32_t tensors_crc;
     size_t tensors_offset, tensors_bytes, tokenizer_bytes, n_params;
-    unsigned char *file; // the whole of model.bin, mapped or read
+    const unsigned char *tokenizer_blob; // (tokenizer_bytes) in file, or own_blob
+    unsigned char *own_blob; // NULL: a model from a file, or without a tokenizer
+    unsigned char *file;     // the whole of model.bin, mapped or read
     size_t file_bytes;
     bool mapped;
     void *weights; // where weights are allocated instead of mapped: random and trained models
@@ -235,6 +237,7 @@ typedef uint16_t half; // the bits of an F16 or BF16 number
 COLD
 #include "tokenizer.c"
 #include "files/tensors.h"
+#include "files/header.h"
 #include "files/model_file.h"
 COLD_END
 
@@ -1139,6 +1142,15 @@ int mamba_acts_gpu(Acts *a, const Model *m, bool float32) {
     return a->gpu ? 0 : gpu_failed();
 }
 
+// Whether this build has a GPU backend.
+bool mamba_has_gpu(void) { return GPU != NULL; }
+
+// The name of the GPU, and the bytes of its memory that are in use. 0, or -1 after fail().
+int mamba_gpu_memory(char name[256], double *used_bytes) {
+    if (!GPU) return fail("this build has no GPU backend: make cuda");
+    return GPU->measure(NULL, NULL, used_bytes, name) ? gpu_failed() : 0;
+}
+
 COLD
 #include "files/acts.h"
 #include "files/state.h"
@@ -1302,7 +1314,15 @@ int mamba_step(const Model *m, Acts *a, State *s, int32_t id) {
     return a->gpu ? mamba_prefill(m, a, s, &id, 1, NULL, NULL) : mamba_step_batch(m, a, &s, &id, 1);
 }
 
+// -log of the probability that logits (V) give to id, in nats; NaN where they are not numbers. For a
+// LogitsVisitor, or for the logits of a state.
+double mamba_nll(const Model *m, const float *logits, int32_t id) {
+    return log_sum_exp(logits, m->config.V) - (double)logits[id];
+}
+
+#include "files/evaluate.h"
 #include "files/quantizer.h"
+#include "files/verify.h"
 
 // -------------------------------------------------------------------------------------------------
 // 5 Learning
@@ -1382,6 +1402,7 @@ typedef struct Trainer {
     float *moment, *moment2; // AdamW's, in the same layout
     int B, L, threads;       // a pass has T = B L rows
     GpuTrainer *gpu;         // where everything below and the arenas live instead; NULL: here
+    bool gpu_newer;          // weights and moments on the GPU are newer than those here
     uint64_t step;           // optimizer steps taken
     Work *work;              // (n_layer + 1) what backward needs of each layer; of the last, res
     LayerState *seq;         // (n_layer,B) states of a pass
@@ -1455,6 +1476,15 @@ static void trainer_layout(Trainer *x, Arena *from) {
     x->scan = take_floats(from, scan_backward_floats(x->B, x->L, c->E, c->N));
 }
 
+// The memory that a trainer of m needs beside weights, gradient and moments (each of
+// m->tensors_bytes), for passes of B sequences of L tokens.
+size_t mamba_trainer_bytes(Model *m, int B, int L) {
+    Trainer measure = {.model = m, .B = B, .L = L};
+    Arena arena = {NULL, 0};
+    trainer_layout(&measure, &arena);
+    return arena.used;
+}
+
 void mamba_trainer_free(Trainer *x) {
     if (!x) return;
     if (x->gpu) GPU->trainer_close(x->gpu);
@@ -1501,11 +1531,13 @@ Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, bool float32) {
 // Weights and moments from the GPU to the host, or, store: the other way. Nothing to do without
 // one. 0, or -1 after fail().
 int mamba_trainer_fetch(Trainer *x, bool store) {
-    if (!x->gpu) return 0;
+    if (!x->gpu || (!store && !x->gpu_newer)) return 0;
     float *weights = x->model->weights;
-    if (store) return GPU->trainer_set(x->gpu, weights, x->moment, x->moment2) ? gpu_failed() : 0;
-    if (GPU->trainer_get(x->gpu, weights, x->moment, x->moment2, NULL)) return gpu_failed();
-    refresh_derived(x->model);
+    int bad = store ? GPU->trainer_set(x->gpu, weights, x->moment, x->moment2)
+                    : GPU->trainer_get(x->gpu, weights, x->moment, x->moment2, NULL);
+    if (bad) return gpu_failed();
+    x->gpu_newer = false;
+    if (!store) refresh_derived(x->model);
     return 0;
 }
 
@@ -1684,6 +1716,7 @@ static void adamw_tensor(void *context, const TensorInfo *info, Tensor *w) {
 // after fail() with the weights untouched, where a gradient is not finite.
 int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
     if (x->gpu) {
+        x->gpu_newer = true;
         if (GPU->train_step(x->gpu, how, x->step + 1, norm)) return gpu_failed();
         x->step++;
         return 0;
@@ -1703,6 +1736,10 @@ int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
     refresh_derived(x->model);
     return 0;
 }
+
+COLD
+#include "files/checkpoint.h"
+COLD_END
 
 // -------------------------------------------------------------------------------------------------
 // 6 Writing

@@ -24,9 +24,9 @@
      h (N)  <-------------------------------------------------->     one state at a time
    ---------------------------------------------------------------------------------------------
    scan_step: one token. The warps of a block share the states of 32 or 128 channels.
+     delta, u, B_ssm, C_ssm  ---------------------------------->     decay, inject
      h (N)  <-------------------------------------------------->     N / warps states
      g  <-----------------------    y of each warp  <-----------     y
-
    ---------------------------------------------------------------------------------------------
    scan_walk: short texts, or many states. A block is 32 channels and walks through time in tiles
    of 16 steps; its S warps share the states. h stays in registers from the first step to the last.

@@ -36,8 +36,7 @@ __device__ __forceinline__ void turn_done(int barrier) {
 //   - The tag is a number that rises from tile to tile and from launch to launch, so a word of an
 //     earlier tile or launch is never taken for one of this. Before the tags would wrap, the words
 //     are cleared and the tags begin again.
-//   - Tile i and tile i + 2 share a word. Tile i + 2 has its state from tile i + 1, which wrote
-//   that
+//   - Tile i and tile i + 2 share a word. Tile i + 2 has its state from tile i + 1, which wrote it
 //     only after it had read the word of tile i, so nothing is overwritten unread. But nothing
 //     orders plain stores of two multiprocessors to one word: the older one may land last, and did,
 //     once in some hundred million tiles. So a word is written by a maximum, with the tag on top.
@@ -189,7 +188,9 @@ struct Ring {                  // a place in the ring, the same in all threads t
 // written again in the next layer. Before a block gets there, it takes part in an exchange of all
 // blocks (6 or 7) that no warp of this block joins before it has read the place. Where no such
 // exchange lies between, the reader says that it is done: arrive_at(), after a barrier of its
-// block, so that no warp still reads. The same place in block `rank` of the cluster.
+// block, so that no warp still reads.
+
+// The same place in block `rank` of the cluster.
 __device__ inline uint32_t address_in(uint32_t address, int rank) {
     uint32_t there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));

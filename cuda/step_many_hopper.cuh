@@ -6,7 +6,7 @@
 //   1 in_proj: a quarter of the inputs (block r: quarter r % 4) times some rows. The four sums of
 //   an
 //     output meet in one block of the cluster (exchange.cuh, 5), which writes xz to device memory
-//     as words with a tag (6); whoever needs some polls for them.
+//     as words with a tag (6); a block that needs some polls for them.
 //   2 From here on a cluster has sequences of its own, up to 5, and a block an eighth of the
 //     channels, the slice: convolution; x_proj, of whose outputs all blocks of the cluster send
 //     each other 8 sums; dt_proj, the step of the scan, the gate. y goes to device memory; all
