@@ -68,8 +68,8 @@
      5  Learning *: initial weights, loss and backward pass, AdamW
      6  Writing: sampling a token, the loop that writes text
      7  Commands and main
-   Where the rest is: cpu/ fast forms of sections 2 and 3 * · files/ reading and writing files * ·
-   cli/ the commands * · tokenizer.c text to ids and back · mamba_cuda.cu and cuda/ the GPU backend.
+   Where the rest is: cpu/ fast forms of sections 2 and 3 *; files/ reading and writing files *;
+   cli/ the commands *; tokenizer.c text to ids and back; mamba_cuda.cu and cuda/ the GPU backend.
 
    THREADS. A team of threads runs a pass. Every thread calls every operation, and `omp for` shares
    the loop among them. A thread owns elements of the output, and every sum has one fixed order. So
@@ -1144,15 +1144,6 @@ int mamba_acts_gpu(Acts *a, const Model *m, bool float32) {
     if (!GPU) return fail("this build has no GPU backend: make cuda");
     a->gpu = GPU->open(m, float32);
     return a->gpu ? 0 : gpu_failed();
-}
-
-// Whether this build has a GPU backend.
-bool mamba_has_gpu(void) { return GPU != NULL; }
-
-// The name of the GPU, and the bytes of its memory that are in use. 0, or -1 after fail().
-int mamba_gpu_memory(char name[256], double *used_bytes) {
-    if (!GPU) return fail("this build has no GPU backend: make cuda");
-    return GPU->measure(NULL, NULL, used_bytes, name) ? gpu_failed() : 0;
 }
 
 COLD
