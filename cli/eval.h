@@ -123,6 +123,7 @@ typedef struct { // what the threads of eval --task share: each takes the next s
     uint64_t random;
     int result;
     bool recurrent; // token by token instead of by prefill
+    char error[ERROR_BYTES]; // mamba_error() of the first thread that failed
 } TaskQueue;
 
 typedef struct {
@@ -164,7 +165,10 @@ static void read_sequences(TaskQueue *q, TaskReader *r) {
         if (read_tokens(q, r, r->ids, body, false) ||
             read_tokens(q, r, r->ids + body, tail, true)) {
 #pragma omp critical
-            q->result = -1;
+            {
+                if (q->result == 0) snprintf(q->error, sizeof q->error, "%s", mamba_error());
+                q->result = -1;
+            }
         }
     }
 }
@@ -176,8 +180,12 @@ static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64
     if (m->config.V < TASK_VOCAB)
         return fail("the model has %d ids, the tasks need %d", m->config.V, TASK_VOCAB);
     int team = x->acts->gpu || samples < (size_t)x->acts->threads ? 1 : x->acts->threads;
-    TaskQueue queue = {m, task,     L, samples, seed ^ 0x6576616C75617465u,
-                       0, recurrent}; // training's generator starts elsewhere
+    TaskQueue queue = {.m = m,
+                       .task = task,
+                       .L = L,
+                       .left = samples,
+                       .random = seed ^ 0x6576616C75617465u, // training's starts elsewhere
+                       .recurrent = recurrent};
     TaskReader *reader = calloc((size_t)team, sizeof *reader);
     TaskScore score = {0};
     double start = seconds();
@@ -194,7 +202,7 @@ static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64
     if (result == 0) {
 #pragma omp parallel for num_threads(team) schedule(static, 1)
         for (int i = 0; i < team; i++) read_sequences(&queue, &reader[i]);
-        result = queue.result;
+        if (queue.result) result = fail("%s", queue.error); // also where another thread failed
     }
     for (int i = 0; i < team && reader; i++) {
         TaskReader *r = &reader[i];

@@ -131,12 +131,6 @@ typedef struct {
     long seed;         // that the clock gave, -1: none
 } Report;
 
-static bool is_eos(const Config *c, int32_t id) {
-    for (int i = 0; i < 4; i++)
-        if (c->eos[i] == id) return true;
-    return false;
-}
-
 // The token that an empty text starts from: end of text, which precedes every text in training.
 static int32_t start_token(const Config *c) { return c->eos[0] >= 0 ? c->eos[0] : c->bos; }
 
@@ -156,71 +150,43 @@ static int read_prompt(Session *x, const int32_t *ids, size_t n, Report *report)
     return 0;
 }
 
-// The next tokens, drawn and read on the GPU some at a time, since a launch for each would take
-// longer than a step. Where text ends within them, the state is too far: only for a state that
-// nobody wants afterwards. Returns the next id, -1 after fail().
+// What print_text() needs for each token that mamba_generate() writes.
 typedef struct {
-    int32_t ids[64];
-    int at, n;
-} Burst;
+    Output out;
+    bool stopped, failed;
+} Printing;
 
-static int32_t burst_next(Burst *b, Session *x, const Sampling *how) {
-    const Model *m = x->model;
-    State *s = x->state;
-    if (b->at < b->n) return b->ids[b->at++];
-    if (b->n == 0) {
-        unsigned char *allowed = malloc((size_t)m->config.V);
-        if (!allowed) return fail("out of memory");
-        for (int v = 0; v < m->config.V; v++)
-            allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
-        int bad = GPU->generate_start(x->acts->gpu, 1, how, &s->random, s->position, s->recent,
-                                      s->n_recent, allowed);
-        free(allowed);
-        if (bad) return gpu_failed();
-    }
-    b->n = b->n ? 32 : 4; // the first ones soon
-    b->at = 0;
-    if (GPU->generate(x->acts->gpu, b->ids, b->n)) return gpu_failed();
-    for (int i = 0; i < b->n; i++)
-        if (b->ids[i] < 0) return fail("a logit is not finite: run `info --verify`");
-    return b->ids[b->at++];
+static bool print_text(void *context, int32_t id, const unsigned char *text, size_t n) {
+    Printing *p = context;
+    (void)id;
+    int found = output_add(&p->out, text, n);
+    p->stopped |= found == 1;
+    p->failed |= found < 0;
+    return found != 0 || interrupted;
 }
 
-// Writes up to o->n tokens from the state. keep_pending: an unfinished character stays in the state
-// for later.
-static int write_tokens(Session *x, const GenerateOptions *o, bool keep_pending, Report *report) {
-    const Sampling how = {(float)o->temperature, (float)o->top_p, (int)o->top_k, (float)o->min_p,
-                          (float)o->repeat_penalty};
-    Output out = {.stop = &o->stop};
-    unsigned char *text = malloc(x->model->text_room);
-    if (!text) return fail("out of memory: a token of %zu bytes", x->model->text_room);
-    int result = 0;
+// Writes up to o->n tokens from the state. goes_on: an unfinished character stays in the state for
+// later.
+static int write_tokens(Session *x, const GenerateOptions *o, bool goes_on, Report *report) {
+    static const char *const ended[] = {"length", "end of text", "interrupted"};
+    Printing p = {.out = {.stop = &o->stop}};
+    Writing w = {.sampling = {(float)o->temperature, (float)o->top_p, (int)o->top_k,
+                              (float)o->min_p, (float)o->repeat_penalty},
+                 .most = interrupted ? 0 : o->n,
+                 .ignore_eos = o->ignore_eos,
+                 .goes_on = goes_on,
+                 .emit = print_text,
+                 .context = &p};
     double start = seconds();
-    Burst burst = {.n = 0};
-    bool bursts = x->acts->gpu && !keep_pending;
-    report->ended = "length";
-    for (long i = 0; (o->n < 0 || i < o->n) && result == 0; i++) {
-        int32_t id = interrupted ? -1
-                     : bursts    ? burst_next(&burst, x, &how)
-                                 : mamba_sample(x->model, x->acts, x->state, &how);
-        if (id < 0 || (is_eos(&x->model->config, id) && !o->ignore_eos)) {
-            result = id < 0 && !interrupted ? -1 : 0;
-            report->ended = interrupted ? "interrupted" : "end of text";
-            break;
-        }
-        result = output_add(&out, text, mamba_decode(x->model, x->state, id, text));
-        if (result == 1) report->ended = "stop string";
-        if (!bursts && mamba_step(x->model, x->acts, x->state, id)) result = -1;
-        report->n_written++;
-    }
-    if (!keep_pending && result == 0)
-        result = output_add(&out, text, mamba_decode(x->model, x->state, -1, text));
-    if (result == 1) x->state->pending.n = 0; // part of what follows the stop string
-    if (result >= 0 && output_flush(&out)) result = -1;
-    free(out.held.bytes);
-    free(text);
+    long written = mamba_generate(x->model, x->acts, x->state, &w);
+    bool failed = written < 0 || p.failed;
+    report->ended = p.stopped ? "stop string" : interrupted ? "interrupted" : ended[w.ended];
+    report->n_written = written > 0 ? (size_t)written : 0;
+    if (p.stopped) x->state->pending.n = 0; // part of what follows the stop string
+    if (!failed && output_flush(&p.out)) failed = true;
+    free(p.out.held.bytes);
     report->write_seconds = seconds() - start;
-    return result < 0 ? -1 : 0;
+    return failed ? -1 : 0;
 }
 
 static void print_report(const Session *x, const Report *r) {
@@ -235,4 +201,3 @@ static void print_report(const Session *x, const Report *r) {
     if (peak_megabytes() > 0) fprintf(stderr, " | peak memory %.1f MB", peak_megabytes());
     fprintf(stderr, "\n");
 }
-

@@ -3,44 +3,7 @@
 static const char INFO_USAGE[] =
     "mamba info model.bin [--verify]\n\nShows what is in a model file.\n";
 
-typedef struct {
-    char bad[LABEL]; // the first tensor with a value that is not finite
-} Verdict;
-
-static void verify_tensor(void *context, const TensorInfo *info, Tensor *w) {
-    Verdict *verdict = context;
-    float row[1024];
-    for (int r = 0; r < w->rows && !verdict->bad[0]; r++)
-        for (int from = 0; from < w->cols && !verdict->bad[0]; from += 1024) {
-            int n = w->cols - from < 1024 ? w->cols - from : 1024;
-            tensor_widen(row, w, r, from, n);
-            for (int i = 0; i < n && !verdict->bad[0]; i++)
-                if (row[i] - row[i] != 0 ||
-                    (w->type == F16 &&
-                     fabsf(row[i]) > 65504)) { // f16's infinity and NaN widen to more
-                    tensor_label(verdict->bad, info);
-                }
-        }
-}
-
-static void swap_tensor(void *context, const TensorInfo *info,
-                        Tensor *w) { // does nothing on a little-endian machine
-    (void)context, (void)info;
-    fix_tensor_endian(w);
-}
-
-// Every byte against its checksum, every weight finite: 0, or -1 after fail().
-static int verify(Model *m, const char *path) {
-    Verdict verdict = {{0}};
-    each_tensor(m, verify_tensor, &verdict);
-    if (verdict.bad[0]) return fail("%s: %s holds a value that is not finite", path, verdict.bad);
-    each_tensor(m, swap_tensor, NULL); // the checksum is of the bytes as stored
-    uint32_t crc = crc32_of(0, m->file + m->tensors_offset, m->tensors_bytes);
-    each_tensor(m, swap_tensor, NULL);
-    if (crc != m->tensors_crc)
-        return fail("%s: the checksum of the tensors does not match: the file is damaged", path);
-    return 0;
-}
+static int verify(const Model *m, const char *path) { return mamba_verify(m) ? fail_in(path) : 0; }
 
 static int command_info(int argc, char **argv) {
     bool check = false;
@@ -242,4 +205,3 @@ static int command_logits(int argc, char **argv) {
     session_close(&x);
     return result;
 }
-

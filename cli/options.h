@@ -283,3 +283,22 @@ static void catch_interrupt_reading(void) {
 #endif
 }
 
+// At the start of main: temporaries are removed when the process is ended from outside, and the
+// standard streams carry bytes.
+static UNUSED void prepare_process(void) {
+    static const int deadly[] = {
+        SIGINT,
+        SIGTERM,
+#ifdef SIGHUP
+        SIGHUP,
+#endif
+    };
+    for (int i = 0; i < COUNT(deadly); i++)
+        if (signal(deadly[i], on_kill) == SIG_IGN) signal(deadly[i], SIG_IGN); // nohup
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN); // a file beyond `ulimit -f` is a failed write, which gets a sentence
+#endif
+#ifdef _WIN32
+    _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY); // bytes, not lines
+#endif
+}
