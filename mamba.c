@@ -68,8 +68,8 @@
      5  Learning *: initial weights, loss and backward pass, AdamW
      6  Writing: sampling a token, the loop that writes text
      7  Commands and main
-   Where the rest is: cpu/ fast forms of sections 2 and 3 * · files/ reading and writing files * ·
-   cli/ the commands * · tokenizer.c text to ids and back · mamba_cuda.cu and cuda/ the GPU backend.
+   Where the rest is: cpu/ fast forms of sections 2 and 3 *; files/ reading and writing files *;
+   cli/ the commands *; tokenizer.c text to ids and back; mamba_cuda.cu and cuda/ the GPU backend.
 
    THREADS. A team of threads runs a pass. Every thread calls every operation, and `omp for` shares
    the loop among them. A thread owns elements of the output, and every sum has one fixed order. So
@@ -77,16 +77,18 @@
 
    API. Another program includes this file with MAMBA_NO_MAIN defined, as tests/api_example.c does.
    A function that can fail returns NULL or -1 and leaves a sentence in mamba_error().
-     models     mamba_load  mamba_free  mamba_random_model  mamba_float_copy  mamba_quantize
-                mamba_verify
+     models     mamba_load  mamba_save  mamba_free  mamba_verify  mamba_set_tokenizer
+                mamba_random_model  mamba_float_copy  mamba_quantize
      texts      mamba_encode  mamba_decode
-     running    mamba_acts_new  mamba_acts_free  mamba_acts_gpu  mamba_prefill  mamba_step
-                mamba_step_batch  mamba_sample  mamba_sample_batch  mamba_generate
-                mamba_log_loss  mamba_selection
+     running    mamba_acts_new  mamba_acts_gpu  mamba_acts_free  mamba_has_gpu  mamba_gpu_memory
+                mamba_prefill  mamba_step  mamba_step_batch  mamba_selection
+     writing    mamba_sample  mamba_sample_batch  mamba_generate
+     scoring    mamba_nll  mamba_evaluate
      states     mamba_state_new  mamba_state_free  mamba_state_copy  mamba_state_reset
-                mamba_state_save  mamba_state_load  mamba_state_bytes
-     training   mamba_trainer_new  mamba_trainer_new_gpu  mamba_trainer_resize  mamba_trainer_free
-                mamba_train_pass  mamba_train_step  mamba_trainer_fetch */
+                mamba_state_bytes  mamba_state_save  mamba_state_load
+     training   mamba_trainer_new  mamba_trainer_new_gpu  mamba_trainer_bytes
+                mamba_trainer_resize  mamba_trainer_fetch  mamba_trainer_free  mamba_train_pass
+                mamba_train_step  mamba_checkpoint_save  mamba_checkpoint_load */
 // clang-format on
 
 #include "files/platform.h"
@@ -168,7 +170,9 @@ typedef struct Model {
     size_t text_room; // most bytes that mamba_decode writes for one token
     uint32_t tensors_crc;
     size_t tensors_offset, tensors_bytes, tokenizer_bytes, n_params;
-    unsigned char *file; // the whole of model.bin, mapped or read
+    const unsigned char *tokenizer_blob; // (tokenizer_bytes) in file, or own_blob
+    unsigned char *own_blob;             // NULL: a model from a file, or without a tokenizer
+    unsigned char *file;                 // the whole of model.bin, mapped or read
     size_t file_bytes;
     bool mapped;
     void *weights; // where weights are allocated instead of mapped: random and trained models
@@ -237,6 +241,7 @@ typedef uint16_t half; // the bits of an F16 or BF16 number
 COLD
 #include "tokenizer.c"
 #include "files/tensors.h"
+#include "files/header.h"
 #include "files/model_file.h"
 COLD_END
 
@@ -1304,11 +1309,13 @@ int mamba_step(const Model *m, Acts *a, State *s, int32_t id) {
     return a->gpu ? mamba_prefill(m, a, s, &id, 1, NULL, NULL) : mamba_step_batch(m, a, &s, &id, 1);
 }
 
-// -log p(target) in nats, by the logits (V) after the text before it.
-double mamba_log_loss(const float *logits, int V, int32_t target) {
-    return log_sum_exp(logits, V) - (double)logits[target];
+// -log of the probability that logits (V) give to id, in nats; NaN where they are not numbers. For
+// a LogitsVisitor, or for the logits of a state.
+double mamba_nll(const Model *m, const float *logits, int32_t id) {
+    return log_sum_exp(logits, m->config.V) - (double)logits[id];
 }
 
+#include "files/evaluate.h"
 #include "files/quantizer.h"
 COLD
 #include "files/verify.h"
@@ -1392,6 +1399,7 @@ typedef struct Trainer {
     float *moment, *moment2; // AdamW's, in the same layout
     int B, L, threads;       // a pass has T = B L rows
     GpuTrainer *gpu;         // where everything below and the arenas live instead; NULL: here
+    bool gpu_newer;          // weights and moments on the GPU are newer than those here
     uint64_t step;           // optimizer steps taken
     Work *work;              // (n_layer + 1) what backward needs of each layer; of the last, res
     LayerState *seq;         // (n_layer,B) states of a pass
@@ -1411,59 +1419,7 @@ typedef struct Trainer {
     void *arena;             // of everything from work on
 } Trainer;
 
-static void trainer_layout(Trainer *x, Arena *from) {
-    const Config *c = &x->model->config;
-    const size_t B = (size_t)x->B, T = B * (size_t)x->L, D = (size_t)c->D, E = (size_t)c->E;
-    const size_t P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V, layers = (size_t)c->n_layer;
-    const size_t NE = (size_t)c->N * E, window = (size_t)(c->K - 1) * E;
-    const bool normed = c->flags & FLAG_MIXER_NORM;
-    size_t widest = 2 * E > D ? 2 * E : D, loss = V > D ? V : D, packed, packed_loss;
-    if (widest < P) widest = P;
-    packed = matmul_floats(T, widest);
-    packed_loss = matmul_floats(LOSS_ROWS, loss);
-
-    x->work = take(from, layers + 1, sizeof *x->work);
-    x->seq = take(from, layers * B, sizeof *x->seq);
-    Work shared = {.for_each_layer = true};
-    shared.xn = take_floats(from, T * D);
-    shared.g = take_floats(from, T * E);
-    shared.packed = take_floats(from, packed > packed_loss ? packed : packed_loss);
-    float *res = take_floats(from, T * D);
-    for (size_t layer = 0; layer <= layers; layer++) {
-        Work w = shared;
-        w.res = res;
-        if (layer < layers) {
-            w.next = res = take_floats(from, T * D);
-            w.xz = take_floats(from, T * 2 * E);
-            w.u = take_floats(from, T * E);
-            w.xdb = take_floats(from, T * P);
-            w.raw = normed ? take_floats(from, T * P) : w.xdb;
-            w.delta = take_floats(from, T * E);
-            w.y = take_floats(from, T * E);
-        }
-        if (x->work) x->work[layer] = w;
-    }
-    x->h0 = take_floats(from, B * NE);
-    x->window0 = take_floats(from, B * window);
-    x->h = take_floats(from, layers * B * NE);
-    x->window = take_floats(from, layers * B * window);
-    x->d_h = take_floats(from, B * NE);
-    x->d_window = take_floats(from, B * window);
-    for (size_t i = 0; i < layers * B && x->seq; i++)
-        x->seq[i] = (LayerState){x->window + i * window, x->h + i * NE};
-    x->d_res = take_floats(from, T * D);
-    x->d_xn = take_floats(from, T * D);
-    x->d_xz = take_floats(from, T * 2 * E);
-    x->d_u = take_floats(from, T * E);
-    x->d_delta = take_floats(from, T * E);
-    x->d_y = take_floats(from, T * E);
-    x->d_xdb = take_floats(from, T * P);
-    x->d_c = take_floats(from, (size_t)x->L * E);
-    x->scale = take_floats(from, T);
-    x->losses = take_floats(from, T);
-    x->logits = take_floats(from, LOSS_ROWS * V);
-    x->scan = take_floats(from, scan_backward_floats(x->B, x->L, c->E, c->N));
-}
+#include "files/trainer.h"
 
 void mamba_trainer_free(Trainer *x) {
     if (!x) return;
@@ -1511,11 +1467,13 @@ Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, bool float32) {
 // Weights and moments from the GPU to the host, or, store: the other way. Nothing to do without
 // one. 0, or -1 after fail().
 int mamba_trainer_fetch(Trainer *x, bool store) {
-    if (!x->gpu) return 0;
+    if (!x->gpu || (!store && !x->gpu_newer)) return 0;
     float *weights = x->model->weights;
-    if (store) return GPU->trainer_set(x->gpu, weights, x->moment, x->moment2) ? gpu_failed() : 0;
-    if (GPU->trainer_get(x->gpu, weights, x->moment, x->moment2, NULL)) return gpu_failed();
-    refresh_derived(x->model);
+    int bad = store ? GPU->trainer_set(x->gpu, weights, x->moment, x->moment2)
+                    : GPU->trainer_get(x->gpu, weights, x->moment, x->moment2, NULL);
+    if (bad) return gpu_failed();
+    x->gpu_newer = false;
+    if (!store) refresh_derived(x->model);
     return 0;
 }
 
@@ -1694,6 +1652,7 @@ static void adamw_tensor(void *context, const TensorInfo *info, Tensor *w) {
 // after fail() with the weights untouched, where a gradient is not finite.
 int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
     if (x->gpu) {
+        x->gpu_newer = true;
         if (GPU->train_step(x->gpu, how, x->step + 1, norm)) return gpu_failed();
         x->step++;
         return 0;
@@ -1713,6 +1672,10 @@ int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
     refresh_derived(x->model);
     return 0;
 }
+
+COLD
+#include "files/checkpoint.h"
+COLD_END
 
 // -------------------------------------------------------------------------------------------------
 // 6 Writing

@@ -81,7 +81,8 @@ static int check_generate(const GenerateOptions *o, const char *const *rest, int
     if (several && o->n == 0) return fail("-n 0 writes nothing: it does not go with %s", option);
     if (o->null && !several)
         return fail("--null ends each of several texts: it needs --samples or --batch");
-    if (several && GPU && !backend.cpu) return fail("%s runs on the processor: add --cpu", option);
+    if (several && mamba_has_gpu() && !backend.cpu)
+        return fail("%s runs on the processor: add --cpu", option);
     return 0;
 }
 

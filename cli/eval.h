@@ -17,7 +17,7 @@ static const char EVAL_USAGE[] =
 typedef struct {
     const int32_t *ids;
     size_t t, n; // position of the next logits, length
-    int V;
+    const Model *m;
     double sum; // of -log p
     bool each;
 } Evaluation;
@@ -26,7 +26,7 @@ static void evaluate(void *context, const float *logits) {
     Evaluation *ev = context;
     ev->t++;
     if (ev->t == ev->n) return; // nothing follows the last token
-    double nll = mamba_log_loss(logits, ev->V, ev->ids[ev->t]);
+    double nll = mamba_nll(ev->m, logits, ev->ids[ev->t]);
     ev->sum += nll;
     if (ev->each) printf("%.6f\n", nll);
 }
@@ -40,7 +40,7 @@ typedef struct {
 // after fail().
 static int text_likelihood(Likelihood *l, Session *x, const int32_t *ids, size_t n, size_t context,
                            bool each) {
-    Evaluation ev = {.V = x->model->config.V, .each = each};
+    Evaluation ev = {.m = x->model, .each = each};
     // A piece of one token, at the end, has nothing to predict.
     for (size_t from = 0; n - from > 1; from += ev.n) {
         ev.ids = ids + from;
@@ -125,7 +125,7 @@ typedef struct {
     size_t left; // sequences still to be made
     uint64_t random;
     int result;
-    char error[512]; // mamba_error() of the first thread that failed
+    char error[ERROR_BYTES]; // mamba_error() of the first thread that failed
 } TaskQueue;
 
 typedef struct {

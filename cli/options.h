@@ -414,7 +414,7 @@ static int session_open(Session *x, const char *path, long threads) {
     memset(x, 0, sizeof *x);
     x->model = mamba_load(path);
     if (x->model) x->acts = mamba_acts_new(x->model, (int)threads);
-    bool gpu = x->acts && GPU && !backend.cpu;
+    bool gpu = x->acts && mamba_has_gpu() && !backend.cpu;
     bool bad = !x->acts || (gpu && mamba_acts_gpu(x->acts, x->model, backend.float32));
     if (!bad) x->state = mamba_state_new(x->model);
     x->load_seconds = seconds() - start;

@@ -8,7 +8,10 @@ static const char QUANTIZE_USAGE[] =
 
 static int command_quantize(int argc, char **argv) {
     const char *rest[3];
-    if (wants_help(argc, argv)) return print_help(QUANTIZE_USAGE, NULL, 0), 0;
+    if (wants_help(argc, argv)) {
+        print_help(QUANTIZE_USAGE, NULL, 0);
+        return 0;
+    }
     int n = parse_options(argc, argv, NULL, 0, rest, 3);
     if (n != 3) return n < 0 ? -1 : fail("quantize needs in.bin, out.bin and q8 or q4");
     bool four_bits = !strcmp(rest[2], "q4");
@@ -18,16 +21,16 @@ static int command_quantize(int argc, char **argv) {
     if (check_files(use, COUNT(use))) return -1;
     Model *m = mamba_load(rest[0]), *quantized = NULL;
     int result = m ? 0 : -1;
-    if (result == 0 && is_quantized(m->config.type))
+    if (result == 0 && (m->config.type == Q8 || m->config.type == Q4))
         result = fail("%s is in %s already: quantize the model that it was made from", rest[0],
                       type_name(m->config.type));
-    // Damage would get a valid checksum.
-    if (result == 0) result = mamba_verify(m) ? fail_in(rest[0]) : 0;
-    if (result == 0) result = (quantized = mamba_quantize(m, four_bits)) ? 0 : fail_in(rest[0]);
+    // A damaged model would become one whose checksums are right.
+    if (result == 0 && mamba_verify(m)) result = fail_in(rest[0]);
     if (result == 0) {
-        each_tensor(quantized, swap_tensor, NULL);
-        result = save_model(quantized, m->file + HEADER_BYTES, m->tokenizer_bytes, rest[1]);
+        quantized = mamba_quantize(m, four_bits);
+        if (!quantized) result = fail_in(rest[0]);
     }
+    if (result == 0) result = mamba_save(quantized, rest[1]);
     if (result == 0)
         fprintf(stderr, "wrote %s: %.1f MB of weights in %s, from %.1f in %s\n", rest[1],
                 (double)quantized->tensors_bytes / 1e6, rest[2], (double)m->tensors_bytes / 1e6,

@@ -9,125 +9,26 @@ typedef struct {
     bool resume, log_given; // --log, or the name made from -o
 } TrainOptions;
 
-enum { SETTINGS = 768 }; // bytes of the text that tells runs apart
-
 typedef struct {
     const TrainOptions *o;
     Task task;
-    Model *source; // --from or --tokenizer model: lends its tokenizer
     Model *model;
     Trainer *trainer;
-    unsigned char *tokenizer; // blob that goes into the file
-    size_t tokenizer_bytes;
     int32_t *data; // all tokens; the last n_held are held out
     size_t n_data, n_held;
-    int32_t *ids, *targets; // of one pass
-    uint64_t random;
-    double held_loss, seconds; // last held-out loss; time spent in earlier runs
-    char settings[SETTINGS];   // what must be the same when a run goes on
+    int32_t *ids, *targets; // (B,L) of a pass
+    TrainRun run;           // what a checkpoint keeps of this run; seconds: those of earlier runs
+    const char *checkpoint; // its path
 } Training;
-
-enum { CHECKPOINT_HEADER = 1024, CHECKPOINT_VERSION = 1 };
-static const char CHECKPOINT_MAGIC[8] = {'m', 'a', 'm', 'b', 'a', '.', 't', '\n'};
-
-// The 256 bytes before a model's tokenizer and tensors.
-static int save_checkpoint(const Training *t, const char *path, double spent) {
-    unsigned char h[CHECKPOINT_HEADER] = {0}, model[HEADER_BYTES];
-    const Trainer *x = t->trainer;
-    size_t bytes = t->model->tensors_bytes;
-    uint64_t held, time_bits;
-    memcpy(&held, &t->held_loss, 8), memcpy(&time_bits, &spent, 8);
-    memcpy(h, CHECKPOINT_MAGIC, sizeof CHECKPOINT_MAGIC);
-    put_u32(h + 8, CHECKPOINT_VERSION), put_u32(h + 12, CHECKPOINT_HEADER);
-    put_u64(h + 16, x->step), put_u64(h + 24, t->random), put_u64(h + 32, held),
-        put_u64(h + 40, time_bits), put_u64(h + 48, t->tokenizer_bytes);
-    put_u64(h + 56, bytes);
-    memcpy(h + 128, t->settings, sizeof t->settings);
-    model_header(model, t->model, t->tokenizer, t->tokenizer_bytes);
-    put_u32(h + 64, crc32_of(0, model, HEADER_BYTES)),
-        put_u32(h + 68, crc32_of(0, x->moment, bytes)),
-        put_u32(h + 72, crc32_of(0, x->moment2, bytes));
-    put_u32(h + CHECKPOINT_HEADER - 4, crc32_of(0, h, CHECKPOINT_HEADER - 4));
-    const Piece piece[] = {{h, sizeof h},
-                           {model, HEADER_BYTES},
-                           {t->tokenizer, t->tokenizer_bytes},
-                           {t->model->weights, bytes},
-                           {x->moment, bytes},
-                           {x->moment2, bytes}};
-    return write_pieces(path, piece, 6);
-}
-
-// Numbers in memory to the order of bytes in files, or back: nothing happens on a little-endian
-// machine.
-static void swap_training(const Training *t) {
-    size_t bytes = t->model->tensors_bytes;
-    fix_endian(t->model->weights, bytes, 4), fix_endian(t->trainer->moment, bytes, 4),
-        fix_endian(t->trainer->moment2, bytes, 4);
-}
-
-// Names the first setting in which a checkpoint differs from this run.
-static int fail_other_run(const char *path, const unsigned char *stored, const char *here) {
-    char there[SETTINGS + 1] = {0}; // a crafted file need not end its text
-    size_t from = 0;
-    memcpy(there, stored, SETTINGS);
-    for (size_t i = 0; there[i] && there[i] == here[i]; i++)
-        if (there[i] == ',') from = i + 1;
-    return fail("%s: the checkpoint is of another run: it has%.*s, this one has%.*s", path,
-                (int)strcspn(there + from, ","), there + from, (int)strcspn(here + from, ","),
-                here + from);
-}
-
-// Takes up weights, moments, step and generator from a checkpoint of the same run. 0, or -1 after
-// fail().
-static int load_checkpoint(Training *t, const char *path) {
-    size_t size = 0, bytes = t->model->tensors_bytes;
-    bool mapped;
-    unsigned char *h = file_map(path, &size, &mapped);
-    Trainer *x = t->trainer;
-    int result = h ? 0 : -1;
-    if (result == 0 && (size < CHECKPOINT_HEADER || memcmp(h, CHECKPOINT_MAGIC, 8) ||
-                        u32_at(h + 8) != CHECKPOINT_VERSION))
-        result = fail("%s: not a training checkpoint of this version", path);
-    else if (result == 0 &&
-             crc32_of(0, h, CHECKPOINT_HEADER - 4) != u32_at(h + CHECKPOINT_HEADER - 4))
-        result = fail("%s: the checkpoint is damaged", path);
-    else if (result == 0 && memcmp(h + 128, t->settings, sizeof t->settings))
-        result = fail_other_run(path, h + 128, t->settings);
-    else if (result == 0 &&
-             (u64_at(h + 48) != t->tokenizer_bytes || u64_at(h + 56) != bytes ||
-              size != CHECKPOINT_HEADER + HEADER_BYTES + t->tokenizer_bytes + 3 * bytes))
-        result = fail("%s: the checkpoint is truncated or of another model", path);
-    if (result == 0) {
-        const unsigned char *model = h + CHECKPOINT_HEADER,
-                            *weights = model + HEADER_BYTES + t->tokenizer_bytes;
-        if (crc32_of(0, model, HEADER_BYTES) != u32_at(h + 64) ||
-            crc32_of(0, weights, bytes) != u32_at(model + 124) ||
-            crc32_of(0, weights + bytes, bytes) != u32_at(h + 68) ||
-            crc32_of(0, weights + 2 * bytes, bytes) != u32_at(h + 72))
-            result = fail("%s: the checkpoint is damaged", path);
-        else {
-            uint64_t held = u64_at(h + 32), time_bits = u64_at(h + 40);
-            memcpy(t->model->weights, weights, bytes), memcpy(x->moment, weights + bytes, bytes),
-                memcpy(x->moment2, weights + 2 * bytes, bytes);
-            memcpy(&t->held_loss, &held, 8), memcpy(&t->seconds, &time_bits, 8);
-            x->step = u64_at(h + 16), t->random = u64_at(h + 24);
-            swap_training(t);
-            refresh_derived(t->model);
-            result = mamba_trainer_fetch(x, true);
-        }
-    }
-    if (h) file_unmap(h, size, mapped);
-    return result;
-}
 
 // One pass' sequences: fresh ones of a task, or random windows of the training text.
 static void draw_batch(Training *t, int32_t *ids, int32_t *targets, int B, int L) {
     for (int b = 0; b < B; b++, ids += L, targets += L) {
         if (t->task) {
-            task_sequence(t->task, ids, targets, (size_t)L, &t->random);
+            task_sequence(t->task, ids, targets, (size_t)L, &t->run.random);
             continue;
         }
-        size_t start = random_u64(&t->random) % (t->n_data - t->n_held - (size_t)L);
+        size_t start = random_u64(&t->run.random) % (t->n_data - t->n_held - (size_t)L);
         memcpy(ids, t->data + start, (size_t)L * sizeof *ids);
         memcpy(targets, t->data + start + 1, (size_t)L * sizeof *ids);
     }
@@ -150,7 +51,7 @@ static double held_out_loss(Training *t) {
     size_t counted = 0;
     double sum = 0;
     Training other = *t;
-    other.random = (uint64_t)t->o->seed ^ 0x68656C64206F7574u;
+    other.run.random = (uint64_t)t->o->seed ^ 0x68656C64206F7574u;
     if (!t->task && t->n_held < (size_t)L + 1) return NAN;
     for (int pass = 0; pass < passes; pass++) {
         if (t->task) draw_batch(&other, t->ids, t->targets, B, L);
@@ -171,8 +72,7 @@ static double held_out_loss(Training *t) {
 static double learning_rate(const TrainOptions *o, uint64_t step) { // of step 1, 2, ...
     if (step <= (uint64_t)o->warmup) return o->rate * (double)step / (double)o->warmup;
     if (!strcmp(o->schedule, "constant")) return o->rate;
-    if (!strcmp(o->schedule,
-                "wsd")) { // warm-up, stable, decay: a straight line down over the last fifth
+    if (!strcmp(o->schedule, "wsd")) { // constant, then in the last fifth a straight line down
         double left = 5 * (1 - (double)step / (double)o->steps);
         return o->min_rate + (o->rate - o->min_rate) * fmin(left, 1);
     }
@@ -229,7 +129,10 @@ static int log_open(TrainLog *log, const char *path, uint64_t step) {
     bool failed = false;
     char *old = step ? read_log(path, &failed) : NULL;
     *log = (TrainLog){.path = path};
-    if (failed || new_file_open(&w, path, true)) return free(old), -1;
+    if (failed || new_file_open(&w, path, true)) {
+        free(old);
+        return -1;
+    }
     if (!old || !strchr(old, '\n'))
         fprintf(w.f, "step,tokens,seconds,loss,held_out,learning_rate,gradient_norm,"
                      "tokens_per_second\n");
@@ -250,100 +153,135 @@ static int log_open(TrainLog *log, const char *path, uint64_t step) {
     return log->f ? 0 : fail("cannot write %s: %s", path, strerror(errno));
 }
 
-// The model is saved also when the checkpoint, three times as large, is not.
-static int save_all(const Training *t, const char *checkpoint, double spent) {
-    if (mamba_trainer_fetch(t->trainer, false)) return -1;
-    swap_training(t);
-    int bad = save_checkpoint(t, checkpoint, spent);
-    bad |= save_model(t->model, t->tokenizer, t->tokenizer_bytes, t->o->out);
-    swap_training(t);
+// The model is saved also when the checkpoint, three times as large, is not. spent: seconds of this
+// process.
+static int save_all(const Training *t, double spent) {
+    TrainRun run = t->run;
+    run.seconds += spent;
+    if (mamba_trainer_fetch(t->trainer, false)) return -1; // then the weights here are old
+    int bad = mamba_checkpoint_save(t->trainer, &run, t->checkpoint);
+    bad |= mamba_save(t->model, t->o->out);
     return bad ? -1 : 0;
 }
 
-static int train_loop(Training *t, const char *checkpoint) {
+typedef struct { // what is told about a step
+    float rate;
+    double loss, norm;   // mean of the targets' losses; the gradient's length before clipping
+    double spent, speed; // seconds and tokens/s of this process
+    bool evaluated;      // the held-out loss is of this step
+} Step;
+
+// One optimizer step. A weight of 1 / counted for each target makes the loss a mean. How many
+// targets count is known once all passes are drawn, so all are drawn twice. 0, or -1 after fail().
+static int train_step(Training *t, Step *step) {
     const TrainOptions *o = t->o;
     Trainer *x = t->trainer;
-    int rows = x->B * x->L, result = 0;
-    double begun = seconds(), shown = 0, norm = 0, loss = 0;
-    uint64_t first = x->step;
+    const int rows = x->B * x->L, L = stage_length(o, x->step);
+    const uint64_t before = t->run.random;
+    size_t counted = 0;
+    double sum = 0;
+    if (L != x->L && mamba_trainer_resize(x, rows / L, L)) return -1;
+    for (int pass = 0; pass < o->accumulate; pass++) {
+        draw_batch(t, t->ids, t->targets, x->B, x->L);
+        for (int i = 0; i < rows; i++) counted += t->targets[i] >= 0;
+    }
+    t->run.random = before;
+    for (int pass = 0; pass < o->accumulate; pass++) {
+        draw_batch(t, t->ids, t->targets, x->B, x->L);
+        sum += mamba_train_pass(x, t->ids, t->targets, 1.0f / (float)counted, true);
+    }
+    const AdamW how = {.rate = (float)learning_rate(o, x->step + 1),
+                       .beta1 = 0.9f,
+                       .beta2 = (float)o->beta2,
+                       .epsilon = 1e-8f,
+                       .decay = (float)o->decay,
+                       .clip = (float)o->clip};
+    step->rate = how.rate;
+    step->loss = sum / (double)counted;
+    int result = mamba_train_step(x, &how, &step->norm);
+    if (result) t->run.random = before;
+    return result;
+}
+
+static double tokens_a_step(const Training *t) {
+    return (double)t->trainer->B * t->trainer->L * (double)t->o->accumulate;
+}
+
+static void log_step(TrainLog *log, const Training *t, const Step *step) {
+    char held[32] = "";
+    if (step->evaluated && !isnan(t->run.held_loss))
+        snprintf(held, sizeof held, "%.6f", t->run.held_loss);
+    if (log->f)
+        fprintf(log->f, "%llu,%.0f,%.3f,%.6f,%s,%.6g,%.4f,%.1f\n",
+                (unsigned long long)t->trainer->step, (double)t->trainer->step * tokens_a_step(t),
+                t->run.seconds + step->spent, step->loss, held, (double)step->rate, step->norm,
+                step->speed);
+    log_flush(log);
+}
+
+static void show_step(const Training *t, const Step *step) {
+    const uint64_t now = t->trainer->step;
+    const double left = (double)((uint64_t)t->o->steps - now) * tokens_a_step(t) / step->speed;
+    fprintf(stderr, "step %llu/%ld  loss %.4f", (unsigned long long)now, t->o->steps, step->loss);
+    if (!isnan(t->run.held_loss)) fprintf(stderr, "  held-out %.4f", t->run.held_loss);
+    fprintf(stderr, "  %.0f tokens/s  %.0f s left%s", step->speed, left,
+            step->evaluated ? "\n" : "   \r");
+}
+
+static int train_loop(Training *t) {
+    const TrainOptions *o = t->o;
+    Trainer *x = t->trainer;
+    const double begun = seconds();
+    const uint64_t first = x->step;
+    double shown = 0;
+    int result = 0;
     TrainLog log;
     if (log_open(&log, o->log, x->step)) return -1;
     catch_interrupt();
     while (x->step < (uint64_t)o->steps && !interrupted && result == 0) {
-        uint64_t before = t->random;
-        size_t counted = 0;
-        double sum = 0;
-        int L = stage_length(o, x->step);
-        if (L != x->L && (result = mamba_trainer_resize(x, rows / L, L))) break;
-        for (int pass = 0; pass < o->accumulate;
-             pass++) { // what counts is known once all are drawn: draw twice
-            draw_batch(t, t->ids, t->targets, x->B, x->L);
-            for (int i = 0; i < rows; i++) counted += t->targets[i] >= 0;
+        Step step = {0};
+        result = train_step(t, &step);
+        if (result) break;
+        const bool last = x->step == (uint64_t)o->steps;
+        step.evaluated = last || x->step % (uint64_t)o->eval_every == 0;
+        if (step.evaluated) t->run.held_loss = held_out_loss(t);
+        step.spent = seconds() - begun;
+        step.speed = (double)(x->step - first) * tokens_a_step(t) / step.spent;
+        log_step(&log, t, &step);
+        if (step.spent - shown > 1 || step.evaluated) {
+            shown = step.spent;
+            show_step(t, &step);
         }
-        t->random = before;
-        for (int pass = 0; pass < o->accumulate; pass++) {
-            draw_batch(t, t->ids, t->targets, x->B, x->L);
-            sum += mamba_train_pass(x, t->ids, t->targets, 1.0f / (float)counted, true);
-        }
-        loss = sum / (double)counted;
-        AdamW how = {(float)learning_rate(o, x->step + 1),
-                     0.9f,
-                     (float)o->beta2,
-                     1e-8f,
-                     (float)o->decay,
-                     (float)o->clip};
-        if ((result = mamba_train_step(x, &how, &norm))) {
-            t->random = before;
-            break;
-        }
-        bool last = x->step == (uint64_t)o->steps,
-             evaluate_now = last || x->step % (uint64_t)o->eval_every == 0;
-        if (evaluate_now) t->held_loss = held_out_loss(t);
-        double spent = seconds() - begun,
-               speed = (double)(x->step - first) * rows * o->accumulate / spent;
-        char held[32] = "";
-        if (evaluate_now && t->held_loss == t->held_loss)
-            snprintf(held, sizeof held, "%.6f", t->held_loss);
-        if (log.f)
-            fprintf(log.f, "%llu,%.0f,%.3f,%.6f,%s,%.6g,%.4f,%.1f\n", (unsigned long long)x->step,
-                    (double)x->step * rows * o->accumulate, t->seconds + spent, loss, held,
-                    (double)how.rate, norm, speed);
-        log_flush(&log);
-        if (spent - shown > 1 || evaluate_now) {
-            shown = spent;
-            fprintf(stderr, "step %llu/%ld  loss %.4f", (unsigned long long)x->step, o->steps,
-                    loss);
-            if (t->held_loss == t->held_loss) fprintf(stderr, "  held-out %.4f", t->held_loss);
-            fprintf(stderr, "  %.0f tokens/s  %.0f s left%s", speed,
-                    spent / (double)(x->step - first) * (double)((uint64_t)o->steps - x->step),
-                    evaluate_now ? "\n" : "   \r");
-        }
-        if (!last && x->step % (uint64_t)o->save_every == 0)
-            result = save_all(t, checkpoint, t->seconds + spent);
+        if (!last && x->step % (uint64_t)o->save_every == 0) result = save_all(t, step.spent);
     }
     log_close(&log);
-    if (result == 0) result = save_all(t, checkpoint, t->seconds + seconds() - begun);
+    if (result == 0) result = save_all(t, seconds() - begun);
     if (result == 0 && interrupted)
         fprintf(stderr,
                 "\ninterrupted after step %llu and saved: the same command with --resume goes on\n",
                 (unsigned long long)x->step);
     if (result == 0 && log.error)
         result = fail("%s: %s: the log is not complete; %s and %s are saved and whole", o->log,
-                      strerror(log.error), o->out, checkpoint);
+                      strerror(log.error), o->out, t->checkpoint);
     return result;
 }
 
+// --- the model and the data of a run
+
 // Adds the text of a file to the data, as tokens. 0, or -1 after fail().
-static int append_tokens(Training *t, const Tokenizer *tokenizer, const char *path) {
+static int append_tokens(Training *t, const char *path) {
     size_t bytes, n = 0;
-    int32_t *ids = NULL, *all;
+    int32_t *ids = NULL;
     char *text = read_text(path, &bytes);
     if (!text) return -1;
-    int bad = tokenizer_encode(tokenizer, text, bytes, &ids, &n);
+    int bad = mamba_encode(t->model, text, bytes, &ids, &n);
     free(text);
     if (bad) return fail_in(path);
-    if (!(all = realloc(t->data, (t->n_data + n + 1) * sizeof *all)))
-        return free(ids), fail("out of memory: %zu tokens", t->n_data + n);
+    int32_t *all = realloc(t->data, (t->n_data + n + 1) * sizeof *all);
+    if (!all) {
+        free(ids);
+        return fail("out of memory: %zu tokens", t->n_data + n);
+    }
     t->data = all;
     memcpy(all + t->n_data, ids, n * sizeof *all);
     t->n_data += n;
@@ -352,14 +290,14 @@ static int append_tokens(Training *t, const Tokenizer *tokenizer, const char *pa
 }
 
 // All --data files one after another, then what is held out: the end of that, or a file of its own.
-static int read_data(Training *t, const Tokenizer *tokenizer) {
+static int read_data(Training *t) {
     const TrainOptions *o = t->o;
     for (int i = 0; i < o->data.n; i++)
-        if (append_tokens(t, tokenizer, o->data.item[i])) return -1;
+        if (append_tokens(t, o->data.item[i])) return -1;
     t->n_held = (size_t)((double)t->n_data * o->held_out);
     if (o->held_out_data) {
         size_t before = t->n_data;
-        if (append_tokens(t, tokenizer, o->held_out_data)) return -1;
+        if (append_tokens(t, o->held_out_data)) return -1;
         t->n_held = t->n_data - before;
         if (t->n_held < (size_t)o->length + 1)
             return fail("--held-out-data %s has %zu tokens, one window needs %ld: a longer file or "
@@ -373,68 +311,87 @@ static int read_data(Training *t, const Tokenizer *tokenizer) {
     return 0;
 }
 
-static void bytes_blob(unsigned char blob[32], uint32_t n_ids) {
-    memset(blob, 0, 32);
-    memcpy(blob, "mtok", 4);
-    put_u32(blob + 4, 1), put_u32(blob + 20, n_ids);
+// The vocabulary of a new model: bytes, a tokenizer file, or the tokenizer of a model.bin.
+typedef struct {
+    int V;
+    const unsigned char *blob; // NULL: bytes
+    size_t bytes;
+    Model *model;        // whose blob it is, or NULL
+    unsigned char *file; // whose blob it is, or NULL
+    size_t file_bytes;
+    bool mapped;
+} Vocabulary;
+
+static int open_vocabulary(Vocabulary *v, const TrainOptions *o) {
+    *v = (Vocabulary){.V = o->task_name ? TASK_VOCAB : 256};
+    if (o->task_name || !strcmp(o->tokenizer, "bytes")) return 0;
+    v->file = file_map(o->tokenizer, &v->file_bytes, &v->mapped);
+    if (!v->file) return -1;
+    if (v->file_bytes >= 4 && memcmp(v->file, "mtok", 4)) {
+        v->model = mamba_load(o->tokenizer);
+        if (!v->model) return -1;
+        v->V = tokenizer_size(v->model->tokenizer);
+        v->blob = v->model->tokenizer_blob;
+        v->bytes = v->model->tokenizer_bytes;
+        return 0;
+    }
+    Tokenizer *tokenizer = tokenizer_open(v->file, v->file_bytes);
+    if (!tokenizer) return fail_in(o->tokenizer);
+    v->V = tokenizer_size(tokenizer);
+    v->blob = v->file;
+    v->bytes = v->file_bytes;
+    tokenizer_close(tokenizer);
+    return 0;
 }
 
-// The tokenizer's bytes, from --from, or as --tokenizer says. 0, or -1 after fail().
-static int train_tokenizer(Training *t, Tokenizer **tokenizer) {
-    const TrainOptions *o = t->o;
-    unsigned char small[32], *file = NULL;
-    size_t bytes = sizeof small;
-    bool mapped = false;
-    bytes_blob(small, t->task ? TASK_VOCAB : 256);
-    const unsigned char *blob = small;
-    if (t->source) blob = t->source->file + HEADER_BYTES, bytes = t->source->tokenizer_bytes;
-    else if (!t->task && strcmp(o->tokenizer, "bytes")) {
-        if (!(file = file_map(o->tokenizer, &bytes, &mapped))) return -1;
-        size_t size = bytes;
-        blob = file;
-        if (size >= 4 && memcmp(file, "mtok", 4)) { // a model.bin: its tokenizer
-            file_unmap(file, size, mapped), file = NULL;
-            if (!(t->source = mamba_load(o->tokenizer))) return -1;
-            blob = t->source->file + HEADER_BYTES, bytes = t->source->tokenizer_bytes;
-        }
-    }
-    t->tokenizer = malloc(bytes);
-    t->tokenizer_bytes = bytes;
-    if (t->tokenizer) memcpy(t->tokenizer, blob, bytes);
-    if (file) file_unmap(file, bytes, mapped);
-    if (!t->tokenizer) return fail("out of memory: tokenizer");
-    *tokenizer = tokenizer_open(t->tokenizer, bytes);
-    return *tokenizer ? 0 : fail_in(o->tokenizer);
+static void close_vocabulary(Vocabulary *v) {
+    mamba_free(v->model);
+    if (v->file) file_unmap(v->file, v->file_bytes, v->mapped);
 }
 
-static int train_model(Training *t, const Tokenizer *tokenizer) {
-    const TrainOptions *o = t->o;
-    if (o->from) {
-        if (tokenizer_size(tokenizer) > t->source->config.V)
-            return fail("%s: the tokenizer has more ids than the model", o->from);
-        t->model = mamba_float_copy(t->source);
-        return t->model ? 0 : -1;
-    }
+// A model of random weights with this vocabulary. NULL after fail().
+static Model *new_model(const TrainOptions *o, const Vocabulary *v) {
     Config c = {.type = F32,
                 .flags = FLAG_TIED | FLAG_CONV_BIAS,
                 .D = (int)o->d_model,
                 .n_layer = (int)o->layers,
-                .V = tokenizer_size(tokenizer),
+                .V = v->V,
                 .E = (int)(o->d_model * o->expand),
                 .N = (int)o->d_state,
                 .K = (int)o->d_conv,
+                .R = ((int)o->d_model + 15) / 16,
                 .norm_eps = 1e-5f,
                 .bos = -1,
-                .pad = -1};
-    c.R = (c.D + 15) / 16;
-    for (int i = 0; i < 4; i++) c.eos[i] = -1;
+                .pad = -1,
+                .eos = {-1, -1, -1, -1}};
+    Model *m = mamba_random_model(&c, (uint64_t)o->seed);
+    if (!m) return NULL;
     int32_t *eos = NULL;
     size_t n = 0;
-    if (!tokenizer_is_bytes(tokenizer) &&
-        tokenizer_encode(tokenizer, "<|endoftext|>", 13, &eos, &n) == 0 && n == 1)
-        c.eos[0] = c.bos = eos[0];
+    int bad = mamba_set_tokenizer(m, v->blob, v->bytes);
+    if (!bad && v->blob && !tokenizer_is_bytes(m->tokenizer) &&
+        mamba_encode(m, "<|endoftext|>", 13, &eos, &n) == 0 && n == 1) {
+        m->config.bos = eos[0];
+        m->config.eos[0] = eos[0];
+    }
     free(eos);
-    t->model = mamba_random_model(&c, (uint64_t)o->seed);
+    if (!bad) return m;
+    mamba_free(m);
+    return NULL;
+}
+
+// The model to train: a copy of that of --from, or a new one. 0, or -1 after fail().
+static int open_train_model(Training *t) {
+    const TrainOptions *o = t->o;
+    if (o->from) {
+        Model *source = mamba_load(o->from);
+        if (source) t->model = mamba_float_copy(source);
+        mamba_free(source);
+        return t->model ? 0 : -1;
+    }
+    Vocabulary vocabulary;
+    if (open_vocabulary(&vocabulary, o) == 0) t->model = new_model(o, &vocabulary);
+    close_vocabulary(&vocabulary);
     return t->model ? 0 : -1;
 }
 
@@ -453,74 +410,84 @@ static int check_train_files(const TrainOptions *o, const char *checkpoint) {
     return check_files(use, 6 + o->data.n);
 }
 
-static int train_run(Training *t) {
+// The text by which a checkpoint knows its run: all that a resumed run must have in common.
+static void describe_run(Training *t) {
     const TrainOptions *o = t->o;
-    Tokenizer *tokenizer = NULL;
-    char *checkpoint = malloc(strlen(o->out) + 8);
-    if (!checkpoint) return fail("out of memory");
-    sprintf(checkpoint, "%s.train", o->out);
-    int result = parse_task(o->task_name, &t->task);
-    if (result == 0) result = check_train_files(o, checkpoint);
-    if (result == 0 && o->from && !(t->source = mamba_load(o->from))) result = -1;
-    if (result == 0) result = train_tokenizer(t, &tokenizer);
-    if (result == 0 && !t->task) result = read_data(t, tokenizer);
-    if (result == 0) result = train_model(t, tokenizer);
-    if (result == 0) {
-        int L = stage_length(o, 0),
-            B = (int)(o->batch / o->accumulate * o->length /
-                      L); // the shortest need the most memory
-        const Config *c = &t->model->config;
-        snprintf(t->settings, sizeof t->settings,
-                 " task %s, data %zu tokens (checksum %08x), held out %zu, d_model %d, layers %d, "
-                 "d_state %d, d_conv "
-                 "%d, d_inner %d, vocabulary %d, batch %ld, accumulate %ld, length %ld, seed %ld, "
-                 "lr %.9g, schedule "
-                 "%s over %ld steps, warm-up %ld, min lr %.9g, decay %.9g, clip %.9g, beta2 %.9g, "
-                 "grow from %ld",
-                 o->task_name ? o->task_name : "none", t->n_data,
-                 crc32_of(0, t->data, t->n_data * sizeof *t->data), t->n_held, c->D, c->n_layer,
-                 c->N, c->K, c->E, c->V, o->batch, o->accumulate, o->length, o->seed, o->rate,
-                 o->schedule, strcmp(o->schedule, "constant") || o->grow_from ? o->steps : 0L,
-                 o->warmup, o->min_rate, o->decay, o->clip, o->beta2, o->grow_from);
-        Trainer measure = {.model = t->model, .B = B, .L = L};
-        Arena arena = {NULL, 0};
-        trainer_layout(&measure, &arena);
-        double activations = (double)arena.used, weights = (double)t->model->tensors_bytes;
-        bool gpu = GPU && !backend.cpu;
-        if (!gpu)
-            fprintf(stderr,
-                    "%zu parameters; memory: weights %.1f MB, gradients %.1f MB, optimizer %.1f "
-                    "MB, activations of %d x %d "
-                    "tokens %.1f MB\n",
-                    t->model->n_params, weights / 1e6, weights / 1e6, 2 * weights / 1e6, B, L,
-                    activations / 1e6);
-        t->trainer = gpu ? mamba_trainer_new_gpu(t->model, B, L, backend.float32)
-                         : mamba_trainer_new(t->model, B, L, (int)o->threads);
-        double used;
-        char name[256];
-        if (gpu && t->trainer && GPU->measure(NULL, NULL, &used, name) == 0)
-            fprintf(stderr, "%zu parameters; %s, %.2f GB in use, %s products\n", t->model->n_params,
-                    name, used / 1e9, backend.float32 ? "float32" : "bf16");
-        t->ids = malloc((size_t)B * L * sizeof *t->ids),
-        t->targets = malloc((size_t)B * L * sizeof *t->ids);
-        if (!t->trainer) result = -1;
-        else if (!t->ids || !t->targets) result = fail("out of memory: a batch");
-    }
-    uint64_t seed =
-        (uint64_t)o->seed; // hashed: multiples of the generator's increment are one stream, shifted
-    t->random = random_u64(&seed);
-    t->held_loss = NAN;
-    if (result == 0 && !t->task && t->n_held < (size_t)o->length + 1)
+    const Config *c = &t->model->config;
+    const bool planned = strcmp(o->schedule, "constant") || o->grow_from; // by the last step
+    snprintf(t->run.text, sizeof t->run.text,
+             " task %s, data %zu tokens (checksum %08x), held out %zu, d_model %d, layers %d, "
+             "d_state %d, d_conv %d, d_inner %d, vocabulary %d, batch %ld, accumulate %ld, "
+             "length %ld, seed %ld, lr %.9g, schedule %s over %ld steps, warm-up %ld, "
+             "min lr %.9g, decay %.9g, clip %.9g, beta2 %.9g, grow from %ld",
+             o->task_name ? o->task_name : "none", t->n_data,
+             crc32_of(0, t->data, t->n_data * sizeof *t->data), t->n_held, c->D, c->n_layer, c->N,
+             c->K, c->E, c->V, o->batch, o->accumulate, o->length, o->seed, o->rate, o->schedule,
+             planned ? o->steps : 0L, o->warmup, o->min_rate, o->decay, o->clip, o->beta2,
+             o->grow_from);
+}
+
+// The trainer, the arrays of a batch, and a line about the memory that they take.
+static int open_trainer(Training *t) {
+    const TrainOptions *o = t->o;
+    // A pass has as many rows at any length; short sequences need the most memory.
+    const int L = stage_length(o, 0), B = (int)(o->batch / o->accumulate * o->length / L);
+    const bool gpu = mamba_has_gpu() && !backend.cpu;
+    const double weights = (double)t->model->tensors_bytes / 1e6;
+    if (!gpu)
+        fprintf(stderr,
+                "%zu parameters; memory: weights %.1f MB, gradients %.1f MB, optimizer %.1f MB, "
+                "activations of %d x %d tokens %.1f MB\n",
+                t->model->n_params, weights, weights, 2 * weights, B, L,
+                (double)mamba_trainer_bytes(t->model, B, L) / 1e6);
+    t->trainer = gpu ? mamba_trainer_new_gpu(t->model, B, L, backend.float32)
+                     : mamba_trainer_new(t->model, B, L, (int)o->threads);
+    if (!t->trainer) return -1;
+    double used = 0;
+    char name[256];
+    if (gpu && mamba_gpu_memory(name, &used) == 0)
+        fprintf(stderr, "%zu parameters; %s, %.2f GB in use, %s products\n", t->model->n_params,
+                name, used / 1e9, backend.float32 ? "float32" : "bf16");
+    t->ids = malloc((size_t)B * (size_t)L * sizeof *t->ids);
+    t->targets = malloc((size_t)B * (size_t)L * sizeof *t->targets);
+    return t->ids && t->targets ? 0 : fail("out of memory: a batch");
+}
+
+static int train_stages(Training *t) {
+    const TrainOptions *o = t->o;
+    if (parse_task(o->task_name, &t->task) || check_train_files(o, t->checkpoint) ||
+        open_train_model(t) || (!t->task && read_data(t)))
+        return -1;
+    describe_run(t);
+    if (open_trainer(t)) return -1;
+    // Hashed, because the streams of neighbouring seeds are one stream, shifted.
+    uint64_t seed = (uint64_t)o->seed;
+    t->run.random = random_u64(&seed);
+    t->run.held_loss = NAN;
+    if (!t->task && t->n_held < (size_t)o->length + 1)
         fprintf(stderr,
                 "no held-out losses: the held-out part has %zu tokens, one window needs %ld\n",
                 t->n_held, o->length + 1);
-    if (result == 0 && o->resume) result = load_checkpoint(t, checkpoint);
-    if (result == 0) result = train_loop(t, checkpoint);
-    if (result == 0) fprintf(stderr, "wrote %s and %s\n", o->out, checkpoint);
-    if (tokenizer) tokenizer_close(tokenizer);
-    mamba_trainer_free(t->trainer);
-    mamba_free(t->model), mamba_free(t->source);
-    free(t->tokenizer), free(t->data), free(t->ids), free(t->targets), free(checkpoint);
+    if (o->resume && mamba_checkpoint_load(t->trainer, &t->run, t->checkpoint)) return -1;
+    if (train_loop(t)) return -1;
+    fprintf(stderr, "wrote %s and %s\n", o->out, t->checkpoint);
+    return 0;
+}
+
+static int train_run(const TrainOptions *o) {
+    Training t = {.o = o};
+    const size_t room = strlen(o->out) + sizeof ".train";
+    char *checkpoint = malloc(room);
+    if (!checkpoint) return fail("out of memory");
+    snprintf(checkpoint, room, "%s.train", o->out);
+    t.checkpoint = checkpoint;
+    int result = train_stages(&t);
+    mamba_trainer_free(t.trainer);
+    mamba_free(t.model);
+    free(t.data);
+    free(t.ids);
+    free(t.targets);
+    free(checkpoint);
     return result;
 }
 
@@ -534,6 +501,40 @@ static const char TRAIN_USAGE[] =
     "other (float32), out.bin.train, from which --resume goes on bit for bit, and a CSV log. "
     "Ctrl-C saves and "
     "leaves.\n";
+
+// Options that do not fit together. 0, or -1 after fail().
+static int check_train_options(const TrainOptions *o) {
+    if (!o->out) return fail("train needs -o FILE, the model to write");
+    if ((o->data.n > 0) == (o->task_name != NULL))
+        return fail("train needs either --data or --task");
+    if (o->held_out_data && (o->task_name || o->held_out != 0.1))
+        return fail("--held-out-data does not go with %s", o->task_name ? "--task" : "--held-out");
+    for (int i = 0; o->held_out_data && i < o->data.n; i++)
+        if (!strcmp(o->held_out_data, o->data.item[i]) ||
+            same_file(o->held_out_data, o->data.item[i]))
+            return fail("--held-out-data %s is trained on: it is --data too", o->held_out_data);
+    if (o->batch % o->accumulate)
+        return fail("--batch %ld is not a multiple of --accumulate %ld", o->batch, o->accumulate);
+    if ((double)(o->batch / o->accumulate) * (double)o->length > 1 << 28)
+        return fail("--batch and --length make a pass of more than %d tokens: raise --accumulate",
+                    1 << 28);
+    long grown = o->grow_from;
+    while (grown && grown < o->length) grown *= 2;
+    if (grown && grown != o->length)
+        return fail("--length %ld is not --grow-from %ld doubled some times", o->length,
+                    o->grow_from);
+    if (strcmp(o->schedule, "cosine") && strcmp(o->schedule, "constant") &&
+        strcmp(o->schedule, "wsd"))
+        return fail("--schedule needs cosine, constant or wsd, not '%s'", o->schedule);
+    Task task;
+    if (parse_task(o->task_name, &task)) return -1;
+    long shortest = o->grow_from ? o->grow_from : o->length;
+    if (task && shortest < task_shortest(task))
+        return fail("%s %ld is too short for --task %s: at least %d",
+                    o->grow_from ? "--grow-from" : "--length", shortest, o->task_name,
+                    task_shortest(task));
+    return task && o->from ? fail("--from does not go with --task") : 0;
+}
 
 static int command_train(int argc, char **argv) {
     TrainOptions o = {.tokenizer = "bytes",
@@ -603,42 +604,20 @@ static int command_train(int argc, char **argv) {
         {"-T", "N", "threads; the result does not depend on it", OPT_INT, &o.threads, 1, 1024},
     };
     const char *rest[1];
-    if (wants_help(argc, argv)) return print_help(TRAIN_USAGE, options, COUNT(options)), 0;
+    if (wants_help(argc, argv)) {
+        print_help(TRAIN_USAGE, options, COUNT(options));
+        return 0;
+    }
     int n = parse_options(argc, argv, options, COUNT(options), rest, 0);
     if (n < 0) return -1;
-    if (!o.out) return fail("train needs -o FILE, the model to write");
-    if ((o.data.n > 0) == (o.task_name != NULL)) return fail("train needs either --data or --task");
-    if (o.held_out_data && (o.task_name || o.held_out != 0.1))
-        return fail("--held-out-data does not go with %s", o.task_name ? "--task" : "--held-out");
-    for (int i = 0; o.held_out_data && i < o.data.n; i++)
-        if (!strcmp(o.held_out_data, o.data.item[i]) || same_file(o.held_out_data, o.data.item[i]))
-            return fail("--held-out-data %s is trained on: it is --data too", o.held_out_data);
-    if (o.batch % o.accumulate)
-        return fail("--batch %ld is not a multiple of --accumulate %ld", o.batch, o.accumulate);
-    if ((double)(o.batch / o.accumulate) * (double)o.length > 1 << 28)
-        return fail("--batch and --length make a pass of more than %d tokens: raise --accumulate",
-                    1 << 28);
-    long grown = o.grow_from;
-    while (grown && grown < o.length) grown *= 2;
-    if (grown && grown != o.length)
-        return fail("--length %ld is not --grow-from %ld doubled some times", o.length,
-                    o.grow_from);
-    if (strcmp(o.schedule, "cosine") && strcmp(o.schedule, "constant") && strcmp(o.schedule, "wsd"))
-        return fail("--schedule needs cosine, constant or wsd, not '%s'", o.schedule);
-    Task task;
-    if (parse_task(o.task_name, &task)) return -1;
-    long shortest = o.grow_from ? o.grow_from : o.length;
-    if (task && shortest < task_shortest(task))
-        return fail("%s %ld is too short for --task %s: at least %d",
-                    o.grow_from ? "--grow-from" : "--length", shortest, o.task_name,
-                    task_shortest(task));
-    if (task && o.from) return fail("--from does not go with --task");
+    if (check_train_options(&o)) return -1;
     o.log_given = o.log != NULL;
-    char *log = o.log ? NULL : malloc(strlen(o.out) + 5);
-    if (log) sprintf(log, "%s.csv", o.out), o.log = log;
-    Training t = {.o = &o};
-    int result = o.log ? train_run(&t) : fail("out of memory");
+    const size_t room = strlen(o.out) + sizeof ".csv";
+    char *log = malloc(room);
+    if (!log) return fail("out of memory");
+    snprintf(log, room, "%s.csv", o.out);
+    if (!o.log) o.log = log;
+    int result = train_run(&o);
     free(log);
     return result;
 }
-

@@ -80,3 +80,12 @@ void mamba_acts_free(Acts *a) {
     free_aligned(a->arena);
     free(a);
 }
+
+// Whether this build has a GPU backend.
+bool mamba_has_gpu(void) { return GPU != NULL; }
+
+// The name of the GPU, and the bytes of its memory that are in use. 0, or -1 after fail().
+int mamba_gpu_memory(char name[256], double *used_bytes) {
+    if (!GPU) return fail("this build has no GPU backend: make cuda");
+    return GPU->measure(NULL, NULL, used_bytes, name) ? gpu_failed() : 0;
+}

@@ -1,10 +1,23 @@
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // 1 Errors, checked sizes, bytes
-// A failing function says why with fail() and returns; only main exits. Sizes that come from a file
+// A function that fails says why with fail() and returns; only main exits. Sizes from a file
 // saturate instead of wrapping, so one comparison with the file's length catches every overflow.
-// Files are read byte by byte: any machine reads the same little-endian file.
+// Numbers are read byte by byte: any machine reads the same little-endian file.
 
-static char error_text[512];
+// A variable that every thread has one of. Some compilers (tcc) have no such variables, and no
+// threads.
+#ifndef PER_THREAD
+#if defined(_MSC_VER)
+#define PER_THREAD __declspec(thread)
+#elif defined(__TINYC__) || (!defined(__GNUC__) && __STDC_VERSION__ < 201112L)
+#define PER_THREAD
+#else
+#define PER_THREAD _Thread_local
+#endif
+#endif
+
+enum { ERROR_BYTES = 512 };
+static PER_THREAD char error_text[ERROR_BYTES];
 
 static int fail(const char *format, ...) {
     va_list args;
@@ -21,7 +34,8 @@ static int fail_in(const char *where) {
     return fail("%.200s: %.300s", where, why);
 }
 
-// Why the last call failed: one sentence, no newline.
+// Why the last call of this thread failed: one sentence, no newline. Where a thread of a team
+// fails, its text must be copied to the thread that started the team.
 const char *mamba_error(void) { return error_text; }
 
 static size_t size_mul(size_t a, size_t b) { return a && b > SIZE_MAX / a ? SIZE_MAX : a * b; }
@@ -58,12 +72,6 @@ static uint32_t u32_at(const unsigned char *p) {
     return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 static uint64_t u64_at(const unsigned char *p) { return u32_at(p) | (uint64_t)u32_at(p + 4) << 32; }
-static float f32_at(const unsigned char *p) {
-    uint32_t bits = u32_at(p);
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
 static void put_u32(unsigned char *p, uint32_t value) {
     for (int i = 0; i < 4; i++) p[i] = (unsigned char)(value >> (8 * i));
 }
@@ -95,7 +103,7 @@ static void fix_endian(void *data, size_t bytes, size_t width) {
 // CRC-32 (polynomial 0xEDB88320, zlib's), eight bytes a step: start with crc = 0 and feed pieces in
 // order.
 static uint32_t crc32_of(uint32_t crc, const void *data, size_t bytes) {
-    static uint32_t table[8][256];
+    static PER_THREAD uint32_t table[8][256]; // two threads may make it at one time
     if (!table[7][255]) { // row 0 is the bytewise table, row k is row 0 applied k more times
         for (int i = 0; i < 256; i++) {
             uint32_t c = (uint32_t)i;
@@ -125,10 +133,14 @@ static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
 #ifdef MAMBA_POSIX
     int fd = open(path, O_RDONLY | O_NONBLOCK); // a FIFO without a writer would wait here
     struct stat info;
-    if (fd < 0) return fail("%s: %s", path, strerror(errno)), NULL;
+    if (fd < 0) {
+        fail("%s: %s", path, strerror(errno));
+        return NULL;
+    }
     if (fstat(fd, &info) || !S_ISREG(info.st_mode)) {
         close(fd);
-        return fail("%s: not a regular file", path), NULL;
+        fail("%s: not a regular file", path);
+        return NULL;
     }
     *bytes = (size_t)info.st_size;
     bool fits = *bytes > 0 && (uintmax_t)info.st_size <= SIZE_MAX / 2;
@@ -143,7 +155,10 @@ static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
     close(fd);
 #endif
     FILE *f = fopen(path, "rb");
-    if (!f) return fail("%s: %s", path, strerror(errno)), NULL;
+    if (!f) {
+        fail("%s: %s", path, strerror(errno));
+        return NULL;
+    }
     unsigned char *data = NULL;
     long length = fseek(f, 0, SEEK_END) ? -1 : ftell(f);
     if (length < 0) fail("%s: cannot find its length", path);
@@ -167,6 +182,7 @@ static void file_unmap(unsigned char *data, size_t bytes, bool mapped) {
         return;
     }
 #endif
-    (void)bytes, (void)mapped;
+    (void)bytes;
+    (void)mapped;
     free_aligned(data);
 }

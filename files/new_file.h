@@ -66,7 +66,10 @@ static bool is_replaceable(const char *path) {
 // The name of the file that path leads to, malloc'd; the file need not exist. NULL after fail().
 static char *follow_links(const char *path) {
     char *name = malloc(strlen(path) + 1);
-    if (!name) return fail("out of memory: the name of %s", path), NULL;
+    if (!name) {
+        fail("out of memory: the name of %s", path);
+        return NULL;
+    }
     strcpy(name, path);
 #ifdef MAMBA_POSIX
     char to[4096];
@@ -84,7 +87,10 @@ static char *follow_links(const char *path) {
         }
         free(name);
         name = next;
-        if (bad) return free(name), NULL;
+        if (bad) {
+            free(name);
+            return NULL;
+        }
     }
 #endif
     return name;
@@ -95,9 +101,10 @@ static char *follow_links(const char *path) {
 static char *temporary_name(const char *target, int attempt) {
     size_t end = strlen(target), base = end, room = end + 16;
     while (base && target[base - 1] != '/' && target[base - 1] != '\\') base--;
-    if (end - base >
-        200) // a file's name has at most 255 bytes; UTF-8 is not cut within a character
-        for (end = base + 200; end > base && ((unsigned char)target[end] & 0xC0) == 0x80;) end--;
+    if (end - base > 200) { // a file's name has at most 255 bytes
+        end = base + 200;
+        while (end > base && ((unsigned char)target[end] & 0xC0) == 0x80) end--; // within UTF-8
+    }
     char *name = malloc(room);
     uint64_t random = (uint64_t)time(NULL);
     random = random_u64(&random) ^ (uint64_t)clock() ^ (uint64_t)attempt << 32;
@@ -105,7 +112,10 @@ static char *temporary_name(const char *target, int attempt) {
 #ifdef MAMBA_POSIX
     random = random_u64(&random) ^ (uint64_t)getpid();
 #endif
-    if (!name) return fail("out of memory: the name of %s", target), NULL;
+    if (!name) {
+        fail("out of memory: the name of %s", target);
+        return NULL;
+    }
     snprintf(name, room, "%.*s.%08x.tmp", (int)end, target, (unsigned)(random_u64(&random) >> 32));
     return name;
 }
@@ -115,7 +125,10 @@ static FILE *create_file(const char *name, unsigned mode) {
 #ifdef MAMBA_POSIX
     int fd = open(name, O_WRONLY | O_CREAT | O_EXCL, (mode_t)mode);
     FILE *f = fd < 0 ? NULL : fdopen(fd, "wb");
-    if (fd >= 0 && !f) close(fd), unlink(name);
+    if (fd >= 0 && !f) {
+        close(fd);
+        unlink(name);
+    }
     return f;
 #else
     (void)mode;
@@ -128,7 +141,8 @@ static void new_file_discard(NewFile *w) {
     if (w->f) fclose(w->f);
     if (w->f && w->temporary) remove(w->temporary);
     if (w->f && w->temporary) exchange_temporary(w->temporary, NULL);
-    free(w->temporary), free(w->target);
+    free(w->temporary);
+    free(w->target);
     memset(w, 0, sizeof *w);
 }
 
@@ -173,7 +187,10 @@ static int new_file_open(NewFile *w, const char *path, bool in_place) {
             if (errno != EEXIST) break;
         }
     }
-    if (!w->f) return new_file_discard(w), -1;
+    if (!w->f) {
+        new_file_discard(w);
+        return -1;
+    }
     exchange_temporary(NULL, w->temporary);
 #ifdef MAMBA_POSIX
     if (exists) keep_mode(fileno(w->f), &old);
@@ -207,7 +224,8 @@ static int write_pieces(const char *path, const Piece *piece, int n) {
     for (int i = 0; i < n; i++)
         if (fwrite(piece[i].data, 1, piece[i].bytes, w.f) != piece[i].bytes) {
             fail("cannot write %s: %s", path, strerror(errno));
-            return new_file_discard(&w), -1;
+            new_file_discard(&w);
+            return -1;
         }
     return new_file_commit(&w);
 }

@@ -1,11 +1,11 @@
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // 9 Quantiser
-// Q8 and Q4 from wider weights, a tile at a time (section 3 says what that is). A row's scale in a
-// tile is its largest weight over one of some divisors: 127 for Q8; for Q4 the one of 22 whose
-// codes leave the smallest sum of squared errors, which takes that error from 9.7 to 8.1% of the
-// weights (normally distributed ones). What would round otherwise elsewhere is avoided, so that
-// export.py writes the same bytes: a scale is rounded before it divides, weight - code * scale is
-// exact, and so is its square.
+// Q8 and Q4 from wider weights, a tile at a time; mamba.c describes a tile beside tile_bytes(). The
+// scale of a row in a tile is its largest weight divided by a divisor. Q8 always takes 127. Q4
+// tries 22 divisors and takes the one with the smallest sum of squared errors: for normally
+// distributed weights the error is 8.1% instead of 9.7%.
+// export.py writes the same bytes, because nothing here depends on how a machine rounds: a scale is
+// rounded before it divides, weight - code * scale is exact, and so is its square.
 
 static float round_bf16(float x) { // to the nearest, ties to even
     uint32_t bits;
@@ -37,7 +37,10 @@ static void try_divisor(float scale[TILE], double error[TILE], const float w[TIL
             sum[r] += (double)off * (double)off;
         }
     for (int r = 0; r < TILE; r++)
-        if (sum[r] < error[r]) error[r] = sum[r], scale[r] = tried[r];
+        if (sum[r] < error[r]) {
+            error[r] = sum[r];
+            scale[r] = tried[r];
+        }
 }
 
 // tile = w, where w[k][r] is input k of row r; all finite.
@@ -82,7 +85,10 @@ static int quantize_tensor(const Tensor *to, const Tensor *from) {
             int n = to->cols - k0 < TILE ? to->cols - k0 : TILE;
             for (int r = 0; r < TILE && r0 + r < to->rows; r++) {
                 tensor_widen(row, from, r0 + r, k0, n);
-                for (int k = 0; k < n; k++) w[k][r] = row[k], bad |= !(fabsf(row[k]) <= FLT_MAX);
+                for (int k = 0; k < n; k++) {
+                    w[k][r] = row[k];
+                    bad |= !(fabsf(row[k]) <= FLT_MAX);
+                }
             }
             if (!bad)
                 quantize_tile((unsigned char *)(uintptr_t)to->data +
@@ -101,7 +107,9 @@ typedef struct { // the tensors of a model in the file's order
 
 static void list_tensor(void *context, const TensorInfo *info, Tensor *w) {
     TensorList *all = context;
-    all->info[all->n] = *info, all->list[all->n++] = w;
+    all->info[all->n] = *info;
+    all->list[all->n] = w;
+    all->n++;
 }
 
 static int list_tensors(TensorList *all, Model *m) {
@@ -125,25 +133,36 @@ static int copy_tensor(const Tensor *to, const Tensor *from, const TensorInfo *i
     return 0;
 }
 
-// A copy of a model in memory of its own with matrices in F32, Q8 or Q4. NULL after fail().
-static Model *copy_as(Model *from, Type type) {
+// A copy of a model in memory of its own, with its tokenizer and matrices in F32, Q8 or Q4. NULL
+// after fail().
+static Model *copy_as(const Model *from, Type type) {
     Config config = from->config;
     config.type = type;
     Model *to = blank_model(&config);
     TensorList source = {NULL, NULL, 0}, target = {NULL, NULL, 0};
-    int result = to && list_tensors(&source, from) == 0 ? list_tensors(&target, to) : -1;
+    int result = to ? list_tensors(&source, (Model *)(uintptr_t)from) : -1;
+    if (result == 0) result = list_tensors(&target, to);
     for (int i = 0; i < source.n && result == 0; i++)
         result = copy_tensor(target.list[i], source.list[i], &source.info[i]);
-    free(source.list), free(source.info), free(target.list), free(target.info);
+    free(source.list);
+    free(source.info);
+    free(target.list);
+    free(target.info);
+    if (result == 0 && from->tokenizer)
+        result = mamba_set_tokenizer(to, from->tokenizer_blob, from->tokenizer_bytes);
     if (result == 0 && make_derived(to) == 0) return to;
     mamba_free(to);
     return NULL;
 }
 
-// Their tokenizer stays with the original, which must outlive them. The float32 copy is ready to be
-// trained.
-Model *mamba_float_copy(Model *from) { return copy_as(from, F32); }
-Model *mamba_quantize(Model *from, bool four_bits) { return copy_as(from, four_bits ? Q4 : Q8); }
+// A copy with all weights in float32, ready to be trained. NULL after fail().
+Model *mamba_float_copy(const Model *from) { return copy_as(from, F32); }
+
+// A copy with matrices in 8.5 bits a weight, or 4.5: what the recurrence touches stays float32.
+// NULL after fail().
+Model *mamba_quantize(const Model *from, bool four_bits) {
+    return copy_as(from, four_bits ? Q4 : Q8);
+}
 
 // value, of float32, in a storage type that is not quantised. f16: only in its normal range.
 static void narrow(void *to, size_t i, float value, Type type) {

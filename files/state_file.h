@@ -1,80 +1,133 @@
-enum { STATE_HEADER = 512, STATE_VERSION = 1 };
-static const char STATE_MAGIC[8] = {'m', 'a', 'm', 'b', 'a', '.', 's', '\n'};
+// --- state files
+// The header (STATE_HEADER bytes), then the numbers of State.data.
 
-static void state_header(unsigned char *h, const Model *m, const State *s, uint32_t data_crc) {
+enum { STATE_HEADER = 512, STATE_VERSION = 1 };
+
+typedef struct { // what the header says
+    uint32_t V, n_layer, E, N, K, model_id;
+    uint64_t position, random, floats;
+    uint32_t n_recent, n_pending;
+    int32_t recent[RECENT];
+    unsigned char pending[PENDING];
+    uint32_t data_crc;
+} StateHeader;
+
+#define AT(member) offsetof(StateHeader, member)
+static const Field STATE_FIELDS[] = {
+    {"vocab_size", 16, FIELD_U32, 1, ANY_U32, AT(V)},
+    {"n_layer", 20, FIELD_U32, 1, ANY_U32, AT(n_layer)},
+    {"d_inner", 24, FIELD_U32, 1, ANY_U32, AT(E)},
+    {"d_state", 28, FIELD_U32, 1, ANY_U32, AT(N)},
+    {"d_conv", 32, FIELD_U32, 1, ANY_U32, AT(K)},
+    {"model id", 36, FIELD_U32, 1, ANY_U32, AT(model_id)},
+    {"position", 40, FIELD_U64, 1, ANY_U64, AT(position)},
+    {"random", 48, FIELD_U64, 1, ANY_U64, AT(random)},
+    {"floats", 56, FIELD_U64, 1, ANY_U64, AT(floats)},
+    {"recent tokens", 64, FIELD_U32, 1, 0, RECENT, AT(n_recent)},
+    {"recent", 68, FIELD_ID, RECENT, 0, 0, AT(recent)},
+    {"pending bytes", 324, FIELD_U32, 1, 0, PENDING - 1, AT(n_pending)},
+    {"pending", 328, FIELD_TEXT, PENDING, ANY_TEXT, AT(pending)},
+    {"data checksum", 332, FIELD_U32, 1, ANY_U32, AT(data_crc)},
+};
+#undef AT
+static const HeaderFormat STATE_FORMAT = {{'m', 'a', 'm', 'b', 'a', '.', 's', '\n'},
+                                          STATE_VERSION,
+                                          STATE_HEADER,
+                                          "a state file",
+                                          STATE_FIELDS,
+                                          NUMBER_OF(STATE_FIELDS)};
+
+static StateHeader header_of_state(const Model *m, const State *s, uint32_t data_crc) {
     const Config *c = &m->config;
-    const int sizes[] = {c->V, c->n_layer, c->E, c->N, c->K};
-    memset(h, 0, STATE_HEADER);
-    memcpy(h, STATE_MAGIC, sizeof STATE_MAGIC);
-    put_u32(h + 8, STATE_VERSION), put_u32(h + 12, STATE_HEADER);
-    for (int i = 0; i < 5; i++) put_u32(h + 16 + 4 * i, (uint32_t)sizes[i]);
-    put_u32(h + 36, m->id);
-    put_u64(h + 40, s->position), put_u64(h + 48, s->random), put_u64(h + 56, s->floats);
-    put_u32(h + 64, (uint32_t)s->n_recent);
-    for (int i = 0; i < RECENT; i++) put_u32(h + 68 + 4 * i, (uint32_t)s->recent[i]);
-    put_u32(h + 324, (uint32_t)s->pending.n);
-    memcpy(h + 328, s->pending.bytes, PENDING);
-    put_u32(h + 332, data_crc);
-    put_u32(h + STATE_HEADER - 4, crc32_of(0, h, STATE_HEADER - 4));
+    StateHeader h = {
+        .V = (uint32_t)c->V,
+        .n_layer = (uint32_t)c->n_layer,
+        .E = (uint32_t)c->E,
+        .N = (uint32_t)c->N,
+        .K = (uint32_t)c->K,
+        .model_id = m->id,
+        .position = s->position,
+        .random = s->random,
+        .floats = s->floats,
+        .n_recent = (uint32_t)s->n_recent,
+        .n_pending = (uint32_t)s->pending.n,
+        .data_crc = data_crc,
+    };
+    memcpy(h.recent, s->recent, sizeof h.recent);
+    memcpy(h.pending, s->pending.bytes, sizeof h.pending);
+    return h;
 }
 
-// 0, or -1 after fail(), an older file untouched.
+// Writes the state: all that the sequence remembers, and the sampler's generator. It can be loaded
+// with the same model.bin only. 0, or -1 after fail(), an older file untouched.
 int mamba_state_save(const Model *m, const State *s, const char *path) {
-    size_t bytes = s->floats * sizeof(float);
+    const size_t bytes = s->floats * sizeof(float);
     unsigned char header[STATE_HEADER];
     float *data = malloc(bytes);
     if (!data) return fail("out of memory: saving a state of %zu bytes", bytes);
-    if (state_fetch(s)) return free(data), -1;
+    if (state_fetch(s)) {
+        free(data);
+        return -1;
+    }
     memcpy(data, s->data, bytes);
     fix_endian(data, bytes, sizeof(float));
-    state_header(header, m, s, crc32_of(0, data, bytes));
+    const StateHeader h = header_of_state(m, s, crc32_of(0, data, bytes));
+    header_write(header, &STATE_FORMAT, &h);
     int result = write_pieces(path, (Piece[]){{header, sizeof header}, {data, bytes}}, 2);
     free(data);
     return result;
 }
 
-static int read_state(const Model *m, State *s, const unsigned char *h, size_t bytes,
-                      const char *path) {
-    const Config *c = &m->config;
-    const int sizes[] = {c->V, c->n_layer, c->E, c->N, c->K};
-    if (bytes < STATE_HEADER || memcmp(h, STATE_MAGIC, sizeof STATE_MAGIC))
-        return fail("%s: not a state file", path);
-    if (u32_at(h + 8) != STATE_VERSION || u32_at(h + 12) != STATE_HEADER)
-        return fail("%s: state version %u, this program reads version %d", path, u32_at(h + 8),
+// Whether the file holds a state of this model. s: any state of the model.
+static int check_state(const Model *m, const State *s, const unsigned char *file, size_t bytes,
+                       const char *path) {
+    const StateHeader want = header_of_state(m, s, 0);
+    StateHeader h;
+    if (!header_is(file, bytes, &STATE_FORMAT)) return fail("%s: not a state file", path);
+    if (!header_version_fits(file, &STATE_FORMAT))
+        return fail("%s: state version %u, this program reads version %d", path, u32_at(file + 8),
                     STATE_VERSION);
-    if (crc32_of(0, h, STATE_HEADER - 4) != u32_at(h + STATE_HEADER - 4))
+    if (!header_is_whole(file, &STATE_FORMAT))
         return fail("%s: the header's checksum does not match: the state file is damaged", path);
-    for (int i = 0; i < 5; i++)
-        if (u32_at(h + 16 + 4 * i) != (uint32_t)sizes[i])
-            return fail("%s: the state was saved with a model of another shape", path);
-    if (u32_at(h + 36) != m->id) return fail("%s: the state was saved with another model", path);
-    if (u64_at(h + 56) != s->floats || bytes - STATE_HEADER != s->floats * sizeof(float))
+    header_read(&h, &STATE_FORMAT, file);
+    if (h.V != want.V || h.n_layer != want.n_layer || h.E != want.E || h.N != want.N ||
+        h.K != want.K)
+        return fail("%s: the state was saved with a model of another shape", path);
+    if (h.model_id != want.model_id)
+        return fail("%s: the state was saved with another model", path);
+    if (h.floats != want.floats || bytes - STATE_HEADER != want.floats * sizeof(float))
         return fail("%s: %zu bytes where %zu are needed: the state file is truncated or damaged",
-                    path, bytes, STATE_HEADER + (size_t)s->floats * sizeof(float));
-    if (crc32_of(0, h + STATE_HEADER, bytes - STATE_HEADER) != u32_at(h + 332))
+                    path, bytes, STATE_HEADER + (size_t)want.floats * sizeof(float));
+    if (crc32_of(0, file + STATE_HEADER, bytes - STATE_HEADER) != h.data_crc)
         return fail("%s: the checksum does not match: the state file is damaged", path);
-    uint32_t n_recent = u32_at(h + 64), n_pending = u32_at(h + 324);
-    bool good = n_recent == (u64_at(h + 40) < RECENT ? u64_at(h + 40) : RECENT) && n_pending <= 3;
-    for (uint32_t i = 0; i < RECENT; i++) good = good && u32_at(h + 68 + 4 * i) < (uint32_t)c->V;
-    if (!good) return fail("%s: a header field is out of range: the state file is damaged", path);
-    state_detach(s);
-    s->position = u64_at(h + 40), s->random = u64_at(h + 48), s->n_recent = (int32_t)n_recent;
-    for (int i = 0; i < RECENT; i++) s->recent[i] = (int32_t)u32_at(h + 68 + 4 * i);
-    s->pending.n = (int)n_pending;
-    memcpy(s->pending.bytes, h + 328, PENDING);
-    memcpy(s->data, h + STATE_HEADER, bytes - STATE_HEADER);
-    fix_endian(s->data, bytes - STATE_HEADER, sizeof(float));
+    if (header_check(path, &STATE_FORMAT, &h, m->config.V)) return -1;
+    if (h.n_recent != (h.position < RECENT ? h.position : RECENT))
+        return fail("%s: %u recent tokens at position %llu: the state file is damaged", path,
+                    h.n_recent, (unsigned long long)h.position);
     return 0;
 }
 
-// Replaces s by what mamba_state_save wrote with the same model. 0, or -1 after fail(), s
-// untouched.
+// s becomes what a file of mamba_state_save says. 0, or -1 after fail(), s untouched.
 int mamba_state_load(const Model *m, State *s, const char *path) {
     size_t bytes;
     bool mapped;
-    unsigned char *data = file_map(path, &bytes, &mapped);
-    int result = data ? read_state(m, s, data, bytes, path) : -1;
-    if (data) file_unmap(data, bytes, mapped);
+    StateHeader h;
+    unsigned char *file = file_map(path, &bytes, &mapped);
+    if (!file) return -1;
+    int result = check_state(m, s, file, bytes, path);
+    if (result == 0) {
+        header_read(&h, &STATE_FORMAT, file);
+        state_detach(s);
+        s->position = h.position;
+        s->random = h.random;
+        s->n_recent = (int32_t)h.n_recent;
+        s->pending.n = (int)h.n_pending;
+        memcpy(s->recent, h.recent, sizeof h.recent);
+        memcpy(s->pending.bytes, h.pending, sizeof h.pending);
+        memcpy(s->data, file + STATE_HEADER, bytes - STATE_HEADER);
+        fix_endian(s->data, bytes - STATE_HEADER, sizeof(float));
+    }
+    file_unmap(file, bytes, mapped);
     return result;
 }
 

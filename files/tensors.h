@@ -137,6 +137,7 @@ static int make_derived(Model *m) {
 void mamba_free(Model *m) {
     if (!m) return;
     if (m->tokenizer) tokenizer_close(m->tokenizer);
+    free(m->own_blob);
     if (m->file) file_unmap(m->file, m->file_bytes, m->mapped);
     free_aligned(m->weights);
     free_aligned(m->derived);

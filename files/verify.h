@@ -21,24 +21,16 @@ static void verify_tensor(void *context, const TensorInfo *info, Tensor *w) {
         if (!row_is_finite(w, row)) tensor_label(bad, info);
 }
 
-// Swaps the bytes of a tensor's numbers on a big-endian machine.
-static void swap_tensor(void *context, const TensorInfo *info, Tensor *w) {
-    (void)context;
-    (void)info;
-    fix_tensor_endian(w);
-}
-
 // Whether every weight is finite and, of a model from a file, every byte fits its checksum. 0, or
 // -1 after fail().
 int mamba_verify(const Model *m) {
-    Model *model = (Model *)(uintptr_t)m; // unchanged at the end
     char bad[LABEL] = "";
-    each_tensor(model, verify_tensor, bad);
+    each_tensor((Model *)(uintptr_t)m, verify_tensor, bad);
     if (bad[0]) return fail("%s holds a value that is not finite", bad);
     if (!m->file) return 0;
-    each_tensor(model, swap_tensor, NULL); // the checksum is of the bytes as stored
-    uint32_t crc = crc32_of(0, m->file + m->tensors_offset, m->tensors_bytes);
-    each_tensor(model, swap_tensor, NULL);
+    swap_model(m); // the checksum is of the bytes as stored
+    uint32_t crc = crc32_of(0, tensor_arena(m), m->tensors_bytes);
+    swap_model(m);
     if (crc == m->tensors_crc) return 0;
     return fail("the checksum of the tensors does not match: the file is damaged");
 }

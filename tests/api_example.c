@@ -1,5 +1,5 @@
-/* api_example.c - mamba.c inside another program: compile with -DMAMBA_NO_MAIN. Writes 20 likeliest
-   tokens, rolls the state back, writes them again, and succeeds if both are the same. */
+/* api_example.c - mamba.c inside another program: compile with -DMAMBA_NO_MAIN. Writes the 20
+   likeliest tokens, rolls the state back, writes them again, and succeeds if both are the same. */
 #include "../mamba.c"
 
 static int write_twenty(const Model *m, Acts *a, State *s, int32_t ids[20]) {
@@ -33,7 +33,10 @@ int main(int argc, char **argv) {
     if (bad) fprintf(stderr, "%s\n", mamba_error());
     else bad = memcmp(first, second, sizeof first) != 0;
     free(prompt_ids);
-    mamba_state_free(before), mamba_state_free(s), mamba_acts_free(a), mamba_free(m);
+    mamba_state_free(before);
+    mamba_state_free(s);
+    mamba_acts_free(a);
+    mamba_free(m);
     printf("%d passed, %d failed, 0 skipped\n", !bad, bad);
     return bad;
 }

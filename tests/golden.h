@@ -15,6 +15,13 @@ static void golden_close(void) {
     while (n_golden) free_aligned(golden[--n_golden].data);
 }
 
+static float f32_at(const unsigned char *p) {
+    uint32_t bits = u32_at(p);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 static bool golden_open(const char *path) {
     size_t bytes, at = 8;
     golden_close();

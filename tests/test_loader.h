@@ -99,7 +99,153 @@ static void expect_refused(const char *model, int offset, uint32_t value, const 
     remove(path);
 }
 
+static bool same_files(const char *one, const char *other) {
+    size_t bytes[2];
+    char *a = read_text(one, &bytes[0]), *b = read_text(other, &bytes[1]);
+    bool same = a && b && bytes[0] == bytes[1] && !memcmp(a, b, bytes[0]);
+    FREE(a, b);
+    return same;
+}
+
+// Whatever is loaded is saved as it was, and a model in memory as it will be loaded.
+static void test_save(void) {
+    const char *models[] = {"tests/odd.bin", "tests/plain.bin", "tests/falcon.bin",
+                            "models/tales.bin"};
+    const char *path = scratch("saved.bin");
+    char name[96];
+    for (int i = 0; i < COUNT(models); i++) {
+        Model *m = mamba_load(models[i]);
+        snprintf(name, sizeof name, "%s is saved as it was", models[i]);
+        expect(mamba_save(m, path) == 0 && same_files(models[i], path), name);
+        for (int type = F32; type <= Q4; type += type == F32 ? Q8 - F32 : 1) {
+            Model *copy = type == F32 ? mamba_float_copy(m) : mamba_quantize(m, type == Q4);
+            bool good = copy && mamba_save(copy, path) == 0;
+            Model *again = good ? mamba_load(path) : NULL;
+            good =
+                again && again->config.type == (Type)type && mamba_verify(again) == 0 &&
+                again->tensors_bytes == copy->tensors_bytes &&
+                !memcmp(copy->weights, again->file + again->tensors_offset, copy->tensors_bytes) &&
+                again->text_room == m->text_room &&
+                tokenizer_size(copy->tokenizer) == tokenizer_size(m->tokenizer);
+            snprintf(name, sizeof name, "and a copy in %s", type_name((Type)type));
+            expect(good, name);
+            mamba_free(again);
+            mamba_free(copy);
+        }
+        mamba_free(m);
+    }
+    Config c;
+    parse_shape("16,1,50", "f32", &c);
+    c.bos = c.pad = -1;
+    for (int i = 0; i < 4; i++) c.eos[i] = -1;
+    Model *random = mamba_random_model(&c, 3);
+    remove(path);
+    expect(mamba_save(random, path) == -1 && strstr(error_text, "no tokenizer") &&
+               !same_files(path, path),
+           "a model without a tokenizer is not saved");
+    expect(mamba_set_tokenizer(random, (const unsigned char *)"mtok", 4) == -1 &&
+               !random->tokenizer,
+           "a damaged tokenizer is refused");
+    expect(mamba_set_tokenizer(random, NULL, 0) == 0 && mamba_save(random, path) == 0,
+           "a random model of bytes is saved");
+    Model *again = mamba_load(path), *tales = mamba_load("models/tales.bin");
+    expect(again && tokenizer_is_bytes(again->tokenizer) &&
+               tokenizer_size(again->tokenizer) == (c.V < 256 ? c.V : 256) &&
+               !memcmp(random->weights, again->file + again->tensors_offset, random->tensors_bytes),
+           "and loaded");
+    expect(mamba_set_tokenizer(tales, NULL, 0) == -1, "a loaded model keeps its tokenizer");
+    expect(mamba_set_tokenizer(random, tales->tokenizer_blob, tales->tokenizer_bytes) ==
+               (tokenizer_size(tales->tokenizer) > c.V ? -1 : 0),
+           "a tokenizer larger than the model is refused");
+    expect(tokenizer_size(random->tokenizer) <= c.V, "and the old one stays");
+    ((float *)random->weights)[5] = NAN;
+    expect(mamba_verify(random) == -1 && strstr(error_text, "embedding"), "a NaN is found");
+    remove(path);
+    mamba_free(random);
+    mamba_free(again);
+    mamba_free(tales);
+}
+
+// Two threads fail at the same time; each reads the reason of its own failure.
+static void test_errors_of_threads(void) {
+#ifdef _OPENMP
+    bool own[2] = {false, false};
+    int threads = 1;
+#pragma omp parallel num_threads(2)
+    {
+        const int i = omp_get_thread_num();
+        const char *path = i ? "tests/no-file-of-1" : "tests/no-file-of-0";
+        Model *m = mamba_load(path);
+#pragma omp single
+        threads = omp_get_num_threads(); // the barrier here: both have failed
+        own[i] = !m && strstr(mamba_error(), path);
+    }
+    if (threads < 2) skip("an error message for each thread", "only one thread");
+    else expect(own[0] && own[1], "an error message for each thread");
+#else
+    skip("an error message for each thread", "no OpenMP");
+#endif
+}
+
+// A thread of `eval --task` fails: the caller reads why.
+static void test_error_of_a_team(void) {
+#ifdef _OPENMP
+    Model *m = mamba_load("models/induction.bin");
+    Acts *acts[2] = {mamba_acts_new(m, 1), mamba_acts_new(m, 1)};
+    const TaskRun run = {.task = TASK_INDUCTION, .L = 8, .samples = 1};
+    TaskQueue queue = {.m = m, .run = &run, .left = 1};
+    int32_t ids[2][8], targets[2][8];
+    const int V = m->config.V;
+    m->config.V = 2; // so that no task can be read
+    error_text[0] = 0;
+#pragma omp parallel num_threads(2)
+    if (omp_get_thread_num() == omp_get_num_threads() - 1) {
+        const int i = omp_get_thread_num();
+        State *s = mamba_state_new(m);
+        TaskReader r = {.acts = acts[i], .state = s, .ids = ids[i], .targets = targets[i]};
+        r.score = (TaskScore){.targets = targets[i], .V = 2};
+        read_sequences(&queue, &r);
+        mamba_state_free(s);
+    }
+    expect(queue.result == -1 && strstr(queue.error, "vocabulary of 2"),
+           "the error of a thread of eval --task is kept");
+    m->config.V = V;
+    mamba_acts_free(acts[0]);
+    mamba_acts_free(acts[1]);
+    mamba_free(m);
+#else
+    skip("the error of a thread of eval --task", "no OpenMP");
+#endif
+}
+
+// mamba_evaluate() is the sum of the losses of each step.
+static void test_evaluate(void) {
+    Session x = test_session("tests/odd.bin", 1);
+    int32_t ids[90];
+    double nll = -1, want = 0;
+    for (int t = 0; t < 90; t++) ids[t] = (int32_t)(random_u64(&test_random) % 250);
+    for (int t = 0; t < 89; t++) {
+        mamba_step(x.model, x.acts, x.state, ids[t]);
+        want += mamba_nll(x.model, x.state->logits, ids[t + 1]);
+    }
+    mamba_state_reset(x.model, x.state);
+    expect(mamba_evaluate(x.model, x.acts, x.state, ids, 90, &nll) == 0 &&
+               fabs(nll - want) <= 1e-5 * want && x.state->position == 90,
+           "mamba_evaluate sums the losses of the steps");
+    expect(mamba_evaluate(x.model, x.acts, x.state, ids, 1, &nll) == 0 && nll == 0 &&
+               mamba_evaluate(x.model, x.acts, x.state, NULL, 0, &nll) == 0 && nll == 0,
+           "nothing is predicted of one token or none");
+    ids[0] = -1;
+    expect(mamba_evaluate(x.model, x.acts, x.state, ids, 2, &nll) == -1,
+           "an id outside the vocabulary is refused");
+    session_close(&x);
+}
+
 static void test_loader(void) {
+    test_save();
+    test_errors_of_threads();
+    test_error_of_a_team();
+    test_evaluate();
     const char *odd = "tests/odd.bin";
     expect(!mamba_load("tests/no-such-file") && strstr(error_text, "no-such-file"),
            "a missing file is named");
