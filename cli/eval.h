@@ -54,7 +54,7 @@ static const char EVAL_USAGE[] =
 typedef struct {
     const int32_t *ids;
     size_t t, n; // position of the next logits, length
-    int V;
+    const Model *m;
     double sum;
     bool each;
 } Evaluation;
@@ -62,7 +62,7 @@ typedef struct {
 static void evaluate(void *context, const float *logits) {
     Evaluation *ev = context;
     if (++ev->t == ev->n) return; // nothing follows the last token
-    double nll = log_sum_exp(logits, ev->V) - (double)logits[ev->ids[ev->t]];
+    double nll = mamba_nll(ev->m, logits, ev->ids[ev->t]);
     ev->sum += nll;
     if (ev->each) printf("%.6f\n", nll);
 }
@@ -70,7 +70,7 @@ static void evaluate(void *context, const float *logits) {
 // With `context` tokens at a time, each from a new state, or all in one.
 static int evaluate_ids(Session *x, const int32_t *ids, size_t n, size_t context, bool each) {
     if (n < 2) return fail("the text has %zu token(s); there is something to predict from 2 on", n);
-    Evaluation ev = {.V = x->model->config.V, .each = each};
+    Evaluation ev = {.m = x->model, .each = each};
     size_t bytes = 0, length = 0, predicted = 0;
     double start = seconds();
     for (size_t from = 0; n - from > 1;
@@ -122,7 +122,7 @@ typedef struct { // what the threads of eval --task share: each takes the next s
     size_t L, left; // sequences still to be made
     uint64_t random;
     int result;
-    bool recurrent; // token by token instead of by prefill
+    bool recurrent;          // token by token instead of by prefill
     char error[ERROR_BYTES]; // mamba_error() of the first thread that failed
 } TaskQueue;
 
@@ -282,4 +282,3 @@ static int command_eval(int argc, char **argv) {
     session_close(&x);
     return result;
 }
-

@@ -33,8 +33,7 @@ static int command_info(int argc, char **argv) {
     for (int i = 0; i < 4; i++)
         if (c->eos[i] >= 0) printf(" %d", c->eos[i]);
     printf("%s\n", c->eos[0] < 0 ? " none" : "");
-    printf("state        %zu bytes a sequence, whatever its length\n",
-           STATE_HEADER + state_floats(c) * sizeof(float));
+    printf("state        %zu bytes a sequence, whatever its length\n", mamba_state_bytes(m));
     int result = check ? verify(m, path) : 0;
     if (check && result == 0)
         printf("checksums    header, tokenizer and tensors match; every weight is finite\n");
@@ -190,7 +189,6 @@ static int command_logits(int argc, char **argv) {
     if (result == 0 && n == 0 && start < 0)
         result = fail("an empty prompt, and no end-of-text token to start from");
     LogitsWriter writer = {.V = x.model->config.V};
-    if (result == 0 && check_ids(x.model, n ? ids : &start, n ? n : 1)) result = -1;
     NewFile file = {.f = NULL};
     if (result == 0 && path) result = new_file_open(&file, path, true);
     writer.raw = file.f;
