@@ -1,150 +1,120 @@
 // clang-format off
 /* mamba.c - Mamba, the selective state-space language model, in one C file.
 
-   What it is: load a trained Mamba (Gu & Dao 2023, arXiv 2312.00752), read a prompt with matrix products and a
-   parallel scan, write text with a recurrence whose time and memory per token never grow. Everything between the
-   file and the next token is here; the tokenizer is in tokenizer.c. `cc -O2 mamba.c -lm` is a complete build.
-   What it is not: a framework. There is one model, one pass over it in each direction, and no graph.
+   A language model reads tokens and says how likely each token of the vocabulary is to come next.
+   Mamba (Gu & Dao 2023, arXiv 2312.00752) does it with a stack of identical layers. Each layer
+   keeps a state of fixed size, h, and changes it at every token. What it keeps and what it takes in
+   depends on the token: the model selects. This file reads a trained model, reads a prompt, writes
+   text, and trains a model. One layer, over T tokens:
 
-   GLOSSARY. A capital letter is a size, its lower-case letter the index over it. Arrays are row-major, the shape is
-   in parentheses, and everything computed is float32 whatever the weights are stored as.
-     L  sequence length, index t      D  d_model, width of the residual stream     E  d_inner, channels of the SSM
-     N  d_state, states a channel     K  d_conv, taps of the convolution           R  dt_rank, rank of delta's input
-     P  = R + 2N                      V  vocabulary, rows of the embedding         n_layer, index `layer`
-     res (L,D)   residual stream              xn (L,D)     res after RMSNorm
-     xz (L,2E)   in_proj's output: [x | z], x goes into the SSM, z is the gate
-     u (L,E)     silu(conv(x)), the SSM's input
-     xdb (L,P)   x_proj's output: [dt_low (R) | B_ssm (N) | C_ssm (N)], the selection: all three depend on the token
-     delta (L,E) softplus(dt_proj(dt_low) + dt_bias), the step size: how far this token is let into the state
-     A_log (E,N) as stored;  A_neg = -exp(A_log), kept as (N,E)
-     decay       exp(delta * A_neg), the paper's A-bar: what the state keeps
-     inject      delta * B_ssm * u, the paper's B-bar x: what the token adds
-     h (N,E)     the SSM state, and nothing else is called h. Channels are innermost, in memory and in files, because
-                 VL channels side by side fill one vector register and no sum across lanes is ever needed
-     B  sequences of a training pass, T = B L its rows; in scan code A, B, C are the arrays of one step
-     O, I  outputs and inputs of a matrix
-     y (L,E)     sum over n of C_ssm h, plus D_skip u        g (L,E)  y * silu(z)
+     res (T,D) ----------------------------------------------------------------.
+      |                                                                        |
+     rmsnorm                                                                   |
+      | xn (T,D)                                                               |
+     in_proj                                                                   |
+      |                                                                        |
+      |-- x (T,E) -- conv1d -- SiLU -- u (T,E) --.--------.                    |
+      |                                          |        |                    |
+      |                                        x_proj     |                    |
+      |                       .-----------.------.        |                    |
+      |                    dt_low (R)  B_ssm (N) |        |                    |
+      |                       |           |   C_ssm (N)   |                    |
+      |                    dt_proj        |      |        |                    |
+      |                    softplus       |      |        |                    |
+      |                       | delta (E) |      |        |                    |
+      |                       '---------- scan, state h (N,E) ---- y (T,E)     |
+      |                                                       |                |
+      '-- z (T,E) -- SiLU ----------------------------------- * -- g (T,E)     |
+                                                                    |          |
+                                                                 out_proj ---- + -- res of the
+                                                                                    next layer
 
-   CONTENTS ([train]: skip it at a first reading)
-     1 errors, checked sizes, bytes      7 model: block, prefill, step of one and of several sequences
-     2 vectors: VL floats at a time      8 state: save, load, copy
-     3 config, model.bin, TENSORS        9 quantiser: q8 and q4
-     4 load                             10 [train] initialisation, loss and backward, AdamW
-     5 kernels: embedding, rmsnorm,     11 sampling
-       matmul, conv1d + silu, gate      12 command line: generate, several texts, interactive, info,
-                                           tokenize, tasks, eval, logits, train, quantize, bench
-     6 the scan: definition, parallel,
-       step, [train] backward
+   Before the first layer, an embedding turns ids into res. After the last one, a norm and the head
+   turn res into logits. The same code reads a prompt (one sequence of many tokens), takes a step
+   (one token of one or more sequences) and trains (several sequences of many tokens).
 
-   GRADIENTS. A gradient is d_ and the name of what it belongs to. Those of weights are added to (+=), those of activations are
-   set (=), except into the residual stream and into d_u, which has two sources. A backward kernel stands after its forward
-   and quotes it.
+   What this file is not: a framework. There is one model, one pass over it in each direction, and
+   no graph.
 
-   THREADS. A kernel is called by every thread of a team and shares its loop by `omp for`; the team is opened once a
-   piece of text in forward, once a pass in mamba_train_pass. A thread owns output elements and every sum has one fixed order, so the
-   bits do not depend on the number of threads. Without OpenMP the pragmas vanish and the code is the same.
+   GLOSSARY. A single capital letter is a size, its lower-case letter the index over it. Arrays are
+   row-major, with the shape in parentheses. Everything computed is float32, whatever the weights
+   are stored as.
+     B  sequences of a pass           index b      D  d_model, width of the residual stream     d
+     L  tokens of a sequence                t      E  d_inner, channels of the SSM              e
+     T  rows of a pass, B L                 t      N  d_state, states a channel                 n
+     V  vocabulary, rows of the embedding   v      K  d_conv, taps of the convolution           k
+     R  dt_rank: delta's input is so wide   r      P  = R + 2 N, the width of x_proj's output
+     O, I  outputs and inputs of a matrix          n_layer  layers, index `layer`
+     ld_x  distance between rows of x, where they are not side by side
+     res (T,D)     residual stream                 xn (T,D)  res after RMSNorm
+     xz (T,2E)     in_proj's output [x | z]        u (T,E)   silu(conv(x)), the scan's input
+     xdb (T,P)     x_proj's output [dt_low (R) | B_ssm (N) | C_ssm (N)]
+     delta (T,E)   softplus(dt_proj(dt_low) + dt_bias): the step size, how far a token is let in
+     A_log (E,N)   as stored;  A_neg (N,E) = -exp(A_log)
+     decay         exp(delta A_neg), the paper's A-bar: what the state keeps
+     inject        delta B_ssm u, the paper's B-bar x: what the token adds
+     h (N,E)       the SSM state; nothing else is called h. Channels are the inner index, in memory
+                   and in files: channels side by side fill a vector register
+     window (K-1,E)  the last inputs of the convolution
+     y (T,E)       sum over n of C_ssm h, plus D_skip u        g (T,E)  y silu(z)
+     d_x           the gradient of the loss by x. Gradients of weights are added to (+=). Those of
+                   activations are set (=), except d_res and d_u, which have two sources
 
-   API (#include this file with MAMBA_NO_MAIN defined, as tests/api_example.c does): mamba_error, mamba_load, mamba_free, mamba_acts_new,
-   mamba_acts_free, mamba_state_new, mamba_state_copy, mamba_state_reset, mamba_state_save, mamba_state_load,
-   mamba_state_free, mamba_encode, mamba_decode, mamba_prefill, mamba_step, mamba_step_batch, mamba_sample; to train (saving is the command line's), mamba_random_model or
-   mamba_float_copy, mamba_trainer_new, mamba_train_pass, mamba_train_step, mamba_trainer_free. Functions that can fail
-   return NULL or -1 and leave a sentence in mamba_error(). */
+   CONTENTS (at a first reading, skip what is marked *)
+     1  Types: the config, the list of tensors, the model
+     2  Plain operations, each with its backward pass: rmsnorm, matmul, loss, conv1d, gate
+     3  The scan: recurrence, parallel form, backward pass *
+     4  The model: one layer (block), all layers (forward), prefill and step
+     5  Learning *: initial weights, loss and backward pass, AdamW
+     6  Writing: sampling a token, the loop that writes text
+     7  Commands and main
+   Where the rest is: cpu/ fast forms of sections 2 and 3 *; files/ reading and writing files *;
+   cli/ the commands *; tokenizer.c text to ids and back; mamba_cuda.cu and cuda/ the GPU backend.
+
+   THREADS. A team of threads runs a pass. Every thread calls every operation, and `omp for` shares
+   the loop among them. A thread owns elements of the output, and every sum has one fixed order. So
+   the bits do not depend on the number of threads.
+
+   API. Another program includes this file with MAMBA_NO_MAIN defined, as tests/api_example.c does.
+   A function that can fail returns NULL or -1 and leaves a sentence in mamba_error().
+     models     mamba_load  mamba_save  mamba_free  mamba_verify  mamba_set_tokenizer
+                mamba_random_model  mamba_float_copy  mamba_quantize
+     texts      mamba_encode  mamba_decode
+     running    mamba_acts_new  mamba_acts_gpu  mamba_acts_free  mamba_has_gpu  mamba_gpu_memory
+                mamba_prefill  mamba_step  mamba_step_batch  mamba_selection
+     writing    mamba_sample  mamba_sample_batch  mamba_generate
+     scoring    mamba_nll  mamba_evaluate
+     states     mamba_state_new  mamba_state_free  mamba_state_copy  mamba_state_reset
+                mamba_state_bytes  mamba_state_save  mamba_state_load
+     training   mamba_trainer_new  mamba_trainer_new_gpu  mamba_trainer_bytes
+                mamba_trainer_resize  mamba_trainer_fetch  mamba_trainer_free  mamba_train_pass
+                mamba_train_step  mamba_checkpoint_save  mamba_checkpoint_load */
 // clang-format on
 
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE // mmap, getrusage, fileno, fsync under any -std
-#endif
-#include <assert.h>
-#include <errno.h>
-#include <float.h>
-#include <limits.h>
-#include <math.h>
-#include <signal.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-#if defined(__unix__) || defined(__APPLE__)
-#define MAMBA_POSIX 1
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/resource.h>
-#include <sys/stat.h>
-#include <unistd.h>
-#endif
-#ifdef _WIN32
-#include <fcntl.h>
-#include <io.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "files/platform.h"
 
-#define MAMBA_VERSION "0.1"
-
-#ifdef __GNUC__
-#define UNUSED __attribute__((unused))
-#else
-#define UNUSED
-#endif
-
-// Between COLD and its END, what runs once or waits for a disk: gcc takes a third of the build's
-// time to make that fast, in vain.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__)
-#define COLD _Pragma("GCC push_options") _Pragma("GCC optimize (\"O1\")")
-#define COLD_END _Pragma("GCC pop_options")
-#else
-#define COLD
-#define COLD_END
-#endif
-
-#ifndef MAMBA_TYPES_ONLY // mamba_cuda.cu includes only the types of section 3
-#include "files/bytes.h"
-
-// SplitMix64 (Steele, Lea & Flood 2014): one 64-bit word of state, the same stream on every
-// machine.
-static uint64_t random_u64(uint64_t *state) {
-    uint64_t x = *state += 0x9E3779B97F4A7C15u;
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-    return x ^ (x >> 31);
-}
-static double random_unit(uint64_t *state) {
-    return (double)(random_u64(state) >> 11) * 0x1p-53;
-} // [0, 1)
-
-#include "files/new_file.h"
-
-COLD
-#include "tokenizer.c"
-COLD_END
-
-#endif // MAMBA_TYPES_ONLY
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 3 Config, model.bin, TENSORS
-// One list says everything about a tensor; the struct, the file's layout and the initialisation are
-// made from it. The format is described field by field in the README.
+// -------------------------------------------------------------------------------------------------
+// 1 Types
+// One list, TENSORS, says everything about a tensor. The struct Layer, the layout of model.bin, the
+// initial weights, the optimizer and the names in messages are made from it. mamba_cuda.cu includes
+// this section and nothing else of this file (MAMBA_TYPES_ONLY).
 
 typedef enum { F32, F16, BF16, Q8, Q4, N_TYPES } Type; // how matrices are stored
-enum { TILE = 32 };    // rows and inputs of a tile of Q8 and Q4, see below
-typedef uint16_t half; // the bits of an F16 or BF16 number
-
-typedef struct Tokenizer Tokenizer;
-enum { RECENT = 64 }; // tokens that the repeat penalty looks back over
+enum { TILE = 32 };    // rows and columns of a tile of Q8 and Q4, see files/tensors.h
+enum { ALIGN = 64 };   // bytes: where tensors begin in files and arrays in memory
+enum { N_MAX = 1024 }; // the largest N
+enum { RECENT = 64 };  // tokens that the repeat penalty looks back over
+enum { PENDING = 4 };  // most bytes of an unfinished UTF-8 character
 enum { FLAG_TIED = 1, FLAG_PROJ_BIAS = 2, FLAG_CONV_BIAS = 4, FLAG_MIXER_NORM = 8 };
 enum { ARCH_MAMBA = 0, ARCH_FALCON_MAMBA = 1 };
-enum { HEADER_BYTES = 256, FILE_VERSION = 1, ALIGN = 64, N_MAX = 1024, PENDING = 4 };
 
 typedef struct {
-    int arch, flags;
-    Type type;
+    int arch;  // ARCH_
+    int flags; // FLAG_: the head is the embedding; biases; FalconMamba's norms of the selection
+    Type type; // of the matrices; vectors are F32
     int D, n_layer, V, E, N, K, R;
-    float norm_eps, mixer_eps;
-    int bos, pad, eos[4]; // token ids, -1 = none
+    float norm_eps, mixer_eps; // of RMSNorm, and of FalconMamba's norms
+    int bos, pad, eos[4];      // token ids, -1: none
 } Config;
 
 typedef struct { // (rows, cols), row-major; a vector has one column
@@ -154,7 +124,10 @@ typedef struct { // (rows, cols), row-major; a vector has one column
 } Tensor;
 
 // clang-format off
-typedef enum { INIT_ONES, INIT_ZEROS, INIT_NORMAL, INIT_LINEAR, INIT_OUT, INIT_CONV, INIT_DT, INIT_DT_BIAS, INIT_A_LOG } Init;
+typedef enum {
+    INIT_ONES, INIT_ZEROS, INIT_NORMAL, INIT_LINEAR, INIT_OUT, INIT_CONV, INIT_DT, INIT_DT_BIAS,
+    INIT_A_LOG
+} Init; // see initial_value()
 
 //    name       rows           cols   stored   initialised   decays present when
 #define TENSORS_FIRST(X) \
@@ -185,11 +158,12 @@ typedef struct {
     const float *conv_t; // (K,E) derived: conv, transposed
 } Layer;
 
+typedef struct Tokenizer Tokenizer;
 typedef struct Model {
     Config config;
     Tokenizer *tokenizer; // NULL for random weights
     TENSORS_FIRST(DECLARE)
-    Layer *layer;
+    Layer *layer; // (n_layer)
     TENSORS_LAST(DECLARE)
     float *derived;   // arena of A_neg and conv_t
     uint32_t id;      // tells models apart: checksum of the header, which holds those of the rest
@@ -198,25 +172,31 @@ typedef struct Model {
     size_t tensors_offset, tensors_bytes, tokenizer_bytes, n_params;
     const unsigned char *tokenizer_blob; // (tokenizer_bytes) in file, or own_blob
     unsigned char *own_blob;             // NULL: a model from a file, or without a tokenizer
-    unsigned char *file; // the whole of model.bin, mapped or read
+    unsigned char *file;                 // the whole of model.bin, mapped or read
     size_t file_bytes;
     bool mapped;
-    void *weights; // allocated instead of mapped: random weights
+    void *weights; // where weights are allocated instead of mapped: random and trained models
 } Model;
 #undef DECLARE
+
+typedef struct {   // what one layer remembers of one sequence
+    float *window; // (K-1,E) the last inputs of the convolution
+    float *h;      // (N,E) the SSM state
+} LayerState;
 
 typedef struct {
     float temperature;    // 0: the likeliest token
     float top_p;          // keep the likeliest that together reach this probability; 1: all
     int top_k;            // keep this many; 0: all
     float min_p;          // drop what is less likely than this times the likeliest; 0: none
-    float repeat_penalty; // divides positive and multiplies negative logits of the last RECENT
-                          // tokens; 1: none
+    float repeat_penalty; // divides positive logits of the last RECENT tokens and multiplies
+                          // negative ones; 1: none
 } Sampling;
 
 typedef struct {
-    float rate, beta1, beta2, epsilon, decay,
-        clip; // clip: largest norm of the gradient of all weights together; 0: none
+    float rate, beta1, beta2, epsilon;
+    float decay; // weight decay, of matrices
+    float clip;  // largest norm of the gradient of all weights together; 0: none
 } AdamW;
 
 // What a GPU backend offers; mamba_cuda.cu has the only one, and says there what each function
@@ -253,332 +233,31 @@ typedef struct GpuBackend {
 } GpuBackend;
 
 #ifndef MAMBA_TYPES_ONLY
-typedef struct { // one line of the list, as a visitor sees it
-    const char *name;
-    int layer; // -1: not in a layer
-    Init init;
-    bool decays; // weight decay applies
-} TensorInfo;
+typedef uint16_t half; // the bits of an F16 or BF16 number
 
-enum { LABEL = 40 }; // room for "layer 65535 conv_bias"
-static void tensor_label(char label[LABEL], const TensorInfo *info) {
-    if (info->layer < 0) snprintf(label, LABEL, "%s", info->name);
-    else snprintf(label, LABEL, "layer %d %s", info->layer, info->name);
-}
-
-// Q8 and Q4: a matrix is cut into tiles of TILE rows times TILE inputs, the tiles of one panel of
-// TILE rows one after the other, the last ones filled up with zeros. A row's 32 weights in a tile
-// are scale * code, with a bf16 scale of their own and whole codes: -127..127 or -8..7. So a tile
-// is TILE scales, then `bits` times TILE words of 32 bits: word (i,r) holds 32 / bits codes of row
-// r, inputs i * 32 / bits and on, the first in the lowest bits. Codes are stored plus 128 or 8, but
-// the last of a word in two's complement: masked where it lies and taken as an int32, each is code
-// (+ 128 or 8) times a power of two. That is 8.5 and 4.5 bits a weight, in one long stream, with VL
-// rows side by side as the vectors want them.
-enum { TILE_SCALES = TILE * 2 }; // bytes
-static bool is_quantized(Type type) { return type >= Q8; }
-static int code_bits(Type type) { return type == Q8 ? 8 : 4; }
-static size_t tile_bytes(Type type) { return TILE_SCALES + (size_t)code_bits(type) * TILE * 4; }
-static size_t tiles_of(size_t n) { return (n + TILE - 1) / TILE; }
-
-static size_t type_bytes(Type type) { return type == F32 ? 4 : 2; } // not of Q8 and Q4
-static size_t tensor_elements(const Tensor *w) {
-    return size_mul((size_t)w->rows, (size_t)w->cols);
-}
-static size_t tensor_bytes(const Tensor *w) {
-    if (!is_quantized(w->type)) return size_mul(tensor_elements(w), type_bytes(w->type));
-    return size_mul(size_mul(tiles_of((size_t)w->rows), tiles_of((size_t)w->cols)),
-                    tile_bytes(w->type));
-}
-static const float *f32(const Tensor *w) { return w->data; } // NULL for an absent bias
-
-// Numbers as in files to the machine's order of bytes, or back: nothing happens on a little-endian
-// machine.
-static void fix_tensor_endian(const Tensor *w) {
-    unsigned char *data = (unsigned char *)(uintptr_t)w->data;
-    size_t bytes = tensor_bytes(w), tile = is_quantized(w->type) ? tile_bytes(w->type) : bytes;
-    if (host_is_little_endian()) return;
-    if (!is_quantized(w->type)) fix_endian(data, bytes, type_bytes(w->type));
-    else
-        for (size_t at = 0; at < bytes; at += tile)
-            fix_endian(data + at, TILE_SCALES, 2),
-                fix_endian(data + at + TILE_SCALES, tile - TILE_SCALES, 4);
-}
-
-// Visits every tensor of m in the file's order.
-typedef void TensorVisitor(void *context, const TensorInfo *info, Tensor *w);
-
-static void each_tensor(Model *m, TensorVisitor *visit, void *context) {
-    const Config *c = &m->config;
-#define VISIT(owner, index, name, r, k, t, init, decays, present) \
-    if (present) { \
-        (owner)->name.rows = (r), (owner)->name.cols = (k), (owner)->name.type = (t); \
-        visit(context, &(TensorInfo){#name, index, init, decays}, &(owner)->name); \
-    }
-#define VISIT_MODEL(name, r, k, t, init, decays, present) \
-    VISIT(m, -1, name, r, k, t, init, decays, present)
-#define VISIT_LAYER(name, r, k, t, init, decays, present) \
-    VISIT(&m->layer[layer], layer, name, r, k, t, init, decays, present)
-    TENSORS_FIRST(VISIT_MODEL)
-    for (int layer = 0; layer < c->n_layer; layer++) {
-        TENSORS_LAYER(VISIT_LAYER)
-    }
-    TENSORS_LAST(VISIT_MODEL)
-#undef VISIT
-#undef VISIT_MODEL
-#undef VISIT_LAYER
-}
-
-typedef struct {
-    unsigned char *base; // NULL: only measure
-    size_t offset, n_params;
-} Layout;
-
-static void layout_tensor(void *context, const TensorInfo *info, Tensor *w) {
-    Layout *at = context;
-    (void)info;
-    at->offset = size_add(at->offset, (ALIGN - at->offset % ALIGN) % ALIGN);
-    if (at->base) {
-        w->data = at->base + at->offset;
-        fix_tensor_endian(w);
-    }
-    at->offset = size_add(at->offset, tensor_bytes(w));
-    at->n_params += tensor_elements(w);
-}
-
-// Bytes from the first tensor to the end of the last; SIZE_MAX when the config asks for more than a
-// size_t. n_layer may still be a lie here, so nothing of its size is allocated: layers start
-// aligned, so each adds what the second one adds.
-static size_t config_tensor_bytes(const Config *config) {
-    Layer layers[2];
-    Model probe = {.config = *config, .layer = layers};
-    size_t total[3] = {0};
-    for (int n_layer = 1; n_layer <= 2; n_layer++) {
-        Layout at = {0};
-        probe.config.n_layer = n_layer;
-        each_tensor(&probe, layout_tensor, &at);
-        total[n_layer] = at.offset;
-    }
-    if (total[2] == SIZE_MAX) return SIZE_MAX;
-    return size_add(total[1], size_mul(total[2] - total[1], (size_t)config->n_layer - 1));
-}
-
-// A_neg and conv_t for every layer, from A_log and conv as they are now.
-static void refresh_derived(Model *m) {
-    const Config *c = &m->config;
-    size_t E = (size_t)c->E, per_layer = (size_t)(c->N + c->K) * E;
-    for (int layer = 0; layer < c->n_layer; layer++) {
-        Layer *w = &m->layer[layer];
-        float *A_neg = m->derived + per_layer * (size_t)layer, *conv_t = A_neg + (size_t)c->N * E;
-        for (size_t e = 0; e < E; e++) {
-            for (int n = 0; n < c->N; n++) A_neg[n * E + e] = -expf(f32(&w->A_log)[e * c->N + n]);
-            for (int k = 0; k < c->K; k++) conv_t[k * E + e] = f32(&w->conv)[e * c->K + k];
-        }
-        w->A_neg = A_neg, w->conv_t = conv_t;
-    }
-}
-
-// 0, or -1 after fail().
-static int make_derived(Model *m) {
-    const Config *c = &m->config;
-    m->derived = alloc_aligned(size_mul(size_mul((size_t)(c->N + c->K), (size_t)c->E),
-                                        size_mul((size_t)c->n_layer, sizeof(float))));
-    if (m->derived) refresh_derived(m);
-    return m->derived ? 0 : -1;
-}
-
+#include "files/bytes.h"
+#include "files/random.h"
+#include "files/new_file.h"
 COLD
-// ---------------------------------------------------------------------------------------------------------------------
-// 4 Load
-// The header is believed only as far as the file's length bears it out: every field has a
-// range, and the bytes that the config asks for must be the bytes that are there, before any
-// pointer is made.
-
-void mamba_free(Model *m) {
-    if (!m) return;
-    if (m->tokenizer) tokenizer_close(m->tokenizer);
-    free(m->own_blob);
-    if (m->file) file_unmap(m->file, m->file_bytes, m->mapped);
-    free_aligned(m->weights);
-    free_aligned(m->derived);
-    free(m->layer);
-    free(m);
-}
-
-// A model of this shape in memory, all weights zero, no tokenizer. NULL after fail().
-static Model *blank_model(const Config *config) {
-    Model *m = calloc(1, sizeof *m);
-    if (!m) return fail("out of memory"), NULL;
-    m->config = *config;
-    m->layer = calloc((size_t)config->n_layer, sizeof *m->layer);
-    m->tensors_bytes = config_tensor_bytes(config);
-    m->weights = m->layer ? alloc_aligned(m->tensors_bytes) : NULL;
-    if (!m->weights) {
-        mamba_free(m);
-        return NULL;
-    }
-    Layout at = {.base = m->weights};
-    each_tensor(m, layout_tensor, &at);
-    m->n_params = at.n_params;
-    if (config->flags & FLAG_TIED) m->head = m->embedding;
-    return m;
-}
-
+#include "tokenizer.c"
+#include "files/tensors.h"
+#include "files/header.h"
+#include "files/model_file.h"
 COLD_END
-// ---------------------------------------------------------------------------------------------------------------------
-// Sequences, activations, training: what a pass works with
 
-typedef struct {   // what one layer remembers of one sequence
-    float *window; // (K-1,E) the last inputs of the convolution
-    float *h;      // (N,E) the SSM state
-} LayerState;
-
-typedef struct State { // one sequence at one moment; a single allocation, made of plain numbers
-    uint64_t position; // tokens read
-    uint64_t random;   // state of the sampler's generator
-    uint64_t floats;   // how many numbers follow
-    int32_t recent[RECENT], n_recent;
-    Utf8Pending pending;
-    struct Acts
-        *newer_on; // whose GPU has newer conv and h than are here; NULL: these are the newest
-    float *logits; // (V) after the last token
-    float *conv;   // (n_layer,K-1,E)
-    float *h;      // (n_layer,N,E)
-    float data[];
-} State;
-
-// The arrays that a layer writes in a pass over B sequences of L tokens: T = B L rows, one sequence
-// after the other. Prefill and step use one Work for all layers. Training has one a layer, because
-// the backward pass needs what the forward pass computed.
-typedef struct Work {
-    float *res;          // (T,D) residual stream before the layer
-    float *next;         // (T,D) after it; may be res
-    float *xn;           // (T,D) res after RMSNorm; at the end of the layer out_proj's output
-    float *xz;           // (T,2E) in_proj's output: [x | z]
-    float *u;            // (T,E) silu(conv(x))
-    float *raw;          // (T,P) x_proj's output before FalconMamba's norms; may be xdb
-    float *xdb;          // (T,P) [dt_low | B_ssm | C_ssm]
-    float *delta;        // (T,E)
-    float *y;            // (T,E) the scan's output
-    float *g;            // (T,E) y silu(z); may be y
-    float *packed;       // matmul_floats() of scratch
-    float *carry;        // scan_carry_floats() of scratch; NULL: the scan takes time in one piece
-    const int32_t *ids;  // (T) the tokens
-    float *selection;    // (T) or NULL: gets the mean of delta over the channels
-    int selection_layer; // of this layer; -1: of all layers
-    bool state_only;     // nobody reads the residual stream after the last layer
-    bool one_each;       // the next layer's Work follows; else all layers use this one
-} Work;
-
-// Tokens that prefill takes at a time, so that memory does not depend on the prompt's length. Many,
-// because the weights are read and packed once a piece. Wide models take fewer, so that a piece
-// stays within some hundred megabytes.
-enum { PIECE_MAX = 512, PIECE_MIN = 32 };
-enum { LOGIT_ROWS = 32 }; // positions whose logits exist at a time
-enum { BATCH_MAX = 32 };  // sequences of one step
-
-typedef struct Acts { // what one pass at a time over one model needs
-    int threads;      // team size
-    int piece;        // rows that the arrays of work have room for
-    Work work;
-    LayerState *seq;  // (n_layer,B) of the sequences of the pass
-    float *logits;    // (LOGIT_ROWS,V)
-    float *probs;     // (V) the sampler's scratch
-    int32_t *order;   // (V) the sampler's scratch
-    float *selection; // (n) of the next prefill, or NULL, see mamba_selection()
-    Gpu *gpu;         // NULL: everything runs on the processor
-    State *gpu_state; // the state that the GPU holds
-    void *arena;
-} Acts;
-
-// --- arguments that belong together, for operations and their backward passes
-
-enum { MATMUL_FEW = 4 }; // below so many rows cpu/ packs nothing: that costs more than it saves
-
-typedef struct {   // the rows of a product
-    int T;         // how many
-    bool step;     // one token of each of T sequences: a row's bits must not depend on the others
-    float *packed; // matmul_floats() of scratch
-} Rows;
-
-typedef struct {     // what rmsnorm_backward() writes
-    float *d_x;      // (T,D), rows as far apart as those of x
-    bool add;        // d_x += instead of =
-    float *d_weight; // (D) +=; not used where the norm has no weight
-    float *scale;    // (T) scratch
-} NormGrad;
-
-typedef struct {   // what matmul_backward() writes; NULL: not wanted
-    float *d_x;    // (T,I), rows as far apart as those of x
-    bool add;      // d_x += instead of =
-    float *d_W;    // (O,I) +=
-    float *d_bias; // (O) +=
-} MatmulGrad;
-
-typedef struct {         // the convolution of a layer over B sequences of L tokens
-    const float *xz;     // (B L,2E): its input x is the first half of each row
-    const float *conv_t; // (K,E)
-    const float *bias;   // (E) or NULL
-    int B, L, E, K;
-} Conv;
-
-typedef struct {     // what conv1d_silu_backward() writes
-    float *d_xz;     // (B L,2E): the first half of each row =
-    float *d_conv;   // (E,K) +=
-    float *d_bias;   // (E) +=
-    float *d_window; // (B,K-1,E) =
-    float *d_c;      // (L,E) scratch
-} ConvGrad;
-
-typedef struct {                // the scan of a layer over B sequences of L tokens, T = B L
-    const float *u, *delta;     // (T,E)
-    const float *A_neg;         // (N,E)
-    const float *B_ssm, *C_ssm; // (T,N), rows ld_bc apart
-    const float *D_skip;        // (E)
-    size_t ld_bc;
-    int B, L, E, N;
-} Scan;
-
-typedef struct {              // what scan_backward() writes
-    float *d_u, *d_delta;     // (T,E) =
-    float *d_B_ssm, *d_C_ssm; // (T,N) =, rows ld_bc apart
-    float *d_A_log;           // (E,N) +=
-    float *d_D_skip;          // (E) +=
-    float *d_h;     // (B,N,E) gradient of the states at the end; becomes that at the start
-    float *scratch; // scan_backward_floats()
-} ScanGrad;
-
-#ifdef PLAIN
-enum { SCAN_WIDTH = 16 }; // channels of a task of scan_backward()
-#else
-#include "cpu/vectors.h" // SCAN_WIDTH for this processor, and the words that cpu/ is written in
-#endif
-enum { SCAN_LANES = 16 };  // channels of a task of the scan: a cache line
-enum { STEP_LANES = 128 }; // channels of a task where each sequence has one token
-enum { SCAN_CHUNK = 32 };  // steps between stored states in scan_backward()
-
-typedef struct { // a task of the backward scan: the channels e0 .. e0 + width
-    int e0, width;
-    float *starts;          // (chunks,N,SCAN_WIDTH) states at the start of each chunk
-    float *states, *decays; // (SCAN_CHUNK,N,SCAN_WIDTH) of the chunk in hand
-    float *A, *d_A;         // (N,SCAN_WIDTH)
-    float *g;               // (N,SCAN_WIDTH) gradient of the state
-    float d_D[SCAN_WIDTH];
-    float *parts; // (T,2N) what these channels add to d_B and d_C
-} ScanBlock;
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 3 Plain operations
-// The leaves of the computation, each in its definition, the backward pass after the forward. Every
-// thread of a team calls them, and `omp for` shares the loop. Without OpenMP the pragmas mean
-// nothing and the code is the same.
-// cpu/ holds a fast form of each under the same name, which runs in their place. A build with
-// -DPLAIN leaves cpu/ out. Where both are built, the plain form of NAME is called NAME_plain, and
-// tests hold the fast form to it.
+// -------------------------------------------------------------------------------------------------
+// 2 Plain operations
+// The leaves of the computation. Each is written down as its definition, the backward pass after
+// the forward pass.
+// cpu/ has a fast form of each, under the same name and with the same arguments, which runs in its
+// place. -DPLAIN builds without cpu/, and what runs is what stands here. Where both are built, the
+// plain form of NAME is called NAME_plain, and tests hold the fast form to it.
 
 #ifdef PLAIN
 #define OPERATION static
 #else
-#define OPERATION UNUSED static inline // only tests call them
+#define OPERATION UNUSED static inline // only tests call the plain form
+#include "cpu/vectors.h"
 #include "cpu/plain_names.h"
 #endif
 
@@ -603,6 +282,13 @@ OPERATION void rmsnorm(float *xn, const float *x, const float *weight, float eps
         for (int d = 0; d < D; d++) xn[t * ld + d] = x[t * ld + d] * r * (weight ? weight[d] : 1);
     }
 }
+
+typedef struct {     // what rmsnorm_backward() writes
+    float *d_x;      // (T,D), rows as far apart as those of x
+    bool add;        // d_x += instead of =
+    float *d_weight; // (D) +=; not used where the norm has no weight
+    float *scale;    // (T) scratch
+} NormGrad;
 
 // xn = x r weight:  d_x = r (d_xn weight - x r^2 mean(d_xn weight x));  d_weight += d_xn x r,
 // summed over t. d_x and d_xn may be the same array unless d->add.
@@ -689,6 +375,12 @@ OPERATION void tensor_widen(float *out, const Tensor *w, int row, int from, int 
     }
 }
 
+typedef struct {   // the rows of a product
+    int T;         // how many
+    bool step;     // one token of each of T sequences: a row's bits must not depend on the others
+    float *packed; // matmul_floats() of scratch
+} Rows;
+
 // Scratch that matmul() needs: none here.
 OPERATION size_t matmul_floats(size_t T, size_t widest) { return 0 * T * widest; }
 
@@ -714,6 +406,13 @@ OPERATION void matmul(float *out, size_t ldo, const float *x, size_t ldx, const 
         }
     }
 }
+
+typedef struct {   // what matmul_backward() writes; NULL: not wanted
+    float *d_x;    // (T,I), rows as far apart as those of x
+    bool add;      // d_x += instead of =
+    float *d_W;    // (O,I) +=
+    float *d_bias; // (O) +=
+} MatmulGrad;
 
 // out = x W^T + bias:  d_x (T,I) = d_out W;  d_W (O,I) += d_out^T x;  d_bias (O) += the sum over t
 // of d_out. w is float32, as it is while training.
@@ -772,6 +471,13 @@ OPERATION void cross_entropy(float *losses, float *logits, const int32_t *target
 // channel is by itself, and the last tap meets the current input: nothing looks ahead. The window
 // of a sequence (K-1,E) holds the inputs before t = 0 and becomes the last K-1 inputs.
 
+typedef struct {         // the convolution of a layer over B sequences of L tokens
+    const float *xz;     // (B L,2E): its input x is the first half of each row
+    const float *conv_t; // (K,E)
+    const float *bias;   // (E) or NULL
+    int B, L, E, K;
+} Conv;
+
 // x of sequence b at step t; before its start, from its window.
 static const float *conv_input(const Conv *c, const float *window, int b, int t) {
     if (t < 0) return window + (size_t)(c->K - 1 + t) * c->E;
@@ -807,6 +513,14 @@ OPERATION void conv1d_silu(float *u, const LayerState *seq, const Conv *c) {
     conv_shift(seq, c);
 }
 
+typedef struct {     // what conv1d_silu_backward() writes
+    float *d_xz;     // (B L,2E): the first half of each row =
+    float *d_conv;   // (E,K) +=
+    float *d_bias;   // (E) +=
+    float *d_window; // (B,K-1,E) =
+    float *d_c;      // (L,E) scratch
+} ConvGrad;
+
 // u = silu(c), and silu' = s (1 + c (1 - s)) with s = sigmoid(c):  d_c = d_u silu'(c);
 // d_x_t = sum over k of conv[k] d_c_{t+K-1-k};  d_conv[k] += sum over t of d_c_t x_{t-K+1+k};
 // d_bias += sum of d_c. c is computed again. window (B,K-1,E): as it was before the pass.
@@ -837,6 +551,9 @@ OPERATION void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const f
             }
         }
 }
+
+enum { SCAN_LANES = 16 };  // channels of a task of the scan: a cache line
+enum { STEP_LANES = 128 }; // channels of a task of a step
 
 // --- delta and the gate
 
@@ -884,33 +601,42 @@ OPERATION void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g
         }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 6 The scan
-// A continuous system h' = A h + B u, sampled with a step delta. Where A is diagonal, holding the
-// input for the step gives exactly  h_t = exp(delta A) h_{t-1} + (exp(delta A) - 1)/A B u_t.  Mamba
-// keeps the first factor and replaces the second by its first-order value delta B (as delta -> 0
-// they agree; the model trains with it, so it is the model):
+// -------------------------------------------------------------------------------------------------
+// 3 The scan
+// The SSM of one channel has a state of N numbers. In continuous time it is h' = A h + B u. Between
+// two tokens lies a time delta. Where A is diagonal, as here, every state n is a number by itself,
+// and with u held for the time delta the exact solution (zero-order hold) is
 //
-//     h_t = decay_t h_{t-1} + inject_t        decay_t = exp(delta_t A)    inject_t = delta_t B_t
-//     u_t y_t = C_t h_t + D u_t
+//     h_t = exp(delta A) h_{t-1} + (exp(delta A) - 1) / A  B u_t
 //
-// for each channel e and state n by itself; only the sum in y mixes states. What is *selective*:
-// delta, B and C come from the token. delta near 0 skips the token (decay 1, inject 0), a large
-// delta forgets the past and takes the token in.
+// Mamba keeps the first factor exactly. It replaces the second by delta B, the first term of its
+// series (Euler's method): (exp(delta A) - 1) / A tends to delta for small delta, and the models
+// were trained with it. So this is the model:
 //
-// One step is the map h -> a h + b. Two steps, (a1,b1) first, are again such a map:
+//     h_t = decay_t h_{t-1} + inject_t     decay_t = exp(delta_t A)     inject_t = delta_t B_t u_t
+//     y_t = sum over n of C_t h_t + D u_t
 //
-//     (a1, b1) * (a2, b2) = (a1 a2, a2 b1 + b2)
+// A is negative, so a decay lies between 0 and 1, and it must: the state would grow without end
+// otherwise. That is why A must be exact and B need not.
 //
-// and composing maps is associative, so the prefix products over time can be taken in any grouping:
-// a parallel scan. Example, from h = 0, a = 1/2 1/2 1/2 1/2 and b = 1 2 3 4:  h =
-// 1, 2.5, 4.25, 6.125.  In two halves at once: (1/4, 2.5) and (1/4, 5.5); joined: 1/4 * 2.5 + 5.5
-// = 6.125. The order matters: swapped they give 1/4 * 5.5 + 2.5.
+// *Selective* means that delta, B and C are computed from the token, by x_proj and dt_proj in
+// block(). In older SSMs they are constants. delta near 0 skips the token: decay is 1 and inject
+// is 0. A large delta forgets the past and takes the token in. B_t says into which of the N states
+// a token is written, C_t from which ones it is read. delta has one value a channel, so its
+// projection would be a matrix (E,E). dt_rank R is the rank to which it is limited: E x R times
+// R x E numbers are enough.
 //
-// The expanded (L,E,N) states never exist in memory: h lives in registers or L1 while a block of
-// channels walks through time. Shapes below: y, u, delta (L,E); A_neg, h (N,E); B_ssm, C_ssm rows
-// of N, ld_bc apart; D_skip (E). h is the state before t = 0 on entry and after the last token on
-// return.
+// The state is (N,E), channels inside: a step then handles neighbouring channels side by side. It
+// begins as zeros, the state before the first token of a text.
+
+typedef struct {                // the scan of a layer over B sequences of L tokens, T = B L
+    const float *u, *delta;     // (T,E)
+    const float *A_neg;         // (N,E)
+    const float *B_ssm, *C_ssm; // (T,N), rows ld_bc apart
+    const float *D_skip;        // (E)
+    size_t ld_bc;
+    int B, L, E, N;
+} Scan;
 
 // The definition: channels e0 .. e1 through the rows row0 .. row1 of one sequence. h (N,E) is the
 // state before them and becomes the state after them. y (T,E) NULL: only the state is wanted.
@@ -932,6 +658,31 @@ OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int
             if (elapsed) elapsed[e] += delta;
         }
 }
+
+// --- the steps of the backward pass, which is explained below
+
+#ifdef PLAIN
+enum { SCAN_WIDTH = 16 }; // channels of a task of scan_backward(); cpu/ has its own number
+#endif
+
+typedef struct {              // what scan_backward() writes
+    float *d_u, *d_delta;     // (T,E) =
+    float *d_B_ssm, *d_C_ssm; // (T,N) =, rows ld_bc apart
+    float *d_A_log;           // (E,N) +=
+    float *d_D_skip;          // (E) +=
+    float *d_h;     // (B,N,E) gradient of the states at the end; becomes that at the start
+    float *scratch; // scan_backward_floats()
+} ScanGrad;
+
+typedef struct { // a task of scan_backward(): the channels e0 .. e0 + width, at most SCAN_WIDTH
+    int e0, width;
+    float *starts;          // (chunks,N,SCAN_WIDTH) states at the start of each chunk
+    float *states, *decays; // (SCAN_CHUNK,N,SCAN_WIDTH) of the chunk in hand
+    float *A, *d_A;         // (N,SCAN_WIDTH)
+    float *g;               // (N,SCAN_WIDTH) gradient of the state
+    float d_D[SCAN_WIDTH];
+    float *parts; // (T,2N) what these channels add to d_B and d_C
+} ScanBlock;
 
 // For the backward pass, which works on arrays (N,SCAN_WIDTH) of its task's channels: the state h
 // after a row from the state before it, and its decay unless NULL. h may be `before`.
@@ -983,6 +734,20 @@ OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float 
 #include "cpu/matmul.h"
 #include "cpu/scan.h"
 #endif
+
+// --- the parallel form. One step is the map h -> a h + b with a = decay and b = inject. Two steps,
+// (a1,b1) first, are again such a map:
+//
+//     (a1,b1) then (a2,b2)  =  (a1 a2, a2 b1 + b2)
+//
+// Composing maps is associative: the steps may be grouped in any way, as long as their order stays.
+// So time can be cut into pieces that are walked at the same time, each from h = 0. Example, with
+// a = 1/2 everywhere and b = 1, 2, 3, 4: step by step h is 1, 2.5, 4.25, 6.125. In two pieces at
+// once the maps are (1/4, 2.5) and (1/4, 5.5), and combined 1/4 * 2.5 + 5.5 = 6.125. Swapped they
+// would give 1/4 * 5.5 + 2.5.
+//
+// The expanded states (L,E,N) are never in memory: a task walks through time with its (N) states of
+// some channels in registers or in the first cache.
 
 // Time is cut into pieces only where channels run out: E / SCAN_LANES blocks of channels for
 // SCAN_TASKS threads. Cutting makes every piece but one walk twice. The shapes alone decide, never
@@ -1074,18 +839,21 @@ static void scan(float *y, const LayerState *seq, const Scan *s, float *carry) {
 // --- backward. With g_t the gradient of h_t, which flows back through time:
 //
 //     g_t = C_t d_y_t + decay_{t+1} g_{t+1}
-//     d_C_t = sum over e of d_y_t h_t          d_B_t = sum over e of g_t delta_t u_t
-//     d_u_t = D d_y_t + sum over n of g_t delta_t B_t                  d_D = sum over t of d_y_t
-//     u_t d_delta_t = sum over n of g_t (decay_t A h_{t-1} + B_t u_t) d_A = sum over t of g_t
-//     decay_t delta_t h_{t-1}
+//     d_C_t = sum over e of d_y_t h_t              d_B_t = sum over e of g_t delta_t u_t
+//     d_u_t = D d_y_t + sum over n of g_t delta_t B_t
+//     d_delta_t = sum over n of g_t (decay_t A h_{t-1} + B_t u_t)
+//     d_A = sum over t of g_t decay_t delta_t h_{t-1}          d_D = sum over t of d_y_t u_t
 //
-// and d_A_log = d_A A, since A = -exp(A_log). All of this needs every h_t, and none was stored. So:
-// walk forward once and keep the state at the start of every SCAN_CHUNK steps. Then, from the last
-// chunk to the first: walk the chunk again, now keeping its few states, and walk it backward.
-// Memory is O(E N L / SCAN_CHUNK) instead of O(E N L), for two more forward walks.
+// and d_A_log = d_A A, since A = -exp(A_log). All of this needs every h_t, and none was stored. So
+// walk forward once and keep the state at the start of every chunk of SCAN_CHUNK steps. Then, from
+// the last chunk to the first: walk the chunk forward again (recurrence_again), now keeping its few
+// states, and walk it backward (recurrence_backward). Memory is O(E N L / SCAN_CHUNK) instead of
+// O(E N L). The price is two more walks forward.
 //
 // A task is SCAN_WIDTH channels of all sequences. d_B and d_C sum over channels: each task leaves
 // its part, and the parts are added in a fixed order.
+
+enum { SCAN_CHUNK = 32 };
 
 static size_t scan_backward_floats(int B, int L, int E, int N) {
     size_t tasks = ((size_t)E + SCAN_WIDTH - 1) / SCAN_WIDTH;
@@ -1180,126 +948,35 @@ static void scan_backward(const ScanGrad *d, const float *d_y, const Scan *s, co
         }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 7 Model: block, prefill, step
-// Three arenas: the weights (mapped), the activations of one piece of text (Acts), and the state,
-// which is all that a sequence remembers.
+// -------------------------------------------------------------------------------------------------
+// 4 The model
+// block() is one layer, forward() is all of them. Prefill reads a prompt: one sequence, many
+// tokens. A step reads one token of one or more sequences. What passes from one to the other, and
+// from piece to piece of a long prompt, is State: of each layer h and the window of the
+// convolution. Its size does not depend on how much was read.
 
-// --- where the model runs: Acts with a gpu run there. A state's numbers are then newer on the GPU
-// until somebody asks for them.
-
-#ifdef MAMBA_CUDA
-extern const GpuBackend mamba_gpu;
-static const GpuBackend *const GPU = &mamba_gpu;
-#else
-static const GpuBackend *const GPU = NULL; // then no Acts gets a gpu
-#endif
-
-static int gpu_failed(void) { return fail("%s", GPU->error()); }
-
-// Brings a state's numbers back from the GPU, where they are newer. 0, or -1 after fail().
-static int state_fetch(const State *s) {
-    State *to = (State *)(uintptr_t)s; // what s means stays the same
-    Acts *a = s->newer_on;
-    to->newer_on = NULL;
-    return a && GPU->get_state(a->gpu, to->conv, to->h, to->logits) ? gpu_failed() : 0;
-}
-
-// The numbers of s are about to be set here: those on the GPU no longer count.
-static void state_detach(State *s) {
-    if (s->newer_on) s->newer_on->gpu_state = NULL;
-    s->newer_on = NULL;
-}
-
-// Default number of threads: the processors there are, but half of many, since those are often two
-// to a core.
-static int default_threads(void) {
-#ifdef _OPENMP
-    int n = omp_get_num_procs();
-    return n <= 8 ? n : n <= 16 ? 8 : n <= 64 ? n / 2 : 32;
-#else
-    return 1;
-#endif
-}
-
-// An arena is laid out twice by the same code: base NULL only measures, then it hands out pointers.
-typedef struct {
-    char *base;
-    size_t used; // bytes, saturating
-} Arena;
-
-static void *take(Arena *from, size_t count, size_t size) {
-    void *p = from->base ? from->base + from->used : NULL;
-    size_t bytes = size_mul(count, size);
-    from->used = size_add(
-        from->used, bytes > SIZE_MAX - ALIGN ? SIZE_MAX : (bytes + ALIGN - 1) / ALIGN * ALIGN);
-    return p;
-}
-static float *take_floats(Arena *from, size_t n) { return take(from, n, sizeof(float)); }
-
-static size_t activation_row_floats(const Config *c) { // floats a token in a Work, without scratch
-    return 2 * (size_t)c->D + 5 * (size_t)c->E + (size_t)(c->R + 2 * c->N);
-}
-
-static void acts_layout(Acts *a, const Config *c, Arena *from) {
-    const size_t D = (size_t)c->D, E = (size_t)c->E, P = (size_t)(c->R + 2 * c->N);
-    const size_t V = (size_t)c->V, R = (size_t)c->R, T = (size_t)a->piece;
-    Work *w = &a->work;
-    w->res = w->next = take_floats(from, T * D);
-    w->xn = take_floats(from, T * D);
-    w->xz = take_floats(from, T * 2 * E);
-    w->u = take_floats(from, T * E);
-    w->raw = w->xdb = take_floats(from, T * P);
-    w->delta = take_floats(from, T * E);
-    w->y = w->g = take_floats(from, T * E);
-    w->packed = take_floats(from, matmul_floats(T, E > D ? (E > R ? E : R) : D > R ? D : R));
-    w->carry = take_floats(from, scan_carry_floats(c->E, c->N));
-    a->logits = take_floats(from, size_mul(LOGIT_ROWS, V));
-    a->probs = take_floats(from, V);
-    a->order = take(from, V, sizeof *a->order);
-    a->seq = take(from, (size_t)c->n_layer * BATCH_MAX, sizeof *a->seq);
-}
-
-// Scratch for one pass at a time over one model; threads 0 = default. NULL after fail().
-Acts *mamba_acts_new(const Model *m, int threads) {
-    size_t piece = ((size_t)1 << 25) / activation_row_floats(&m->config); // 128 MB at the most,
-    piece = piece > PIECE_MAX ? PIECE_MAX : piece < PIECE_MIN ? PIECE_MIN : piece; // or PIECE_MIN
-    Acts *a = calloc(1, sizeof *a);
-    if (!a) return fail("out of memory"), NULL;
-    a->threads = threads > 0 ? threads : default_threads();
-    a->piece = (int)piece;
-    Arena arena = {NULL, 0};
-    acts_layout(a, &m->config, &arena);
-    arena = (Arena){a->arena = alloc_aligned(arena.used), 0};
-    if (!a->arena) return free(a), NULL;
-    acts_layout(a, &m->config, &arena);
-    return a;
-}
-
-void mamba_acts_free(Acts *a) {
-    if (!a) return;
-    if (a->gpu_state && a->gpu_state->newer_on == a) state_fetch(a->gpu_state);
-    if (a->gpu) GPU->close(a->gpu);
-    free_aligned(a->arena);
-    free(a);
-}
-
-// From now on the passes of a run on the GPU, float32: with float32 products for bf16 weights too.
-// 0, or -1 after fail().
-int mamba_acts_gpu(Acts *a, const Model *m, bool float32) {
-    if (!GPU) return fail("this build has no GPU backend: make cuda");
-    a->gpu = GPU->open(m, float32);
-    return a->gpu ? 0 : gpu_failed();
-}
-
-// Whether this build has a GPU backend.
-bool mamba_has_gpu(void) { return GPU != NULL; }
-
-// The name of the GPU, and the bytes of its memory that are in use. 0, or -1 after fail().
-int mamba_gpu_memory(char name[256], double *used_bytes) {
-    if (!GPU) return fail("this build has no GPU backend: make cuda");
-    return GPU->measure(NULL, NULL, used_bytes, name) ? gpu_failed() : 0;
-}
+// The arrays that a layer writes in a pass over B sequences of L tokens. Prefill and step use one
+// Work for all layers. Training has one for each layer, because the backward pass needs what the
+// forward pass computed.
+typedef struct Work {
+    float *res;          // (T,D) residual stream before the layer
+    float *next;         // (T,D) after it; may be res
+    float *xn;           // (T,D) res after RMSNorm; at the end of the layer out_proj's output
+    float *xz;           // (T,2E) [x | z]
+    float *u;            // (T,E)
+    float *raw;          // (T,P) x_proj's output before FalconMamba's norms; may be xdb
+    float *xdb;          // (T,P) [dt_low | B_ssm | C_ssm]
+    float *delta;        // (T,E)
+    float *y;            // (T,E)
+    float *g;            // (T,E) may be y
+    float *packed;       // matmul_floats() of scratch
+    float *carry;        // scan_carry_floats() of scratch; NULL: the scan takes time in one piece
+    const int32_t *ids;  // (T) the tokens
+    float *selection;    // (T) += the mean of delta over the channels; NULL: not wanted
+    int selection_layer; // of this layer; -1: of all layers
+    bool state_only;     // nobody reads the residual stream after the last layer
+    bool for_each_layer; // the Work of the next layer follows; else all layers use this one
+} Work;
 
 // res (T,D) = the rows of embedding (V,D) named by ids (T); ids NULL: the first T.
 static void embed(float *res, const int32_t *ids, const Tensor *embedding, int T) {
@@ -1335,21 +1012,11 @@ static void add_row_means(float *out, const float *delta, int parts, int T, int 
     }
 }
 
-// xz of the first layer where the vocabulary is small: a token's row depends on its id alone, so
-// every id's row is computed once and copied. w->delta, not in use yet, holds the V rows.
-static void in_proj_of_ids(const Model *m, Work *w, const Tensor *in_proj, int T) {
-    const Config *c = &m->config;
-    const Layer *p = &m->layer[0];
-    size_t row = 2 * (size_t)c->E;
-    embed(w->xn, NULL, &m->embedding, c->V);
-    rmsnorm(w->xn, w->xn, f32(&p->norm), c->norm_eps, c->V, c->D, (size_t)c->D);
-    matmul(w->delta, row, w->xn, (size_t)c->D, in_proj, f32(&p->in_bias),
-           (Rows){c->V, false, w->packed});
-#pragma omp for
-    for (int t = 0; t < T; t++)
-        memcpy(w->xz + (size_t)t * row, w->delta + (size_t)w->ids[t] * row,
-               (size_t)in_proj->rows * sizeof(float));
-}
+#ifdef PLAIN
+#define in_proj_of_ids(m, w, in_proj, T, L) false
+#else
+#include "cpu/small_vocabulary.h" // in_proj_of_ids(): a short cut in the first layer
+#endif
 
 // One layer over B sequences of L tokens: w->res (T,D) goes in, w->next comes out, and the states
 // of seq (B) move on. Called by every thread of a team.
@@ -1364,12 +1031,13 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
     // x is the first rows of in_proj, dt_low and B those of x_proj.
     const bool state_only = w->state_only && layer == c->n_layer - 1;
     Tensor in_proj = p->in_proj, x_proj = p->x_proj;
-    if (state_only) in_proj.rows = E, x_proj.rows = R + N;
+    if (state_only) {
+        in_proj.rows = E;
+        x_proj.rows = R + N;
+    }
 
     // [x | z] = in_proj(rmsnorm(res))
-    if (layer == 0 && w->ids && L > 1 && MATMUL_FEW <= c->V && 2 * c->V <= T)
-        in_proj_of_ids(m, w, &in_proj, T);
-    else {
+    if (layer > 0 || !in_proj_of_ids(m, w, &in_proj, T, L)) {
         rmsnorm(w->xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D);
         matmul(w->xz, 2 * (size_t)E, w->xn, (size_t)D, &in_proj, f32(&p->in_bias), rows);
     }
@@ -1403,10 +1071,88 @@ static const float *forward(const Model *m, Work *w, const LayerState *seq, int 
     embed(w->res, w->ids, &m->embedding, B * L);
     for (int layer = 0; layer < m->config.n_layer; layer++) {
         block(m, layer, w, seq + (size_t)layer * B, B, L);
-        if (w->one_each) w++;
+        if (w->for_each_layer) w++;
     }
     return w->res;
 }
+
+// --- sequences and what runs them
+
+typedef struct State { // one sequence at one moment; a single allocation, made of plain numbers
+    uint64_t position; // tokens read
+    uint64_t random;   // state of the sampler's generator
+    uint64_t floats;   // how many numbers follow
+    int32_t recent[RECENT], n_recent; // the last tokens: token at position p is recent[p % RECENT]
+    Utf8Pending pending;              // bytes of a character that is not finished
+    struct Acts *newer_on; // whose GPU has newer numbers than are here; NULL: these are the newest
+    float *logits;         // (V) after the last token
+    float *conv;           // (n_layer,K-1,E) windows
+    float *h;              // (n_layer,N,E)
+    float data[];
+} State;
+
+// Tokens that prefill takes at a time, so that memory does not depend on the prompt's length. Many,
+// because the weights are read and packed once a piece. Wide models take fewer, so that a piece
+// stays within some hundred megabytes.
+enum { PIECE_MAX = 512, PIECE_MIN = 32 };
+enum { LOGIT_ROWS = 32 }; // positions whose logits exist at a time
+enum { BATCH_MAX = 32 };  // sequences of one step
+
+typedef struct Acts { // what one pass at a time over one model needs
+    int threads;      // team size
+    int piece;        // rows that the arrays of work have room for
+    Work work;
+    LayerState *seq;  // (n_layer,B) of the sequences of the pass
+    float *logits;    // (LOGIT_ROWS,V)
+    float *probs;     // (V) the sampler's scratch
+    int32_t *order;   // (BATCH_MAX,V) the sampler's scratch
+    float *selection; // (n) of the next prefill, or NULL, see mamba_selection()
+    Gpu *gpu;         // NULL: everything runs on the processor
+    State *gpu_state; // the state that the GPU holds
+    void *arena;
+} Acts;
+
+// --- where the model runs: Acts with a gpu run there. A state's numbers are then newer on the GPU
+// until somebody asks for them.
+
+#ifdef MAMBA_CUDA
+extern const GpuBackend mamba_gpu;
+static const GpuBackend *const GPU = &mamba_gpu;
+#else
+static const GpuBackend *const GPU = NULL; // then no Acts gets a gpu
+#endif
+
+static int gpu_failed(void) { return fail("%s", GPU->error()); }
+
+// Brings a state's numbers back from the GPU, where they are newer. 0, or -1 after fail().
+static int state_fetch(const State *s) {
+    State *to = (State *)(uintptr_t)s; // what s means stays the same
+    Acts *a = s->newer_on;
+    to->newer_on = NULL;
+    return a && GPU->get_state(a->gpu, to->conv, to->h, to->logits) ? gpu_failed() : 0;
+}
+
+// The numbers of s are about to be set here: those on the GPU no longer count.
+static void state_detach(State *s) {
+    if (s->newer_on) s->newer_on->gpu_state = NULL;
+    s->newer_on = NULL;
+}
+
+// From now on the passes of a run on the GPU, float32: with float32 products for bf16 weights too.
+// 0, or -1 after fail().
+int mamba_acts_gpu(Acts *a, const Model *m, bool float32) {
+    if (!GPU) return fail("this build has no GPU backend: make cuda");
+    a->gpu = GPU->open(m, float32);
+    return a->gpu ? 0 : gpu_failed();
+}
+
+COLD
+#include "files/acts.h"
+#include "files/state.h"
+#include "files/state_file.h"
+COLD_END
+
+// --- prefill and step
 
 // What to do with the logits (V) of each position in turn.
 typedef void LogitsVisitor(void *context, const float *logits);
@@ -1467,23 +1213,30 @@ static void last_logits(const Model *m, Acts *a, State *const *s, const float *r
     for (int b = 0; b < B; b++) memcpy(s[b]->logits, logits + b * V, V * sizeof(float));
 }
 
-// One pass by a team of threads: B sequences of L tokens ids (B,L), at most a->piece in all. The
-// states' logits become those after the last token, unless more of the text follows and nobody
-// wants to see them.
-static void pass(const Model *m, Acts *a, State *const *s, const int32_t *ids, int B, int L,
-                 bool more, LogitsVisitor *visit, void *context) {
-    int team = pass_team(m, a, B * L);
+typedef struct {          // one pass: B sequences of L tokens, B L at most Acts.piece
+    State *const *states; // (B)
+    const int32_t *ids;   // (B,L)
+    int B, L;
+    bool more;            // more of the same text follows, and only the states count
+    LogitsVisitor *visit; // gets the logits of every position of the one sequence; or NULL
+    void *context;
+} Reading;
+
+// Reads tokens into states, by a team of threads. The states' logits become those after the last
+// token, unless r->more.
+static void run_pass(const Model *m, Acts *a, const Reading *r) {
+    const int B = r->B, L = r->L, team = pass_team(m, a, B * L);
     (void)team;
-    a->work.ids = ids;
-    a->work.state_only = more && !visit;
-    layer_states(a->seq, m, s, B);
+    a->work.ids = r->ids;
+    a->work.state_only = r->more && !r->visit;
+    layer_states(a->seq, m, r->states, B);
 #pragma omp parallel num_threads(team)
     {
         const float *res = forward(m, &a->work, a->seq, B, L);
-        if (visit) visit_logits(m, a, s[0], res, L, visit, context);
-        else if (!more) last_logits(m, a, s, res, B, L);
+        if (r->visit) visit_logits(m, a, r->states[0], res, L, r->visit, r->context);
+        else if (!r->more) last_logits(m, a, r->states, res, B, L);
     }
-    for (int b = 0; b < B; b++) state_read(s[b], ids + (size_t)b * L, (size_t)L);
+    for (int b = 0; b < B; b++) state_read(r->states[b], r->ids + (size_t)b * L, (size_t)L);
 }
 
 static int check_ids(const Model *m, const int32_t *ids, size_t n) {
@@ -1525,7 +1278,8 @@ int mamba_prefill(const Model *m, Acts *a, State *s, const int32_t *ids, size_t 
         int L = n - done < (size_t)a->piece ? (int)(n - done) : a->piece;
         a->work.selection = a->selection ? a->selection + done : NULL;
         done += (size_t)L;
-        pass(m, a, &s, ids + done - L, 1, L, done < n, visit, context);
+        Reading r = {&s, ids + done - L, 1, L, done < n, visit, context};
+        run_pass(m, a, &r);
     }
     return 0;
 }
@@ -1546,7 +1300,7 @@ int mamba_step_batch(const Model *m, Acts *a, State *const *s, const int32_t *id
     for (int b = 0; b < B; b++)
         if (state_fetch(s[b])) return -1;
     a->work.selection = NULL;
-    pass(m, a, s, ids, B, 1, false, NULL, NULL);
+    run_pass(m, a, &(Reading){.states = s, .ids = ids, .B = B, .L = 1});
     return 0;
 }
 
@@ -1561,107 +1315,22 @@ double mamba_nll(const Model *m, const float *logits, int32_t id) {
     return log_sum_exp(logits, m->config.V) - (double)logits[id];
 }
 
-typedef struct {
-    const Model *m;
-    const int32_t *next; // the token after the position of the next logits
-    size_t left;         // tokens from next on
-    double sum;
-} NllSum;
-
-static void evaluate_position(void *context, const float *logits) {
-    NllSum *e = context;
-    if (e->left == 0) return; // nothing follows the last token
-    e->sum += mamba_nll(e->m, logits, *e->next);
-    e->next++;
-    e->left--;
-}
-
-// Reads n tokens into the state as mamba_prefill does. *nll: the sum of -log p, in nats, of all but
-// the first of them, each given everything before it. 0, or -1 after fail().
-int mamba_evaluate(const Model *m, Acts *a, State *s, const int32_t *ids, size_t n, double *nll) {
-    NllSum e = {.m = m, .next = n ? ids + 1 : ids, .left = n ? n - 1 : 0};
-    if (mamba_prefill(m, a, s, ids, n, evaluate_position, &e)) return -1;
-    *nll = e.sum;
-    return 0;
-}
-
-COLD
-// ---------------------------------------------------------------------------------------------------------------------
-// 8 State: save, load, copy
-// A sequence's whole past in some megabytes, whatever its length. The file: 512 bytes of
-// little-endian header, then the numbers of State.data; the README has the fields.
-
-static size_t state_floats(const Config *c) {
-    return size_add((size_t)c->V,
-                    size_mul((size_t)c->n_layer * (size_t)(c->N + c->K - 1), (size_t)c->E));
-}
-
-void mamba_state_free(State *s) {
-    if (s) state_detach(s);
-    free_aligned(s);
-}
-
-static void state_point(State *s, const Config *c) {
-    s->logits = s->data;
-    s->conv = s->logits + c->V;
-    s->h = s->conv + (size_t)c->n_layer * (size_t)(c->K - 1) * (size_t)c->E;
-}
-
-// The start of a text: all zeros, nothing read. NULL after fail().
-State *mamba_state_new(const Model *m) {
-    size_t floats = state_floats(&m->config);
-    State *s = alloc_aligned(size_add(sizeof *s, size_mul(floats, sizeof(float))));
-    if (!s) return NULL;
-    s->floats = floats;
-    state_point(s, &m->config);
-    return s;
-}
-
-// to becomes equal to from; both states of the same model.
-void mamba_state_copy(const Model *m, State *to, const State *from) {
-    assert(to->floats == from->floats);
-    state_detach(to);
-    state_fetch(from);
-    memcpy(to, from, sizeof *to + from->floats * sizeof(float));
-    state_point(to, &m->config);
-}
-
-// Back to the start of a text; the random generator goes on.
-void mamba_state_reset(const Model *m, State *s) {
-    uint64_t random = s->random, floats = s->floats;
-    state_detach(s);
-    memset(s, 0, sizeof *s + floats * sizeof(float));
-    s->random = random, s->floats = floats;
-    state_point(s, &m->config);
-}
-
-#include "files/header.h"
-#include "files/model_file.h"
-#include "files/state_file.h"
-COLD_END
+#include "files/evaluate.h"
 #include "files/quantizer.h"
-// ---------------------------------------------------------------------------------------------------------------------
-// 10 [train] Training: initialisation, loss and backward of the model, AdamW
-// Weights, gradients and the optimizer's two moments are four arenas of one layout, all float32. A
-// pass takes B sequences of L tokens, B * L rows; what a block's backward needs of its forward is
-// kept (Saved), everything else is computed again.
+COLD
+#include "files/verify.h"
+COLD_END
+
+// -------------------------------------------------------------------------------------------------
+// 5 Learning
+// Weights, gradients and the optimizer's two moments are four arrays of one layout, all float32. A
+// pass takes B sequences of L tokens. Of each layer the forward pass keeps its Work. The backward
+// pass computes the rest again: norms, the convolution before SiLU, and all states of the scan.
 
 typedef struct {
     uint64_t seed;
     const Config *config;
 } InitContext;
-
-static void narrow(void *to, size_t i, float value,
-                   Type type) { // float32 to storage; f16 only in its normal range
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if (type == F32) ((float *)to)[i] = value;
-    else if (type == BF16) ((half *)to)[i] = (half)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-    else
-        ((half *)to)[i] =
-            (half)((bits >> 16 & 0x8000) |
-                   (fabsf(value) < 0x1p-14f ? 0 : ((bits & 0x7FFFFFFF) - 0x38000000) >> 13));
-}
 
 static double random_normal(uint64_t *state) { // Box-Muller, one of the pair
     double r = sqrt(-2 * log(1 - random_unit(state)));
@@ -1685,45 +1354,30 @@ static float initial_value(Init init, int fan_in, int column, int n_layer, uint6
     return (float)(uniform * range); // INIT_LINEAR, INIT_CONV, INIT_DT
 }
 
-// The same numbers as below, TILE rows at a time.
-static void init_tiles(const Tensor *w, uint64_t seed, Init init, int fan_in, int n_layer) {
-    size_t tiles = tiles_of((size_t)w->cols);
+// Each row has a random stream of its own, so that threads can share rows. Streams of neighbouring
+// seeds are shifted copies of each other, so the seed is hashed once more.
+static void init_tensor(void *context, const TensorInfo *info, Tensor *w) {
+    InitContext *c = context;
+    const uint64_t seed = random_u64(&c->seed);
+    const int fan_in = info->init == INIT_CONV ? c->config->K : w->cols; // also of the conv's bias
 #pragma omp parallel for
     for (int r0 = 0; r0 < w->rows; r0 += TILE) {
+        const int rows = w->rows - r0 < TILE ? w->rows - r0 : TILE;
         uint64_t random[TILE];
-        for (int r = 0; r < TILE; r++) {
+        for (int r = 0; r < rows; r++) {
             uint64_t at = seed ^ (uint64_t)(r0 + r);
             random[r] = random_u64(&at);
         }
         for (int k0 = 0; k0 < w->cols; k0 += TILE) {
-            float value[TILE][TILE] = {{0}};
-            for (int r = 0; r < TILE && r0 + r < w->rows; r++)
-                for (int k = 0; k < TILE && k0 + k < w->cols; k++)
-                    value[k][r] = initial_value(init, fan_in, k0 + k, n_layer, &random[r]);
-            quantize_tile((unsigned char *)(uintptr_t)w->data +
-                              ((size_t)(r0 / TILE) * tiles + (size_t)(k0 / TILE)) *
-                                  tile_bytes(w->type),
-                          value, w->type);
+            const int columns = w->cols - k0 < TILE ? w->cols - k0 : TILE;
+            float value[TILE][TILE] = {{0}}; // value[k][r], as quantize_tile() takes it
+            for (int r = 0; r < rows; r++)
+                for (int k = 0; k < columns; k++)
+                    value[k][r] =
+                        initial_value(info->init, fan_in, k0 + k, c->config->n_layer, &random[r]);
+            store_tile(w, r0, k0, value);
         }
     }
-}
-
-static void init_tensor(void *context, const TensorInfo *info, Tensor *w) {
-    InitContext *c = context;
-    uint64_t seed = random_u64(
-        &c->seed); // each row has a stream of its own, so that rows can be shared among threads
-    int fan_in =
-        info->init == INIT_CONV ? c->config->K : w->cols; // the conv's bias has the conv's fan-in
-#pragma omp parallel for
-    for (int row = 0; row < w->rows; row++) {
-        uint64_t at = seed ^ (uint64_t)row,
-                 random =
-                     random_u64(&at); // hashed: neighbouring states are shifted copies of a stream
-        for (int i = 0; i < w->cols && !is_quantized(w->type); i++)
-            narrow((void *)(uintptr_t)w->data, (size_t)row * (size_t)w->cols + (size_t)i,
-                   initial_value(info->init, fan_in, i, c->config->n_layer, &random), w->type);
-    }
-    if (is_quantized(w->type)) init_tiles(w, seed, info->init, fan_in, c->config->n_layer);
 }
 
 Model *mamba_random_model(const Config *config, uint64_t seed) {
@@ -1765,68 +1419,7 @@ typedef struct Trainer {
     void *arena;             // of everything from work on
 } Trainer;
 
-static void trainer_layout(Trainer *x, Arena *from) {
-    const Config *c = &x->model->config;
-    const size_t B = (size_t)x->B, T = B * (size_t)x->L, D = (size_t)c->D, E = (size_t)c->E;
-    const size_t P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V, layers = (size_t)c->n_layer;
-    const size_t NE = (size_t)c->N * E, window = (size_t)(c->K - 1) * E;
-    const bool normed = c->flags & FLAG_MIXER_NORM;
-    size_t widest = 2 * E > D ? 2 * E : D, loss = V > D ? V : D, packed, packed_loss;
-    if (widest < P) widest = P;
-    packed = matmul_floats(T, widest);
-    packed_loss = matmul_floats(LOSS_ROWS, loss);
-
-    x->work = take(from, layers + 1, sizeof *x->work);
-    x->seq = take(from, layers * B, sizeof *x->seq);
-    Work shared = {.one_each = true};
-    shared.xn = take_floats(from, T * D);
-    shared.g = take_floats(from, T * E);
-    shared.packed = take_floats(from, packed > packed_loss ? packed : packed_loss);
-    float *res = take_floats(from, T * D);
-    for (size_t layer = 0; layer <= layers; layer++) {
-        Work w = shared;
-        w.res = res;
-        if (layer < layers) {
-            w.next = res = take_floats(from, T * D);
-            w.xz = take_floats(from, T * 2 * E);
-            w.u = take_floats(from, T * E);
-            w.xdb = take_floats(from, T * P);
-            w.raw = normed ? take_floats(from, T * P) : w.xdb;
-            w.delta = take_floats(from, T * E);
-            w.y = take_floats(from, T * E);
-        }
-        if (x->work) x->work[layer] = w;
-    }
-    x->h0 = take_floats(from, B * NE);
-    x->window0 = take_floats(from, B * window);
-    x->h = take_floats(from, layers * B * NE);
-    x->window = take_floats(from, layers * B * window);
-    x->d_h = take_floats(from, B * NE);
-    x->d_window = take_floats(from, B * window);
-    for (size_t i = 0; i < layers * B && x->seq; i++)
-        x->seq[i] = (LayerState){x->window + i * window, x->h + i * NE};
-    x->d_res = take_floats(from, T * D);
-    x->d_xn = take_floats(from, T * D);
-    x->d_xz = take_floats(from, T * 2 * E);
-    x->d_u = take_floats(from, T * E);
-    x->d_delta = take_floats(from, T * E);
-    x->d_y = take_floats(from, T * E);
-    x->d_xdb = take_floats(from, T * P);
-    x->d_c = take_floats(from, (size_t)x->L * E);
-    x->scale = take_floats(from, T);
-    x->losses = take_floats(from, T);
-    x->logits = take_floats(from, LOSS_ROWS * V);
-    x->scan = take_floats(from, scan_backward_floats(x->B, x->L, c->E, c->N));
-}
-
-// The memory that a trainer of m needs beside weights, gradient and moments (each of
-// m->tensors_bytes), for passes of B sequences of L tokens.
-size_t mamba_trainer_bytes(Model *m, int B, int L) {
-    Trainer measure = {.model = m, .B = B, .L = L};
-    Arena arena = {NULL, 0};
-    trainer_layout(&measure, &arena);
-    return arena.used;
-}
+#include "files/trainer.h"
 
 void mamba_trainer_free(Trainer *x) {
     if (!x) return;
@@ -1840,7 +1433,8 @@ void mamba_trainer_free(Trainer *x) {
 
 // Passes from now on have B sequences of L tokens. 0, or -1 after fail().
 int mamba_trainer_resize(Trainer *x, int B, int L) {
-    x->B = B, x->L = L;
+    x->B = B;
+    x->L = L;
     if (x->gpu) return GPU->trainer_resize(x->gpu, B, L) ? gpu_failed() : 0;
     Arena arena = {NULL, 0};
     trainer_layout(x, &arena);
@@ -2060,7 +1654,8 @@ int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
     if (x->gpu) {
         x->gpu_newer = true;
         if (GPU->train_step(x->gpu, how, x->step + 1, norm)) return gpu_failed();
-        return x->step++, 0;
+        x->step++;
+        return 0;
     }
     AdamWPass p = {.x = x, .how = how, .scale = 1, .base = x->model->weights};
     each_tensor(x->model, norm_tensor, &p);
@@ -2070,7 +1665,7 @@ int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
                     p.bad);
     if (how->clip > 0 && *norm > how->clip) p.scale = (float)(how->clip / (*norm + 1e-6));
     x->step++;
-    p.unbias = 1 - pow(how->beta1, (double)x->step),
+    p.unbias = 1 - pow(how->beta1, (double)x->step);
     p.unbias2 = 1 - pow(how->beta2, (double)x->step);
     each_tensor(x->model, adamw_tensor, &p);
     if (x->model->config.flags & FLAG_TIED) x->model->head = x->model->embedding;
@@ -2081,8 +1676,9 @@ int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
 COLD
 #include "files/checkpoint.h"
 COLD_END
-// ---------------------------------------------------------------------------------------------------------------------
-// 11 Sampling
+
+// -------------------------------------------------------------------------------------------------
+// 6 Writing
 // In this order: repeat penalty, temperature, top-k, top-p, min-p, then one draw. Ids that the
 // tokenizer does not know (the padding of a vocabulary) are never drawn. Candidates leave a heap
 // one by one, the likeliest first, so nothing is sorted that will not be used.
@@ -2092,14 +1688,16 @@ static void heap_down(int32_t *heap, int n, int i, const float *probs) {
         if (child + 1 < n && probs[heap[child + 1]] > probs[heap[child]]) child++;
         if (!(probs[heap[child]] > probs[heap[i]])) return;
         int32_t swap = heap[i];
-        heap[i] = heap[child], heap[child] = swap;
+        heap[i] = heap[child];
+        heap[child] = swap;
     }
 }
 
 // Moves the likeliest of order[0..n) to its end, keeping the rest a heap.
 static void heap_pop(int32_t *order, int n, const float *probs) {
     int32_t best = order[0];
-    order[0] = order[n - 1], order[n - 1] = best;
+    order[0] = order[n - 1];
+    order[n - 1] = best;
     heap_down(order, n - 1, 0, probs);
 }
 
@@ -2119,16 +1717,17 @@ static int keep_likeliest(int32_t *order, int n, const float *probs, const Sampl
     for (int i = n / 2 - 1; i >= 0; i--) heap_down(order, n, i, probs);
     int limit = how->top_k > 0 && how->top_k < n ? how->top_k : n, popped = 0, kept = 0;
     double whole = 0, sum = 0;
-    if (limit < n)
-        for (; popped < limit; popped++)
-            heap_pop(order, n - popped, probs), whole += probs[order[n - 1 - popped]];
-    else
-        for (int i = 0; i < n; i++) whole += probs[order[i]];
+    for (; limit < n && popped < limit; popped++) {
+        heap_pop(order, n - popped, probs);
+        whole += probs[order[n - 1 - popped]];
+    }
+    for (int i = 0; limit == n && i < n; i++) whole += probs[order[i]];
     while (kept < limit && !(kept && sum >= how->top_p * whole)) {
-        if (kept >= popped) heap_pop(order, n - popped, probs), popped++;
+        if (kept >= popped) heap_pop(order, n - popped++, probs);
         float p = probs[order[n - 1 - kept]];
         if (kept && p < how->min_p * probs[order[n - 1]]) break;
-        sum += p, kept++;
+        sum += p;
+        kept++;
     }
     *mass = sum;
     return kept;
@@ -2148,14 +1747,18 @@ static int32_t draw(const Model *m, float *logits, int32_t *order, State *s, con
     for (int v = 0; v < V; v++) {
         if (m->tokenizer && !tokenizer_has(m->tokenizer, v)) continue;
         order[n++] = v;
-        if (logits[v] > highest) highest = logits[v], likeliest = v;
+        if (logits[v] > highest) {
+            highest = logits[v];
+            likeliest = v;
+        }
     }
     if (likeliest < 0 || highest > FLT_MAX) return -1;
     if (how->temperature == 0) return likeliest;
     double whole = 0;
     for (int i = 0; i < n; i++) { // softmax without its denominator, which the draw divides out
         float *x = &logits[order[i]];
-        whole += *x = expf((*x - highest) / how->temperature);
+        *x = expf((*x - highest) / how->temperature);
+        whole += *x;
     }
     bool all = how->top_p >= 1 && how->min_p <= 0 && (how->top_k <= 0 || how->top_k >= n);
     int kept = all ? n : keep_likeliest(order, n, logits, how, &whole);
@@ -2180,6 +1783,24 @@ int32_t mamba_sample(const Model *m, Acts *a, State *s, const Sampling *how) {
     return id < 0 ? draw_failed(id) : id;
 }
 
+// The next token of each of B different states, at most BATCH_MAX, as mamba_sample draws it: ids
+// (B). The logits must be in the states, so not for states on a GPU. 0, or -1 after fail().
+int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling *how, int32_t *ids,
+                       int B) {
+    const size_t V = (size_t)m->config.V;
+    assert(B >= 1 && B <= BATCH_MAX && B <= LOGIT_ROWS);
+    for (int b = 0; b < B; b++)
+        if (s[b]->position == 0) return fail("nothing to continue: a state has read no token");
+    int team = pass_team(m, a, B);
+    (void)team;
+#pragma omp parallel for num_threads(team) schedule(dynamic)
+    for (int b = 0; b < B; b++) // a->logits is free: every state has its own logits by now
+        ids[b] = draw(m, a->logits + (size_t)b * V, a->order + (size_t)b * V, s[b], how);
+    for (int b = 0; b < B; b++)
+        if (ids[b] < 0) return draw_failed(ids[b]);
+    return 0;
+}
+
 // Text to token ids, malloc'd, for the caller to free. 0, or -1 after fail().
 int mamba_encode(const Model *m, const char *text, size_t bytes, int32_t **ids, size_t *n) {
     if (!m->tokenizer) return fail("this model has no tokenizer");
@@ -2200,14 +1821,99 @@ size_t mamba_decode(const Model *m, State *s, int32_t id, unsigned char *out) {
     return bytes;
 }
 
+// --- the loop that writes text
+
+// What mamba_generate() does with the text (n bytes) that token id adds: whole characters, maybe
+// none. id -1: the rest, at the end. Returns true to stop.
+typedef bool TextEmitter(void *context, int32_t id, const unsigned char *text, size_t n);
+
+typedef enum { ENDED_BY_LENGTH, ENDED_BY_EOS, ENDED_BY_EMIT } Ended;
+
+typedef struct {
+    Sampling sampling;
+    long most;       // tokens; below 0: no limit
+    bool ignore_eos; // write on after an end-of-text token
+    bool goes_on;    // the state is used afterwards, and an unfinished character stays in it
+    TextEmitter *emit;
+    void *context; // of emit
+    Ended ended;   // set: why writing ended
+} Writing;
+
+static bool is_eos(const Config *c, int32_t id) {
+    for (int i = 0; i < 4; i++)
+        if (c->eos[i] == id) return true;
+    return false;
+}
+
+// On a GPU, tokens are drawn and read some at a time: a launch for each would take longer than a
+// step. Where the text ends within them, the state has read too far.
+typedef struct {
+    int32_t ids[64];
+    int at, n;
+} Burst;
+
+static int32_t burst_next(Burst *b, const Model *m, Acts *a, State *s, const Sampling *how) {
+    if (b->at < b->n) return b->ids[b->at++];
+    if (b->n == 0) {
+        unsigned char *allowed = malloc((size_t)m->config.V);
+        if (!allowed) return fail("out of memory: %d tokens", m->config.V);
+        for (int v = 0; v < m->config.V; v++)
+            allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
+        int failed = GPU->generate_start(a->gpu, 1, how, &s->random, s->position, s->recent,
+                                         s->n_recent, allowed);
+        free(allowed);
+        if (failed) return gpu_failed();
+    }
+    b->n = b->n ? 32 : 4; // few at first, so that text appears soon
+    b->at = 0;
+    if (GPU->generate(a->gpu, b->ids, b->n)) return gpu_failed();
+    for (int i = 0; i < b->n; i++)
+        if (b->ids[i] < 0) return fail("a logit is not finite: run `info --verify`");
+    return b->ids[b->at++];
+}
+
+// Writes on after what s has read: draw a token, emit its text, read it, and again. Returns how
+// many tokens were written, or -1 after fail().
+long mamba_generate(const Model *m, Acts *a, State *s, Writing *w) {
+    const bool bursts = a->gpu && !w->goes_on;
+    unsigned char *text = malloc(m->text_room);
+    if (!text) return fail("out of memory: a token of %zu bytes", m->text_room);
+    Burst burst = {.n = 0};
+    long written = 0;
+    bool failed = false;
+    w->ended = ENDED_BY_LENGTH;
+    while ((w->most < 0 || written < w->most) && w->ended == ENDED_BY_LENGTH && !failed) {
+        int32_t id = bursts ? burst_next(&burst, m, a, s, &w->sampling)
+                            : mamba_sample(m, a, s, &w->sampling);
+        if (id < 0) failed = true;
+        else if (is_eos(&m->config, id) && !w->ignore_eos) w->ended = ENDED_BY_EOS;
+        else {
+            size_t n = mamba_decode(m, s, id, text);
+            if (w->emit(w->context, id, text, n)) w->ended = ENDED_BY_EMIT;
+            if (!bursts && mamba_step(m, a, s, id)) failed = true;
+            written++;
+        }
+    }
+    if (!failed && !w->goes_on && w->ended != ENDED_BY_EMIT)
+        w->emit(w->context, -1, text, mamba_decode(m, s, -1, text));
+    free(text);
+    return failed ? -1 : written;
+}
+
+// -------------------------------------------------------------------------------------------------
+// 7 Commands and main
+
 #ifndef MAMBA_NO_MAIN
 COLD
 #include "cli/options.h"
-#include "cli/generate.h"
+#include "cli/output.h"
 #include "cli/selection.h"
+#include "cli/generate.h"
 #include "cli/several.h"
+#include "cli/session.h"
 #include "cli/command_generate.h"
 #include "cli/inspect.h"
+#include "cli/tasks.h"
 #include "cli/eval.h"
 #include "cli/train.h"
 #include "cli/quantize.h"
@@ -2231,21 +1937,7 @@ static int run_command(int argc, char **argv) {
 
 #ifndef TESTING
 int main(int argc, char **argv) {
-    static const int deadly[] = {
-        SIGINT,
-        SIGTERM,
-#ifdef SIGHUP
-        SIGHUP,
-#endif
-    };
-    for (int i = 0; i < COUNT(deadly); i++)
-        if (signal(deadly[i], on_kill) == SIG_IGN) signal(deadly[i], SIG_IGN); // nohup
-#ifdef SIGXFSZ
-    signal(SIGXFSZ, SIG_IGN); // a file beyond `ulimit -f` is a failed write, which gets a sentence
-#endif
-#ifdef _WIN32
-    _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY); // bytes, not lines
-#endif
+    prepare_process();
     int result = run_command(argc, argv);
     if ((fflush(stdout) || ferror(stdout)) && !result)
         result = fail("stdout: cannot write: %s", strerror(errno));

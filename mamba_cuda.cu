@@ -24,9 +24,9 @@
      h (N)  <-------------------------------------------------->     one state at a time
    ---------------------------------------------------------------------------------------------
    scan_step: one token. The warps of a block share the states of 32 or 128 channels.
+     delta, u, B_ssm, C_ssm  ---------------------------------->     decay, inject
      h (N)  <-------------------------------------------------->     N / warps states
      g  <-----------------------    y of each warp  <-----------     y
-
    ---------------------------------------------------------------------------------------------
    scan_walk: short texts, or many states. A block is 32 channels and walks through time in tiles
    of 16 steps; its S warps share the states. h stays in registers from the first step to the last.
@@ -739,7 +739,7 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
                 kept[k * THREADS + tid] = ut;
                 kept[(BACK_STEPS + k) * THREADS + tid] = in ? slope : 0.f;
                 kept[(2 * BACK_STEPS + k) * THREADS + tid] = fmaf(dy[k], 1.f - s, dg_s);
-                sum_A[k] = sum_B[k] = y[k] = 0.f;
+                sum_A[k] = 0.f, sum_B[k] = 0.f, y[k] = 0.f;
                 sum += delta[k];
             }
         }
@@ -1062,14 +1062,13 @@ struct Weights {
 };
 #undef POINTER
 
-// One line for each tensor there is: its host tensor, its device pointer's place, whether it is a
-// matrix.
-struct TensorPlace {
+struct TensorPlace { // one for each tensor that the model has
     const Tensor *host;
-    void **device;
-    bool matrix, decays;
+    void **device; // its pointer in Weights
+    bool matrix;   // of type T on the device
+    bool decays;   // weight decay applies
     const char *name;
-    int layer;
+    int layer; // -1: not in a layer
 };
 
 static std::vector<TensorPlace> tensor_places(const Model *m, Weights *w) {
@@ -1112,16 +1111,23 @@ static void derive(Device *d, const Config *c, const LayerWeights *w) {
     check_launch(d, "derive");
 }
 
-// The arrays of one block; in training those that backward needs are of the layer, the others
-// shared.
+// The arrays of one block, as in mamba.c's glossary. In training the layer keeps those that its
+// backward needs; the others are shared by all layers.
 template <class T> struct BlockActs {
-    T *xn, *xz, *u, *xdb, *raw, *delta,
-        *g;          // as in the glossary; raw: xdb before FalconMamba's norms, or NULL
-    float *h_starts; // or NULL
-    ScanMail *mail;  // of the scan
+    T *xn;           // (B*L,D)  norm of the residual stream
+    T *xz;           // (B*L,2E) x, then the gate z
+    T *u;            // (B*L,E)  silu(conv(x))
+    T *xdb;          // (B*L,P)  dt_low (R), B_ssm (N), C_ssm (N)
+    T *raw;          // (B*L,P)  xdb before FalconMamba's norms; NULL: not wanted
+    T *delta;        // (B*L,E)  before dt_bias and softplus
+    T *g;            // (B*L,E)  y silu(z)
+    float *h_starts; // see ScanArgs; NULL: not wanted
+    ScanMail *mail;
 };
 
-enum { GPU_PIECE = 16384, GPU_LOGIT_FLOATS = 1 << 26 };
+enum { GPU_PIECE = 16384 };          // tokens of a text that are read at once, at the most
+enum { GPU_LOGIT_FLOATS = 1 << 26 }; // logits that exist at once, at the most
+enum { GENERATE_MAX = 64 };          // steps of one gpu_generate()
 
 struct States { // of S sequences
     int S;
@@ -1131,19 +1137,22 @@ struct States { // of S sequences
 struct Gpu {
     Device device;
     Config config;
-    bool bf16_compute;
+    bool bf16_compute; // T is bf16, else float
     Weights w;
     std::vector<void *> memory; // everything to free
-    int piece, logit_rows;      // rows that the activations, the logits have room for
-    float *res, *logits;        // (piece,D), (logit_rows,V)
+    int piece;                  // rows that the activations have room for
+    int logit_rows;             // rows that the logits have room for
+    float *res;                 // (piece,D)
+    float *logits;              // (logit_rows,V)
     BlockActs<float> acts;      // its pointers are T's
     ScanMail mail;
-    int32_t *ids;       // (piece)
-    int S;              // sequences in the state
-    float *window, *h;  // (n_layer,S,K-1,E), (n_layer,S,N,E)
-    float *step_logits; // (S,V), after the last token of each
-    States gathered;    // by gpu_gather(), or S = 0
-    struct Generation *generation;
+    int32_t *ids;                  // (piece)
+    int S;                         // sequences in the state
+    float *window;                 // (n_layer,S,K-1,E)
+    float *h;                      // (n_layer,S,N,E)
+    float *step_logits;            // (S,V), after the last token of each
+    States gathered;               // by gpu_gather(), or S = 0
+    struct Generation *generation; // or NULL
 };
 
 template <class T> static BlockActs<T> acts_of(const Gpu *g) {
@@ -1158,9 +1167,10 @@ static float *h_of(const Gpu *g, int layer) {
     return g->h + (size_t)layer * g->S * g->config.N * g->config.E;
 }
 
-struct Sequence { // of the sampler, for each sequence
+struct Sequence { // the sampler's state of one sequence
     uint64_t position, random;
-    int32_t recent[RECENT], n_recent, step; // step: which row of tokens is next
+    int32_t recent[RECENT], n_recent; // the last tokens, a ring by position
+    int32_t step;                     // row of `tokens` that is next
 };
 
 struct Slice;
@@ -1169,21 +1179,20 @@ struct Wide;
 static void solo_free(Solo *q);
 static void wide_free(Wide *q);
 
-struct Generation {
-    Sampling *how;          // device
-    Sequence *sequences;    // (S), device
-    unsigned char *allowed; // (V): ids that may be drawn
+struct Generation {         // all pointers but the last two: device memory
+    Sampling *how;          // (1)
+    Sequence *sequences;    // (S)
+    unsigned char *allowed; // (V): whether an id may be drawn
     Slice *slices;          // (S,SLICES)
     int32_t *tokens;        // (GENERATE_MAX,S): what was drawn
     int32_t *current;       // (S): the token being read
-    float *scratch, *parts; // (S,V); (K_SPLIT_MAX,S,P), sums of parts of x_proj
-    struct Solo *solo;      // or NULL
-    struct Wide *wide;      // or NULL
+    float *scratch;         // (S,V): logits after the repeat penalty
+    float *parts;           // (K_SPLIT_MAX,S,P): parts of x_proj's sums
+    struct Solo *solo;      // one kernel for one sequence, or NULL
+    struct Wide *wide;      // one kernel for several sequences, or NULL
     cudaGraphExec_t graph;
     int S;
 };
-
-enum { GENERATE_MAX = 64 };
 
 #include "cuda/step_portable.cuh"
 
@@ -1194,35 +1203,44 @@ static ScanArgs<T> scan_args(const Config *c, const LayerWeights *w, BlockActs<T
     p.delta_raw = a.delta, p.u = a.u, p.z = a.xz + E, p.B_ssm = a.xdb + R, p.C_ssm = a.xdb + R + N,
     p.mail = a.mail;
     p.A_neg = w->A_neg, p.D_skip = (const float *)w->D_skip, p.dt_bias = (const float *)w->dt_bias;
-    p.ld_out = p.ld_delta = p.ld_u = E, p.ld_z = 2 * E, p.ld_B = p.ld_C = P;
+    p.ld_out = E, p.ld_delta = E, p.ld_u = E, p.ld_z = 2 * E, p.ld_B = P, p.ld_C = P;
     p.B = B, p.L = L, p.E = E, p.N = N;
     return p;
 }
 
-struct BlockRun {      // what a block is applied to
-    float *out;        // (B*L,D) = res + block(res)
-    const float *res;  // (B*L,D), may be out
-    int B, L;          // sequences, tokens of each
-    float *window, *h; // (B,K-1,E), (B,N,E), which move on: B = 1 or L = 1. NULL: from zero
+// What a block is applied to. window and h move on; with them B = 1 or L = 1.
+struct BlockRun {
+    float *out;       // (B*L,D) = res + block(res)
+    const float *res; // (B*L,D), may be out
+    int B, L;         // sequences, tokens of each
+    float *window;    // (B,K-1,E); NULL: zeros before the first token
+    float *h;         // (B,N,E); NULL: from zero
 };
+
+// The block of the paper, in its order: norm, in_proj, convolution, x_proj, dt_proj, scan,
+// out_proj.
 template <class T>
 static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T> a,
                   const BlockRun &run) {
-    const int B = run.B, L = run.L;
-    const float *res = run.res;
+    const int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N;
+    const int B = run.B, L = run.L, rows = B * L;
+    const float *conv_bias = (const float *)w->conv_bias, *res = run.res;
     float *out = run.out, *h = run.h;
-    int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, rows = B * L;
     rmsnorm(d, Rows(a.xn, D), Rows(res, D), (const float *)w->norm, c->norm_eps, rows, D);
     matmul(d, Rows(a.xz, 2 * E), Rows(a.xn, D), (const T *)w->in_proj, rows, 2 * E, D);
     add_bias(d, a.xz, 2 * (size_t)E, (const float *)w->in_bias, rows, 2 * E);
-    conv1d_silu(
-        d, ConvArgs<T>{a.u, a.xz, run.window, w->conv_t, (const float *)w->conv_bias, B, L, E, K});
+    conv1d_silu(d, ConvArgs<T>{a.u, a.xz, run.window, w->conv_t, conv_bias, B, L, E, K});
     matmul(d, Rows(a.xdb, P), Rows(a.u, E), (const T *)w->x_proj, rows, P, E);
+    // One token in bf16: dt_proj, FalconMamba's norms and the scan are one kernel where that pays.
     if (sizeof(T) == 2 && L == 1 && h && dt_step_pays(B, E, N, R)) {
-        const float *dt_bias = (const float *)w->dt_bias, *D_skip = (const float *)w->D_skip;
-        dt_step(d, {(bf16 *)a.g, h, (const bf16 *)a.xdb, (const bf16 *)a.u, (const bf16 *)a.xz + E,
-                    (const bf16 *)w->dt_proj, dt_bias, w->A_neg, D_skip, B, E, N, R,
-                    c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0});
+        DtStepArgs step = {};
+        step.out = (bf16 *)a.g, step.h = h, step.W_dt = (const bf16 *)w->dt_proj;
+        step.xdb = (const bf16 *)a.xdb, step.u = (const bf16 *)a.u;
+        step.z = (const bf16 *)a.xz + E, step.A_neg = w->A_neg;
+        step.dt_bias = (const float *)w->dt_bias, step.D_skip = (const float *)w->D_skip;
+        step.S = B, step.E = E, step.N = N, step.R = R;
+        step.norm_eps = c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0;
+        dt_step(d, step);
     } else {
         if (c->flags & FLAG_MIXER_NORM) {
             if (a.raw)
@@ -1232,7 +1250,7 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
         }
         matmul(d, Rows(a.delta, E), Rows(a.xdb, P), (const T *)w->dt_proj, rows, E, R);
         ScanArgs<T> scan = scan_args(c, w, a, B, L);
-        scan.out = a.g, scan.h0 = scan.h_final = h, scan.h_starts = a.h_starts;
+        scan.out = a.g, scan.h0 = h, scan.h_final = h, scan.h_starts = a.h_starts;
         check_cuda(d, L == 1 && h ? scan_step_forward(d, scan) : scan_forward(d, scan), "scan");
     }
     if (out == res) matmul(d, Rows(out, D), Rows(a.g, E), (const T *)w->out_proj, rows, D, E, true);
@@ -1251,22 +1269,6 @@ static void *gpu_take(Gpu *g, size_t bytes) {
     return p;
 }
 
-// out (rows, cols) = the tiles of Q8 or Q4 (mamba.c, section 3), one thread a weight.
-template <class T>
-__global__ void dequantize_kernel(T *out, const unsigned char *tiles, int bits, int rows,
-                                  int cols) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)rows * cols) return;
-    int row = (int)(i / cols), col = (int)(i % cols), codes = 32 / bits, j = col % codes;
-    size_t at = (size_t)(row / TILE) * ((cols + TILE - 1) / TILE) + col / TILE;
-    const unsigned char *tile = tiles + at * (size_t)(2 * TILE + bits * TILE * 4);
-    uint32_t word =
-        ((const uint32_t *)(tile + 2 * TILE))[col % TILE / codes * TILE + row % TILE] ^ 0x80000000u;
-    int code = (int)(word >> (j * bits) & ((1u << bits) - 1)) - (1 << (bits - 1));
-    out[i] =
-        (T)((float)code * __uint_as_float((uint32_t)((const uint16_t *)tile)[row % TILE] << 16));
-}
-
 template <class T> static int upload_weights(Gpu *g, const Model *m) {
     const Config *c = &m->config;
     Device *d = &g->device;
@@ -1274,8 +1276,8 @@ template <class T> static int upload_weights(Gpu *g, const Model *m) {
     char *raw = (char *)gpu_take(g, m->tensors_bytes);
     Type compute = sizeof(T) == 4 ? F32 : BF16;
     if (!raw) return -1;
-    // On the stream: a plain cudaMemcpy may return before its last bytes have landed, and this
-    // stream does not wait for it.
+    // On the stream: a plain cudaMemcpy may return before its last bytes have arrived, and this
+    // stream does not wait for them.
     check_cuda(d, cudaMemcpyAsync(raw, host, m->tensors_bytes, cudaMemcpyHostToDevice, d->stream),
                "weights");
     std::vector<TensorPlace> places = tensor_places(m, &g->w);
@@ -1367,13 +1369,18 @@ static Gpu *gpu_open(const Model *m, int float32) {
     return NULL;
 }
 
+struct StateBytes { // of one sequence: window and h of one layer, logits
+    size_t window, h, logits, layers;
+    StateBytes(const Config *c)
+        : window((size_t)(c->K - 1) * c->E * sizeof(float)), h((size_t)c->N * c->E * sizeof(float)),
+          logits((size_t)c->V * sizeof(float)), layers((size_t)c->n_layer) {}
+};
+
 // States of S sequences from now on, each a copy of the first; logits too. 0, or -1 with a
 // sentence.
 static int gpu_sequences(Gpu *g, int S) {
-    const Config *c = &g->config;
-    size_t window = (size_t)(c->K - 1) * c->E * sizeof(float),
-           h = (size_t)c->N * c->E * sizeof(float), logits = (size_t)c->V * sizeof(float),
-           layers = (size_t)c->n_layer;
+    const StateBytes bytes(&g->config);
+    const size_t window = bytes.window, h = bytes.h, logits = bytes.logits, layers = bytes.layers;
     float *new_window = (float *)device_alloc(layers * S * window),
           *new_h = (float *)device_alloc(layers * S * h),
           *new_logits = (float *)device_alloc(S * logits);
@@ -1406,28 +1413,26 @@ static int gpu_sequences(Gpu *g, int S) {
     return result;
 }
 
-// Moves the present sequence's state and logits to place s of S and leaves a zero state, for
-// another prompt. The next gpu_generate_start, of S sequences, goes on from those gathered. 0, or
+// Moves the state and the logits of the one sequence to place s of S, and leaves a zero state for
+// another prompt. The next gpu_generate_start() of S sequences continues from those gathered. 0, or
 // -1 with a sentence.
 static int gpu_gather(Gpu *g, int s, int S) {
-    const Config *c = &g->config;
-    size_t window = (size_t)(c->K - 1) * c->E * sizeof(float),
-           h = (size_t)c->N * c->E * sizeof(float), logits = (size_t)c->V * sizeof(float),
-           layers = (size_t)c->n_layer;
+    const StateBytes bytes(&g->config);
+    const size_t window = bytes.window, h = bytes.h, logits = bytes.logits, layers = bytes.layers;
     cudaStream_t stream = g->device.stream;
     States *to = &g->gathered;
     if (s < 0 || s >= S) return gpu_fail("place %d of %d sequences", s, S);
     if (g->S != 1 && gpu_sequences(g, 1)) return -1;
     if (to->S != S) {
         states_free(to);
-        to->window = (float *)device_alloc(layers * S * window),
+        to->window = (float *)device_alloc(layers * S * window);
         to->h = (float *)device_alloc(layers * S * h);
         to->logits = (float *)device_alloc(S * logits);
         if (!to->window || !to->h || !to->logits) return states_free(to), -1;
         to->S = S;
         cudaMemsetAsync(to->window, 0, layers * S * window, stream);
-        cudaMemsetAsync(to->h, 0, layers * S * h, stream),
-            cudaMemsetAsync(to->logits, 0, S * logits, stream);
+        cudaMemsetAsync(to->h, 0, layers * S * h, stream);
+        cudaMemsetAsync(to->logits, 0, S * logits, stream);
     }
     if (window)
         cudaMemcpy2DAsync((char *)to->window + s * window, S * window, g->window, window, window,
@@ -1436,8 +1441,8 @@ static int gpu_gather(Gpu *g, int s, int S) {
                       stream);
     cudaMemcpyAsync((char *)to->logits + s * logits, g->step_logits, logits,
                     cudaMemcpyDeviceToDevice, stream);
-    cudaMemsetAsync(g->window, 0, layers * window, stream),
-        cudaMemsetAsync(g->h, 0, layers * h, stream);
+    cudaMemsetAsync(g->window, 0, layers * window, stream);
+    cudaMemsetAsync(g->h, 0, layers * h, stream);
     cudaMemsetAsync(g->step_logits, 0, logits, stream);
     return finish(&g->device);
 }
@@ -1456,24 +1461,22 @@ static int gpu_set_state(Gpu *g, const float *window, const float *h, const floa
     return finish(&g->device);
 }
 
-// The state of the first sequence to host arrays; NULL ones are left out.
+// The state of the first sequence to host arrays. NULL: not wanted.
 static int gpu_get_state(Gpu *g, float *window, float *h, float *logits) {
-    const Config *c = &g->config;
-    size_t bw = (size_t)(c->K - 1) * c->E * sizeof(float), bh = (size_t)c->N * c->E * sizeof(float),
-           n = (size_t)c->n_layer;
+    const StateBytes n(&g->config);
     cudaStream_t stream = g->device.stream;
-    if (window && bw)
-        cudaMemcpy2DAsync(window, bw, g->window, g->S * bw, bw, n, cudaMemcpyDeviceToHost, stream);
-    if (h) cudaMemcpy2DAsync(h, bh, g->h, g->S * bh, bh, n, cudaMemcpyDeviceToHost, stream);
-    if (logits)
-        cudaMemcpyAsync(logits, g->step_logits, (size_t)c->V * sizeof(float),
-                        cudaMemcpyDeviceToHost, stream);
+    if (window && n.window)
+        cudaMemcpy2DAsync(window, n.window, g->window, g->S * n.window, n.window, n.layers,
+                          cudaMemcpyDeviceToHost, stream);
+    if (h)
+        cudaMemcpy2DAsync(h, n.h, g->h, g->S * n.h, n.h, n.layers, cudaMemcpyDeviceToHost, stream);
+    if (logits) cudaMemcpyAsync(logits, g->step_logits, n.logits, cudaMemcpyDeviceToHost, stream);
     return finish(&g->device);
 }
 
-// The network for B sequences of L tokens whose ids are on the device: B = 1 (a piece of text) or L
-// = 1 (a step of S = B). ids NULL: res has the embeddings already. Leaves the normed residual
-// stream in xn.
+// The network for B sequences of L tokens whose ids are on the device: B = 1 (a piece of text) or
+// L = 1 (a step of S = B). ids NULL: res has the embeddings already. The normed residual stream
+// ends in xn.
 template <class T> static void network(Gpu *g, const int32_t *ids, int B, int L) {
     Device *d = &g->device;
     const Config *c = &g->config;
@@ -1518,8 +1521,8 @@ static int prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, c
     return finish(d);
 }
 
-// Reads n tokens into the first sequence's state (ids must be below V); visit gets every position's
-// logits (V), if it is not NULL. 0, or -1 with a sentence.
+// Reads n tokens, ids below V, into the state of the one sequence. visit, if not NULL, gets the
+// logits (V) of every position. 0, or -1 with a sentence.
 static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, const float *),
                        void *context) {
     if (g->S != 1 && gpu_sequences(g, 1)) return -1;
@@ -1541,14 +1544,16 @@ static void generation_free(Gpu *g) {
     Generation *n = g->generation;
     if (!n) return;
     if (n->graph) cudaGraphExecDestroy(n->graph);
-    cudaFree(n->how), cudaFree(n->sequences), cudaFree(n->allowed), cudaFree(n->tokens),
-        cudaFree(n->slices);
-    cudaFree(n->current), cudaFree(n->scratch), cudaFree(n->parts), solo_free(n->solo),
-        wide_free(n->wide);
+    for (void *p : {(void *)n->how, (void *)n->sequences, (void *)n->allowed, (void *)n->tokens,
+                    (void *)n->slices, (void *)n->current, (void *)n->scratch, (void *)n->parts})
+        cudaFree(p);
+    solo_free(n->solo);
+    wide_free(n->wide);
     delete n;
     g->generation = NULL;
 }
 
+// Queues one step: draw a token for each sequence, read it, leave its logits.
 template <class T> static void generation_step(Gpu *g) {
     Generation *n = g->generation;
     Device *d = &g->device;
@@ -1572,13 +1577,41 @@ template <class T> static void generation_step(Gpu *g) {
     check_launch(d, "step");
 }
 
-// Prepares the generation of S sequences that go on from those gathered, or else all from the first
-// one's state: each with a random generator of its own, `random` (S) numbers; recent: the last
-// n_recent tokens as a ring (position modulo RECENT). 0, or -1 with a sentence.
+static bool generation_alloc(Gpu *g, int S) {
+    const Config *c = &g->config;
+    Generation *n = new Generation();
+    g->generation = n;
+    const size_t s = (size_t)S, V = (size_t)c->V, P = (size_t)(c->R + 2 * c->N);
+    auto take = [](auto *&p, size_t elements) {
+        p = (std::remove_reference_t<decltype(p)>)device_alloc(elements * sizeof *p);
+        return p != NULL;
+    };
+    n->S = S;
+    return take(n->how, 1) && take(n->sequences, s) && take(n->allowed, V) &&
+           take(n->tokens, GENERATE_MAX * s) && take(n->slices, s * SLICES) &&
+           take(n->current, s) && take(n->scratch, s * V) && take(n->parts, K_SPLIT_MAX * s * P);
+}
+
+static cudaError_t generation_capture(Gpu *g) {
+    Device *d = &g->device;
+    cudaGraph_t graph = NULL;
+    cudaError_t error = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
+    if (error == cudaSuccess) {
+        if (g->bf16_compute) generation_step<bf16>(g);
+        else generation_step<float>(g);
+        error = cudaStreamEndCapture(d->stream, &graph);
+    }
+    if (error == cudaSuccess) error = cudaGraphInstantiate(&g->generation->graph, graph, 0);
+    if (graph) cudaGraphDestroy(graph);
+    return error;
+}
+
+// Prepares the generation of S sequences. They continue from those gathered, or else all from the
+// first one's state. random (S): the seed of each; recent: the last n_recent tokens as a ring, by
+// position modulo RECENT; allowed (V). 0, or -1 with a sentence.
 static int gpu_generate_start(Gpu *g, int S, const Sampling *how, const uint64_t *random,
                               uint64_t position, const int32_t *recent, int n_recent,
                               const unsigned char *allowed) {
-    const Config *c = &g->config;
     Device *d = &g->device;
     if (S > g->piece) return gpu_fail("%d sequences are too many: %d at the most", S, g->piece);
     States *from = &g->gathered;
@@ -1587,40 +1620,19 @@ static int gpu_generate_start(Gpu *g, int S, const Sampling *how, const uint64_t
         cudaFree(g->window), cudaFree(g->h), cudaFree(g->step_logits);
         g->S = S, g->window = from->window, g->h = from->h, g->step_logits = from->logits;
         *from = {};
-        generation_free(g); // whose graph knows the old addresses
+        generation_free(g); // its graph has the old addresses
     } else if ((S != g->S || S > 1) && gpu_sequences(g, S)) return -1;
     if (!g->generation) {
-        Generation *n = g->generation = new Generation();
-        n->S = S;
-        n->how = (Sampling *)device_alloc(sizeof *n->how);
-        n->sequences = (Sequence *)device_alloc((size_t)S * sizeof *n->sequences);
-        n->allowed = (unsigned char *)device_alloc((size_t)c->V);
-        n->tokens = (int32_t *)device_alloc((size_t)GENERATE_MAX * S * sizeof *n->tokens);
-        n->slices = (Slice *)device_alloc((size_t)S * SLICES * sizeof(Slice));
-        n->current = (int32_t *)device_alloc((size_t)S * sizeof *n->current);
-        n->scratch = (float *)device_alloc((size_t)S * c->V * sizeof(float));
-        n->parts = (float *)device_alloc((size_t)K_SPLIT_MAX * S * (size_t)(c->R + 2 * c->N) *
-                                         sizeof(float));
-        if (!n->how || !n->sequences || !n->allowed || !n->tokens || !n->slices || !n->current ||
-            !n->scratch || !n->parts) {
+        if (!generation_alloc(g, S)) return generation_free(g), -1;
+        g->generation->solo = S == 1 ? solo_new(g) : NULL;
+        g->generation->wide = S > 1 ? wide_new(g, S) : NULL;
+        cudaError_t error = generation_capture(g);
+        if (error != cudaSuccess) {
+            cudaGetLastError();
+            d->failed = NULL;
             generation_free(g);
-            return -1;
+            return gpu_fail("GPU: capturing a step: %s", cudaGetErrorString(error));
         }
-        n->solo = S == 1 ? solo_new(g) : NULL;
-        n->wide = S > 1 ? wide_new(g, S) : NULL;
-        cudaGraph_t graph = NULL;
-        cudaError_t error = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
-        if (error == cudaSuccess) {
-            if (g->bf16_compute) generation_step<bf16>(g);
-            else generation_step<float>(g);
-            error = cudaStreamEndCapture(d->stream, &graph);
-        }
-        if (error == cudaSuccess) error = cudaGraphInstantiate(&n->graph, graph, 0);
-        if (graph) cudaGraphDestroy(graph);
-        if (error != cudaSuccess) cudaGetLastError(), d->failed = NULL;
-        if (error != cudaSuccess)
-            return generation_free(g),
-                   gpu_fail("GPU: capturing a step: %s", cudaGetErrorString(error));
     }
     Generation *n = g->generation;
     std::vector<Sequence> sequences((size_t)S);
@@ -1630,7 +1642,7 @@ static int gpu_generate_start(Gpu *g, int S, const Sampling *how, const uint64_t
         q->position = position, q->random = random[s], q->n_recent = n_recent;
         memcpy(q->recent, recent, sizeof q->recent);
     }
-    cudaMemcpyAsync(n->allowed, allowed, (size_t)c->V, cudaMemcpyHostToDevice, d->stream);
+    cudaMemcpyAsync(n->allowed, allowed, (size_t)g->config.V, cudaMemcpyHostToDevice, d->stream);
     cudaMemcpyAsync(n->how, how, sizeof *how, cudaMemcpyHostToDevice, d->stream);
     cudaMemcpyAsync(n->sequences, sequences.data(), (size_t)S * sizeof(Sequence),
                     cudaMemcpyHostToDevice, d->stream);

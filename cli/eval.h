@@ -1,103 +1,97 @@
-// --- [train] the paper's synthetic tasks, made afresh for every step
+// cli/eval.h - eval: the likelihood of a text, or [train] the accuracy on a task.
+//
+// Depends on cli/options.h (Session), cli/tasks.h and the API.
 
-typedef enum { TASK_NONE, TASK_INDUCTION, TASK_COPYING } Task;
-enum { TASK_VOCAB = 16, COPY_TOKENS = 16 };
-
-static int parse_task(const char *name, Task *task) {
-    *task = !name                        ? TASK_NONE
-            : !strcmp(name, "induction") ? TASK_INDUCTION
-            : !strcmp(name, "copying")   ? TASK_COPYING
-                                         : TASK_NONE;
-    return name && *task == TASK_NONE ? fail("--task needs induction or copying, not '%s'", name)
-                                      : 0;
-}
-
-static int task_shortest(Task task) { return task == TASK_COPYING ? 2 * COPY_TOKENS : 4; }
-
-// One sequence of L tokens and, where something is to be predicted, its targets (-1 elsewhere). The
-// paper leaves the layout open:
-//   induction: ids 0..14 at random; the special id 15 stands once at a random place and again at
-//   the very end, where the token that followed it the first time is wanted. copying: noise is id
-//   0; 16 data tokens of ids 1..14 stand at random places, in their order, before the last 16
-//   places, which hold the marker 15; at the i-th marker the i-th data token is wanted. L counts
-//   all of it.
-static void task_sequence(Task task, int32_t *ids, int32_t *targets, size_t L, uint64_t *random) {
-    for (size_t t = 0; t < L; t++) targets[t] = -1;
-    if (task == TASK_INDUCTION) {
-        for (size_t t = 0; t < L; t++) ids[t] = (int32_t)(random_u64(random) % (TASK_VOCAB - 1));
-        size_t place = random_u64(random) % (L - 2);
-        ids[place] = ids[L - 1] = TASK_VOCAB - 1;
-        targets[L - 1] = ids[place + 1];
-        return;
-    }
-    size_t body = L - COPY_TOKENS, left = COPY_TOKENS;
-    for (size_t t = 0; t < body; t++) { // each set of places is equally likely: take this one with
-                                        // probability left / places
-        bool data = random_u64(random) % (body - t) < left;
-        ids[t] = data ? 1 + (int32_t)(random_u64(random) % (TASK_VOCAB - 2)) : 0;
-        if (data) targets[L - left--] = ids[t];
-    }
-    for (size_t t = body; t < L; t++) ids[t] = TASK_VOCAB - 1;
-}
-
-// --- eval
-
+// clang-format off
 static const char EVAL_USAGE[] =
     "mamba eval model.bin FILE|- [--each] [-T N]\n"
-    "mamba eval model.bin --task induction|copying [--length L] [--samples S]\n\n"
-    "How well the model predicts a text: every token but the first, each from all tokens before "
-    "it. Prints the number "
-    "of\n"
-    "tokens, the mean negative log-likelihood in nats, the perplexity, and bits per byte of the "
-    "predicted text.\n";
+    "mamba eval model.bin --task induction|copying [--length L] [--samples S]\n"
+    "\n"
+    "How well the model predicts a text: every token but the first, each from all tokens before\n"
+    "it. Prints the number of tokens, the mean negative log-likelihood in nats, the perplexity,\n"
+    "and bits per byte of the predicted text.\n";
+// clang-format on
+
+// --- a text
 
 typedef struct {
     const int32_t *ids;
     size_t t, n; // position of the next logits, length
     const Model *m;
-    double sum;
+    double sum; // of -log p
     bool each;
 } Evaluation;
 
 static void evaluate(void *context, const float *logits) {
     Evaluation *ev = context;
-    if (++ev->t == ev->n) return; // nothing follows the last token
+    ev->t++;
+    if (ev->t == ev->n) return; // nothing follows the last token
     double nll = mamba_nll(ev->m, logits, ev->ids[ev->t]);
     ev->sum += nll;
     if (ev->each) printf("%.6f\n", nll);
 }
 
-// With `context` tokens at a time, each from a new state, or all in one.
-static int evaluate_ids(Session *x, const int32_t *ids, size_t n, size_t context, bool each) {
-    if (n < 2) return fail("the text has %zu token(s); there is something to predict from 2 on", n);
+typedef struct {
+    size_t predicted, bytes; // tokens, and the bytes of their text
+    double sum;              // of -log p
+} Likelihood;
+
+// Reads ids (n) in pieces of `context` tokens, each from a new state; 0: in one piece. 0, or -1
+// after fail().
+static int text_likelihood(Likelihood *l, Session *x, const int32_t *ids, size_t n, size_t context,
+                           bool each) {
     Evaluation ev = {.m = x->model, .each = each};
-    size_t bytes = 0, length = 0, predicted = 0;
-    double start = seconds();
-    for (size_t from = 0; n - from > 1;
-         from += ev.n) { // a last token alone has nothing to be predicted from
-        ev.ids = ids + from, ev.t = 0, ev.n = context && context < n - from ? context : n - from;
-        for (size_t i = 1; i < ev.n; i++)
-            tokenizer_token(x->model->tokenizer, ev.ids[i], &length), bytes += length;
+    // A piece of one token, at the end, has nothing to predict.
+    for (size_t from = 0; n - from > 1; from += ev.n) {
+        ev.ids = ids + from;
+        ev.t = 0;
+        ev.n = context && context < n - from ? context : n - from;
+        for (size_t i = 1; i < ev.n; i++) {
+            size_t length = 0;
+            tokenizer_token(x->model->tokenizer, ev.ids[i], &length);
+            l->bytes += length;
+        }
         if (from) mamba_state_reset(x->model, x->state);
         if (mamba_prefill(x->model, x->acts, x->state, ev.ids, ev.n, evaluate, &ev)) return -1;
-        predicted += ev.n - 1;
+        l->predicted += ev.n - 1;
     }
-    double nll = ev.sum / (double)predicted;
+    l->sum = ev.sum;
+    return 0;
+}
+
+static int evaluate_ids(Session *x, const int32_t *ids, size_t n, size_t context, bool each) {
+    Likelihood l = {0};
+    if (n < 2) return fail("the text has %zu token(s); there is something to predict from 2 on", n);
+    double start = seconds();
+    if (text_likelihood(&l, x, ids, n, context, each)) return -1;
+    double nll = l.sum / (double)l.predicted;
     if (nll != nll)
         return fail("the likelihood is not a number: the weights are damaged (try info --verify)");
     FILE *f = each ? stderr : stdout;
-    fprintf(f, "tokens         %zu (%zu predicted)\n", n, predicted);
+    fprintf(f, "tokens         %zu (%zu predicted)\n", n, l.predicted);
     fprintf(f, "mean_nll       %.6f nats/token\n", nll);
     fprintf(f, "perplexity     %.6g\n", exp(nll));
-    fprintf(f, "bits_per_byte  %.6f\n", bytes ? ev.sum / log(2) / (double)bytes : 0);
+    fprintf(f, "bits_per_byte  %.6f\n", l.bytes ? l.sum / log(2) / (double)l.bytes : 0);
     fprintf(stderr, "%.1f tokens/s", (double)n / (seconds() - start));
     if (peak_megabytes() > 0) fprintf(stderr, " | peak memory %.1f MB", peak_megabytes());
     fprintf(stderr, "\n");
     return 0;
 }
 
-// --- [train] eval --task: accuracy at any length, in memory that does not depend on it (token ids
-// aside)
+// path: "-" for stdin. 0, or -1 after fail().
+static int evaluate_file(Session *x, const char *path, size_t context, bool each) {
+    size_t bytes = 0, n = 0;
+    int32_t *ids = NULL;
+    char *text = read_text(path, &bytes);
+    if (!text) return -1;
+    int result = mamba_encode(x->model, text, bytes, &ids, &n);
+    if (result == 0) result = evaluate_ids(x, ids, n, context, each);
+    free(text);
+    free(ids);
+    return result ? fail_in(path) : 0;
+}
+
+// --- [train] a task: accuracy at any length, in memory that does not depend on it, but for the ids
 
 typedef struct {
     const int32_t *targets;
@@ -107,47 +101,56 @@ typedef struct {
 
 static void score_task(void *context, const float *logits) {
     TaskScore *s = context;
-    int32_t target = s->targets[s->t++];
+    int32_t target = s->targets[s->t];
+    s->t++;
     if (target < 0) return;
     int best = 0;
     for (int v = 1; v < s->V; v++)
         if (logits[v] > logits[best]) best = v;
-    s->wanted++, s->right += best == target;
+    s->wanted++;
+    s->right += best == target;
 }
 
-typedef struct { // what the threads of eval --task share: each takes the next sequence and reads
-                 // the whole of it
-    const Model *m;
+typedef struct {
     Task task;
-    size_t L, left; // sequences still to be made
+    size_t L, samples;
+    uint64_t seed;
+    bool recurrent; // token by token instead of by prefill
+} TaskRun;
+
+// What the threads share. Each takes the next sequence and reads the whole of it.
+typedef struct {
+    const Model *m;
+    const TaskRun *run;
+    size_t left; // sequences still to be made
     uint64_t random;
     int result;
-    bool recurrent;          // token by token instead of by prefill
     char error[ERROR_BYTES]; // mamba_error() of the first thread that failed
 } TaskQueue;
 
 typedef struct {
     Acts *acts;
     State *state;
-    int32_t *ids, *targets;
+    int32_t *ids, *targets; // (L)
     TaskScore score;
 } TaskReader;
 
-static bool
-next_sequence(TaskQueue *q,
-              TaskReader *r) { // in the order of one generator, so that threads change nothing
-    bool one = false;
+// Makes the next sequence, if there is one. One generator makes all in their order, so the result
+// does not depend on the number of threads.
+static bool next_sequence(TaskQueue *q, TaskReader *r) {
+    bool made = false;
 #pragma omp critical
     if (q->left && q->result == 0) {
-        q->left--, one = true;
-        task_sequence(q->task, r->ids, r->targets, q->L, &q->random);
+        q->left--;
+        task_sequence(q->run->task, r->ids, r->targets, q->run->L, &q->random);
+        made = true;
     }
-    return one;
+    return made;
 }
 
 static int read_tokens(const TaskQueue *q, TaskReader *r, const int32_t *ids, size_t n,
                        bool score) {
-    if (!q->recurrent)
+    if (!q->run->recurrent)
         return mamba_prefill(q->m, r->acts, r->state, ids, n, score ? score_task : NULL, &r->score);
     for (size_t t = 0; t < n; t++) {
         if (mamba_step(q->m, r->acts, r->state, ids[t])) return -1;
@@ -157,8 +160,8 @@ static int read_tokens(const TaskQueue *q, TaskReader *r, const int32_t *ids, si
 }
 
 static void read_sequences(TaskQueue *q, TaskReader *r) {
-    size_t tail = q->task == TASK_COPYING ? COPY_TOKENS : 1,
-           body = q->L - tail; // only the tail has targets
+    const size_t tail = q->run->task == TASK_COPYING ? COPY_TOKENS : 1; // it has all targets
+    const size_t body = q->run->L - tail;
     while (next_sequence(q, r)) {
         mamba_state_reset(q->m, r->state);
         r->score.t = body;
@@ -173,112 +176,129 @@ static void read_sequences(TaskQueue *q, TaskReader *r) {
     }
 }
 
-// Whole sequences side by side, where there are enough for all threads: no barrier is waited at.
-static int evaluate_task(Session *x, Task task, size_t L, size_t samples, uint64_t seed,
-                         bool recurrent) {
+// 0, or -1 after fail(); reader_close in both cases. x: whose Acts and State to use, or NULL for
+// new ones, for one thread.
+static int reader_open(TaskReader *r, const Model *m, const Session *x, size_t L) {
+    r->ids = malloc(size_mul(L, sizeof *r->ids));
+    r->targets = malloc(size_mul(L, sizeof *r->targets));
+    r->acts = x ? x->acts : mamba_acts_new(m, 1);
+    r->state = x ? x->state : mamba_state_new(m);
+    r->score = (TaskScore){.targets = r->targets, .V = m->config.V};
+    if (!r->acts || !r->state) return -1;
+    return r->ids && r->targets ? 0 : fail("out of memory: a sequence of %zu tokens", L);
+}
+
+static void reader_close(TaskReader *r, const Session *x) {
+    free(r->ids);
+    free(r->targets);
+    if (!x) mamba_acts_free(r->acts);
+    if (!x) mamba_state_free(r->state);
+}
+
+// With Wilson's interval.
+static void print_accuracy(size_t L, size_t right, size_t wanted, double spent) {
+    const double z = 1.96, n = (double)wanted, p = (double)right / n;
+    const double shrink = 1 + z * z / n, middle = (p + z * z / (2 * n)) / shrink;
+    const double half_width = z / shrink * sqrt(p * (1 - p) / n + z * z / (4 * n * n));
+    printf("length %zu  accuracy %.2f%%  (%zu of %zu, 95%% interval %.2f to %.2f%%)  %.1f s\n", L,
+           100 * p, right, wanted, 100 * fmax(0, middle - half_width),
+           100 * fmin(1, middle + half_width), spent);
+}
+
+// Threads read whole sequences side by side, where there are enough for all: they wait at no
+// barrier. Otherwise one reader uses the whole team. 0, or -1 after fail().
+static int evaluate_task(Session *x, const TaskRun *run) {
     const Model *m = x->model;
     if (m->config.V < TASK_VOCAB)
         return fail("the model has %d ids, the tasks need %d", m->config.V, TASK_VOCAB);
-    int team = x->acts->gpu || samples < (size_t)x->acts->threads ? 1 : x->acts->threads;
+    const int threads = x->acts->threads;
+    const int team = x->acts->gpu || run->samples < (size_t)threads ? 1 : threads;
     TaskQueue queue = {.m = m,
-                       .task = task,
-                       .L = L,
-                       .left = samples,
-                       .random = seed ^ 0x6576616C75617465u, // training's starts elsewhere
-                       .recurrent = recurrent};
+                       .run = run,
+                       .left = run->samples,
+                       .random = run->seed ^ 0x6576616C75617465u}; // training's starts elsewhere
     TaskReader *reader = calloc((size_t)team, sizeof *reader);
-    TaskScore score = {0};
+    size_t right = 0, wanted = 0;
     double start = seconds();
-    int result = reader ? 0 : fail("out of memory: %d threads", team);
-    for (int i = 0; i < team && result == 0; i++) {
-        TaskReader *r = &reader[i];
-        r->ids = malloc(L * sizeof *r->ids), r->targets = malloc(L * sizeof *r->targets);
-        r->acts = i ? mamba_acts_new(m, 1) : x->acts, r->state = i ? mamba_state_new(m) : x->state;
-        r->score = (TaskScore){.targets = r->targets, .V = m->config.V};
-        if (!r->acts || !r->state) result = -1;
-        else if (!r->ids || !r->targets)
-            result = fail("out of memory: %d sequences of %zu tokens", team, L);
-    }
+    if (!reader) return fail("out of memory: %d threads", team);
+    int result = 0, opened = 0;
+    for (; opened < team && result == 0; opened++)
+        result = reader_open(&reader[opened], m, opened ? NULL : x, run->L);
     if (result == 0) {
 #pragma omp parallel for num_threads(team) schedule(static, 1)
         for (int i = 0; i < team; i++) read_sequences(&queue, &reader[i]);
-        if (queue.result) result = fail("%s", queue.error); // also where another thread failed
+        if (queue.result) result = fail("%s", queue.error); // maybe of another thread
     }
-    for (int i = 0; i < team && reader; i++) {
-        TaskReader *r = &reader[i];
-        score.right += r->score.right, score.wanted += r->score.wanted;
-        free(r->ids), free(r->targets);
-        if (i) mamba_acts_free(r->acts), mamba_state_free(r->state);
+    for (int i = 0; i < opened; i++) {
+        right += reader[i].score.right;
+        wanted += reader[i].score.wanted;
+        reader_close(&reader[i], i ? NULL : x);
     }
     free(reader);
-    if (result == 0) { // Wilson's interval
-        double n = (double)score.wanted, p = (double)score.right / n, z = 1.96,
-               middle = (p + z * z / (2 * n)) / (1 + z * z / n);
-        double half_width = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n));
-        printf("length %zu  accuracy %.2f%%  (%zu of %zu, 95%% interval %.2f to %.2f%%)  %.1f s\n",
-               L, 100 * p, score.right, score.wanted, 100 * fmax(0, middle - half_width),
-               100 * fmin(1, middle + half_width), seconds() - start);
-    }
+    if (result == 0) print_accuracy(run->L, right, wanted, seconds() - start);
     return result;
 }
 
-static int command_eval(int argc, char **argv) {
-    bool each = false, recurrent = false;
-    long threads = default_threads(), length = 256, samples = 0, seed = 1, context = 0;
-    const char *task_name = NULL;
-    const Option options[] = {
-        {"--task", "T", "accuracy on induction or copying instead of a text", OPT_TEXT, &task_name,
-         0, 0},
-        {"--length", "L", "tokens a sequence of the task", OPT_INT, &length, 1, 1 << 30},
-        {"--samples", "S",
-         "sequences of the task; 0: 1024 up to 2^14 tokens, then fewer, 64 from 2^18 on", OPT_INT,
-         &samples, 0, 1e9},
-        {"-s", "SEED", "of the task's sequences, which are never those of training", OPT_INT, &seed,
-         0, 9e15},
-        {"--recurrent", "",
-         "read them token by token, as text is generated, instead of by the scan", OPT_SWITCH,
-         &recurrent, 0, 0},
-        {"--each", "",
-         "one negative log-likelihood a line on stdout, from the second token on; the summary on "
-         "stderr",
-         OPT_SWITCH, &each, 0, 0},
-        {"--context", "N",
-         "cut the text into pieces of N tokens, each from a new state; 0: one piece", OPT_INT,
-         &context, 0, 1 << 30},
-        BACKEND_OPTIONS,
-        {"-T", "N", "threads; the result does not depend on it", OPT_INT, &threads, 1, 1024},
-    };
-    const char *rest[2];
-    if (wants_help(argc, argv)) return print_help(EVAL_USAGE, options, COUNT(options)), 0;
-    int n_rest = parse_options(argc, argv, options, COUNT(options), rest, 2);
+// --- the command
+
+typedef struct {
+    const char *task_name;
     Task task;
-    if (n_rest < 0 || parse_task(task_name, &task)) return -1;
-    if (n_rest != (task ? 1 : 2)) return fail("eval needs a model.bin and a text file, or --task");
-    if (context == 1) return fail("--context 1 leaves nothing to predict: at least 2");
-    if (task && context) return fail("--context does not go with --task");
-    if (recurrent && !task) return fail("--recurrent goes with --task");
-    if (task && length < task_shortest(task))
-        return fail("--length %ld is too short for --task %s: at least %d", length, task_name,
-                    task_shortest(task));
+    bool each, recurrent;
+    long threads, length, samples, seed, context;
+} EvalOptions;
+
+// Options that do not go together. n: arguments beside the options. 0, or -1 after fail().
+static int check_eval(const EvalOptions *o, int n) {
+    if (n != (o->task ? 1 : 2)) return fail("eval needs a model.bin and a text file, or --task");
+    if (o->context == 1) return fail("--context 1 leaves nothing to predict: at least 2");
+    if (o->task && o->context) return fail("--context does not go with --task");
+    if (o->recurrent && !o->task) return fail("--recurrent goes with --task");
+    if (o->task && o->length < task_shortest(o->task))
+        return fail("--length %ld is too short for --task %s: at least %d", o->length, o->task_name,
+                    task_shortest(o->task));
+    return 0;
+}
+
+// How many sequences of a length are read where --samples does not say.
+static long default_samples(long length) {
+    if (length <= 1 << 14) return 1024;
+    return length >= 1 << 18 ? 64 : (1 << 24) / length;
+}
+
+static int command_eval(int argc, char **argv) {
+    EvalOptions o = {.threads = default_threads(), .length = 256, .seed = 1};
+    // clang-format off
+    const Option options[] = {
+        OPTION_TEXT("--task", "T", &o.task_name,
+                    "accuracy on induction or copying instead of a text"),
+        OPTION_INT("--length", "L", &o.length, 1, 1 << 30, "tokens a sequence of the task"),
+        OPTION_INT("--samples", "S", &o.samples, 0, 1e9,
+                   "sequences of the task; 0: 1024 up to 2^14 tokens, then fewer, 64 from 2^18 on"),
+        OPTION_INT("-s", "SEED", &o.seed, 0, 9e15,
+                   "of the task's sequences, which are never those of training"),
+        OPTION_SWITCH("--recurrent", &o.recurrent,
+                      "read them token by token, as text is generated, instead of by the scan"),
+        OPTION_SWITCH("--each", &o.each,
+                      "one negative log-likelihood a line on stdout, from the second token on; "
+                      "the summary on stderr"),
+        OPTION_INT("--context", "N", &o.context, 0, 1 << 30,
+                   "cut the text into pieces of N tokens, each from a new state; 0: one piece"),
+        BACKEND_OPTIONS,
+        THREADS_OPTION(&o.threads),
+    };
+    // clang-format on
+    const char *rest[2];
+    if (wants_help(argc, argv)) return print_help(EVAL_USAGE, options, COUNT(options));
+    int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
+    if (n < 0 || parse_task(o.task_name, &o.task) || check_eval(&o, n)) return -1;
+    if (o.samples == 0) o.samples = default_samples(o.length);
+    const TaskRun run = {o.task, (size_t)o.length, (size_t)o.samples, (uint64_t)o.seed,
+                         o.recurrent};
     Session x;
-    if (session_open(&x, rest[0], threads)) return -1;
-    if (task) {
-        if (samples == 0)
-            samples = length <= 1 << 14 ? 1024 : length >= 1 << 18 ? 64 : (1 << 24) / length;
-        int result =
-            evaluate_task(&x, task, (size_t)length, (size_t)samples, (uint64_t)seed, recurrent);
-        session_close(&x);
-        return result;
-    }
-    size_t bytes, n = 0;
-    int32_t *ids = NULL;
-    char *text = read_text(rest[1], &bytes);
-    int result = text ? 0 : -1;
-    if (text && (mamba_encode(x.model, text, bytes, &ids, &n) ||
-                 evaluate_ids(&x, ids, n, (size_t)context, each)))
-        result = fail_in(rest[1]);
-    free(text);
-    free(ids);
+    if (session_open(&x, rest[0], o.threads)) return -1;
+    int result =
+        o.task ? evaluate_task(&x, &run) : evaluate_file(&x, rest[1], (size_t)o.context, o.each);
     session_close(&x);
     return result;
 }

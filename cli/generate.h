@@ -1,227 +1,32 @@
-// --- generate
+// cli/generate.h - one text: the prompt is read, then tokens are drawn, printed and read.
+//
+// Depends on cli/options.h (Session, Ctrl-C), cli/output.h and mamba_generate().
 
 typedef struct {
-    const char *model_path, *save, *load;
-    long n, top_k, seed, threads;
+    const char *model_path, *save, *load, *batch;
+    long n, top_k, seed, threads, layer, samples;
     double temperature, top_p, min_p, repeat_penalty;
     TextList stop;
-    bool ignore_eos, no_echo, clock_seed, show_selection, null;
-    long layer, samples;
-    const char *batch;
+    bool ignore_eos, no_echo, show_selection, null;
+    bool clock_seed; // the clock gave the seed, not the user
 } GenerateOptions;
 
-// The text on its way to stdout: what might be the start of a stop string is held back until it is
-// clear that it is not.
-typedef struct {
-    char *bytes;
-    size_t n, room;
-} Text;
-
-// 0, or -1 after fail().
-static int text_add(Text *to, const void *bytes, size_t n) {
-    if (n == 0) return 0; // memcpy may not be given NULL
-    if (n > to->room - to->n) {
-        size_t room = size_add(to->n, n) > SIZE_MAX / 2 ? SIZE_MAX : (to->n + n) * 2;
-        char *larger = realloc(to->bytes, room);
-        if (!larger) return fail("out of memory: a text of %zu bytes", size_add(to->n, n));
-        to->bytes = larger, to->room = room;
-    }
-    memcpy(to->bytes + to->n, bytes, n);
-    to->n += n;
-    return 0;
+static Sampling sampling_of(const GenerateOptions *o) {
+    return (Sampling){.temperature = (float)o->temperature,
+                      .top_p = (float)o->top_p,
+                      .top_k = (int)o->top_k,
+                      .min_p = (float)o->min_p,
+                      .repeat_penalty = (float)o->repeat_penalty};
 }
 
-typedef struct {
-    const TextList *stop;
-    Text held;
-    Text *into; // where the text goes instead of stdout, or NULL
-} Output;
-
-// Prints n bytes of what is held. 0, or -1 after fail(): without it, -n -1 would write to a full
-// disk for ever.
-static int output_print(const Output *out, size_t n) {
-    if (out->into) return text_add(out->into, out->held.bytes, n);
-    if (n) fwrite(out->held.bytes, 1, n, stdout);
-    return fflush(stdout) || ferror(stdout) ? fail("stdout: cannot write: %s", strerror(errno)) : 0;
-}
-
-static int output_flush(Output *out) {
-    size_t n = out->held.n;
-    out->held.n = 0;
-    return output_print(out, n);
-}
-
-// Length of the longest end of text that begins some stop string: the part that cannot be printed
-// yet.
-static size_t held_back(const TextList *stop, const char *text, size_t n) {
-    size_t most = 0;
-    for (int i = 0; i < stop->n; i++) {
-        size_t length = strlen(stop->item[i]);
-        for (size_t k = length - 1 < n ? length - 1 : n; k > most; k--)
-            if (!memcmp(text + n - k, stop->item[i], k)) most = k;
-    }
-    return most;
-}
-
-// Adds bytes, prints what is safe. 1: a stop string appeared; it and what follows it are dropped.
-// -1 after fail().
-static int output_add(Output *out, const unsigned char *bytes, size_t n) {
-    Text *held = &out->held;
-    if (n == 0) return 0;
-    if (text_add(held, bytes, n)) return -1;
-    size_t cut = SIZE_MAX;
-    for (int i = 0; i < out->stop->n; i++) {
-        size_t length = strlen(out->stop->item[i]);
-        for (size_t at = 0; at + length <= held->n && at < cut; at++)
-            if (!memcmp(held->bytes + at, out->stop->item[i], length)) cut = at;
-    }
-    size_t keep = cut == SIZE_MAX ? held_back(out->stop, held->bytes, held->n) : 0;
-    size_t print = cut == SIZE_MAX ? held->n - keep : cut;
-    if (output_print(out, print)) return -1;
-    if (keep) memmove(held->bytes, held->bytes + print, keep);
-    held->n = keep;
-    return cut != SIZE_MAX;
-}
-
-typedef struct { // what a command that runs the model needs
-    Model *model;
-    Acts *acts;
-    State *state;
-    double load_seconds;
-} Session;
-
-static void session_close(Session *x) {
-    mamba_state_free(x->state);
-    mamba_acts_free(x->acts);
-    mamba_free(x->model);
-}
-
-static struct {
-    bool cpu, float32;
-} backend; // where commands run the model
-#define BACKEND_OPTIONS \
-    {"--cpu",    "",           "run on the processor, also where the build has a GPU backend", \
-     OPT_SWITCH, &backend.cpu, 0, \
-     0}, \
-        {"--float32", \
-         "", \
-         "on a GPU: float32 products also for bf16 weights and in training", \
-         OPT_SWITCH, \
-         &backend.float32, \
-         0, \
-         0}
-
-static int session_open(Session *x, const char *path, long threads) {
-    double start = seconds();
-    memset(x, 0, sizeof *x);
-    x->model = mamba_load(path);
-    if (x->model) x->acts = mamba_acts_new(x->model, (int)threads);
-    if (x->acts && (!GPU || backend.cpu || mamba_acts_gpu(x->acts, x->model, backend.float32) == 0))
-        x->state = mamba_state_new(x->model);
-    x->load_seconds = seconds() - start;
-    if (x->state) return 0;
-    session_close(x);
-    return -1;
-}
+// --- the line about a run on stderr
 
 typedef struct {
     size_t n_read, n_written;
     double read_seconds, write_seconds;
     const char *ended; // why writing ended
-    long seed;         // that the clock gave, -1: none
+    long seed;         // that the clock gave; -1: none
 } Report;
-
-static bool is_eos(const Config *c, int32_t id) {
-    for (int i = 0; i < 4; i++)
-        if (c->eos[i] == id) return true;
-    return false;
-}
-
-// The token that an empty text starts from: end of text, which precedes every text in training.
-static int32_t start_token(const Config *c) { return c->eos[0] >= 0 ? c->eos[0] : c->bos; }
-
-// Reads ids piece by piece, so that Ctrl-C is heard within one.
-static int read_prompt(Session *x, const int32_t *ids, size_t n, Report *report) {
-    double start = seconds();
-    size_t done = 0;
-    while (done < n && !interrupted) {
-        size_t most = x->acts->gpu ? 1 << 16 : (size_t)x->acts->piece,
-               piece = n - done < most ? n - done : most;
-        if (mamba_prefill(x->model, x->acts, x->state, ids + done, piece, NULL, NULL)) return -1;
-        done += piece;
-    }
-    report->n_read = done;
-    report->read_seconds = seconds() - start;
-    if (done < n) fprintf(stderr, "interrupted after %zu of %zu prompt tokens\n", done, n);
-    return 0;
-}
-
-// The next tokens, drawn and read on the GPU some at a time, since a launch for each would take
-// longer than a step. Where text ends within them, the state is too far: only for a state that
-// nobody wants afterwards. Returns the next id, -1 after fail().
-typedef struct {
-    int32_t ids[64];
-    int at, n;
-} Burst;
-
-static int32_t burst_next(Burst *b, Session *x, const Sampling *how) {
-    const Model *m = x->model;
-    State *s = x->state;
-    if (b->at < b->n) return b->ids[b->at++];
-    if (b->n == 0) {
-        unsigned char *allowed = malloc((size_t)m->config.V);
-        if (!allowed) return fail("out of memory");
-        for (int v = 0; v < m->config.V; v++)
-            allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
-        int bad = GPU->generate_start(x->acts->gpu, 1, how, &s->random, s->position, s->recent,
-                                      s->n_recent, allowed);
-        free(allowed);
-        if (bad) return gpu_failed();
-    }
-    b->n = b->n ? 32 : 4; // the first ones soon
-    b->at = 0;
-    if (GPU->generate(x->acts->gpu, b->ids, b->n)) return gpu_failed();
-    for (int i = 0; i < b->n; i++)
-        if (b->ids[i] < 0) return fail("a logit is not finite: run `info --verify`");
-    return b->ids[b->at++];
-}
-
-// Writes up to o->n tokens from the state. keep_pending: an unfinished character stays in the state
-// for later.
-static int write_tokens(Session *x, const GenerateOptions *o, bool keep_pending, Report *report) {
-    const Sampling how = {(float)o->temperature, (float)o->top_p, (int)o->top_k, (float)o->min_p,
-                          (float)o->repeat_penalty};
-    Output out = {.stop = &o->stop};
-    unsigned char *text = malloc(x->model->text_room);
-    if (!text) return fail("out of memory: a token of %zu bytes", x->model->text_room);
-    int result = 0;
-    double start = seconds();
-    Burst burst = {.n = 0};
-    bool bursts = x->acts->gpu && !keep_pending;
-    report->ended = "length";
-    for (long i = 0; (o->n < 0 || i < o->n) && result == 0; i++) {
-        int32_t id = interrupted ? -1
-                     : bursts    ? burst_next(&burst, x, &how)
-                                 : mamba_sample(x->model, x->acts, x->state, &how);
-        if (id < 0 || (is_eos(&x->model->config, id) && !o->ignore_eos)) {
-            result = id < 0 && !interrupted ? -1 : 0;
-            report->ended = interrupted ? "interrupted" : "end of text";
-            break;
-        }
-        result = output_add(&out, text, mamba_decode(x->model, x->state, id, text));
-        if (result == 1) report->ended = "stop string";
-        if (!bursts && mamba_step(x->model, x->acts, x->state, id)) result = -1;
-        report->n_written++;
-    }
-    if (!keep_pending && result == 0)
-        result = output_add(&out, text, mamba_decode(x->model, x->state, -1, text));
-    if (result == 1) x->state->pending.n = 0; // part of what follows the stop string
-    if (result >= 0 && output_flush(&out)) result = -1;
-    free(out.held.bytes);
-    free(text);
-    report->write_seconds = seconds() - start;
-    return result < 0 ? -1 : 0;
-}
 
 static void print_report(const Session *x, const Report *r) {
     fprintf(stderr, "load %.3f s", x->load_seconds);
@@ -236,3 +41,102 @@ static void print_report(const Session *x, const Report *r) {
     fprintf(stderr, "\n");
 }
 
+// --- reading
+
+// Reads ids piece by piece, so that Ctrl-C takes effect after a piece. 0, or -1 after fail().
+static int read_prompt(Session *x, const int32_t *ids, size_t n, Report *report) {
+    const size_t most = x->acts->gpu ? 1 << 16 : (size_t)x->acts->piece;
+    double start = seconds();
+    size_t done = 0;
+    while (done < n && !interrupted) {
+        size_t piece = n - done < most ? n - done : most;
+        if (mamba_prefill(x->model, x->acts, x->state, ids + done, piece, NULL, NULL)) return -1;
+        done += piece;
+    }
+    report->n_read = done;
+    report->read_seconds = seconds() - start;
+    if (done < n) fprintf(stderr, "interrupted after %zu of %zu prompt tokens\n", done, n);
+    return 0;
+}
+
+// --- writing
+
+typedef struct { // what print_text() knows and tells
+    Output out;
+    bool stopped, failed;
+} Printing;
+
+// For mamba_generate(): prints what a token adds. Returns true to end the text.
+static bool print_text(void *context, int32_t id, const unsigned char *text, size_t n) {
+    Printing *p = context;
+    (void)id;
+    int found = output_add(&p->out, text, n);
+    p->stopped |= found == 1;
+    p->failed |= found < 0;
+    return found != 0 || interrupted;
+}
+
+// Writes up to o->n tokens after what the state has read. goes_on: an unfinished character stays in
+// the state, for the run that goes on with it. 0, or -1 after fail().
+static int write_tokens(Session *x, const GenerateOptions *o, bool goes_on, Report *report) {
+    static const char *const ended[] = {"length", "end of text", "interrupted"}; // as in Ended
+    Printing p = {.out = {.stop = &o->stop}};
+    Writing w = {.sampling = sampling_of(o),
+                 .most = interrupted ? 0 : o->n,
+                 .ignore_eos = o->ignore_eos,
+                 .goes_on = goes_on,
+                 .emit = print_text,
+                 .context = &p};
+    double start = seconds();
+    long written = mamba_generate(x->model, x->acts, x->state, &w);
+    bool failed = written < 0 || p.failed;
+    report->ended = p.stopped ? "stop string" : interrupted ? "interrupted" : ended[w.ended];
+    report->n_written = written > 0 ? (size_t)written : 0;
+    if (p.stopped) x->state->pending.n = 0; // it belongs to what follows the stop string
+    if (!failed && output_flush(&p.out)) failed = true;
+    free(p.out.held.bytes);
+    report->write_seconds = seconds() - start;
+    return failed ? -1 : 0;
+}
+
+// --- one text
+
+// Prints the prompt, unless nothing will be written or o says not to.
+static void echo_prompt(Session *x, const GenerateOptions *o, const char *text, size_t bytes) {
+    if (bytes) { // a new text: a character that the loaded state left unfinished ends here
+        unsigned char cut[3 * PENDING];
+        size_t n = mamba_decode(x->model, x->state, -1, cut);
+        if (o->n != 0) fwrite(cut, 1, n, stdout);
+        if (o->n != 0 && !o->no_echo) fwrite(text, 1, bytes, stdout);
+    }
+    if (o->n != 0) fflush(stdout);
+}
+
+// One prompt: prints it, reads it, writes, saves. owned: malloc'd memory that holds the text, or
+// NULL; it is freed. 0, or -1 after fail().
+static int generate_once(Session *x, const GenerateOptions *o, const char *text, size_t bytes,
+                         char *owned) {
+    Report report = {.seed = o->clock_seed && o->temperature > 0 && o->n ? o->seed : -1};
+    int32_t *ids = NULL, start = start_token(&x->model->config);
+    size_t n = 0;
+    int result = bytes && mamba_encode(x->model, text, bytes, &ids, &n) ? fail_in("prompt") : 0;
+    bool starts = n == 0 && x->state->position == 0;
+    if (result == 0 && starts && start < 0)
+        result = fail("this model has no end-of-text token to start from: give a prompt");
+    if (result == 0) echo_prompt(x, o, text, bytes);
+    free(owned); // a long prompt does not stay in memory beside its tokens
+    if (result == 0 && starts) result = read_prompt(x, &start, 1, &report);
+    else if (result == 0 && n) result = read_prompt(x, ids, n, &report);
+    free(ids);
+    if (result) return -1;
+    if (!interrupted) result = write_tokens(x, o, o->save != NULL, &report);
+#ifdef MAMBA_POSIX
+    if (o->n != 0 && isatty(STDOUT_FILENO)) printf("\n");
+#endif
+    if (o->save && mamba_state_save(x->model, x->state, o->save)) result = -1;
+    print_report(x, &report);
+    if (o->save && !result)
+        fprintf(stderr, "state after %llu tokens saved to %s\n",
+                (unsigned long long)x->state->position, o->save);
+    return result;
+}

@@ -1,21 +1,16 @@
+// cli/inspect.h - commands that look into a model: info, tokenize, logits.
+//
+// Depends on cli/options.h, the API, the tokenizer's functions and files/bytes.h (file_map).
+
 // --- info
 
-static const char INFO_USAGE[] =
-    "mamba info model.bin [--verify]\n\nShows what is in a model file.\n";
+static const char INFO_USAGE[] = "mamba info model.bin [--verify]\n"
+                                 "\n"
+                                 "Shows what is in a model file.\n";
 
-static int verify(const Model *m, const char *path) { return mamba_verify(m) ? fail_in(path) : 0; }
-
-static int command_info(int argc, char **argv) {
-    bool check = false;
-    const Option options[] = {
-        {"--verify", "", "check every byte against its checksum", OPT_SWITCH, &check, 0, 0}};
-    const char *path;
-    if (wants_help(argc, argv)) return print_help(INFO_USAGE, options, COUNT(options)), 0;
-    int n = parse_options(argc, argv, options, COUNT(options), &path, 1);
-    if (n != 1) return n < 0 ? -1 : fail("info needs a model.bin");
-    Model *m = mamba_load(path);
-    if (!m) return -1;
+static void print_info(const Model *m, const char *path) {
     const Config *c = &m->config;
+    const bool bytes = tokenizer_is_bytes(m->tokenizer);
     printf("file         %s, %zu bytes, format %d\n", path, m->file_bytes, FILE_VERSION);
     printf("model        %s, %zu parameters in %s\n",
            c->arch == ARCH_MAMBA ? "mamba" : "falcon_mamba", m->n_params, type_name(c->type));
@@ -26,16 +21,30 @@ static int command_info(int argc, char **argv) {
            c->flags & FLAG_TIED ? "tied" : "untied", c->flags & FLAG_PROJ_BIAS ? "" : "no ",
            c->flags & FLAG_CONV_BIAS ? "" : "no ", c->norm_eps);
     if (c->flags & FLAG_MIXER_NORM) printf(", norms on delta, B and C with eps %g", c->mixer_eps);
-    printf("\ntokenizer    %s, %d ids",
-           tokenizer_is_bytes(m->tokenizer) ? "bytes" : "byte-level BPE",
+    printf("\n");
+    printf("tokenizer    %s, %d ids; end-of-text", bytes ? "bytes" : "byte-level BPE",
            tokenizer_size(m->tokenizer));
-    printf("; end-of-text");
     for (int i = 0; i < 4; i++)
         if (c->eos[i] >= 0) printf(" %d", c->eos[i]);
     printf("%s\n", c->eos[0] < 0 ? " none" : "");
     printf("state        %zu bytes a sequence, whatever its length\n", mamba_state_bytes(m));
-    int result = check ? verify(m, path) : 0;
-    if (check && result == 0)
+}
+
+static int command_info(int argc, char **argv) {
+    bool verify = false;
+    const Option options[] = {
+        OPTION_SWITCH("--verify", &verify, "check every byte against its checksum"),
+    };
+    const char *path;
+    if (wants_help(argc, argv)) return print_help(INFO_USAGE, options, COUNT(options));
+    int n = parse_options(argc, argv, options, COUNT(options), &path, 1);
+    if (n < 0) return -1;
+    if (n != 1) return fail("info needs a model.bin");
+    Model *m = mamba_load(path);
+    if (!m) return -1;
+    print_info(m, path);
+    int result = verify && mamba_verify(m) ? fail_in(path) : 0;
+    if (verify && result == 0)
         printf("checksums    header, tokenizer and tensors match; every weight is finite\n");
     mamba_free(m);
     return result;
@@ -43,36 +52,52 @@ static int command_info(int argc, char **argv) {
 
 // --- tokenize
 
+// clang-format off
 static const char TOKENIZE_USAGE[] =
-    "mamba tokenize model.bin [FILE|-] [--decode]\n\n"
-    "Text to token ids, one a line; with --decode token ids to text. Reads stdin without FILE. "
-    "Instead of a model, a\n"
-    "tokenizer file made by `export.py tokenizer.json tokenizer.bin` will do.\n";
+    "mamba tokenize model.bin [FILE|-] [--decode]\n"
+    "\n"
+    "Text to token ids, one a line; with --decode token ids to text. Reads stdin without FILE.\n"
+    "Instead of a model, a tokenizer file made by `export.py tokenizer.json tokenizer.bin` will\n"
+    "do.\n";
+// clang-format on
 
+static bool is_separator(char c) { return c && strchr(" \t\r\n,", c); }
+
+// Prints the text of one token after the bytes that pending holds. 0, or -1 after fail().
+static int print_token(const Tokenizer *t, int id, Utf8Pending *pending) {
+    size_t n;
+    const unsigned char *token = tokenizer_token(t, id, &n);
+    if (tokenizer_is_bytes(t)) {
+        fwrite(token, 1, n, stdout);
+        return 0;
+    }
+    unsigned char *out = malloc(3 * (n + PENDING)); // each byte may become a U+FFFD
+    if (!out) return fail("out of memory: a token of %zu bytes", n);
+    fwrite(out, 1, utf8_push(pending, token, n, out), stdout);
+    free(out);
+    return 0;
+}
+
+// text: a NUL follows its bytes. 0, or -1 after fail().
 static int print_decoded(const Tokenizer *t, const char *text, size_t bytes) {
     Utf8Pending pending = {.n = 0};
-    const char *p = text, *end = text + bytes;
-    for (;;) {
-        while (p < end && strchr(" \t\r\n,", *p) && *p) p++;
+    const char *end = text + bytes;
+    for (const char *p = text;;) {
+        while (p < end && is_separator(*p)) p++;
         if (p == end) break;
+        size_t at = (size_t)(p - text);
         char *stop;
         errno = 0;
         long id = strtol(p, &stop, 10);
-        if (stop == p || errno || (stop < end && (!*stop || !strchr(" \t\r\n,", *stop))))
-            return fail("byte %zu of the input is not part of a token id", (size_t)(p - text));
+        if (stop == p || errno || (stop < end && !is_separator(*stop)))
+            return fail("byte %zu of the input is not part of a token id", at);
         if (id < 0 || id > INT_MAX || !tokenizer_has(t, (int)id))
-            return fail("token id %ld at byte %zu is not in the tokenizer of %d ids", id,
-                        (size_t)(p - text), tokenizer_size(t));
-        size_t n;
-        const unsigned char *token = tokenizer_token(t, (int)id, &n);
-        unsigned char *out = malloc(3 * (n + 4));
-        if (!out) return fail("out of memory: a token of %zu bytes", n);
-        if (tokenizer_is_bytes(t)) fwrite(token, 1, n, stdout);
-        else fwrite(out, 1, utf8_push(&pending, token, n, out), stdout);
-        free(out);
+            return fail("token id %ld at byte %zu is not in the tokenizer of %d ids", id, at,
+                        tokenizer_size(t));
+        if (print_token(t, (int)id, &pending)) return -1;
         p = stop;
     }
-    unsigned char out[16];
+    unsigned char out[3 * PENDING];
     fwrite(out, 1, utf8_flush(&pending, out), stdout);
     return 0;
 }
@@ -86,41 +111,55 @@ static int print_ids(const Tokenizer *t, const char *text, size_t bytes) {
     return 0;
 }
 
+// path: of the text, "-" for stdin. 0, or -1 after fail().
+static int tokenize_file(const Tokenizer *t, const char *path, bool decode) {
+    size_t bytes = 0;
+    char *text = read_text(path, &bytes);
+    if (!text) return -1;
+    int result = decode ? print_decoded(t, text, bytes) : print_ids(t, text, bytes);
+    free(text);
+    return result ? fail_in(path) : 0;
+}
+
 static int command_tokenize(int argc, char **argv) {
     bool decode = false, mapped = false;
-    const Option options[] = {{"--decode", "",
-                               "token ids (between spaces, commas or line ends) to text",
-                               OPT_SWITCH, &decode, 0, 0}};
+    const Option options[] = {
+        OPTION_SWITCH("--decode", &decode,
+                      "token ids (between spaces, commas or line ends) to text"),
+    };
     const char *rest[2] = {NULL, "-"};
-    if (wants_help(argc, argv)) return print_help(TOKENIZE_USAGE, options, COUNT(options)), 0;
+    if (wants_help(argc, argv)) return print_help(TOKENIZE_USAGE, options, COUNT(options));
     int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
-    if (n < 1) return n < 0 ? -1 : fail("tokenize needs a model.bin or a tokenizer file");
-    Model *m = NULL;
-    Tokenizer *alone = NULL;
-    size_t file_bytes = 0, bytes = 0;
-    unsigned char *file = file_map(rest[0], &file_bytes, &mapped);
-    int result = file ? 0 : -1;
-    if (file && file_bytes >= 4 && !memcmp(file, "mtok", 4))
-        result = (alone = tokenizer_open(file, file_bytes)) ? 0 : fail_in(rest[0]);
-    else if (file) result = (m = mamba_load(rest[0])) ? 0 : -1;
-    char *text = result ? NULL : read_text(rest[1], &bytes);
-    const Tokenizer *t = m ? m->tokenizer : alone;
-    if (!text) result = -1;
-    else if ((result = decode ? print_decoded(t, text, bytes) : print_ids(t, text, bytes)))
-        fail_in(rest[1]);
-    free(text);
-    if (alone) tokenizer_close(alone);
-    if (file) file_unmap(file, file_bytes, mapped);
-    mamba_free(m);
+    if (n < 0) return -1;
+    if (n < 1) return fail("tokenize needs a model.bin or a tokenizer file");
+    size_t bytes = 0;
+    unsigned char *file = file_map(rest[0], &bytes, &mapped);
+    if (!file) return -1;
+    int result = -1;
+    if (bytes >= 4 && !memcmp(file, "mtok", 4)) { // a tokenizer file
+        Tokenizer *t = tokenizer_open(file, bytes);
+        if (t) result = tokenize_file(t, rest[1], decode);
+        else fail_in(rest[0]);
+        if (t) tokenizer_close(t);
+    } else {
+        Model *m = mamba_load(rest[0]);
+        if (m) result = tokenize_file(m->tokenizer, rest[1], decode);
+        mamba_free(m);
+    }
+    file_unmap(file, bytes, mapped);
     return result;
 }
 
 // --- logits
 
-static const char LOGITS_USAGE[] = "mamba logits model.bin \"prompt\" [--all] [-o FILE]\n"
-                                   "mamba logits model.bin --tokens 1,2,3 [--all] [-o FILE]\n\n"
-                                   "The logits after the last token, or after each: V numbers a "
-                                   "line, or with -o raw little-endian float32, (L,V).\n";
+// clang-format off
+static const char LOGITS_USAGE[] =
+    "mamba logits model.bin \"prompt\" [--all] [-o FILE]\n"
+    "mamba logits model.bin --tokens 1,2,3 [--all] [-o FILE]\n"
+    "\n"
+    "The logits after the last token, or after each: V numbers a line, or with -o raw\n"
+    "little-endian float32, (L,V).\n";
+// clang-format on
 
 typedef struct {
     FILE *raw; // NULL: text
@@ -154,19 +193,45 @@ static int parse_ids(const char *text, int32_t **ids, size_t *n) {
     }
 }
 
+// The ids (n) of a prompt, "-" for stdin. 0, or -1 after fail().
+static int encode_prompt(const Model *m, const char *prompt, int32_t **ids, size_t *n) {
+    size_t bytes = strlen(prompt);
+    char *read = NULL;
+    if (!strcmp(prompt, "-")) {
+        read = read_text("-", &bytes);
+        if (!read) return -1;
+    }
+    int result = mamba_encode(m, read ? read : prompt, bytes, ids, n) ? fail_in("prompt") : 0;
+    free(read);
+    return result;
+}
+
+// Reads ids (n) and writes the logits to the file path, or to stdout where it is NULL. 0, or -1
+// after fail().
+static int write_all_logits(Session *x, const int32_t *ids, size_t n, bool all, const char *path) {
+    NewFile file = {.f = NULL};
+    if (path && new_file_open(&file, path, true)) return -1;
+    LogitsWriter writer = {file.f, x->model->config.V};
+    int result =
+        mamba_prefill(x->model, x->acts, x->state, ids, n, all ? write_logits : NULL, &writer);
+    if (result == 0 && !all) write_logits(&writer, x->state->logits);
+    if (result == 0 && path) return new_file_commit(&file);
+    new_file_discard(&file);
+    return result;
+}
+
 static int command_logits(int argc, char **argv) {
     bool all = false;
     long threads = default_threads();
-    const char *tokens = NULL, *path = NULL, *rest[2];
+    const char *tokens = NULL, *path = NULL, *rest[2] = {NULL, NULL};
     const Option options[] = {
-        {"--tokens", "LIST", "token ids between commas, instead of a prompt", OPT_TEXT, &tokens, 0,
-         0},
-        {"--all", "", "after every token, not only the last", OPT_SWITCH, &all, 0, 0},
-        {"-o", "FILE", "write raw float32 instead of text", OPT_TEXT, &path, 0, 0},
+        OPTION_TEXT("--tokens", "LIST", &tokens, "token ids between commas, instead of a prompt"),
+        OPTION_SWITCH("--all", &all, "after every token, not only the last"),
+        OPTION_TEXT("-o", "FILE", &path, "write raw float32 instead of text"),
         BACKEND_OPTIONS,
-        {"-T", "N", "threads; the result does not depend on it", OPT_INT, &threads, 1, 1024},
+        THREADS_OPTION(&threads),
     };
-    if (wants_help(argc, argv)) return print_help(LOGITS_USAGE, options, COUNT(options)), 0;
+    if (wants_help(argc, argv)) return print_help(LOGITS_USAGE, options, COUNT(options));
     int n_rest = parse_options(argc, argv, options, COUNT(options), rest, 2);
     if (n_rest < 0) return -1;
     if (n_rest != (tokens ? 1 : 2))
@@ -180,25 +245,11 @@ static int command_logits(int argc, char **argv) {
     Session x;
     if (session_open(&x, rest[0], threads)) return -1;
     int32_t *ids = NULL, start = start_token(&x.model->config);
-    size_t n = 0, bytes = tokens ? 0 : strlen(rest[1]);
-    char *text = !tokens && !strcmp(rest[1], "-") ? read_text("-", &bytes) : NULL;
-    int result = tokens ? parse_ids(tokens, &ids, &n) : 0;
-    if (!tokens && !strcmp(rest[1], "-") && !text) result = -1;
-    if (!tokens && result == 0 && mamba_encode(x.model, text ? text : rest[1], bytes, &ids, &n))
-        result = fail_in("prompt");
-    if (result == 0 && n == 0 && start < 0)
-        result = fail("an empty prompt, and no end-of-text token to start from");
-    LogitsWriter writer = {.V = x.model->config.V};
-    NewFile file = {.f = NULL};
-    if (result == 0 && path) result = new_file_open(&file, path, true);
-    writer.raw = file.f;
-    if (result == 0)
-        result = mamba_prefill(x.model, x.acts, x.state, n ? ids : &start, n ? n : 1,
-                               all ? write_logits : NULL, &writer);
-    if (result == 0 && !all) write_logits(&writer, x.state->logits);
-    if (result == 0 && path) result = new_file_commit(&file);
-    else new_file_discard(&file);
-    free(text);
+    size_t n = 0;
+    int result = tokens ? parse_ids(tokens, &ids, &n) : encode_prompt(x.model, rest[1], &ids, &n);
+    if (result == 0 && n > 0) result = write_all_logits(&x, ids, n, all, path);
+    else if (result == 0 && start >= 0) result = write_all_logits(&x, &start, 1, all, path);
+    else if (result == 0) result = fail("an empty prompt, and no end-of-text token to start from");
     free(ids);
     session_close(&x);
     return result;

@@ -1,5 +1,9 @@
-// Bytes per second that `threads` threads read together, each its own part of a buffer far larger
-// than the caches.
+// cpu/ceilings.h: what this machine can do at most, for the benchmark: the rate at which vectors
+// are read from memory, and the rate of the inner loop of cpu/matmul.h. It replaces the plain
+// read_bandwidth and multiply_rate of cli/bench.h, which includes it.
+
+// Bytes per second that `threads` threads read together. Each reads its own part of a buffer that
+// is far larger than the caches.
 static double read_bandwidth(const float *buffer, size_t floats, int threads) {
     double start = seconds();
     (void)threads;
@@ -14,8 +18,7 @@ static double read_bandwidth(const float *buffer, size_t floats, int threads) {
     return (double)floats * sizeof(float) / (seconds() - start);
 }
 
-// Multiply-adds of the product's own inner loop on data that stays in the cache, times two:
-// operations per second.
+// Operations per second of micro_kernel() on data in the cache; a multiply-add counts as two.
 static double multiply_rate(int threads) {
     enum { ROUNDS = 4000, DEPTH = 128 };
     double start = seconds();
@@ -28,8 +31,8 @@ static double multiply_rate(int threads) {
         for (int i = 0; i < ROUNDS; i++) {
             a[i % (DEPTH * MR)] += 1; // no two rounds are the same
             micro_kernel(tile, a, b, DEPTH);
-            bench_sink =
-                tile[i % (MR * NR)]; // any of them, or the compiler would only compute the one
+            // A different sum each round: of a fixed one the compiler would compute nothing else.
+            bench_sink = tile[i % (MR * NR)];
         }
     }
     return 2.0 * ROUNDS * DEPTH * MR * NR * threads / (seconds() - start);

@@ -1,4 +1,5 @@
-// cpu/fast_names.h: the end of cpu/plain_names.h. From here on the names mean the fast forms.
+// cpu/fast_names.h: the end of what cpu/plain_names.h begins. From here on the names mean the fast
+// forms, which the rest of cpu/ defines.
 
 #undef tensor_widen
 #undef rmsnorm

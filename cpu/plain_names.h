@@ -1,5 +1,7 @@
-// cpu/plain_names.h: both forms of an operation exist in a build with cpu/. From here to
-// cpu/fast_names.h, mamba.c's plain forms are compiled under names that end in _plain.
+// cpu/plain_names.h: a build with cpu/ has both forms of each operation below. From here to
+// cpu/fast_names.h the plain forms of mamba.c are compiled under names that end in _plain.
+//
+// A new fast form adds its name here, in cpu/fast_names.h and in tests/test_plain.h.
 
 #define tensor_widen tensor_widen_plain
 #define rmsnorm rmsnorm_plain

@@ -1,5 +1,13 @@
-// xn (T,D) = x / rms(x) * weight. weight NULL: FalconMamba's weightless norm. x and xn may be the
-// same array; ld is the distance between rows of both.
+// cpu/rows.h: the fast forms of the operations on rows: rmsnorm, add_rows, sum_rows, sum_squares,
+// log_sum_exp, cross_entropy, conv1d_silu, softplus_bias and gate, and of their backward passes.
+//
+// The idea is the same everywhere: the channels of a row are taken VL at a time, and the last
+// vector of a row has fewer lanes. mamba.c has the definitions, the shapes and the equations.
+// Sums over a row are made lane by lane, so their order depends on VL and not on the threads.
+// In this file n is the number of lanes of the vector in hand.
+
+// --- RMSNorm and sums
+
 static void rmsnorm(float *xn, const float *x, const float *weight, float eps, int T, int D,
                     size_t ld) {
 #pragma omp for
@@ -33,8 +41,8 @@ static void rmsnorm_backward(const NormGrad *d, const float *d_xn, const float *
     }
     if (weight) {
 #pragma omp for
-        for (int block = 0; block < (D + VL - 1) / VL; block++) {
-            int i = block * VL, n = lanes_left(i, D);
+        for (int i = 0; i < D; i += VL) {
+            int n = lanes_left(i, D);
             vec sum = load_n(d->d_weight + i, n);
             for (int t = 0; t < T; t++)
                 sum += load_n(d_xn + (size_t)t * ld + i, n) * load_n(x + (size_t)t * ld + i, n) *
@@ -76,21 +84,22 @@ static void add_rows(float *out, const float *a, const float *b, int T, int D) {
 
 static void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
 #pragma omp for
-    for (int block = 0; block < (D + VL - 1) / VL; block++) {
-        int d = block * VL, n = lanes_left(d, D);
+    for (int d = 0; d < D; d += VL) {
+        int n = lanes_left(d, D);
         vec sum = load_n(out + d, n);
         for (int t = 0; t < T; t++) sum += load_n(x + (size_t)t * ld + d, n);
         store_n(out + d, sum, n);
     }
 }
 
-// Float lanes within a block of 4096, blocks in double.
+// Floats within 4096 numbers, doubles beyond.
 static double sum_squares(const float *x, size_t n) {
+    enum { IN_FLOAT = 4096 };
     double sum = 0;
-    for (size_t i = 0; i < n; i += 4096) {
+    for (size_t start = 0; start < n; start += IN_FLOAT) {
         vec squares = splat(0);
-        for (size_t k = i; k < n && k < i + 4096; k += VL) {
-            vec v = load_n(x + k, n - k < VL ? (int)(n - k) : VL);
+        for (size_t i = start; i < n && i < start + IN_FLOAT; i += VL) {
+            vec v = load_n(x + i, n - i < VL ? (int)(n - i) : VL);
             squares += v * v;
         }
         sum += (double)sum_lanes(squares);
@@ -98,15 +107,16 @@ static double sum_squares(const float *x, size_t n) {
     return sum;
 }
 
-// Float lanes within a block, blocks in double: a vocabulary of 50,000 loses nothing.
+// --- cross-entropy
+
+// Floats within 64 vectors, doubles beyond: a vocabulary of 50,000 loses nothing.
 static double log_sum_exp(const float *logits, int V) {
     float highest = logits[0];
     for (int v = 1; v < V; v++) highest = logits[v] > highest ? logits[v] : highest;
     double sum = 0;
-    for (int block = 0; block < V; block += 64 * VL) {
+    for (int start = 0; start < V; start += 64 * VL) {
         vec part = splat(0);
-        int end = V - block < 64 * VL ? V : block + 64 * VL;
-        int v = block;
+        int end = V - start < 64 * VL ? V : start + 64 * VL, v = start;
         for (; v + VL <= end; v += VL) part += exp_vec(load(logits + v) - highest);
         sum += (double)sum_lanes(part);
         for (; v < end; v++) sum += exp((double)(logits[v] - highest));
@@ -130,7 +140,9 @@ static void cross_entropy(float *losses, float *logits, const int32_t *targets, 
     }
 }
 
-// Prefill and training: rows are whole in memory, so threads share rows.
+// --- conv1d + SiLU
+
+// Prefill and training: threads share rows.
 static void conv1d_silu_rows(float *u, const LayerState *seq, const Conv *c) {
     const int L = c->L, E = c->E, K = c->K;
     const float *conv_t = c->conv_t, *bias = c->bias;
@@ -138,9 +150,11 @@ static void conv1d_silu_rows(float *u, const LayerState *seq, const Conv *c) {
     for (int row = 0; row < c->B * L; row++) {
         int b = row / L, t = row % L, e = 0;
         const float *window = seq[b].window;
-        const float *past = conv_input(c, window, b, t < K - 1 ? 0 : t - K + 1); // the first tap's
+        // What the first tap meets. The input of the next tap lies 2 E floats later, unless some of
+        // the K inputs are still in the window.
+        const float *past = conv_input(c, window, b, t < K - 1 ? 0 : t - K + 1);
         float *to = u + (size_t)row * E;
-        for (; t >= K - 1 && e + VL <= E; e += VL) { // nearly all of it
+        for (; t >= K - 1 && e + VL <= E; e += VL) { // nearly all
             vec sum = bias ? load(bias + e) : splat(0);
             for (int k = 0; k < K; k++)
                 sum += load(conv_t + (size_t)k * E + e) * load(past + (size_t)k * 2 * E + e);
@@ -154,17 +168,16 @@ static void conv1d_silu_rows(float *u, const LayerState *seq, const Conv *c) {
                        load_n(conv_input(c, window, b, t - K + 1 + k) + e, n);
             store_n(to + e, sum, n);
         }
-        // SiLU in a loop of its own: a shorter chain each.
+        // SiLU has its own loop: two short chains overlap better than one long one.
         for (e = 0; e + VL <= E; e += VL) store(to + e, silu_vec(load(to + e)));
         if (e < E) store_n(to + e, silu_vec(load_n(to + e, E - e)), E - e);
     }
     conv_shift(seq, c);
 }
 
-// One token of one sequence, n channels from e: the window moves on in the same pass.
-INLINE void conv1d_silu_lanes(float *u, float *window, const float *x, const Conv *c, int e,
-                              int n) {
-    const int E = c->E, K = c->K;
+// One token of one sequence, a vector of channels from e on. The window moves on in the same pass.
+INLINE void conv1d_silu_token(float *u, float *window, const float *x, const Conv *c, int e) {
+    const int E = c->E, K = c->K, n = lanes_left(e, E);
     vec now = load_n(x + e, n), sum = now * load_n(c->conv_t + (size_t)(K - 1) * E + e, n);
     if (c->bias) sum += load_n(c->bias + e, n);
     for (int k = 0; k < K - 1; k++) {
@@ -181,25 +194,25 @@ static void conv1d_silu(float *u, const LayerState *seq, const Conv *c) {
         conv1d_silu_rows(u, seq, c);
         return;
     }
-    const int E = c->E, blocks = (E + STEP_LANES - 1) / STEP_LANES;
+    const int E = c->E, row_tasks = (E + STEP_LANES - 1) / STEP_LANES;
 #pragma omp for
-    for (int task = 0; task < c->B * blocks; task++) {
-        int b = task / blocks, e0 = task % blocks * STEP_LANES;
+    for (int task = 0; task < c->B * row_tasks; task++) {
+        int b = task / row_tasks, e0 = task % row_tasks * STEP_LANES;
         for (int e = e0; e < E && e < e0 + STEP_LANES; e += VL)
-            conv1d_silu_lanes(u + (size_t)b * E, seq[b].window, c->xz + (size_t)b * 2 * E, c, e,
-                              lanes_left(e, E));
+            conv1d_silu_token(u + (size_t)b * E, seq[b].window, c->xz + (size_t)b * 2 * E, c, e);
     }
 }
 
-// One sequence, n channels from e.
+// One sequence, a vector of channels from e on. c is computed again, then its gradient d_c; from
+// d_c come d_bias, d_conv and d_x.
 INLINE void conv1d_silu_backward_lanes(const ConvGrad *d, const float *d_u, const float *window,
-                                       const Conv *c, int b, int e, int n) {
-    const int L = c->L, E = c->E, K = c->K;
+                                       const Conv *c, int b, int e) {
+    const int L = c->L, E = c->E, K = c->K, n = lanes_left(e, E);
     const float *conv_t = c->conv_t;
     size_t row = (size_t)b * L;
     float *d_c = d->d_c;
     vec d_b = splat(0);
-    for (int t = 0; t < L; t++) {
+    for (int t = 0; t < L; t++) { // d_c = d_u silu'(c)
         vec sum = c->bias ? load_n(c->bias + e, n) : splat(0);
         for (int k = 0; k < K; k++)
             sum += load_n(conv_t + (size_t)k * E + e, n) *
@@ -210,7 +223,7 @@ INLINE void conv1d_silu_backward_lanes(const ConvGrad *d, const float *d_u, cons
         d_b += dc;
     }
     if (c->bias) store_n(d->d_bias + e, load_n(d->d_bias + e, n) + d_b, n);
-    for (int k = 0; k < K; k++) {
+    for (int k = 0; k < K; k++) { // d_conv[k] += sum over t of d_c_t x_{t-K+1+k}
         float lane[VL];
         vec sum = splat(0);
         for (int t = 0; t < L; t++)
@@ -219,14 +232,14 @@ INLINE void conv1d_silu_backward_lanes(const ConvGrad *d, const float *d_u, cons
         store(lane, sum);
         for (int i = 0; i < n; i++) d->d_conv[(size_t)(e + i) * K + k] += lane[i];
     }
+    // d_x_t = sum over k of conv[k] d_c_{t+K-1-k}; inputs before t = 0 are the window's
     float *d_window = d->d_window + (size_t)b * (K - 1) * E;
-    for (int t = 1 - K; t < L; t++) { // inputs before t = 0 are the window's
+    for (int t = 1 - K; t < L; t++) {
         vec dx = splat(0);
         for (int k = K - 1; k >= 0; k--) {
             int later = t + K - 1 - k;
-            if (later >= 0 && later < L)
-                dx +=
-                    load_n(conv_t + (size_t)k * E + e, n) * load_n(d_c + (size_t)later * E + e, n);
+            if (later < 0 || later >= L) continue;
+            dx += load_n(conv_t + (size_t)k * E + e, n) * load_n(d_c + (size_t)later * E + e, n);
         }
         if (t >= 0) store_n(d->d_xz + (row + t) * 2 * E + e, dx, n);
         else store_n(d_window + (size_t)(K - 1 + t) * E + e, dx, n);
@@ -237,33 +250,36 @@ static void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const floa
                                  const Conv *c) {
     const int E = c->E;
 #pragma omp for
-    for (int block = 0; block < (E + VL - 1) / VL; block++)
+    for (int e = 0; e < E; e += VL)
         for (int b = 0; b < c->B; b++)
-            conv1d_silu_backward_lanes(d, d_u, window + (size_t)b * (c->K - 1) * E, c, b,
-                                       block * VL, lanes_left(block * VL, E));
+            conv1d_silu_backward_lanes(d, d_u, window + (size_t)b * (c->K - 1) * E, c, b, e);
 }
 
-// --- element by element
+// --- delta and the gate
+//
+// In a step the operations softplus_bias, scan and gate need no barrier between them. A task of
+// each is STEP_LANES channels of one row. All three loops have the same number of tasks, a static
+// schedule and the same team, so OpenMP gives the same tasks to the same thread. A task reads only
+// what the same task of the operation before has written: delta and y of its channels. (B_ssm and
+// C_ssm come from matmul, which ends with a barrier.) gate ends with the barrier.
 
 INLINE void softplus_lanes(float *p, const float *dt_bias, int n) {
     store_n(p, softplus_vec(load_n(p, n) + load_n(dt_bias, n)), n);
 }
 
-// Whole vectors apart from the rest: a test of n in each load doubles the time.
+// Channels e .. end of a row. The last vector is apart: a test of n in every load doubles the time.
 INLINE void softplus_channels(float *delta, const float *dt_bias, int e, int end) {
     for (; e + VL <= end; e += VL) softplus_lanes(delta + e, dt_bias + e, VL);
     if (e < end) softplus_lanes(delta + e, dt_bias + e, end - e);
 }
 
-// In a step, softplus, scan and gate have the same tasks, and a static schedule gives the same ones
-// to the same thread: no thread waits for another between them.
 static void softplus_bias(float *delta, const float *dt_bias, Rows rows, int E) {
-    const int blocks = (E + STEP_LANES - 1) / STEP_LANES;
+    const int row_tasks = (E + STEP_LANES - 1) / STEP_LANES;
     if (rows.step) {
 #pragma omp for schedule(static) nowait
-        for (int task = 0; task < rows.T * blocks; task++) {
-            int e = task % blocks * STEP_LANES, end = E - e < STEP_LANES ? E : e + STEP_LANES;
-            softplus_channels(delta + (size_t)(task / blocks) * E, dt_bias, e, end);
+        for (int task = 0; task < rows.T * row_tasks; task++) {
+            int e = task % row_tasks * STEP_LANES, end = E - e < STEP_LANES ? E : e + STEP_LANES;
+            softplus_channels(delta + (size_t)(task / row_tasks) * E, dt_bias, e, end);
         }
     } else {
 #pragma omp for
@@ -292,18 +308,17 @@ INLINE void gate_channels(float *g, const float *y, const float *z, int e, int e
 }
 
 static void gate(float *g, const float *y, const float *xz, Rows rows, int E) {
-    const int blocks = (E + STEP_LANES - 1) / STEP_LANES;
+    const int row_tasks = (E + STEP_LANES - 1) / STEP_LANES;
     if (rows.step) {
 #pragma omp for schedule(static)
-        for (int task = 0; task < rows.T * blocks; task++) {
-            size_t t = (size_t)(task / blocks);
-            int e = task % blocks * STEP_LANES, end = E - e < STEP_LANES ? E : e + STEP_LANES;
+        for (int task = 0; task < rows.T * row_tasks; task++) {
+            size_t t = (size_t)(task / row_tasks);
+            int e = task % row_tasks * STEP_LANES, end = E - e < STEP_LANES ? E : e + STEP_LANES;
             gate_channels(g + t * E, y + t * E, xz + (t * 2 + 1) * E, e, end);
         }
     } else {
 #pragma omp for
-        for (int row = 0; row < rows.T; row++) {
-            size_t t = (size_t)row;
+        for (size_t t = 0; t < (size_t)rows.T; t++) {
             gate_channels(g + t * E, y + t * E, xz + (t * 2 + 1) * E, 0, E);
         }
     }

@@ -1,11 +1,16 @@
-// ---------------------------------------------------------------------------------------------------------------------
-// 2 Vectors: VL floats at a time
-// gcc's and clang's vector extensions, on processors known to have vectors: ordinary arithmetic on
-// VL lanes. Elsewhere VL = 1, where `vec` is a float and the same lines are plain C. Accuracy,
-// checked in test_all.c: exp 1.5 ulp for x in [-86, 88], softplus and silu 3 ulp where the answer
-// is above 1e-37; below that they stop at about that size. A NaN stays NaN.
+// cpu/vectors.h: the words that the fast forms are written in. It replaces no operation of mamba.c.
+//
+// A vec is VL floats side by side. With gcc and clang it is a vector of the compiler's, and
+// ordinary arithmetic works on all its lanes. Elsewhere VL = 1: a vec is a float, and the same
+// lines are plain C. The name of a function says what it does to each lane.
+//
+// Everything in cpu/ knows the types of mamba.c, and nothing of cli/.
+//
+// Accuracy, which tests/test_vectors.h checks: exp_vec 1.5 ulp for x in [-86, 88]; softplus_vec and
+// silu_vec 3 ulp where the answer is above 1e-37, and smaller answers stop near 1e-37. A NaN stays
+// a NaN.
 
-#ifndef VL // -DVL=1, 4, 8 or 16 chooses for the tests; 1 works everywhere
+#ifndef VL // -DVL=1, 4, 8 or 16 chooses another width; 1 works everywhere
 #if !defined(__GNUC__)
 #define VL 1
 #elif defined(__AVX512F__)
@@ -18,11 +23,13 @@
 #define VL 1
 #endif
 #endif
-// exp_vec rounds by adding a large float: sums must be rounded to float, not kept wider.
+// exp_vec() rounds by adding a large float. That needs sums that are rounded to float.
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
 #error "float sums are kept in a wider format; on 32-bit x86 add -msse2 -mfpmath=sse"
 #endif
 
+// vec, ivec, uvec: VL floats, int32_t, uint32_t. hvec: VL halves. vec4: always 4 floats.
+// LANES_OF converts each lane to another type.
 #if VL > 1
 typedef float vec __attribute__((vector_size(4 * VL)));
 typedef float vec4 __attribute__((vector_size(16)));
@@ -30,10 +37,8 @@ typedef int32_t ivec __attribute__((vector_size(4 * VL)));
 typedef uint32_t uvec __attribute__((vector_size(4 * VL)));
 typedef uint16_t hvec __attribute__((vector_size(2 * VL)));
 #define LANES_OF(type, v) __builtin_convertvector(v, type)
-// 0 or -1 in each lane
-#define MASK(condition) ((ivec)(condition))
-// The order in which load_halves puts a zero before each half, where the compiler is gcc; every
-// second of 2 VL lanes.
+#define MASK(condition) ((ivec)(condition)) // -1 in each lane where the condition holds, else 0
+// For load_halves() with gcc, little-endian: the lanes of a vector of halves, each after a zero.
 #if __GNUC__ >= 12 && !defined(__clang__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #if VL == 16
 #define HALVES_ORDER \
@@ -45,6 +50,7 @@ typedef uint16_t hvec __attribute__((vector_size(2 * VL)));
 #define HALVES_ORDER 4, 0, 4, 1, 4, 2, 4, 3
 #endif
 #endif
+// Lanes c, c + 2, c + 4 ... of two vectors in a row.
 #if VL == 16
 #define EVERY_SECOND(c) \
     c, 2 + c, 4 + c, 6 + c, 8 + c, 10 + c, 12 + c, 14 + c, 16 + c, 18 + c, 20 + c, 22 + c, 24 + c, \
@@ -67,34 +73,39 @@ typedef uint16_t hvec;
 #define LANES_OF(type, v) ((type)(v))
 #define MASK(condition) (-(ivec)(condition))
 #endif
-#define PAIR (2 * VL)                                // what the product of few rows takes at a time
-enum { SCAN_SETS = 4, SCAN_WIDTH = SCAN_SETS * VL }; // channels of a task of the backward scan
+// A task of scan_backward() has SCAN_WIDTH channels: SCAN_VECTORS vectors.
+enum { SCAN_VECTORS = 4, SCAN_WIDTH = SCAN_VECTORS * VL };
 
 #if defined(__has_builtin) // gcc from 12, clang
 #if __has_builtin(__builtin_shufflevector)
 #define HAS_SHUFFLE 1
 #endif
 #endif
+// INLINE: always inlined, so that constant arguments make a kernel of their own.
+// NO_INLINE: one piece of machine code, wherever it is called from.
+// PREFETCH: the cache line `bytes` after p is fetched while other work goes on.
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
-#define PREFETCH(p, ahead) __builtin_prefetch((const void *)((uintptr_t)(p) + (ahead)))
+#define PREFETCH(p, bytes) __builtin_prefetch((const void *)((uintptr_t)(p) + (bytes)))
 #if defined(__clang__)
-#define APART __attribute__((noinline)) // one piece of machine code, wherever it is called from
+#define NO_INLINE static __attribute__((noinline))
 #else
-#define APART __attribute__((noinline, noclone))
+#define NO_INLINE static __attribute__((noinline, noclone))
 #endif
 #else
-#define APART
 #define INLINE static inline
-#define PREFETCH(p, ahead) ((void)0)
+#define PREFETCH(p, bytes) ((void)0)
+#define NO_INLINE static
 #endif
 
+// A short loop over registers: gcc unrolls it at -O2 too. clang does so without being told.
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define UNROLLED_FOR(...) \
-    _Pragma("GCC unroll 16") for (__VA_ARGS__) // at -O2 too; clang does it of itself
+#define UNROLLED_FOR(...) _Pragma("GCC unroll 16") for (__VA_ARGS__)
 #else
 #define UNROLLED_FOR(...) for (__VA_ARGS__)
 #endif
+
+// --- memory
 
 INLINE vec splat(float x) { return x - (vec){0}; }
 INLINE vec load(const float *p) {
@@ -103,28 +114,47 @@ INLINE vec load(const float *p) {
     return v;
 }
 INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
-// The first n lanes; the others are zero, or are left as they were in memory. What is seldom taken
-// stands apart.
-APART static vec load_part(const float *p, int n) {
+
+// load_n, store_n: the first n lanes. Lanes that are not loaded are zero; floats that are not
+// stored stay as they were. n < VL is the rare case, kept out of line.
+NO_INLINE vec load_part(const float *p, int n) {
     vec v = splat(0);
     memcpy(&v, p, (size_t)n * sizeof(float));
     return v;
 }
-APART static void store_part(float *p, vec v, int n) { memcpy(p, &v, (size_t)n * sizeof(float)); }
+NO_INLINE void store_part(float *p, vec v, int n) { memcpy(p, &v, (size_t)n * sizeof(float)); }
 INLINE vec load_n(const float *p, int n) { return n == VL ? load(p) : load_part(p, n); }
 INLINE void store_n(float *p, vec v, int n) {
     if (n == VL) store(p, v);
     else store_part(p, v, n);
 }
+
+// How many lanes a vector that starts at element `at` of `count` has.
+INLINE int lanes_left(int at, int count) { return count - at < VL ? count - at : VL; }
+
+// p[c], p[c + 2], p[c + 4] ... with c 0 or 1.
+INLINE vec every_second(const float *p, int c) {
 #if VL > 1
+    vec first = load(p), second = load(p + VL);
+    return c ? SHUFFLE(first, second, EVERY_SECOND(1)) : SHUFFLE(first, second, EVERY_SECOND(0));
+#else
+    return p[c];
+#endif
+}
+
+// --- across lanes
+
+#if VL > 1
+// Adds the upper half of the lanes to the lower half, until four are left.
 INLINE vec4 fold_lanes(vec v) {
     vec4 part[VL / 4];
     memcpy(part, &v, sizeof v);
-    for (int half = VL / 8; half; half /= 2)
-        for (int i = 0; i < half; i++) part[i] += part[i + half];
+    for (int parts = VL / 8; parts; parts /= 2)
+        for (int i = 0; i < parts; i++) part[i] += part[i + parts];
     return part[0];
 }
 #endif
+
 INLINE float sum_lanes(vec v) {
 #if VL > 1
     vec4 p = fold_lanes(v);
@@ -133,8 +163,8 @@ INLINE float sum_lanes(vec v) {
     return v;
 #endif
 }
-// to (4,4), rows ldt apart = from (4,4)^T, rows ldf apart. As vectors: element by element, packing
-// took a fifth of prefill.
+
+// to (4,4) = from (4,4)^T; ldt and ldf floats between their rows. Scalar code cost 20% of prefill.
 INLINE void transpose4(float *to, size_t ldt, const float *from, size_t ldf) {
 #if VL > 1 && defined(HAS_SHUFFLE)
     vec4 row[4], pair[4];
@@ -154,13 +184,13 @@ INLINE void transpose4(float *to, size_t ldt, const float *from, size_t ldf) {
 #endif
 }
 
-// to[i] = sum_lanes(v[i * apart]) (+ bias[i]) for four vectors, in one store: one by one they took
-// a tenth of a step of 8 sequences.
-INLINE void sum_lanes4(float *to, const vec *v, int apart, const float *bias) {
+// to[i] = sum_lanes(v[i * stride]) (+ bias[i]) for i = 0 .. 3, in one store. Four single sums cost
+// 10% of a step of 8 sequences.
+INLINE void sum_lanes4(float *to, const vec *v, int stride, const float *bias) {
 #if VL > 1
     vec4 p[4], b = {0};
     float lanes[16], across[16];
-    for (int i = 0; i < 4; i++) p[i] = fold_lanes(v[i * apart]);
+    for (int i = 0; i < 4; i++) p[i] = fold_lanes(v[i * stride]);
     memcpy(lanes, p, sizeof p);
     transpose4(across, 4, lanes, 4);
     memcpy(p, across, sizeof p);
@@ -168,9 +198,12 @@ INLINE void sum_lanes4(float *to, const vec *v, int apart, const float *bias) {
     p[0] = (p[0] + p[2]) + (p[1] + p[3]) + b;
     memcpy(to, p, sizeof p[0]);
 #else
-    for (int i = 0; i < 4; i++) to[i] = v[i * apart] + (bias ? bias[i] : 0);
+    for (int i = 0; i < 4; i++) to[i] = v[i * stride] + (bias ? bias[i] : 0);
 #endif
 }
+
+// --- bits and masks
+
 INLINE ivec as_int(vec v) {
     ivec bits;
     memcpy(&bits, &v, sizeof bits);
@@ -185,46 +218,6 @@ INLINE vec choose(ivec mask, vec yes, vec no) {
     return as_float((as_int(yes) & mask) | (as_int(no) & ~mask));
 }
 INLINE vec at_least(vec x, float lowest) { return choose(MASK(x < lowest), splat(lowest), x); }
-// p[c], p[c + 2], p[c + 4] ... with c 0 or 1.
-INLINE vec every_second(const float *p, int c) {
-#if VL > 1
-    vec a = load(p), b = load(p + VL);
-    return c ? SHUFFLE(a, b, EVERY_SECOND(1)) : SHUFFLE(a, b, EVERY_SECOND(0));
-#else
-    return p[c];
-#endif
-}
-INLINE int lanes_left(int e, int E) { return E - e < VL ? E - e : VL; }
-
-// e^x = 2^n e^r, |r| <= ln2/2. Below -86 the answer is e^-86 (4e-38), above 88 e^88, so that 2^n
-// stays a normal float. Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low
-// bits, ready to be moved to the exponent.
-INLINE vec exp_vec(vec x) {
-    x = choose(MASK(x < -86.0f), splat(-86.0f), choose(MASK(x > 88.0f), splat(88.0f), x));
-    vec n = x * 1.44269504f + 12582912.0f;
-    ivec exponent = (ivec)((uvec)as_int(n) << 23);
-    n = n - 12582912.0f;
-    vec r =
-        x - n * 0.693145752f - n * 1.42860677e-6f; // ln2 in two parts: the first product is exact
-    vec p = 0.0083687101f + r * 0.00138146128f; // minimax on [-ln2/2, ln2/2], relative error 3e-9
-    p = 0.0416683890f + r * p;
-    p = 0.166665211f + r * p;
-    p = 0.499999940f + r * p;
-    p = 1.0f + (r + r * r * p);
-    return as_float((ivec)((uvec)as_int(p) + (uvec)exponent));
-}
-
-// 2^x for -126 <= x <= 0, relative error 2e-7, unchecked: half the work of exp_vec, for the scan,
-// which takes E N of them a token. Exactly 1 at 0, and 1 - 2^x right to 3e-7 near it: that is how
-// long a state remembers.
-INLINE vec exp2_negative(vec x) {
-    vec n = x + 12582912.0f, r = x - (n - 12582912.0f);
-    vec p = 0.00967151299f + r * 0.00132647273f; // minimax on [-1/2, 1/2]
-    p = 0.0555073359f + r * p;
-    p = 0.240222424f + r * p;
-    p = 0.693147004f + r * p;
-    return as_float((ivec)((uvec)as_int(1.0f + r * p) + ((uvec)as_int(n) << 23)));
-}
 
 // Whether the condition, a MASK, holds in any lane.
 INLINE bool any_lane(ivec mask) {
@@ -234,55 +227,91 @@ INLINE bool any_lane(ivec mask) {
     return any != 0;
 }
 
+// --- functions
+
+// e^x = 2^n e^r with |r| <= ln2 / 2. Adding 1.5 * 2^23 rounds to an integer and leaves this integer
+// in the low bits, from where a shift moves it to the exponent. x is limited to [-86, 88], so that
+// 2^n is a normal float: the smallest answer is 4e-38.
+INLINE vec exp_vec(vec x) {
+    x = choose(MASK(x < -86.0f), splat(-86.0f), choose(MASK(x > 88.0f), splat(88.0f), x));
+    vec n = x * 1.44269504f + 12582912.0f;
+    ivec exponent = (ivec)((uvec)as_int(n) << 23);
+    n = n - 12582912.0f;
+    // ln2 has two parts, so that the first product is exact.
+    vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    // Minimax on [-ln2 / 2, ln2 / 2], relative error 3e-9.
+    vec p = 0.0083687101f + r * 0.00138146128f;
+    p = 0.0416683890f + r * p;
+    p = 0.166665211f + r * p;
+    p = 0.499999940f + r * p;
+    p = 1.0f + (r + r * r * p);
+    return as_float((ivec)((uvec)as_int(p) + (uvec)exponent));
+}
+
+// 2^x for -126 <= x <= 0, which the caller must see to. Relative error 2e-7, and half the work of
+// exp_vec: the scan takes E N of these a token. Exactly 1 at 0. Near 0, 1 - 2^x is right to 3e-7:
+// this difference decides how long a state remembers.
+INLINE vec exp2_negative(vec x) {
+    vec n = x + 12582912.0f, r = x - (n - 12582912.0f);
+    // Minimax on [-1/2, 1/2].
+    vec p = 0.00967151299f + r * 0.00132647273f;
+    p = 0.0555073359f + r * p;
+    p = 0.240222424f + r * p;
+    p = 0.693147004f + r * p;
+    return as_float((ivec)((uvec)as_int(1.0f + r * p) + ((uvec)as_int(n) << 23)));
+}
+
 INLINE vec silu_vec(vec x) { return x / (1.0f + exp_vec(-x)); }
 
-// softplus(x) = log(1 + e^x) = max(x, 0) + log1p(e^-|x|), which never overflows. log1p(e) = 2
-// atanh(e / (2 + e)) keeps full relative accuracy where e is tiny, and that is where a trained
-// delta lives (0.001 to 0.1).
+// softplus(x) = log(1 + e^x) = max(x, 0) + log1p(e^-|x|), which never overflows.
+// log1p(e) = 2 atanh(e / (2 + e)) keeps full relative accuracy where e is tiny. Trained models have
+// their delta there (0.001 to 0.1).
 INLINE vec softplus_vec(vec x) {
     vec e = exp_vec(as_float(as_int(x) | INT32_MIN));
     vec s = e / (2.0f + e), z = s * s;
-    vec p = 0.28001806f + z * 0.28011987f; // minimax for z in [0, 1/9], relative error 4e-9
+    // Minimax for z in [0, 1/9], relative error 4e-9.
+    vec p = 0.28001806f + z * 0.28011987f;
     p = 0.400215268f + z * p;
     p = 0.666664183f + z * p;
     vec log1p = s * 2.0f + s * (z * p);
     return choose(MASK(x > 0.0f), x, splat(0)) + log1p;
 }
 
-// 1 - e^-x for x >= 0, the derivative of softplus where softplus is x. Below 1/4 by its series: the
-// difference would cancel.
+// 1 - e^-x for x >= 0: the derivative of softplus at the point where softplus is x. Below 1/4 the
+// difference would cancel, so a series takes its place.
 INLINE vec one_minus_exp_minus(vec x) {
-    vec series =
-        x *
-        (1.0f - x * (0.5f - x * (0.166666667f -
-                                 x * (0.0416666667f - x * (0.00833333333f - x * 0.00138888889f)))));
+    vec p = 0.00833333333f - x * 0.00138888889f;
+    p = 0.0416666667f - x * p;
+    p = 0.166666667f - x * p;
+    p = 0.5f - x * p;
+    vec series = x * (1.0f - x * p);
     return choose(MASK(x < 0.25f), series, 1.0f - exp_vec(-x));
 }
 
-// --- storage types: VL weights to float32. A new type adds its reader and a line in TYPE_KERNELS;
-// nothing else changes.
+// --- storage types: VL weights become float32
 
-INLINE vec read_f32(const float *p) { return load(p); }
-// VL halves, each as the upper half of 32 bits, the lower one 0.
+// VL halves, each as the upper 16 of 32 bits; the lower 16 are 0. gcc's conversion takes the vector
+// apart and puts it together again: the shuffle made decoding of bf16 15% faster.
 INLINE uvec load_halves(const half *p) {
     hvec bits;
     memcpy(&bits, p, sizeof bits);
-#ifdef HALVES_ORDER // gcc converts by taking the vector apart and together again: decoding bf16
-                    // gained 15% by this
+#ifdef HALVES_ORDER
     return (uvec)__builtin_shufflevector(bits, (hvec){0}, HALVES_ORDER);
 #else
     return LANES_OF(uvec, bits) << 16;
 #endif
 }
-INLINE vec from_bf16(uvec wide) {
-    return as_float((ivec)wide);
-} // a bf16 is the upper half of a float32
-// f16: put exponent and mantissa where float32 has them, then multiply by 2^(127-15), which mends
-// the exponent's bias and makes subnormals come out exact. Infinities do not occur: export.py
-// refuses weights beyond f16's range.
+
+// A bf16 is the upper half of a float32.
+INLINE vec from_bf16(uvec wide) { return as_float((ivec)wide); }
+
+// f16: exponent and mantissa move to where float32 has them. Multiplying by 2^(127 - 15) corrects
+// the bias of the exponent and makes subnormal numbers exact. Infinities do not occur: export.py
+// refuses weights beyond the range of f16.
 INLINE vec from_f16(uvec wide) {
     vec magnitude = as_float((ivec)((wide & 0x7FFF0000u) >> 3)) * 0x1p112f;
     return as_float(as_int(magnitude) | (ivec)(wide & 0x80000000u));
 }
+
 INLINE vec read_bf16(const half *p) { return from_bf16(load_halves(p)); }
 INLINE vec read_f16(const half *p) { return from_f16(load_halves(p)); }

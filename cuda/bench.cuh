@@ -1,4 +1,4 @@
-// bench.cuh - ceilings of the machine and times of the scan.
+// bench.cuh - ceilings of the machine, the scan's check against its definition, and its times.
 // Included by mamba_cuda.cu.
 
 // Random numbers for benchmarks, uniform between low and high.
@@ -10,9 +10,9 @@ __global__ void random_kernel(T *x, size_t n, uint64_t seed, float low, float hi
             low + (high - low) * ((float)(mix(i + seed * 0x9E3779B97F4A7C15u) >> 40) * 0x1p-24f));
 }
 
-// The machine's ceilings: bytes read and written a second by a copy, operations a second of a bf16
-// product (either NULL: not asked), device memory in use by everybody, the GPU's name. 0, or -1
-// with a sentence.
+// The ceilings of the machine: bytes a second that a copy reads and writes, operations a second of
+// a product in bf16 (copy_bytes NULL: neither is measured); device memory in use by all programs;
+// the name of the GPU. 0, or -1 with a sentence.
 static int gpu_measure(double *copy_bytes, double *flops, double *used_bytes, char name[256]) {
     cudaDeviceProp properties;
     size_t free_bytes = 0, total = 0;
@@ -145,14 +145,14 @@ template <class T> static int scan_bench_open(Device *d, ScanBench<T> *x) {
     p.delta_raw = x->inputs, p.u = p.delta_raw + x->cells, p.z = p.u + x->cells;
     p.B_ssm = p.z + x->cells, p.C_ssm = p.B_ssm + N;
     p.A_neg = A_neg, p.D_skip = D_skip, p.dt_bias = dt_bias;
-    p.ld_out = p.ld_delta = p.ld_u = p.ld_z = E, p.ld_B = p.ld_C = 2 * N;
+    p.ld_out = E, p.ld_delta = E, p.ld_u = E, p.ld_z = E, p.ld_B = 2 * N, p.ld_C = 2 * N;
     p.B = B, p.L = L, p.E = E, p.N = N;
     ScanBackArgs<T> &q = x->back;
     q = scan_back_args(p, x->h_starts, (const T *)x->gradients, E, x->scratch + x->mail_bytes);
     q.d_delta_raw = x->gradients + x->cells, q.d_u = q.d_delta_raw + x->cells;
     q.d_z = q.d_u + x->cells, q.d_B_ssm = q.d_z + x->cells, q.d_C_ssm = q.d_B_ssm + N;
     q.d_A_log = d_A, q.d_D_skip = d_A + NE, q.d_dt_bias = q.d_D_skip + E;
-    q.ld_d_delta = q.ld_d_u = q.ld_d_z = E, q.ld_d_B = q.ld_d_C = 2 * N;
+    q.ld_d_delta = E, q.ld_d_u = E, q.ld_d_z = E, q.ld_d_B = 2 * N, q.ld_d_C = 2 * N;
     return finish(d);
 }
 

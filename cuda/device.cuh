@@ -1,11 +1,8 @@
-// device.cuh - errors, memory, launches, conversions, sums over warps and blocks.
-// Included by mamba_cuda.cu.
-
-// ------------------------------------------------------------------------------------------------
-// 1 Errors, arenas, conversions
-// The first thing that goes wrong is kept, with where, until the caller asks; work queued after it
-// does no harm. Kernels are queued on one stream, so an error of a launch shows at the next
-// synchronisation.
+// device.cuh - errors, memory, launches, conversions, sums over warps and blocks. Included by
+// mamba_cuda.cu.
+//
+// Kernels are queued on one stream, so an error of a kernel shows at the next finish(). The first
+// error is kept, with where it happened, until the caller asks; work queued after it does no harm.
 
 static char gpu_error_text[400];
 
@@ -19,7 +16,7 @@ static int gpu_fail(const char *format, ...) {
     return -1;
 }
 
-// c (m,n) = op_a(a) op_b(b), column-major as cuBLAS sees matrices; ld: elements from a column to
+// c (m,n) = op_a(a) op_b(b), column-major as cuBLAS sees matrices. ld: elements from a column to
 // the next.
 struct ProductShape {
     cublasOperation_t op_a, op_b;
@@ -36,7 +33,7 @@ struct Product {
     bool ready;
 };
 
-// Rows of a matrix: elements from the start of a row to the next.
+// The rows of a matrix. ld: elements from the start of a row to the next.
 template <class T> struct Rows {
     T *p;
     size_t ld;
@@ -90,7 +87,7 @@ static void *device_alloc(size_t bytes) { // NULL with a sentence
     return NULL;
 }
 
-// Lays arrays out one after the other: first without a base, to measure, then with one.
+// Lays arrays out one after the other: without a base it measures, with one it sets pointers.
 struct Arena {
     char *base;
     size_t used;
@@ -104,7 +101,7 @@ enum { CUBLAS_WORKSPACE = 32 << 20 };
 
 __global__ void probe_kernel() {}
 
-// What the code that runs on this GPU was compiled for: 80, 90, ... The card may be newer.
+// The architecture that the running code was compiled for: 80, 90, ... The card may be newer.
 static cudaError_t code_version(int *version) {
     cudaFuncAttributes attributes;
     cudaError_t error = cudaFuncGetAttributes(&attributes, (const void *)probe_kernel);
@@ -180,8 +177,8 @@ __device__ inline float warp_max(float x) {
     return x;
 }
 
-// The sum over a block of up to 1024 threads, the same in each; scratch: 33 floats. Every sum here
-// has one fixed order.
+// The sum over a block of up to 1024 threads, which all of them get. The order is fixed. scratch:
+// 33 floats.
 __device__ inline float block_sum(float x, float *scratch) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = (blockDim.x + 31) / 32;
     x = warp_sum(x);
@@ -209,7 +206,8 @@ __device__ inline float block_max(float x, float *scratch) {
     return scratch[32];
 }
 
-// The kernel before has written everything; the next may start its own loading.
+// Waits until the kernel ahead has ended and what it wrote is visible. Then the next kernel may
+// start, and load what no kernel writes.
 __device__ inline void wait_for_input() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -240,7 +238,8 @@ static cudaError_t launch_cluster(Device *d, unsigned cluster, void (*kernel)(Pa
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim.x = cluster;
-    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    attributes[1].val.clusterDim.y = 1;
+    attributes[1].val.clusterDim.z = 1;
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;

@@ -1,9 +1,7 @@
-// layers.cuh - embedding, rmsnorm, convolution, bias, loss: forward, step and backward.
-// Included by mamba_cuda.cu.
-
-// ------------------------------------------------------------------------------------------------
-// 2 Small kernels
-// One pass over their data each, neighbouring threads on neighbouring channels.
+// layers.cuh - embedding, rmsnorm, convolution, bias, loss: forward, step and backward. Included by
+// mamba_cuda.cu.
+//
+// Each kernel passes over its data once. Neighbouring threads take neighbouring channels.
 
 template <class To, class From>
 __global__ void convert_kernel(To *__restrict__ to, const From *__restrict__ from, size_t n) {
@@ -14,6 +12,23 @@ __global__ void convert_kernel(To *__restrict__ to, const From *__restrict__ fro
 template <class To, class From> static void convert(Device *d, To *to, const From *from, size_t n) {
     convert_kernel<<<std::min(blocks_for(n, 256), 4096u), 256, 0, d->stream>>>(to, from, n);
     check_launch(d, "convert");
+}
+
+// out (rows, cols) = the weights of Q8 or Q4 tiles, as mamba.c describes them. A thread is a
+// weight.
+template <class T>
+__global__ void dequantize_kernel(T *out, const unsigned char *tiles, int bits, int rows,
+                                  int cols) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (size_t)rows * cols) return;
+    int row = (int)(i / cols), col = (int)(i % cols), codes = 32 / bits, j = col % codes;
+    size_t at = (size_t)(row / TILE) * ((cols + TILE - 1) / TILE) + col / TILE;
+    const unsigned char *tile = tiles + at * (size_t)(2 * TILE + bits * TILE * 4);
+    uint32_t word =
+        ((const uint32_t *)(tile + 2 * TILE))[col % TILE / codes * TILE + row % TILE] ^ 0x80000000u;
+    int code = (int)(word >> (j * bits) & ((1u << bits) - 1)) - (1 << (bits - 1));
+    out[i] =
+        (T)((float)code * __uint_as_float((uint32_t)((const uint16_t *)tile)[row % TILE] << 16));
 }
 
 __device__ inline uint64_t mix(uint64_t x) { // SplitMix64's output function
@@ -36,10 +51,10 @@ template <class T, int V> struct alignas(sizeof(T) * V) Group {
     T v[V];
 };
 
-// out = in / sqrt(mean(in^2) + eps) * weight, rows of `cols` numbers, a multiple of V; weight NULL:
-// without. TEAM threads a row, which they keep in PER groups of V each where it fits (PER = 0:
-// reads it twice). in may be out. A team of a block, for few rows, has the weights on their way
-// before it knows the sum.
+// out = in / sqrt(mean(in^2) + eps) * weight, for rows of `cols` numbers, a multiple of V. weight
+// NULL: without; in may be out. TEAM threads share a row and keep it in PER groups of V each, or
+// read it twice (PER = 0). Where a block has one row, the weights are loaded before the sum is
+// known.
 template <class T, class In, int PER, int TEAM, int V>
 __global__ void __launch_bounds__(256)
     rmsnorm_kernel(T *out, size_t ld_out, const In *in, size_t ld_in,
@@ -125,8 +140,8 @@ static void rmsnorm(Device *d, Rows<T> out, Rows<InRow> in, const float *weight,
     check_launch(d, "rmsnorm");
 }
 
-// FalconMamba scales dt_low, B_ssm and C_ssm of x_proj's output (R, N and N numbers of a row) to a
-// mean square of 1 each.
+// FalconMamba scales dt_low (R), B_ssm (N) and C_ssm (N) of a row of xdb to a mean square of 1
+// each.
 struct MixerPart {
     int at, n;
 };
@@ -160,10 +175,11 @@ static void add_bias(Device *d, T *x, size_t ld, const float *bias, int rows, in
     check_launch(d, "add_bias");
 }
 
-// --- conv1d + SiLU: u_t = silu(bias + sum over k of conv[k] x_{t-K+1+k}), before the first token
-// the window, or zeros. A thread takes V channels for so many steps, their last inputs in
-// registers; K > 4 reads them again from the cache. Whoever has read the window moves it on to the
-// last K-1 inputs (K > 4: conv_window_kernel does, afterwards).
+// ------------------------------------------------------------------------------------------------
+// conv1d + SiLU: u_t = silu(bias + sum over k of conv[k] x_{t-K+1+k}). Before the first token x is
+// the window, or 0. A thread takes V channels for some steps, with their last inputs in registers;
+// for K > 4 it reads them again from the cache. The threads that read the window also move it on to
+// the last K-1 inputs (K > 4: conv_window_kernel does, afterwards).
 enum { CONV_TAPS = 4 };
 
 // sum + tap_k input_k of V neighbouring channels, over TAPS of the K taps, one after the other.
@@ -249,8 +265,8 @@ __global__ void conv_window_kernel(float *window, const T *xz, int L, int E, int
     }
 }
 
-// One token of each of S sequences; the window (S,K-1,E) moves on. A thread takes V channels, all
-// loads before the first store.
+// One token of each of S sequences. The window (S,K-1,E) moves on. A thread takes V channels and
+// loads everything before its first store.
 template <class T, int V>
 __global__ void conv1d_silu_step_kernel(T *__restrict__ u, float *__restrict__ window,
                                         const T *__restrict__ xz, const float *__restrict__ conv_t,
@@ -317,8 +333,8 @@ template <class T> static void conv1d_silu(Device *d, const ConvArgs<T> &p) {
     check_launch(d, "conv1d_silu");
 }
 
-// --- [train] column sums: out (cols) += sum over rows of x (rows,cols), in two passes of fixed
-// order
+// ------------------------------------------------------------------------------------------------
+// [train] Column sums: out (cols) += sum over rows of x (rows,cols), in two passes of fixed order.
 
 enum { SUM_CHUNK = 256 };
 
@@ -349,12 +365,13 @@ static void sum_rows(Device *d, float *out, const T *x, size_t ld, int rows, int
     check_launch(d, "sum_rows");
 }
 
-// --- [train] backward of rmsnorm: out_i = x_i s w_i with s = (mean(x^2) + eps)^-1/2, so
-//     d_x_i = s (w_i d_out_i - x_i s^2 mean_j(w_j d_out_j x_j))        d_w_i = sum over rows of
-//     d_out_i x_i s
-// A warp takes every so many rows, a row's numbers and its share of d_w in PER registers a lane
-// (PER = 0: in memory). With ADD d_x is added to d_out's residual, and `copy`, if not NULL, gets
-// the sum in T, which is what the layer before starts from.
+// ------------------------------------------------------------------------------------------------
+// [train] Backward of rmsnorm: out_i = x_i s w_i with s = (mean(x^2) + eps)^-1/2, so
+//     d_x_i = s (w_i d_out_i - x_i s^2 mean over j of w_j d_out_j x_j)
+//     d_w_i = sum over rows of d_out_i x_i s
+// A warp takes some of the rows. A lane keeps its numbers of a row and its share of d_w in PER
+// registers (PER = 0: in memory). With ADD the result is added to d_x, the gradient of the residual
+// stream. copy, if not NULL, gets d_x in T, which the layer before starts from.
 enum { NORM_BLOCKS = 264, NORM_WARPS = 8 };
 
 template <class T, class In, class Out, bool ADD, int PER>
@@ -411,12 +428,13 @@ __global__ void __launch_bounds__(32 * NORM_WARPS)
         if (mine && lane + 32 * k < cols) mine[lane + 32 * k] = d_w[k];
 }
 
-// --- [train] backward of conv1d + SiLU. With c_t the convolution before SiLU:
-//     d_c_t = d_u_t silu'(c_t)    d_x_t = sum over k of conv[k] d_c_{t+K-1-k}    d_conv[k] = sum
-//     over t of d_c_t x_{t-K+1+k}
-// A thread takes a channel for CONV_BACK steps and K-1 more, whose d_c it computes for its own d_x
-// only; the last MAX_TAPS values of x and d_c are in registers. Its sums go to partial (tiles, K+1,
-// E), the bias's last.
+// ------------------------------------------------------------------------------------------------
+// [train] Backward of conv1d + SiLU. With c_t the convolution before SiLU:
+//     d_c_t = d_u_t silu'(c_t)      d_x_t = sum over k of conv[k] d_c_{t+K-1-k}
+//                                   d_conv[k] = sum over t of d_c_t x_{t-K+1+k}
+// A thread takes V channels for CONV_BACK steps. It also computes d_c of the next K-1 steps, for
+// its own d_x only. The last MAX_TAPS values of x and d_c are registers. Its sums go to partial
+// (tiles, K+1, E), that of the bias last.
 enum { CONV_BACK = 64 };
 
 template <class T, int MAX_TAPS, int V>
@@ -440,7 +458,7 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
         for (int k = 0; k < MAX_TAPS;
              k++) { // tap[0] belongs to x_t, tap[k] to x_{t-k}; d_c[k] to t-k
             tap[v][k].v[0] = k < K ? conv_t[(size_t)(K - 1 - k) * E + e + v] : 0;
-            d_tap[k][v] = d_c[k][v] = 0;
+            d_tap[k][v] = 0, d_c[k][v] = 0;
             past[v][k].v[0] = k < MAX_TAPS - 1 && t0 - 1 - k >= 0
                                   ? value(x[(size_t)(t0 - 1 - k) * 2 * E + v])
                                   : 0;
@@ -493,9 +511,10 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
     }
 }
 
-// --- [train] cross-entropy: losses_t = -log p(target), d_logits = weight (p - 1 at the target);
-// zero where the target is -1 A block takes a row, which it reads from device memory once: KEEP
-// holds it in shared memory (V floats) for the gradient.
+// ------------------------------------------------------------------------------------------------
+// [train] Cross-entropy: losses_t = -log p(target), d_logits = weight (p - 1 at the target); both 0
+// where the target is -1. A block takes a row. With KEEP it holds the row in shared memory (V
+// floats) for the gradient, so that device memory is read once.
 
 template <class T, bool KEEP>
 __global__ void __launch_bounds__(1024)
@@ -575,8 +594,9 @@ __global__ void sum_losses_kernel(double *sum, const float *x, int n) {
     if (threadIdx.x == 0) *sum += part[0];
 }
 
-// --- [train] backward of embed: rows of the same token are summed in pieces of EMBED_PIECE, then
-// the pieces, so that the order is fixed. order lists rows by token; piece i is
+// ------------------------------------------------------------------------------------------------
+// [train] Backward of embed. Rows of the same token are summed in pieces of EMBED_PIECE, then the
+// pieces are, so the order is fixed. `order` lists the rows by token; piece i is
 // order[start[i]..start[i+1]), all of one token.
 
 enum { EMBED_PIECE = 64 };

@@ -1,11 +1,7 @@
-// products.cuh - matrix products by cuBLAS.
-// Included by mamba_cuda.cu.
-
-// ------------------------------------------------------------------------------------------------
-// 3 Matrix products
-// Row-major (rows, depth) products as cuBLAS sees them: its column-major matrices are ours
-// transposed, so the outputs come first. float: plain float32 multiply-adds. bf16: tensor cores,
-// summed in float32.
+// products.cuh - matrix products by cuBLAS. Included by mamba_cuda.cu.
+//
+// Our matrices are row-major. cuBLAS, which is column-major, sees them transposed, so the outputs
+// come first. float: plain float32 multiply-adds. bf16: tensor cores, summed in float32.
 
 template <class T> static cudaDataType_t blas_type() {
     return sizeof(T) == 4 ? CUDA_R_32F : CUDA_R_16BF;

@@ -1,5 +1,4 @@
-// sampling.cuh - the next token of each sequence, drawn on the device.
-// Included by mamba_cuda.cu.
+// sampling.cuh - the next token of each sequence, drawn on the device. Included by mamba_cuda.cu.
 
 // Floats as unsigned integers of the same order, and back.
 __device__ inline uint32_t ordered(float x) {
@@ -27,9 +26,9 @@ __device__ inline void block_argmax(float *best, int *index, float *values, int 
             *best = values[w], *index = indices[w];
 }
 
-// Repeat penalty, and the likeliest of each of SLICES parts of the vocabulary: what a greedy step
-// needs of V logits is spread over the multiprocessors. Logits as they will be drawn from go to
-// scratch, -inf where no token can be drawn, unless nothing will be drawn.
+// The repeat penalty, and the likeliest token of each of SLICES parts of the vocabulary, so that
+// the work on V logits is spread over the multiprocessors. If a token will be drawn, its logits go
+// to scratch, -infinity where a token is not allowed.
 enum { SLICES = 32 };
 struct Slice {
     float best;
@@ -86,10 +85,10 @@ __global__ void __launch_bounds__(256)
     if (threadIdx.x == 0) slices[blockIdx.y * SLICES + blockIdx.x] = {best, likeliest, bad};
 }
 
-// One block draws one sequence's token: temperature, then the lowest logit that top-k, top-p and
-// min-p leave, found by bisection over the 2^32 floats, and of what is left the highest logit +
-// Gumbel noise, which is a draw from the softmax. The noise depends on seed, position and token
-// only. The residual stream starts with the token's embedding.
+// One block draws the token of one sequence. It divides by the temperature and finds the lowest
+// logit that top-k, top-p and min-p keep, by bisection over the 2^32 floats. Of the kept tokens it
+// takes the one with the highest logit + Gumbel noise, which is a draw from the softmax. The noise
+// depends on seed, position and token only. The embedding of the token starts the residual stream.
 template <class T> struct SampleArgs {
     const Sampling *how;
     Sequence *sequences; // (S)

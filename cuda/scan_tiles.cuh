@@ -1,13 +1,17 @@
-// scan_tiles.cuh - the scan of few channels.
-// Included by mamba_cuda.cu.
+// scan_tiles.cuh - the scan of few channels, for any number of states. Included by mamba_cuda.cu,
+// which has the drawing.
+//
+// A block is 32 C channels and one tile of WARPS * STEPS steps, a warp STEPS of them; all tiles run
+// at once. A warp does one state after the other. It computes its decays and its end state from h =
+// 0, the forecast, and leaves (product of decays, end state) in shared memory. After a barrier each
+// warp joins the forecasts of the warps before it to its true h and walks its steps again with the
+// decays that it kept: 7 instructions a state and step instead of 5, but no second exponential. The
+// first state of a tile comes from the tile before by mail (exchange.cuh, 2), about a microsecond
+// behind it. B_ssm, C_ssm and A_neg are staged for 16 states at a time. Blocks that did several
+// tiles were slower: the loop takes registers from the states.
 
-// ------------------------------------------------------------------------------------------------
-// Few channels: time is cut into tiles, tiles into pieces. Tickets give the blocks of a time before
-// those of the next, so the block that a block waits for always runs or is done, in whatever order
-// they start. Blocks that stay for many tiles were slower: the loop takes registers from the
-// states. N is a run-time size; states are staged NB at a time.
-
-// A shared load that the compiler leaves outside of conditions, so that several are in flight.
+// A load from shared memory that the compiler does not move behind a condition, so that several are
+// in flight.
 __device__ __forceinline__ Row<2> load_always(const Row<2> *p) {
     Row<2> r;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
@@ -25,32 +29,26 @@ __device__ __forceinline__ Row<4> load_always(const Row<4> *p) {
     return r;
 }
 
-struct Yes {
-    static constexpr bool value = true;
-};
-struct No {
-    static constexpr bool value = false;
-};
-
-template <typename T, int K, int W, int C, int MIN_BLOCKS>
-__global__ void __launch_bounds__(32 * W, MIN_BLOCKS) scan_tiles(ScanArgs<T> p, ScanMail m) {
-    constexpr int TILE = K * W,
-                  NB = 16; // NB: states whose B_ssm, C_ssm and A_neg are staged at a time
-    constexpr int ROW = 2 * TILE + 32 * C +
-                        4; // odd multiples of 4 modulo 32, so that staging has no bank conflicts
-    constexpr int A_IN_ROW = 2 * TILE, JOIN = 2 * W * 32;
-    typedef Pack<T, C> P;
+// WARPS pieces of STEPS steps. C: channels a lane.
+template <typename T, int STEPS, int WARPS, int C, int MIN_BLOCKS>
+__global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_tiles(ScanArgs<T> p, ScanMail m) {
+    constexpr int TILE = STEPS * WARPS;
+    constexpr int STAGED = 16; // states whose B_ssm, C_ssm and A_neg are staged at a time
+    // An odd multiple of 4 modulo 32, so that staging has no bank conflicts.
+    constexpr int ROW_FLOATS = 2 * TILE + 32 * C + 4;
+    constexpr int A_IN_ROW = 2 * TILE, JOIN = 2 * WARPS * 32;
+    typedef Pack<T, C> Packed;
     extern __shared__ float4 shared[];
-    float *rows =
-        (float *)shared; // [NB][ROW]: B_ssm [TILE], C_ssm [TILE], A_neg [32][C] of a state
-    // [2][2 W][32] pairs (x, y) of a map h -> x h + y: W-1 times nothing, the state before the tile
-    // as (0, state), then of each warp (product of its decays, its end state from 0). So warp w's
-    // first state is what W pairs from w on make of anything.
-    auto join = (Row<2 * C> *)(rows + NB * ROW);
-    P *zs = (P *)(join + 2 * JOIN); // [TILE][32], each thread its own
-    const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, groups = (p.E + 32 * C - 1) / (32 * C),
-              L = p.L, E = p.E, N = p.N;
-    // The order in which blocks really start: whoever a tile waits for has started before it.
+    // [STAGED][ROW_FLOATS]: B_ssm [TILE], C_ssm [TILE], A_neg [32][C] of a state
+    float *rows = (float *)shared;
+    // [2][2 WARPS][32] pairs (x, y), each the map h -> x h + y: WARPS-1 times (0, 0), then (0,
+    // state before the tile), then (product of decays, end state from 0) of each warp. Applied in
+    // order, the WARPS pairs from number w on give the first state of warp w from any h.
+    auto join = (Row<2 * C> *)(rows + STAGED * ROW_FLOATS);
+    Packed *zs = (Packed *)(join + 2 * JOIN); // [TILE][32], each thread its own
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5,
+              groups = (p.E + 32 * C - 1) / (32 * C), L = p.L, E = p.E, N = p.N;
+    // The order in which blocks start: the tile that a tile waits for has started before it.
     __shared__ unsigned ticket;
     wait_for_input();
     if (threadIdx.x == 0)
@@ -58,109 +56,114 @@ __global__ void __launch_bounds__(32 * W, MIN_BLOCKS) scan_tiles(ScanArgs<T> p, 
     __syncthreads();
     const int tile = ticket / (p.B * groups), in_tile = ticket % (p.B * groups),
               b = in_tile / groups, e_true = (in_tile % groups * 32 + lane) * C,
-              tile_t = tile * TILE, t0 = tile_t + w * K;
+              tile_t = tile * TILE, t0 = tile_t + warp * STEPS;
     const bool live = e_true < E, last_tile = tile_t + TILE >= L;
     const uint32_t tag = m.tag + tile; // of the mail that this tile waits for
-    const int e =
-        live ? e_true : E - C; // C divides E; lanes beyond E do what the last lane within does
-    const size_t row0 = (size_t)b * L, half = (size_t)p.B * N * E;
+    // C divides E. Lanes beyond E do what the last lane within does.
+    const int e = live ? e_true : E - C;
+    const size_t row0 = (size_t)b * L, box_words = (size_t)p.B * N * E;
     float bias[C], skip[C];
 #pragma unroll
     for (int c = 0; c < C; c++) bias[c] = p.dt_bias[e + c], skip[c] = p.D_skip[e + c];
 
-    const T *d_at = p.delta_raw + (row0 + t0) * p.ld_delta + e,
+    const T *delta_at = p.delta_raw + (row0 + t0) * p.ld_delta + e,
             *u_at = p.u + (row0 + t0) * p.ld_u + e, *z_at = p.z + (row0 + t0) * p.ld_z + e;
-    P raw_d[K], raw_u[K], raw_z[K];
-    if (t0 + K <= L) {
+    Packed raw_d[STEPS], raw_u[STEPS], raw_z[STEPS];
+    if (t0 + STEPS <= L) {
 #pragma unroll
-        for (int i = 0; i < K; i++)
-            raw_d[i] = *(const P *)row_at(d_at, i, p.ld_delta),
-            raw_u[i] = *(const P *)row_at(u_at, i, p.ld_u),
-            raw_z[i] = *(const P *)row_at(z_at, i, p.ld_z);
+        for (int i = 0; i < STEPS; i++)
+            raw_d[i] = *(const Packed *)row_at(delta_at, i, p.ld_delta),
+            raw_u[i] = *(const Packed *)row_at(u_at, i, p.ld_u),
+            raw_z[i] = *(const Packed *)row_at(z_at, i, p.ld_z);
     } else {
 #pragma unroll
-        for (int i = 0; i < K; i++) {
+        for (int i = 0; i < STEPS; i++) {
             raw_d[i].zero(), raw_u[i].zero(), raw_z[i].zero();
             if (t0 + i < L)
-                raw_d[i] = *(const P *)row_at(d_at, i, p.ld_delta),
-                raw_u[i] = *(const P *)row_at(u_at, i, p.ld_u),
-                raw_z[i] = *(const P *)row_at(z_at, i, p.ld_z);
+                raw_d[i] = *(const Packed *)row_at(delta_at, i, p.ld_delta),
+                raw_u[i] = *(const Packed *)row_at(u_at, i, p.ld_u),
+                raw_z[i] = *(const Packed *)row_at(z_at, i, p.ld_z);
         }
     }
-    // Warps stage 4-step x 8-state units: states 8 (w % 4).. of the 2 NB of B_ssm and C_ssm.
-    const bool is_C = w % 4 >= 2;
-    const int bc_n = w % 2 * 8 + lane % 8, bc_t = w / 4 * 4 + lane / 8,
+    // Warps stage 4-step x 8-state units: states 8 (warp % 4).. of the 2 STAGED of B_ssm and C_ssm.
+    const bool is_C = warp % 4 >= 2;
+    const int bc_n = warp % 2 * 8 + lane % 8, bc_t = warp / 4 * 4 + lane / 8,
               ld_bc = is_C ? p.ld_C : p.ld_B;
     const T *bc_from = (is_C ? p.C_ssm : p.B_ssm) + (row0 + tile_t + bc_t) * ld_bc + bc_n;
-    float *bc_to = rows + (is_C ? TILE : 0) + bc_n * ROW + bc_t;
+    float *bc_to = rows + (is_C ? TILE : 0) + bc_n * ROW_FLOATS + bc_t;
     auto stage = [&](int n0) {
-        if (tile_t + TILE <= L && n0 + NB <= N) {
-            T raw[K];
+        if (tile_t + TILE <= L && n0 + STAGED <= N) {
+            T raw[STEPS];
 #pragma unroll
-            for (int v = 0; v < K; v++) raw[v] = row_at(bc_from, v * W, ld_bc)[n0];
+            for (int v = 0; v < STEPS; v++) raw[v] = row_at(bc_from, v * WARPS, ld_bc)[n0];
 #pragma unroll
-            for (int v = 0; v < K; v++) bc_to[v * W] = value(raw[v]);
+            for (int v = 0; v < STEPS; v++) bc_to[v * WARPS] = value(raw[v]);
         } else
 #pragma unroll 4
-            for (int v = 0; v < K; v++) {
-                bool in = tile_t + bc_t + v * W < L && n0 + bc_n < N;
-                bc_to[v * W] = in ? value(row_at(bc_from, v * W, ld_bc)[n0]) : 0.f;
+            for (int v = 0; v < STEPS; v++) {
+                bool in = tile_t + bc_t + v * WARPS < L && n0 + bc_n < N;
+                bc_to[v * WARPS] = in ? value(row_at(bc_from, v * WARPS, ld_bc)[n0]) : 0.f;
             }
-        for (int n = w; n < NB; n += W) {
+        for (int n = warp; n < STAGED; n += WARPS) {
             Row<C> a;
 #pragma unroll
             for (int c = 0; c < C; c++)
                 a.v[c] = n0 + n < N ? LOG2E * p.A_neg[(size_t)(n0 + n) * E + e + c] : 0.f;
-            ((Row<C> *)(rows + n * ROW + A_IN_ROW))[lane] = a;
+            ((Row<C> *)(rows + n * ROW_FLOATS + A_IN_ROW))[lane] = a;
         }
     };
     stage(0);
-    if (w < W - 1) join[w * 32 + lane] = join[JOIN + w * 32 + lane] = {};
-    float d[K][C], du[K][C], y[K][C], elapsed[C];
+    if (warp < WARPS - 1) {
+        join[JOIN + warp * 32 + lane] = {};
+        join[warp * 32 + lane] = {};
+    }
+    float delta[STEPS][C], delta_u[STEPS][C], y[STEPS][C], elapsed[C];
 #pragma unroll
     for (int c = 0; c < C; c++) elapsed[c] = 0.f;
 #pragma unroll
-    for (int i = 0; i < K; i++) {
-        zs[(w * K + i) * 32 + lane] = raw_z[i];
+    for (int i = 0; i < STEPS; i++) {
+        zs[(warp * STEPS + i) * 32 + lane] = raw_z[i];
 #pragma unroll
-        for (int c = 0; c < C; c++) d[i][c] = softplus<T>(raw_d[i].get(c) + bias[c]);
+        for (int c = 0; c < C; c++) delta[i][c] = softplus<T>(raw_d[i].get(c) + bias[c]);
     }
-    if (t0 + K > L) // past the end of time delta is 0: decay 1, inject 0
+    if (t0 + STEPS > L) // past the end of time delta is 0: decay 1, inject 0
 #pragma unroll
-        for (int i = 0; i < K; i++)
+        for (int i = 0; i < STEPS; i++)
 #pragma unroll
-            for (int c = 0; c < C; c++) d[i][c] = t0 + i < L ? d[i][c] : 0.f;
+            for (int c = 0; c < C; c++) delta[i][c] = t0 + i < L ? delta[i][c] : 0.f;
 #pragma unroll
-    for (int i = 0; i < K; i++)
+    for (int i = 0; i < STEPS; i++)
 #pragma unroll
         for (int c = 0; c < C; c++) {
             float u = raw_u[i].get(c);
-            du[i][c] = d[i][c] * u, y[i][c] = skip[c] * u, elapsed[c] += d[i][c];
+            delta_u[i][c] = delta[i][c] * u, y[i][c] = skip[c] * u, elapsed[c] += delta[i][c];
         }
 #pragma unroll
     for (int c = 0; c < C; c++)
-        asm("" : "+f"(elapsed[c])); // or the compiler sums it again for every state
+        asm("" : "+f"(elapsed[c])); // else the compiler sums it again for every state
 
     // The first warp reads the mailbox of the tile before, the last warp writes this tile's.
-    uint64_t *box = m.words + MAIL_BOXES + ((tile - (w == 0)) & 1) * half + (size_t)b * N * E + e;
+    uint64_t *box =
+        m.words + MAIL_BOXES + ((tile - (warp == 0)) & 1) * box_words + (size_t)b * N * E + e;
     float *starts =
         p.h_starts && t0 % SCAN_SAVE == 0 && t0 < L
             ? p.h_starts +
                   ((size_t)b * ((L + SCAN_SAVE - 1) / SCAN_SAVE) + t0 / SCAN_SAVE) * N * E + e
             : NULL;
-    float decay[K][C], prod[C], end[C]; // of one state; their product and the end state from 0
+    float decay[STEPS][C], prod[C], end[C]; // of one state; their product and the end state from 0
     Mail<C> mail = {};
-    const float *row = rows + w * K, *A_at = rows + A_IN_ROW + lane * C; // of the state in hand
-    int joined = w * 32 + lane;               // in the half of join with the state in hand
-    const bool seldom = w == W - 1 || starts; // has more to do than its part of y
+    const float *row = rows + warp * STEPS,
+                *A_at = rows + A_IN_ROW + lane * C; // of the state in hand
+    int joined = warp * 32 + lane; // in the box_words of join with the state in hand
+    const bool stores_states = warp == WARPS - 1 || starts;
 
-    // The forecast of a state lies in shared memory before the barrier that joins it.
-    auto leave = [&](int n) {
+    // The forecast of a state goes to shared memory before the barrier after which it is joined.
+    auto publish = [&](int n) {
         Row<2 * C> forecast;
 #pragma unroll
         for (int c = 0; c < C; c++) forecast.v[c] = prod[c], forecast.v[C + c] = end[c];
-        join[joined + W * 32] = forecast;
-        if (w == 0) {
+        join[joined + WARPS * 32] = forecast;
+        if (warp == 0) {
             auto before = Row<2 * C>();
             if (tile > 0) {
                 for (int polls = 0; !mail.all(tag); polls++) {
@@ -173,34 +176,34 @@ __global__ void __launch_bounds__(32 * W, MIN_BLOCKS) scan_tiles(ScanArgs<T> p, 
             } else if (p.h0)
 #pragma unroll
                 for (int c = 0; c < C; c++) before.v[C + c] = p.h0[((size_t)b * N + n) * E + e + c];
-            join[joined + (W - 1) * 32] = before;
+            join[joined + (WARPS - 1) * 32] = before;
         }
     };
     auto forecast = [&](const float *B, int i, Row<C> A) { // a step of the end state from 0
 #pragma unroll
         for (int c = 0; c < C; c++) {
-            decay[i][c] = exp2_fast(d[i][c] * A.v[c]);
-            end[c] = i ? fmaf(decay[i][c], end[c], du[i][c] * B[i % 4]) : du[0][c] * B[0];
+            decay[i][c] = exp2_fast(delta[i][c] * A.v[c]);
+            end[c] = i ? fmaf(decay[i][c], end[c], delta_u[i][c] * B[i % 4]) : delta_u[0][c] * B[0];
         }
     };
-    // State n from its true start, and between its steps, which leave the special-function unit
+    // State n from its true start, and between its steps, which publish the special-function unit
     // idle, the forecast of the next state, whose decays take the places of those that have been
     // used.
     auto state_step = [&](auto more, int n) {
-        Row<2 * C> part[W];
+        Row<2 * C> part[WARPS];
         Row<C> h, A;
 #pragma unroll
-        for (int v = 0; v < W; v++) part[v] = load_always(join + joined + v * 32);
-        if (more.value) A = *(const Row<C> *)(A_at + ROW);
-        if (more.value && w == 0 && tile > 0) mail.read(box += E);
+        for (int v = 0; v < WARPS; v++) part[v] = load_always(join + joined + v * 32);
+        if (more.value) A = *(const Row<C> *)(A_at + ROW_FLOATS);
+        if (more.value && warp == 0 && tile > 0) mail.read(box += E);
 #pragma unroll
         for (int c = 0; c < C; c++) h.v[c] = part[0].v[C + c];
 #pragma unroll
-        for (int v = 1; v < W; v++)
+        for (int v = 1; v < WARPS; v++)
 #pragma unroll
             for (int c = 0; c < C; c++) h.v[c] = fmaf(part[v].v[c], h.v[c], part[v].v[C + c]);
-        if (seldom) {
-            if (w == W - 1) {
+        if (stores_states) {
+            if (warp == WARPS - 1) {
                 float after[C];
 #pragma unroll
                 for (int c = 0; c < C; c++) after[c] = fmaf(prod[c], h.v[c], end[c]);
@@ -224,64 +227,65 @@ __global__ void __launch_bounds__(32 * W, MIN_BLOCKS) scan_tiles(ScanArgs<T> p, 
 #pragma unroll
             for (int c = 0; c < C; c++) prod[c] = exp2_fast(elapsed[c] * A.v[c]);
 #pragma unroll
-        for (int i = 0; i < K; i += 4) {
+        for (int i = 0; i < STEPS; i += 4) {
             float B[4], C_row[4], B_next[4];
-            if (more.value) unpack(B_next, load4(row + ROW + i));
+            if (more.value) unpack(B_next, load4(row + ROW_FLOATS + i));
             unpack(B, load4(row + i)), unpack(C_row, load4(row + TILE + i));
 #pragma unroll
             for (int k = 0; k < 4; k++) {
 #pragma unroll
                 for (int c = 0; c < C; c++) {
-                    step_state(h.v[c], y[i + k][c], decay[i + k][c], du[i + k][c] * B[k], C_row[k]);
+                    step_state(h.v[c], y[i + k][c], decay[i + k][c], delta_u[i + k][c] * B[k],
+                               C_row[k]);
                 }
                 if (more.value) forecast(B_next, i + k, A);
             }
         }
         if (more.value) {
-            row += ROW, A_at += ROW;
-            joined = JOIN + 2 * (w * 32 + lane) - joined;
-            leave(n + 1);
+            row += ROW_FLOATS, A_at += ROW_FLOATS;
+            joined = JOIN + 2 * (warp * 32 + lane) - joined;
+            publish(n + 1);
             __syncthreads();
         }
     };
-    for (int n0 = 0; n0 < N; n0 += NB) {
+    for (int n0 = 0; n0 < N; n0 += STAGED) {
         if (n0) {
-            __syncthreads(); // all are done with the states before
+            __syncthreads(); // all warps have walked the states before
             stage(n0);
-            row = rows + w * K, A_at = rows + A_IN_ROW + lane * C;
-            if (w == 0) box += E;
+            row = rows + warp * STEPS, A_at = rows + A_IN_ROW + lane * C;
+            if (warp == 0) box += E;
         }
         __syncthreads();
-        const int count = min(NB, N - n0);
-        if (w == 0 && tile > 0) mail.read(box);
+        const int count = min(STAGED, N - n0);
+        if (warp == 0 && tile > 0) mail.read(box);
         const Row<C> A = *(const Row<C> *)A_at;
 #pragma unroll
         for (int c = 0; c < C; c++) prod[c] = exp2_fast(elapsed[c] * A.v[c]);
 #pragma unroll
-        for (int i = 0; i < K; i += 4) {
+        for (int i = 0; i < STEPS; i += 4) {
             float B[4];
             unpack(B, load4(row + i));
 #pragma unroll
             for (int k = 0; k < 4; k++) forecast(B, i + k, A);
         }
-        leave(n0);
+        publish(n0);
         __syncthreads();
-        for (int g = 0; g + 1 < count; g++) state_step(Yes(), n0 + g);
-        state_step(No(), n0 + count - 1);
+        for (int g = 0; g + 1 < count; g++) state_step(std::true_type(), n0 + g);
+        state_step(std::false_type(), n0 + count - 1);
     }
     T *out = p.out + (row0 + t0) * p.ld_out + e;
     const int steps = live ? L - t0 : 0;
 #pragma unroll
-    for (int i = 0; i < K; i += 2) {
-        P z0 = zs[(w * K + i) * 32 + lane], z1 = zs[(w * K + i + 1) * 32 + lane];
+    for (int i = 0; i < STEPS; i += 2) {
+        Packed z0 = zs[(warp * STEPS + i) * 32 + lane], z1 = zs[(warp * STEPS + i + 1) * 32 + lane];
 #pragma unroll
         for (int c = 0; c < C; c++) gate_pair(y[i][c], y[i + 1][c], z0.get(c), z1.get(c));
     }
 #pragma unroll
-    for (int i = 0; i < K; i++) {
-        P g;
+    for (int i = 0; i < STEPS; i++) {
+        Packed g;
         g.set(y[i]);
-        if (i < steps) *(P *)row_at(out, i, p.ld_out) = g;
+        if (i < steps) *(Packed *)row_at(out, i, p.ld_out) = g;
     }
 }
 
@@ -290,24 +294,24 @@ static size_t scan_forward_workspace(int B, int E, int N) {
     return sizeof(uint64_t) * (2 * (size_t)B * N * E + MAIL_BOXES);
 }
 
-template <typename T, int K, int W, int C, int MIN_BLOCKS>
+template <typename T, int STEPS, int WARPS, int C, int MIN_BLOCKS>
 static cudaError_t scan_tiles_launch(Device *d, const ScanArgs<T> &p) {
-    constexpr int bytes = (16 * (2 * K * W + 32 * C + 4) + 2 * 2 * W * 32 * 2 * C) * 4 +
-                          K * W * 32 * C * (int)sizeof(T);
-    const size_t tiles = ((size_t)p.L + K * W - 1) / (K * W),
+    constexpr int bytes = (16 * (2 * STEPS * WARPS + 32 * C + 4) + 2 * 2 * WARPS * 32 * 2 * C) * 4 +
+                          STEPS * WARPS * 32 * C * (int)sizeof(T);
+    const size_t tiles = ((size_t)p.L + STEPS * WARPS - 1) / (STEPS * WARPS),
                  items = (size_t)p.B * ((p.E + 32 * C - 1) / (32 * C)) * tiles;
     ScanMail *m = p.mail;
     if (items > INT32_MAX || m->bytes < scan_forward_workspace(p.B, p.E, p.N))
         return cudaErrorInvalidValue;
-    // Tags rise until they would wrap, which clears the boxes and starts again: a tag is then never
-    // older than it looks. Tickets may wrap: only their difference to the launch's first is used.
+    // Before tags would wrap, the boxes are cleared and tags begin again. Tickets may wrap: only
+    // their difference to the first of the launch is used.
     if (!m->cleared || m->tag > UINT32_MAX - tiles) {
         cudaError_t err = cudaMemsetAsync(m->words, 0, m->bytes, d->stream);
         if (err != cudaSuccess) return err;
-        m->ticket = m->tag = 0, m->cleared = true;
+        m->ticket = 0, m->tag = 0, m->cleared = true;
     }
-    cudaError_t err = launch_dependent(d, scan_tiles<T, K, W, C, MIN_BLOCKS>, (unsigned)items,
-                                       32 * W, bytes, p, *m);
+    cudaError_t err = launch_dependent(d, scan_tiles<T, STEPS, WARPS, C, MIN_BLOCKS>,
+                                       (unsigned)items, 32 * WARPS, bytes, p, *m);
     if (err != cudaSuccess) return err;
     m->tag += (uint32_t)tiles, m->ticket += (uint32_t)items;
     return cudaSuccess;

@@ -1,43 +1,35 @@
-// step_many_hopper.cuh - one token of 2 to 64 sequences on Hopper: one kernel for all layers.
-// Included by mamba_cuda.cu.
-
-// --- The step in bf16 of 2 to 64 sequences on Hopper: one kernel for all layers. Clusters of 8
-// blocks, all at once, and three exchanges among all of them a layer. Of a matrix a block reads a
-// part that nobody else reads, but for x_proj and dt_proj:
-//   1 in_proj: a quarter of the inputs (block r: quarter r % 4) times rows. The four sums of an
-//   output meet in one block of the cluster, which
-//     writes xz to global memory, in words with a tag that says of which layer and step they are,
-//     so that whoever needs some polls those.
+// step_many_hopper.cuh - one token of 2 to 64 sequences in bf16 on Hopper: one kernel for all
+// layers. Included by mamba_cuda.cu. It needs code for sm_90a, which alone has wgmma.
+//
+// Clusters of 8 blocks run all at once, with three exchanges among all of them in a layer. A block
+// reads parts of the matrices that no other block reads, but for x_proj and dt_proj:
+//   1 in_proj: a quarter of the inputs (block r: quarter r % 4) times some rows. The four sums of
+//   an
+//     output meet in one block of the cluster (exchange.cuh, 5), which writes xz to device memory
+//     as words with a tag (6); a block that needs some polls for them.
 //   2 From here on a cluster has sequences of its own, up to 5, and a block an eighth of the
-//   channels, the slice: the convolution; x_proj,
-//     whose 8 sums of an output all blocks of the cluster send each other; dt_proj, the scan's
-//     step, the gate; y to global memory. Meeting: a block says that it has come in a word of its
-//     own, in a line of its own, and polls those of all.
-//   3 out_proj: of the slice, of all sequences, times the cluster's columns. Block r adds up
-//   sequences 8r..8r+7 and the residual
-//     stream, which stays in registers; times the norm's weight it goes to global memory, and so do
-//     its squares. Meeting.
-// All that a block reads of weights and states comes through the ring (see above), layers ahead, in
-// boxes that the copy engine puts in the order in which tensor cores read them. Products of all
-// sequences are wgmma's, which needs code for sm_90a.
+//     channels, the slice: convolution; x_proj, of whose outputs all blocks of the cluster send
+//     each other 8 sums; dt_proj, the step of the scan, the gate. y goes to device memory; all
+//     blocks meet (7).
+//   3 out_proj: of the slice, of all sequences, times the columns of the cluster. Block r adds up
+//     sequences 8r..8r+7 and the residual stream, which stays in registers. Times the norm's weight
+//     it goes to device memory, and so do its squares; all blocks meet (7).
+// All that a block reads of weights and states comes through the ring (4), layers ahead, in boxes
+// that the copy engine puts in the order in which tensor cores read them.
 
-enum {
-    WIDE_SEQUENCES = 64,
-    WIDE_ROWS = 144, // of a slot, at the most: a slot has 64 inputs of so many rows of a matrix
-    WIDE_PARTS = 4,  // of in_proj's inputs
-    WIDE_LINE = 32,  // words from a block's to the next one's
-    WIDE_WARPS = 12,
-    WIDE_THREADS = 32 * WIDE_WARPS,
-    WIDE_ROWS_FEW = 8 * WIDE_WARPS, // the same of x_proj and dt_proj: a tile a warp
-    WIDE_GROUP = 48,                // rows that a group of four warps multiplies at once
-    WIDE_EACH = 5                   // sequences of a cluster, at the most
-};
+enum { WIDE_SEQUENCES = 64 };                             // at the most
+enum { WIDE_EACH = 5 };                                   // sequences of a cluster, at the most
+enum { WIDE_PARTS = 4 };                                  // parts of the inputs of in_proj
+enum { WIDE_WARPS = 12, WIDE_THREADS = 32 * WIDE_WARPS }; // and the warp that feeds the ring
+enum { WIDE_GROUP = 48 };                                 // rows that four warps multiply at once
+// Rows of a slot, at the most; a slot has 64 inputs of each. Of x_proj and dt_proj: a tile a warp.
+enum { WIDE_ROWS = 144, WIDE_ROWS_FEW = 8 * WIDE_WARPS };
 
-// What follows from D. SUB: channels at a time, of the slice; PAIRS: of a cluster's columns, in a
-// lane; ITEMS: four channels each, of the convolution, a thread; TEAM: warps that take a sequence
-// of the scan's step.
+// What follows from D. SLICE: channels of a block; CHUNKS: of 64 of them. SUB: channels of the
+// slice at a time. PAIRS: pairs of columns of a cluster, a lane. ITEMS: groups of four channels of
+// the convolution, a thread. TEAM: warps that take a sequence of the step of the scan.
 template <int D> struct WideShape {
-    static constexpr int E = 2 * D, SLICE = E / SOLO_CLUSTER, CHUNKS = SLICE / 64,
+    static constexpr int E = 2 * D, SLICE = E / CLUSTER_BLOCKS, CHUNKS = SLICE / 64,
                          PITCH = SLICE * 2 + 16;
     static constexpr int SUB = D == 2560 ? 160 : D % 768 == 0 ? 192 : 128, SUBS = SLICE / SUB;
     static constexpr int PAIRS = D == 768 ? 1 : D <= 1536 ? 2 : 3;
@@ -49,7 +41,7 @@ template <int D> struct WideShape {
 struct WideLayer {
     CUtensorMap in, x, dt, out; // (2E,D), (P,E), (E,R), (D,E), in boxes of rows by 64
 };
-// How many rows a block has at the most, in how many slots, and how many a slot.
+// The rows of a matrix that a block has, at the most: tiles of 8, in so many slots of so many rows.
 struct WideCut {
     int tiles, blocks, rows;
     void set(int tiles_, int rows_) {
@@ -58,28 +50,39 @@ struct WideCut {
     }
 };
 struct WideArgs {
-    const WideLayer *layers; // (n_layer)
-    const float *conv,
-        *scan; // (n_layer,8,subs,K + 1,sub): conv, its bias; (.., N + 2,sub): dt_bias, D_skip, A
+    const WideLayer *layers;   // (n_layer)
+    const float *conv;         // (n_layer,8,subs,K + 1,sub): taps, then the bias
+    const float *scan;         // (n_layer,8,subs,N + 2,sub): dt_bias, D_skip, A
     const float *const *norms; // (n_layer)
     float *res;                // (S,D)
-    bf16 *x, *y;               // (S,D): the residual stream times the norm's weight; (S,E)
-    uint4 *xz; // (S,2E / 4): two pairs, each with a tag that says of which layer and step it is
-    float *squares;              // (clusters,SEQUENCES)
-    float *h, *window;           // (n_layer,S,N,E), (n_layer,S,K - 1,E)
-    uint32_t *words, *turn;      // (blocks,LINE); steps so far
-    WideCut in, x_proj, dt, out; // of W_in a half cluster, W_x all, W_dt a slice, W_out a cluster
+    bf16 *x;                   // (S,D): the residual stream times the norm's weight
+    bf16 *y;                   // (S,E)
+    uint4 *xz;                 // (S,2E / 4): two pairs, each with a tag
+    float *squares;            // (clusters,SEQUENCES)
+    float *h;                  // (n_layer,S,N,E)
+    float *window;             // (n_layer,S,K - 1,E)
+    uint32_t *flags;           // (blocks,FLAG_STRIDE)
+    uint32_t *turn;            // steps so far
+    WideCut in;                // rows of in_proj of half a cluster
+    WideCut x_proj;            // all rows
+    WideCut dt;                // rows of dt_proj of a slice
+    WideCut out;               // rows of out_proj of a cluster
     int S, clusters, slots, slot_bytes, slice, subs, sub;
     int n_layer, N, K, R, P;
-    uint32_t P_inverse; // 2^20 / P, up
+    uint32_t P_inverse; // 2^20 / P, rounded up
     float eps;
 };
 
-// Where things lie in shared memory, most of it several things in turn:
-//   sums  out_proj's (8,8,columns), or in_proj's (PARTS,16,rows) in bf16, or u, gate, delta
-//   (most,slice) bc    (most,2N)      scale (8) end   x or y (SEQUENCES,slice), or x_proj's sums
-//   (8,most,P), then, at u and low from there, what is multiplied next in bf16 then the ring. These
-//   two begin at a multiple of 1024, from which the boxes' order of 16 bytes counts.
+// Offsets in shared memory. Most places hold several things in turn:
+//   sums   sums of out_proj (8,8,columns); of in_proj (PARTS,16,rows) in bf16; u, gate, delta
+//          (most,slice) each
+//   bc     B_ssm, C_ssm (most,2N)
+//   scale  of the norm (8)
+//   end    x or y (SEQUENCES,slice); sums of x_proj (8,most,P), and from there on, at u and low,
+//   what
+//          is multiplied next, in bf16
+//   then the ring. `end` and the ring are rounded up to a multiple of 1024, from which the copy
+//   engine counts its order of 16 bytes.
 struct WideShared {
     size_t sums, bc, scale, end, a_bytes, u, low, bytes;
     int most; // sequences of a cluster
@@ -87,11 +90,11 @@ struct WideShared {
         most = (p.S + p.clusters - 1) / p.clusters;
         size_t out = (size_t)64 * p.out.tiles * 8 * 4,
                in = (size_t)WIDE_PARTS * 16 * p.in.tiles * 8 * 2,
-               scan = (size_t)3 * most * p.slice * 4, xdb = (size_t)SOLO_CLUSTER * most * p.P * 4,
+               scan = (size_t)3 * most * p.slice * 4, xdb = (size_t)CLUSTER_BLOCKS * most * p.P * 4,
                pitch = p.slice * 2 + 16, low_pitch = (p.slice / 4 + 63) / 64 * 128 + 16;
         if (out < scan) out = scan;
         if (out < in) out = in;
-        sums = ((2 * SOLO_SLOTS + 4) * 8 + 127) / 128 * 128, bc = sums + out;
+        sums = ((2 * RING_SLOTS + 4) * 8 + 127) / 128 * 128, bc = sums + out;
         scale = bc + (size_t)most * 2 * p.N * 4, end = scale + 32;
         u = xdb, low = u + 8 * pitch, a_bytes = low + 8 * low_pitch;
         if (a_bytes < (size_t)WIDE_SEQUENCES * p.slice * 2)
@@ -112,14 +115,10 @@ __device__ inline void copy_box(void *to, const CUtensorMap *map, int k, int row
                  "l"(map), "r"(k), "r"(row), "r"(shared_address(barrier))
                  : "memory");
 }
-__device__ inline void wide_sync() {
-    asm volatile("bar.sync 1, %0;" ::"n"((int)WIDE_THREADS) : "memory");
-}
-
-// Fetches everything that the block reads of weights and states, in the order in which it is used.
+// Feeds the ring with all that the block reads of weights and states, in the order of use.
 template <int D>
-__device__ inline void wide_fetch(const WideArgs &p, const CUtensorMap *map_h, SoloRing ring,
-                                  int rank, int in_first, int out_first, int s_first, int n_s) {
+__device__ inline void wide_fetch(const WideArgs &p, const CUtensorMap *map_h, Ring ring, int rank,
+                                  int in_first, int out_first, int s_first, int n_s) {
     using Q = WideShape<D>;
     constexpr int SUB = Q::SUB;
     const int lane = threadIdx.x % 32, channel = rank * Q::SLICE, conv_floats = (p.K + 1) * SUB,
@@ -141,7 +140,7 @@ __device__ inline void wide_fetch(const WideArgs &p, const CUtensorMap *map_h, S
 #pragma unroll 1
     for (int layer = 0; layer < p.n_layer; layer++) {
         const WideLayer *w = p.layers + layer;
-        const size_t place = ((size_t)layer * SOLO_CLUSTER + rank) * Q::SUBS;
+        const size_t place = ((size_t)layer * CLUSTER_BLOCKS + rank) * Q::SUBS;
         boxes(&w->in, p.in, Q::CHUNKS, rank % WIDE_PARTS * Q::SLICE, in_first);
         if (layer == 0)
             asm volatile("griddepcontrol.wait;" ::: "memory"); // states are of the step before
@@ -177,29 +176,30 @@ __device__ inline void wide_fetch(const WideArgs &p, const CUtensorMap *map_h, S
     }
 }
 
-// Sums of all sequences, whose activations lie at `a` (boxes of (SEQUENCES,64)), times a block of
-// rows of a matrix that comes through the ring, 64 inputs a slot; 48 rows a group of four warps,
-// whose tensor cores read both from shared memory. take(m, tile, sums): of sequences 16m + lane / 4
-// and 8 more, rows 8 tile + 2 (lane % 4) and one more.
+// The activations of all sequences, at `a` in boxes of (SEQUENCES,64), times a block of rows of a
+// matrix that comes through the ring, 64 inputs a slot. Four warps take 48 rows; their tensor cores
+// read both from shared memory. take(m, tile, sums) gets the sums of sequences 16m + lane / 4 and 8
+// more, of rows 8 tile + 2 (lane % 4) and one more.
 __host__ __device__ constexpr int wide_group(int chunks) { // slots at a time
     return chunks % 4 == 0 ? 4 : chunks % 3 == 0 ? 3 : chunks % 2 == 0 ? 2 : 1;
 }
-// Rows of 128 bytes, 8 of them a period of the order of their 16 bytes.
+// The descriptor of rows of 128 bytes, whose 16-byte units lie in the order that repeats after 8
+// rows.
 __device__ inline uint64_t wide_operand(uint32_t at) {
     return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t)1 << 16 | (uint64_t)64 << 32 |
            (uint64_t)1 << 62;
 }
 template <int CHUNKS, class Take>
-__device__ inline void wide_product(SoloRing &ring, int tid, uint32_t a, int m_tiles, int tiles,
+__device__ inline void wide_product(Ring &ring, int tid, uint32_t a, int m_tiles, int tiles,
                                     Take take) {
     constexpr int GROUP = wide_group(CHUNKS);
     const int first = tid / 128 * (WIDE_GROUP / 8), m = tid / 32 % 4;
     const uint32_t rows =
-        first < tiles ? first * 1024 : 0; // a group without rows: sums that nobody takes
+        first < tiles ? first * 1024 : 0; // a group without rows: sums that nobody uses
     float c[24] = {};
 #pragma unroll 1
     for (int i = 0; i < CHUNKS; i += GROUP) {
-        SoloRing ahead = ring;
+        Ring ahead = ring;
         uint32_t slot[GROUP];
 #pragma unroll
         for (int g = 0; g < GROUP; g++, ahead.next()) slot[g] = shared_address(ahead.wait()) + rows;
@@ -227,17 +227,17 @@ __device__ inline void wide_product(SoloRing &ring, int tid, uint32_t a, int m_t
             if (first + n < tiles) take(m, first + n, c + 4 * n);
 }
 
-// The same of up to 8 sequences, whose activations lie at `a` in rows of PITCH bytes; a tile a
-// warp. take(sums): of sequence lane / 4, rows 8 warp + 2 (lane % 4) and one more.
+// The same for up to 8 sequences, whose activations lie at `a` in rows of PITCH bytes. A tile a
+// warp. take(sums) gets those of sequence lane / 4, of rows 8 warp + 2 (lane % 4) and one more.
 template <int PITCH, int CHUNKS, class Take>
-__device__ inline void wide_few(SoloRing &ring, int tid, uint32_t a, int tiles, Take take) {
+__device__ inline void wide_few(Ring &ring, int tid, uint32_t a, int tiles, Take take) {
     constexpr int GROUP = wide_group(CHUNKS);
     const int lane = tid % 32, warp = tid / 32;
     const uint32_t a_row = a + lane % 8 * PITCH + lane / 8 * 16, row = warp * 1024 + lane % 8 * 128;
     float c[2][4] = {};
 #pragma unroll 1
     for (int i = 0; i < CHUNKS; i += GROUP) {
-        SoloRing ahead = ring;
+        Ring ahead = ring;
         uint32_t slot[GROUP];
 #pragma unroll
         for (int g = 0; g < GROUP; g++, ahead.next()) slot[g] = shared_address(ahead.wait());
@@ -258,36 +258,8 @@ __device__ inline void wide_few(SoloRing &ring, int tid, uint32_t a, int tiles, 
     if (warp < tiles) take(make_float2(c[0][0] + c[1][0], c[0][1] + c[1][1]));
 }
 
-__device__ inline void arrive_at(uint32_t barrier) { // of any block of the cluster
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-                 : "memory");
-}
-// All blocks have written what they had to. To hear is no acquire, which would empty the
-// first-level cache: what was written is read past it (cg).
-__device__ inline void wide_say(const WideArgs &p, uint32_t tag) {
-    wide_sync();
-    if (threadIdx.x == 0)
-        asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p.words + blockIdx.x * WIDE_LINE),
-                     "r"(tag)
-                     : "memory");
-}
-__device__ inline void wide_hear(const WideArgs &p, uint32_t tag) {
-    if (threadIdx.x < gridDim.x) {
-        uint32_t word;
-        int polls = 0;
-        do {
-            asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];"
-                         : "=r"(word)
-                         : "l"(p.words + threadIdx.x * WIDE_LINE)
-                         : "memory");
-            give_up_after(++polls);
-        } while ((int32_t)(word - tag) < 0);
-    }
-    wide_sync();
-}
-
-// Rows of activations, a slice of their inputs, to shared memory; rows of sequences that there are
-// not stay what they are.
+// Rows of activations, a slice of their inputs, to shared memory. Rows beyond S keep what they
+// have.
 template <int D>
 __device__ inline void wide_load(int S, int tid, uint32_t a, const bf16 *from, int ld) {
     constexpr int PIECES = WideShape<D>::SLICE / 8;
@@ -304,7 +276,7 @@ __device__ inline void wide_load(int S, int tid, uint32_t a, const bf16 *from, i
 }
 __device__ inline void wide_loaded() { // and the tensor cores may read it
     asm volatile("cp.async.wait_all;\nfence.proxy.async.shared::cta;" ::: "memory");
-    wide_sync();
+    sync_workers<WIDE_THREADS>();
 }
 #endif
 
@@ -312,17 +284,17 @@ template <int D>
 __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
     wide_kernel(const __grid_constant__ WideArgs p, const __grid_constant__ CUtensorMap map_h) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    unsigned char *memory = solo_memory;
+    unsigned char *memory = block_memory;
     int tid = threadIdx.x;
-    const int rank = blockIdx.x % SOLO_CLUSTER, cluster = blockIdx.x / SOLO_CLUSTER, N = p.N,
+    const int rank = blockIdx.x % CLUSTER_BLOCKS, cluster = blockIdx.x / CLUSTER_BLOCKS, N = p.N,
               K = p.K, R = p.R, P = p.P, m_tiles = (p.S + 15) / 16;
     using Q = WideShape<D>;
     constexpr int E = Q::E, SLICE = Q::SLICE, SUB = Q::SUB, PITCH = Q::PITCH, CHUNKS = Q::CHUNKS,
                   LOW_CHUNKS = (D / 16 + 63) / 64, LOW_PITCH = LOW_CHUNKS * 128 + 16;
     const WideShared place(p);
     const int most = place.most;
-    // What is whose: rows of in_proj of half a cluster, columns of out_proj and sequences of a
-    // cluster.
+    // Who has what: half a cluster some rows of in_proj, a cluster some columns of out_proj and
+    // some sequences.
     auto cut = [](int i, int of, int n) { return (int)((int64_t)i * n / of); };
     const int half = cluster * 2 + rank / WIDE_PARTS, halves = p.clusters * 2,
               in_first = cut(half, halves, E / 4),
@@ -331,31 +303,31 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
               out_tiles = cut(cluster + 1, p.clusters, D / 8) - out_first,
               s_first = cut(cluster, p.clusters, p.S),
               n_s = cut(cluster + 1, p.clusters, p.S) - s_first, columns = out_tiles * 8;
-    uint64_t *xdb_here = (uint64_t *)memory + 2 * SOLO_SLOTS, *sums_here = xdb_here + 1,
+    uint64_t *xdb_here = (uint64_t *)memory + 2 * RING_SLOTS, *sums_here = xdb_here + 1,
              *parts_here = xdb_here + 2, *x_read = xdb_here + 3;
     const uint32_t a = (shared_address(memory + place.end) + 1023) / 1024 * 1024,
                    a_at = a - shared_address(memory), ring_at = a_at + (uint32_t)place.a_bytes;
-    SoloRing ring = {ring_at, (uint32_t)p.slot_bytes, ring_at, p.slots, 0, 0};
+    Ring ring = {ring_at, (uint32_t)p.slot_bytes, ring_at, p.slots, 0, 0};
     bf16 *parts = (bf16 *)(memory + place.sums);
     float *xdb_parts = (float *)(memory + a_at), *sums = (float *)(memory + place.sums), *u = sums,
           *gate = u + most * SLICE, *delta = gate + most * SLICE,
           *bc = (float *)(memory + place.bc), *scale = (float *)(memory + place.scale);
-    const int xdb_bytes = SOLO_CLUSTER * n_s * P * 4,
+    const int xdb_bytes = CLUSTER_BLOCKS * n_s * P * 4,
               sums_bytes = rank < 2 * m_tiles ? 64 * columns * 4 : 0,
               parts_bytes = rank % WIDE_PARTS < m_tiles ? WIDE_PARTS * 16 * in_tiles * 8 * 2 : 0;
     if (tid == 0) {
         uint64_t *barriers = (uint64_t *)memory;
         for (int i = 0; i < p.slots; i++)
-            barrier_init(barriers + i, 1), barrier_init(barriers + SOLO_SLOTS + i, WIDE_WARPS);
+            barrier_init(barriers + i, 1), barrier_init(barriers + RING_SLOTS + i, WIDE_WARPS);
         barrier_init(xdb_here, 1), barrier_init(sums_here, 1), barrier_init(parts_here, 1);
-        barrier_init(x_read, SOLO_CLUSTER);
+        barrier_init(x_read, CLUSTER_BLOCKS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         barrier_expect(xdb_here, xdb_bytes), barrier_expect(sums_here, sums_bytes);
         barrier_expect(parts_here, parts_bytes);
     }
     __syncthreads();
     asm volatile("barrier.cluster.arrive.release.aligned;" ::
-                     : "memory"); // the others' barriers are there
+                     : "memory"); // the barriers of the others are ready
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     if (tid / 32 == WIDE_WARPS) {
         wide_fetch<D>(p, &map_h, ring, rank, in_first * 8, out_first * 8, s_first, n_s);
@@ -363,7 +335,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
     }
     wait_for_input();
     uint32_t tag = *(volatile uint32_t *)p.turn * (uint32_t)(3 * p.n_layer) + 1;
-    // The sequence whose residual stream, of the cluster's columns, this warp has.
+    // The sequence whose residual stream this warp keeps, of the columns of the cluster.
     const int own = tid < 256 ? rank * 8 + tid / 32 : WIDE_SEQUENCES;
     float2 res[Q::PAIRS], norm[Q::PAIRS];
     auto pairs = [&](auto each) {
@@ -380,16 +352,16 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
 
 #pragma unroll 1
     for (int layer = 0;; layer++) {
-        // What is computed of tid is computed where it is used: the compiler would do so once for
-        // all layers, and more than fits into registers, and 12 warps' spilled registers do not fit
-        // into what shared memory leaves of the first-level cache.
+        // The compiler must compute what depends on tid where it is used. It would do so once for
+        // all layers, which needs more registers than there are; and what 12 warps spill does not
+        // fit into the first-level cache that shared memory leaves.
         asm volatile("" : "+r"(tid));
         const int phase = layer & 1, warp = tid / 32, lane = tid % 32;
         if (layer) {
             if (sums_bytes) barrier_watch(sums_here, phase ^ 1);
             pairs([&](int i, int) {
 #pragma unroll
-                for (int part = 0; part < SOLO_CLUSTER; part++) {
+                for (int part = 0; part < CLUSTER_BLOCKS; part++) {
                     float2 v = *(const float2 *)(sums + (part * 8 + warp) * columns +
                                                  2 * (tid % 32 + 32 * i));
                     res[i].x += v.x, res[i].y += v.y;
@@ -406,8 +378,8 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
         });
         square = warp_sum(square);
         if (lane == 0 && own < p.S) p.squares[cluster * WIDE_SEQUENCES + own] = square;
-        wide_say(p, tag);
-        wide_hear(p, tag++);
+        raise_flag<WIDE_THREADS>(p.flags, tag);
+        wait_for_flags<WIDE_THREADS>(p.flags, tag++);
         wide_load<D>(p.S, tid, a, p.x + rank % WIDE_PARTS * SLICE, D);
         if (warp < n_s) {
             float v =
@@ -450,8 +422,8 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                 put_tagged(to, pack(v[0], v[1]), pack(v[2], v[3]), tag),
                     put_tagged(to + 1, pack(v[4], v[5]), pack(v[6], v[7]), tag);
             }
-        wide_sync();            // all warps have multiplied from x
-        if (tid < SOLO_CLUSTER) // so the cluster's blocks may overwrite it with x_proj's sums
+        sync_workers<WIDE_THREADS>(); // all warps have multiplied from x
+        if (tid < CLUSTER_BLOCKS)     // so the cluster's blocks may overwrite it with x_proj's sums
             arrive_at(address_in(shared_address(x_read), tid));
         if (n_s) {
             float4 x[Q::ITEMS], z[Q::ITEMS];
@@ -470,7 +442,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
 #pragma unroll 1
             for (int q = 0; q < Q::SUBS; q++) {
                 const float *conv = (const float *)ring.wait();
-                SoloRing second = ring;
+                Ring second = ring;
                 second.next();
                 const float *window = (const float *)second.wait();
 #pragma unroll
@@ -481,18 +453,22 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                     float *keep = p.window +
                                   (((size_t)layer * p.S + s_first + item_s) * (K - 1)) * E +
                                   rank * SLICE + q * SUB + c;
-                    float4 v = *(const float4 *)(conv + K * SUB + c);
+                    typedef Group<float, 4> Four;
+                    Four sum = *(const Four *)(conv + K * SUB + c),
+                         now = {x[j].x, x[j].y, x[j].z, x[j].w};
 #pragma unroll
                     for (int k = 0; k < SOLO_TAPS; k++) {
                         if (k >= K) break;
-                        float4 w = *(const float4 *)(conv + k * SUB + c),
-                               in = k + 1 < K ? *(const float4 *)(window +
-                                                                  (item_s * (K - 1) + k) * SUB + c)
-                                              : x[j];
-                        v.x += w.x * in.x, v.y += w.y * in.y, v.z += w.z * in.z, v.w += w.w * in.w;
-                        if (k) *(float4 *)(keep + (size_t)(k - 1) * E) = in;
+                        Four tap = *(const Four *)(conv + k * SUB + c),
+                             input =
+                                 k + 1 < K
+                                     ? *(const Four *)(window + (item_s * (K - 1) + k) * SUB + c)
+                                     : now;
+                        sum = conv_sum<1>(sum, &tap, &input);
+                        if (k) *(Four *)(keep + (size_t)(k - 1) * E) = input;
                     }
-                    v = make_float4(silu(v.x), silu(v.y), silu(v.z), silu(v.w));
+                    float4 v =
+                        make_float4(silu(sum.v[0]), silu(sum.v[1]), silu(sum.v[2]), silu(sum.v[3]));
                     *(float4 *)(u + i * 4) = v;
                     *(float4 *)(gate + i * 4) =
                         make_float4(silu(z[j].x), silu(z[j].y), silu(z[j].z), silu(z[j].w));
@@ -502,7 +478,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                 ring.release(), ring.release();
             }
             barrier_watch(x_read, phase);
-            wide_sync();
+            sync_workers<WIDE_THREADS>();
 #pragma unroll 1
             for (int b = 0; b < p.x_proj.blocks; b++)
                 wide_few<PITCH, CHUNKS>(
@@ -512,7 +488,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                         uint32_t to = shared_address(xdb_parts + (rank * n_s + lane / 4) * P +
                                                      b * p.x_proj.rows + warp * 8 + lane % 4 * 2);
 #pragma unroll 2
-                        for (int i = 0; i < SOLO_CLUSTER; i++)
+                        for (int i = 0; i < CLUSTER_BLOCKS; i++)
                             send(address_in(to, i), __float_as_uint(c.x), __float_as_uint(c.y),
                                  address_in(shared_address(xdb_here), i));
                     });
@@ -522,7 +498,8 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
             for (int i = tid; i < n_s * P; i += WIDE_THREADS) {
                 float v = 0;
 #pragma unroll
-                for (int part = 0; part < SOLO_CLUSTER; part++) v += xdb_parts[part * n_s * P + i];
+                for (int part = 0; part < CLUSTER_BLOCKS; part++)
+                    v += xdb_parts[part * n_s * P + i];
                 int item_s = (int)((uint32_t)i * p.P_inverse >> 20), o = i - item_s * P;
                 if (o < R) low[item_s * (LOW_PITCH / 2) + o] = __float2bfloat16_rn(v);
                 else bc[item_s * 2 * N + o - R] = v;
@@ -531,7 +508,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                  o += WIDE_THREADS) // up to a multiple of 64
                 for (int row = 0; row < n_s; row++)
                     low[row * (LOW_PITCH / 2) + o] = __float2bfloat16_rn(0);
-            wide_sync();
+            sync_workers<WIDE_THREADS>();
 #pragma unroll 1
             for (int b = 0; b < p.dt.blocks; b++)
                 wide_few<LOW_PITCH, LOW_CHUNKS>(
@@ -541,9 +518,9 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                             *(float2 *)(delta + lane / 4 * SLICE + b * p.dt.rows + warp * 8 +
                                         lane % 4 * 2) = c;
                     });
-            wide_sync();
-            // The scan's step: a channel a lane, all its states; teams of warps take the sequences
-            // in turn.
+            sync_workers<WIDE_THREADS>();
+            // The step of the scan: a lane is a channel with all its states. Teams of warps take
+            // turns with the sequences.
             const int team = warp / Q::TEAM, c = warp % Q::TEAM * 32 + lane;
 #pragma unroll 1
             for (int q = 0; q < Q::SUBS; q++) {
@@ -587,8 +564,8 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
             }
         }
         tag++;
-        wide_say(p, tag);
-        wide_hear(p, tag++);
+        raise_flag<WIDE_THREADS>(p.flags, tag);
+        wait_for_flags<WIDE_THREADS>(p.flags, tag++);
         wide_load<D>(p.S, tid, a, p.y + rank * SLICE, E);
         if (layer + 1 < p.n_layer)
             pairs([&](int i, int at) { norm[i] = *(const float2 *)(p.norms[layer + 1] + at); });
@@ -608,7 +585,7 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
                 });
     }
     pairs([&](int i, int at) { *(float2 *)(p.res + (size_t)own * D + at) = res[i]; });
-    if (blockIdx.x == 0 && tid == 0) *p.turn += 1; // all have read it, for all have been heard from
+    if (blockIdx.x == 0 && tid == 0) *p.turn += 1; // every block has read it: all have met since
 #endif
 }
 
@@ -656,7 +633,7 @@ static bool tensor_map(CUtensorMap *map, bool bf16_, const void *x, size_t rows,
                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
-// A layer's vectors as blocks read them; grid (8, subs).
+// The vectors of a layer as blocks read them. Grid (8, subs).
 __global__ void wide_vectors_kernel(float *conv, float *scan, LayerWeights w, int sub, int E, int N,
                                     int K) {
     const int place = blockIdx.x * gridDim.y + blockIdx.y;
@@ -677,7 +654,7 @@ static void wide_free(Wide *q) {
     delete q;
 }
 
-// NULL where shapes do not fit, or the GPU, or its memory.
+// NULL if the shape does not fit, or the GPU, or its memory.
 static Wide *wide_new(Gpu *g, int S) {
     const Config *c = &g->config;
     Device *d = &g->device;
@@ -715,11 +692,10 @@ static Wide *wide_new(Gpu *g, int S) {
     default:
         return NULL;
     }
-    // Where little is left for the ring, smaller slots keep more bytes on their way; elsewhere they
-    // only are more.
+    // Where little memory is left for the ring, smaller slots keep more bytes on their way.
     const int rows_most = D >= 2048 ? WIDE_ROWS_FEW : WIDE_ROWS;
     p->x_proj.set((p->P + 7) / 8, WIDE_ROWS_FEW), p->dt.set(p->slice / 8, WIDE_ROWS_FEW);
-    for (p->clusters = SOLO_CLUSTERS;; p->clusters--) { // as many as run at once
+    for (p->clusters = CLUSTERS_MAX;; p->clusters--) { // as many as run at once
         if (!p->clusters) return NULL;
         p->in.set((E / 4 + 2 * p->clusters - 1) / (2 * p->clusters), rows_most);
         p->out.set((D / 8 + p->clusters - 1) / p->clusters, rows_most);
@@ -730,14 +706,14 @@ static Wide *wide_new(Gpu *g, int S) {
             (std::max(std::max(rows * 128, (N + 2) * p->sub * 4), most * (K - 1) * p->sub * 4) +
              1023) /
             1024 * 1024;
-        p->slots = SOLO_SLOTS;
+        p->slots = RING_SLOTS;
         while (p->slots && (q.shared = WideShared(*p).bytes) > (size_t)d->shared_limit) p->slots--;
         if (p->slots < 4 || most > WIDE_EACH || p->out.tiles * 8 > 64 * pairs) return NULL;
         int at_once = clusters_at_once(q.kernel, p->clusters, WIDE_THREADS + 32, q.shared);
         if (at_once < 0) return NULL;
         if (at_once >= p->clusters) break;
     }
-    size_t L = (size_t)c->n_layer, places = (size_t)SOLO_CLUSTER * p->subs;
+    size_t L = (size_t)c->n_layer, places = (size_t)CLUSTER_BLOCKS * p->subs;
     WideLayer *layers = NULL;
     float *conv = NULL, *scan = NULL;
     const float **norms = NULL;
@@ -746,8 +722,8 @@ static Wide *wide_new(Gpu *g, int S) {
         a.take(layers, L), a.take(norms, L), a.take(conv, L * E * (K + 1)),
             a.take(scan, L * E * (N + 2));
         a.take(p->xz, (size_t)S * E / 2), a.take(p->x, (size_t)S * D), a.take(p->y, (size_t)S * E);
-        a.take(p->squares, (size_t)SOLO_CLUSTERS * WIDE_SEQUENCES);
-        a.take(p->words, (size_t)SOLO_CLUSTERS * SOLO_CLUSTER * WIDE_LINE), a.take(p->turn, 1);
+        a.take(p->squares, (size_t)CLUSTERS_MAX * WIDE_SEQUENCES);
+        a.take(p->flags, (size_t)CLUSTERS_MAX * CLUSTER_BLOCKS * FLAG_STRIDE), a.take(p->turn, 1);
         if (!measure) break;
         if (cudaMalloc(&q.memory, a.used) != cudaSuccess) return cudaGetLastError(), (Wide *)NULL;
         cudaMemsetAsync(q.memory, 0, a.used, d->stream);
@@ -766,7 +742,7 @@ static Wide *wide_new(Gpu *g, int S) {
             tensor_map(&host[layer].dt, true, w->dt_proj, (size_t)E, (size_t)R, p->dt.rows, 64) &&
             tensor_map(&host[layer].out, true, w->out_proj, (size_t)D, (size_t)E, p->out.rows, 64);
         host_norms[layer] = (const float *)w->norm;
-        wide_vectors_kernel<<<dim3(SOLO_CLUSTER, (unsigned)p->subs), 128, 0, d->stream>>>(
+        wide_vectors_kernel<<<dim3(CLUSTER_BLOCKS, (unsigned)p->subs), 128, 0, d->stream>>>(
             conv + layer * places * (K + 1) * p->sub, scan + layer * places * (N + 2) * p->sub, *w,
             p->sub, E, N, K);
         check_launch(d, "weights");
@@ -783,8 +759,9 @@ static Wide *wide_new(Gpu *g, int S) {
 // network() for one token of each sequence; res has their embeddings.
 static void wide_step(Gpu *g, const Wide *q) {
     const Config *c = &g->config;
-    launch_cluster(&g->device, SOLO_CLUSTER, q->kernel, (unsigned)(q->args.clusters * SOLO_CLUSTER),
-                   WIDE_THREADS + 32, q->shared, q->args, q->h);
+    launch_cluster(&g->device, CLUSTER_BLOCKS, q->kernel,
+                   (unsigned)(q->args.clusters * CLUSTER_BLOCKS), WIDE_THREADS + 32, q->shared,
+                   q->args, q->h);
     rmsnorm(&g->device, Rows(acts_of<bf16>(g).xn, c->D), Rows(g->res, c->D),
             (const float *)g->w.norm_f, c->norm_eps, q->args.S, c->D);
 }

@@ -1,61 +1,64 @@
-// step_one_hopper.cuh - one token of one sequence on Hopper: one kernel for the whole step.
+// step_one_hopper.cuh - one token of one sequence in bf16 on Hopper: one kernel for the whole step.
 // Included by mamba_cuda.cu.
-
-// --- The step in bf16 of one sequence on Hopper: one kernel. What bounds such a step is neither
-// bytes nor arithmetic but how often all multiprocessors must hear from each other. A block takes
-// its channels through a whole layer, in_proj to out_proj, so that only two sums over all channels
-// are left a layer: x_proj's outputs and out_proj's. Each goes the same way:
-//   every block computes its channels' part and sends it to the blocks of its cluster of 8, each of
-//   which adds up an eighth, writes that to global memory, every number with a tag that says of
-//   which layer and step it is (no other barrier is needed), polls for the same eighth from all
-//   clusters, adds up, and sends the sum to the 8 blocks of its cluster.
+//
+// Neither bytes nor arithmetic bound such a step, but how often all multiprocessors must hear from
+// each other. A block takes its channels through a whole layer, from in_proj to out_proj. So only
+// two sums over all channels are left in a layer: the outputs of x_proj and those of out_proj.
+//
+//   block i: x of all  -> in_proj of its channels -> conv -> its part of x_proj
+//            ----- sum over blocks: x_proj's outputs to all -----
+//            dt_proj, step of the scan, gate of its channels -> its part of out_proj
+//            ----- sum over blocks: the residual stream to all -----
+//
+// Each sum goes the same way. A block sends its part to the 8 blocks of its cluster, an eighth of
+// the outputs each (exchange.cuh, 5). Each block adds up its eighth and writes it to device memory
+// with a tag (6), polls for the same eighth from all clusters, adds up, and sends the sum to the 8
+// blocks of its cluster (5).
+//
 // For such parts x_proj and out_proj are read by channel, so they lie transposed. All that a block
-// reads of a layer (weights, vectors, its channels' state) is fetched in order, layers ahead, by
-// the copy engine, which a warp of its own feeds, into a ring of slots in shared memory. (Plain
-// loads would do for the state, but polls wait behind them, for loads return in order.) A slot
-// holds 8 rows of in_proj, of out_proj's transpose or of the head, or a layer's small things.
-// Products are the tensor cores' (with plain arithmetic, unpacking the weights was what took
-// longest), inputs as the sum of two bf16, in two of the product's 8 or 16 columns. Outputs go by
-// pairs i, i + 8 of each 16, which one lane has.
+// reads of a layer, weights, vectors and the state of its channels, comes through the ring (4) in
+// the order of use, layers ahead. The state, too, for plain loads return in order, and polls would
+// wait behind them. A slot holds 8 rows of in_proj, of out_proj's transpose or of the head, or the
+// small things of a layer. The products run on tensor cores: with plain arithmetic, unpacking the
+// weights took longest. An input is the sum of two bf16, in two of the product's 8 or 16 columns.
+// Outputs are handled by pairs i, i + 8 of each 16, which one lane has.
 
-enum {
-    SOLO_CLUSTER = 8,
-    SOLO_CLUSTERS = 16,
-    SOLO_THREADS = 256,
-    SOLO_WARPS = 8,
-    SOLO_ROWS = 8,
-    SOLO_STATES = 16,
-    SOLO_TAPS = 4
-};
-enum {
-    SOLO_SLOTS = 24,
-    SOLO_BARRIERS = 2 * SOLO_SLOTS + 4,
-    SOLO_PAD = 8,
-    SOLO_X_TILES = 2,
-    SOLO_FLYING = 49152
-};
-// PAD: of rows, against bank conflicts; X_TILES: of x_proj, for each block of a cluster, at the
-// most; FLYING: bytes on their way to a block: more do not come faster, and polls wait behind them
+enum { SOLO_WARPS = 8, SOLO_THREADS = 32 * SOLO_WARPS }; // and the warp that feeds the ring
+enum { SOLO_ROWS = 8 };                                  // of a matrix, in a slot of the ring
+enum { SOLO_STATES = 16 };                               // N at the most
+enum { SOLO_TAPS = 4 };                                  // K at the most
+enum { SOLO_PAD = 8 };        // elements after each row, against bank conflicts
+enum { SOLO_X_TILES = 2 };    // tiles of 16 outputs of x_proj of a block of a cluster, at the most
+enum { SOLO_FLYING = 49152 }; // bytes on their way to a block. More do not come faster; polls wait
+enum { SOLO_BARRIERS = 2 * RING_SLOTS + 4 };
 
 struct SoloLayer {
     const bf16 *W_in, *W_dt; // (2E,D), (E,R)
 };
 struct SoloArgs {
-    const SoloLayer *layers;        // (n_layer)
-    const bf16 *W_x, *W_out, *head; // (n_layer,E,P+PAD), (n_layer,E,D+PAD): transposed; (V,D)
-    float *vectors;                 // (n_layer,blocks,vector_floats), see SoloVectors
-    const float *res, *norm;        // (D): the token's embedding; the first layer's norm
-    float *logits;                  // (V)
-    ulonglong2 *xdb_words,
-        *res_words; // (8,CLUSTERS,8 X_TILES), (8,CLUSTERS,D/16): pairs, each number with a tag
-    uint32_t *turn; // steps so far
-    int clusters, channels, slots, slot_bytes,
-        flying; // channels: of a block; flying: slots that are being filled
-    int vector_floats, n_layer, D, E, N, K, R, P, V; // P: R + 2 N as a multiple of 16
-    float eps, mixer_eps;                            // mixer_eps: of FalconMamba's norms, or 0
+    const SoloLayer *layers; // (n_layer)
+    const bf16 *W_x;         // (n_layer,E,P + PAD), transposed
+    const bf16 *W_out;       // (n_layer,E,D + PAD), transposed
+    const bf16 *head;        // (V,D)
+    float *vectors;          // (n_layer,blocks,vector_floats), see SoloVectors
+    const float *res;        // (D): the embedding of the token
+    const float *norm;       // (D): of the first layer
+    float *logits;           // (V)
+    ulonglong2 *xdb_words;   // (8,CLUSTERS_MAX,8 X_TILES): pairs, each number with a tag
+    ulonglong2 *res_words;   // (8,CLUSTERS_MAX,D/16): the same
+    uint32_t *turn;          // steps so far
+    int clusters;
+    int channels; // of a block, at the most
+    int slots, slot_bytes;
+    int flying; // slots that are being filled
+    int vector_floats, n_layer, D, E, N, K, R;
+    int P; // R + 2 N, rounded up to a multiple of 16
+    int V;
+    float eps;
+    float mixer_eps; // of FalconMamba's norms, or 0
 };
 
-// Where what lies in a block's vectors of a layer: A and h (channels,N), conv and window
+// Offsets in the vectors of a block and a layer: A and h (channels,N), conv and window
 // (taps,channels), and of the next norm the pairs that the block adds up.
 struct SoloVectors {
     int A, conv, conv_bias, dt_bias, D_skip, h, window, norm, floats;
@@ -63,11 +66,11 @@ struct SoloVectors {
         A = 0, conv = A + channels * N, conv_bias = conv + channels * K,
         dt_bias = conv_bias + channels;
         D_skip = dt_bias + channels, h = D_skip + channels, window = h + channels * N;
-        norm = (window + channels * (K - 1) + 3) / 4 * 4, floats = norm + D / SOLO_CLUSTER;
+        norm = (window + channels * (K - 1) + 3) / 4 * 4, floats = norm + D / CLUSTER_BLOCKS;
     }
 };
 
-// Shared memory, in the order in which it lies.
+// Offsets in shared memory, in bytes.
 struct SoloShared {
     size_t ring, x, res_parts, gathered, xdb_parts, xdb, squares, sums, u, gate, u_words, y_words,
         bytes;
@@ -89,14 +92,12 @@ struct SoloShared {
     }
 };
 
-// The first channel of a block: all have as many, or one more.
+// The first channel of a block. Blocks have equally many, or one more.
 __host__ __device__ inline int solo_first(int block, int blocks, int E) {
     return (int)((int64_t)block * E / blocks);
 }
 
 #if __CUDA_ARCH__ >= 900
-extern __shared__ __align__(128) unsigned char solo_memory[];
-__device__ inline void sync_workers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 // Four 8 x 8 matrices of bf16, whose rows the lanes 8i..8i+7 point at.
 template <bool TRANSPOSED> __device__ inline uint4 matrices(uint32_t row) {
     uint4 v;
@@ -114,44 +115,19 @@ __device__ inline uint32_t split(float x) { // into two bf16, the larger below
     bf16 high = __float2bfloat16_rn(x), low = __float2bfloat16_rn(x - value(high));
     return (uint32_t)__bfloat16_as_ushort(low) << 16 | __bfloat16_as_ushort(high);
 }
-// Of two such numbers, as operand of a product: in lanes 0..3 the larger parts, in 4..7 the
-// smaller, elsewhere 0.
+// The operand of a product from two such numbers: lanes 0..3 have the larger parts, lanes 4..7 the
+// smaller ones, the others 0.
 __device__ inline uint32_t operand(uint32_t x, uint32_t y) {
     int lane = threadIdx.x % 32;
     return lane < 8 ? __byte_perm(x, y, lane < 4 ? 0x5410 : 0x7632) : 0;
 }
 
-struct SoloRing {              // a place in the ring, the same in all threads that pass through it
-    uint32_t slots, bytes, at; // offsets in shared memory
-    int n, slot, phase;
-    __device__ uint64_t *full() const { return (uint64_t *)solo_memory + slot; }
-    __device__ uint64_t *empty() const { return full() + SOLO_SLOTS; }
-    __device__ void next() {
-        at += bytes;
-        if (++slot == n) slot = 0, at = slots, phase ^= 1;
-    }
-    __device__ unsigned char *wait() const {
-        return barrier_watch(full(), phase), solo_memory + at;
-    }
-    __device__ void release() { // by a warp
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty());
-        next();
-    }
-    __device__ unsigned char *claim(int expected) {
-        barrier_wait(empty(), phase ^ 1); // passes the first time round
-        if (threadIdx.x % 32 == 0) barrier_expect(full(), expected);
-        __syncwarp();
-        return solo_memory + at;
-    }
-};
-
-// Fetches everything that the block reads of the weights, in the order in which it is used; a warp,
-// a row a lane.
-__device__ inline void solo_fetch(const SoloArgs &p, SoloRing ring, int first, int n) {
+// Feeds the ring with all that the block reads of the weights, in the order of use. By a warp, a
+// row a lane.
+__device__ inline void solo_fetch(const SoloArgs &p, Ring ring, int first, int n) {
     const int D = p.D, E = p.E, R = p.R, P = p.P + SOLO_PAD, lane = threadIdx.x % 32,
               pitch = (D + SOLO_PAD) * 2;
-    SoloRing landed = ring;
+    Ring landed = ring;
     int flying = 0;
     auto claim = [&](int bytes) {
         if (flying++ >= p.flying) barrier_wait(landed.full(), landed.phase), landed.next();
@@ -195,65 +171,22 @@ __device__ inline void solo_fetch(const SoloArgs &p, SoloRing ring, int first, i
     rows(p.head + (size_t)row * D, p.V, NULL, max(0, min(rows_each, p.V - row)));
 }
 
-// sum[r] = the sums of a pair of numbers over the clusters, in all 16 lanes of half-warp i for
-// pairs i, i + 16, ... below `pairs`. words: (clusters, 16 ROUNDS), of which a warp watches two
-// clusters', by 16 neighbours each: a cluster's words fill lines that nobody else writes. (A line
-// that is polled and that many write is slow: 0.34 ms a step of 130M instead of 0.22.) scratch: (8,
-// 16 ROUNDS).
-template <int ROUNDS>
-__device__ inline void solo_gather(float2 sum[ROUNDS], float2 *scratch, const ulonglong2 *words,
-                                   int pairs, int clusters, uint32_t tag) {
-    const int warp = threadIdx.x / 32, half = threadIdx.x / 16, lane = threadIdx.x % 16;
-    ulonglong2 v[ROUNDS];
-    int polls = 0;
-    bool all;
-    do {
-        all = true;
-#pragma unroll
-        for (int r = 0; r < ROUNDS; r++) {
-            v[r] = make_ulonglong2((uint64_t)tag << 32, (uint64_t)tag << 32);
-            if (lane + 16 * r < pairs && half < clusters)
-                v[r] = get_words(words + half * 16 * ROUNDS + lane + 16 * r);
-        }
-#pragma unroll
-        for (int r = 0; r < ROUNDS; r++) all = all && both_tagged(v[r], tag);
-        give_up_after(++polls);
-    } while (!__all_sync(0xffffffffu, all));
-#pragma unroll
-    for (int r = 0; r < ROUNDS; r++) {
-        float2 x =
-            make_float2(__uint_as_float((uint32_t)v[r].x), __uint_as_float((uint32_t)v[r].y));
-        x.x += __shfl_xor_sync(0xffffffffu, x.x, 16), x.y += __shfl_xor_sync(0xffffffffu, x.y, 16);
-        if (threadIdx.x % 32 < 16) scratch[warp * 16 * ROUNDS + lane + 16 * r] = x;
-    }
-    sync_workers();
-#pragma unroll
-    for (int r = 0; r < ROUNDS; r++) sum[r] = scratch[lane % 8 * 16 * ROUNDS + half + 16 * r];
-#pragma unroll
-    for (int step = 4; step; step /= 2)
-#pragma unroll
-        for (int r = 0; r < ROUNDS; r++) {
-            sum[r].x += __shfl_xor_sync(0xffffffffu, sum[r].x, step);
-            sum[r].y += __shfl_xor_sync(0xffffffffu, sum[r].y, step);
-        }
-}
-
 // x's operands for 16 inputs; in memory x lies by pairs.
 __device__ inline uint2 x_operands(const uint4 *x, int sixteen) {
     uint4 v = x[4 * sixteen + threadIdx.x % 4]; // inputs 2j, 2j + 8, 2j + 1, 2j + 9
     return make_uint2(operand(v.x, v.z), operand(v.y, v.w));
 }
-// The sums of two columns of a product in lanes 0..3, where the larger parts' are: add those of the
-// smaller.
+// The sums of two columns of a product, in lanes 0..3: those of the larger parts plus those of the
+// smaller ones, which lanes 4..7 have.
 __device__ inline float2 both_parts(const float c[4]) {
     return make_float2(c[0] + __shfl_down_sync(0xffffffffu, c[0], 4),
                        c[1] + __shfl_down_sync(0xffffffffu, c[1], 4));
 }
 
-// sums (8,sum_rows): of W's rows (`rows` of them come through the ring) times x, by warps, each of
-// which takes every eighth group of 32 inputs; GROUP slots at a time.
+// sums (8,sum_rows) of each warp: `rows` rows of W, which come through the ring, times x. A warp
+// takes every eighth group of 32 inputs. GROUP slots at a time.
 template <int WIDTH, int GROUP>
-__device__ inline void solo_in_proj(SoloRing &ring, float *sums, int sum_rows, const uint4 *x,
+__device__ inline void solo_in_proj(Ring &ring, float *sums, int sum_rows, const uint4 *x,
                                     int rows) {
     constexpr int pitch = (256 * WIDTH + SOLO_PAD) * 2;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -269,11 +202,10 @@ __device__ inline void solo_in_proj(SoloRing &ring, float *sums, int sum_rows, c
     for (int base = 0; base < rows; base += GROUP * SOLO_ROWS) {
         float c[GROUP][4] = {};
         uint32_t at[GROUP];
-        SoloRing ahead = ring;
+        Ring ahead = ring;
 #pragma unroll
-        for (int i = 0; i < GROUP;
-             i++) { // beyond the last row: anything, for sums that nobody takes
-            at[i] = shared_address(solo_memory) + ahead.at + mine;
+        for (int i = 0; i < GROUP; i++) { // beyond the last row: sums that nobody uses
+            at[i] = shared_address(block_memory) + ahead.at + mine;
             if (base + i * SOLO_ROWS < rows) ahead.wait(), ahead.next();
         }
 #pragma unroll
@@ -297,22 +229,22 @@ __device__ inline void solo_in_proj(SoloRing &ring, float *sums, int sum_rows, c
 }
 #endif
 
-// D = 256 WIDTH. 16 lanes a channel, a state each: at most 16 ROUNDS channels a block. GROUP: slots
-// of in_proj at a time.
+// D = 256 WIDTH. Of the scan, 16 lanes take a channel, a state each, so 16 channels at a time, in
+// ROUNDS rounds. GROUP: slots of in_proj at a time.
 template <int WIDTH, int ROUNDS, int GROUP>
 __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
     solo_kernel(const __grid_constant__ SoloArgs p) {
 #if __CUDA_ARCH__ >= 900
     constexpr int D = 256 * WIDTH, TILES = D / 128;
-    unsigned char *memory = solo_memory;
+    unsigned char *memory = block_memory;
     const int E = p.E, N = p.N, K = p.K, R = p.R, P = p.P, tid = threadIdx.x, warp = tid / 32,
-              half = tid / 16, lane = tid % 16, rank = blockIdx.x % SOLO_CLUSTER,
-              cluster = blockIdx.x / SOLO_CLUSTER, channels = p.channels,
+              half = tid / 16, lane = tid % 16, rank = blockIdx.x % CLUSTER_BLOCKS,
+              cluster = blockIdx.x / CLUSTER_BLOCKS, channels = p.channels,
               first = solo_first(blockIdx.x, gridDim.x, E),
               n = solo_first(blockIdx.x + 1, gridDim.x, E) - first;
     const SoloShared place(p.slots, p.slot_bytes, channels, D, P);
     const SoloVectors vector(channels, N, K, D);
-    uint64_t *barriers = (uint64_t *)memory, *x_here = barriers + 2 * SOLO_SLOTS,
+    uint64_t *barriers = (uint64_t *)memory, *x_here = barriers + 2 * RING_SLOTS,
              *xdb_here = x_here + 1, *xdb_parts_here = x_here + 2, *res_parts_here = x_here + 3;
     auto floats = [&](size_t at) { return (float *)(memory + at); };
     const uint4 *x = (uint4 *)(memory + place.x);
@@ -323,17 +255,17 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
     float2 *xdb_parts = (float2 *)(memory + place.xdb_parts),
            *res_parts = (float2 *)(memory + place.res_parts),
            *gathered = (float2 *)(memory + place.gathered);
-    SoloRing ring = {
-        (uint32_t)place.ring, (uint32_t)p.slot_bytes, (uint32_t)place.ring, p.slots, 0, 0};
-    // Pairs of x_proj's and out_proj's outputs that this block sums up: of every eighth tile from
-    // `rank` on, 8 of each; D/16.
-    const int x_mine = P / 16 > rank ? (P / 16 - rank + SOLO_CLUSTER - 1) / SOLO_CLUSTER * 8 : 0,
-              res_each = D / (2 * SOLO_CLUSTER); // 16 WIDTH
+    Ring ring = {(uint32_t)place.ring, (uint32_t)p.slot_bytes, (uint32_t)place.ring, p.slots, 0, 0};
+    // Pairs of outputs that this block adds up: of x_proj 8 of every eighth tile from `rank` on, of
+    // out_proj D/16.
+    const int x_mine =
+                  P / 16 > rank ? (P / 16 - rank + CLUSTER_BLOCKS - 1) / CLUSTER_BLOCKS * 8 : 0,
+              res_each = D / (2 * CLUSTER_BLOCKS); // 16 WIDTH
     const int x_bytes = D * 4 + 128 * 4, xdb_bytes = P * 4,
-              x_part_bytes = SOLO_CLUSTER * x_mine * 8, res_part_bytes = D * 4;
+              x_part_bytes = CLUSTER_BLOCKS * x_mine * 8, res_part_bytes = D * 4;
     if (tid == 0) {
         for (int i = 0; i < p.slots; i++)
-            barrier_init(barriers + i, 1), barrier_init(barriers + SOLO_SLOTS + i, SOLO_WARPS);
+            barrier_init(barriers + i, 1), barrier_init(barriers + RING_SLOTS + i, SOLO_WARPS);
         for (int i = 0; i < 4; i++) barrier_init(x_here + i, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         barrier_expect(x_here, x_bytes), barrier_expect(xdb_here, xdb_bytes);
@@ -341,16 +273,16 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
             barrier_expect(res_parts_here, res_part_bytes);
     }
     for (int i = tid; i < 16 * ROUNDS && i < (channels + 15) / 16 * 16; i += SOLO_THREADS)
-        u_words[i] = y_words[i] = 0; // beyond n: for good
+        y_words[i] = 0, u_words[i] = 0; // beyond n they stay 0
     __syncthreads();
     asm volatile("barrier.cluster.arrive.release.aligned;" ::
-                     : "memory"); // the others' barriers are there
+                     : "memory"); // the barriers of the others are ready
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     if (warp == SOLO_WARPS) {
         solo_fetch(p, ring, first, n);
         return;
     }
-    // Warp i computes the parts that block i of the cluster sums up; every fourth lane has a pair
+    // Warp i computes the parts that block i of the cluster adds up. Every fourth lane has a pair
     // of a tile.
     const uint32_t x_part_to = address_in(
                        shared_address(xdb_parts + rank * SOLO_X_TILES * 8 + tid % 32 / 4), warp),
@@ -378,23 +310,23 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
         const uint32_t tag = first_tag + (uint32_t)layer;
         if (layer) { // the residual stream, and what out_proj of the layer before adds to it
             float2 sum[WIDTH];
-            solo_gather<WIDTH>(sum, gathered, p.res_words + rank * SOLO_CLUSTERS * res_each,
-                               res_each, p.clusters, tag - 1);
+            gather_pairs<WIDTH>(sum, gathered, p.res_words + rank * CLUSTERS_MAX * res_each,
+                                res_each, p.clusters, tag - 1);
 #pragma unroll
             for (int r = 0; r < WIDTH; r++) res[r].x += sum[r].x, res[r].y += sum[r].y;
         }
         float square = 0;
-        const uint32_t to = address_in(shared_address(x), lane % SOLO_CLUSTER),
-                       bar = address_in(shared_address(x_here), lane % SOLO_CLUSTER);
+        const uint32_t to = address_in(shared_address(x), lane % CLUSTER_BLOCKS),
+                       bar = address_in(shared_address(x_here), lane % CLUSTER_BLOCKS);
 #pragma unroll
         for (int r = 0; r < WIDTH; r++) {
             int q = half + 16 * r;
-            if (lane < SOLO_CLUSTER)
+            if (lane < CLUSTER_BLOCKS)
                 send(to + (uint32_t)(rank * res_each + q) * 8, split(res[r].x * norm[r].x),
                      split(res[r].y * norm[r].y), bar);
             square += res[r].x * res[r].x + res[r].y * res[r].y;
         }
-        if (lane < SOLO_CLUSTER)
+        if (lane < CLUSTER_BLOCKS)
             send(address_in(shared_address(squares + rank * 16 + half), lane), square, bar);
         barrier_watch(x_here, phase);
         if (tid == 0) barrier_expect(x_here, x_bytes);
@@ -405,9 +337,10 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
         const uint32_t *W_dt = (const uint32_t *)(small + n * (P + SOLO_PAD) * 2);
         float *vectors = (float *)(W_dt + n * (R / 2)),
               *state = p.vectors + ((size_t)layer * gridDim.x + blockIdx.x) * p.vector_floats;
-        sync_workers();
+        sync_workers<SOLO_THREADS>();
         if (tid < n) {
-            float v = 0, z = 0, conv = vectors[vector.conv_bias + tid];
+            float v = 0, z = 0;
+            Group<float, 1> conv = {vectors[vector.conv_bias + tid]};
 #pragma unroll
             for (int i = 0; i < SOLO_WARPS; i++)
                 v += sums[i * place.sum_rows + tid], z += sums[i * place.sum_rows + n + tid];
@@ -415,16 +348,18 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
 #pragma unroll
             for (int k = 0; k < SOLO_TAPS; k++) {
                 if (k >= K) break;
-                float input = k + 1 < K ? vectors[vector.window + k * channels + tid] : v;
-                conv += vectors[vector.conv + k * channels + tid] * input;
-                if (k) state[vector.window + (k - 1) * channels + tid] = input;
+                Group<float, 1> tap = {vectors[vector.conv + k * channels + tid]},
+                                input = {k + 1 < K ? vectors[vector.window + k * channels + tid]
+                                                   : v};
+                conv = conv_sum<1>(conv, &tap, &input);
+                if (k) state[vector.window + (k - 1) * channels + tid] = input.v[0];
             }
-            float out = silu(conv);
+            float out = silu(conv.v[0]);
             u[tid] = out, u_words[tid] = split(out), gate[tid] = silu(z * scale);
         }
-        sync_workers();
-        // A transposed product of tiles of 16 outputs by 16 channels; those beyond n count 0,
-        // whatever lies there.
+        sync_workers<SOLO_THREADS>();
+        // A transposed product of tiles of 16 outputs by 16 channels. Channels beyond n are masked
+        // out.
         auto transposed = [&](auto *sums, int tiles, uint32_t at, int stride, const uint32_t *words,
                               int from) {
             const uint32_t *in = words + from + k_first, b0 = operand(in[0], in[1]),
@@ -462,19 +397,19 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
             float2 sum = {};
             barrier_watch(xdb_parts_here, phase);
 #pragma unroll
-            for (int i = 0; i < SOLO_CLUSTER; i++)
+            for (int i = 0; i < CLUSTER_BLOCKS; i++)
                 sum.x += xdb_parts[i * SOLO_X_TILES * 8 + tid].x,
                     sum.y += xdb_parts[i * SOLO_X_TILES * 8 + tid].y;
-            put_tagged(p.xdb_words + (rank * SOLO_CLUSTERS + cluster) * SOLO_X_TILES * 8 + tid,
+            put_tagged(p.xdb_words + (rank * CLUSTERS_MAX + cluster) * SOLO_X_TILES * 8 + tid,
                        __float_as_uint(sum.x), __float_as_uint(sum.y), tag);
         }
         if (tid == 0) barrier_expect(xdb_parts_here, x_part_bytes);
         float2 xdb_sum[1];
-        solo_gather<1>(xdb_sum, gathered, p.xdb_words + rank * SOLO_CLUSTERS * SOLO_X_TILES * 8,
-                       x_mine, p.clusters, tag);
-        if (half < x_mine && lane < SOLO_CLUSTER) {
+        gather_pairs<1>(xdb_sum, gathered, p.xdb_words + rank * CLUSTERS_MAX * SOLO_X_TILES * 8,
+                        x_mine, p.clusters, tag);
+        if (half < x_mine && lane < CLUSTER_BLOCKS) {
             uint32_t there = address_in(
-                         shared_address(xdb + (rank + half / 8 * SOLO_CLUSTER) * 16 + half % 8),
+                         shared_address(xdb + (rank + half / 8 * CLUSTER_BLOCKS) * 16 + half % 8),
                          lane),
                      bar = address_in(shared_address(xdb_here), lane);
             send(there, xdb_sum[0].x, bar), send(there + 32, xdb_sum[0].y, bar);
@@ -543,11 +478,11 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
         for (int r = 0; r < WIDTH; r++)
             norm[r] = ((const float2 *)(vectors + vector.norm))[half + 16 * r];
         ring.release();
-        sync_workers();
+        sync_workers<SOLO_THREADS>();
         float part[TILES][4] = {}; // this block's part of out_proj
 #pragma unroll 1
         for (int from = 0; from < n; from += 16) {
-            SoloRing second = ring;
+            Ring second = ring;
             unsigned char *rows = ring.wait(), *more = rows;
             if (from + SOLO_ROWS < n) second.next(), more = second.wait();
             transposed(&part, D / 128,
@@ -568,9 +503,9 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
             float2 sum = {};
             barrier_watch(res_parts_here, phase);
 #pragma unroll
-            for (int i = 0; i < SOLO_CLUSTER; i++)
+            for (int i = 0; i < CLUSTER_BLOCKS; i++)
                 sum.x += res_parts[i * res_each + q].x, sum.y += res_parts[i * res_each + q].y;
-            put_tagged(p.res_words + (rank * SOLO_CLUSTERS + cluster) * res_each + q,
+            put_tagged(p.res_words + (rank * CLUSTERS_MAX + cluster) * res_each + q,
                        __float_as_uint(sum.x), __float_as_uint(sum.y), tag);
         }
         if (tid == 0) barrier_expect(res_parts_here, res_part_bytes);
@@ -600,7 +535,8 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
             ring.release();
         }
     }
-    if (blockIdx.x == 0 && tid == 0) *p.turn += 1; // all have read it, for all have been heard from
+    if (blockIdx.x == 0 && tid == 0)
+        *p.turn += 1; // every block has read it: this one has numbers from all of them
 #endif
 }
 
@@ -635,7 +571,7 @@ __global__ void solo_vectors_kernel(SoloArgs p, LayerWeights w, int layer, const
     const SoloVectors at(p.channels, p.N, p.K, p.D);
     const int E = p.E, N = p.N, K = p.K, first = solo_first(blockIdx.x, gridDim.x, E),
               n = solo_first(blockIdx.x + 1, gridDim.x, E) - first,
-              pairs = p.D / (2 * SOLO_CLUSTER);
+              pairs = p.D / (2 * CLUSTER_BLOCKS);
     float *to = p.vectors + ((size_t)layer * gridDim.x + blockIdx.x) * at.floats;
     const float *conv_bias = (const float *)w.conv_bias;
     for (int c = threadIdx.x, e = first + c; c < n; c += blockDim.x, e += blockDim.x) {
@@ -646,7 +582,7 @@ __global__ void solo_vectors_kernel(SoloArgs p, LayerWeights w, int layer, const
         to[at.D_skip + c] = ((const float *)w.D_skip)[e];
     }
     for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
-        int q = blockIdx.x % SOLO_CLUSTER * pairs + i, column = q / 8 * 16 + q % 8;
+        int q = blockIdx.x % CLUSTER_BLOCKS * pairs + i, column = q / 8 * 16 + q % 8;
         to[at.norm + 2 * i] = norm[column];
         to[at.norm + 2 * i + 1] = norm[column + 8];
     }
@@ -656,7 +592,7 @@ __global__ void solo_vectors_kernel(SoloArgs p, LayerWeights w, int layer, const
 __global__ void solo_state_kernel(SoloArgs p, float *h, float *window, bool back) {
     const SoloVectors at(p.channels, p.N, p.K, p.D);
     const int E = p.E, N = p.N, K = p.K, e = blockIdx.x * blockDim.x + threadIdx.x,
-              layer = blockIdx.y, blocks = p.clusters * SOLO_CLUSTER;
+              layer = blockIdx.y, blocks = p.clusters * CLUSTER_BLOCKS;
     if (e >= E) return;
     int block = (int)(((int64_t)(e + 1) * blocks - 1) / E), c = e - solo_first(block, blocks, E);
     float *of_block = p.vectors + ((size_t)layer * blocks + block) * at.floats;
@@ -679,16 +615,16 @@ static void solo_free(Solo *q) {
     delete q;
 }
 
-// How many of so many clusters of 8 blocks run at once; -1 where the kernel does not run at all.
+// How many of these clusters of 8 blocks run at once; -1 if the kernel does not run at all.
 template <class... Parameters>
 static int clusters_at_once(void (*kernel)(Parameters...), int clusters, int threads,
                             size_t shared) {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = SOLO_CLUSTER,
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.gridDim = (unsigned)(clusters * SOLO_CLUSTER), config.blockDim = (unsigned)threads;
+    attribute.val.clusterDim.x = CLUSTER_BLOCKS, attribute.val.clusterDim.y = 1,
+    attribute.val.clusterDim.z = 1;
+    config.gridDim = (unsigned)(clusters * CLUSTER_BLOCKS), config.blockDim = (unsigned)threads;
     config.dynamicSmemBytes = shared, config.attrs = &attribute, config.numAttrs = 1;
     int at_once = 0;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) ==
@@ -698,8 +634,8 @@ static int clusters_at_once(void (*kernel)(Parameters...), int clusters, int thr
     return cudaGetLastError(), -1;
 }
 
-// NULL where shapes do not fit (a D that there is a kernel for, rows of whole 16 bytes, a ring of 4
-// slots at least), or the GPU, or its memory.
+// NULL if the shape does not fit (a D that there is a kernel for, rows of whole 16 bytes, a ring of
+// 4 slots at least), or the GPU, or its memory.
 static Solo *solo_new(Gpu *g) {
     const Config *c = &g->config;
     Device *d = &g->device;
@@ -712,13 +648,14 @@ static Solo *solo_new(Gpu *g) {
     p->D = D, p->E = E, p->N = N, p->K = K, p->R = R, p->P = P, p->V = c->V,
     p->n_layer = c->n_layer, p->eps = c->norm_eps;
     p->mixer_eps = c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0;
-    for (int clusters = SOLO_CLUSTERS;; clusters--) { // as many as run at once
-        p->channels = std::max(4, (E + SOLO_CLUSTER * clusters - 1) / (SOLO_CLUSTER * clusters));
-        p->clusters = (E + SOLO_CLUSTER * p->channels - 1) / (SOLO_CLUSTER * p->channels);
+    for (int clusters = CLUSTERS_MAX;; clusters--) { // as many as run at once
+        p->channels =
+            std::max(4, (E + CLUSTER_BLOCKS * clusters - 1) / (CLUSTER_BLOCKS * clusters));
+        p->clusters = (E + CLUSTER_BLOCKS * p->channels - 1) / (CLUSTER_BLOCKS * p->channels);
         p->vector_floats = SoloVectors(p->channels, N, K, D).floats;
         int small = p->channels * (P + SOLO_PAD + R) * 2 + p->vector_floats * 4;
         p->slot_bytes = (std::max(SOLO_ROWS * (D + SOLO_PAD) * 2, small) + 127) / 128 * 128;
-        p->slots = SOLO_SLOTS, p->flying = std::max(1, SOLO_FLYING / p->slot_bytes);
+        p->slots = RING_SLOTS, p->flying = std::max(1, SOLO_FLYING / p->slot_bytes);
         while (p->slots &&
                (q.shared = SoloShared(p->slots, p->slot_bytes, p->channels, D, P).bytes) >
                    (size_t)d->shared_limit)
@@ -748,7 +685,7 @@ static Solo *solo_new(Gpu *g) {
         if (at_once >= p->clusters) break;
         if (clusters == 1) return NULL;
     }
-    size_t L = (size_t)c->n_layer, blocks = (size_t)p->clusters * SOLO_CLUSTER;
+    size_t L = (size_t)c->n_layer, blocks = (size_t)p->clusters * CLUSTER_BLOCKS;
     SoloLayer *layers = NULL;
     bf16 *W_x = NULL, *W_out = NULL;
     for (int measure = 1; measure >= 0; measure--) {
@@ -756,8 +693,8 @@ static Solo *solo_new(Gpu *g) {
         a.take(layers, L), a.take(W_x, L * E * (P + SOLO_PAD)),
             a.take(W_out, L * E * (D + SOLO_PAD));
         a.take(p->vectors, L * blocks * p->vector_floats),
-            a.take(p->xdb_words, (size_t)SOLO_X_TILES * 8 * SOLO_CLUSTER * SOLO_CLUSTERS);
-        a.take(p->res_words, (size_t)D / 2 * SOLO_CLUSTERS), a.take(p->turn, 1);
+            a.take(p->xdb_words, (size_t)SOLO_X_TILES * 8 * CLUSTER_BLOCKS * CLUSTERS_MAX);
+        a.take(p->res_words, (size_t)D / 2 * CLUSTERS_MAX), a.take(p->turn, 1);
         if (!measure) break;
         if (cudaMalloc(&q.memory, a.used) != cudaSuccess) return cudaGetLastError(), (Solo *)NULL;
         cudaMemsetAsync(q.memory, 0, a.used, d->stream);
@@ -788,6 +725,7 @@ static Solo *solo_new(Gpu *g) {
 
 // network() and the head for one token; res has its embedding.
 static void solo_step(Gpu *g, const Solo *q) {
-    launch_cluster(&g->device, SOLO_CLUSTER, q->kernel, (unsigned)(q->args.clusters * SOLO_CLUSTER),
-                   SOLO_THREADS + 32, q->shared, q->args);
+    launch_cluster(&g->device, CLUSTER_BLOCKS, q->kernel,
+                   (unsigned)(q->args.clusters * CLUSTER_BLOCKS), SOLO_THREADS + 32, q->shared,
+                   q->args);
 }

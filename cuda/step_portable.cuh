@@ -1,11 +1,14 @@
-// step_portable.cuh - one token in bf16 on any GPU: dt_proj and the step of the scan together; four
-// kernels a layer. Included by mamba_cuda.cu.
+// step_portable.cuh - one token in bf16 on any GPU. Included by mamba_cuda.cu.
+//   1 dt_proj, FalconMamba's norms and the step of the scan in one kernel
+//   2 up to 16 sequences: four kernels a layer
+// More sequences take block(), whose products are cuBLAS's.
 
-// The same in bf16 with dt_proj before it and FalconMamba's norms (norm_eps > 0): delta =
-// softplus(W_dt dt_low + dt_bias) comes from the tensor cores and stays in shared memory, which
-// saves a launch and a product that are all latency. A block is 128 channels of four sequences: a
-// lane 4 channels, a warp a sequence. W_dt, A_neg and the states are on their way before the input
-// is there.
+// ------------------------------------------------------------------------------------------------
+// 1 delta = softplus(W_dt dt_low + dt_bias) comes from the tensor cores and stays in shared memory.
+// That saves a launch and a product that are all latency. A block is 128 channels of four
+// sequences: a lane 4 channels, a warp a sequence. W_dt, A_neg and the states are loaded before the
+// input is there.
+
 enum { DT_STEP_STATES = 16, DT_STEP_WIDTH = 128, DT_STEP_ROWS = 4 };
 struct DtStepArgs {
     bf16 *out;                             // (S,E)
@@ -59,9 +62,9 @@ __global__ void __launch_bounds__(128) dt_scan_step(DtStepArgs p) {
         __syncthreads();
     }
     float sum[4][4] =
-        {}; // of 32 channels a warp, eight at a time; which inputs are which k is as in thin_kernel
+        {}; // of 32 channels a warp, eight at a time; the order of inputs is thin_kernel's
     for (int k = lane % 4 * 8; k < (R + 31) / 32 * 32; k += 32) {
-        uint4 x = make_uint4(0, 0, 0, 0); // of the product's 16 rows there are four
+        uint4 x = make_uint4(0, 0, 0, 0); // four of the 16 rows of the product exist
         if (lane / 4 < ROWS && k < R) {
             float4 a = load4(xdb + lane / 4 * P + k), b = load4(xdb + lane / 4 * P + k + 4);
             x = make_uint4(pack(a.x, a.y), pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w));
@@ -112,8 +115,8 @@ static size_t dt_step_shared(int R, int N) {
                 DT_STEP_ROWS * ((size_t)R + 2 * N + DT_STEP_WIDTH + 4)) +
            2 * (size_t)DT_STEP_WIDTH * (R + 8);
 }
-// Where it fits, and channels are few enough that launches weigh more than bytes: 5% of a step of
-// 130M with 64 sequences, 2% of 370M; 2.8B gained nothing, and 256 sequences lost up to 10%.
+// Where it fits, and where channels are so few that launches cost more than bytes. It gains 5% of a
+// step of 130M with 64 sequences and 2% of 370M; 2.8B gained nothing, 256 sequences lost up to 10%.
 static bool dt_step_pays(int S, int E, int N, int R) {
     return (size_t)S * E < 1 << 18 && E % 8 == 0 && R % 8 == 0 && (R + 2 * N) % 8 == 0 &&
            N <= DT_STEP_STATES && dt_step_shared(R, N) < 100000;
@@ -124,19 +127,20 @@ static void dt_step(Device *d, const DtStepArgs &p) {
                "scan");
 }
 
-// --- The step in bf16 for up to THIN_MAX sequences (more: network(), whose products are cuBLAS's):
-// four kernels a layer. At batch 1 a step is 0.26 GB of weights and a hundred dependent kernels, so
-// what counts is their number, and that each has its weights in flight before its input is there:
-// they are launched with programmatic dependence and load their first weights before waiting for
-// the kernel before.
-//   1 in_proj      of the residual stream; the norm's factor is applied to the sums, its weight to
-//   the inputs 2 x_proj       of silu(conv(x)), computed as it is read; sums of K_SPLIT parts of
-//   the channels 3 dt_proj, the scan's step, the gate; moves the window on, which kernel 2 has read
-//   4 out_proj     added to the residual stream
-// Kernels 1, 2 and 4 and the head are one, thin_kernel: S rows of activations times W (O,I). A warp
-// takes 8*NT outputs and a part of I, 32 inputs at a time by two m16n8k16 tensor-core products with
-// activations as the 16 rows. Which of the 32 inputs is which k of a product is ours to choose, as
-// long as both sides agree: lane j of 4 takes inputs 8j..8j+7, one 16-byte load.
+// ------------------------------------------------------------------------------------------------
+// 2 At batch 1 a step is 0.26 GB of weights and a hundred kernels that depend on each other. So
+// what counts is their number, and that each has its weights on the way before its input is there:
+// they start while the kernel ahead still runs, and load their first weights before they wait for
+// it.
+//   1 in_proj    of the residual stream. The norm's weight is applied to the inputs, its factor to
+//                the sums
+//   2 x_proj     of silu(conv(x)), computed as it is read; sums of n_parts parts of the channels
+//   3 dt_proj, the step of the scan, the gate. Moves the window on, which kernel 2 has read
+//   4 out_proj   added to the residual stream
+// Kernels 1, 2, 4 and the head are one, thin_kernel: S rows of activations times W (O,I). A warp
+// takes 8*NT outputs and a part of I. Two m16n8k16 tensor-core products, with activations as the 16
+// rows, do 32 inputs. Both sides must agree which of the 32 inputs is which k of a product; lane j
+// of 4 takes inputs 8j..8j+7, one load of 16 bytes. AHEAD: such groups of weights are on the way.
 
 enum { THIN_MAX = 16, THIN_WARPS = 8, K_SPLIT_MAX = 16 };
 
@@ -147,8 +151,8 @@ struct PlainSource { // rows of bf16
         return *(const uint4 *)(x + (size_t)s * I + k);
     }
 };
-struct NormSource { // rows of the residual stream, times the norm's weight; their squares are
-                    // summed for the norm's factor
+// Rows of the residual stream times the norm's weight. Their squares are summed for its factor.
+struct NormSource {
     const float *res, *weight;
     float eps;
     static constexpr bool norm = true;
@@ -288,8 +292,9 @@ __global__ void __launch_bounds__(32 * THIN_WARPS)
     }
 }
 
-// Kernel 3, a thread a channel and a block 128 channels of one sequence: xdb from its parts,
-// FalconMamba's norms, delta = softplus(W_dt dt_low + bias), the step of the recurrence, the gate.
+// Kernel 3. A thread is a channel, a block 128 channels of one sequence. It adds up the parts of
+// xdb, applies FalconMamba's norms, then delta = softplus(W_dt dt_low + bias), the step of the
+// recurrence and the gate.
 struct ThinScanArgs {
     bf16 *g;                               // (S,E)
     float *h, *window;                     // (S,N,E), (S,K-1,E)
@@ -350,7 +355,7 @@ template <int NS, int RV> __global__ void __launch_bounds__(128) thin_scan_kerne
         __syncthreads();
     }
     if (!live) return;
-    // u again, and only now the window moves on, which kernel 2 has read
+    // u once more. The window moves on only now, after kernel 2 has read it.
 #pragma unroll
     for (int k = 0; k < 3; k++)
         if (K <= 4 && k < K - 1) inputs[(size_t)k * E] = k + 2 < K ? past[k < 2 ? k + 1 : 2] : x;
@@ -387,8 +392,8 @@ template <int NS, int RV> __global__ void __launch_bounds__(128) thin_scan_kerne
     put(g + (size_t)s * E + e, y * silu(z));
 }
 
-// Few outputs a block, so that there are blocks for every multiprocessor, and as many steps of a
-// warp ahead as it has.
+// Few outputs a block, so that every multiprocessor has blocks. A warp loads as many groups of
+// weights ahead as it has.
 template <int NT, int AHEAD, class Source, class Sink>
 static void thin_launch(Device *d, Source source, Sink sink, const bf16 *W, int S, int O, int I,
                         int parts) {
@@ -410,7 +415,7 @@ static void thin_product(Device *d, Source source, Sink sink, const bf16 *W, int
     else thin_launch<1, 6>(d, source, sink, W, S, O, I, parts);
 }
 
-// Whether the kernels above fit: 16-byte loads need rows of whole 8 weights.
+// Whether these kernels fit: 16-byte loads need rows of whole groups of 8 weights.
 static bool thin_fits(const Gpu *g, int S) {
     const Config *c = &g->config;
     return g->bf16_compute && S <= THIN_MAX && c->D % 8 == 0 && c->E % 8 == 0 &&

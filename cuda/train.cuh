@@ -1,34 +1,42 @@
-// train.cuh - training: pass, AdamW.
-// Included by mamba_cuda.cu.
-
-// ------------------------------------------------------------------------------------------------
-// 7 [train] Training: pass, AdamW
-// Master weights, gradients and the two moments are four float arenas laid out as the file is;
-// matrices are read through a copy in T, made again after every step. What a block's backward needs
-// of its forward is kept, h as chunk starts only.
+// train.cuh - [train] a pass, its backward, AdamW. Included by mamba_cuda.cu.
+//
+// Weights, gradients and the two moments are four arenas of float, laid out as the file is.
+// Matrices are read through a copy in T, made again after every step. What the backward of a block
+// needs of its forward is kept; of h, the state before every SCAN_SAVE-th step.
 
 struct GpuTrainer {
     Device device;
     Config config;
-    bool bf16_compute;
-    int B, L;
-    size_t floats;                                // of an arena
-    float *weights, *gradient, *moment, *moment2; // (floats)
-    void *compute;         // (floats) T, the weights themselves where T is float
+    bool bf16_compute;     // T is bf16, else float
+    int B, L;              // sequences of a pass, tokens of each
+    size_t floats;         // of an arena
+    float *weights;        // (floats)
+    float *gradient;       // (floats)
+    float *moment;         // (floats)
+    float *moment2;        // (floats)
+    void *compute;         // (floats) T; the weights themselves where T is float
     unsigned char *decays; // (floats / 16): weight decay applies
     Weights w, d;          // pointers into compute or weights, into gradient
     std::vector<TensorPlace> places;
-    std::vector<void *> memory;
-    char *arena;                        // activations
-    std::vector<float *> res;           // (B*L,D), n_layer + 1 of them
+    std::vector<void *> memory;         // all but the arena
+    char *arena;                        // what follows, for passes of B sequences of L tokens
+    std::vector<float *> res;           // n_layer + 1 of (B*L,D)
     std::vector<BlockActs<float>> acts; // n_layer; their pointers are T's
     ScanMail mail;
-    float *d_res, *logits, *losses, *partial, *norms;
-    void *d_o, *d_xz, *d_u, *d_xdb, *d_delta, *d_g, *d_xn, *d_logits;
-    double *sum;
-    int32_t *ids, *targets, *order, *start, *token, *first;
-    char *scan;
-    int loss_rows;
+    float *d_res;                   // (B*L,D)
+    void *d_o;                      // (B*L,D)  d_res in T
+    void *d_xz, *d_u, *d_xdb;       // (B*L,2E), (B*L,E), (B*L,P) in T
+    void *d_delta, *d_g, *d_xn;     // (B*L,E), (B*L,E), (B*L,D) in T
+    float *logits;                  // (loss_rows,V)
+    void *d_logits;                 // (loss_rows,V) in T
+    int loss_rows;                  // rows of logits that exist at a time
+    float *losses;                  // (B*L)
+    double *sum;                    // of the losses
+    float *partial;                 // sums of parts of the rows, for several uses
+    float *norms;                   // (NORM_PARTS + 2), see squares_kernel
+    int32_t *ids, *targets, *order; // (B*L)
+    int32_t *start, *token, *first; // see embed_backward
+    char *scan;                     // workspace of the backward scan
 };
 
 enum { NORM_PARTS = 1024 };
@@ -55,8 +63,7 @@ __global__ void norm_kernel(float *norm, const float *parts, int n, float clip) 
     }
 }
 
-// AdamW on all weights at once; nothing happens where the norm is not finite. The gradient is
-// cleared.
+// AdamW on all weights at once. The gradient is cleared. Nothing happens if its norm is not finite.
 struct AdamStep {
     const float *norm;                 // [0] the gradient's length, [1] what clipping leaves of it
     float rate, beta1, beta2, epsilon; // rate: over 1 - beta1^step
@@ -172,7 +179,7 @@ static int gpu_trainer_set(GpuTrainer *x, const float *weights, const float *mom
     return finish(&x->device);
 }
 
-// The same back to the host, and the gradient; NULL ones are left out.
+// The same back to the host, and the gradient. NULL: not wanted.
 static int gpu_trainer_get(GpuTrainer *x, float *weights, float *moment, float *moment2,
                            float *gradient) {
     size_t bytes = x->floats * sizeof(float);
@@ -302,8 +309,8 @@ static void conv1d_silu_backward(GpuTrainer *x, T *d_xz, float *d_conv, float *d
     check_launch(d, "conv1d_silu_backward");
 }
 
-// d_res, the gradient after the layer, and d_o, the same in T, become those before it; weights'
-// gradients are added to.
+// Turns d_res, the gradient after the layer, and d_o, the same in T, into those before it, and adds
+// to the gradients of the weights. The order is that of block(), backwards.
 template <class T> static void block_backward(GpuTrainer *x, int layer) {
     Device *d = &x->device;
     const Config *c = &x->config;
@@ -323,7 +330,7 @@ template <class T> static void block_backward(GpuTrainer *x, int layer) {
     back.d_C_ssm = d_xdb + R + N;
     back.d_A_log = (float *)dw->A_log, back.d_D_skip = (float *)dw->D_skip,
     back.d_dt_bias = (float *)dw->dt_bias;
-    back.ld_d_delta = back.ld_d_u = E, back.ld_d_z = 2 * E, back.ld_d_B = back.ld_d_C = P;
+    back.ld_d_delta = E, back.ld_d_u = E, back.ld_d_z = 2 * E, back.ld_d_B = P, back.ld_d_C = P;
     check_cuda(d, scan_backward(d, back), "backward scan");
     matmul_d_x(d, Rows(d_xdb, lP), Rows(d_delta, lE), (const T *)w->dt_proj, rows, E, R);
     matmul_d_W(d, (float *)dw->dt_proj, Rows(d_delta, lE), Rows(a.xdb, lP), rows, E, R);
@@ -360,8 +367,7 @@ template <class T> static void block_backward(GpuTrainer *x, int layer) {
                                                 x->partial});
 }
 
-// Adds the embedding's gradient: rows ordered by token on the host, which needs no more than the
-// ids.
+// Adds the gradient of the embedding. The host orders the rows by token; it has the ids.
 static void embed_backward(GpuTrainer *x, const int32_t *ids) {
     Device *d = &x->device;
     int rows = x->B * x->L, V = x->config.V, D = x->config.D;

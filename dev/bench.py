@@ -1,7 +1,12 @@
-"""One table of speeds on random weights, each beside what the machine could do in the same minutes: make bench.
-  python dev/bench.py [--shapes 130m,370m] [--types f32,bf16,q8,q4] [--rounds 3] [--mamba ./mamba] [--portable BINARY]
-Every figure is the median over the rounds. With LLAMA_BENCH=path/to/llama-bench it runs that in turn with each of ours, on a GGUF
-of the same shape and type (dev/make_gguf.py, which needs numpy), and the ratio stands behind each figure."""
+"""One table of speeds on random weights, each beside what the machine could do in the same
+minutes: make bench.
+
+  python dev/bench.py [--shapes 130m,370m] [--types f32,bf16,q8,q4] [--rounds 3]
+                      [--mamba ./mamba] [--portable BINARY]
+
+Every figure is the median over the rounds. With LLAMA_BENCH=path/to/llama-bench each run of ours
+is followed by one of llama-bench, on a GGUF of the same shape and type (dev/make_gguf.py, which
+needs numpy). The ratio to it stands behind each figure."""
 import argparse
 import json
 import os
@@ -12,80 +17,110 @@ import sys
 import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+COLUMNS = ["", "decode, 1 thread", "2 threads", "of the read bandwidth", "prefill 512, 1 thread",
+           "2 threads", "of the float32 peak", "8 sequences, 2 threads", "times one",
+           "of its floor"]
+
+
+def print_row(cells):
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def ours(mamba, shape, dtype, threads):
     """Figures of one `mamba bench`; None where this build does not know the type."""
-    run = subprocess.run([mamba, "bench", "--cpu", "--shape", shape, "--dtype", dtype, "-T", str(threads), "-r", "3"],
-                         capture_output=True, text=True)
+    command = [mamba, "bench", "--cpu", "--shape", shape, "--dtype", dtype, "-T", str(threads),
+               "-r", "3"]
+    run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode and "--dtype" in run.stderr:
         return None
     if run.returncode:
         sys.exit(f"{mamba} bench: {run.stderr}")
-    find = lambda pattern: [float(x) for x in re.search(pattern, run.stdout).groups()]
+
+    def find(pattern):
+        match = re.search(pattern, run.stdout)
+        if not match:
+            sys.exit(f"{mamba} bench: no line like '{pattern}' in\n{run.stdout}")
+        return [float(x) for x in match.groups()]
+
     number = r"([\d.]+)"
-    machine = find(rf"machine\s+{number} GB/s read, {number} GFLOP/s")
-    prefill = find(rf"prefill 512\s+{number} tokens/s\s+{number}%")
-    decode = find(rf"decode  \s+{number} tokens/s\s+{number}%")
-    batch = find(rf"decode x8\s+{number} tokens/s\s+{number}%")
-    return {"bandwidth": machine[0], "peak": machine[1], "prefill": prefill[0], "prefill share": prefill[1], "decode": decode[0],
-            "decode share": decode[1], "batch": batch[0], "batch share": batch[1]}
+    figures = {}
+    figures["bandwidth"], figures["peak"] = find(
+        rf"machine\s+{number} GB/s read, {number} GFLOP/s")
+    for name, line in (("prefill", "prefill 512"), ("decode", "decode  "), ("batch", "decode x8")):
+        speed, share = find(rf"{line}\s+{number} tokens/s\s+{number}%")
+        figures[name] = speed
+        figures[name + " share"] = share
+    return figures
 
 
 def theirs(llama, gguf, threads):
-    run = subprocess.run([llama, "-m", gguf, "-p", "512", "-n", "16", "-t", str(threads), "-r", "3", "-ngl", "0", "-o", "json"],
-                         capture_output=True, text=True)
+    command = [llama, "-m", gguf, "-p", "512", "-n", "16", "-t", str(threads), "-r", "3",
+               "-ngl", "0", "-o", "json"]
+    run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         sys.exit(f"{llama}: {run.stderr[-2000:]}")
-    return {"decode" if test["n_gen"] else "prefill": test["avg_ts"] for test in json.loads(run.stdout)}
+    tests = json.loads(run.stdout)
+    return {"decode" if test["n_gen"] else "prefill": test["avg_ts"] for test in tests}
 
 
-def row(label, mamba, shape, dtype, rounds, llama, folder):
-    rows = {1: [], 2: []}
-    peer = {1: [], 2: []}
+def measure(label, mamba, shape, dtype, rounds, llama, folder):
+    """One row of the table."""
+    runs = {1: [], 2: []}  # by number of threads
+    peer_runs = {1: [], 2: []}
     if ours(mamba, "8,1,9", dtype, 1) is None:
-        print(f"| {label} | this build does not know {dtype} | | | | | | | | |", flush=True)
+        print_row([label, f"this build does not know {dtype}"] + [""] * (len(COLUMNS) - 2))
         return
     gguf = llama and os.path.join(folder, f"{shape}-{dtype}.gguf")
     if llama and not os.path.exists(gguf):
-        subprocess.run([sys.executable, os.path.join(HERE, "make_gguf.py"), shape, dtype, gguf], check=True)
+        maker = os.path.join(HERE, "make_gguf.py")
+        subprocess.run([sys.executable, maker, shape, dtype, gguf], check=True)
     for _ in range(rounds):
         for threads in (1, 2):
-            rows[threads].append(ours(mamba, shape, dtype, threads))
+            runs[threads].append(ours(mamba, shape, dtype, threads))
             if llama:
-                peer[threads].append(theirs(llama, gguf, threads))
-    mid = lambda threads, key: statistics.median(r[key] for r in rows[threads])
+                peer_runs[threads].append(theirs(llama, gguf, threads))
 
-    def cell(threads, key):
-        ratio = statistics.median(r[key] / p[key] for r, p in zip(rows[threads], peer[threads])) if llama else 0
-        return f"{mid(threads, key):.0f}" + (f" ({ratio:.2f})" if llama else "")
+    def median(threads, key):
+        return statistics.median(run[key] for run in runs[threads])
 
-    times = statistics.median(r["batch"] / r["decode"] for r in rows[2])
-    print(f"| {label} | {cell(1, 'decode')} | {cell(2, 'decode')} | {mid(2, 'decode share'):.0f}% of {mid(2, 'bandwidth'):.0f} GB/s | "
-          f"{cell(1, 'prefill')} | {cell(2, 'prefill')} | {mid(2, 'prefill share'):.0f}% of {mid(2, 'peak'):.0f} GFLOP/s | "
-          f"{mid(2, 'batch'):.0f} | {times:.1f} | {mid(2, 'batch share'):.0f}% |", flush=True)
+    def speed(threads, key):
+        text = f"{median(threads, key):.0f}"
+        if llama:
+            pairs = zip(runs[threads], peer_runs[threads])
+            text += f" ({statistics.median(run[key] / peer[key] for run, peer in pairs):.2f})"
+        return text
+
+    times = statistics.median(run["batch"] / run["decode"] for run in runs[2])
+    print_row([label, speed(1, "decode"), speed(2, "decode"),
+               f"{median(2, 'decode share'):.0f}% of {median(2, 'bandwidth'):.0f} GB/s",
+               speed(1, "prefill"), speed(2, "prefill"),
+               f"{median(2, 'prefill share'):.0f}% of {median(2, 'peak'):.0f} GFLOP/s",
+               f"{median(2, 'batch'):.0f}", f"{times:.1f}", f"{median(2, 'batch share'):.0f}%"])
 
 
 def main():
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(description=__doc__,
+                                        formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--shapes", default="130m,370m")
     arguments.add_argument("--types", default="f32,bf16,q8,q4")
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--mamba", default="./mamba")
-    arguments.add_argument("--portable", help="a build with ARCH=, for rows of its own")
+    arguments.add_argument("--portable", help="a build with ARCH=, for its own rows")
     o = arguments.parse_args()
     llama = os.environ.get("LLAMA_BENCH")
     if llama and not os.access(llama, os.X_OK):
         sys.exit(f"LLAMA_BENCH={llama}: no such program")
     print("tokens/s, medians" + (" (times llama.cpp's)" if llama else "") + "\n")
-    print("| | decode, 1 thread | 2 threads | of the read bandwidth | prefill 512, 1 thread | 2 threads | of the float32 peak | "
-          "8 sequences, 2 threads | times one | of its floor |\n" + "|---" * 10 + "|", flush=True)
+    print_row(COLUMNS)
+    print("|---" * len(COLUMNS) + "|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for shape in o.shapes.split(","):
             for dtype in o.types.split(","):
-                row(f"{shape} {dtype}", o.mamba, shape, dtype, o.rounds, llama, folder)
+                label = f"{shape} {dtype}"
+                measure(label, o.mamba, shape, dtype, o.rounds, llama, folder)
                 if o.portable and shape == "130m":
-                    row(f"{shape} {dtype}, portable build", o.portable, shape, dtype, o.rounds, None, folder)
+                    measure(f"{label}, portable build", o.portable, shape, dtype, o.rounds, None,
+                            folder)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+enum { HEADER_BYTES = 256, FILE_VERSION = 1 };
+
 // --- model.bin
 // In the file's order: the header (HEADER_BYTES), the tokenizer's blob, zeros up to the next
 // multiple of ALIGN, and the tensors of TENSORS, each of which begins at a multiple of ALIGN.
@@ -250,43 +252,4 @@ int mamba_save(const Model *m, const char *path) {
     int result = write_pieces(path, piece, 4);
     swap_model(m);
     return result;
-}
-
-// --- verify
-
-typedef struct {
-    char bad[LABEL]; // the first tensor with a value that is not finite
-} Verdict;
-
-static void verify_tensor(void *context, const TensorInfo *info, Tensor *w) {
-    enum { COLUMNS = 1024 }; // at a time
-    Verdict *verdict = context;
-    float row[COLUMNS];
-    for (int r = 0; r < w->rows; r++)
-        for (int from = 0; from < w->cols; from += COLUMNS) {
-            const int n = w->cols - from < COLUMNS ? w->cols - from : COLUMNS;
-            if (verdict->bad[0]) return;
-            tensor_widen(row, w, r, from, n);
-            for (int i = 0; i < n; i++) {
-                // f16's infinity and NaN are widened to numbers above its largest one.
-                const bool above_f16 = w->type == F16 && fabsf(row[i]) > 65504;
-                if ((row[i] - row[i] != 0 || above_f16) && !verdict->bad[0])
-                    tensor_label(verdict->bad, info);
-            }
-        }
-}
-
-// Whether every weight is finite and, of a model from a file, every byte fits its checksum. Reads
-// all weights. 0, or -1 after fail().
-int mamba_verify(const Model *m) {
-    Verdict verdict = {{0}};
-    each_tensor((Model *)(uintptr_t)m, verify_tensor, &verdict);
-    if (verdict.bad[0]) return fail("%s holds a value that is not finite", verdict.bad);
-    if (!m->file) return 0;
-    swap_model(m); // the checksum is of the bytes as stored
-    uint32_t crc = crc32_of(0, tensor_arena(m), m->tensors_bytes);
-    swap_model(m);
-    if (crc != m->tensors_crc)
-        return fail("the checksum of the tensors does not match: the file is damaged");
-    return 0;
 }

@@ -163,3 +163,30 @@ Model *mamba_float_copy(const Model *from) { return copy_as(from, F32); }
 Model *mamba_quantize(const Model *from, bool four_bits) {
     return copy_as(from, four_bits ? Q4 : Q8);
 }
+
+// value, of float32, in a storage type that is not quantised. f16: only in its normal range.
+static void narrow(void *to, size_t i, float value, Type type) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (type == F32) ((float *)to)[i] = value;
+    else if (type == BF16) ((half *)to)[i] = (half)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    else
+        ((half *)to)[i] =
+            (half)((bits >> 16 & 0x8000) |
+                   (fabsf(value) < 0x1p-14f ? 0 : ((bits & 0x7FFFFFFF) - 0x38000000) >> 13));
+}
+
+// Stores the weights value[k][r] at rows r0 + r and columns k0 + k of w, of any storage type; r0
+// and k0 are multiples of TILE.
+static void store_tile(const Tensor *w, int r0, int k0, const float value[TILE][TILE]) {
+    unsigned char *data = (unsigned char *)(uintptr_t)w->data;
+    if (is_quantized(w->type)) {
+        size_t tile = (size_t)(r0 / TILE) * tiles_of((size_t)w->cols) + (size_t)(k0 / TILE);
+        quantize_tile(data + tile * tile_bytes(w->type), value, w->type);
+        return;
+    }
+    for (int r = 0; r < TILE && r0 + r < w->rows; r++)
+        for (int k = 0; k < TILE && k0 + k < w->cols; k++)
+            narrow(data, (size_t)(r0 + r) * (size_t)w->cols + (size_t)(k0 + k), value[k][r],
+                   w->type);
+}

@@ -58,11 +58,6 @@ static StateHeader header_of_state(const Model *m, const State *s, uint32_t data
     return h;
 }
 
-// The length of a state file.
-size_t mamba_state_bytes(const Model *m) {
-    return size_add(STATE_HEADER, size_mul(state_floats(&m->config), sizeof(float)));
-}
-
 // Writes the state: all that the sequence remembers, and the sampler's generator. It can be loaded
 // with the same model.bin only. 0, or -1 after fail(), an older file untouched.
 int mamba_state_save(const Model *m, const State *s, const char *path) {
@@ -134,4 +129,9 @@ int mamba_state_load(const Model *m, State *s, const char *path) {
     }
     file_unmap(file, bytes, mapped);
     return result;
+}
+
+// Bytes of a saved state, whatever the length of the text that it has read.
+size_t mamba_state_bytes(const Model *m) {
+    return size_add(STATE_HEADER, size_mul(state_floats(&m->config), sizeof(float)));
 }

@@ -113,11 +113,11 @@ fails "an empty file of prompts" "empty" $model --batch /dev/null
 fails "no samples" "--samples" $model x --samples 0
 
 # --- Ctrl-C: ends cleanly and saves
-"$mamba" $model "$prompt" -n -1 --ignore-eos -s 1 --save-state "$dir/int" > "$dir/a" 2> "$dir/err" &
+"$mamba" $model "$prompt" -n -1 --ignore-eos -s 1 --save-state "$dir/int" > "$dir/int.out" 2> "$dir/err" &
 pid=$!
 i=0
-while [ ! -s "$dir/a" ] && [ $i -lt 100 ]; do sleep 0.1; i=$((i + 1)); done
-sleep 0.5
+# more than the echoed prompt: it is writing
+while [ "$(cat "$dir/int.out" 2> /dev/null | wc -c)" -le ${#prompt} ] && [ $i -lt 300 ]; do sleep 0.1; i=$((i + 1)); done
 kill -INT $pid
 wait $pid
 status=$?

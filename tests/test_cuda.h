@@ -532,8 +532,44 @@ static void check_gpu_forms(void) {
 #endif
 }
 
+// Each form of the scan against scan_plain, the definition. Without repeats time_scan() only
+// checks.
+static void test_gpu_scan(void) {
+    static const struct {
+        const char *form;
+        int B, E, L, N;
+    } shape[] = {
+        {"step, and walk of one step", 3, 1536, 1, 16},
+        {"step, odd channels", 2, 33, 1, 17},
+        {"walk, N 8", 2, 1536, 100, 8},
+        {"walk, N 16", 2, 1001, 127, 16},
+        {"walk, N 32", 4, 1536, 300, 32},
+        {"walk, N 64", 8, 1024, 200, 64},
+        {"relay, N 8", 4, 1536, 500, 8},
+        {"relay, N 16", 4, 1536, 333, 16},
+        {"relay, two channels a lane", 9, 1536, 300, 16},
+        {"relay, odd channels", 9, 1501, 300, 16},
+        {"tiles", 1, 1536, 1000, 16},
+        {"tiles, two channels a lane", 1, 1536, 4500, 16},
+        {"tiles, odd", 1, 33, 65, 17},
+        {"tiles, one state", 1, 31, 63, 1},
+        {"tiles, 40 states", 1, 100, 500, 40},
+    };
+    char name[160];
+    for (int i = 0; i < COUNT(shape); i++)
+        for (int float32 = 0; float32 < 2; float32++) {
+            double seconds[4] = {0};
+            int bad =
+                GPU->time_scan(shape[i].B, shape[i].E, shape[i].L, shape[i].N, float32, 0, seconds);
+            snprintf(name, sizeof name, "scan, %s, %s", shape[i].form, float32 ? "f32" : "bf16");
+            report(!bad && seconds[3] >= 0, name, "off by %.1e %s", seconds[3],
+                   bad ? GPU->error() : "");
+        }
+}
+
 static void test_cuda(void) {
     char name[160];
+    test_gpu_scan();
     check_gpu_forms();
     // A measurement leaves 2 GB of numbers in freed memory: a missing initialisation shows.
     double copied, flops, used;

@@ -1,4 +1,5 @@
-// Kernels: each against a reference in double precision, on teams of 1 and 3 threads.
+// Operations of the forward pass, each against a reference in double precision, on teams of 1 and
+// 3 threads.
 
 static void test_rmsnorm(int L, int D, int ld, bool weighted) {
     float *x = random_floats((size_t)L * ld, -3, 3), *w = random_floats((size_t)D, -2, 2),
@@ -23,7 +24,7 @@ static double bf16_value(uint16_t bits) {
     return bits >> 15 ? -x : x;
 }
 
-// Q8 and Q4: the scale of 32 weights, the tile that holds it, and one code.
+// Q8 and Q4: the scale of a row's 32 weights in a tile, and this tile.
 static double stored_scale(const Tensor *w, int row, int column, const unsigned char **tile) {
     size_t tiles = ((size_t)w->cols + 31) / 32, bytes = w->type == Q8 ? 64 + 1024 : 64 + 512;
     *tile = (const unsigned char *)w->data +
@@ -33,6 +34,7 @@ static double stored_scale(const Tensor *w, int row, int column, const unsigned 
     return bf16_value(scale);
 }
 
+// Q8 and Q4: one code. The last code of a word is in two's complement, the others have an offset.
 static int stored_code(const Tensor *w, int row, int column) {
     const unsigned char *tile;
     int bits = w->type == Q8 ? 8 : 4, codes = 32 / bits, i = column % 32 / codes,
@@ -40,11 +42,12 @@ static int stored_code(const Tensor *w, int row, int column) {
     uint32_t word;
     stored_scale(w, row, column, &tile);
     memcpy(&word, tile + 64 + (i * 32 + row % 32) * 4, 4);
-    int code = (int)(word >> (bits * j) & ((1u << bits) - 1)), half = 1 << (bits - 1);
-    return j < codes - 1 ? code - half : code >= half ? code - 2 * half : code;
+    int code = (int)(word >> (bits * j) & ((1u << bits) - 1)), offset = 1 << (bits - 1);
+    return j < codes - 1 ? code - offset : code >= offset ? code - 2 * offset : code;
 }
 
-// Reads one weight of any storage type. Written here again, from the format's definition.
+// One weight of any storage type. This is a second reader, written from the definition of the
+// format in the README.
 static double stored_value(const Tensor *w, int row, int column) {
     size_t i = (size_t)row * w->cols + column;
     const unsigned char *tile;
@@ -68,13 +71,14 @@ static uint16_t random_f16(void) { // one in five is subnormal
     return (uint16_t)(bits & (random_u64(&test_random) % 5 ? 0xBBFF : 0x83FF));
 }
 
-// matmul of random weights: any bit pattern that is finite, subnormal numbers too.
+// matmul of random weights: any bit pattern that is a finite number, subnormal ones too.
 static void test_matmul(Type type, int L, int I, int O, int ldx, bool biased) {
     size_t n = (size_t)I * O;
     Tensor w = {NULL, O, I, type};
     size_t bytes = tensor_bytes(&w);
-    size_t part = is_quantized(type) ? tile_bytes(type) : bytes;
-    size_t scales = is_quantized(type) ? TILE_SCALES : bytes; // at the start of each part
+    // What must be finite: the scales at the start of each tile, or all numbers.
+    size_t stride = is_quantized(type) ? tile_bytes(type) : bytes;
+    size_t finite = is_quantized(type) ? TILE_SCALES : bytes;
     uint16_t *bits = alloc_aligned(bytes + 2);
     float *weights = random_floats(n, -1, 1), *x = random_floats((size_t)L * ldx, -1, 1),
           *bias = random_floats((size_t)O, -1, 1);
@@ -82,8 +86,8 @@ static void test_matmul(Type type, int L, int I, int O, int ldx, bool biased) {
           *packed = random_floats(matmul_floats((size_t)L, (size_t)I), 7, 8);
     for (size_t i = 0; i < bytes; i++)
         ((unsigned char *)bits)[i] = (unsigned char)random_u64(&test_random);
-    for (size_t at = 0; at < bytes; at += part)
-        for (size_t i = at / 2; i < (at + scales) / 2; i++)
+    for (size_t at = 0; at < bytes; at += stride)
+        for (size_t i = at / 2; i < (at + finite) / 2; i++)
             bits[i] = type == F16 ? random_f16() : random_bf16();
     w.data = type == F32 ? (void *)weights : (void *)bits;
     double *want = malloc(((size_t)L * O + 1) * sizeof *want);
@@ -98,16 +102,16 @@ static void test_matmul(Type type, int L, int I, int O, int ldx, bool biased) {
     char name[96];
     snprintf(name, sizeof name, "matmul %s L %d I %d O %d, team of %d", type_name(type), L, I, O,
              team);
-    check(name, out, want, (size_t)L * O,
-          I > 1000 ? 5e-6 : 2e-6); // VL = 1: a long dot product has few partial sums
+    // With VL = 1 a long dot product has few partial sums, so its error is larger.
+    check(name, out, want, (size_t)L * O, I > 1000 ? 5e-6 : 2e-6);
     if (out[(size_t)L * O] != guard) expect(false, "matmul wrote past its output");
     free(want);
     free_aligned(bits);
     FREE_ALIGNED(weights, x, bias, out, packed);
 }
 
-// x of one sign. The codes are stored with an offset of 128 or 8. Here the offset's part of the sum
-// is larger than the sum, so some bits are lost; the tolerance says how many.
+// x of one sign. The codes are stored with an offset of 128 or 8, and the offset's part of the sum
+// is larger than the sum. So some bits are lost; the tolerance says how many.
 static void test_positive(Type type) {
     enum { O = 40, I = 768 };
     Tensor w = {NULL, O, I, type};

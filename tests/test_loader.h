@@ -192,7 +192,8 @@ static void test_error_of_a_team(void) {
 #ifdef _OPENMP
     Model *m = mamba_load("models/induction.bin");
     Acts *acts[2] = {mamba_acts_new(m, 1), mamba_acts_new(m, 1)};
-    TaskQueue queue = {.m = m, .task = TASK_INDUCTION, .L = 8, .left = 1};
+    const TaskRun run = {.task = TASK_INDUCTION, .L = 8, .samples = 1};
+    TaskQueue queue = {.m = m, .run = &run, .left = 1};
     int32_t ids[2][8], targets[2][8];
     const int V = m->config.V;
     m->config.V = 2; // so that no task can be read

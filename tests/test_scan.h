@@ -43,6 +43,12 @@ static ScanCase scan_case(int L, int E, int N) {
     return s;
 }
 
+// A state of one number may be the small difference of larger ones: its error is relative to them.
+static double h_tolerance(const ScanCase *s) {
+    double cancelled = s->N * s->E == 1 ? s->largest / fabs(s->h_end[0]) : 1;
+    return 2e-6 * fmax(1, cancelled);
+}
+
 static void scan_case_free(ScanCase *s) {
     FREE_ALIGNED(s->u, s->delta, s->A_neg, s->BC, s->skip);
     FREE_ALIGNED(s->h, s->carry);
@@ -56,7 +62,7 @@ static Scan scan_of(const ScanCase *s, int t0, int t1) {
                   1,         t1 - t0,       s->E,     s->N};
 }
 
-// Steps t0 .. t1 in so many pieces of time. y (L,E) or NULL; h (N,E) in place.
+// Steps t0 .. t1, cut into `pieces` pieces of time. y (L,E) or NULL; h (N,E) in place.
 static void run_scan(float *y, float *h, const ScanCase *s, int t0, int t1, int pieces) {
     Scan part = scan_of(s, t0, t1);
     LayerState seq = {NULL, h};
@@ -65,17 +71,18 @@ static void run_scan(float *y, float *h, const ScanCase *s, int t0, int t1, int 
     else TEAM(scan(to, &seq, &part, NULL))
 }
 
-// way 0: the definition. -1: one token at a time. -2: two calls, the second from the state of the
-// first. From 1: that many pieces of time.
+// How a case is computed; from 1 on: in so many pieces of time.
+enum { DEFINITION = 0, SINGLE_TOKENS = -1, TWO_CALLS = -2 };
+
 static void check_scan(const ScanCase *s, int way) {
     int L = s->L, E = s->E, N = s->N;
     float *y = random_floats((size_t)L * E, 7, 8), *h = copy_floats(s->h, (size_t)N * E);
-    if (way == 0) {
+    if (way == DEFINITION) {
         Scan all = scan_of(s, 0, L);
         recurrence_plain(y, h, NULL, &all, 0, E, 0, L);
-    } else if (way == -1)
+    } else if (way == SINGLE_TOKENS)
         for (int t = 0; t < L; t++) run_scan(y, h, s, t, t + 1, 1);
-    else if (way == -2) {
+    else if (way == TWO_CALLS) {
         run_scan(y, h, s, 0, L / 3, 1);
         run_scan(y, h, s, L / 3, L, 1);
     } else run_scan(y, h, s, 0, L, way);
@@ -87,16 +94,14 @@ static void check_scan(const ScanCase *s, int way) {
         expect(!memcmp(h, alone, (size_t)N * E * sizeof *h), name);
         free_aligned(alone);
     }
-    const char *what = way == 0    ? "the definition"
-                       : way == -1 ? "scan by single tokens"
-                       : way == -2 ? "scan in two calls"
-                                   : "scan";
+    const char *what = way == DEFINITION      ? "the definition"
+                       : way == SINGLE_TOKENS ? "scan by single tokens"
+                       : way == TWO_CALLS     ? "scan in two calls"
+                                              : "scan";
     snprintf(name, sizeof name, "%s L %d E %d N %d pieces %d", what, L, E, N, way);
     check(name, y, s->y, (size_t)L * E, 2e-6);
     strcat(name, ", h");
-    // A single number may be the small difference of larger ones: its error is relative to them.
-    double left = N * E == 1 ? s->largest / fabs(s->h_end[0]) : 1;
-    check(name, h, s->h_end, (size_t)N * E, 2e-6 * fmax(1, left));
+    check(name, h, s->h_end, (size_t)N * E, h_tolerance(s));
     FREE_ALIGNED(y, h);
 }
 
@@ -107,13 +112,13 @@ static void test_scan(void) {
         for (int shape = 0; shape < 4; shape++) {
             ScanCase s = scan_case(lengths[k], shapes[shape][0], shapes[shape][1]);
             team = 1 + (k + shape) % 3;
-            for (int way = -2; way <= SCAN_TASKS; way += way < 2 ? 1 : 7)
+            for (int way = TWO_CALLS; way <= SCAN_TASKS; way += way < 2 ? 1 : 7)
                 if (way <= s.L) check_scan(&s, way);
             scan_case_free(&s);
         }
     team = 1;
-    // The operator depends on order: (1/4, 2.5) then (1/4, 5.5) is 6.125 (mamba.c, the worked
-    // example of the scan); the other way round it is 3.875.
+    // The worked example of the scan in mamba.c. combine() depends on the order: (1/4, 2.5) and
+    // then (1/4, 5.5) is 6.125; the other way round it would be 3.875.
     const float ones[4] = {1, 1, 1, 1}, half_life = -logf(2), BC[8] = {1, 1, 2, 1, 3, 1, 4, 1},
                 zero = 0;
     float y[4], h = 0, carry[2 * SCAN_TASKS];

@@ -1,0 +1,52 @@
+// files/platform.h: the headers of the system, and what compilers call differently. The first
+// include of every build.
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE // mmap, getrusage, fileno, fsync under any -std
+#endif
+#include <assert.h>
+#include <errno.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#if defined(__unix__) || defined(__APPLE__)
+#define MAMBA_POSIX 1
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define MAMBA_VERSION "0.1"
+
+#ifdef __GNUC__
+#define UNUSED __attribute__((unused))
+#else
+#define UNUSED
+#endif
+
+// COLD to COLD_END: code that runs once. gcc compiles it at -O1, which cuts the build time by a
+// third.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__)
+#define COLD _Pragma("GCC push_options") _Pragma("GCC optimize (\"O1\")")
+#define COLD_END _Pragma("GCC pop_options")
+#else
+#define COLD
+#define COLD_END
+#endif
