@@ -1,6 +1,7 @@
 #!/bin/sh
-# tests/test_cli.sh ./mamba [all]: the command line as a user meets it. stdout is text and nothing but text, errors name
-# the thing and exit with 1, states go on bit for bit. The last line is `N passed, N failed, N skipped`.
+# tests/test_cli.sh ./mamba [all]: the command line as a user meets it. stdout is text and nothing
+# but text, errors name the thing and exit with 1, states go on bit for bit. The last line is
+# `N passed, N failed, N skipped`.
 mamba=${1:-./mamba}
 everything=$2
 model=models/tales.bin
@@ -10,7 +11,18 @@ passed=0 failed=0 skipped=0
 
 ok()   { passed=$((passed + 1)); echo "ok   $1"; }
 bad()  { failed=$((failed + 1)); echo "FAIL $1"; [ -z "$2" ] || printf '     %s\n' "$2"; }
-same() { if [ "$2" = "$3" ]; then ok "$1"; else bad "$1" "got  [$2]" ; printf '     want [%s]\n' "$3"; fi; }
+# check NAME [FILE]: whether the command before succeeded; FILE tells why it did not
+check() {
+    checked=$?
+    if [ $checked -eq 0 ]; then ok "$1"; else bad "$1" "${2:+$(cat "$2")}"; fi
+}
+same() {
+    if [ "$2" = "$3" ]; then ok "$1"
+    else
+        bad "$1" "got  [$2]"
+        printf '     want [%s]\n' "$3"
+    fi
+}
 same_file() { if cmp -s "$2" "$3"; then ok "$1"; else bad "$1" "$2 and $3 differ"; fi; }
 skip() { skipped=$((skipped + 1)); echo "skip $1: $2"; }
 
@@ -24,12 +36,18 @@ fails() {
     else bad "$name" "status $status, stderr: $(cat "$dir/err")"; fi
 }
 
-prompt="Once upon a time there was a little girl who lived in the forest with her grandmother. One day"
+prompt="Once upon a time there was a little girl who lived in the forest with her grandmother. \
+One day"
 
 # --- text
-"$mamba" $model "$prompt" -t 0 -n 60 > "$dir/a" 2> "$dir/err" || bad "generation" "$(cat "$dir/err")"
-case $(cat "$dir/a") in "$prompt"*) ok "the prompt is echoed" ;; *) bad "the prompt is echoed" "$(cat "$dir/a")" ;; esac
-grep -q 'prefill .* tokens/s | decode 60 tokens' "$dir/err" && ok "timing on stderr" || bad "timing on stderr" "$(cat "$dir/err")"
+"$mamba" $model "$prompt" -t 0 -n 60 > "$dir/a" 2> "$dir/err" ||
+    bad "generation" "$(cat "$dir/err")"
+case $(cat "$dir/a") in
+    "$prompt"*) ok "the prompt is echoed" ;;
+    *) bad "the prompt is echoed" "$(cat "$dir/a")" ;;
+esac
+grep -q 'prefill .* tokens/s | decode 60 tokens' "$dir/err"
+check "timing on stderr" "$dir/err"
 "$mamba" $model "$prompt" -t 0 -n 60 --no-echo > "$dir/b" 2> /dev/null
 same "--no-echo leaves the prompt out" "$prompt$(cat "$dir/b")" "$(cat "$dir/a")"
 printf %s "$prompt" | "$mamba" $model - -t 0 -n 60 > "$dir/b" 2> /dev/null
@@ -38,15 +56,25 @@ same_file "prompt from stdin" "$dir/b" "$dir/a"
 "$mamba" $model "$prompt" -s 7 -n 50 -T 2 > "$dir/b" 2> /dev/null
 same_file "same seed, same text, any threads" "$dir/b" "$dir/a"
 "$mamba" $model "$prompt" -s 8 -n 50 > "$dir/b" 2> /dev/null
-if cmp -s "$dir/a" "$dir/b"; then bad "another seed, another text"; else ok "another seed, another text"; fi
-"$mamba" $model "" -s 3 -n 20 > "$dir/a" 2> /dev/null && [ -s "$dir/a" ] && ok "an empty prompt starts a text" || bad "an empty prompt starts a text"
+! cmp -s "$dir/a" "$dir/b"
+check "another seed, another text"
+"$mamba" $model "" -s 3 -n 20 > "$dir/a" 2> /dev/null && [ -s "$dir/a" ]
+check "an empty prompt starts a text"
 "$mamba" $model -n 5 -t 0 -- "-5 degrees" > "$dir/a" 2> /dev/null
-case $(cat "$dir/a") in "-5 degrees"*) ok "-- before a prompt with a dash" ;; *) bad "-- before a prompt with a dash" ;; esac
+case $(cat "$dir/a") in
+    "-5 degrees"*) ok "-- before a prompt with a dash" ;;
+    *) bad "-- before a prompt with a dash" ;;
+esac
 same "-n 0 writes nothing" "$("$mamba" $model "Hello" -n 0 2> /dev/null)" ""
 whole=$("$mamba" $model "$prompt" -t 0 -n 40 --no-echo 2> /dev/null)
 for stop in "girl" "a" "e gi" "decided to"; do
-    got=$("$mamba" $model "$prompt" -t 0 -n 40 --no-echo --stop "$stop" --stop "never seen" 2> /dev/null)
-    same "--stop '$stop'" "$got" "$(printf %s "$whole" | awk -v s="$stop" 'BEGIN { RS = "\001" } { i = index($0, s); printf "%s", i ? substr($0, 1, i - 1) : $0 }')"
+    got=$("$mamba" $model "$prompt" -t 0 -n 40 --no-echo --stop "$stop" --stop "never seen" \
+        2> /dev/null)
+    wanted=$(printf %s "$whole" | awk -v s="$stop" 'BEGIN { RS = "\001" } {
+        i = index($0, s)
+        printf "%s", i ? substr($0, 1, i - 1) : $0
+    }')
+    same "--stop '$stop'" "$got" "$wanted"
 done
 
 # --- states: cut a run anywhere, and the two halves are the whole
@@ -54,9 +82,11 @@ for sampling in "-t 0" "-s 5 -t 1 --repeat-penalty 1.1"; do
     "$mamba" $model "$prompt" $sampling -n 50 > "$dir/whole" 2> /dev/null
     for cut in 0 1 23; do
         rm -f "$dir/s"
-        "$mamba" $model "$prompt" $sampling -n $cut --save-state "$dir/s" > "$dir/first" 2> /dev/null
+        "$mamba" $model "$prompt" $sampling -n $cut --save-state "$dir/s" > "$dir/first" \
+            2> /dev/null
         [ $cut -eq 0 ] && printf %s "$prompt" > "$dir/first"
-        "$mamba" $model "" ${sampling#-s 5} --load-state "$dir/s" -n $((50 - cut)) > "$dir/second" 2> /dev/null
+        "$mamba" $model "" ${sampling#-s 5} --load-state "$dir/s" -n $((50 - cut)) \
+            > "$dir/second" 2> /dev/null
         cat "$dir/first" "$dir/second" > "$dir/b"
         same_file "state after $cut tokens, $sampling" "$dir/b" "$dir/whole"
     done
@@ -65,7 +95,8 @@ fails "no such state" "none" $model "x" --load-state "$dir/none"
 "$mamba" tests/odd.bin "x" -n 1 --save-state "$dir/odd" > /dev/null 2>&1
 fails "a state of another shape" "another shape" $model "x" --load-state "$dir/odd"
 
-# --- several texts at once: each is the text that it would be alone, whatever stands beside it and wherever it stops
+# --- several texts at once: each is the text that it would be alone, whatever stands beside it and
+# wherever it stops
 printf '%s\n' "$prompt" "The old dog" "" "A cat sat on a" "He said" > "$dir/prompts"
 i=0
 while IFS= read -r line; do
@@ -81,14 +112,17 @@ for sampling in "-s 7 -n 40" "-s 9 -t 1 -n 33 --stop the --no-echo"; do
         same_file "--batch, $sampling, $t threads: as alone" "$dir/a" "$dir/b"
     done
 done
-grep -q "5 texts: .* stop string" "$dir/err" && ok "how the texts ended" || bad "how the texts ended" "$(cat "$dir/err")"
-tr '\n' '\r' < "$dir/prompts" | sed "s/\r/\r\n/g" | "$mamba" $model --batch - -s 9 -t 1 -n 33 --stop the --no-echo --null > "$dir/a" 2> /dev/null
+grep -q "5 texts: .* stop string" "$dir/err"
+check "how the texts ended" "$dir/err"
+tr '\n' '\r' < "$dir/prompts" | sed "s/\r/\r\n/g" | "$mamba" $model --batch - -s 9 -t 1 -n 33 \
+    --stop the --no-echo --null > "$dir/a" 2> /dev/null
 same_file "--batch from stdin, lines that end in CR LF" "$dir/a" "$dir/b"
 "$mamba" $model --batch "$dir/prompts" -s 7 -n 5 --no-echo > "$dir/a" 2> /dev/null
 same "a heading before each text" "$(grep -c '^=== line [1-5]$' "$dir/a")" 5
 "$mamba" $model "$prompt" -s 7 -n 20 --samples 40 --null > "$dir/a" 2> /dev/null
 same "--samples 40: as many texts" "$(tr -dc '\0' < "$dir/a" | wc -c | tr -d ' ')" 40
-same "--samples: most of them different" "$(tr '\n\0' ' \n' < "$dir/a" | sort -u | awk 'END { print (NR > 30) }')" 1
+tr '\n\0' ' \n' < "$dir/a" | sort -u | awk 'END { exit !(NR > 30) }'
+check "--samples: most of them different"
 tr '\n\0' '\001\n' < "$dir/a" | sed -n 1p | tr '\001' '\n' > "$dir/first"
 "$mamba" $model "$prompt" -s 7 -n 20 > "$dir/b" 2> /dev/null
 echo >> "$dir/b"
@@ -101,36 +135,50 @@ same_file "--samples 3 are the first of 40" "$dir/first" "$dir/b"
 head -c "$(wc -c < "$dir/b")" "$dir/a" > "$dir/first"
 same_file "--batch with --samples: each line's are its own" "$dir/first" "$dir/b"
 "$mamba" $model "$prompt" -n 0 --save-state "$dir/s" 2> /dev/null
-"$mamba" $model "" --load-state "$dir/s" -s 7 -n 9 --samples 2 --no-echo --null > "$dir/a" 2> /dev/null
+"$mamba" $model "" --load-state "$dir/s" -s 7 -n 9 --samples 2 --no-echo --null > "$dir/a" \
+    2> /dev/null
 "$mamba" $model "$prompt" -s 7 -n 9 --samples 2 --no-echo --null > "$dir/b" 2> /dev/null
 same_file "--samples from a loaded state" "$dir/a" "$dir/b"
 head -c 200000 /dev/zero | tr '\0' a > "$dir/long"
-"$mamba" $model --batch "$dir/long" -n 3 --no-echo > "$dir/a" 2> "$dir/err" && grep -q "=== line 1" "$dir/a" && ok "a line of 200 kB" || bad "a line of 200 kB" "$(cat "$dir/err")"
+"$mamba" $model --batch "$dir/long" -n 3 --no-echo > "$dir/a" 2> "$dir/err" &&
+    grep -q "=== line 1" "$dir/a"
+check "a line of 200 kB" "$dir/err"
 printf 'good\nbad \377\n' > "$dir/bytes"
-fails "a line that is not UTF-8" "line 2: the text is not UTF-8 at byte 4" $model --batch "$dir/bytes"
+fails "a line that is not UTF-8" "line 2: the text is not UTF-8 at byte 4" $model --batch \
+    "$dir/bytes"
 fails "no such prompts" "no/such" $model --batch no/such
 fails "an empty file of prompts" "empty" $model --batch /dev/null
 fails "no samples" "--samples" $model x --samples 0
 
 # --- Ctrl-C: ends cleanly and saves
-"$mamba" $model "$prompt" -n -1 --ignore-eos -s 1 --save-state "$dir/int" > "$dir/int.out" 2> "$dir/err" &
+"$mamba" $model "$prompt" -n -1 --ignore-eos -s 1 --save-state "$dir/int" > "$dir/int.out" \
+    2> "$dir/err" &
 pid=$!
 i=0
 # more than the echoed prompt: it is writing
-while [ "$(cat "$dir/int.out" 2> /dev/null | wc -c)" -le ${#prompt} ] && [ $i -lt 300 ]; do sleep 0.1; i=$((i + 1)); done
+while [ "$(cat "$dir/int.out" 2> /dev/null | wc -c)" -le ${#prompt} ] && [ $i -lt 300 ]; do
+    sleep 0.1
+    i=$((i + 1))
+done
 kill -INT $pid
 wait $pid
 status=$?
-if [ $status -eq 0 ] && [ -s "$dir/int" ] && grep -q interrupted "$dir/err"; then ok "Ctrl-C saves the state"
-elif [ $status -gt 128 ] && ! grep -q tokens "$dir/err"; then skip "Ctrl-C saves the state" "this shell starts background jobs with SIGINT ignored"
+if [ $status -eq 0 ] && [ -s "$dir/int" ] && grep -q interrupted "$dir/err"; then
+    ok "Ctrl-C saves the state"
+elif [ $status -gt 128 ] && ! grep -q tokens "$dir/err"; then
+    skip "Ctrl-C saves the state" "this shell starts background jobs with SIGINT ignored"
 else bad "Ctrl-C saves the state" "status $status: $(cat "$dir/err")"; fi
 
 # --- interactive
-printf '%s\n/undo\n%s\n\n/reset\n/undo\n/save %s\n/nope\n/quit\n' "$prompt" "$prompt" "$dir/live" | "$mamba" $model -t 0 -n 12 > "$dir/a" 2> "$dir/err"
+printf '%s\n/undo\n%s\n\n/reset\n/undo\n/save %s\n/nope\n/quit\n' "$prompt" "$prompt" "$dir/live" \
+    | "$mamba" $model -t 0 -n 12 > "$dir/a" 2> "$dir/err"
 same "interactive: undo gives the same text again" "$(sed -n 1p "$dir/a")" "$(sed -n 2p "$dir/a")"
-same "interactive: an empty line goes on" "$(sed -n '2,3p' "$dir/a" | tr -d '\n')" "$("$mamba" $model "$prompt" -t 0 -n 24 --no-echo 2> /dev/null)"
-[ -s "$dir/live" ] && ok "interactive: /save" || bad "interactive: /save"
-grep -q "unknown command '/nope'" "$dir/err" && ok "interactive: unknown command" || bad "interactive: unknown command"
+same "interactive: an empty line goes on" "$(sed -n '2,3p' "$dir/a" | tr -d '\n')" \
+    "$("$mamba" $model "$prompt" -t 0 -n 24 --no-echo 2> /dev/null)"
+[ -s "$dir/live" ]
+check "interactive: /save"
+grep -q "unknown command '/nope'" "$dir/err"
+check "interactive: unknown command"
 
 # --- tokenize, eval, logits, info, bench
 printf '%s' "$prompt" > "$dir/text"
@@ -146,37 +194,59 @@ same "--each prints one value a prediction" "$(wc -l < "$dir/b" | tr -d ' ')" 22
 mean=$(awk '{ s += $1 } END { printf "%.4f", s / NR }' "$dir/b")
 same "--each has eval's mean" "$mean" "$(awk '/mean_nll/ { printf "%.4f", $2 }' "$dir/a")"
 list=$(tr '\n' ',' < "$dir/ids" | sed 's/,$//')
-"$mamba" logits $model --tokens "$list" -o "$dir/l1" && "$mamba" logits $model "$prompt" -o "$dir/l2"
+"$mamba" logits $model --tokens "$list" -o "$dir/l1" && "$mamba" logits $model "$prompt" -o \
+    "$dir/l2"
 same_file "logits of ids and of text" "$dir/l1" "$dir/l2"
 "$mamba" logits $model "$prompt" --all -o "$dir/l3"
 same "--all writes (L,V) float32" "$(wc -c < "$dir/l3" | tr -d ' ')" $((23 * 2048 * 4))
-same "logits as text" "$("$mamba" logits $model "$prompt" --all | awk '{ n += NF } END { print NR, n }')" "23 $((23 * 2048))"
-"$mamba" info $model --verify | grep -q "every weight is finite" && ok "info --verify" || bad "info --verify"
-cp $model "$dir/flipped" && printf 'X' | dd of="$dir/flipped" bs=1 seek=3000000 conv=notrunc 2> /dev/null
+same "logits as text" \
+    "$("$mamba" logits $model "$prompt" --all | awk '{ n += NF } END { print NR, n }')" \
+    "23 $((23 * 2048))"
+"$mamba" info $model --verify | grep -q "every weight is finite"
+check "info --verify"
+cp $model "$dir/flipped" && printf 'X' | dd of="$dir/flipped" bs=1 seek=3000000 conv=notrunc \
+    2> /dev/null
 "$mamba" info "$dir/flipped" --verify > /dev/null 2> "$dir/err"
-grep -q "damaged\|finite" "$dir/err" && ok "info --verify finds a changed byte" || bad "info --verify finds a changed byte" "$(cat "$dir/err")"
-"$mamba" bench --shape 32,2,300 -r 2 > "$dir/a" 2>&1 && grep -q "decode .* tokens/s" "$dir/a" && ok "bench" || bad "bench" "$(cat "$dir/a")"
-"$mamba" bench --scan 1,20,500 -r 2 > "$dir/a" 2>&1 && grep -q "over channels and time" "$dir/a" && ok "bench --scan" || bad "bench --scan" "$(cat "$dir/a")"
+grep -q "damaged\|finite" "$dir/err"
+check "info --verify finds a changed byte" "$dir/err"
+"$mamba" bench --shape 32,2,300 -r 2 > "$dir/a" 2>&1 && grep -q "decode .* tokens/s" "$dir/a"
+check "bench" "$dir/a"
+"$mamba" bench --scan 1,20,500 -r 2 > "$dir/a" 2>&1 && grep -q "over channels and time" "$dir/a"
+check "bench --scan" "$dir/a"
 for command in "" info tokenize eval logits quantize bench; do
-    "$mamba" $command --help > "$dir/a" 2>&1 && grep -q "mamba" "$dir/a" && ok "help for '$command'" || bad "help for '$command'"
+    "$mamba" $command --help > "$dir/a" 2>&1 && grep -q "mamba" "$dir/a"
+    check "help for '$command'"
 done
 
 # --- quantize
 for type in q8 q4; do
-    "$mamba" quantize $model "$dir/$type" $type > "$dir/a" 2> "$dir/err" && [ ! -s "$dir/a" ] && grep -q "wrote .*$type" "$dir/err" &&
-        ok "quantize $type" || bad "quantize $type" "$(cat "$dir/err")"
-    "$mamba" info "$dir/$type" --verify | grep -q "parameters in $type" && ok "info of $type" || bad "info of $type"
+    "$mamba" quantize $model "$dir/$type" $type > "$dir/a" 2> "$dir/err" &&
+        [ ! -s "$dir/a" ] && grep -q "wrote .*$type" "$dir/err"
+    check "quantize $type" "$dir/err"
+    "$mamba" info "$dir/$type" --verify | grep -q "parameters in $type"
+    check "info of $type"
     "$mamba" "$dir/$type" "$prompt" -t 0 -n 30 -T 1 > "$dir/a" 2> /dev/null
     "$mamba" "$dir/$type" "$prompt" -t 0 -n 30 -T 2 > "$dir/b" 2> /dev/null
     same_file "$type: same text, any threads" "$dir/a" "$dir/b"
-    "$mamba" bench --shape 64,1,300 --dtype $type -r 1 > "$dir/a" 2>&1 && grep -q "in $type" "$dir/a" && ok "bench --dtype $type" || bad "bench --dtype $type" "$(cat "$dir/a")"
+    "$mamba" bench --shape 64,1,300 --dtype $type -r 1 > "$dir/a" 2>&1 &&
+        grep -q "in $type" "$dir/a"
+    check "bench --dtype $type" "$dir/a"
 done
 "$mamba" eval $model "$dir/text" 2> /dev/null | awk '/mean_nll/ { print $2 }' > "$dir/nll"
-for type in q8 q4; do "$mamba" eval "$dir/$type" "$dir/text" 2> /dev/null | awk '/mean_nll/ { print $2 }' >> "$dir/nll"; done
-awk '{ x[NR] = $1 } END { d = x[2] / x[1] - 1; e = x[3] / x[1] - 1; exit !(NR == 3 && d < 0.02 && d > -0.02 && e < 0.1 && e > -0.1) }' "$dir/nll" &&
-    ok "the likelihood of a short text stays near" || bad "the likelihood of a short text stays near" "$(cat "$dir/nll")"
-"$mamba" train -o "$dir/tuned" --from "$dir/q8" --data README.md --steps 1 --batch 1 --length 16 > /dev/null 2> "$dir/err" &&
-    "$mamba" info "$dir/tuned" | grep -q "in f32" && ok "train --from a quantized model" || bad "train --from a quantized model" "$(cat "$dir/err")"
+for type in q8 q4; do
+    "$mamba" eval "$dir/$type" "$dir/text" 2> /dev/null |
+        awk '/mean_nll/ { print $2 }' >> "$dir/nll"
+done
+awk '{ x[NR] = $1 } END {
+    d = x[2] / x[1] - 1
+    e = x[3] / x[1] - 1
+    exit !(NR == 3 && d < 0.02 && d > -0.02 && e < 0.1 && e > -0.1)
+}' "$dir/nll"
+check "the likelihood of a short text stays near" "$dir/nll"
+"$mamba" train -o "$dir/tuned" --from "$dir/q8" --data README.md --steps 1 --batch 1 --length 16 \
+    > /dev/null 2> "$dir/err" &&
+    "$mamba" info "$dir/tuned" | grep -q "in f32"
+check "train --from a quantized model" "$dir/err"
 cp $model "$dir/copy"
 fails "quantize onto its input" "that is the model; choose another name" quantize "$dir/copy" \
     "$dir/../$(basename "$dir")/copy" q8
@@ -186,7 +256,8 @@ fails "quantize to another type" "q5" quantize $model "$dir/c" q5
 fails "quantize without a type" "needs in.bin" quantize $model "$dir/c"
 fails "quantize to nowhere" "no/such" quantize $model "$dir/no/such/c" q8
 fails "quantize a damaged model" "damaged" quantize "$dir/flipped" "$dir/c" q8
-[ ! -e "$dir/c" ] && ok "and nothing is written" || bad "and nothing is written"
+[ ! -e "$dir/c" ]
+check "and nothing is written"
 
 # --- files: an output is the old file or the whole new one, and never an input; no other file is
 # touched
@@ -194,9 +265,8 @@ files=$dir/files
 mkdir "$files"
 cp $model "$files/m.tmp"
 "$mamba" quantize "$files/m.tmp" "$files/m" q8 2> "$dir/err" && cmp -s "$files/m" "$dir/q8" \
-    && cmp -s "$files/m.tmp" $model &&
-    ok "the input is named as the output and .tmp" \
-        || bad "the input is named as the output and .tmp" "$(cat "$dir/err")"
+    && cmp -s "$files/m.tmp" $model
+check "the input is named as the output and .tmp" "$dir/err"
 rm "$files"/*
 echo precious > "$files/other"
 ln -s other "$files/s.tmp" # what stood in the way of the old fixed name: a link, then a pipe
@@ -219,13 +289,13 @@ chmod 640 "$files/s"
 mkdir "$files/sub"
 ln -s ../s "$files/sub/link"
 "$mamba" $model "x" -n 2 -t 0 -s 1 --save-state "$files/sub/link" > /dev/null 2>&1
-[ -L "$files/sub/link" ] && cmp -s "$files/s" "$dir/plain" \
-    && ok "through a link: the file that it names is written" || bad "through a link"
+[ -L "$files/sub/link" ] && cmp -s "$files/s" "$dir/plain"
+check "through a link: the file that it names is written"
 same "the mode of the old file" "$(ls -l "$files/s" | cut -c1-10)" "-rw-r-----"
 rm "$files/s"
 "$mamba" $model "x" -n 2 -t 0 -s 1 --save-state "$files/sub/link" > /dev/null 2>&1
-[ -L "$files/sub/link" ] && cmp -s "$files/s" "$dir/plain" && ok "through a link to nothing yet" \
-    || bad "through a link to nothing yet"
+[ -L "$files/sub/link" ] && cmp -s "$files/s" "$dir/plain"
+check "through a link to nothing yet"
 same "no temporary stays" "$(ls "$files" "$files/sub" | grep -c 'tmp$')" 0
 long=$(head -c 250 /dev/zero | tr '\0' n)
 "$mamba" $model "x" -n 2 -t 0 -s 1 --save-state "$files/$long" > /dev/null 2>&1
@@ -244,8 +314,8 @@ printf 'old' > "$files/q"
 status=$?
 same "a file that becomes too large: the old one stays" \
     "$status $(cat "$files/q") $(ls "$files")" "1 old q"
-grep -q "cannot write $files/q: File too large" "$dir/err" && ok "and a sentence says so" \
-    || bad "and a sentence says so" "$(cat "$dir/err")"
+grep -q "cannot write $files/q: File too large" "$dir/err"
+check "and a sentence says so" "$dir/err"
 yes "one more day " | tr -d '\n' | head -c 40000 > "$dir/long"
 "$mamba" logits $model - --all -o "$files/l" < "$dir/long" 2> /dev/null &
 pid=$!
@@ -262,7 +332,8 @@ unharmed() {
     name=$1 word=$2 file=$3
     shift 3
     fails "$name" "$word" "$@"
-    cmp -s "$file" $model && ok "$name: the file stays" || bad "$name: the file stays"
+    cmp -s "$file" $model
+    check "$name: the file stays"
     cp $model "$file"
 }
 cp $model "$files/m"
@@ -295,9 +366,8 @@ same_file "a state goes on in place" "$files/s" "$files/whole"
 printf 'x\n/save %s\n/save \n/save %s\n' "$files/m" "$files/live" | "$mamba" "$files/m" -n 2 > \
     /dev/null 2> "$dir/err"
 cmp -s "$files/m" $model && grep -q "/save $files/m: that is the model" "$dir/err" \
-    && grep -q "/save needs a file name" "$dir/err" && [ -s "$files/live" ] &&
-    ok "interactive: /save onto the model" \
-        || bad "interactive: /save onto the model" "$(cat "$dir/err")"
+    && grep -q "/save needs a file name" "$dir/err" && [ -s "$files/live" ]
+check "interactive: /save onto the model" "$dir/err"
 "$mamba" logits $model x -o "$files/raw"
 "$mamba" logits $model x -o /dev/fd/1 > "$files/out"
 same_file "logits to its stdout, a file" "$files/out" "$files/raw"
@@ -311,7 +381,8 @@ same "logits to a full disk" "$? $(cat "$dir/err")" \
 # --- show-selection: a line a token; all layers' mean is the mean of each layer's
 text="One day a small dog
 ran away"
-"$mamba" $model "$text" --show-selection > "$dir/all" 2> "$dir/err" || bad "show-selection" "$(cat "$dir/err")"
+"$mamba" $model "$text" --show-selection > "$dir/all" 2> "$dir/err" ||
+    bad "show-selection" "$(cat "$dir/err")"
 "$mamba" tokenize $model - <<EOF > "$dir/ids"
 $text
 EOF
@@ -324,8 +395,13 @@ while [ $i -lt "${layers:-0}" ]; do
     "$mamba" $model "$text" --show-selection --layer $i | cut -f2 > "$dir/layer$i"
     i=$((i + 1))
 done
-cut -f2 "$dir/all" | paste - "$dir"/layer[0-9]* | awk '{ s = 0; for (i = 2; i <= NF; i++) s += $i; d = s / (NF - 1) / $1 - 1; if (d > 1e-4 || d < -1e-4 || NF < 3) bad = 1 } END { exit bad || !NR }' &&
-    ok "the mean of all layers" || bad "the mean of all layers"
+cut -f2 "$dir/all" | paste - "$dir"/layer[0-9]* | awk '{
+    s = 0
+    for (i = 2; i <= NF; i++) s += $i
+    d = s / (NF - 1) / $1 - 1
+    if (d > 1e-4 || d < -1e-4 || NF < 3) bad = 1
+} END { exit bad || !NR }'
+check "the mean of all layers"
 fails "no such layer" "--layer" $model "x" --show-selection --layer 99
 fails "nothing to show" "needs a prompt" $model --show-selection
 
@@ -337,7 +413,8 @@ fails "not UTF-8" "byte 3" $model "$(printf 'abc\377')"
 fails "eval of an empty text" "0 token" eval $model /dev/null
 fails "an unwritable state, before anything is written" "no/such" $model "x" -n 5 --save-state \
     "$dir/no/such/state"
-"$mamba" $model "x" -n 5 -t 0 > /dev/full 2> "$dir/err" && bad "a full disk is an error" || ok "a full disk is an error"
+"$mamba" $model "x" -n 5 -t 0 > /dev/full 2> "$dir/err" && bad "a full disk is an error" ||
+    ok "a full disk is an error"
 
 # --- memory: a long prompt takes no more than a short one
 if [ "$everything" = all ]; then
@@ -353,9 +430,12 @@ if [ "$everything" = all ]; then
     if [ -z "$short" ]; then skip "constant memory" "the platform does not tell its peak memory"
     else
         # aside: four bytes a token
-        extra=$(awk -v l="$long" -v s="$short" -v n="$read_tokens" 'BEGIN { printf "%.1f", l - s - 4e-6 * n }')
-        echo "     $read_tokens tokens: $long MB, short prompt: $short MB, beyond the ids: $extra MB"
-        awk -v e="$extra" -v n="$read_tokens" -v t=$tokens 'BEGIN { exit !(e < 1 && n >= t) }' && ok "constant memory" || bad "constant memory"
+        extra=$(awk -v l="$long" -v s="$short" -v n="$read_tokens" \
+            'BEGIN { printf "%.1f", l - s - 4e-6 * n }')
+        echo \
+            "     $read_tokens tokens: $long MB, short prompt: $short MB, beyond the ids: $extra MB"
+        awk -v e="$extra" -v n="$read_tokens" -v t=$tokens 'BEGIN { exit !(e < 1 && n >= t) }'
+        check "constant memory"
     fi
 else skip "a million tokens of prompt" "only in make test-all"; fi
 
