@@ -1,6 +1,6 @@
-// --- [train] train
+// --- train
 
-typedef struct {
+typedef struct { // of the command line; TRAIN_USAGE and the table of options say what each is
     const char *out, *from, *tokenizer, *task_name, *log, *schedule, *held_out_data;
     TextList data;
     long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, grow_from,
@@ -21,7 +21,7 @@ typedef struct {
     const char *checkpoint; // its path
 } Training;
 
-// One pass' sequences: fresh ones of a task, or random windows of the training text.
+// ids and targets (B,L) of a pass: new sequences of the task, or random windows of the text.
 static void draw_batch(Training *t, int32_t *ids, int32_t *targets, int B, int L) {
     for (int b = 0; b < B; b++, ids += L, targets += L) {
         if (t->task) {
@@ -34,17 +34,29 @@ static void draw_batch(Training *t, int32_t *ids, int32_t *targets, int B, int L
     }
 }
 
-// Tokens a sequence at the step after `step`: with --grow-from short ones first, twice as long in
-// each of equal parts of the run.
+// The length of the sequences after `step` steps. --grow-from divides the run into equal parts; the
+// length doubles from part to part.
 static int stage_length(const TrainOptions *o, uint64_t step) {
-    int stages = 1, stage;
+    int stages = 1;
     for (long L = o->grow_from; L && L < o->length; L *= 2) stages++;
-    stage = (int)(step * (uint64_t)stages / (uint64_t)o->steps);
+    int stage = (int)(step * (uint64_t)stages / (uint64_t)o->steps);
     return (int)(o->length >> (stage < stages ? stages - 1 - stage : 0));
 }
 
-// Mean loss over windows spread evenly over the held-out text; a task's: over sequences of a
-// generator of their own.
+// ids and targets (B,L) of one of `passes` passes over the held-out text. The windows of all passes
+// are spread evenly over the text.
+static void held_out_batch(Training *t, int pass, int passes, int B, int L) {
+    const int32_t *text = t->data + t->n_data - t->n_held;
+    const size_t last = t->n_held - (size_t)L - 1;
+    for (int b = 0; b < B; b++) {
+        const int32_t *window = text + last * (size_t)(pass * B + b) / (size_t)(passes * B);
+        memcpy(t->ids + (size_t)b * L, window, (size_t)L * sizeof *t->ids);
+        memcpy(t->targets + (size_t)b * L, window + 1, (size_t)L * sizeof *t->targets);
+    }
+}
+
+// The mean loss over windows of the held-out text, or over a task's sequences from a generator of
+// their own. NAN: nothing is held out.
 static double held_out_loss(Training *t) {
     Trainer *x = t->trainer;
     int L = x->L, B = x->B, passes = (32 + B - 1) / B;
@@ -55,14 +67,7 @@ static double held_out_loss(Training *t) {
     if (!t->task && t->n_held < (size_t)L + 1) return NAN;
     for (int pass = 0; pass < passes; pass++) {
         if (t->task) draw_batch(&other, t->ids, t->targets, B, L);
-        else
-            for (int b = 0; b < B; b++) {
-                size_t start =
-                    t->n_data - t->n_held +
-                    (t->n_held - (size_t)L - 1) * (size_t)(pass * B + b) / (size_t)(passes * B);
-                memcpy(t->ids + (size_t)b * L, t->data + start, (size_t)L * sizeof *t->ids);
-                memcpy(t->targets + (size_t)b * L, t->data + start + 1, (size_t)L * sizeof *t->ids);
-            }
+        else held_out_batch(t, pass, passes, B, L);
         for (int i = 0; i < B * L; i++) counted += t->targets[i] >= 0;
         sum += mamba_train_pass(x, t->ids, t->targets, 0, false);
     }
