@@ -134,7 +134,7 @@ test-export: all             ## tests of export.py, and of the tokenizer against
 SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
 debug: $(SOURCES) $(TESTS)   ## mamba-debug, tests/test_all-debug: address, undefined sanitizers
 	$(CC) $(FLAGS) $(SANITIZE) mamba.c -o mamba-debug -lm
-	$(CC) $(FLAGS) $(SANITIZE) test_all.c -o tests/test_all-debug -lm
+	$(CC) $(FLAGS) $(SANITIZE) -DSMALL test_all.c -o tests/test_all-debug -lm
 
 plain: $(SOURCES) $(TESTS)   ## mamba-plain, tests/test_all-plain: without the fast forms in cpu/
 	$(CC) $(FLAGS) -DPLAIN mamba.c -o mamba-plain -lm

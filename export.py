@@ -357,8 +357,8 @@ def encode(x, kind):
     return x.astype("<f4" if kind == "F32" else "<f2").tobytes()
 
 
-# Q8 and Q4, described in mamba.c section 3: tiles of 32 rows times 32 inputs, a bf16 scale and 32 codes a row. Scales are chosen as
-# mamba.c's quantiser (section 9) chooses them, by operations that have one right result, so the bytes are the same.
+# Q8 and Q4, described in files/tensors.h: tiles of 32 rows times 32 inputs, a bf16 scale and 32 codes a row. Scales are chosen as
+# files/quantizer.h chooses them, by operations that have one right result, so the bytes are the same.
 
 def codes_of(w, scale, kind):
     lowest, highest = (-127, 127) if kind == "Q8" else (-8, 7)

@@ -40,11 +40,20 @@ static _Noreturn void give_up(const char *what, const char *message) {
     exit(1);
 }
 
-// -DEMULATED: built for an emulated processor. The larger models would take minutes there.
-#ifdef EMULATED
-enum { LARGER_MODELS = 0 };
+// -DSMALL: for builds in which all takes ten times as long (emulated processors, sanitizers). The
+// larger model and some lengths are left out. The small models run the same code, and the kernels
+// are tested at all sizes.
+#ifdef SMALL
+enum { LARGER_MODELS = 0, EVERY_CUT_TO = 10 };
 #else
-enum { LARGER_MODELS = 1 };
+enum { LARGER_MODELS = 1, EVERY_CUT_TO = 65 };
+#endif
+
+// Without OpenMP every team has one thread: a larger one would be the same test again.
+#ifdef _OPENMP
+enum { MOST_THREADS = 3 };
+#else
+enum { MOST_THREADS = 1 };
 #endif
 
 static void skip(const char *name, const char *reason) {

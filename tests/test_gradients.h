@@ -471,7 +471,7 @@ static void test_masked_loss(void) {
 }
 
 static void test_gradients(void) {
-    for (team = 1; team <= 3; team += 2) {
+    for (team = 1; team <= MOST_THREADS; team += 2) {
         test_scan_backward(1, 1, 1, 1);
         test_scan_backward(2, SCAN_CHUNK + 1, 5, 3);
         test_scan_backward(1, 3 * SCAN_CHUNK, SCAN_WIDTH + 3, 4);

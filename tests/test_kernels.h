@@ -149,7 +149,7 @@ static void test_few_rows(Type type, int I, int O) {
         TEAM(matmul(alone + (size_t)t * O, (size_t)O, x + t * ldx, ldx, &w, bias,
                     (Rows){1, true, NULL}))
     bool same = true;
-    for (team = 1; team <= 3; team++)
+    for (team = 1; team <= MOST_THREADS; team++)
         for (int L = 1; L <= MOST; L++) {
             guard = out[(size_t)L * O];
             TEAM(matmul(out, (size_t)O, x, ldx, &w, bias, (Rows){L, true, packed}))
@@ -225,7 +225,7 @@ static void test_elementwise(int L, int E) {
 }
 
 static void test_kernels(void) {
-    for (team = 1; team <= 3; team += 2) {
+    for (team = 1; team <= MOST_THREADS; team += 2) {
         test_rmsnorm(1, 1, 1, true);
         test_rmsnorm(5, 37, 41, true);
         test_rmsnorm(3, 16, 16, false);

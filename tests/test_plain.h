@@ -267,7 +267,7 @@ static void compare_recurrence_backward(int width, int N) {
 
 static void test_plain(void) {
     check_two_forms();
-    for (team = 1; team <= 3; team += 2) {
+    for (team = 1; team <= MOST_THREADS; team += 2) {
         compare_norms(1, 1, true);
         compare_norms(5, 2 * VL + 3, true);
         compare_norms(3, VL, false);

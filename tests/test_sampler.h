@@ -12,7 +12,7 @@ static float flat(int v) { return (float)(v % 3) * 0.001f; }
 
 static void check_draws(Session *x, const char *name, Sampling how, double p10, double p20,
                         double p30, double p40) {
-    enum { DRAWS = 40000 };
+    enum { DRAWS = LARGER_MODELS ? 40000 : 8000 };
     const double want[4] = {p10, p20, p30, p40};
     long count[4] = {0}, others = 0;
     for (int i = 0; i < DRAWS; i++) {
