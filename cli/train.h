@@ -500,8 +500,8 @@ static const char TRAIN_USAGE[] =
     "mamba train -o out.bin --from model.bin --data FILE [options]\n"
     "\n"
     "Trains a model on text of your own, on one of the paper's synthetic tasks, or fine-tunes\n"
-    "one. Writes out.bin, a model like any other (float32), out.bin.train, from which --resume goes\n"
-    "on bit for bit, and a CSV log. Ctrl-C saves and leaves.\n";
+    "one. Writes out.bin, a model like any other (float32), out.bin.train, from which --resume\n"
+    "goes on bit for bit, and a CSV log. Ctrl-C saves and leaves.\n";
 // clang-format on
 
 // Options that do not fit together. 0, or -1 after fail().
