@@ -81,7 +81,8 @@
                 mamba_random_model  mamba_float_copy  mamba_quantize
      texts      mamba_encode  mamba_decode
      running    mamba_acts_new  mamba_acts_gpu  mamba_acts_free  mamba_default_threads
-                mamba_has_gpu  mamba_gpu_memory  mamba_prefill  mamba_step  mamba_step_batch  mamba_selection
+                mamba_has_gpu  mamba_gpu_memory
+                mamba_prefill  mamba_step  mamba_step_batch  mamba_selection
      writing    mamba_sample  mamba_sample_batch  mamba_generate
      scoring    mamba_nll  mamba_evaluate
      states     mamba_state_new  mamba_state_free  mamba_state_copy  mamba_state_reset
