@@ -80,7 +80,8 @@
      models     mamba_load  mamba_save  mamba_free  mamba_verify  mamba_set_tokenizer
                 mamba_random_model  mamba_float_copy  mamba_quantize
      texts      mamba_encode  mamba_decode
-     running    mamba_acts_new  mamba_acts_gpu  mamba_acts_free  mamba_has_gpu  mamba_gpu_memory
+     running    mamba_acts_new  mamba_acts_gpu  mamba_acts_free  mamba_default_threads
+                mamba_has_gpu  mamba_gpu_memory
                 mamba_prefill  mamba_step  mamba_step_batch  mamba_selection
      writing    mamba_sample  mamba_sample_batch  mamba_generate
      scoring    mamba_nll  mamba_evaluate
@@ -1481,7 +1482,7 @@ int mamba_trainer_fetch(Trainer *x, bool store) {
 Trainer *mamba_trainer_new(Model *m, int B, int L, int threads) {
     Trainer *x = calloc(1, sizeof *x);
     if (!x) return fail("out of memory"), NULL;
-    *x = (Trainer){.model = m, .threads = threads > 0 ? threads : default_threads()};
+    *x = (Trainer){.model = m, .threads = threads > 0 ? threads : mamba_default_threads()};
     x->gradient = blank_model(&m->config);
     x->moment = alloc_aligned(m->tensors_bytes);
     x->moment2 = alloc_aligned(m->tensors_bytes);

@@ -5,51 +5,57 @@
 // of the scan (recurrence, scan, scan_in_pieces), the ceilings on a CPU are those of cpu/, and the
 // part for a GPU calls GpuBackend.
 
-static volatile float bench_sink; // keeps the compiler from dropping what is only timed
-
-// Two ceilings of the machine. read_bandwidth: bytes a second that `threads` threads read together
-// from a buffer far larger than the caches. multiply_rate: float32 operations a second on data that
-// stays in the cache.
 #ifndef PLAIN
 #include "../cpu/ceilings.h"
 #else
+#define recurrence_plain recurrence
+static float read_floats(const float *p, size_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; i++) sum += p[i];
+    return sum;
+}
+
+static double multiply_adds(volatile float *sum) {
+    enum { ROUNDS = 100000, LENGTH = 1024 };
+    float a[LENGTH], b[LENGTH];
+    for (int i = 0; i < LENGTH; i++) {
+        a[i] = (float)(i % 7);
+        b[i] = (float)(i % 7);
+    }
+    for (int round = 0; round < ROUNDS; round++) {
+        float dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int i = 0; i < LENGTH; i++) dot += a[i] * b[i];
+        *sum = dot;
+        a[round % LENGTH] += 1; // no two rounds are the same
+    }
+    return (double)ROUNDS * LENGTH;
+}
+#endif
+
+static volatile float bench_sink; // keeps the compiler from dropping what is only timed
+
+// Bytes a second that `threads` threads read together. Each reads its own part of a buffer that is
+// far larger than the caches.
 static double read_bandwidth(const float *buffer, size_t floats, int threads) {
+    enum { PARTS = 256 };
+    const size_t part_floats = floats / PARTS;
     double start = seconds();
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int part = 0; part < 256; part++) {
-        const float *p = buffer + floats / 256 * (size_t)part;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (size_t i = 0; i < floats / 256; i++) sum += p[i];
-        bench_sink = sum;
-    }
+    for (int part = 0; part < PARTS; part++)
+        bench_sink = read_floats(buffer + part_floats * (size_t)part, part_floats);
     return (double)floats * sizeof(float) / (seconds() - start);
 }
 
+// Float32 operations a second on data that stays in the cache; a multiply-add counts as two.
 static double multiply_rate(int threads) {
-    enum { ROUNDS = 100000, LENGTH = 1024 };
-    double start = seconds();
-    (void)threads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int part = 0; part < threads; part++) {
-        float a[LENGTH], b[LENGTH];
-        for (int i = 0; i < LENGTH; i++) {
-            a[i] = (float)(i % 7);
-            b[i] = (float)(i % 7);
-        }
-        for (int round = 0; round < ROUNDS; round++) {
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int i = 0; i < LENGTH; i++) sum += a[i] * b[i];
-            bench_sink = sum;
-            a[round % LENGTH] += 1; // no two rounds are the same
-        }
-    }
-    return 2.0 * ROUNDS * LENGTH * threads / (seconds() - start);
+    double start = seconds(), done = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : done)
+    for (int part = 0; part < threads; part++) done += multiply_adds(&bench_sink);
+    return 2 * done / (seconds() - start);
 }
-#define recurrence_plain recurrence
-#endif
 
 COLD
 // clang-format off
@@ -118,7 +124,7 @@ static double median(double *values, int n) {
     return n % 2 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
 }
 
-static void random_ids(int32_t *ids, size_t n, int V, uint64_t seed) {
+static void draw_ids(int32_t *ids, size_t n, int V, uint64_t seed) {
     for (size_t i = 0; i < n; i++) ids[i] = (int32_t)(random_u64(&seed) % (uint64_t)V);
 }
 
@@ -208,7 +214,7 @@ static int bench_model(const Model *m, int threads, int repeats) {
         b->states[i] = mamba_state_new(m);
         if (!b->states[i]) result = -1;
     }
-    random_ids(b->ids, BENCH_PROMPT, m->config.V, 1);
+    draw_ids(b->ids, BENCH_PROMPT, m->config.V, 1);
     for (size_t i = 0; i < PROBE_FLOATS && b->probe; i++) b->probe[i] = 1;
     if (result == 0) result = bench_round(b, 0); // warms the caches up and is not counted
     for (int round = 0; round < repeats && result == 0; round++) result = bench_round(b, round);
@@ -339,7 +345,7 @@ static int bench_gpu_prefill(const GpuBench *g, int L, int repeats) {
     char name[256];
     int32_t *ids = malloc((size_t)L * sizeof *ids);
     if (!ids) return fail("out of memory");
-    random_ids(ids, (size_t)L, g->m->config.V, 1);
+    draw_ids(ids, (size_t)L, g->m->config.V, 1);
     int result = 0;
     for (int round = -1; round < repeats && result == 0; round++) {
         double start = seconds();
@@ -405,7 +411,7 @@ static int dialogues_open(Dialogues *d, const Model *m) {
     if (!d->zero) return -1;
     if (!d->random || !d->prompts || !d->ids || !d->allowed) return fail("out of memory");
     memset(d->allowed, 1, V);
-    random_ids(d->prompts, n, m->config.V, 5);
+    draw_ids(d->prompts, n, m->config.V, 5);
     return 0;
 }
 
@@ -577,7 +583,7 @@ static int bench_gpu_scan(const char *text, int repeats) {
 
 static int command_bench(int argc, char **argv) {
     const char *shape = NULL, *dtype = "f32", *scan = NULL, *path = NULL, *only = "pgt";
-    long threads = default_threads(), repeats = 7;
+    long threads = mamba_default_threads(), repeats = 7;
     // clang-format off
     const Option options[] = {
         OPTION_TEXT("--shape", "S", &shape, "random weights of this shape instead of a model"),

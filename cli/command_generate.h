@@ -122,7 +122,7 @@ static int command_generate(int argc, char **argv) {
                          .repeat_penalty = 1,
                          .layer = -1,
                          .samples = 1,
-                         .threads = default_threads()};
+                         .threads = mamba_default_threads()};
     int n = generate_options(&o, argc, argv, rest);
     if (n < 0) return n == HELPED ? 0 : -1;
     if (o.show_selection) backend.cpu = true; // a GPU does not tell delta

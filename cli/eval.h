@@ -267,7 +267,7 @@ static long default_samples(long length) {
 }
 
 static int command_eval(int argc, char **argv) {
-    EvalOptions o = {.threads = default_threads(), .length = 256, .seed = 1};
+    EvalOptions o = {.threads = mamba_default_threads(), .length = 256, .seed = 1};
     // clang-format off
     const Option options[] = {
         OPTION_TEXT("--task", "T", &o.task_name,

@@ -222,7 +222,7 @@ static int write_all_logits(Session *x, const int32_t *ids, size_t n, bool all, 
 
 static int command_logits(int argc, char **argv) {
     bool all = false;
-    long threads = default_threads();
+    long threads = mamba_default_threads();
     const char *tokens = NULL, *path = NULL, *rest[2] = {NULL, NULL};
     const Option options[] = {
         OPTION_TEXT("--tokens", "LIST", &tokens, "token ids between commas, instead of a prompt"),

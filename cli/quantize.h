@@ -1,17 +1,17 @@
-// --- quantize
+// cli/quantize.h - quantize: a model with its matrices in 8.5 or 4.5 bits a weight.
+//
+// Depends on cli/options.h and the API.
 
 static const char QUANTIZE_USAGE[] =
-    "mamba quantize in.bin out.bin q8|q4\n\n"
-    "Writes a model with its matrices in 8.5 or 4.5 bits a weight (32 weights of a "
-    "row share a scale); what the recurrence\n"
-    "touches stays float32. in.bin holds f32, f16 or bf16 and is not changed.\n";
+    "mamba quantize in.bin out.bin q8|q4\n"
+    "\n"
+    "Writes a model with its matrices in 8.5 or 4.5 bits a weight (32 weights of a row share a\n"
+    "scale); what the recurrence touches stays float32. in.bin holds f32, f16 or bf16 and is not\n"
+    "changed.\n";
 
 static int command_quantize(int argc, char **argv) {
     const char *rest[3];
-    if (wants_help(argc, argv)) {
-        print_help(QUANTIZE_USAGE, NULL, 0);
-        return 0;
-    }
+    if (wants_help(argc, argv)) return print_help(QUANTIZE_USAGE, NULL, 0);
     int n = parse_options(argc, argv, NULL, 0, rest, 3);
     if (n != 3) return n < 0 ? -1 : fail("quantize needs in.bin, out.bin and q8 or q4");
     bool four_bits = !strcmp(rest[2], "q4");

@@ -1,6 +1,8 @@
-// --- [train] train
+// cli/train.h - train: a model from text, from a task, or from another model.
+//
+// Depends on cli/options.h, cli/tasks.h and the API.
 
-typedef struct {
+typedef struct { // of the command line; TRAIN_USAGE and the table of options say what each is
     const char *out, *from, *tokenizer, *task_name, *log, *schedule, *held_out_data;
     TextList data;
     long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, grow_from,
@@ -21,7 +23,7 @@ typedef struct {
     const char *checkpoint; // its path
 } Training;
 
-// One pass' sequences: fresh ones of a task, or random windows of the training text.
+// ids and targets (B,L) of a pass: new sequences of the task, or random windows of the text.
 static void draw_batch(Training *t, int32_t *ids, int32_t *targets, int B, int L) {
     for (int b = 0; b < B; b++, ids += L, targets += L) {
         if (t->task) {
@@ -34,17 +36,29 @@ static void draw_batch(Training *t, int32_t *ids, int32_t *targets, int B, int L
     }
 }
 
-// Tokens a sequence at the step after `step`: with --grow-from short ones first, twice as long in
-// each of equal parts of the run.
+// The length of the sequences after `step` steps. --grow-from divides the run into equal parts; the
+// length doubles from part to part.
 static int stage_length(const TrainOptions *o, uint64_t step) {
-    int stages = 1, stage;
+    int stages = 1;
     for (long L = o->grow_from; L && L < o->length; L *= 2) stages++;
-    stage = (int)(step * (uint64_t)stages / (uint64_t)o->steps);
+    int stage = (int)(step * (uint64_t)stages / (uint64_t)o->steps);
     return (int)(o->length >> (stage < stages ? stages - 1 - stage : 0));
 }
 
-// Mean loss over windows spread evenly over the held-out text; a task's: over sequences of a
-// generator of their own.
+// ids and targets (B,L) of one of `passes` passes over the held-out text. The windows of all passes
+// are spread evenly over the text.
+static void held_out_batch(Training *t, int pass, int passes, int B, int L) {
+    const int32_t *text = t->data + t->n_data - t->n_held;
+    const size_t last = t->n_held - (size_t)L - 1;
+    for (int b = 0; b < B; b++) {
+        const int32_t *window = text + last * (size_t)(pass * B + b) / (size_t)(passes * B);
+        memcpy(t->ids + (size_t)b * L, window, (size_t)L * sizeof *t->ids);
+        memcpy(t->targets + (size_t)b * L, window + 1, (size_t)L * sizeof *t->targets);
+    }
+}
+
+// The mean loss over windows of the held-out text, or over a task's sequences from a generator of
+// their own. NAN: nothing is held out.
 static double held_out_loss(Training *t) {
     Trainer *x = t->trainer;
     int L = x->L, B = x->B, passes = (32 + B - 1) / B;
@@ -55,14 +69,7 @@ static double held_out_loss(Training *t) {
     if (!t->task && t->n_held < (size_t)L + 1) return NAN;
     for (int pass = 0; pass < passes; pass++) {
         if (t->task) draw_batch(&other, t->ids, t->targets, B, L);
-        else
-            for (int b = 0; b < B; b++) {
-                size_t start =
-                    t->n_data - t->n_held +
-                    (t->n_held - (size_t)L - 1) * (size_t)(pass * B + b) / (size_t)(passes * B);
-                memcpy(t->ids + (size_t)b * L, t->data + start, (size_t)L * sizeof *t->ids);
-                memcpy(t->targets + (size_t)b * L, t->data + start + 1, (size_t)L * sizeof *t->ids);
-            }
+        else held_out_batch(t, pass, passes, B, L);
         for (int i = 0; i < B * L; i++) counted += t->targets[i] >= 0;
         sum += mamba_train_pass(x, t->ids, t->targets, 0, false);
     }
@@ -491,16 +498,16 @@ static int train_run(const TrainOptions *o) {
     return result;
 }
 
+// clang-format off
 static const char TRAIN_USAGE[] =
     "mamba train -o out.bin --data FILE [--data FILE ...] [options]\n"
     "mamba train -o out.bin --task induction|copying [options]\n"
-    "mamba train -o out.bin --from model.bin --data FILE [options]\n\n"
-    "Trains a model on text of your own, on one of the paper's synthetic tasks, or fine-tunes one. "
-    "Writes out.bin, a "
-    "model like any\n"
-    "other (float32), out.bin.train, from which --resume goes on bit for bit, and a CSV log. "
-    "Ctrl-C saves and "
-    "leaves.\n";
+    "mamba train -o out.bin --from model.bin --data FILE [options]\n"
+    "\n"
+    "Trains a model on text of your own, on one of the paper's synthetic tasks, or fine-tunes\n"
+    "one. Writes out.bin, a model like any other (float32), out.bin.train, from which --resume\n"
+    "goes on bit for bit, and a CSV log. Ctrl-C saves and leaves.\n";
+// clang-format on
 
 // Options that do not fit together. 0, or -1 after fail().
 static int check_train_options(const TrainOptions *o) {
@@ -558,56 +565,54 @@ static int command_train(int argc, char **argv) {
                       .clip = 1,
                       .beta2 = 0.95,
                       .held_out = 0.1};
-    o.threads = default_threads();
+    o.threads = mamba_default_threads();
+    // clang-format off
     const Option options[] = {
-        {"-o", "FILE", "the model to write", OPT_TEXT, &o.out, 0, 0},
-        {"--data", "FILE", "text to learn; up to 16 files", OPT_LIST, &o.data, 0, 0},
-        {"--tokenizer", "T", "bytes, a model.bin whose vocabulary to use, or a tokenizer file",
-         OPT_TEXT, &o.tokenizer, 0, 0},
-        {"--task", "T", "induction or copying instead of data", OPT_TEXT, &o.task_name, 0, 0},
-        {"--from", "FILE", "start from this model (sizes and tokenizer are its own)", OPT_TEXT,
-         &o.from, 0, 0},
-        {"--resume", "", "go on from out.bin.train", OPT_SWITCH, &o.resume, 0, 0},
-        {"--d-model", "N", "width", OPT_INT, &o.d_model, 1, 16384},
-        {"--layers", "N", "blocks", OPT_INT, &o.layers, 1, 1024},
-        {"--d-state", "N", "states a channel", OPT_INT, &o.d_state, 1, N_MAX},
-        {"--d-conv", "N", "taps of the convolution", OPT_INT, &o.d_conv, 1, 64},
-        {"--expand", "N", "channels of the SSM, in multiples of the width", OPT_INT, &o.expand, 1,
-         16},
-        {"--steps", "N", "optimizer steps", OPT_INT, &o.steps, 1, 1e9},
-        {"--batch", "N", "sequences a step", OPT_INT, &o.batch, 1, 65536},
-        {"--accumulate", "N", "passes that a step is divided into, for less memory", OPT_INT,
-         &o.accumulate, 1, 65536},
-        {"--length", "N", "tokens a sequence", OPT_INT, &o.length, 1, 1 << 24},
-        {"--grow-from", "N",
-         "start with sequences of N tokens, --length / N times as many, and double them on the "
-         "way; 0: off",
-         OPT_INT, &o.grow_from, 0, 1 << 24},
-        {"--lr", "X", "peak learning rate", OPT_REAL, &o.rate, 0, 10},
-        {"--min-lr", "X", "learning rate at the end", OPT_REAL, &o.min_rate, 0, 10},
-        {"--schedule", "S",
-         "after the warm-up: cosine, constant, or wsd, constant and in the last fifth a line down",
-         OPT_TEXT, &o.schedule, 0, 0},
-        {"--warmup", "N", "steps of linear warm-up", OPT_INT, &o.warmup, 0, 1e9},
-        {"--decay", "X", "weight decay of matrices", OPT_REAL, &o.decay, 0, 10},
-        {"--clip", "X", "largest norm of the gradient; 0: off", OPT_REAL, &o.clip, 0, 1e9},
-        {"--beta2", "X", "of AdamW", OPT_REAL, &o.beta2, 0, 0.999999},
-        {"--held-out", "X", "share of the data, at its end, that is never trained on", OPT_REAL,
-         &o.held_out, 0, 0.9},
-        {"--held-out-data", "FILE", "text to hold out instead: all of --data is trained on",
-         OPT_TEXT, &o.held_out_data, 0, 0},
-        {"--eval-every", "N", "steps between held-out losses", OPT_INT, &o.eval_every, 1, 1e9},
-        {"--save-every", "N", "steps between checkpoints", OPT_INT, &o.save_every, 1, 1e9},
-        {"--log", "FILE", "CSV log; by default out.bin.csv", OPT_TEXT, &o.log, 0, 0},
-        {"-s", "SEED", "fixes everything", OPT_INT, &o.seed, 0, 9e15},
+        OPTION_TEXT("-o", "FILE", &o.out, "the model to write"),
+        OPTION_LIST("--data", "FILE", &o.data, "text to learn; up to 16 files"),
+        OPTION_TEXT("--tokenizer", "T", &o.tokenizer,
+                    "bytes, a model.bin whose vocabulary to use, or a tokenizer file"),
+        OPTION_TEXT("--task", "T", &o.task_name, "induction or copying instead of data"),
+        OPTION_TEXT("--from", "FILE", &o.from,
+                    "start from this model (sizes and tokenizer are its own)"),
+        OPTION_SWITCH("--resume", &o.resume, "go on from out.bin.train"),
+        OPTION_INT("--d-model", "N", &o.d_model, 1, 16384, "width"),
+        OPTION_INT("--layers", "N", &o.layers, 1, 1024, "blocks"),
+        OPTION_INT("--d-state", "N", &o.d_state, 1, N_MAX, "states a channel"),
+        OPTION_INT("--d-conv", "N", &o.d_conv, 1, 64, "taps of the convolution"),
+        OPTION_INT("--expand", "N", &o.expand, 1, 16,
+                   "channels of the SSM, in multiples of the width"),
+        OPTION_INT("--steps", "N", &o.steps, 1, 1e9, "optimizer steps"),
+        OPTION_INT("--batch", "N", &o.batch, 1, 65536, "sequences a step"),
+        OPTION_INT("--accumulate", "N", &o.accumulate, 1, 65536,
+                   "passes that a step is divided into, for less memory"),
+        OPTION_INT("--length", "N", &o.length, 1, 1 << 24, "tokens a sequence"),
+        OPTION_INT("--grow-from", "N", &o.grow_from, 0, 1 << 24,
+                   "start with sequences of N tokens, --length / N times as many, and double "
+                   "them on the way; 0: off"),
+        OPTION_REAL("--lr", "X", &o.rate, 0, 10, "peak learning rate"),
+        OPTION_REAL("--min-lr", "X", &o.min_rate, 0, 10, "learning rate at the end"),
+        OPTION_TEXT("--schedule", "S", &o.schedule,
+                    "after the warm-up: cosine, constant, or wsd, constant and in the last fifth "
+                    "a line down"),
+        OPTION_INT("--warmup", "N", &o.warmup, 0, 1e9, "steps of linear warm-up"),
+        OPTION_REAL("--decay", "X", &o.decay, 0, 10, "weight decay of matrices"),
+        OPTION_REAL("--clip", "X", &o.clip, 0, 1e9, "largest norm of the gradient; 0: off"),
+        OPTION_REAL("--beta2", "X", &o.beta2, 0, 0.999999, "of AdamW"),
+        OPTION_REAL("--held-out", "X", &o.held_out, 0, 0.9,
+                    "share of the data, at its end, that is never trained on"),
+        OPTION_TEXT("--held-out-data", "FILE", &o.held_out_data,
+                    "text to hold out instead: all of --data is trained on"),
+        OPTION_INT("--eval-every", "N", &o.eval_every, 1, 1e9, "steps between held-out losses"),
+        OPTION_INT("--save-every", "N", &o.save_every, 1, 1e9, "steps between checkpoints"),
+        OPTION_TEXT("--log", "FILE", &o.log, "CSV log; by default out.bin.csv"),
+        OPTION_INT("-s", "SEED", &o.seed, 0, 9e15, "fixes everything"),
         BACKEND_OPTIONS,
-        {"-T", "N", "threads; the result does not depend on it", OPT_INT, &o.threads, 1, 1024},
+        THREADS_OPTION(&o.threads),
     };
+    // clang-format on
     const char *rest[1];
-    if (wants_help(argc, argv)) {
-        print_help(TRAIN_USAGE, options, COUNT(options));
-        return 0;
-    }
+    if (wants_help(argc, argv)) return print_help(TRAIN_USAGE, options, COUNT(options));
     int n = parse_options(argc, argv, options, COUNT(options), rest, 0);
     if (n < 0) return -1;
     if (check_train_options(&o)) return -1;

@@ -2,7 +2,7 @@
 
 // Default number of threads: the processors there are, but half of many, since those are often two
 // to a core.
-static int default_threads(void) {
+int mamba_default_threads(void) {
 #ifdef _OPENMP
     int n = omp_get_num_procs();
     return n <= 8 ? n : n <= 16 ? 8 : n <= 64 ? n / 2 : 32;
@@ -59,7 +59,7 @@ Acts *mamba_acts_new(const Model *m, int threads) {
     if (piece < PIECE_MIN) piece = PIECE_MIN;
     Acts *a = calloc(1, sizeof *a);
     if (!a) return fail("out of memory"), NULL;
-    a->threads = threads > 0 ? threads : default_threads();
+    a->threads = threads > 0 ? threads : mamba_default_threads();
     a->piece = (int)piece;
     Arena arena = {NULL, 0};
     acts_layout(a, &m->config, &arena);

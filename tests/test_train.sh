@@ -1,6 +1,7 @@
 #!/bin/sh
-# tests/test_train.sh ./mamba [all]: training as a user meets it. Nothing is ever lost: a run killed at any moment goes on
-# from its checkpoint to the same bits. The last line is `N passed, N failed, N skipped`.
+# tests/test_train.sh ./mamba [all]: training as a user meets it. Nothing is ever lost: a run killed
+# at any moment goes on from its checkpoint to the same bits. The last line is
+# `N passed, N failed, N skipped`.
 mamba=${1:-./mamba}
 case $mamba in /*) ;; *) mamba=$(pwd)/$mamba ;; esac
 everything=$2
@@ -24,34 +25,53 @@ fails() { # fails NAME WORD ARGUMENTS of train
 cp "$root/README.md" "$dir/text"
 cp "$root/models/tales.bin" "$dir/tales.bin"
 cd "$dir" || exit 1
-small="--data text --steps 24 --batch 4 --length 40 --d-model 24 --layers 2 --d-state 5 --save-every 3 --eval-every 8 --warmup 4"
+small="--data text --steps 24 --batch 4 --length 40 --d-model 24 --layers 2 --d-state 5 \
+    --save-every 3 --eval-every 8 --warmup 4"
 
 "$mamba" train -o whole.bin $small -T 1 2> err && ok "a run" || bad "a run" "$(cat err)"
 "$mamba" train -o two.bin $small -T 2 2> /dev/null
 same_file "any number of threads trains the same bits" two.bin whole.bin
 "$mamba" train -o seed.bin $small -s 2 2> /dev/null
-if cmp -s seed.bin whole.bin; then bad "another seed, other weights"; else ok "another seed, other weights"; fi
+if cmp -s seed.bin whole.bin; then bad "another seed, other weights"
+else ok "another seed, other weights"; fi
 for s in 1 2; do # the windows that a seed draws must not be another seed's, one draw later
-    "$mamba" train -o draw$s.bin --from whole.bin --data text --lr 0 --min-lr 0 --batch 1 --length 30 --steps 8 -s $s 2> /dev/null
+    "$mamba" train -o draw$s.bin --from whole.bin --data text --lr 0 --min-lr 0 --batch 1 \
+        --length 30 --steps 8 -s $s 2> /dev/null
     sed 1d draw$s.bin.csv | cut -d, -f4 | sort > draw$s
 done
-[ -s draw1 ] && [ -z "$(comm -12 draw1 draw2)" ] && ok "seeds draw different windows" || bad "seeds draw different windows" "$(comm -12 draw1 draw2 | tr '\n' ' ')"
+[ -s draw1 ] && [ -z "$(comm -12 draw1 draw2)" ] && ok "seeds draw different windows" \
+    || bad "seeds draw different windows" "$(comm -12 draw1 draw2 | tr '\n' ' ')"
 "$mamba" train -o acc.bin $small --accumulate 2 2> /dev/null
 loss() { tail -n 1 "$1" | cut -d, -f4; }
-awk -v a="$(loss acc.bin.csv)" -v b="$(loss whole.bin.csv)" 'BEGIN { d = a - b; exit !(d < 1e-3 && d > -1e-3) }' && ok "accumulation gives the same losses" || bad "accumulation gives the same losses" "$(loss acc.bin.csv) and $(loss whole.bin.csv)"
-[ "$(wc -l < whole.bin.csv | tr -d ' ')" = 25 ] && ok "the log has a line a step" || bad "the log has a line a step"
-"$mamba" info whole.bin --verify > /dev/null 2> err && ok "info --verify of what was trained" || bad "info --verify of what was trained" "$(cat err)"
+awk -v a="$(loss acc.bin.csv)" -v b="$(loss whole.bin.csv)" \
+    'BEGIN { d = a - b; exit !(d < 1e-3 && d > -1e-3) }' \
+    && ok "accumulation gives the same losses" \
+    || bad "accumulation gives the same losses" "$(loss acc.bin.csv) and $(loss whole.bin.csv)"
+[ "$(wc -l < whole.bin.csv | tr -d ' ')" = 25 ] && ok "the log has a line a step" \
+    || bad "the log has a line a step"
+"$mamba" info whole.bin --verify > /dev/null 2> err && ok "info --verify of what was trained" \
+    || bad "info --verify of what was trained" "$(cat err)"
 "$mamba" whole.bin "The " -n 5 -t 0 > out 2> err && ok "it writes" || bad "it writes" "$(cat err)"
-"$mamba" eval whole.bin text > out 2> err && ok "it can be evaluated" || bad "it can be evaluated" "$(cat err)"
-head -c 2501 text > long; head -c 1000 text > p1; head -c 2000 text | tail -c 1000 > p2; tail -c +2001 long > p3 # a token is a byte
+"$mamba" eval whole.bin text > out 2> err && ok "it can be evaluated" \
+    || bad "it can be evaluated" "$(cat err)"
+# a token is a byte
+head -c 2501 text > long; head -c 1000 text > p1; head -c 2000 text | tail -c 1000 > p2
+tail -c +2001 long > p3
 for p in p1 p2 p3; do "$mamba" eval whole.bin $p --each 2> /dev/null; done > a.each
-"$mamba" eval whole.bin long --context 1000 --each > b.each 2> err && same_file "eval --context is eval of each piece" b.each a.each || bad "eval --context" "$(cat err)"
+"$mamba" eval whole.bin long --context 1000 --each > b.each 2> err \
+    && same_file "eval --context is eval of each piece" b.each a.each \
+    || bad "eval --context" "$(cat err)"
 head -c 2001 text > long # the last byte alone is not predicted
-same "its counts" "$("$mamba" eval whole.bin long --context 1000 2> /dev/null | sed -n 1p)" "tokens         2001 (1998 predicted)"
-"$mamba" eval whole.bin long --context 1 > out 2> err && bad "--context 1" "it succeeded" || ok "--context 1 is refused"
-"$mamba" eval whole.bin --task copying --length 50 --context 40 > out 2> err && bad "--context with --task" "it succeeded" || ok "--context with --task is refused"
+same "its counts" "$("$mamba" eval whole.bin long --context 1000 2> /dev/null | sed -n 1p)" \
+    "tokens         2001 (1998 predicted)"
+"$mamba" eval whole.bin long --context 1 > out 2> err && bad "--context 1" "it succeeded" \
+    || ok "--context 1 is refused"
+"$mamba" eval whole.bin --task copying --length 50 --context 40 > out 2> err \
+    && bad "--context with --task" "it succeeded" || ok "--context with --task is refused"
 first=$(sed -n 2p whole.bin.csv | cut -d, -f4)
-awk -v a="$first" -v b="$(loss whole.bin.csv)" 'BEGIN { exit !(b < a - 0.5 && a < 6) }' && ok "the loss falls: $first to $(loss whole.bin.csv)" || bad "the loss falls" "$first to $(loss whole.bin.csv)"
+awk -v a="$first" -v b="$(loss whole.bin.csv)" 'BEGIN { exit !(b < a - 0.5 && a < 6) }' \
+    && ok "the loss falls: $first to $(loss whole.bin.csv)" \
+    || bad "the loss falls" "$first to $(loss whole.bin.csv)"
 
 # --- resume
 "$mamba" train -o part.bin $small 2> err & # interrupted
@@ -61,13 +81,15 @@ while [ ! -s part.bin.train ] && [ $i -lt 200 ]; do sleep 0.02; i=$((i + 1)); do
 kill -INT $pid 2> /dev/null
 wait $pid
 status=$?
-[ $status -eq 0 ] && ok "SIGINT saves and leaves" || bad "SIGINT saves and leaves" "status $status, $(cat err)"
+[ $status -eq 0 ] && ok "SIGINT saves and leaves" \
+    || bad "SIGINT saves and leaves" "status $status, $(cat err)"
 "$mamba" train -o part.bin $small --resume 2> err || bad "resume" "$(cat err)"
 same_file "a run interrupted and resumed" part.bin whole.bin
 cut -d, -f1,4,5 part.bin.csv > a.csv; cut -d, -f1,4,5 whole.bin.csv > b.csv
 same_file "its log is that of the whole run" a.csv b.csv
 
-# --- a held-out file: a run on the rest of the text is, to the bit, the run that holds out as much at its end
+# --- a held-out file: a run on the rest of the text is, to the bit, the run that holds out as much
+# at its end
 bytes=$(wc -c < text) held=$(($(wc -c < text) / 10))
 head -c $((bytes - held)) text > learnt; tail -c $held text > held
 apart="--data learnt --held-out-data held ${small#--data text}"
@@ -76,14 +98,19 @@ same_file "a held-out file" apart.bin whole.bin
 cut -d, -f1,4,5 apart.bin.csv > a.csv
 same_file "its held-out losses are those of the same text held out at the end" a.csv b.csv
 head -c 1000 text > other
-fails "resume with another held-out file" "another run" -o apart.bin --data learnt --held-out-data other ${small#--data text} --resume
-fails "a held-out file that is trained on" "is trained on" -o x.bin --data text --data held --held-out-data held
-fails "a held-out file too short for a window" "--held-out-data other" -o x.bin --data learnt --held-out-data other --length 1000
+fails "resume with another held-out file" "another run" -o apart.bin --data learnt \
+    --held-out-data other ${small#--data text} --resume
+fails "a held-out file that is trained on" "is trained on" -o x.bin --data text --data held \
+    --held-out-data held
+fails "a held-out file too short for a window" "--held-out-data other" -o x.bin --data learnt \
+    --held-out-data other --length 1000
 fails "no such held-out file" "no-such" -o x.bin --data text --held-out-data no-such
-fails "a held-out file and a share" "--held-out" -o x.bin --data learnt --held-out-data held --held-out 0.2
+fails "a held-out file and a share" "--held-out" -o x.bin --data learnt --held-out-data held \
+    --held-out 0.2
 fails "a held-out file of a task" "--task" -o x.bin --task copying --held-out-data held
 
-grown="--task induction --steps 24 --batch 2 --length 64 --grow-from 8 --d-model 16 --layers 1 --save-every 5 --eval-every 8"
+grown="--task induction --steps 24 --batch 2 --length 64 --grow-from 8 --d-model 16 --layers 1 \
+    --save-every 5 --eval-every 8"
 "$mamba" train -o grown.bin $grown -T 1 2> err || bad "a growing length" "$(cat err)"
 "$mamba" train -o cut.bin $grown 2> err &
 pid=$!
@@ -93,8 +120,10 @@ kill -INT $pid 2> /dev/null
 wait $pid
 "$mamba" train -o cut.bin $grown --resume 2> err || bad "resume" "$(cat err)"
 same_file "a growing length, interrupted and resumed" cut.bin grown.bin
-"$mamba" train -o flat.bin --task induction --steps 6 --batch 16 --length 8 --d-model 16 --layers 1 2> err
-cut -d, -f4 grown.bin.csv | sed -n 2,7p > a.csv; cut -d, -f4 flat.bin.csv | sed -n 2,7p > b.csv # 4 lengths: 6 steps each
+"$mamba" train -o flat.bin --task induction --steps 6 --batch 16 --length 8 --d-model 16 \
+    --layers 1 2> err
+# 4 lengths: 6 steps each
+cut -d, -f4 grown.bin.csv | sed -n 2,7p > a.csv; cut -d, -f4 flat.bin.csv | sed -n 2,7p > b.csv
 same_file "its first steps are those of short sequences" a.csv b.csv
 
 kills=${KILLS:-3}
@@ -113,23 +142,45 @@ while [ $k -lt $kills ]; do
     cmp -s killed.bin whole.bin || { wrong=$((wrong + 1)); cat err; }
     k=$((k + 1))
 done
-[ $wrong -eq 0 ] && ok "killed $kills times anywhere, always the same bits in the end" || bad "killed $kills times" "$wrong times other bits"
+[ $wrong -eq 0 ] && ok "killed $kills times anywhere, always the same bits in the end" \
+    || bad "killed $kills times" "$wrong times other bits"
 
 # --- from a model, its vocabulary, tasks
-"$mamba" train -o tuned.bin --from tales.bin --data text --steps 2 --batch 1 --length 20 2> err && "$mamba" tuned.bin "Once" -n 3 > out 2>> err && ok "fine-tuning a bf16 model" || bad "fine-tuning a bf16 model" "$(cat err)"
-"$mamba" train -o vocabulary.bin --tokenizer tales.bin --data text --steps 2 --batch 1 --length 20 --d-model 16 --layers 1 2> err && "$mamba" tokenize vocabulary.bin text > a.ids && "$mamba" tokenize tales.bin text > b.ids && same_file "another model's vocabulary" a.ids b.ids || bad "another model's vocabulary" "$(cat err)"
+"$mamba" train -o tuned.bin --from tales.bin --data text --steps 2 --batch 1 --length 20 2> err \
+    && "$mamba" tuned.bin "Once" -n 3 > out 2>> err && ok "fine-tuning a bf16 model" \
+    || bad "fine-tuning a bf16 model" "$(cat err)"
+"$mamba" train -o vocabulary.bin --tokenizer tales.bin --data text --steps 2 --batch 1 --length 20 \
+    --d-model 16 --layers 1 2> err && "$mamba" tokenize vocabulary.bin text > a.ids \
+    && "$mamba" tokenize tales.bin text > b.ids \
+    && same_file "another model's vocabulary" a.ids b.ids \
+    || bad "another model's vocabulary" "$(cat err)"
 for task in induction copying; do
-    "$mamba" train -o $task.bin --task $task --steps 3 --batch 2 --length 40 --d-model 16 --layers 1 2> err && "$mamba" eval $task.bin --task $task --length 100 --samples 50 > out 2>> err && grep -q "^length 100  accuracy" out && ok "task $task" || bad "task $task" "$(cat err)"
+    "$mamba" train -o $task.bin --task $task --steps 3 --batch 2 --length 40 --d-model 16 \
+        --layers 1 2> err \
+        && "$mamba" eval $task.bin --task $task --length 100 --samples 50 > out 2>> err \
+        && grep -q "^length 100  accuracy" out && ok "task $task" || bad "task $task" "$(cat err)"
     for threads in 1 2 3; do # sequences are shared out, three to two or to fewer than threads
-        for samples in 2 3 7; do "$mamba" eval $task.bin --task $task --length 1100 --samples $samples -T $threads | sed 's/).*/)/'; done > eval$threads
+        for samples in 2 3 7; do
+            "$mamba" eval $task.bin --task $task --length 1100 --samples $samples -T $threads \
+                | sed 's/).*/)/'
+        done > eval$threads
     done
-    cmp -s eval1 eval2 && cmp -s eval1 eval3 && [ "$(grep -c "of [0-9]*, 95% interval" eval1)" = 3 ] && ok "eval --task $task by 1, 2 and 3 threads" || bad "eval --task $task by threads" "$(cat eval1 eval2 eval3)"
+    cmp -s eval1 eval2 && cmp -s eval1 eval3 \
+        && [ "$(grep -c "of [0-9]*, 95% interval" eval1)" = 3 ] \
+        && ok "eval --task $task by 1, 2 and 3 threads" \
+        || bad "eval --task $task by threads" "$(cat eval1 eval2 eval3)"
 done
 for way in "" --recurrent; do # the models that ship, by the scan and by the recurrence
-    for task in induction copying; do "$mamba" eval "$root/models/$task.bin" --task $task --length 600 --samples 12 $way 2>> err | sed "s/, 95.*//"; done
+    for task in induction copying; do
+        "$mamba" eval "$root/models/$task.bin" --task $task --length 600 --samples 12 $way \
+            2>> err | sed "s/, 95.*//"
+    done
 done > ways
-[ "$(sort -u ways | wc -l)" = 2 ] && grep -q "100.00%  (12 of 12" ways && ok "induction and copying by scan and by recurrence" || bad "by scan and by recurrence" "$(cat ways)"
-"$mamba" eval whole.bin long --recurrent > out 2> err && bad "--recurrent with a text" "it succeeded" || ok "--recurrent with a text is refused"
+[ "$(sort -u ways | wc -l)" = 2 ] && grep -q "100.00%  (12 of 12" ways \
+    && ok "induction and copying by scan and by recurrence" \
+    || bad "by scan and by recurrence" "$(cat ways)"
+"$mamba" eval whole.bin long --recurrent > out 2> err \
+    && bad "--recurrent with a text" "it succeeded" || ok "--recurrent with a text is refused"
 
 # --- files: no output is an input or another output
 unharmed() { # unharmed NAME WORD FILE ARGUMENTS of train: refused with WORD, FILE stays
@@ -241,13 +292,17 @@ fails "no such text" "no-such" -o x.bin --data no-such
 fails "a text too short" "--length" -o x.bin --data text --length 1000000
 fails "an unknown task" "--task" -o x.bin --task juggling
 fails "a task too short" "--length" -o x.bin --task copying --length 20
-fails "a first length that does not double to the last" "--grow-from" -o x.bin --task copying --length 100 --grow-from 32
+fails "a first length that does not double to the last" "--grow-from" -o x.bin --task copying \
+    --length 100 --grow-from 32
 fails "a first length too short" "--grow-from" -o x.bin --task copying --length 64 --grow-from 16
 fails "accumulate does not divide" "--accumulate" -o x.bin --data text --batch 3 --accumulate 2
 fails "a pass too large" "--accumulate" -o x.bin --data text --batch 65536 --length 16000000
 fails "an unknown schedule" "--schedule" -o x.bin --data text --schedule linear
-"$mamba" train -o wsd.bin --data text --steps 10 --batch 1 --length 20 --d-model 8 --layers 1 --warmup 2 --lr 1e-2 --min-lr 1e-3 --schedule wsd 2> err
-[ "$(cut -d, -f6 wsd.bin.csv | sed 1d | tr "\n" " ")" = "0.005 0.01 0.01 0.01 0.01 0.01 0.01 0.01 0.0055 0.001 " ] && ok "warm-up, stable, decay" || bad "warm-up, stable, decay" "$(cut -d, -f6 wsd.bin.csv | tr "\n" " ")"
+"$mamba" train -o wsd.bin --data text --steps 10 --batch 1 --length 20 --d-model 8 --layers 1 \
+    --warmup 2 --lr 1e-2 --min-lr 1e-3 --schedule wsd 2> err
+[ "$(cut -d, -f6 wsd.bin.csv | sed 1d | tr "\n" " ")" = \
+    "0.005 0.01 0.01 0.01 0.01 0.01 0.01 0.01 0.0055 0.001 " ] && ok "warm-up, stable, decay" \
+    || bad "warm-up, stable, decay" "$(cut -d, -f6 wsd.bin.csv | tr "\n" " ")"
 fails "an unwritable folder" "no/such" -o no/such/x.bin --data text --steps 1
 fails "resume without a checkpoint" "x.bin.train" -o x.bin $small --resume
 cp part.bin.train y.bin.train
@@ -260,9 +315,11 @@ fails "a damaged checkpoint" "damaged" -o w.bin $small --resume
 cp part.bin.train before.train
 "$mamba" train -o part.bin $small --lr 1e30 --clip 0 --resume 2> err
 same_file "a refused run leaves the checkpoint whole" part.bin.train before.train
-"$mamba" train -o nan.bin --data text --steps 50 --batch 2 --length 40 --d-model 16 --layers 1 --lr 10 --clip 0 --decay 10 --warmup 0 --save-every 1 2> err
+"$mamba" train -o nan.bin --data text --steps 50 --batch 2 --length 40 --d-model 16 --layers 1 \
+    --lr 10 --clip 0 --decay 10 --warmup 0 --save-every 1 2> err
 status=$?
-if [ $status -eq 0 ] || grep -q "not finite" err; then ok "divergence is named, or survived"; else bad "divergence" "$(cat err)"; fi
+if [ $status -eq 0 ] || grep -q "not finite" err; then ok "divergence is named, or survived"
+else bad "divergence" "$(cat err)"; fi
 
 echo "$passed passed, $failed failed, 0 skipped"
 [ $failed -eq 0 ] && [ $passed -gt 0 ]
