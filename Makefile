@@ -83,7 +83,7 @@ GPU_LIBS   = $(GPU_OBJECT) -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 \
 TEST_FLAGS = -DCUDA_CODE='"$(CUDA_CODE)"'
 endif
 
-# .flags changes whenever the compiler or a flag does, so that `make portable` after `make` rebuilds.
+# .flags changes whenever the compiler or a flag does, so `make portable` after `make` rebuilds.
 BUILD = $(CC) $(FLAGS) $(GPU_FLAGS) $(CUDA_ARCH)
 .flags: FORCE
 	@echo '$(BUILD)' | cmp -s - $@ || echo '$(BUILD)' > $@

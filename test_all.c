@@ -58,6 +58,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < COUNT(group); i++) {
         if (only && !strstr(group[i].name, only)) continue;
         double start = seconds();
+        test_random = TEST_SEED;
         group[i].run();
         printf("---- %s, %.1f s\n", group[i].name, seconds() - start);
     }

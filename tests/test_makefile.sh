@@ -2,8 +2,8 @@
 # What the Makefile finds out about a compiler, with compilers made up for the purpose:
 #   sh tests/test_makefile.sh
 # A compiler here is a script around the real one (CC, or cc). It replaces its -o target before it
-# writes there, as tcc and emcc do. A target that is no regular file is only noted down: run by root,
-# the script would replace the device.
+# writes there, as tcc and emcc do. A target that is no regular file is only noted down: run by
+# root, the script would replace the device.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 work=$(mktemp -d) || exit 1

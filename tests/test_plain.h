@@ -291,7 +291,7 @@ static void test_plain(void) {
         compare_matmul_backward(1, 3, 2);
         compare_matmul_backward(21, 3 * VL + 2, 2 * VL + 5);
         compare_loss(8, 64 * VL + 5);
-        compare_loss(1, 3);
+        compare_loss(8, 3); // of several rows: one alone may be the small difference of two logits
         compare_conv(1, 1, 7, 4, true);
         compare_conv(3, 1, 2 * VL + 3, 3, false);
         compare_conv(2, 9, 2 * VL + 3, 4, true);

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Compares tokenizer.c with the `tokenizers` library, id for id: encoding of random strings, decoding of random ids.
+"""Compares tokenizer.c with the `tokenizers` library, id for id: encoding of random strings and
+decoding of random ids.
 
-A small C driver that includes tokenizer.c is compiled (cc, or $CC) and fed through pipes, so 100,000 strings take about
-a minute. Needs: pip install tokenizers. Run from anywhere:  python3 tests/test_tokenizer.py --count 2000"""
+A small C driver that includes tokenizer.c is compiled (cc, or $CC) and fed through pipes:
+100,000 strings take about a minute. Needs: pip install tokenizers. Run from anywhere:
+    python3 tests/test_tokenizer.py --count 2000"""
 import argparse
 import glob
 import importlib.util
@@ -35,7 +37,9 @@ static uint32_t u32_at(const unsigned char *p) {
 #include "tokenizer.c"
 static bool get(void *p, size_t n) { return fread(p, 1, n, stdin) == n; }
 static void put(uint32_t n) { for (int i = 0; i < 4; i++) putchar((int)(n >> 8 * i & 255)); }
-// in: blob length, blob; then requests: 'e' length text -> count ids | -1 length message; 'd' count ids -> length text
+// In: length and bytes of the blob. Then requests:
+//   'e' length text -> count ids, or -1 length message
+//   'd' count ids   -> length text
 int main(void) {
     unsigned char head[4], command, *blob, *in = NULL;
     if (!get(head, 4)) return 1;
@@ -50,7 +54,7 @@ int main(void) {
     while (get(&command, 1) && get(head, 4)) {
         n = u32_at(head) * (size_t)(command == 'd' ? 4 : 1);
         free(in);
-        in = malloc(n ? n : 1);                       // exactly n bytes: a read past the end shows under a sanitizer
+        in = malloc(n ? n : 1); // exactly n bytes: a sanitizer sees a read past the end
         if (!in || !get(in, n)) return 1;
         if (command == 'e') {
             int32_t *ids;
@@ -107,7 +111,8 @@ def compile_driver(folder, flags):
     source, program = os.path.join(folder, "driver.c"), os.path.join(folder, "driver")
     with open(source, "w") as f:
         f.write(DRIVER)
-    command = [os.environ.get("CC", "cc"), "-std=c11", "-O2", "-Wall", "-Wextra", "-I", ROOT] + flags + ["-o", program, source]
+    command = [os.environ.get("CC", "cc"), "-std=c11", "-O2", "-Wall", "-Wextra", "-I",
+               ROOT] + flags + ["-o", program, source]
     subprocess.run(command, check=True)
     return program
 
@@ -154,11 +159,12 @@ class Driver:
             raise RuntimeError("the driver exited with %d" % self.process.returncode)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Made tokenizers: what the checkpoints at hand do not show.
 
 def added(i, content, **flags):
-    entry = {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+    entry = {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False,
              "special": False}
     entry.update(flags)
     return entry
@@ -167,8 +173,10 @@ def added(i, content, **flags):
 def made_tokenizers(rng):
     """[(name, tokenizer.json as a dict)], trained by the library on a few thousand random words."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    words = ["the", "of", "and", "naïve", "don't", "we'll", "1234567", "x²", "½", "日本語", "e\u0301", "straße", "12", "...",
-             "--", "Ελλάδα", "привет", "한국어", "😀", "user_name", "A1b2", "\u0915\u094d\u0937", "3.14", "$9,999.00"]
+    words = ["the", "of", "and", "naïve", "don't", "we'll", "1234567", "x²", "½", "日本語", "e\u0301",
+             "straße", "12", "...",
+             "--", "Ελλάδα", "привет", "한국어", "😀", "user_name", "A1b2", "\u0915\u094d\u0937",
+             "3.14", "$9,999.00"]
     corpus = [" ".join(rng.choice(words) for _ in range(12)) for _ in range(400)]
 
     def train(pre, nfc, size=600):
@@ -191,13 +199,19 @@ def made_tokenizers(rng):
 
     odd = train(gpt2, True)
     n = len(odd["model"]["vocab"])
-    texts = [("<l>", {"lstrip": True}), ("<r>", {"rstrip": True}), ("<lr>", {"lstrip": True, "rstrip": True}),
-             ("word", {"single_word": True}), ("wo", {}), ("<s>", {"special": True, "single_word": True, "lstrip": True}),
-             ("caf\u00e9", {"normalized": True}), ("r\u00e9sum\u00e9", {"normalized": True, "single_word": True}),
+    texts = [("<l>", {"lstrip": True}), ("<r>", {"rstrip": True}),
+             ("<lr>", {"lstrip": True, "rstrip": True}),
+             ("word", {"single_word": True}), ("wo", {}),
+             ("<s>", {"special": True, "single_word": True, "lstrip": True}),
+             ("caf\u00e9", {"normalized": True}),
+             ("r\u00e9sum\u00e9", {"normalized": True, "single_word": True}),
              ("no\u0308", {}), ("  ", {"normalized": True}),
-             ("   ", {"normalized": True, "rstrip": True}), ("\u0301", {"normalized": True}), ("日本", {"rstrip": True}),
-             ("<|endof", {}), ("text|>", {"special": True}), ("\n\n", {"rstrip": True, "single_word": True}), ("Ġqq", {}),
-             ("\ud558", {"normalized": True}), ("<|im_start|>", {"special": True, "normalized": True, "lstrip": True})]
+             ("   ", {"normalized": True, "rstrip": True}), ("\u0301", {"normalized": True}),
+             ("日本", {"rstrip": True}),
+             ("<|endof", {}), ("text|>", {"special": True}),
+             ("\n\n", {"rstrip": True, "single_word": True}), ("Ġqq", {}),
+             ("\ud558", {"normalized": True}),
+             ("<|im_start|>", {"special": True, "normalized": True, "lstrip": True})]
     odd["added_tokens"] += [added(n + i, text, **flags) for i, (text, flags) in enumerate(texts)]
     made.append(("odd added tokens", odd))
     plain = json.loads(json.dumps(odd))
@@ -209,38 +223,50 @@ def made_tokenizers(rng):
     for symbol in "aeĠéÂð1'":
         model["vocab"].pop(symbol)
     while True:                                          # and every merge that needs what is gone
-        kept = [m for m in model["merges"] if all(p in model["vocab"] for p in (m[0], m[1], m[0] + m[1]))]
+        kept = [m for m in model["merges"]
+                if all(p in model["vocab"] for p in (m[0], m[1], m[0] + m[1]))]
         made_of = {m[0] + m[1] for m in kept}
-        gone = [t for t in model["vocab"] if len(t) > 1 and t not in made_of and t != "<|endoftext|>"]
+        gone = [t for t in model["vocab"] if len(t) > 1 and t not in made_of
+                and t != "<|endoftext|>"]
         model["merges"] = kept
         if not gone:
             break
         for t in gone:
             model["vocab"].pop(t)
     lacking["added_tokens"] = [added(0, "<|endoftext|>", special=True)]
-    model["vocab"]["a b"] = 500                          # holes, and a token that is not made of byte symbols
+    model["vocab"]["a b"] = 500              # holes, and a token that is not made of byte symbols
     model["vocab"][" "] = 502
     made.append(("lacking bytes, holes", lacking))
 
-    spread = train(falcon, True)                         # merges written the old way, one of them twice
+    spread = train(falcon, True)             # merges written the old way, one of them twice
     spread["model"]["merges"] = [" ".join(m) for m in spread["model"]["merges"]]
     spread["model"]["merges"].append(spread["model"]["merges"][0])
     made.append(("falcon with NFC, a merge twice", spread))
     return made
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Random strings.
 
-MARKS = [0x300, 0x301, 0x308, 0x316, 0x323, 0x327, 0x334, 0x338, 0x345, 0x30A, 0x302, 0x303, 0x304, 0x306, 0x31B, 0x5B0, 0x5B9,
-         0x64B, 0x651, 0x93C, 0x94D, 0xE38, 0xF71, 0xF72, 0x1DC0, 0x20D0, 0x302A, 0x3099, 0x309A, 0x1D165, 0x1D16E, 0x9BE, 0x9D7]
-BASES = "aeoucCAEOsSnzdtlkµßøïÅĘǖḍ̇ＡカハうǼﬁ각한가ᄒ\u1161\u11ab\u1112\u0958\u09c7\u0b47\u1025\u2260\u212b\u2126\uf900\U0001d15e\ufb2a\u0344\u0340"
-SPACES = " \t\n\r\v\f\x1c\x1d\x85\xa0\u1680\u180e\u2000\u2003\u2009\u200a\u200b\u2028\u2029\u202f\u205f\u3000\ufeff"
-EMOJI = ["👩\u200d👩\u200d👧\u200d👦", "👍🏽", "🇫🇷", "❤\ufe0f", "1\ufe0f\u20e3", "😀", "🏴\U000e0067\U000e0062\U000e007f", "\u200d"]
-PIECES = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'LL", "''", " '", "'", "’s", " the", "The", "don't", "x²", "½", "¹²³4567", "Ⅻ",
-          "1234567890", "3.14", "...", "!?", "--", "user_name", "word", " word ", "résumé", "re\u0301sume\u0301", "café", "cafe\u0301",
-          "wo", "<", "|", ">", "日本語", "한국어", "\u1112\u1161\u11ab", "नमस्ते", "العربية", "עברית", "ไทย", "ß", "Ǆ", "\u0000", "\x7f", "\x1b[0m",
-          "٣٤٥", "๑๒๓", "ⅷ", "㉈", "𝟘𝟙", "௧", "_", "__init__", "http://a.b/c?d=1", "\r\n", "    ", "\t\t", "\n\n\n", "a" * 70, "1" * 100, "!" * 90]
+MARKS = [0x300, 0x301, 0x308, 0x316, 0x323, 0x327, 0x334, 0x338, 0x345, 0x30A, 0x302, 0x303, 0x304,
+         0x306, 0x31B, 0x5B0, 0x5B9,
+         0x64B, 0x651, 0x93C, 0x94D, 0xE38, 0xF71, 0xF72, 0x1DC0, 0x20D0, 0x302A, 0x3099, 0x309A,
+         0x1D165, 0x1D16E, 0x9BE, 0x9D7]
+BASES = ("aeoucCAEOsSnzdtlkµßøïÅĘǖḍ̇ＡカハうǼﬁ각한가ᄒ"
+         "\u1161\u11ab\u1112\u0958\u09c7\u0b47\u1025\u2260\u212b\u2126"
+         "\uf900\U0001d15e\ufb2a\u0344\u0340")
+SPACES = (" \t\n\r\v\f\x1c\x1d\x85\xa0"
+          "\u1680\u180e\u2000\u2003\u2009\u200a\u200b\u2028\u2029\u202f\u205f\u3000\ufeff")
+EMOJI = ["👩\u200d👩\u200d👧\u200d👦", "👍🏽", "🇫🇷", "❤\ufe0f", "1\ufe0f\u20e3", "😀",
+         "🏴\U000e0067\U000e0062\U000e007f", "\u200d"]
+PIECES = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'LL", "''", " '", "'", "’s", " the",
+          "The", "don't", "x²", "½", "¹²³4567", "Ⅻ",
+          "1234567890", "3.14", "...", "!?", "--", "user_name", "word", " word ", "résumé",
+          "re\u0301sume\u0301", "café", "cafe\u0301",
+          "wo", "<", "|", ">", "日本語", "한국어", "\u1112\u1161\u11ab", "नमस्ते", "العربية", "עברית",
+          "ไทย", "ß", "Ǆ", "\u0000", "\x7f", "\x1b[0m",
+          "٣٤٥", "๑๒๓", "ⅷ", "㉈", "𝟘𝟙", "௧", "_", "__init__", "http://a.b/c?d=1", "\r\n", "    ",
+          "\t\t", "\n\n\n", "a" * 70, "1" * 100, "!" * 90]
 
 
 def code_point(rng):
@@ -251,7 +277,8 @@ def code_point(rng):
         elif roll < 0.75:
             c = rng.randrange(0x10000)
         elif roll < 0.95:
-            c = rng.choice([0x10000, 0x11000, 0x16000, 0x1B000, 0x1D000, 0x1E000, 0x1F000, 0x20000, 0x2F800, 0x30000, 0xE0000]) \
+            c = rng.choice([0x10000, 0x11000, 0x16000, 0x1B000, 0x1D000, 0x1E000, 0x1F000, 0x20000,
+                            0x2F800, 0x30000, 0xE0000]) \
                 + rng.randrange(0x1000)
         else:
             c = rng.randrange(0x110000)
@@ -266,7 +293,9 @@ def random_string(rng, specials, texts):
     if kind == 1:
         return "".join(code_point(rng) for _ in range(rng.randrange(24)))
     if kind == 2:
-        return "".join(rng.choice(BASES) + "".join(chr(rng.choice(MARKS)) for _ in range(rng.choice([0, 1, 2, 3, 5, 40])))
+        return "".join(rng.choice(BASES)
+                       + "".join(chr(rng.choice(MARKS))
+                                 for _ in range(rng.choice([0, 1, 2, 3, 5, 40])))
                        for _ in range(rng.randrange(8)))
     if kind == 3 and texts:
         text = rng.choice(texts)
@@ -327,65 +356,81 @@ def compare(name, data, args, rng, texts, program, export, count):
         again = [e.ids for e in round_trip.encode_batch(strings)] if done <= 5000 else wanted
         for text, ids, other in zip(strings, wanted, again):
             got = driver.encode(text.encode("utf-8"))
-            count.check(got == ids, "%s: encode %s" % (name, ascii(text)), "library %s" % ids, "ours    %s" % got)
+            count.check(got == ids, "%s: encode %s" % (name, ascii(text)), "library %s" % ids,
+                        "ours    %s" % got)
             if other != ids:
-                count.check(False, "%s: tokenizer_json encodes %s differently" % (name, ascii(text)))
+                count.check(False, "%s: tokenizer_json encodes %s differently"
+                            % (name, ascii(text)))
         for k in range(len(strings) // 4):
             ids = list(wanted[k])
-            if k % 2:                                    # any ids at all: characters are cut and bytes are strewn about
-                ids = [rng.choice(known[:400] if rng.random() < 0.7 else known) for _ in range(rng.randrange(40))]
+            if k % 2:            # any ids: characters are cut, single bytes stand among them
+                ids = [rng.choice(known[:400] if rng.random() < 0.7 else known)
+                       for _ in range(rng.randrange(40))]
             elif ids:
                 ids = ids[rng.randrange(len(ids)):][:rng.randrange(1, 20)]
             if rng.random() < 0.1:
                 ids.insert(0, max(known) + 1 + rng.randrange(1000))
             text = library.decode(ids, skip_special_tokens=False).encode("utf-8")
             got = driver.decode(ids)
-            count.check(got == text, "%s: decode %s" % (name, ids), "library %s" % ascii(text), "ours    %s" % ascii(got))
+            count.check(got == text, "%s: decode %s" % (name, ids), "library %s" % ascii(text),
+                        "ours    %s" % ascii(got))
             if round_trip.decode(ids, skip_special_tokens=False).encode("utf-8") != text:
                 count.check(False, "%s: tokenizer_json decodes %s differently" % (name, ids))
     driver.close()
-    print("%-45s %6d strings, %d ids, %d failures" % (name, args.count, len(known), count.failed - before))
+    print("%-45s %6d strings, %d ids, %d failures"
+          % (name, args.count, len(known), count.failed - before))
 
 
 def check_command(command, name, data, rng, texts, export, count):
-    """One text through the command line: `COMMAND tokenize FILE TEXTFILE` prints one id a line, --decode goes back."""
+    """One text through `COMMAND tokenize FILE TEXTFILE`, which prints an id a line, and back."""
     from tokenizers import Tokenizer
     library = Tokenizer.from_str(json.dumps(data))
-    text = "".join(random_string(rng, [t["content"] for t in data["added_tokens"]], texts) for _ in range(2000))
+    text = "".join(random_string(rng, [t["content"] for t in data["added_tokens"]], texts)
+                   for _ in range(2000))
     ids = library.encode(text).ids
     with tempfile.TemporaryDirectory() as folder:
-        blob_path, text_path, ids_path = (os.path.join(folder, f) for f in ("tokenizer.bin", "text.txt", "ids.txt"))
-        for path, content in ((blob_path, export.tokenizer_blob(data)), (text_path, text.encode("utf-8")),
+        blob_path, text_path, ids_path = (os.path.join(folder, f)
+                                          for f in ("tokenizer.bin", "text.txt", "ids.txt"))
+        for path, content in ((blob_path, export.tokenizer_blob(data)),
+                              (text_path, text.encode("utf-8")),
                               (ids_path, "".join("%d\n" % i for i in ids).encode())):
             with open(path, "wb") as f:
                 f.write(content)
         run = subprocess.run([command, "tokenize", blob_path, text_path], stdout=subprocess.PIPE)
-        count.check(run.returncode == 0 and run.stdout.split() == [b"%d" % i for i in ids], "%s: %s tokenize" % (name, command))
-        run = subprocess.run([command, "tokenize", blob_path, ids_path, "--decode"], stdout=subprocess.PIPE)
+        count.check(run.returncode == 0 and run.stdout.split() == [b"%d" % i for i in ids],
+                    "%s: %s tokenize" % (name, command))
+        run = subprocess.run([command, "tokenize", blob_path, ids_path, "--decode"],
+                             stdout=subprocess.PIPE)
         wanted = library.decode(ids, skip_special_tokens=False).encode("utf-8")
         count.check(run.returncode == 0 and run.stdout.rstrip(b"\n") == wanted.rstrip(b"\n"),
                     "%s: %s tokenize --decode" % (name, command))
 
 
 def check_errors(program, export, count):
-    """Text that is not UTF-8 names its offset; what lossy decoding does to every short byte string; refusals."""
+    """Text that is not UTF-8: the offset is named. Lossy decoding of short strings. Refusals."""
     import itertools
     vocab = {export.SYMBOL_OF[b]: b for b in range(256)}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    base = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}
+    base = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+            "normalizer": None,
             "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                      "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                      "ignore_merges": False,
                       "vocab": vocab, "merges": []}}
     driver = Driver(program, export.tokenizer_blob(base))
-    edges = [0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xED, 0xEF, 0xF0, 0xF1,
+    edges = [0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0,
+             0xE1, 0xED, 0xEF, 0xF0, 0xF1,
              0xF4, 0xF5, 0xFF]
     wrong_decode = wrong_check = 0
     for n in (1, 2, 3, 4):
         for data in itertools.product(edges, repeat=n) if n < 4 else \
                 itertools.product([0x41, 0x80, 0x8F, 0x90, 0xBF, 0xE0, 0xED, 0xF0, 0xF4], repeat=4):
             data = bytes(data)
-            wrong_decode += driver.decode(list(data)) != data.decode("utf-8", "replace").encode("utf-8")
+            wrong_decode += driver.decode(list(data)) != data.decode("utf-8",
+                                                                     "replace").encode("utf-8")
             try:
                 data.decode("utf-8")
                 good = len(data)
@@ -413,7 +458,8 @@ def check_errors(program, export, count):
             export.tokenizer_blob(data)
             count.check(False, "accepted: %s" % change)
         except export.ExportError as error:
-            count.check(str(error).startswith("tokenizer: " + part), "refusal of %s names %s" % (part, error))
+            count.check(str(error).startswith("tokenizer: " + part), "refusal of %s names %s"
+                        % (part, error))
 
     refused("model.dropout", model__dropout=0.1)
     refused("model.unk_token", model__unk_token="a")
@@ -435,29 +481,39 @@ def check_errors(program, export, count):
     refused("pre_tokenizer.use_regex", pre_tokenizer__use_regex=False)
     refused("pre_tokenizer", pre_tokenizer={"type": "Whitespace"})
     refused("pre_tokenizer", pre_tokenizer=None)
-    refused("pre_tokenizer.pretokenizers", pre_tokenizer={"type": "Sequence", "pretokenizers": [byte_level]})
-    refused("post_processor.single", post_processor={"type": "TemplateProcessing", "special_tokens": {}, "pair": [],
-            "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]})
+    refused("pre_tokenizer.pretokenizers",
+            pre_tokenizer={"type": "Sequence", "pretokenizers": [byte_level]})
+    refused("post_processor.single",
+            post_processor={"type": "TemplateProcessing", "special_tokens": {}, "pair": [],
+            "single": [{"SpecialToken": {"id": "a", "type_id": 0}},
+                       {"Sequence": {"id": "A", "type_id": 0}}]})
     refused("post_processor", post_processor={"type": "BertProcessing"})
     refused("decoder", decoder=None)
     refused("decoder", decoder={"type": "Metaspace"})
     refused("added_tokens[0].id", added_tokens=[added(300, "<x>")])
     refused("added_tokens[1]", added_tokens=[added(256, "<x>"), added(256, "<x>")])
-    refused("added_tokens[0].content", normalizer={"type": "NFC"}, added_tokens=[added(256, "<e\u0301>", normalized=True)])
+    refused("added_tokens[0].content", normalizer={"type": "NFC"},
+            added_tokens=[added(256, "<e\u0301>", normalized=True)])
     refused("added_tokens[0].content", added_tokens=[added(256, "")])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = os.path.join(ROOT, "..", "shared")
     defaults = [os.path.join(shared, "data", "tokenizer", "gpt-neox-20b.json"),
                 os.path.join(shared, "checkpoints", "tales-3m-hf", "tokenizer.json")]
-    parser.add_argument("files", nargs="*", default=defaults, help="tokenizer.json files (default: those of ../shared)")
-    parser.add_argument("--count", type=int, default=100000, help="random strings per tokenizer.json (default 100000)")
-    parser.add_argument("--made-count", type=int, default=None, help="and per made tokenizer (default: a fifth)")
+    parser.add_argument("files", nargs="*", default=defaults,
+                        help="tokenizer.json files (default: those of ../shared)")
+    parser.add_argument("--count", type=int, default=100000,
+                        help="random strings per tokenizer.json (default 100000)")
+    parser.add_argument("--made-count", type=int, default=None,
+                        help="and per made tokenizer (default: a fifth)")
     parser.add_argument("--seed", type=int, default=1, help="default 1")
-    parser.add_argument("--command", metavar="MAMBA", help="also check this program's `tokenize` command, such as ./mamba")
-    parser.add_argument("--cflags", default="", help="more flags for the C compiler, such as -fsanitize=address,undefined")
+    parser.add_argument("--command", metavar="MAMBA",
+                        help="also check this program's `tokenize` command, such as ./mamba")
+    parser.add_argument("--cflags", default="",
+                        help="more flags for the C compiler, such as -fsanitize=address,undefined")
     args = parser.parse_args()
     count = Counter()
     try:
