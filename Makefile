@@ -159,8 +159,7 @@ portable:                    ## ./mamba for any processor of this kind: no -marc
 
 bench: all                   ## speeds on random weights; LLAMA_BENCH=path compares, BENCH=options
 	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \
-	cp -r Makefile mamba.c tokenizer.c $(FOLDERS) "$$dir" && \
-	$(MAKE) -s -C "$$dir" ARCH= mamba && \
+	$(CC) $(subst $(ARCH),,$(FLAGS)) mamba.c -o "$$dir/mamba" -lm && \
 	$(PYTHON) dev/bench.py --portable "$$dir/mamba" $(BENCH)
 
 clean:                       ## remove what was built
