@@ -41,9 +41,9 @@
    are stored as.
      B  sequences of a pass           index b      D  d_model, width of the residual stream     d
      L  tokens of a sequence                t      E  d_inner, channels of the SSM              e
-     T  rows of a pass, B L                 t      N  d_state, states a channel                 n
+     T  rows of a pass, B L                 t      N  d_state, states of a channel              n
      V  vocabulary, rows of the embedding   v      K  d_conv, taps of the convolution           k
-     R  dt_rank: delta's input is so wide   r      P  = R + 2 N, the width of x_proj's output
+     R  dt_rank, width of dt_low            r      P  = R + 2 N, the width of x_proj's output
      O, I  outputs and inputs of a matrix          n_layer  layers, index `layer`
      ld_x  distance between rows of x, where they are not side by side
      res (T,D)     residual stream                 xn (T,D)  res after RMSNorm
@@ -96,9 +96,9 @@
 
 // -------------------------------------------------------------------------------------------------
 // 1 Types
-// One list, TENSORS, says everything about a tensor. The struct Layer, the layout of model.bin, the
-// initial weights, the optimizer and the names in messages are made from it. mamba_cuda.cu includes
-// this section and nothing else of this file (MAMBA_TYPES_ONLY).
+// The lists TENSORS_FIRST, _LAYER and _LAST say everything about a tensor. The struct Layer, the
+// layout of model.bin, the initial weights, the optimizer and the names in messages are made from
+// it. mamba_cuda.cu includes this section and nothing else of this file (MAMBA_TYPES_ONLY).
 
 typedef enum { F32, F16, BF16, Q8, Q4, N_TYPES } Type; // how matrices are stored
 enum { TILE = 32 };    // rows and columns of a tile of Q8 and Q4, see files/tensors.h
@@ -112,7 +112,7 @@ enum { ARCH_MAMBA = 0, ARCH_FALCON_MAMBA = 1 };
 typedef struct {
     int arch;  // ARCH_
     int flags; // FLAG_: the head is the embedding; biases; FalconMamba's norms of the selection
-    Type type; // of the matrices; vectors are F32
+    Type type; // of the tensors marked c->type in TENSORS_LAYER
     int D, n_layer, V, E, N, K, R;
     float norm_eps, mixer_eps; // of RMSNorm, and of FalconMamba's norms
     int bos, pad, eos[4];      // token ids, -1: none
@@ -196,7 +196,7 @@ typedef struct {
 
 typedef struct {
     float rate, beta1, beta2, epsilon;
-    float decay; // weight decay, of matrices
+    float decay; // weight decay, of the tensors marked so in TENSORS_LAYER
     float clip;  // largest norm of the gradient of all weights together; 0: none
 } AdamW;
 
@@ -264,7 +264,7 @@ COLD_END
 
 OPERATION float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 OPERATION float silu(float x) { return x * sigmoid(x); }
-OPERATION float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); } // expf ends at 88
+OPERATION float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); } // expf overflows at 88
 
 // --- RMSNorm: xn = x r weight with r = 1 / sqrt(mean(x^2) + eps)
 
@@ -345,7 +345,7 @@ OPERATION float float_of(uint32_t bits) {
     return value;
 }
 
-// One weight of a Q8 or Q4 matrix: its code times its scale. See the layout of tiles above.
+// One weight of a Q8 or Q4 matrix: its code times its scale. See files/tensors.h.
 OPERATION float tile_weight(const Tensor *w, int row, int column) {
     const int bits = code_bits(w->type), codes = 32 / bits; // codes a word
     const size_t tile = (size_t)(row / TILE) * tiles_of((size_t)w->cols) + (size_t)(column / TILE);
@@ -485,7 +485,8 @@ static const float *conv_input(const Conv *c, const float *window, int b, int t)
     return c->xz + ((size_t)b * c->L + t) * 2 * c->E;
 }
 
-// Forward in j: a piece shorter than the window only moves rows down.
+// In order of rising j: where L < K-1 a row comes from a later row of the same window, which must
+// not be overwritten before.
 static void conv_shift(const LayerState *seq, const Conv *c) {
 #pragma omp for
     for (int b = 0; b < c->B; b++)
@@ -578,7 +579,7 @@ OPERATION void softplus_backward(float *d_delta, const float *delta, int T, int 
 
 // g = y silu(z), (T,E); g may be y. z is the second half of each row of xz (T,2E).
 OPERATION void gate(float *g, const float *y, const float *xz, Rows rows, int E) {
-#pragma omp barrier // scan() may not have waited for all threads
+#pragma omp barrier // scan() does not wait in a step
 #pragma omp for
     for (int t = 0; t < rows.T; t++)
         for (int e = 0; e < E; e++) {
@@ -608,27 +609,29 @@ OPERATION void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g
 // two tokens lies a time delta. Where A is diagonal, as here, every state n is a number by itself,
 // and with u held for the time delta the exact solution (zero-order hold) is
 //
-//     h_t = exp(delta A) h_{t-1} + (exp(delta A) - 1) / A  B u_t
+//     h_t = exp(delta A) h_{t-1} + ((exp(delta A) - 1) / A) B u_t
 //
 // Mamba keeps the first factor exactly. It replaces the second by delta B, the first term of its
-// series (Euler's method): (exp(delta A) - 1) / A tends to delta for small delta, and the models
-// were trained with it. So this is the model:
+// series (Euler's method), which is close while delta |A| is small. The models were trained with
+// it, so this is the model, for each channel e and each state n:
 //
 //     h_t = decay_t h_{t-1} + inject_t     decay_t = exp(delta_t A)     inject_t = delta_t B_t u_t
-//     y_t = sum over n of C_t h_t + D u_t
+//     y_t = sum over n of C_t h_t + D_skip u_t
 //
-// A is negative, so a decay lies between 0 and 1, and it must: the state would grow without end
-// otherwise. That is why A must be exact and B need not.
+// with h, decay and inject (t,n,e), A (n,e), B and C (t,n), delta and u (t,e). A is negative, so
+// exp(delta A) lies between 0 and 1. Euler's method for A would give the decay 1 + delta A. That is
+// below -1 where delta |A| > 2, and h would grow without end. An error in delta B only changes how
+// strongly a token enters. That is why A is exact and B need not be.
 //
 // *Selective* means that delta, B and C are computed from the token, by x_proj and dt_proj in
 // block(). In older SSMs they are constants. delta near 0 skips the token: decay is 1 and inject
 // is 0. A large delta forgets the past and takes the token in. B_t says into which of the N states
 // a token is written, C_t from which ones it is read. delta has one value a channel, so its
-// projection would be a matrix (E,E). dt_rank R is the rank to which it is limited: E x R times
-// R x E numbers are enough.
+// projection would be a matrix (E,E). Its rank is limited to dt_rank R instead: the product of a
+// part of x_proj, (R,E), and of dt_proj, (E,R), has 2 E R numbers.
 //
-// The state is (N,E), channels inside: a step then handles neighbouring channels side by side. It
-// begins as zeros, the state before the first token of a text.
+// The state is (N,E), channels inside, because cpu/ and GPUs handle neighbouring channels side by
+// side. It begins as zeros before the first token of a text, and so does the convolution's window.
 
 typedef struct {                // the scan of a layer over B sequences of L tokens, T = B L
     const float *u, *delta;     // (T,E)
@@ -660,7 +663,7 @@ OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int
         }
 }
 
-// --- the steps of the backward pass, which is explained below
+// --- the steps of the backward pass. The equations stand above scan_backward(): read them first.
 
 #ifdef PLAIN
 enum { SCAN_WIDTH = 16 }; // channels of a task of scan_backward(); cpu/ has its own number
@@ -747,13 +750,14 @@ OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float 
 // once the maps are (1/4, 2.5) and (1/4, 5.5), and combined 1/4 * 2.5 + 5.5 = 6.125. Swapped they
 // would give 1/4 * 5.5 + 2.5.
 //
-// The expanded states (L,E,N) are never in memory: a task walks through time with its (N) states of
-// some channels in registers or in the first cache.
+// The states of all tokens, (L,N,E), are never in memory: a task walks through time with its (N)
+// states of some channels in registers or in the first cache.
 
-// Time is cut into pieces only where channels run out: E / SCAN_LANES blocks of channels for
-// SCAN_TASKS threads. Cutting makes every piece but one walk twice. The shapes alone decide, never
-// the number of threads or the machine, so the bits stay the same. With c pieces a thread walks 2/c
-// of the time; 4 pieces gained only 1.2 times on 16 cores.
+// Time is cut only for one sequence with E <= 32 and L >= 256. Wider models have channels enough
+// for all threads: E / SCAN_LANES blocks for SCAN_TASKS threads. Cutting makes every piece but one
+// walk twice. The shapes alone decide, never the number of threads or the machine, so the bits stay
+// the same. With c pieces a thread walks 2/c of the time; 4 pieces gained only 1.2 times on 16
+// cores.
 enum { SCAN_TASKS = 16, SCAN_PIECE = 32 };
 static int scan_pieces(int L, int E) {
     int blocks = (E + SCAN_LANES - 1) / SCAN_LANES, pieces = SCAN_TASKS / blocks;
@@ -848,11 +852,11 @@ static void scan(float *y, const LayerState *seq, const Scan *s, float *carry) {
 // and d_A_log = d_A A, since A = -exp(A_log). All of this needs every h_t, and none was stored. So
 // walk forward once and keep the state at the start of every chunk of SCAN_CHUNK steps. Then, from
 // the last chunk to the first: walk the chunk forward again (recurrence_again), now keeping its few
-// states, and walk it backward (recurrence_backward). Memory is O(E N L / SCAN_CHUNK) instead of
-// O(E N L). The price is two more walks forward.
+// states, and walk it backward (recurrence_backward). The price is two more walks forward.
 //
 // A task is SCAN_WIDTH channels of all sequences. d_B and d_C sum over channels: each task leaves
-// its part, and the parts are added in a fixed order.
+// its part, and the parts are added in a fixed order. Memory is E N L / SCAN_CHUNK floats for the
+// starts of one sequence, and 2 E N B L / SCAN_WIDTH for the parts, instead of E N B L.
 
 enum { SCAN_CHUNK = 32 };
 
@@ -965,7 +969,7 @@ typedef struct Work {
     float *xn;           // (T,D) res after RMSNorm; at the end of the layer out_proj's output
     float *xz;           // (T,2E) [x | z]
     float *u;            // (T,E)
-    float *raw;          // (T,P) x_proj's output before FalconMamba's norms; may be xdb
+    float *raw;          // (T,P) x_proj's output before FalconMamba's norms; without them, xdb
     float *xdb;          // (T,P) [dt_low | B_ssm | C_ssm]
     float *delta;        // (T,E)
     float *y;            // (T,E)
@@ -1004,7 +1008,7 @@ static void embed_backward(float *d_embedding, const float *d_res, const int32_t
 
 // out_t += the mean over the channels of delta_t, divided by `parts`
 static void add_row_means(float *out, const float *delta, int parts, int T, int E) {
-#pragma omp barrier // softplus_bias() may not have waited
+#pragma omp barrier // the fast softplus_bias() does not wait in a step
 #pragma omp for
     for (int t = 0; t < T; t++) {
         double sum = 0;
@@ -1028,8 +1032,8 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
     const Rows rows = {T, L == 1, w->packed};
     float *dt_low = w->xdb, *B_ssm = w->xdb + R, *C_ssm = w->xdb + R + N; // columns of xdb (T,P)
 
-    // After the last layer only the state may be wanted. Then z, C, y and out_proj are left out:
-    // x is the first rows of in_proj, dt_low and B those of x_proj.
+    // Sometimes only the state is wanted of the last layer. Then z, C, y and out_proj are left out:
+    // the first rows of in_proj make x, the first rows of x_proj make dt_low and B.
     const bool state_only = w->state_only && layer == c->n_layer - 1;
     Tensor in_proj = p->in_proj, x_proj = p->x_proj;
     if (state_only) {
@@ -1072,7 +1076,7 @@ static const float *forward(const Model *m, Work *w, const LayerState *seq, int 
     embed(w->res, w->ids, &m->embedding, B * L);
     for (int layer = 0; layer < m->config.n_layer; layer++) {
         block(m, layer, w, seq + (size_t)layer * B, B, L);
-        if (w->for_each_layer) w++;
+        if (w->for_each_layer) w++; // its res is this one's next
     }
     return w->res;
 }
@@ -1269,7 +1273,7 @@ static int prefill_gpu(Acts *a, State *s, const int32_t *ids, size_t n, LogitsVi
 
 // Reads n tokens into the state: any number, in memory that does not grow with it. Leaves the
 // logits after the last one in the state, and hands every position's to visit where that is not
-// NULL. 0, or -1 after fail(), the state untouched.
+// NULL. 0, or -1 after fail(): the state is untouched, unless a GPU failed.
 int mamba_prefill(const Model *m, Acts *a, State *s, const int32_t *ids, size_t n,
                   LogitsVisitor *visit, void *context) {
     if (check_ids(m, ids, n)) return -1;
@@ -1305,7 +1309,7 @@ int mamba_step_batch(const Model *m, Acts *a, State *const *s, const int32_t *id
     return 0;
 }
 
-// Reads one token: the recurrence. 0, or -1 after fail().
+// Reads one token. 0, or -1 after fail().
 int mamba_step(const Model *m, Acts *a, State *s, int32_t id) {
     return a->gpu ? mamba_prefill(m, a, s, &id, 1, NULL, NULL) : mamba_step_batch(m, a, &s, &id, 1);
 }
@@ -1339,7 +1343,7 @@ static double random_normal(uint64_t *state) { // Box-Muller, one of the pair
 }
 
 // As the reference implementation starts: dt_bias so that softplus(dt_bias) is log-uniform in
-// [0.001, 0.1], never below 1e-4; A = -1 .. -N; out_proj smaller with depth, so that the residual
+// [0.001, 0.1]; A = -1 .. -N; out_proj smaller with depth, so that the residual
 // stream's variance does not grow with it.
 static float initial_value(Init init, int fan_in, int column, int n_layer, uint64_t *random) {
     double uniform = 2 * random_unit(random) - 1, range = 1 / sqrt((double)fan_in);
@@ -1649,7 +1653,7 @@ static void adamw_tensor(void *context, const TensorInfo *info, Tensor *w) {
     }
 }
 
-// One step along the gradient, which is cleared. *norm gets its length before clipping. 0, or -1
+// One step against the gradient, which is cleared. *norm gets its length before clipping. 0, or -1
 // after fail() with the weights untouched, where a gradient is not finite.
 int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
     if (x->gpu) {
@@ -1756,7 +1760,7 @@ static int32_t draw(const Model *m, float *logits, int32_t *order, State *s, con
     if (likeliest < 0 || highest > FLT_MAX) return -1;
     if (how->temperature == 0) return likeliest;
     double whole = 0;
-    for (int i = 0; i < n; i++) { // softmax without its denominator, which the draw divides out
+    for (int i = 0; i < n; i++) { // not divided by their sum: the random number is multiplied by it
         float *x = &logits[order[i]];
         *x = expf((*x - highest) / how->temperature);
         whole += *x;

@@ -3,20 +3,20 @@
 
    What it is: the same model, the same files and the same steps as mamba.c, on the device. cuBLAS
    computes the matrix products; the scan, which no library has, is what this file is about.
-   What it is not: a second definition. mamba.c says what is computed, scan_plain says it once more
-   for the GPU, and the tests compare. Names are those of mamba.c's glossary.
+   What it is not: a second definition. mamba.c says what is computed. scan_plain is its
+   recurrence() in the simplest way for a GPU. Names are those of mamba.c's glossary.
 
-   A CHANNEL IS A LANE. The paper's kernel gives one channel of one sequence to a block, whose
-   threads stand along time: each computes a few steps, and a parallel scan through shuffles and
-   shared memory joins their pairs (decay, inject) for every state. Here a channel is a lane, and
-   time runs in its registers: the recurrence is the plain loop, one multiply-add a step, no pair is
-   joined across lanes, and 32 channels share each B_ssm and C_ssm that is loaded. The price is
-   parallelism: it takes many channels to fill a GPU, and where there are few, scan_tiles cuts time
-   into tiles and joins those, a tile where the paper has a thread.
+   A LANE IS A CHANNEL (or 2 or 4 neighbours). The paper's kernel gives one channel of one sequence
+   to a block, whose threads stand along time: each computes a few steps, and a parallel scan
+   joins their pairs, (d1,i1) then (d2,i2) = (d2 d1, d2 i1 + i2), for every state. Here a lane is a
+   channel, and time runs in its registers: the recurrence is the plain loop, one multiply-add a
+   step, no pair is joined across lanes, and 32 channels share each B_ssm and C_ssm that is loaded.
+   The price is parallelism: it takes many channels to fill a GPU. Where there are few, scan_tiles
+   gives 16 steps to a warp and 64 to a block; warps, then blocks, hand the state on in order of
+   time. A tile is a stretch of time: 16 steps in scan_walk, 64 in scan_tiles and scan_back.
 
-   WHERE h GOES, in each form of the scan. An arrow is a load or a store; "->" within a column is
-   arithmetic. The states of all times, (B,L,N,E), never exist in any of them.
-
+   WHERE h GOES, in each form of the scan. An arrow is a load or a store; x2: two buffers, of this
+   tile and of its neighbour. The states of all times, (B,L,N,E), never exist in any of them.
      device memory                  shared memory                    registers of a lane
    ---------------------------------------------------------------------------------------------
    scan_plain: the definition. A thread is a channel; one step after the other.
@@ -30,7 +30,7 @@
    ---------------------------------------------------------------------------------------------
    scan_walk: short texts, or many states. A block is 32 channels and walks through time in tiles
    of 16 steps; its S warps share the states. h stays in registers from the first step to the last.
-     delta_raw, u  ------------>    delta, delta u (32,16) x2   ->   4 steps at a time
+     delta_raw, u  ------------>    delta, delta*u (32,16) x2   ->   4 steps at a time
      B_ssm, C_ssm  ------------>    B, C (N,16) x2  ------------>    4 steps at a time
      h0, h_final, h_starts  <----------------------------------->    h (N/S)
      g  <----  z, gate  <-------    y of each warp (S,32,16) x2  <-  y of 4 steps
@@ -42,25 +42,27 @@
      B_ssm, C_ssm  ------------>    B, C (N,8) of each warp  --->    4 steps at a time
                                     A_neg (N)  ----------------->    a quarter
      h0  ---------------------->    h (N) of warp w - 1  ------->    h (N/4)
-     h_starts  <-------------------------------------------------    h at the start of a turn
+     h_starts  <-------------------------------------------------    h at every 64th step
      h_final  <-----------------    h (N) of warp w  <-----------    h after 8 steps
      g  <--------------------------------------------------------    gate of 8 steps
    ---------------------------------------------------------------------------------------------
    scan_tiles: few channels. A block is 32 or 64 channels and one tile of 64 steps, a warp 16 of
-   them; all tiles run at once. Of each state a warp first computes what its 16 steps make of h = 0,
-   then joins what the warps before it found, then walks from the true h. h of the tile before
-   comes through a mailbox in device memory.
+   them. For each state, a warp runs its 16 steps from h = 0, joins the results of the warps before
+   it to get its true h, and runs the steps again. The true h passes from tile to tile through a
+   mailbox in device memory. Tiles take numbers as their blocks start, so a tile waits only for one
+   that already runs (exchange.cuh).
      delta_raw, u  --------------------------------------------->    delta, delta u, y of 16 steps
      B_ssm, C_ssm, A_neg  ----->    16 states of a tile  ------->    one state at a time
                                     (decay, end from 0)  <------     16 decays, kept for the walk
-     mailbox of tile i - 1  --->    h before the tile  --------->    h before the warp -> its walk
+     h0, mailbox of i - 1  ---->    h before the tile  --------->    h before the warp
      mailbox of tile i  <----------------------------------------    h after the last warp
+     h_starts, h_final  <----------------------------------------    h at every 64th step
      z  ----------------------->    z  ------------------------->    gate
      g  <--------------------------------------------------------    y
    ---------------------------------------------------------------------------------------------
    scan_back: the backward. A block is 32 channels and one tile of 64 steps, a warp 8 of them. h is
    computed again from the state that the forward saved every 64 steps; d_h comes from the tile
-   after through a mailbox in device memory, so tiles run in the order of reversed time.
+   after it in time through a mailbox in device memory, so later tiles run first.
      delta_raw, u, z, d_g  ------------------------------------->    delta, delta u, d_y of 8 steps
      B_ssm, C_ssm, A_neg  ----->    16 states of a tile  ------->    one state at a time
                                     ends of h and d_h  <---------    from h = 0 and d_h = 0
@@ -192,7 +194,7 @@ __device__ __forceinline__ void step_state(float &h, float &y, float decay, floa
 }
 
 // y0 silu(z0) and y1 silu(z1) by one reciprocal, of (1 + exp(-z0)) (1 + exp(-z1)). Below z = -43,
-// where silu is under 1e-17, the exponential stops growing so that the product stays finite.
+// where |silu| is under 1e-17, the exponential stops growing so that the product stays finite.
 __device__ __forceinline__ void gate_pair(float &y0, float &y1, float z0, float z1) {
     float a = 1.f + exp2_fast(-LOG2E * fmaxf(z0, -43.f)),
           b = 1.f + exp2_fast(-LOG2E * fmaxf(z1, -43.f));
@@ -220,8 +222,9 @@ __device__ __forceinline__ void unpack(float *to, float4 v) {
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 }
 
-// The definition, for any N: a thread is a channel and takes one step after the other. It is slow;
-// time_scan() tests the fast forms against it. h_final must be given: it holds h all the time.
+// The reference, for any N: a thread is a channel and takes one step after the other. time_scan()
+// compares the fast forward forms with it: out, h_final, h_starts, within 1e-4 (bf16: 1e-2) of the
+// largest number. mamba.c's gradients check the backward. h_final, which holds h, must be given.
 template <typename T> __global__ void scan_plain(ScanArgs<T> p) {
     const int e = blockIdx.x * blockDim.x + threadIdx.x, E = p.E, N = p.N;
     const size_t b = blockIdx.y, saves = (p.L + SCAN_SAVE - 1) / SCAN_SAVE;
@@ -563,23 +566,24 @@ template <typename T> static cudaError_t scan_forward(Device *d, const ScanArgs<
 //               y_t = sum over n of C_t h_t + D_skip u_t    g = y silu(z)
 //     backward  d_y = d_g silu(z)                           d_h_t = d_y C_t + decay_{t+1} d_h_{t+1}
 //               d_C_t = sum over e of d_y h_t               d_B_t = sum over e of d_h_t delta u
+//     d_log is the gradient of the exponent, delta_t A_neg:
 //               d_log = d_h_t decay_t h_{t-1}               d_A_neg += d_log delta
 //               d_delta = sum over n of d_log A_neg + u sum over n of d_h_t B_t
 //               d_u = delta sum over n of d_h_t B_t + D_skip d_y          d_z = d_g y silu'(z)
 //
-// A block takes one tile, 32 channels by 64 steps, cut into 8 pieces of 8 steps, a warp each. It
-// goes through the tile three times, a state after the other:
-//   1 the ends of each piece from h = 0 and d_h = 0, which go to shared memory;
+// A block takes one tile, 32 channels by 64 steps, cut into 8 pieces of 8 steps, a warp each, and
+// goes through it three times, a state after the other:
+//   1 each piece from h = 0 and d_h = 0; its ends go to shared memory: h after the last step, and
+//     decay_t d_h_t at the first step, which is what the step before receives;
 //   2 the ends are joined to starts. h starts from the state that the forward saved, d_h from the
 //     mail of the tile after, and the tile leaves its own d_h for the tile before;
 //   3 the pieces from their true starts: h forward into registers, d_h backward, all gradients.
-// A counter hands out the tiles in the order of reversed time. So the tile that a tile waits for
-// has always started, and any number of sequences and channels fills the machine.
-//
+// A counter hands out the tiles in the order of reversed time. A tile waits only for one with a
+// smaller ticket. A block does its tickets in rising order, so the smallest unfinished one is
+// always being worked on and waits for nothing: the chain cannot stop.
 // Registers hold what all states of a step share: delta, delta*u, d_y, and the sums over states for
 // d_delta, d_u and y, 6 floats a step; and of one state 8 decays and 8 h. Shared memory holds
-// B_ssm, C_ssm and the starts (44 kB), and what the end needs again (24 kB).
-//
+// B_ssm, C_ssm and the starts (43 kB), and what the end needs again (24 kB).
 // Bytes a token and channel, bf16, N = 16: 8 read, 6 written; h_starts 1 and mail 2; the parts of
 // d_B_ssm and d_C_ssm 4 written, 4 read; d_A_neg of a tile 1.1 written and read. Instructions are
 // the limit, not those 27 bytes: about 37 a token, channel and state, of which 17 are the
@@ -678,8 +682,8 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     float *pieces = bc + BACK_STATES * BC_ROW;      // [BACK_STATES] rows, see below
     float *sums = pieces + BACK_STATES * PIECE_ROW; // [3][WARPS][32] delta, d_D_skip, d_dt_bias
     float *kept = sums + 3 * LANES; // [3][BACK_STEPS][WARPS][32] u, slope of softplus, d_z / y
-    // A row of `pieces`: h of each piece (WARPS,32), its end, then its start, last its d_A; d_h
-    // (WARPS,32) likewise; A_neg log2(e) (32).
+    // A row of `pieces`: h of each piece (WARPS,32), its end, then its start, last its d_A; d_h of
+    // each piece (WARPS,32), its end, then its start; A_neg log2(e) (32).
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, L = p.L, E = p.E, N = p.N;
     const int ld_delta = p.ld_delta * sizeof(T), ld_u = p.ld_u * (int)sizeof(T),
               ld_z = p.ld_z * sizeof(T), ld_d_g = p.ld_d_g * sizeof(T), ld_B = p.ld_B * sizeof(T),
@@ -691,7 +695,7 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     int *flags = (int *)p.workspace + q.flags;
     float *mail = (float *)p.workspace + q.mail, *partial = (float *)p.workspace + q.partial;
 
-    // Tickets are given in the order of reversed time: a tile waits for one that has started.
+    // Tickets are given in the order of reversed time.
     auto take = [&](int i) {
         return make_int4(i % q.blocks, i / q.blocks % p.B, tiles - 1 - i / (q.blocks * p.B),
                          i < items);

@@ -84,8 +84,9 @@ __device__ __forceinline__ void mail_write(uint64_t *p, uint64_t v) {
 // 3 Mail with a flag, of scan_back: a tile leaves d_h of 16 states, then raises its flag.
 // Why it holds: a barrier of the block orders the stores of all its threads before the release by
 // one thread; a reader acquires the flag, then passes a barrier of its warp. The mail is read from
-// L2 (ld.cg), so no old line of the first-level cache is taken for it. A tile waits for one with an
-// earlier ticket, as above. Flags are cleared before each launch.
+// L2 (ld.cg), so no old line of the first-level cache is taken for it. A tile waits only
+// for an earlier ticket. A block does its tickets in rising order, so the smallest unfinished one
+// waits for nothing: the chain cannot stop. Flags are cleared before each launch.
 __device__ __forceinline__ int load_acquire(const int *p) {
     int v;
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");

@@ -1,14 +1,14 @@
 // scan_tiles.cuh - the scan of few channels, for any number of states. Included by mamba_cuda.cu,
 // which has the drawing.
 //
-// A block is 32 C channels and one tile of WARPS * STEPS steps, a warp STEPS of them; all tiles run
-// at once. A warp does one state after the other. It computes its decays and its end state from h =
-// 0, the forecast, and leaves (product of decays, end state) in shared memory. After a barrier each
-// warp joins the forecasts of the warps before it to its true h and walks its steps again with the
-// decays that it kept: 7 instructions a state and step instead of 5, but no second exponential. The
-// first state of a tile comes from the tile before by mail (exchange.cuh, 2), about a microsecond
-// behind it. B_ssm, C_ssm and A_neg are staged for 16 states at a time. Blocks that did several
-// tiles were slower: the loop takes registers from the states.
+// A block is 32 C channels and one tile of WARPS * STEPS steps, a warp STEPS of them. Tiles that
+// fit on the GPU run at the same time. A warp does one state after the other. It computes its
+// decays and its end state from h = 0, the forecast, and leaves (product of decays, end state) in
+// shared memory. After a barrier each warp joins the forecasts of the warps before it to its true h
+// and walks its steps again with the decays that it kept: 7 instructions a state and step instead
+// of 5, but no second exponential. The first state of a tile comes from the tile before by mail
+// (exchange.cuh, 2), about a microsecond behind it. B_ssm, C_ssm and A_neg are staged for 16 states
+// at a time. Blocks that did several tiles were slower: the loop takes registers from the states.
 
 // A load from shared memory that the compiler does not move behind a condition, so that several are
 // in flight.
