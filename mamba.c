@@ -250,9 +250,11 @@ COLD_END
 // 2 Plain operations
 // The leaves of the computation. Each is written down as its definition, the backward pass after
 // the forward pass.
-// cpu/ has a fast form of each, under the same name and with the same arguments, which runs in its
-// place. -DPLAIN builds without cpu/, and what runs is what stands here. Where both are built, the
-// plain form of NAME is called NAME_plain, and tests hold the fast form to it.
+// cpu/ has a fast form of those listed in cpu/plain_names.h, under the same name and with the same
+// arguments, which runs in their place; small helpers serve only the plain forms. -DPLAIN builds
+// without cpu/, and what runs is what stands here. Where both are built, the plain form of NAME is
+// called NAME_plain, and tests hold the fast form to it. Functions that are not marked OPERATION,
+// such as scan(), block() and forward(), run in every build.
 
 #ifdef PLAIN
 #define OPERATION static
@@ -618,7 +620,8 @@ OPERATION void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g
 //     h_t = decay_t h_{t-1} + inject_t     decay_t = exp(delta_t A)     inject_t = delta_t B_t u_t
 //     y_t = sum over n of C_t h_t + D_skip u_t
 //
-// with h, decay and inject (t,n,e), A (n,e), B and C (t,n), delta and u (t,e). A is negative, so
+// with h, decay and inject (t,n,e), A = A_neg (n,e), B = B_ssm and C = C_ssm (t,n), delta and u
+// (t,e). In the equations of this section A, B and C are these, not sizes. A is negative, so
 // exp(delta A) lies between 0 and 1. Euler's method for A would give the decay 1 + delta A. That is
 // below -1 where delta |A| > 2, and h would grow without end. An error in delta B only changes how
 // strongly a token enters. That is why A is exact and B need not be.
@@ -642,9 +645,9 @@ typedef struct {                // the scan of a layer over B sequences of L tok
     int B, L, E, N;
 } Scan;
 
-// The definition: channels e0 .. e1 through the rows row0 .. row1 of one sequence. h (N,E) is the
-// state before them and becomes the state after them. y (T,E) NULL: only the state is wanted.
-// elapsed (E), unless NULL, gets the sum of delta.
+// The definition; unless PLAIN, cpu/scan.h runs in its place. Channels e0 .. e1 through the rows
+// row0 .. row1 of one sequence. h (N,E) is the state before them and becomes the state after them.
+// y (T,E) NULL: only the state is wanted. elapsed (E), unless NULL, gets the sum of delta.
 OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int e0, int e1,
                           int row0, int row1) {
     const size_t E = (size_t)s->E;
@@ -1020,7 +1023,9 @@ static void add_row_means(float *out, const float *delta, int parts, int T, int 
 #ifdef PLAIN
 #define in_proj_of_ids(m, w, in_proj, T, L) false
 #else
-#include "cpu/small_vocabulary.h" // in_proj_of_ids(): a short cut in the first layer
+// in_proj_of_ids(): in a long pass over a small vocabulary the first layer computes this row once
+// for each id and copies it. The numbers are the same.
+#include "cpu/small_vocabulary.h"
 #endif
 
 // One layer over B sequences of L tokens: w->res (T,D) goes in, w->next comes out, and the states
@@ -1078,7 +1083,7 @@ static const float *forward(const Model *m, Work *w, const LayerState *seq, int 
         block(m, layer, w, seq + (size_t)layer * B, B, L);
         if (w->for_each_layer) w++; // its res is this one's next
     }
-    return w->res;
+    return w->res; // of training: the last Work, which has only res
 }
 
 // --- sequences and what runs them
@@ -1767,6 +1772,7 @@ static int32_t draw(const Model *m, float *logits, int32_t *order, State *s, con
     }
     bool all = how->top_p >= 1 && how->min_p <= 0 && (how->top_k <= 0 || how->top_k >= n);
     int kept = all ? n : keep_likeliest(order, n, logits, how, &whole);
+    // A point between 0 and the sum: the token in whose interval it falls is drawn.
     double point = random_unit(&s->random) * whole;
     for (int i = n - 1; i > n - kept; i--) {
         point -= logits[order[i]];
