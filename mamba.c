@@ -1887,7 +1887,7 @@ static int32_t burst_next(Burst *b, const Model *m, Acts *a, State *s, const Sam
 // many tokens were written, or -1 after fail().
 long mamba_generate(const Model *m, Acts *a, State *s, Writing *w) {
     const bool bursts = a->gpu && !w->goes_on;
-    unsigned char *text = malloc(m->text_room);
+    unsigned char *text = malloc(m->text_room + 1); // a model without a tokenizer has no text
     if (!text) return fail("out of memory: a token of %zu bytes", m->text_room);
     Burst burst = {.n = 0};
     long written = 0;
