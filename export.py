@@ -21,6 +21,7 @@ tokenizer | 9 model.bin in, transformers out | 10 command line
 """
 import argparse
 import contextlib
+import difflib
 import json
 import math
 import os
@@ -50,6 +51,11 @@ CHUNK = 1 << 20  # elements handled at a time: memory stays flat however large a
 
 class ExportError(Exception):
     pass
+
+
+def printable(text):
+    """A name out of a file may hold a line feed or an escape sequence for the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(e):
@@ -200,116 +206,309 @@ def summary(m, dtype):
 
 # --------------------------------------------------------------------------------------------------
 # 3. config.json in
-# Two dialects. An absent key means the default of the code that wrote the file: transformers'
-# MambaConfig (or FalconMambaConfig), or mamba-ssm's MambaConfig and Mamba class. What this project
-# cannot run is refused here.
+# Configs come in dialects: transformers, mamba-ssm (state-spaces), flash-linear-attention, mamba-hf
+# and mixtures of them. Each value is read under every key that it has there. Where the keys
+# contradict each other, the shapes of the tensors decide and a note says so. What no tensor can
+# decide (an eps, an activation) must be stated once. An absent key means the default of the code
+# that wrote the file. A key that could change the result and is not carried over is refused here.
 
-ELSEWHERE = {"mamba2": "its recurrence is another one (one A per head)",
-             **dict.fromkeys(["jamba", "bamba", "zamba", "zamba2", "falcon_h1", "nemotron_h", "granitemoehybrid"],
-                             "it mixes Mamba layers with attention")}
-SSM_CFG_KEYS = {"layer", "d_state", "d_conv", "expand", "dt_rank", "bias", "conv_bias",       # these shape the model,
-                "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"}  # these its training
+ATTENTION = "it mixes Mamba layers with attention"
+ELSEWHERE = {
+    "mamba2": "its recurrence is another one (one A per head)",
+    **dict.fromkeys(["jamba", "bamba", "zamba", "zamba2", "falcon_h1", "nemotron_h", "samba",
+                     "granitemoehybrid", "hymba", "hybrid_mamba"], ATTENTION),
+    **dict.fromkeys(["caduceus", "bimamba", "bi_mamba"],
+                    "it reads the text in both directions, so it cannot generate"),
+    **dict.fromkeys(["vim", "mambavision", "mamba_vision"], "it reads pictures")}
+SSM_CFG_KEYS = {"layer", "d_state", "d_conv", "expand", "dt_rank", "bias", "conv_bias",  # the model
+                "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor",  # its training
+                "use_fast_path", "device", "dtype", "layer_idx"}  # how and where it runs
+
+LIMITS = {"V": 1 << 26, "n_layer": 1 << 16, "N": 1024, "K": 1 << 12}  # as in mamba.c; else 1 << 20
+# Each size's keys in config.json; those after the * are in ssm_cfg.
+SIZE_KEYS = {"D": "hidden_size d_model *", "n_layer": "num_hidden_layers n_layer n_layers *",
+             "E": "intermediate_size d_inner *", "N": "state_size d_state * d_state",
+             "K": "conv_kernel d_conv * d_conv", "R": "time_step_rank dt_rank * dt_rank",
+             "expand": "expand expand_factor * expand"}
+FLAG_KEYS = {"tied": "tie_word_embeddings tie_embeddings *", "proj_bias": "use_bias bias * bias",
+             "conv_bias": "use_conv_bias conv_bias * conv_bias"}
+EPS_KEYS = ["layer_norm_epsilon", "norm_epsilon", "norm_eps", "rms_norm_eps", "layer_norm_eps",
+            "rms_norm_epsilon"]
+ACTIVATION_KEYS = ["hidden_act", "hidden_activation", "activation", "activation_function",
+                   "act_fn", "hidden_act_fn"]
+HEADS = ("score", "classifier", "classification_head", "regression_head", "value_head", "v_head",
+         "qa_outputs", "pre_classifier")  # of models that classify
+
+# Keys that change no logit: names, versions, token ids, generation, training, memory.
+HARMLESS = set("""
+    architectures auto_map model_type torch_dtype dtype transformers_version unsloth_version name
+    return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss
+    chunk_size_feed_forward is_decoder use_cache use_return_dict attn_implementation license
+    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id cls_token_id mask_token_id
+    decoder_start_token_id tokenizer_class prefix task_specific_params problem_type finetuning_task
+    id2label label2id num_labels classifier_dropout dropout hidden_dropout hidden_dropout_prob
+    resid_dropout resid_pdrop embd_pdrop attention_dropout drop_path_rate pruned_heads language
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    initializer_range initializer_cfg init_device rescale_prenorm_residual residual_in_fp32
+    fused_add_norm fuse_norm fuse_cross_entropy fuse_linear_cross_entropy fuse_swiglu use_l2warp
+    time_step_scale time_step_min time_step_max time_step_floor time_step_init_scheme dt_min dt_max
+    dt_init dt_scale dt_init_floor use_mambapy use_falcon_mambapy use_fast_path use_cuda pscan
+    use_associative_scan gradient_checkpointing use_gradient_checkpointing seed device attn_cfg
+    max_position_embeddings n_positions n_ctx ctx_len context_length max_seq_len max_seq_length
+    max_sequence_length seq_length sequence_length block_size model_max_length window_size
+    pad_vocab_size_multiple vocab_size ssm_cfg pretraining_tp pre_weights base_std
+    """.split())
+# Keys that may change the result, unless their value is none, false, 0 or empty.
+RISKY = re.compile(
+    r"multiplier|softcap|logits?_scal|(emb|embed|embedding|residual|logit|output)s?_scale|"
+    r"scale_(emb|depth|residual|logit|output|input)|scale_by|(^|_)mup(_|$)|bidirection|rcps|"
+    r"complement|position_ids|positional|position_emb|pos_emb|rope|rotary|expert|(^|_)moe(_|$)|"
+    r"attn_layer|attention_layer|attn$|block_type|layer_type|layers_block|hybrid|d_intermediate|"
+    r"mlp_|ffn|(time_step|dt)_limit|cross_attention|encoder_decoder|norm_type|normali[sz]ation|"
+    r"layernorm|(^|_)(b|c|bc|bcdt|dt|b_c_dt|dt_b_c)_(layer)?(norm|rms)|qk_norm|parallel_res|"
+    r"softplus|zero_centered|conv_act|quantiz|compress|weight_t|share|recurr|loop|prefix_tun|"
+    r"vision|mixer_")
+NEUTRAL_WORDS = ("", "none", "rms", "rmsnorm", "rms_norm", "silu", "swish", "mamba", "mamba1")
 
 
-LIMITS = {"vocab_size": 1 << 26, "pad_vocab_size_multiple": 1 << 26, "num_hidden_layers": 1 << 16, "n_layer": 1 << 16,
-          "state_size": 1024, "d_state": 1024, "conv_kernel": 1 << 12, "d_conv": 1 << 12}
+def is_neutral(key, value):
+    """Whether the value of a risky key leaves the model as it is."""
+    if isinstance(value, list) and "limit" in key:
+        return len(value) == 2 and value[0] == 0 and value[1] in (None, math.inf)
+    if isinstance(value, list):
+        return all(is_neutral(key, v) for v in value)
+    if isinstance(value, str):
+        return value.lower() in NEUTRAL_WORDS
+    if re.search("multiplier|scal", key) and type(value) in (int, float):
+        return value == 1
+    return not value
 
 
 class Fields:
     """The keys of a config, checked as they are read; an error names the file and the key."""
 
-    def __init__(self, table, path):
+    def __init__(self, table, path, notes=None):
         self.table, self.path = table, path
+        self.notes = [] if notes is None else notes  # for stderr, once the export has succeeded
 
     def refuse_if(self, condition, why):
         if condition:
             raise ExportError(f"{self.path}: {why}")
+
+    def note(self, text):
+        self.notes.append(f"{self.path}: {text}")
 
     def get(self, key, default, good, wanted):
         value = self.table.get(key, default)
         self.refuse_if(not good(value), f"{key} is {json.dumps(value)[:60]}, expected {wanted}")
         return value
 
-    def size(self, key, default=None):                                      # mamba.c has the same limits
-        limit = LIMITS.get(key, 1 << 20)
-        return self.get(key, default, lambda v: type(v) is int and 0 < v <= limit, f"a whole number from 1 to {limit}")
+    def size(self, key, limit):
+        return self.get(key, None, lambda v: type(v) is int and 0 < v <= limit,
+                        f"a whole number from 1 to {limit}")
 
     def flag(self, key, default):
         return self.get(key, default, lambda v: type(v) is bool, "true or false")
 
-    def eps(self, key, default):
-        return float(self.get(key, default, lambda v: type(v) in (int, float) and 0 <= v < 1, "a number from 0 to 1"))
+    def eps(self, key):
+        good = lambda v: type(v) in (int, float) and 0 <= v < 1 and np.float32(v) < 1
+        return float(self.get(key, None, good, "a number from 0 to 1, below 1 in float32"))
 
-    def inner(self, D):
-        fits = lambda v: type(v) in (int, float) and 0 < v < 1 << 20 and 0 < int(v * D) <= 1 << 20
-        return int(self.get("expand", 2, fits, f"a factor that makes an inner size of the model's {D}") * D)
-
-    def rank(self, key, D):
-        return math.ceil(D / 16) if self.table.get(key, "auto") == "auto" else self.size(key)
-
-    def ids(self, key, default):
-        value = self.table.get(key, default)
+    def ids(self, key):
+        value = self.table.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         bad = not all(type(i) is int for i in ids)
-        self.refuse_if(bad, f"{key} is {json.dumps(value)[:60]}, expected a token id, a list of them or null")
+        self.refuse_if(bad, f"{key} is {json.dumps(value)[:60]}, expected a token id, "
+                            "a list of them or null")
         return ids
+
+    def decide(self, stated, found, default):
+        """The one value of stated, {key: value}; where they differ, the one that was found in the
+        tensors. Nothing stated: what was found, else the default."""
+        values = list(stated.values())
+        if not values:
+            return default if found is None else found
+        if all(v == values[0] for v in values):
+            return values[0]
+        text = " and ".join(f"{key} {json.dumps(v)}" for key, v in stated.items())
+        self.refuse_if(found is not None and found not in values,
+                       f"{text} differ, and the tensors say {json.dumps(found)}")
+        value = values[0] if found is None else found
+        self.note(f"{text} differ; the tensors say {json.dumps(value)}")
+        return value
+
+
+class Config(Fields):
+    """config.json with its ssm_cfg, and the sizes that the tensors have (see found_sizes)."""
+
+    def __init__(self, table, path, found=None, notes=None):
+        super().__init__(table, path, notes)
+        self.found = found or {}
+        self.reference = "d_model" in table and "hidden_size" not in table
+        ssm_cfg = self.get("ssm_cfg", None, lambda v: v is None or isinstance(v, dict), "an object")
+        self.ssm = Fields(ssm_cfg or {}, path + ": ssm_cfg", self.notes)
+
+    def stated(self, keys, read):
+        """{key: value} of the keys that are there."""
+        own, _, inner = keys.partition("*")
+        values = {key: read(self, key) for key in own.split() if key in self.table}
+        values.update({f"ssm_cfg.{key}": read(self.ssm, key)
+                       for key in inner.split() if key in self.ssm.table})
+        return values
+
+    def size(self, letter, default, auto=None):
+        limit = LIMITS.get(letter, 1 << 20)
+        read = lambda fields, key: (auto if auto and fields.table[key] == "auto"
+                                    else Fields.size(fields, key, limit))
+        return self.decide(self.stated(SIZE_KEYS[letter], read), self.found.get(letter), default)
+
+    def inner(self, D):
+        """E is stated, or it is expand times D. falcon-mamba-7b states both, and its expand is
+        wrong: transformers goes by intermediate_size."""
+        whole = {key: Fields.size(self, key, 1 << 20) for key in ("intermediate_size", "d_inner")
+                 if self.table.get(key) is not None}
+        if whole:
+            return self.decide(whole, self.found.get("E"), None)
+        fits = lambda v: type(v) in (int, float) and 0 < v < 1 << 20 and 0 < int(v * D) <= 1 << 20
+        wanted = f"a factor that makes an inner size of the model's {D}"
+        read = lambda fields, key: int(fields.get(key, None, fits, wanted) * D)
+        return self.decide(self.stated(SIZE_KEYS["expand"], read), self.found.get("E"), 2 * D)
+
+    def vocabulary(self):
+        """Rows of the embedding. mamba-ssm rounds vocab_size up to a multiple."""
+        limit, found = LIMITS["V"], self.found.get("V")
+        if "vocab_size" not in self.table and found:
+            return found
+        V, multiple = 50277 if self.reference else 50280, 8
+        if "vocab_size" in self.table:
+            V = Fields.size(self, "vocab_size", limit)
+        if "pad_vocab_size_multiple" in self.table:
+            multiple = Fields.size(self, "pad_vocab_size_multiple", limit)
+        padded = -(-V // multiple) * multiple
+        return found if found in (V, padded) else padded if self.reference else V
+
+    def switch(self, flag, default):
+        stated = self.stated(FLAG_KEYS[flag], lambda fields, key: fields.flag(key, None))
+        return self.decide(stated, self.found.get(flag), default)
+
+    def tied(self):
+        """A head that differs from the embedding does not decide alone: see match_tensors."""
+        stated = self.stated(FLAG_KEYS["tied"], lambda fields, key: fields.flag(key, None))
+        differ = len(set(stated.values())) == 2
+        return self.decide(stated, self.found["tied"]() if differ and self.found else None, True)
+
+    def norm_eps(self):
+        stated = {key: Fields.eps(self, key) for key in EPS_KEYS if key in self.table}
+        text = " and ".join(f"{key} {value:g}" for key, value in stated.items())
+        self.refuse_if(len(set(stated.values())) > 1,
+                       f"{text} differ; remove the one that the model was not trained with")
+        return next(iter(stated.values()), 1e-5)
 
 
 def refuse_what_is_not_mamba(config):
     table, kind = config.table, config.table.get("model_type")
     config.refuse_if(isinstance(kind, str) and kind in ELSEWHERE,
                      f"model_type {kind} is not supported: {ELSEWHERE.get(str(kind))}")
-    config.refuse_if(table.get("attn_layer_idx"), "attn_layer_idx names attention layers, which are not supported")
-    config.refuse_if(table.get("d_intermediate"), "d_intermediate asks for MLP layers, which are not supported")
-    config.refuse_if(table.get("bidirectional"), "bidirectional models are not supported: they cannot generate")
-    config.refuse_if(table.get("quantization_config"), "quantized weights are not supported; take the original ones")
-    config.refuse_if(not config.flag("rms_norm", True), "rms_norm is false; LayerNorm models are not supported")
-    act = json.dumps(table.get("hidden_act", "silu"))
-    config.refuse_if(act not in ('"silu"', '"swish"'), f"hidden_act {act} is not supported, only silu (also called swish)")
-
-
-def model_from_transformers(config, generation):
-    arch = config.table["model_type"]
-    config.refuse_if(arch not in ARCHS, f"model_type {json.dumps(arch)} is not supported, only mamba and falcon_mamba")
-    falcon, D = arch == "falcon_mamba", config.size("hidden_size", 768)
-    states_E = config.table.get("intermediate_size") is not None           # wins: falcon-mamba-7b's expand is wrong
-    either = lambda key: ((config.ids(key, 0) or generation.ids(key, None)) + [-1])[0]
-    return check_ids(config, Model(
-        arch=arch, D=D, n_layer=config.size("num_hidden_layers", 32), V=config.size("vocab_size", 50280),
-        E=config.size("intermediate_size") if states_E else config.inner(D), N=config.size("state_size", 16),
-        K=config.size("conv_kernel", 4), R=config.rank("time_step_rank", D),
-        norm_eps=config.eps("layer_norm_epsilon", 1e-5), mixer_eps=config.eps("mixer_rms_eps", 1e-6) if falcon else 0.0,
-        bos=either("bos_token_id"), pad=either("pad_token_id"),
-        eos=config.ids("eos_token_id", 0) + generation.ids("eos_token_id", None),
-        tied=config.flag("tie_word_embeddings", True), proj_bias=config.flag("use_bias", False),
-        conv_bias=config.flag("use_conv_bias", True), mixer_norm=falcon))
-
-
-def model_from_reference(config, generation, end_of_text):
-    """end_of_text: the tokenizer's <|endoftext|>, since this layout states no special ids."""
-    ssm = Fields(config.get("ssm_cfg", {}, lambda v: isinstance(v, dict), "an object"), config.path + ": ssm_cfg")
+    names = table.get("architectures")
+    for name in names if isinstance(names, list) else []:
+        other = type(name) is str and re.match(r"Bi|Caduceus|Jamba|Mamba2|Bamba|Zamba|Vi[sm]", name)
+        config.refuse_if(other, f"architecture {str(name)[:60]} is not supported: it is no Mamba-1")
+    for key, why in (("attn_layer_idx", "names attention layers, which are not supported"),
+                     ("d_intermediate", "asks for MLP layers, which are not supported"),
+                     ("bidirectional", "models are not supported: they cannot generate"),
+                     ("quantization_config", "means quantized weights, which are not supported; "
+                                             "take the original ones")):
+        config.refuse_if(table.get(key), f"{key} {why}")
+    config.refuse_if(not config.flag("rms_norm", True),
+                     "rms_norm is false; LayerNorm models are not supported")
+    for key in ACTIVATION_KEYS:
+        act = json.dumps(table.get(key, "silu"))
+        config.refuse_if(act not in ('"silu"', '"swish"'),
+                         f"{key} {act[:60]} is not supported, only silu (also called swish)")
+    ssm = config.ssm
     layer = ssm.table.get("layer", "Mamba1")
     ssm.refuse_if(layer == "Mamba2", f"layer Mamba2 is not supported: {ELSEWHERE['mamba2']}")
-    ssm.refuse_if(layer != "Mamba1", f"layer {json.dumps(layer)} is not supported, only Mamba1")
+    ssm.refuse_if(layer != "Mamba1",
+                  f"layer {json.dumps(layer)[:60]} is not supported, only Mamba1")
     unknown = sorted(set(ssm.table) - SSM_CFG_KEYS)
-    ssm.refuse_if(unknown, f"{', '.join(unknown)} is unknown, so what it changes cannot be carried over")
-    D, V = config.size("d_model", 2560), config.size("vocab_size", 50277)
-    multiple = config.size("pad_vocab_size_multiple", 8)
+    ssm.refuse_if(unknown, f"{', '.join(unknown)[:200]} is unknown, so what it changes cannot be "
+                           "carried over")
+
+
+def check_other_keys(config, falcon):
+    """A key that nothing above reads: harmless, refused, or named in a note."""
+    known = HARMLESS | set(EPS_KEYS) | set(ACTIVATION_KEYS) | {"rms_norm"}
+    for keys in (*SIZE_KEYS.values(), *FLAG_KEYS.values()):
+        known.update(keys.partition("*")[0].split())
+    if falcon:
+        known.add("mixer_rms_eps")
+    one_way = config.table.get("bidirectional", True) in (False, None)
+    unknown = []
+    for key, value in config.table.items():
+        if key in known or key.startswith("_") or one_way and key.startswith("bidirectional"):
+            continue
+        if not RISKY.search(key):
+            unknown.append(key)
+        elif not is_neutral(key, value):
+            config.refuse_if(True, f"{key} is {json.dumps(value)[:60]}, which may change the "
+                                   "result and is not supported")
+    if unknown:
+        config.note(f"not used, because unknown here: {', '.join(sorted(unknown))[:300]}")
+
+
+def architecture(config):
+    """mamba or falcon_mamba, by model_type or else by architectures."""
+    kind = config.table.get("model_type")
+    if "model_type" not in config.table:
+        names = config.table.get("architectures")
+        names = [str(name) for name in names] if isinstance(names, list) else []
+        kind = ("falcon_mamba" if any(name.startswith("FalconMamba") for name in names) else
+                "mamba" if config.reference or any(name.startswith("Mamba") for name in names)
+                else None)
+        config.refuse_if(kind is None,
+                         "has neither model_type (transformers) nor d_model (state-spaces)")
+    config.refuse_if(kind not in ARCHS, f"model_type {json.dumps(kind)[:60]} is not supported, "
+                                        "only mamba and falcon_mamba")
+    return kind
+
+
+def model_from_config(config, generation, end_of_text=None):
+    """end_of_text: the tokenizer's <|endoftext|>, since the reference layout states no ids."""
+    refuse_what_is_not_mamba(config)
+    arch = architecture(config)
+    falcon, reference = arch == "falcon_mamba", config.reference
+    check_other_keys(config, falcon)
+    D = config.size("D", 2560 if reference else 768)
+    mixer_eps = 0.0
+    if falcon:
+        mixer_eps = config.eps("mixer_rms_eps") if "mixer_rms_eps" in config.table else 1e-6
+    config_ids = lambda key: ([0] if key not in config.table and not reference else config.ids(key))
+    ids = lambda key: generation.ids(key) or config_ids(key)
+    eos = ids("eos_token_id")
+    if not eos and reference and end_of_text is not None:
+        eos = [end_of_text]
     return check_ids(config, Model(
-        arch="mamba", D=D, n_layer=config.size("n_layer", 64), V=-(-V // multiple) * multiple, E=ssm.inner(D),
-        N=ssm.size("d_state", 16), K=ssm.size("d_conv", 4), R=ssm.rank("dt_rank", D),
-        norm_eps=config.eps("norm_epsilon", 1e-5), mixer_eps=0.0, bos=-1, pad=-1,
-        eos=generation.ids("eos_token_id", None) or ([] if end_of_text is None else [end_of_text]),
-        tied=config.flag("tie_embeddings", True), proj_bias=ssm.flag("bias", False), conv_bias=ssm.flag("conv_bias", True),
-        mixer_norm=False))
+        arch=arch, D=D, n_layer=config.size("n_layer", 64 if reference else 32),
+        V=config.vocabulary(), E=config.inner(D), N=config.size("N", 16), K=config.size("K", 4),
+        R=config.size("R", -(-D // 16), auto=-(-D // 16)), norm_eps=config.norm_eps(),
+        mixer_eps=mixer_eps, bos=(ids("bos_token_id") + [-1])[0],
+        pad=(ids("pad_token_id") + [-1])[0], eos=eos, tied=config.tied(),
+        proj_bias=config.switch("proj_bias", False), conv_bias=config.switch("conv_bias", True),
+        mixer_norm=falcon))
 
 
 def check_ids(config, m):
-    """Each id is a row of the embedding, each eos is kept once; model.bin has four places for them."""
+    """Each id is a row of the embedding, each eos is kept once; model.bin has four places."""
     eos = [i for i in dict.fromkeys(m.eos) if i != -1]
-    for key, i in [("bos_token_id", m.bos), ("pad_token_id", m.pad)] + [("eos_token_id", i) for i in eos]:
+    ids = [("bos_token_id", m.bos), ("pad_token_id", m.pad)] + [("eos_token_id", i) for i in eos]
+    for key, i in ids:
         config.refuse_if(not -1 <= i < m.V, f"{key} {i} is outside the vocabulary of {m.V}")
-    config.refuse_if(len(eos) > 4, f"{len(eos)} values of eos_token_id, and model.bin has room for 4")
+    config.refuse_if(len(eos) > 4,
+                     f"{len(eos)} values of eos_token_id, and model.bin has room for 4")
     return m._replace(eos=eos)
 
 
@@ -575,44 +774,92 @@ def open_shards(folder, index_path, reader):
 
 # --------------------------------------------------------------------------------------------------
 # 6. Matching names and shapes
-# Checkpoints say embedding or embeddings, with or without backbone in front. A tied head may be
-# stored too: then it has to equal the embedding, because a config that ties two different tensors
-# does not say which one was meant.
+# Checkpoints say embedding or embeddings, and put backbone., model., module. or _orig_mod. in
+# front; mamba-hf has no "mixer." in its names. A tied head may be stored too: then it has to equal
+# the embedding, because a config that ties two different tensors does not say which one was meant.
+
+PREFIX = re.compile(r"(module|_orig_mod|base_model|model|backbone|mamba)\.")
+MIXER_PART = re.compile(r"(layers\.\d+\.)((in_proj|conv1d|x_proj|dt_proj|out_proj)\.|(A_log|D)$)")
+
 
 def canonical(name):
-    name = name[len("backbone."):] if name.startswith("backbone.") else name
+    """The name as in tensor_list: as transformers has it, without backbone."""
+    while True:
+        match = PREFIX.match(name)
+        if not match:
+            break
+        name = name[match.end():]
+    name = MIXER_PART.sub(r"\1mixer.\2", name)
     return "embeddings.weight" if name == "embedding.weight" else name
 
 
-def match_tensors(m, stored, folder):
-    """[(Tensor, stored tensor)] in the order of tensor_list(m)."""
-    if m.n_layer > len(stored):
-        raise ExportError(
-            f"{folder}: config.json states {m.n_layer} layers, but there are only {len(stored)} "
-            "tensors")
-    by_name = {}
+def by_canonical_name(stored, folder):
+    """(the stored tensors by canonical name, the names of classifier heads, which are left out)"""
+    by_name, left_out = {}, []
     for name, tensor in stored.items():
-        twin = by_name.setdefault(canonical(name), tensor)
+        short = canonical(name)
+        if short.split(".")[0] in HEADS:
+            left_out.append(name)
+            continue
+        twin = by_name.setdefault(short, tensor)
         if twin is not tensor:
             raise ExportError(f"{folder}: tensors {twin.name} and {name} mean the same one")
+    return by_name, left_out
+
+
+def found_sizes(by_name):
+    """The sizes and flags that the tensors have. What cannot be seen is absent."""
+    shape = lambda name: by_name[name].shape if name in by_name else ()
+    embedding, A_log = shape("embeddings.weight"), shape("layers.0.mixer.A_log")
+    dt_proj, conv = shape("layers.0.mixer.dt_proj.weight"), shape("layers.0.mixer.conv1d.weight")
+    layers = {int(match[1]) for match in map(re.compile(r"layers\.(\d{1,9})\.").match, by_name)
+              if match}
+    found = {"n_layer": max(layers) + 1} if layers else {}
+    if len(embedding or shape("lm_head.weight")) == 2:
+        found.update(zip("VD", embedding or shape("lm_head.weight")))
+    if len(A_log) == 2:
+        found.update(zip("EN", A_log))
+    if len(dt_proj) == 2:
+        found["R"] = dt_proj[1]
+    if len(conv) == 3:
+        found["K"] = conv[2]
+    if layers:
+        found["proj_bias"] = "layers.0.mixer.in_proj.bias" in by_name
+        found["conv_bias"] = "layers.0.mixer.conv1d.bias" in by_name
+    head, embedding = by_name.get("lm_head.weight"), by_name.get("embeddings.weight")
+    found["tied"] = lambda: not head or not embedding or same_values(head, embedding)
+    return found
+
+
+def missing(want, by_name, m, folder):
+    others = sorted(set(by_name) - {other.source for other in tensor_list(m)})
+    near = difflib.get_close_matches(want.source, others, 1, 0.5)
+    hint = f"; the nearest name found is {by_name[near[0]].name}" if near else ""
+    return ExportError(f"{folder}: tensor {with_backbone(want.source)} {shape_text(want.shape)} "
+                       f"is missing{hint}")
+
+
+def match_tensors(m, stored, folder):
+    """[(Tensor, stored tensor)] in the order of tensor_list(m). stored: by canonical name."""
+    if m.n_layer > len(stored):
+        raise ExportError(f"{folder}: config.json states {m.n_layer} layers, "
+                          f"but there are only {len(stored)} tensors")
+    by_name, pairs = dict(stored), []
     head = by_name.pop("lm_head.weight", None) if m.tied else None
-    if head and "embeddings.weight" not in by_name:
-        by_name["embeddings.weight"], head = head, None  # tied, and saved under its other name only
-    pairs = []
+    if head and "embeddings.weight" not in by_name:  # tied, and saved under its other name only
+        by_name["embeddings.weight"], head = head, None
     for want in tensor_list(m):
         tensor = by_name.pop(want.source, None)
         if tensor is None:
-            raise ExportError(
-                f"{folder}: tensor {with_backbone(want.source)} {shape_text(want.shape)} is missing"
-            )
+            raise missing(want, by_name, m, folder)
         if tensor.shape != want.shape:
-            raise ExportError(
-                f"{folder}: tensor {tensor.name} has shape {shape_text(tensor.shape)}, "
-                f"but config.json implies {shape_text(want.shape)}")
+            raise ExportError(f"{folder}: tensor {tensor.name} has shape "
+                              f"{shape_text(tensor.shape)}, but config.json implies "
+                              f"{shape_text(want.shape)}")
         pairs.append((want, tensor))
     for tensor in by_name.values():
-        raise ExportError(
-            f"{folder}: tensor {tensor.name} is unknown, or config.json says that it is not there")
+        raise ExportError(f"{folder}: tensor {tensor.name} is unknown, "
+                          "or config.json says that it is not there")
     if head and not same_values(head, pairs[0][1]):
         raise ExportError(
             f"{folder}: config.json ties the head to the embedding, but {head.name} differs from "
@@ -1221,27 +1468,42 @@ def to_bin(source, target, dtype, tokenizer):
     if tokenizer and tokenizer != "bytes":
         inputs += [tokenizer, os.path.join(tokenizer, "tokenizer.json")]    # a file, or its folder
     check_output(target, inputs)
-    config = Fields(read_json(config_path), config_path)
+    table, notes = read_json(config_path), []
+    refuse_what_is_not_mamba(Config(table, config_path))  # before the weights are opened
+    stored, left_out = by_canonical_name(open_checkpoint(folder), folder)
+    config = Config(table, config_path, found_sizes(stored), notes)
     generation = Fields(
         read_json(generation_path) if os.path.exists(generation_path) else {}, generation_path)
-    refuse_what_is_not_mamba(config)
-    if "d_model" in config.table and "hidden_size" not in config.table:
-        blob, end_of_text = find_tokenizer(tokenizer, folder)
-        m = model_from_reference(config, generation, end_of_text)
-    elif "model_type" in config.table:
-        m = model_from_transformers(config, generation)
-        blob, _ = find_tokenizer(tokenizer, folder)
-    else:
-        raise ExportError(
-            f"{config_path} has neither model_type (transformers) nor d_model (state-spaces)")
+    blob, end_of_text = find_tokenizer(tokenizer, folder)
+    m = model_from_config(config, generation, end_of_text)
     n_ids = struct.unpack_from("<I", blob, 20)[0]
     if n_ids > m.V:
         raise ExportError(
             f"the tokenizer's ids go up to {n_ids - 1}, but the model's vocabulary is {m.V}: "
             "it belongs to another model")
-    pairs = match_tensors(m, open_checkpoint(folder), folder)
-    check_output(target, {tensor.path for _, tensor in pairs})    # shards, whatever their names
+    m = without_head(m, config, stored, left_out)
+    pairs = match_tensors(m, stored, folder)
+    check_output(target, {tensor.path for _, tensor in pairs})  # shards, whatever their names
     write_model(target, m, pairs, blob, dtype or stored_dtype(pairs))
+    print_notes(notes)
+
+
+def without_head(m, config, stored, left_out):
+    """A model that classifies, or a bare backbone: the embedding stands in for the head."""
+    names = config.table.get("architectures")
+    bare = isinstance(names, list) and bool(names) and str(names[0]).endswith("MambaModel")
+    if left_out:
+        config.note(f"left out, because mamba.c predicts tokens: {', '.join(sorted(left_out))}")
+    if (left_out or bare) and "lm_head.weight" not in stored and not m.tied:
+        config.note("there is no lm_head.weight; the embedding takes its place, so the logits "
+                    "mean nothing")
+        return m._replace(tied=True)
+    return m
+
+
+def print_notes(notes):
+    for text in dict.fromkeys(notes):
+        print(f"export.py: note: {printable(text)}", file=sys.stderr)
 
 
 def run(arguments):
@@ -1297,7 +1559,7 @@ def main():
     try:
         run(sys.argv[1:])
     except ExportError as e:
-        sys.exit(f"export.py: {e}")
+        sys.exit(f"export.py: {printable(str(e))}")
     except OSError as e:
         sys.exit(f"export.py: {e.filename or 'a file'}: {e.strerror or first_line(e)}")
     except MemoryError:

@@ -569,15 +569,15 @@ class Layouts(Case):
                         reference_names(weights(s)))
         self.good()
         self.same_tensors(s)
-        m = export.model_from_reference(export.Fields({}, "x"), export.Fields({}, "x"), 0)
+        m = export.model_from_config(export.Config({"d_model": 2560}, "x"), export.Fields({}, "x"), 0)
         self.assertEqual((m.D, m.n_layer, m.V, m.E, m.N, m.K, m.R, m.norm_eps, m.tied, m.proj_bias,
                           m.conv_bias, m.eos),
                          (2560, 64, 50280, 5120, 16, 4, 160, 1e-5, True, False, True, [0]))
 
     def test_transformers_defaults(self):
         for kind in ("mamba", "falcon_mamba"):
-            m = export.model_from_transformers(export.Fields({"model_type": kind}, "x"),
-                                               export.Fields({}, "x"))
+            m = export.model_from_config(export.Config({"model_type": kind}, "x"),
+                                         export.Fields({}, "x"))
             self.assertEqual((m.D, m.n_layer, m.V, m.E, m.N, m.K, m.R, m.norm_eps),
                              (768, 32, 50280, 1536, 16, 4, 48, 1e-5))
             self.assertEqual((m.tied, m.proj_bias, m.conv_bias, m.bos, m.pad, m.eos),
@@ -684,8 +684,8 @@ class Layouts(Case):
 
     def test_special_ids(self):
         s = VARIANTS["plain"]
-        cases = [([2, 3], 3, [2, 3, -1, -1]), (None, [9], [9, -1, -1, -1]),
-                 (5, [6, 7, 8, 5], [5, 6, 7, 8]), (None, None, [-1] * 4),
+        cases = [([2, 3], 3, [3, -1, -1, -1]), ([2, 3], None, [2, 3, -1, -1]), (None, [9], [9, -1, -1, -1]),
+                 (5, [6, 7, 8, 5], [6, 7, 8, 5]), (None, None, [-1] * 4),
                  (..., None, [0, -1, -1, -1])]
         for config, generation, eos in cases:
             self.checkpoint(s, spoilt(hf_config(s), eos_token_id=config, bos_token_id=None))
@@ -826,7 +826,7 @@ class Refusals(Case):
     def test_unknown_tensors(self):
         for source in ("backbone.layers.0.mixer.dt_proj.scale", "backbone.layers.2.norm.weight",
                        "backbone.layers.0.norm.bias", "backbone.layers.0.mixer.in_proj.bias",
-                       "score.weight", "backbone.layers.0.mlp.fc1.weight"):
+                       "bonus.weight", "backbone.layers.0.mlp.fc1.weight"):
             self.checkpoint(VARIANTS["plain"],
                             tensors={**weights(VARIANTS["plain"]), source: np.zeros(3, "f4")})
             self.bad(source, "unknown")
@@ -1374,11 +1374,11 @@ class Result(unittest.TextTestResult):
         self.passed += 1
 
 
-def main():
+def main(module=sys.modules[__name__]):
     words = [w for i, w in enumerate(sys.argv) if i and sys.argv[i - 1] == "-k"]
     loader = unittest.TestLoader()
     loader.testNamePatterns = [f"*{w}*" for w in words] or None
-    suite = loader.loadTestsFromModule(sys.modules[__name__])
+    suite = loader.loadTestsFromModule(module)
     runner = unittest.TextTestRunner(stream=sys.stdout,
                                      resultclass=Result,
                                      verbosity=2 if "-v" in sys.argv else 1)
