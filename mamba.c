@@ -1916,6 +1916,7 @@ long mamba_generate(const Model *m, Acts *a, State *s, Writing *w) {
 
 #ifndef MAMBA_NO_MAIN
 COLD
+#include "cli/help.h"
 #include "cli/options.h"
 #include "cli/output.h"
 #include "cli/selection.h"
