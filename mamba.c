@@ -1933,19 +1933,7 @@ COLD_END
 #include "cli/bench.h"
 
 COLD
-static int run_command(int argc, char **argv) {
-    static const struct {
-        const char *name;
-        int (*run)(int, char **);
-    } command[] = {{"info", command_info},        {"tokenize", command_tokenize},
-                   {"eval", command_eval},        {"logits", command_logits},
-                   {"train", command_train},      {"bench", command_bench},
-                   {"quantize", command_quantize}};
-    if (argc > 1 && !strcmp(argv[1], "--version")) return printf("mamba.c %s\n", MAMBA_VERSION), 0;
-    for (int i = 0; i < COUNT(command) && argc > 1; i++)
-        if (!strcmp(argv[1], command[i].name)) return command[i].run(argc - 1, argv + 1);
-    return command_generate(argc, argv);
-}
+#include "cli/commands.h"
 
 #ifndef TESTING
 int main(int argc, char **argv) {
@@ -1953,7 +1941,7 @@ int main(int argc, char **argv) {
     int result = run_command(argc, argv);
     if ((fflush(stdout) || ferror(stdout)) && !result)
         result = fail("stdout: cannot write: %s", strerror(errno));
-    if (result) fprintf(stderr, "mamba: %s\n", error_text);
+    if (result) fprintf(stderr, "mamba: %s\n", *error_text ? error_text : "out of memory");
     return result ? 1 : 0;
 }
 #endif

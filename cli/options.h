@@ -1,5 +1,5 @@
-// cli/options.h - what every command is made of besides its table of options (cli/help.h): the check
-// of the files that it names, text input, Ctrl-C, and the session that runs a model.
+// cli/options.h - what every command is made of besides its table of options (cli/help.h): the
+// check of the files that it names, text input, Ctrl-C, and the session that runs a model.
 //
 // Depends on cli/help.h, the API of mamba.c, files/bytes.h (fail) and files/new_file.h (NewFile,
 // temporaries).
@@ -83,6 +83,8 @@ static int check_writable(const char *path, bool in_place) {
     NewFile w;
 #ifdef MAMBA_POSIX
     struct stat info; // a pipe is not opened: that would wait for its reader
+    if (stat(path, &info) && errno != ENOENT) // a name that is too long, for one
+        return fail("cannot write %s: %s", path, strerror(errno));
     if (in_place && !is_replaceable(path) && stat(path, &info) == 0)
         return S_ISDIR(info.st_mode) ? fail("cannot write %s: a directory", path) : 0;
 #endif
@@ -118,6 +120,138 @@ static int check_files(const FileUse *use, int n) {
         if (use[i].kind != INPUT && use[i].path && check_writable(use[i].path, in_place)) return -1;
     }
     return 0;
+}
+
+// --- the model's file, and what to do with another
+
+// Whether path ends in one of these.
+static bool has_ending(const char *path, const char *const *ending) {
+    size_t n = strlen(path);
+    for (; *ending; ending++) {
+        size_t length = strlen(*ending);
+        if (n > length && !strcmp(path + n - length, *ending)) return true;
+    }
+    return false;
+}
+
+#ifdef MAMBA_POSIX
+// A folder is no model: says what to do with what is in it. Returns -1.
+static int explain_folder(const char *path) {
+    static const char *const weights[] = {".safetensors", "pytorch_model.bin",
+                                          ".safetensors.index.json", NULL};
+    static const char *const models[] = {".bin", NULL};
+    char first[256] = "";
+    bool checkpoint = false;
+    DIR *folder = opendir(path);
+    if (!folder) return fail("%s: %s", path, strerror(errno));
+    for (const struct dirent *e; (e = readdir(folder)) != NULL;) {
+        checkpoint |= has_ending(e->d_name, weights) || !strcmp(e->d_name, "config.json");
+        bool earlier = !first[0] || strcmp(e->d_name, first) < 0;
+        if (has_ending(e->d_name, models) && earlier)
+            snprintf(first, sizeof first, "%s", e->d_name);
+    }
+    closedir(folder);
+    const char *slash = path[strlen(path) - 1] == '/' ? "" : "/";
+    if (checkpoint)
+        return fail("%s is a folder with a checkpoint: make a model.bin of it with "
+                    "`python export.py %s model.bin`",
+                    path, path);
+    if (first[0])
+        return fail("%s is a folder: name a model in it, for example %s%s%s", path, path, slash,
+                    first);
+    return fail("%s is a folder, and no model is in it", path);
+}
+
+// Finds the name that is nearest to path in its folder. Whether there is one.
+static bool find_near(char name[256], const char *path) {
+    const char *slash = strrchr(path, '/'), *base = slash ? slash + 1 : path;
+    int best = 3; // edits
+    snprintf(name, 256, "%.*s", slash ? (int)(slash - path) + 1 : 2, slash ? path : "./");
+    DIR *folder = strlen(path) < 200 ? opendir(name) : NULL;
+    if (!folder) return false;
+    size_t start = slash ? (size_t)(slash + 1 - path) : 0;
+    for (const struct dirent *e; (e = readdir(folder)) != NULL;) {
+        int n = edits(base, e->d_name);
+        if (n >= best || e->d_name[0] == '.' || strlen(base) < 5) continue;
+        best = n;
+        snprintf(name, 256, "%.*s%.40s", (int)start, path, e->d_name);
+    }
+    closedir(folder);
+    return best < 3;
+}
+
+// What path names where there is no such file. Returns -1.
+static int explain_missing(const char *path) {
+    static const char *const tries[] = {"models/%s", "%s.bin", "models/%s.bin"};
+    const char *slash = strchr(path, '/');
+    char name[256];
+    for (int i = 0; i < COUNT(tries) && strlen(path) < 200; i++) {
+        snprintf(name, sizeof name, tries[i], path);
+        FILE *f = fopen(name, "rb");
+        if (!f) continue;
+        fclose(f);
+        return fail("%s: no such file; did you mean %s?", path, name);
+    }
+    if (find_near(name, path)) return fail("%s: no such file; did you mean %s?", path, name);
+    if (slash && slash != path && slash[1] && !strchr(slash + 1, '/') && path[0] != '.' &&
+        path[0] != '~' && !strchr(slash, '.'))
+        return fail("%s: no such file; if it is a model of the Hugging Face hub, fetch it with "
+                    "`python export.py %s model.bin`",
+                    path, path);
+    return fail("%s: No such file or directory", path);
+}
+#endif
+
+// Whether there is such a file, and no folder. 0, or -1 after fail(), which says what to type
+// instead.
+static int check_is_file(const char *path) {
+    if (!*path) return fail("the name of a file is empty");
+#ifdef MAMBA_POSIX
+    struct stat info;
+    if (stat(path, &info)) return errno == ENOENT ? explain_missing(path) : 0;
+    if (S_ISDIR(info.st_mode)) return explain_folder(path);
+#endif
+    return 0;
+}
+
+// Whether path may be a model.bin. 0, or -1 after fail(), which says what to do with a file that is
+// something else.
+static int check_model_path(const char *path) {
+    unsigned char h[16] = {0};
+    if (check_is_file(path)) return -1;
+#ifdef MAMBA_POSIX
+    struct stat info;
+    if (stat(path, &info) || !S_ISREG(info.st_mode)) return 0; // the loader says so
+#endif
+    FILE *f = fopen(path, "rb");
+    size_t n = f ? fread(h, 1, sizeof h, f) : 0;
+    if (f) fclose(f);
+    if (n < sizeof h) return 0;
+    if (h[8] == '{' && u64_at(h) < 1 << 28)
+        return fail("%s is a safetensors file: make a model.bin of its folder with "
+                    "`python export.py FOLDER model.bin`",
+                    path);
+    if (!memcmp(h, "PK\3\4", 4))
+        return fail("%s is a PyTorch file: make a model.bin of its folder with "
+                    "`python export.py FOLDER model.bin`",
+                    path);
+    if (!memcmp(h, "GGUF", 4))
+        return fail("%s is a GGUF file: `python export.py` makes a model.bin from the checkpoint "
+                    "that it was made of",
+                    path);
+    if (!memcmp(h, "mtok", 4)) return fail("%s is a tokenizer, not a model.bin", path);
+    if (!memcmp(h, STATE_FORMAT.magic, sizeof STATE_FORMAT.magic))
+        return fail("%s is a saved state, not a model.bin: give it after --load-state", path);
+    if (!memcmp(h, CHECKPOINT_FORMAT.magic, sizeof CHECKPOINT_FORMAT.magic))
+        return fail("%s is a training checkpoint, not a model.bin: the model lies beside it, "
+                    "without .train",
+                    path);
+    return 0;
+}
+
+// mamba_load(), with an answer for what is no model.bin. NULL after fail().
+static Model *load_model(const char *path) {
+    return check_model_path(path) ? NULL : mamba_load(path);
 }
 
 // --- text input
@@ -266,7 +400,7 @@ static void session_close(Session *x) {
 static int session_open(Session *x, const char *path, long threads) {
     double start = seconds();
     memset(x, 0, sizeof *x);
-    x->model = mamba_load(path);
+    x->model = load_model(path);
     if (x->model) x->acts = mamba_acts_new(x->model, (int)threads);
     bool gpu = x->acts && mamba_has_gpu() && !backend.cpu;
     bool bad = !x->acts || (gpu && mamba_acts_gpu(x->acts, x->model, backend.float32));
