@@ -130,7 +130,7 @@ static void test_in_memory(const char *name, const char *path) {
 static void test_state_in_memory(void) {
     Session x = test_session("tests/odd.bin", 1);
     const int32_t ids[] = {1, 2, 3, 4, 5};
-    const char *path = scratch("memory-state.bin");
+    const char *path = scratch("format.bin");
     const size_t bytes = mamba_state_bytes(x.model);
     size_t file_bytes = 0;
     unsigned char *to = malloc(bytes);
