@@ -424,7 +424,7 @@ static void dialogues_close(Dialogues *d) {
 }
 
 static int dialogues_set_zero(const Dialogues *d, Gpu *gpu) {
-    return GPU->set_state(gpu, d->zero->conv, d->zero->h, d->zero->logits) ? gpu_failed() : 0;
+    return GPU->set_state(gpu, d->zero->window, d->zero->h, d->zero->logits) ? gpu_failed() : 0;
 }
 
 // 0, or -1 after fail().

@@ -72,7 +72,7 @@ static size_t size_add(size_t a, size_t b) { return b > SIZE_MAX - a ? SIZE_MAX 
 // Zeroed memory aligned for vectors and cache lines; NULL after fail(). Freed by free_aligned().
 static void *alloc_aligned(size_t bytes) {
     const size_t align = 64;
-    char *base = bytes > SIZE_MAX - 2 * align ? NULL : calloc(1, bytes + 2 * align);
+    char *base = bytes > SIZE_MAX - 2 * align ? NULL : memory_zeroed(1, bytes + 2 * align);
     if (!base) {
         fail("out of memory: could not get %zu bytes", bytes);
         return NULL;
@@ -93,7 +93,7 @@ static void free_aligned(void *p) {
     char *base;
     if (!p) return;
     memcpy(&base, (char *)p - sizeof base, sizeof base);
-    free(base);
+    memory_free(base);
 }
 
 static uint32_t u32_at(const unsigned char *p) {
