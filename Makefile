@@ -116,11 +116,13 @@ test test-all: export OMP_WAIT_POLICY = passive
 test: all tests/test_all     ## a fixed sample of every test, under 2 minutes
 	./tests/test_all
 	sh tests/test_cli.sh ./mamba
+	sh tests/test_help.sh ./mamba
 	sh tests/test_train.sh ./mamba
 
 test-all: all tests/test_all debug ## all tests, damaged files also under the sanitizers; minutes
 	./tests/test_all all
 	sh tests/test_cli.sh ./mamba all
+	sh tests/test_help.sh ./mamba
 	sh tests/test_train.sh ./mamba all
 	./tests/test_all-debug
 	./tests/test_all-debug all loader
