@@ -85,16 +85,19 @@
 
    API. Another program includes this file with MAMBA_NO_MAIN defined, as tests/api_example.c does.
    A function that can fail returns NULL or -1 and leaves a sentence in mamba_error().
-     models     mamba_load  mamba_save  mamba_free  mamba_verify  mamba_set_tokenizer
+     models     mamba_load  mamba_load_memory  mamba_save  mamba_free  mamba_verify
+                mamba_set_tokenizer
                 mamba_random_model  mamba_float_copy  mamba_quantize
      texts      mamba_encode  mamba_decode
-     running    mamba_acts_new  mamba_acts_gpu  mamba_acts_free  mamba_default_threads
-                mamba_has_gpu  mamba_gpu_memory
-                mamba_prefill  mamba_step  mamba_step_batch  mamba_selection
+     running    mamba_acts_new  mamba_acts_pieces  mamba_acts_gpu  mamba_acts_free
+                mamba_default_threads  mamba_has_gpu  mamba_gpu_memory
+                mamba_prefill  mamba_step  mamba_step_batch  mamba_selection  mamba_watch
      writing    mamba_sample  mamba_sample_batch  mamba_generate
      scoring    mamba_nll  mamba_evaluate
      states     mamba_state_new  mamba_state_free  mamba_state_copy  mamba_state_reset
-                mamba_state_bytes  mamba_state_save  mamba_state_load
+                mamba_state_bytes  mamba_state_save  mamba_state_load  mamba_state_write
+                mamba_state_read
+     memory     mamba_arena  mamba_arena_used  mamba_release
      training   mamba_trainer_new  mamba_trainer_new_gpu  mamba_trainer_bytes  mamba_trainer_chunk
                 mamba_trainer_resize  mamba_trainer_fetch  mamba_trainer_free  mamba_train_pass
                 mamba_train_step  mamba_checkpoint_save  mamba_checkpoint_load */
@@ -183,7 +186,7 @@ typedef struct Model {
     unsigned char *own_blob;             // NULL: a model from a file, or without a tokenizer
     unsigned char *file;                 // the whole of model.bin, mapped or read
     size_t file_bytes;
-    bool mapped;
+    bool mapped, borrowed; // borrowed: file is memory of the caller's
     void *weights; // where weights are allocated instead of mapped: random and trained models
 } Model;
 #undef DECLARE
@@ -244,6 +247,7 @@ typedef struct GpuBackend {
 #ifndef MAMBA_TYPES_ONLY
 typedef uint16_t half; // the bits of an F16 or BF16 number
 
+#include "files/memory.h"
 #include "files/bytes.h"
 #include "files/random.h"
 #include "files/new_file.h"
@@ -974,6 +978,10 @@ static void scan_backward(const ScanGrad *d, const float *d_y, const Scan *s, co
 // from piece to piece of a long prompt, is State: of each layer h and the window of the
 // convolution. Its size does not depend on how much was read.
 
+// What mamba_watch() calls before the scan of each layer of a pass: s has what the layer selected
+// for each token, seq (B) the states before the first one.
+typedef void LayerWatcher(void *context, int layer, const LayerState *seq, const Scan *s);
+
 // The arrays that a layer writes in a pass over B sequences of L tokens. Prefill and step use one
 // Work for all layers. Training has one for each layer, because the backward pass needs what the
 // forward pass computed.
@@ -993,6 +1001,8 @@ typedef struct Work {
     const int32_t *ids;  // (T) the tokens
     float *selection;    // (T) += the mean of delta over the channels; NULL: not wanted
     int selection_layer; // of this layer; -1: of all layers
+    LayerWatcher *watch; // sees every layer of a pass; NULL: none
+    void *watch_context;
     bool state_only;     // nobody reads the residual stream after the last layer
     bool for_each_layer; // the Work of the next layer follows; else all layers use this one
 } Work;
@@ -1078,6 +1088,11 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
         add_row_means(w->selection, w->delta, w->selection_layer < 0 ? c->n_layer : 1, T, E);
     // y = the scan of u; g = y * silu(z)
     Scan s = {w->u, w->delta, p->A_neg, B_ssm, C_ssm, f32(&p->D_skip), (size_t)P, B, L, E, N};
+    if (w->watch) {
+#pragma omp barrier
+#pragma omp single
+        w->watch(w->watch_context, layer, seq, &s);
+    }
     scan(state_only ? NULL : w->y, seq, &s, w->carry);
     if (state_only) return;
     gate(w->g, w->y, w->xz, rows, E);
@@ -1808,7 +1823,7 @@ int32_t mamba_sample(const Model *m, Acts *a, State *s, const Sampling *how) {
 int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling *how, int32_t *ids,
                        int B) {
     const size_t V = (size_t)m->config.V;
-    assert(B >= 1 && B <= BATCH_MAX && B <= LOGIT_ROWS);
+    assert(B >= 1 && B <= BATCH_MAX && B <= LOGIT_ROWS && B <= a->piece);
     for (int b = 0; b < B; b++)
         if (s[b]->position == 0) return fail("nothing to continue: a state has read no token");
     int team = pass_team(m, a, B);
@@ -1821,7 +1836,7 @@ int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling 
     return 0;
 }
 
-// Text to token ids, malloc'd, for the caller to free. 0, or -1 after fail().
+// Text to token ids, for the caller to free; in an arena by mamba_release. 0, or -1 after fail().
 int mamba_encode(const Model *m, const char *text, size_t bytes, int32_t **ids, size_t *n) {
     if (!m->tokenizer) return fail("this model has no tokenizer");
     return tokenizer_encode(m->tokenizer, text, bytes, ids, n);
@@ -1875,13 +1890,13 @@ typedef struct {
 static int32_t burst_next(Burst *b, const Model *m, Acts *a, State *s, const Sampling *how) {
     if (b->at < b->n) return b->ids[b->at++];
     if (b->n == 0) {
-        unsigned char *allowed = malloc((size_t)m->config.V);
+        unsigned char *allowed = memory_get((size_t)m->config.V);
         if (!allowed) return fail("out of memory: %d tokens", m->config.V);
         for (int v = 0; v < m->config.V; v++)
             allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
         int failed = GPU->generate_start(a->gpu, 1, how, &s->random, s->position, s->recent,
                                          s->n_recent, allowed);
-        free(allowed);
+        memory_free(allowed);
         if (failed) return gpu_failed();
     }
     b->n = b->n ? 32 : 4; // few at first, so that text appears soon
@@ -1896,7 +1911,7 @@ static int32_t burst_next(Burst *b, const Model *m, Acts *a, State *s, const Sam
 // many tokens were written, or -1 after fail().
 long mamba_generate(const Model *m, Acts *a, State *s, Writing *w) {
     const bool bursts = a->gpu && !w->goes_on;
-    unsigned char *text = malloc(m->text_room + 1); // a model without a tokenizer has no text
+    unsigned char *text = memory_get(m->text_room + 1); // a model without a tokenizer has no text
     if (!text) return fail("out of memory: a token of %zu bytes", m->text_room);
     Burst burst = {.n = 0};
     long written = 0;
@@ -1916,7 +1931,7 @@ long mamba_generate(const Model *m, Acts *a, State *s, Writing *w) {
     }
     if (!failed && !w->goes_on && w->ended != ENDED_BY_EMIT)
         w->emit(w->context, -1, text, mamba_decode(m, s, -1, text));
-    free(text);
+    memory_free(text);
     return failed ? -1 : written;
 }
 
@@ -1925,6 +1940,7 @@ long mamba_generate(const Model *m, Acts *a, State *s, Writing *w) {
 
 #ifndef MAMBA_NO_MAIN
 COLD
+#include "cli/help.h"
 #include "cli/options.h"
 #include "cli/output.h"
 #include "cli/selection.h"
@@ -1941,19 +1957,7 @@ COLD_END
 #include "cli/bench.h"
 
 COLD
-static int run_command(int argc, char **argv) {
-    static const struct {
-        const char *name;
-        int (*run)(int, char **);
-    } command[] = {{"info", command_info},        {"tokenize", command_tokenize},
-                   {"eval", command_eval},        {"logits", command_logits},
-                   {"train", command_train},      {"bench", command_bench},
-                   {"quantize", command_quantize}};
-    if (argc > 1 && !strcmp(argv[1], "--version")) return printf("mamba.c %s\n", MAMBA_VERSION), 0;
-    for (int i = 0; i < COUNT(command) && argc > 1; i++)
-        if (!strcmp(argv[1], command[i].name)) return command[i].run(argc - 1, argv + 1);
-    return command_generate(argc, argv);
-}
+#include "cli/commands.h"
 
 #ifndef TESTING
 int main(int argc, char **argv) {
@@ -1961,7 +1965,7 @@ int main(int argc, char **argv) {
     int result = run_command(argc, argv);
     if ((fflush(stdout) || ferror(stdout)) && !result)
         result = fail("stdout: cannot write: %s", strerror(errno));
-    if (result) fprintf(stderr, "mamba: %s\n", error_text);
+    if (result) fprintf(stderr, "mamba: %s\n", *error_text ? error_text : "out of memory");
     return result ? 1 : 0;
 }
 #endif

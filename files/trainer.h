@@ -89,7 +89,7 @@ void mamba_trainer_free(Trainer *tr) {
     free_aligned(tr->moment);
     free_aligned(tr->moment2);
     free_aligned(tr->arena);
-    free(tr);
+    memory_free(tr);
 }
 
 // Passes from now on have B sequences of L tokens. 0, or -1 after fail().
@@ -111,7 +111,7 @@ int mamba_trainer_resize(Trainer *tr, int B, int L) {
 // old until mamba_trainer_fetch. NULL after fail().
 Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, bool float32) {
     if (!GPU) return fail("this build has no GPU backend: make cuda"), NULL;
-    Trainer *tr = calloc(1, sizeof *tr);
+    Trainer *tr = memory_zeroed(1, sizeof *tr);
     if (!tr) return fail("out of memory"), NULL;
     *tr = (Trainer){.model = m, .B = B, .L = L, .threads = 1};
     tr->moment = alloc_aligned(m->tensors_bytes);
@@ -142,7 +142,7 @@ int mamba_trainer_fetch(Trainer *tr, bool store) {
 // each sequence are in memory at a time, with the same gradient up to rounding; 0: all. NULL after
 // fail().
 Trainer *mamba_trainer_new(Model *m, int B, int L, int chunk, int threads) {
-    Trainer *tr = calloc(1, sizeof *tr);
+    Trainer *tr = memory_zeroed(1, sizeof *tr);
     if (!tr) return fail("out of memory"), NULL;
     *tr = (Trainer){
         .model = m, .chunk = chunk, .threads = threads > 0 ? threads : mamba_default_threads()};
