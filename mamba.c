@@ -1926,6 +1926,7 @@ COLD
 #include "cli/inspect.h"
 #include "cli/tasks.h"
 #include "cli/eval.h"
+#include "cli/run_files.h"
 #include "cli/train.h"
 #include "cli/quantize.h"
 COLD_END
