@@ -89,7 +89,8 @@
                 mamba_state_bytes  mamba_state_save  mamba_state_load
      training   mamba_trainer_new  mamba_trainer_new_gpu  mamba_trainer_bytes
                 mamba_trainer_resize  mamba_trainer_fetch  mamba_trainer_free  mamba_train_pass
-                mamba_train_step  mamba_checkpoint_save  mamba_checkpoint_load */
+                mamba_train_step  mamba_checkpoint_save  mamba_checkpoint_load
+                mamba_checkpoint_peek */
 // clang-format on
 
 #include "files/platform.h"
@@ -1924,6 +1925,7 @@ COLD
 #include "cli/session.h"
 #include "cli/command_generate.h"
 #include "cli/inspect.h"
+#include "cli/data.h"
 #include "cli/tasks.h"
 #include "cli/eval.h"
 #include "cli/run_files.h"
