@@ -39,14 +39,17 @@ static const Field CHECKPOINT_FIELDS[] = {
     {"run", 128, FIELD_TEXT, RUN_TEXT, ANY_TEXT, AT(run.text)},
 };
 #undef AT
-// version: 1 has no settings.
-static HeaderFormat checkpoint_format(int version) {
-    return (HeaderFormat){{'m', 'a', 'm', 'b', 'a', '.', 't', '\n'},
-                          version,
-                          CHECKPOINT_HEADER,
-                          "a checkpoint",
-                          CHECKPOINT_FIELDS,
-                          NUMBER_OF(CHECKPOINT_FIELDS)};
+static const HeaderFormat CHECKPOINT_FORMAT = {{'m', 'a', 'm', 'b', 'a', '.', 't', '\n'},
+                                               CHECKPOINT_VERSION,
+                                               CHECKPOINT_HEADER,
+                                               "a checkpoint",
+                                               CHECKPOINT_FIELDS,
+                                               NUMBER_OF(CHECKPOINT_FIELDS)};
+
+static HeaderFormat checkpoint_format(bool settings) {
+    HeaderFormat format = CHECKPOINT_FORMAT;
+    if (!settings) format.version = 1;
+    return format;
 }
 
 // Weights and moments to the order of bytes in files, or back.
@@ -69,7 +72,7 @@ int mamba_checkpoint_save(Trainer *x, const TrainRun *run, const char *path) {
     const Model *m = x->model;
     const size_t bytes = m->tensors_bytes;
     unsigned char header[CHECKPOINT_HEADER], model[HEADER_BYTES];
-    const HeaderFormat format = checkpoint_format(run->settings_bytes ? CHECKPOINT_VERSION : 1);
+    const HeaderFormat format = checkpoint_format(run->settings_bytes > 0);
     if (run->settings_bytes > SETTINGS_MOST)
         return fail("%s: the settings of the run are longer than %d bytes", path, SETTINGS_MOST);
     if (mamba_trainer_fetch(x, false)) return -1;
@@ -121,12 +124,13 @@ static bool same_model(const unsigned char *here, const ModelHeader *stored, con
 // The header h of a checkpoint file, and its settings. 0, or -1 after fail().
 static int read_checkpoint_header(CheckpointHeader *h, const unsigned char *file, size_t size,
                                   const char *path) {
-    const HeaderFormat old = checkpoint_format(1), latest = checkpoint_format(CHECKPOINT_VERSION);
-    if (!header_is(file, size, &latest) ||
-        (!header_version_fits(file, &latest) && !header_version_fits(file, &old)))
+    const HeaderFormat old = checkpoint_format(false);
+    if (!header_is(file, size, &CHECKPOINT_FORMAT) ||
+        (!header_version_fits(file, &CHECKPOINT_FORMAT) && !header_version_fits(file, &old)))
         return fail("%s: not a training checkpoint of this version", path);
-    if (!header_is_whole(file, &latest)) return fail("%s: the checkpoint is damaged", path);
-    header_read(h, &latest, file);
+    if (!header_is_whole(file, &CHECKPOINT_FORMAT))
+        return fail("%s: the checkpoint is damaged", path);
+    header_read(h, &CHECKPOINT_FORMAT, file);
     if (h->settings_bytes > SETTINGS_MOST || h->settings_bytes > size - CHECKPOINT_HEADER ||
         crc32_of(0, file + CHECKPOINT_HEADER, h->settings_bytes) != h->settings_crc)
         return fail("%s: the checkpoint is damaged", path);
