@@ -1949,6 +1949,7 @@ static int run_command(int argc, char **argv) {
 #ifndef TESTING
 int main(int argc, char **argv) {
     prepare_process();
+    argv = program_arguments(&argc, argv);
     int result = run_command(argc, argv);
     if ((fflush(stdout) || ferror(stdout)) && !result)
         result = fail("stdout: cannot write: %s", strerror(errno));
