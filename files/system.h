@@ -92,7 +92,7 @@ static bool set_file_info(FileInfo *to, const struct stat *info) {
                      (uint64_t)info->st_dev, (uint64_t)info->st_ino};
     return true;
 }
-// Whether path leads to something; *to says what.
+// Whether path leads to something, else errno says why; *to says what.
 static bool file_info(const char *path, FileInfo *to) {
     struct stat info;
     return stat(path, &info) == 0 && set_file_info(to, &info);
@@ -123,7 +123,8 @@ static bool file_info(const char *path, FileInfo *to) {
     if (!name) return false;
     HANDLE file = CreateFileW(name, 0, share, NULL, OPEN_EXISTING, FILE_FLAG_BACKUP_SEMANTICS, 0);
     bool known = handle_info(file, to);
-    if (file != INVALID_HANDLE_VALUE) CloseHandle(file);
+    if (file == INVALID_HANDLE_VALUE) windows_failed();
+    else CloseHandle(file);
     free(name);
     return known;
 }
@@ -137,6 +138,7 @@ static bool stream_info(int fd, FileInfo *to) {
 static bool file_info(const char *path, FileInfo *to) {
     (void)path;
     *to = (FileInfo){0};
+    errno = ENOENT;
     return false;
 }
 static bool stream_info(int fd, FileInfo *to) {
@@ -164,8 +166,8 @@ static char *file_name_in(char *path) {
 static int replace_file(const char *from, const char *to) {
 #ifdef _WIN32
     wchar_t *old = wide_text(from), *new = wide_text(to);
-    bool good = old && new &&
-                MoveFileExW(old, new, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
+    bool good =
+        old && new && MoveFileExW(old, new, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
     if (old && new && !good) windows_failed();
     free(old);
     free(new);
@@ -296,13 +298,17 @@ static int possible_threads(int wanted) {
     pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     pthread_t *thread = wanted > 1 ? malloc((size_t)wanted * sizeof *thread) : NULL;
     int n = 1;
+    if (wanted < 2) return wanted;
     if (!thread) return 1;
     pthread_mutex_lock(&lock); // all at once: a thread that has ended takes no room
     while (n < wanted && pthread_create(&thread[n], NULL, thread_waits, &lock) == 0) n++;
     pthread_mutex_unlock(&lock);
     for (int i = 1; i < n; i++) pthread_join(thread[i], NULL);
     free(thread);
-    return n == wanted || n == 1 ? n : n / 2;
+    if (n == wanted) return n;
+    n = n > 1 ? n / 2 : 1;
+    omp_set_num_threads(n);
+    return n;
 }
 #else
 static int possible_threads(int wanted) { return wanted; }
