@@ -1060,7 +1060,9 @@ static int encode_between(Encoder *e, const unsigned char *s, size_t n, bool nor
 static bool space_at(const Tokenizer *t, const unsigned char *p) {
     return next_class(t, &p) & SPACE;
 }
-static bool word_at(const Tokenizer *t, const unsigned char *p) { return next_class(t, &p) & IN_WORD; }
+static bool word_at(const Tokenizer *t, const unsigned char *p) {
+    return next_class(t, &p) & IN_WORD;
+}
 
 // Cuts a text at its added tokens: raw text, or with `normalized` text after NFC.
 static int encode_section(Encoder *e, const unsigned char *s, size_t n, bool normalized) {
