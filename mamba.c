@@ -100,7 +100,8 @@
      memory     mamba_arena  mamba_arena_used  mamba_release
      training   mamba_trainer_new  mamba_trainer_new_gpu  mamba_trainer_bytes
                 mamba_trainer_resize  mamba_trainer_fetch  mamba_trainer_free  mamba_train_pass
-                mamba_train_step  mamba_checkpoint_save  mamba_checkpoint_load */
+                mamba_train_step  mamba_checkpoint_save  mamba_checkpoint_load
+                mamba_checkpoint_peek */
 // clang-format on
 
 #include "files/platform.h"
@@ -1887,8 +1888,10 @@ COLD
 #include "cli/session.h"
 #include "cli/command_generate.h"
 #include "cli/inspect.h"
+#include "cli/data.h"
 #include "cli/tasks.h"
 #include "cli/eval.h"
+#include "cli/run_files.h"
 #include "cli/train.h"
 #include "cli/quantize.h"
 COLD_END
