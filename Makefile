@@ -39,7 +39,8 @@ endif
 # 32-bit x86 has two floating-point units; the older one keeps sums in a wider format.
 FLOAT_PROGRAM = \043include <float.h>\n\043if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16\n\
 \043error wide\n\043endif\nint main(void) { return 0; }\n
-FLOATS := $(if $(call try,$(ARCH),$(FLOAT_PROGRAM)),,$(call try,-msse2 -mfpmath=sse,$(FLOAT_PROGRAM)))
+FLOATS := $(if $(call try,$(ARCH),$(FLOAT_PROGRAM)),,\
+             $(call try,-msse2 -mfpmath=sse,$(FLOAT_PROGRAM)))
 # Threads; OPENMP= on the command line builds without.
 OPENMP := $(call try,-fopenmp,$(OPENMP_PROGRAM))
 ifeq ($(OPENMP),)

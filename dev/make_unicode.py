@@ -138,7 +138,7 @@ def probe_normalizer(table):
     return entries, rank_of
 
 
-def literal(name, comment, text, width=94, lines_of_piece=42):
+def literal(name, comment, text, width=93, lines_of_piece=43):
     """A string of at most 4095 characters for each piece: C11 promises no more. The NUL after a
     piece means nothing."""
     lines = [text[i:i + width] for i in range(0, len(text), width)]
