@@ -131,6 +131,7 @@ test-all: all tests/test_all debug ## all tests, damaged files also under the sa
 PYTHON ?= python3
 test-export: all             ## tests of export.py, and of the tokenizer against the library
 	$(PYTHON) tests/test_export.py
+	$(PYTHON) tests/test_checkpoints.py
 	$(PYTHON) tests/test_tokenizer.py --command ./mamba
 
 SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
