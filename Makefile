@@ -180,8 +180,8 @@ uninstall:                   ## remove what `make install` wrote
 	    '$(PLACES)/share/bash-completion/completions/mamba'
 
 CLANG_FORMAT ?= clang-format
-LINTED = $(filter-out mamba_single.c,$(wildcard *.c *.cu $(foreach d,cpu files cli lib cuda tests dev,\
-           $(d)/*.c $(d)/*.h $(d)/*.cu $(d)/*.cuh)))
+LINTED = $(filter-out mamba_single.c,$(wildcard *.c *.cu \
+           $(foreach d,cpu files cli lib cuda tests dev,$(d)/*.c $(d)/*.h $(d)/*.cu $(d)/*.cuh)))
 lint:                        ## the layout of the sources: clang-format 19.1.7, lines to 100 columns
 	@$(CLANG_FORMAT) --version | grep -q ' 19\.1\.' || \
 	 echo "lint: made for clang-format 19.1.7; others differ (pip install clang-format==19.1.7)" >&2
