@@ -50,6 +50,8 @@ __declspec(dllimport) wchar_t **__stdcall CommandLineToArgvW(const wchar_t *, in
 #ifdef MAMBA_POSIX
 #include <pthread.h>
 #endif
+#elif defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wunknown-pragmas" // without OpenMP its pragmas mean nothing
 #endif
 
 #define MAMBA_VERSION "0.1"
