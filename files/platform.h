@@ -19,6 +19,7 @@
 #include <time.h>
 #if defined(__unix__) || defined(__APPLE__)
 #define MAMBA_POSIX 1
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -31,6 +32,8 @@
 #endif
 #ifdef _OPENMP
 #include <omp.h>
+#elif defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wunknown-pragmas" // without OpenMP its pragmas mean nothing
 #endif
 
 #define MAMBA_VERSION "0.1"
