@@ -51,8 +51,8 @@ ifeq ($(OPENMP),)
 WARNINGS += -Wno-unknown-pragmas
 endif
 
-.PHONY: all cuda test-cuda run test test-all test-export test-lib debug plain single lib install \
-        uninstall lint portable bench clean help findings
+.PHONY: all cuda test-cuda run test test-all test-export test-lib test-web debug plain single lib \
+        install uninstall lint portable web bench clean help findings
 
 all: findings mamba          ## build ./mamba
 
@@ -186,13 +186,29 @@ uninstall:                   ## remove what `make install` wrote
 
 CLANG_FORMAT ?= clang-format
 LINTED = $(filter-out mamba_single.c,$(wildcard *.c *.cu \
-           $(foreach d,cpu files cli lib cuda tests dev,$(d)/*.c $(d)/*.h $(d)/*.cu $(d)/*.cuh)))
+           $(foreach d,cpu files cli lib cuda tests dev web,\
+           $(d)/*.c $(d)/*.h $(d)/*.cu $(d)/*.cuh)))
 lint:                        ## the layout of the sources: clang-format 19.1.7, lines to 100 columns
 	@$(CLANG_FORMAT) --version | grep -q ' 19\.1\.' || \
 	 echo "lint: made for clang-format 19.1.7; others differ (pip install clang-format==19.1.7)" >&2
 	$(CLANG_FORMAT) --dry-run -Werror $(LINTED)
 	@awk 'length($$0) > 100 { print FILENAME ":" FNR ": " length($$0) " columns"; bad = 1 } \
 	      END { exit bad }' $(LINTED) Makefile .ci/run dev/single.awk
+
+EMCC ?= emcc
+WEB_FLAGS = -O3 -msimd128 -fno-math-errno $(WARNINGS) -Wno-unknown-pragmas -sSTANDALONE_WASM \
+            --no-entry -sALLOW_MEMORY_GROWTH -sMAXIMUM_MEMORY=4GB
+WEB_PAGE = $(addprefix web/,index.html page.css page.js worker.js)
+web: web/site/mamba.wasm     ## web/site, a page that runs the models: doc/WEB.md (emscripten)
+	cp $(WEB_PAGE) models/story.bin models/copying.bin web/site
+	@echo "web/site is ready for any web server: python3 -m http.server -d web/site"
+
+test-web: all web            ## web/site in a headless Chromium, against ./mamba
+	$(PYTHON) tests/test_web.py
+
+web/site/mamba.wasm: web/mamba_web.c $(SOURCES)
+	mkdir -p web/site
+	$(EMCC) $(WEB_FLAGS) $< -o $@
 
 portable:                    ## ./mamba for any processor of this kind: no -march=native
 	$(MAKE) ARCH= all
@@ -206,6 +222,7 @@ clean:                       ## remove what was built
 	rm -f mamba mamba-debug mamba-plain mamba_single.c mamba_cuda.o .flags \
 	    lib/library.o libmamba.a libmamba.so \
 	    tests/test_all tests/test_all-debug tests/test_all-plain
+	rm -rf web/site
 
 help:                        ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
