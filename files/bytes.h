@@ -154,8 +154,13 @@ static uint32_t crc32_of(uint32_t crc, const void *data, size_t bytes) {
     return ~crc;
 }
 
-// A file in memory: mapped, read-only, where the platform can; else read (big-endian hosts too,
-// which swap it in place).
+// Files up to this size are read, and may then be overwritten while they are used. Larger ones are
+// mapped: that takes no time and no memory, but the file must stay as it is.
+enum { READ_WHOLE = 32 << 20 };
+
+// A file in memory: read, or mapped, read-only, where it is large and the platform can (big-endian
+// hosts cannot: they swap it in place). An arena has no room to waste: there small files are mapped
+// too.
 static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
     *mapped = false;
 #ifdef MAMBA_POSIX
@@ -172,7 +177,8 @@ static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
     }
     *bytes = (size_t)info.st_size;
     bool fits = *bytes > 0 && (uintmax_t)info.st_size <= SIZE_MAX / 2;
-    if (fits && host_is_little_endian()) {
+    bool maps = *bytes > READ_WHOLE || arena.base;
+    if (fits && maps && host_is_little_endian()) {
         void *p = mmap(NULL, *bytes, PROT_READ, MAP_PRIVATE, fd, 0);
         if (p != MAP_FAILED) {
             close(fd);
