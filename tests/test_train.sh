@@ -243,6 +243,7 @@ while [ $k -lt $kills ]; do
     cmp -s killed.bin whole.bin || { wrong=$((wrong + 1)); cat err; }
     k=$((k + 1))
 done
+rm -f killed.bin.*.tmp # of the last one, where it was killed while it saved
 [ $wrong -eq 0 ] && ok "killed $kills times anywhere, always the same bits in the end" \
     || bad "killed $kills times" "$wrong times other bits"
 
