@@ -254,8 +254,11 @@ static int check_model_path(const char *path) {
     return 0;
 }
 
+static const char *volatile running_model; // its path, for on_lost_file()
+
 // mamba_load(), with an answer for what is no model.bin. NULL after fail().
 static Model *load_model(const char *path) {
+    running_model = path;
     return check_model_path(path) ? NULL : mamba_load(path);
 }
 
@@ -315,8 +318,7 @@ static double peak_megabytes(void) { // 0 where the platform does not say
 #endif
 }
 
-// Ends the program as the signal does by default, after removing unfinished files.
-static void on_kill(int number) {
+static void remove_temporaries(void) {
     for (int i = 0; i < TEMPORARIES; i++) {
         const char *name = temporaries[i];
 #ifdef MAMBA_POSIX
@@ -325,6 +327,11 @@ static void on_kill(int number) {
         if (name) remove(name);
 #endif
     }
+}
+
+// Ends the program as the signal does by default, after removing unfinished files.
+static void on_kill(int number) {
+    remove_temporaries();
     signal(number, SIG_DFL);
     raise(number);
 }
@@ -346,6 +353,20 @@ static UNUSED int take_level(int *argc, char **argv) {
     }
     return 0;
 }
+
+#if defined(SIGBUS) && defined(MAMBA_POSIX)
+// A mapped file has lost its end, or its disk failed: a read of the weights ends here.
+static void on_lost_file(int number) {
+    const char *const part[] = {"mamba: ", running_model ? running_model : "a file",
+                                ": cut short while it was in use, or its disk failed: the run ends "
+                                "here. Replace a model with mv, not with cp, while it runs\n"};
+    (void)number;
+    for (int i = 0; i < COUNT(part); i++)
+        if (write(STDERR_FILENO, part[i], strlen(part[i])) < 0) break;
+    remove_temporaries();
+    _exit(1);
+}
+#endif
 
 static volatile sig_atomic_t interrupted;
 
@@ -369,9 +390,21 @@ static void catch_interrupt_reading(void) {
 #endif
 }
 
+// A standard stream that is closed gets the null device, so that no file that is opened later takes
+// its place, and progress lines never go into a model. Reads of stdin and writes of stdout fail
+// there, with a sentence; what goes to stderr is lost, as was asked for.
+static void open_standard_streams(void) {
+#ifdef MAMBA_POSIX
+    for (int fd = 0; fd <= 2; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 1 ? O_RDONLY : O_WRONLY) != fd)
+            _exit(1); // there is nowhere to say why
+#endif
+}
+
 // At the start of main. Signals that end the process remove its temporaries first, and the standard
 // streams carry bytes.
 static UNUSED void prepare_process(void) {
+    open_standard_streams();
     static const int deadly[] = {
         SIGINT,
         SIGTERM,
@@ -381,6 +414,9 @@ static UNUSED void prepare_process(void) {
     };
     for (int i = 0; i < COUNT(deadly); i++)
         if (signal(deadly[i], on_kill) == SIG_IGN) signal(deadly[i], SIG_IGN); // nohup
+#if defined(SIGBUS) && defined(MAMBA_POSIX)
+    signal(SIGBUS, on_lost_file);
+#endif
 #ifdef SIGXFSZ
     signal(SIGXFSZ, SIG_IGN); // a file beyond `ulimit -f` is a failed write, which gets a sentence
 #endif

@@ -156,8 +156,13 @@ static uint32_t crc32_of(uint32_t crc, const void *data, size_t bytes) {
     return ~crc;
 }
 
-// A file in memory: mapped, read-only, where the platform can; else read (big-endian hosts too,
-// which swap it in place).
+// Files up to this size are read, and may then be overwritten while they are used. Larger ones are
+// mapped: that takes no time and no memory, but the file must stay as it is.
+enum { READ_WHOLE = 32 << 20 };
+
+// A file in memory: read, or mapped, read-only, where it is large and the platform can (big-endian
+// hosts cannot: they swap it in place). An arena has no room to waste: there small files are mapped
+// too.
 static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
     FileInfo info = {.regular = true};
     *mapped = false;
@@ -166,10 +171,11 @@ static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
         return NULL;
     }
     void *map = host_is_little_endian() ? map_file(path, bytes) : NULL;
-    if (map) {
+    if (map && (*bytes > READ_WHOLE || arena.base)) {
         *mapped = true;
         return map;
     }
+    if (map) unmap_file(map, *bytes);
     FILE *f = fopen(path, "rb");
     if (!f) {
         fail("%s: %s", path, strerror(errno));

@@ -148,8 +148,8 @@ static bool stream_info(int fd, FileInfo *to) {
 }
 #endif
 
-// Where the name of the file begins in path, after its folder.
-static char *file_name_in(char *path) {
+// Where the name of the file begins in path, after its folder. Only cli/ asks.
+UNUSED static char *file_name_in(char *path) {
     char *name = path;
     for (char *p = path; *p; p++) {
 #ifdef _WIN32
