@@ -66,21 +66,17 @@ static bool is_separator(char c) { return c && strchr(" \t\r\n,", c); }
 // Prints the text of one token after the bytes that pending holds. 0, or -1 after fail().
 static int print_token(const Tokenizer *t, int id, Utf8Pending *pending) {
     size_t n;
-    const unsigned char *token = tokenizer_token(t, id, &n);
-    if (tokenizer_is_bytes(t)) {
-        fwrite(token, 1, n, stdout);
-        return 0;
-    }
+    tokenizer_token(t, id, &n);
     unsigned char *out = malloc(3 * (n + PENDING)); // each byte may become a U+FFFD
     if (!out) return fail("out of memory: a token of %zu bytes", n);
-    fwrite(out, 1, utf8_push(pending, token, n, out), stdout);
+    fwrite(out, 1, tokenizer_decode(t, pending, id, out), stdout);
     free(out);
     return 0;
 }
 
 // text: a NUL follows its bytes. 0, or -1 after fail().
 static int print_decoded(const Tokenizer *t, const char *text, size_t bytes) {
-    Utf8Pending pending = {.n = 0};
+    Utf8Pending pending = {.at_start = true};
     const char *end = text + bytes;
     for (const char *p = text;;) {
         while (p < end && is_separator(*p)) p++;
@@ -98,14 +94,14 @@ static int print_decoded(const Tokenizer *t, const char *text, size_t bytes) {
         p = stop;
     }
     unsigned char out[3 * PENDING];
-    fwrite(out, 1, utf8_flush(&pending, out), stdout);
+    fwrite(out, 1, utf8_flush(t, &pending, out), stdout);
     return 0;
 }
 
 static int print_ids(const Tokenizer *t, const char *text, size_t bytes) {
     int32_t *ids = NULL;
     size_t n = 0;
-    if (tokenizer_encode(t, text, bytes, &ids, &n)) return -1;
+    if (tokenizer_encode(t, &(TextPiece){text, bytes, true}, 1, &ids, &n)) return -1;
     for (size_t i = 0; i < n; i++) printf("%d\n", (int)ids[i]);
     free(ids);
     return 0;
