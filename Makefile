@@ -116,11 +116,13 @@ test test-all: export OMP_WAIT_POLICY = passive
 test: all tests/test_all     ## a fixed sample of every test, under 2 minutes
 	./tests/test_all
 	sh tests/test_cli.sh ./mamba
+	sh tests/test_help.sh ./mamba
 	sh tests/test_train.sh ./mamba
 
 test-all: all tests/test_all debug ## all tests, damaged files also under the sanitizers; minutes
 	./tests/test_all all
 	sh tests/test_cli.sh ./mamba all
+	sh tests/test_help.sh ./mamba
 	sh tests/test_train.sh ./mamba all
 	./tests/test_all-debug
 	./tests/test_all-debug all loader
@@ -129,6 +131,7 @@ test-all: all tests/test_all debug ## all tests, damaged files also under the sa
 PYTHON ?= python3
 test-export: all             ## tests of export.py, and of the tokenizer against the library
 	$(PYTHON) tests/test_export.py
+	$(PYTHON) tests/test_checkpoints.py
 	$(PYTHON) tests/test_tokenizer.py --command ./mamba
 
 SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all

@@ -7,7 +7,7 @@
 // What it is not: a trainer (see dev/train_bpe.py). It knows no other model, normalizer or
 // pre-tokenizer. export.py refuses a tokenizer that cannot be reproduced exactly.
 //
-// mamba.c includes this file. Before it, mamba.c defines fail() and u32_at().
+// mamba.c includes this file. Before it come fail(), u32_at() and files/memory.h.
 //
 // A text goes through five steps. Only the ids are kept for the whole text.
 //   1. Added tokens cut the raw text.
@@ -301,7 +301,7 @@ static bool open_classes(Tokenizer *t) {
     for (uint32_t p = 0; p < 0x1100; p++) {
         if (n_pages == capacity) {
             capacity += 128;
-            unsigned char *grown = realloc(t->classes, capacity * 256);
+            unsigned char *grown = memory_grow(t->classes, capacity * 256);
             if (grown == NULL) return false;
             t->classes = grown;
         }
@@ -327,9 +327,9 @@ static bool open_classes(Tokenizer *t) {
 }
 
 static bool open_normalizer(Tokenizer *t) {
-    t->order = malloc(N_ORDERS * sizeof *t->order);
-    t->part = malloc(N_PARTS * sizeof *t->part);
-    t->compose = malloc(N_PAIRS * sizeof *t->compose);
+    t->order = memory_get(N_ORDERS * sizeof *t->order);
+    t->part = memory_get(N_PARTS * sizeof *t->part);
+    t->compose = memory_get(N_PAIRS * sizeof *t->compose);
     if (!t->order || !t->part || !t->compose) return false;
     uint32_t c = 0, a = 0, b = 0;
     for (const char *text = unicode_orders; *text; t->n_order++) {
@@ -391,7 +391,7 @@ typedef struct {
 static int scratch_fit(Scratch *s, size_t bytes) {
     if (bytes <= s->bytes) return 0;
     size_t room = bytes + s->bytes / 2;
-    void *grown = realloc(s->data, room);
+    void *grown = memory_grow(s->data, room);
     if (grown == NULL) return fail("tokenizer: out of memory (%zu bytes)", room);
     s->data = grown;
     s->bytes = room;
@@ -401,7 +401,7 @@ static int scratch_fit(Scratch *s, size_t bytes) {
 static int push_ids(Encoder *e, const int32_t *ids, size_t n) {
     if (e->capacity - e->n_ids < n) {
         size_t room = e->capacity + e->capacity / 2 + n + 16;
-        int32_t *grown = realloc(e->ids, room * sizeof *grown);
+        int32_t *grown = memory_grow(e->ids, room * sizeof *grown);
         if (grown == NULL) return fail("tokenizer: out of memory (%zu ids)", room);
         e->ids = grown;
         e->capacity = room;
@@ -411,15 +411,15 @@ static int push_ids(Encoder *e, const int32_t *ids, size_t n) {
 }
 
 static void encoder_free(Encoder *e) {
-    free(e->cache);
-    free(e->normal.data);
-    free(e->spaced.data);
-    free(e->prefixed.data);
-    free(e->normal_user.data);
-    free(e->spaced_user.data);
-    free(e->span.data);
-    free(e->sorted.data);
-    free(e->long_word.data);
+    memory_free(e->cache);
+    memory_free(e->normal.data);
+    memory_free(e->spaced.data);
+    memory_free(e->prefixed.data);
+    memory_free(e->normal_user.data);
+    memory_free(e->spaced_user.data);
+    memory_free(e->span.data);
+    memory_free(e->sorted.data);
+    memory_free(e->long_word.data);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -673,7 +673,7 @@ static bool token_is_good(const Tokenizer *t, uint32_t id) {
 static int open_tokens(Tokenizer *t, size_t bytes, size_t *at) {
     if (t->n_ids == 0 || t->n_ids > (bytes - *at) / 4)
         return fail("tokenizer: %u ids do not fit its %zu bytes", t->n_ids, bytes);
-    t->token_at = malloc(t->n_ids * sizeof *t->token_at);
+    t->token_at = memory_get(t->n_ids * sizeof *t->token_at);
     if (t->token_at == NULL) return fail("tokenizer: out of memory");
     for (uint32_t id = 0; id < t->n_ids; id++) {
         if (bytes - *at < 4) return fail("tokenizer: it ends within the token of id %u", id);
@@ -726,7 +726,7 @@ static int open_merges(Tokenizer *t, size_t bytes, size_t *at) {
     t->pair_bits = 4;
     while (((size_t)1 << t->pair_bits) < 2 * (size_t)t->n_merges) t->pair_bits++;
     size_t slots = (size_t)1 << t->pair_bits;
-    t->pair = malloc(slots * sizeof *t->pair);
+    t->pair = memory_get(slots * sizeof *t->pair);
     if (t->pair == NULL) return fail("tokenizer: out of memory");
     for (size_t i = 0; i < slots; i++) t->pair[i].rank = UINT32_MAX;
     t->merges = t->blob + *at;
@@ -762,7 +762,7 @@ static int trie_add(Trie *trie, const unsigned char *s, size_t n, uint32_t added
     uint32_t at = 0;
     if (trie->capacity - trie->n < n + 1) {
         size_t room = trie->capacity + trie->capacity / 2 + n + 1;
-        TrieNode *grown = realloc(trie->node, room * sizeof *grown);
+        TrieNode *grown = memory_grow(trie->node, room * sizeof *grown);
         if (grown == NULL) return fail("tokenizer: out of memory");
         trie->node = grown;
         trie->capacity = (uint32_t)room;
@@ -832,7 +832,7 @@ static int open_added(Tokenizer *t, size_t bytes, size_t *at) {
     int status = 0;
     if (t->n_added > (bytes - *at) / 12 || bytes - *at > ADDED_MAX_BYTES)
         return fail("tokenizer: %u added tokens in %zu bytes", t->n_added, bytes - *at);
-    t->added = malloc((t->n_added + 1) * sizeof *t->added);
+    t->added = memory_get((t->n_added + 1) * sizeof *t->added);
     if (t->added == NULL) return fail("tokenizer: out of memory");
     for (uint32_t i = 0; i < t->n_added && status == 0; i++) {
         const unsigned char *p = t->blob + *at, *s;
@@ -855,17 +855,17 @@ static int open_added(Tokenizer *t, size_t bytes, size_t *at) {
 
 static void tokenizer_close(Tokenizer *t) {
     if (t == NULL) return;
-    free(t->token_at);
-    free(t->pair);
-    free(t->by_bytes);
-    free(t->added);
-    free(t->raw.node);
-    free(t->normalized.node);
-    free(t->classes);
-    free(t->order);
-    free(t->part);
-    free(t->compose);
-    free(t);
+    memory_free(t->token_at);
+    memory_free(t->pair);
+    memory_free(t->by_bytes);
+    memory_free(t->added);
+    memory_free(t->raw.node);
+    memory_free(t->normalized.node);
+    memory_free(t->classes);
+    memory_free(t->order);
+    memory_free(t->part);
+    memory_free(t->compose);
+    memory_free(t);
 }
 
 static int tokenizer_size(const Tokenizer *t) { return (int)t->n_ids; }
@@ -917,10 +917,10 @@ static int open_by_bytes(Tokenizer *t) {
     t->by_bytes_bits = 4;
     while (((size_t)1 << t->by_bytes_bits) < 2 * (size_t)t->n_ids) t->by_bytes_bits++;
     size_t slots = (size_t)1 << t->by_bytes_bits;
-    unsigned char *outside = calloc(t->n_ids, 1);
-    t->by_bytes = malloc(slots * sizeof *t->by_bytes);
+    unsigned char *outside = memory_zeroed(t->n_ids, 1);
+    t->by_bytes = memory_get(slots * sizeof *t->by_bytes);
     if (t->by_bytes == NULL || outside == NULL) {
-        free(outside);
+        memory_free(outside);
         return fail("tokenizer: out of memory");
     }
     memset(t->by_bytes, 0xFF, slots * sizeof *t->by_bytes);
@@ -940,7 +940,7 @@ static int open_by_bytes(Tokenizer *t) {
             status = fail("tokenizer: id %u collides with too many", id);
         else *slot = id;
     }
-    free(outside);
+    memory_free(outside);
     for (unsigned char c = 0; c < 128 && status == 0; c++) t->ascii[c] = find_token(t, &c, 1);
     return status;
 }
@@ -1038,7 +1038,7 @@ static Tokenizer *tokenizer_open(const unsigned char *blob, size_t bytes) {
         fail("tokenizer: version %u, this program reads 1 and 2", u32_at(blob + 4));
         return NULL;
     }
-    Tokenizer *t = calloc(1, sizeof *t);
+    Tokenizer *t = memory_zeroed(1, sizeof *t);
     if (t == NULL) {
         fail("tokenizer: out of memory");
         return NULL;
@@ -1562,7 +1562,7 @@ static int encode_marked(const Tokenizer *t, const unsigned char *s, const unsig
     if (good != bytes)
         return fail("the text is not UTF-8 at byte %zu (a bytes tokenizer takes anything)", good);
     e.capacity = (t->kind == TOKENIZER_BYTES ? bytes : bytes / 4) + 16;
-    e.ids = malloc(e.capacity * sizeof *e.ids);
+    e.ids = memory_get(e.capacity * sizeof *e.ids);
     if (e.ids == NULL) return fail("tokenizer: out of memory (%zu ids)", e.capacity);
     int status = 0;
     if (t->kind == TOKENIZER_BYTES) {
@@ -1575,12 +1575,12 @@ static int encode_marked(const Tokenizer *t, const unsigned char *s, const unsig
         e.n_ids = bytes;
     } else if (bytes > 0) {
         if (bytes >= CACHE_FROM) // without memory for it, encoding is only slower
-            e.cache = calloc(CACHE_SLOTS, sizeof *e.cache);
+            e.cache = memory_zeroed(CACHE_SLOTS, sizeof *e.cache);
         status = encode_section(&e, s, user, bytes, false);
     }
     encoder_free(&e);
     if (status < 0) {
-        free(e.ids);
+        memory_free(e.ids);
         return -1;
     }
     *ids = e.ids;
@@ -1606,14 +1606,14 @@ static int tokenizer_encode(const Tokenizer *t, const TextPiece *piece, size_t n
         if (piece[i].bytes > SIZE_MAX / 64 - bytes) return fail("a text is too long");
         bytes += piece[i].bytes;
     }
-    unsigned char *text = malloc(2 * bytes + 1); // and its marks
+    unsigned char *text = memory_get(2 * bytes + 1); // and its marks
     if (text == NULL) return fail("tokenizer: out of memory (%zu bytes)", bytes);
     for (size_t i = 0; i < n_pieces; at += piece[i++].bytes) {
         if (piece[i].bytes) memcpy(text + at, piece[i].text, piece[i].bytes);
         memset(text + bytes + at, !piece[i].special, piece[i].bytes);
     }
     int status = encode_marked(t, text, text + bytes, bytes, ids, n_ids);
-    free(text);
+    memory_free(text);
     return status;
 }
 

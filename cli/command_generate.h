@@ -5,13 +5,11 @@
 
 // clang-format off
 static const char GENERATE_USAGE[] =
-    "mamba.c " MAMBA_VERSION ": the Mamba language model in one C file\n"
-    "\n"
-    "  mamba model.bin \"prompt\" [options]   go on with a text; prompt - reads it from stdin,\n"
-    "                                       \"\" starts a new text\n"
-    "  mamba model.bin [options]            interactive session, the state carries on from line\n"
-    "                                       to line\n"
-    "  mamba info | tokenize | eval | logits | train | bench | quantize --help\n";
+    "mamba model.bin \"prompt\" [options]   go on with a text; prompt - reads it from stdin,\n"
+    "                                     \"\" starts a new text\n"
+    "mamba model.bin [options]            interactive session, the state carries on from line\n"
+    "                                     to line\n"
+    "mamba help                           the other commands\n";
 // clang-format on
 
 enum { HELPED = -2 };
@@ -57,19 +55,35 @@ static int generate_options(GenerateOptions *o, int argc, char **argv, const cha
         OPTION_TEXT("--load-state", "FILE", &o->load, "start from a saved state"),
     };
     // clang-format on
-    if (argc < 2 || wants_help(argc, argv)) {
+    if (wants_help(argc, argv, options, COUNT(options))) {
         print_help(GENERATE_USAGE, options, COUNT(options));
-        if (argc >= 2) return HELPED;
-        return fail("a model.bin is needed, for example: "
-                    "mamba models/tales.bin \"Once upon a time\"");
+        return HELPED;
     }
     return parse_options(argc, argv, options, COUNT(options), rest, 2);
+}
+
+static bool can_read(const char *path) {
+    FILE *f = *path ? fopen(path, "rb") : NULL;
+    if (f) fclose(f);
+    return f != NULL;
+}
+
+// Whether the first argument can be a model and not the prompt. rest: model and prompt, n of them.
+// 0, or -1 after fail().
+static int check_first(const char *const *rest, int n) {
+    const char *first = n ? rest[0] : NULL;
+    if (!first || can_read(first)) return 0;
+    if (n == 2 && can_read(rest[1]))
+        return fail("the model comes before the prompt: mamba %s \"%s\"", rest[1], first);
+    if (!*first || strchr(first, ' ') || strchr(first, '\n'))
+        return fail("the model comes before the prompt: mamba models/story.bin \"%s\"", first);
+    return 0;
 }
 
 // Options that do not go together. rest: model and prompt, n of them. 0, or -1 after fail().
 static int check_generate(const GenerateOptions *o, const char *const *rest, int n, bool several) {
     const char *option = o->batch ? "--batch" : "--samples";
-    if (n == 0) return fail("a model.bin is needed");
+    if (n == 0) return fail("a model.bin is needed: mamba models/story.bin \"Once upon a time\"");
     if (o->show_selection && n == 1) return fail("--show-selection needs a prompt");
     if (o->batch && n == 2)
         return fail("--batch takes the prompts from %s: '%s' is one too many", o->batch, rest[1]);
@@ -125,6 +139,7 @@ static int command_generate(int argc, char **argv) {
                          .threads = mamba_default_threads()};
     int n = generate_options(&o, argc, argv, rest);
     if (n < 0) return n == HELPED ? 0 : -1;
+    if (check_first(rest, n)) return -1;
     if (o.show_selection) backend.cpu = true; // a GPU does not tell delta
     const bool several = o.batch || o.samples > 1;
     if (check_generate(&o, rest, n, several)) return -1;

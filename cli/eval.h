@@ -289,7 +289,8 @@ static int command_eval(int argc, char **argv) {
     };
     // clang-format on
     const char *rest[2];
-    if (wants_help(argc, argv)) return print_help(EVAL_USAGE, options, COUNT(options));
+    if (wants_help(argc, argv, options, COUNT(options)))
+        return print_help(EVAL_USAGE, options, COUNT(options));
     int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
     if (n < 0 || parse_task(o.task_name, &o.task) || check_eval(&o, n)) return -1;
     if (o.samples == 0) o.samples = default_samples(o.length);

@@ -332,10 +332,11 @@ typedef struct {
 static int open_vocabulary(Vocabulary *v, const TrainOptions *o) {
     *v = (Vocabulary){.V = o->task_name ? TASK_VOCAB : 256};
     if (o->task_name || !strcmp(o->tokenizer, "bytes")) return 0;
+    if (check_is_file(o->tokenizer)) return -1;
     v->file = file_map(o->tokenizer, &v->file_bytes, &v->mapped);
     if (!v->file) return -1;
     if (v->file_bytes >= 4 && memcmp(v->file, "mtok", 4)) {
-        v->model = mamba_load(o->tokenizer);
+        v->model = load_model(o->tokenizer);
         if (!v->model) return -1;
         v->V = tokenizer_size(v->model->tokenizer);
         v->blob = v->model->tokenizer_blob;
@@ -391,7 +392,7 @@ static Model *new_model(const TrainOptions *o, const Vocabulary *v) {
 static int open_train_model(Training *t) {
     const TrainOptions *o = t->o;
     if (o->from) {
-        Model *source = mamba_load(o->from);
+        Model *source = load_model(o->from);
         if (source) t->model = mamba_float_copy(source);
         mamba_free(source);
         return t->model ? 0 : -1;
@@ -612,7 +613,8 @@ static int command_train(int argc, char **argv) {
     };
     // clang-format on
     const char *rest[1];
-    if (wants_help(argc, argv)) return print_help(TRAIN_USAGE, options, COUNT(options));
+    if (wants_help(argc, argv, options, COUNT(options)))
+        return print_help(TRAIN_USAGE, options, COUNT(options));
     int n = parse_options(argc, argv, options, COUNT(options), rest, 0);
     if (n < 0) return -1;
     if (check_train_options(&o)) return -1;

@@ -17,7 +17,8 @@
 #define VL 16
 #elif defined(__AVX__)
 #define VL 8
-#elif defined(__SSE2__) || defined(__ARM_NEON) || defined(__VSX__) || defined(__riscv_vector)
+#elif defined(__SSE2__) || defined(__ARM_NEON) || defined(__VSX__) || defined(__riscv_vector) || \
+    defined(__wasm_simd128__)
 #define VL 4
 #else
 #define VL 1

@@ -16,22 +16,50 @@
 #endif
 #endif
 
-enum { ERROR_BYTES = 512 };
+enum { ERROR_BYTES = 1024 };
 static PER_THREAD char error_text[ERROR_BYTES];
 
+static bool is_utf8_tail(char c) { return ((unsigned char)c & 0xC0) == 0x80; }
+
+// Copies text to `to` (room bytes). Of a long text the middle is left out: a path of thousands of
+// bytes in a sentence hides neither its beginning nor the reason at its end.
+static void copy_shortened(char *to, size_t room, const char *text) {
+    static const char DOTS[] = "[...]";
+    size_t n = strlen(text), dots = sizeof DOTS - 1, head = (room - dots) / 3;
+    if (n < room) {
+        memcpy(to, text, n + 1);
+        return;
+    }
+    size_t tail = n - (room - 1 - dots - head);
+    while (head && is_utf8_tail(text[head])) head--; // whole characters
+    while (is_utf8_tail(text[tail])) tail++;
+    memcpy(to, text, head);
+    memcpy(to + head, DOTS, dots);
+    memcpy(to + head + dots, text + tail, n - tail + 1);
+}
+
+// Returns -1, so that a function can fail and return in one statement.
 static int fail(const char *format, ...) {
     va_list args;
     va_start(args, format);
-    vsnprintf(error_text, sizeof error_text, format, args);
+    int n = vsnprintf(error_text, sizeof error_text, format, args);
     va_end(args);
+    char *whole = n < ERROR_BYTES ? NULL : malloc((size_t)n + 1);
+    if (!whole) return -1;
+    va_start(args, format);
+    vsnprintf(whole, (size_t)n + 1, format, args);
+    va_end(args);
+    copy_shortened(error_text, sizeof error_text, whole);
+    free(whole);
     return -1;
 }
 
 // The last error again, with the name of the file or argument that it came from before it.
 static int fail_in(const char *where) {
-    char why[sizeof error_text];
-    memcpy(why, error_text, sizeof why);
-    return fail("%.200s: %.300s", where, why);
+    char why[2 * ERROR_BYTES / 3], name[ERROR_BYTES / 4];
+    copy_shortened(why, sizeof why, error_text);
+    copy_shortened(name, sizeof name, where);
+    return fail("%s: %s", name, why);
 }
 
 // Why the last call of this thread failed: one sentence, no newline. Where a thread of a team
@@ -44,7 +72,7 @@ static size_t size_add(size_t a, size_t b) { return b > SIZE_MAX - a ? SIZE_MAX 
 // Zeroed memory aligned for vectors and cache lines; NULL after fail(). Freed by free_aligned().
 static void *alloc_aligned(size_t bytes) {
     const size_t align = 64;
-    char *base = bytes > SIZE_MAX - 2 * align ? NULL : calloc(1, bytes + 2 * align);
+    char *base = bytes > SIZE_MAX - 2 * align ? NULL : memory_zeroed(1, bytes + 2 * align);
     if (!base) {
         fail("out of memory: could not get %zu bytes", bytes);
         return NULL;
@@ -65,7 +93,7 @@ static void free_aligned(void *p) {
     char *base;
     if (!p) return;
     memcpy(&base, (char *)p - sizeof base, sizeof base);
-    free(base);
+    memory_free(base);
 }
 
 static uint32_t u32_at(const unsigned char *p) {

@@ -19,6 +19,7 @@
 #include <time.h>
 #if defined(__unix__) || defined(__APPLE__)
 #define MAMBA_POSIX 1
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>

@@ -447,7 +447,7 @@ static void test_masked_loss(void) {
     const int32_t ids[6] = {1, 2, 3, 4, 5, 6}, masked[6] = {-1, -1, -1, -1, -1, -1},
                   one[6] = {-1, -1, 7, -1, -1, -1};
     double none = mamba_train_pass(x, ids, masked, 1, true), norm = 1, single;
-    AdamWPass p = {.x = x, .base = m->weights};
+    AdamWPass p = {.tr = x, .base = m->weights};
     each_tensor(m, norm_tensor, &p);
     norm = p.squares;
     single = mamba_train_pass(x, ids, one, 1, false);

@@ -1,0 +1,258 @@
+#!/usr/bin/env python3
+"""test_checkpoints.py: what export.py makes of the configs and tensor names that stand on public
+hubs, and of damaged ones.
+
+  python tests/test_checkpoints.py [-k WORD] [-v]
+
+Needs numpy, and ./mamba where it is built. The last line is "N passed, N failed, N skipped".
+
+Contents: 1 configs | 2 names of tensors
+"""
+import json
+import os
+import struct
+import subprocess
+import sys
+
+import numpy as np
+
+import test_export
+from test_export import (Case, Sizes, VARIANTS, export, hf_config, layout, read_model,
+                         reference_config, reference_names, spoilt, weights, write)
+
+# --------------------------------------------------------------------------------------------------
+# 1. Configs
+
+
+class Checkpoint(Case):
+    def same_tensors(self, s):
+        w, (header, _, tensors) = weights(s), read_model(self.bin, s)
+        for name, _, _, source in layout(s):
+            self.assertEqual(tensors[name], w[source].tobytes(), name)
+        return header
+
+    def header_of(self, s, config, tensors=None):
+        """(header, notes) of the export; its tensors are checked."""
+        self.checkpoint(s, config, tensors)
+        text = self.good()
+        return self.same_tensors(s), [line for line in text.splitlines() if "note:" in line]
+
+    def run_mamba(self, *arguments):
+        mamba = os.path.join(test_export.HERE, "..", "mamba")
+        if not os.path.exists(mamba):
+            self.skipTest("./mamba is not built")
+        result = subprocess.run([mamba, *arguments], capture_output=True, text=True)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        return result.stdout
+
+
+class Configs(Checkpoint):
+    def test_eps_under_every_key(self):
+        s = Sizes(E=12, eps=3e-4)
+        for base in (spoilt(hf_config(s), layer_norm_epsilon=...), reference_config(s)):
+            for key in ("layer_norm_epsilon", "norm_epsilon", "norm_eps", "rms_norm_eps",
+                        "layer_norm_eps", "rms_norm_epsilon"):
+                with self.subTest(key=key):
+                    header, notes = self.header_of(s, {**base, key: 3e-4})
+                    self.assertEqual((header["norm_eps"], notes), (struct.pack("<f", 3e-4), []))
+                    for value in (1.0, 0.99999999, -1e-5, "1e-5", True, None, 1e400):
+                        self.checkpoint(s, {**base, key: value})
+                        self.bad(key, "config.json")
+            header, notes = self.header_of(s, {**base, "norm_eps": 3e-4, "rms_norm_eps": 3e-4})
+            self.assertEqual((header["norm_eps"], notes), (struct.pack("<f", 3e-4), []))
+            self.checkpoint(s, {**base, "norm_eps": 1e-5, "rms_norm_eps": 1e-6})
+            self.bad("norm_eps 1e-05", "rms_norm_eps 1e-06", "differ")
+
+    def test_eps_just_below_one_is_read_by_mamba(self):
+        s = Sizes(eps=0.9999999)
+        header, _ = self.header_of(s, hf_config(s))
+        self.assertLess(struct.unpack("<f", header["norm_eps"])[0], 1)
+        self.run_mamba("info", self.bin)
+
+    def test_keys_of_both_layouts_mixed(self):
+        s = Sizes(E=12, N=5, K=3, R=3)
+        mixed = {"model_type": "mamba", "hidden_size": s.D, "n_layer": s.n_layer,
+                 "vocab_size": s.V, "d_inner": s.E, "d_state": s.N, "d_conv": s.K, "dt_rank": s.R,
+                 "tie_embeddings": True, "bias": False, "conv_bias": True}
+        for config in (mixed, {**spoilt(mixed, n_layer=..., d_state=...), "state_size": s.N,
+                               "num_hidden_layers": s.n_layer},
+                       {**spoilt(mixed, hidden_size=..., n_layer=..., model_type=...),
+                        "d_model": s.D, "num_hidden_layers": s.n_layer},
+                       {**spoilt(mixed, d_state=..., d_conv=..., dt_rank=..., d_inner=...),
+                        "ssm_cfg": {"d_state": s.N, "d_conv": s.K, "dt_rank": s.R}}):
+            _, notes = self.header_of(s, config)
+            self.assertEqual(notes, [])
+
+    def test_contradictions_are_decided_by_the_tensors(self):
+        s = Sizes(D=6, E=10, N=3, K=4, R=2, V=259, n_layer=2)
+        for key, value, twin in (("n_layer", 3, "num_hidden_layers"), ("d_model", 7, "hidden_size"),
+                                 ("d_inner", 11, "intermediate_size"), ("d_state", 4, "state_size"),
+                                 ("d_conv", 3, "conv_kernel"), ("dt_rank", 1, "time_step_rank"),
+                                 ("bias", True, "use_bias"), ("conv_bias", False, "use_conv_bias"),
+                                 ("tie_embeddings", False, "tie_word_embeddings")):
+            with self.subTest(key):
+                right = hf_config(s)
+                for config in ({**right, key: value}, {**right, twin: value, key: right[twin]}):
+                    _, notes = self.header_of(s, config)
+                    self.assertEqual(len(notes), 1, notes)
+                    for word in (key, twin, json.dumps(value), json.dumps(right[twin]), "tensors"):
+                        self.assertIn(word, notes[0])
+                if type(value) is int:
+                    self.checkpoint(s, {**right, key: value + 50, twin: value + 60})
+                    self.bad(key, twin, "differ")
+                    self.checkpoint(s, {**right, twin: value})  # no contradiction: a wrong config
+                    self.bad("is missing" if twin == "num_hidden_layers" else "config.json implies")
+        untied = Sizes(tied=False)
+        _, notes = self.header_of(untied, {**hf_config(untied), "tie_embeddings": True})
+        self.assertIn("tie_embeddings", notes[0])
+
+    def test_what_is_not_stated_is_seen_in_the_tensors(self):
+        s = Sizes(D=7, E=14, N=5, K=3, R=3, V=261, n_layer=3, proj_bias=True, conv_bias=False)
+        for config in ({"model_type": "mamba"}, {"model_type": "mamba", "hidden_size": 7},
+                       {"d_model": 7}, {"d_model": 7, "vocab_size": 261},
+                       {"architectures": ["MambaForCausalLM"], "vocab_size": 261}):
+            self.header_of(s, config)
+        self.checkpoint(s, {"vocab_size": 261, "hidden_size": 7})
+        self.bad("neither model_type")
+
+    def test_ssm_cfg(self):
+        s = Sizes(E=12, N=16, R=1)
+        for ssm_cfg in (None, {}, {"device": "cuda", "dtype": "bfloat16"}, {"layer": "Mamba1"},
+                        {"use_fast_path": True, "layer_idx": 3}, {"dt_rank": "auto"}):
+            self.header_of(s, reference_config(s, ssm_cfg=ssm_cfg), reference_names(weights(s)))
+        for ssm_cfg, word in ((3, "ssm_cfg"), ("{}", "ssm_cfg"), ({"chunk_size": 64}, "chunk_size"),
+                              ({"layer": ["Mamba1"]}, "Mamba1"), ({"d_state": None}, "d_state")):
+            self.checkpoint(s, reference_config(s, ssm_cfg=ssm_cfg), reference_names(weights(s)))
+            self.bad(word, "config.json")
+
+    def test_vocabulary_padded_or_not(self):
+        s = Sizes(E=12, V=264)
+        for base in (hf_config(s), reference_config(s)):
+            for V, multiple in ((264, 8), (261, 8), (260, 12), (264, 16), (264, ...)):
+                self.header_of(s, spoilt(base, vocab_size=V, pad_vocab_size_multiple=multiple))
+            self.checkpoint(s, {**base, "vocab_size": 290, "pad_vocab_size_multiple": 8})
+            self.bad("config.json implies")
+
+    def test_unknown_keys(self):
+        s = VARIANTS["plain"]
+        harmless = {"temperature": 0.7, "transformers_version": "4.39", "torch_dtype": "float32",
+                    "_name_or_path": "x", "id2label": {"0": "a"}, "use_mambapy": False,
+                    "max_position_embeddings": 2048, "is_encoder_decoder": False,
+                    "cross_attention_hidden_size": None, "time_step_limit": [0.0, float("inf")],
+                    "residual_multiplier": 1.0, "final_logit_softcapping": None, "attn_cfg": {},
+                    "use_bidirectional": False, "add_position_ids": False, "num_experts": 0,
+                    "bidirectional": False, "bidirectional_strategy": "add",
+                    "bidirectional_weight_tie": True, "layers_block_type": ["mamba", "mamba"]}
+        _, notes = self.header_of(s, {**hf_config(s), **harmless})
+        self.assertEqual(notes, [])
+        _, notes = self.header_of(s, {**hf_config(s), "a_new\nkey": 1, "zeta": [2]})
+        self.assertEqual(len(notes), 1)
+        self.assertIn("a_new\\nkey, zeta", notes[0])
+        for key, value in (("residual_multiplier", 0.22), ("logits_scaling", 8),
+                           ("embedding_multiplier", 12.0), ("lm_head_multiplier", 0.5),
+                           ("final_logit_softcapping", 30.0), ("use_bidirectional", True),
+                           ("add_position_ids", True), ("scale_embeddings", True),
+                           ("ssm_multipliers", [1, 2]), ("rope_theta", 10000.0),
+                           ("num_experts", 8), ("layers_block_type", ["mamba", "attention"]),
+                           ("time_step_limit", [0.001, 0.1]), ("norm_type", "layernorm"),
+                           ("inner_layernorms", True), ("use_dt_norm", True),
+                           ("attn", {"layers": [3]}),
+                           ("is_encoder_decoder", True), ("add_cross_attention", True),
+                           ("hidden_activation", "gelu"), ("mixer_rms_eps", 1e-6),
+                           ("position_embedding_type", "absolute")):
+            for base in (hf_config(s), reference_config(Sizes(E=12))):
+                self.checkpoint(s, {**base, key: value})
+                self.bad(key, "config.json", "not supported")
+
+    def test_other_architectures(self):
+        s = VARIANTS["plain"]
+        for name in ("BiMambaForMaskedLM", "CaduceusForMaskedLM", "Mamba2ForCausalLM", "VimModel",
+                     "JambaForCausalLM"):
+            self.checkpoint(s, {**hf_config(s), "architectures": [name]})
+            self.bad(name, "not supported")
+        for kind in ("caduceus", "bimamba", "vim", "hymba", "samba"):
+            self.checkpoint(s, {**hf_config(s), "model_type": kind})
+            self.bad(kind, "not supported")
+        s = Sizes(E=12)
+        self.checkpoint(s, {**reference_config(s), "model_type": "caduceus"})
+        self.bad("caduceus", "not supported")
+
+    def test_generation_config_decides(self):
+        s = VARIANTS["plain"]
+        for config, generation, bos, eos in (
+                ({"bos_token_id": 1, "eos_token_id": 2}, {"bos_token_id": 5, "eos_token_id": 6}, 5,
+                 [6]), ({"bos_token_id": 1, "eos_token_id": 2}, {}, 1, [2]),
+                ({"bos_token_id": 1, "eos_token_id": [2, 3]}, {"eos_token_id": None}, 1, [2, 3]),
+                ({"bos_token_id": None, "eos_token_id": 2}, {"eos_token_id": [7, 8]}, -1, [7, 8])):
+            self.checkpoint(s, {**hf_config(s), **config})
+            write(os.path.join(self.src, "generation_config.json"), generation)
+            self.good()
+            header = read_model(self.bin, s)[0]
+            self.assertEqual((header["bos"], [i for i in header["eos"] if i != -1]), (bos, eos))
+            self.good("--to-hf", self.bin, os.path.join(self.dir, "back"), "--force")
+            back = json.load(open(os.path.join(self.dir, "back", "generation_config.json")))
+            self.assertEqual(back["bos_token_id"], bos if bos >= 0 else None)
+            self.assertEqual(back["eos_token_id"], eos if len(eos) > 1 else eos[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Names of tensors
+
+
+class Names(Checkpoint):
+    def test_prefixes(self):
+        s = Sizes(tied=False)
+        for prefix in ("module.", "_orig_mod.", "model.", "module._orig_mod.", "model.backbone.",
+                       "_orig_mod.module.model.", "base_model.model."):
+            with self.subTest(prefix):
+                renamed = {prefix + name: a for name, a in weights(s).items()}
+                self.header_of(s, hf_config(s), renamed)
+        bare = {"model." + name.replace("backbone.", ""): a for name, a in weights(s).items()}
+        self.header_of(s, hf_config(s), bare)
+
+    def test_mamba_hf(self):
+        s = Sizes(E=12, proj_bias=True, tied=False)
+        renamed = {}
+        for name, a in reference_names(weights(s)).items():
+            renamed[name.replace("backbone.", "model.").replace(".mixer.", ".")] = a
+        self.assertIn("model.layers.0.in_proj.weight", renamed)
+        self.assertIn("model.layers.1.D", renamed)
+        self.assertIn("model.embedding.weight", renamed)
+        self.header_of(s, hf_config(s), renamed)
+
+    def test_the_nearest_name_is_shown(self):
+        s, w = VARIANTS["plain"], weights(VARIANTS["plain"])
+        w["backbone.layers.0.mixer.in_project.weight"] = w.pop(
+            "backbone.layers.0.mixer.in_proj.weight")
+        self.checkpoint(s, tensors=w)
+        self.bad("backbone.layers.0.mixer.in_proj.weight (20, 6) is missing",
+                 "nearest name found is backbone.layers.0.mixer.in_project.weight")
+
+    def test_names_are_escaped(self):
+        s, w = VARIANTS["plain"], weights(VARIANTS["plain"])
+        self.checkpoint(s, tensors={**w, "evil\n\x1b[31mname": np.zeros(2, "f4")})
+        self.bad("evil\\n\\x1b[31mname")
+        self.checkpoint(s, tensors={**w, "score.\x1b]0;x": np.zeros(2, "f4")})
+        self.assertIn("score.\\x1b]0;x", self.good())
+
+    def test_classifiers(self):
+        for s in (Sizes(), Sizes(falcon=True)):
+            for name in ("score.weight", "classifier.weight", "classifier.bias",
+                         "classification_head.out_proj.weight", "module.score.weight"):
+                config = {**hf_config(s), "architectures": ["MambaForSequenceClassification"]}
+                tensors = {**weights(s), name: np.zeros((3, s.D), "f4")}
+                _, notes = self.header_of(s, config, tensors)
+                self.assertEqual(len(notes), 1)
+                self.assertIn(name, notes[0])
+        _, notes = self.header_of(s, {**config, "tie_word_embeddings": False}, tensors)
+        self.assertEqual(len(notes), 2)
+        self.assertIn("no lm_head.weight", notes[1])
+        _, notes = self.header_of(s, {**hf_config(s), "tie_word_embeddings": False,
+                                      "architectures": ["FalconMambaModel"]})
+        self.assertIn("no lm_head.weight", notes[0])
+        self.checkpoint(s, {**hf_config(s), "tie_word_embeddings": False})
+        self.bad("lm_head.weight", "missing")
+
+
+if __name__ == "__main__":
+    test_export.main(sys.modules[__name__])
