@@ -803,13 +803,23 @@ static bool text_matches_id(const Tokenizer *t, const unsigned char *s, size_t n
 }
 
 // Adds a token to the trie that finds it. One with the flag `normalized` is found in normalized
-// text, so it is normalized itself.
-static int trie_add_token(Tokenizer *t, Encoder *e, uint32_t i, const unsigned char *s, size_t n) {
+// text, so its spaces change, too, and it is decoded as it is found.
+static int open_added_token(Tokenizer *t, Encoder *e, uint32_t i, const unsigned char *s,
+                            size_t n) {
+    const uint32_t id = t->added[i].id, flags = t->flags;
     const unsigned char *user = NULL;
-    if (!(t->added[i].flags & ADDED_NORMALIZED)) return trie_add(&t->raw, s, n, i);
-    if (respace(e, &e->spaced, t->flags & NORMAL_PREFIX, t->flags & NORMAL_SPACES, &s, &user, &n))
+    const bool is_normal = t->added[i].flags & ADDED_NORMALIZED;
+    size_t n_token;
+    uint32_t marks;
+    if (is_normal &&
+        respace(e, &e->spaced, flags & NORMAL_PREFIX, flags & NORMAL_SPACES, &s, &user, &n))
         return -1;
-    return trie_add(&t->normalized, s, n, i);
+    const unsigned char *token = id < t->n_ids ? token_bytes(t, id, &n_token, &marks) : NULL;
+    const bool same = is_normal && flags & NORMAL_SPACES
+                          ? token && !marks && n_token == n && memcmp(token, s, n) == 0
+                          : text_matches_id(t, s, n, id);
+    if (!same) return fail("tokenizer: added token %u disagrees with id %u", i, id);
+    return trie_add(is_normal ? &t->normalized : &t->raw, s, n, i);
 }
 
 // Checks one added token. The library matches a `normalized` token by its NFC, and its version
@@ -845,9 +855,7 @@ static int open_added(Tokenizer *t, size_t bytes, size_t *at) {
         t->added[i] = (AddedToken){u32_at(p), u32_at(p + 4)};
         *at += 12 + (size_t)n;
         status = check_added(t, &e, i, t->added[i].flags, s, n);
-        if (status == 0 && !text_matches_id(t, s, n, t->added[i].id))
-            status = fail("tokenizer: added token %u disagrees with id %u", i, t->added[i].id);
-        if (status == 0) status = trie_add_token(t, &e, i, s, n);
+        if (status == 0) status = open_added_token(t, &e, i, s, n);
     }
     encoder_free(&e);
     return status;
@@ -1451,11 +1459,18 @@ static int encode_plain(Encoder *e, const unsigned char *s, size_t n) {
 // In a chat, what a user wrote stands between the texts of a template, and must not become a
 // special token. `user` marks the user's bytes of a text with 1, those of the template with 0;
 // NULL: there are none of the user. A special token all of the user's is skipped, as the library
-// does when it is told to encode special tokens. One across a border is not seen at all.
+// does when it is told to encode special tokens. One across a border is not seen at all; the space
+// that the normalizer puts before a token does not count.
+
+// Whether the added token is found with a space before it.
+static bool is_prefixed(const Tokenizer *t, uint32_t added) {
+    return t->flags & NORMAL_PREFIX && t->added[added].flags & ADDED_NORMALIZED;
+}
 
 static bool may_match(const Encoder *e, uint32_t added, const unsigned char *user, size_t from,
                       size_t stop) {
     if (user == NULL || !(e->t->added[added].flags & ADDED_SPECIAL)) return true;
+    from += is_prefixed(e->t, added);
     return memchr(user + from, !user[from], stop - from) == NULL;
 }
 
@@ -1518,7 +1533,7 @@ static int encode_section(Encoder *e, const unsigned char *s, const unsigned cha
         uint32_t flags = t->added[added].flags;
         int32_t id = (int32_t)t->added[added].id;
         search = stop;
-        if (user && flags & ADDED_SPECIAL && user[start]) continue;
+        if (user && flags & ADDED_SPECIAL && user[start + is_prefixed(t, added)]) continue;
         if (flags & ADDED_SINGLE_WORD &&
             ((start > 0 && word_at(t, utf8_back(s + start))) || (stop < n && word_at(t, s + stop))))
             continue;
