@@ -17,7 +17,7 @@ meets them again at every step.
 
 Contents: 1 errors, files | 2 the model: sizes and tensors | 3 config.json in | 4 number formats |
 5 stored tensors: safetensors, pickle | 6 matching names and shapes | 7 model.bin out | 8 the
-tokenizer | 9 model.bin in, transformers out | 10 command line
+tokenizer | 9 model.bin in, transformers out | 10 adapters | 11 command line
 """
 import argparse
 import contextlib
@@ -1829,7 +1829,181 @@ def to_transformers(source, folder, force):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Command line
+# 10. Adapters
+# A LoRA directory of peft holds two thin matrices for some of the weights: W becomes W + s B A,
+# where s is alpha / r, or alpha / sqrt(r) with use_rslora. Other keys of adapter_config.json are
+# fine when they are off, and refused by name when they are not.
+
+ADAPTER_KEYS = set("""
+    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
+    target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora
+    modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern
+    megatron_core megatron_config qalora_group_size eva_config runtime_config ensure_weight_tying
+    """.split())
+LORA_PART = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?$")
+
+
+class Merged:
+    """A stored tensor plus scale times left times right, which has its shape."""
+
+    def __init__(self, base, left, right, scale):
+        self.path, self.name, self.kind, self.shape = base.path, base.name, base.kind, base.shape
+        self.base, self.left, self.right, self.scale = base, left, right, scale
+
+    def chunks(self):
+        row, first = self.shape[-1], 0
+        for x in regrouped(self.base.chunks(), row):
+            x = x.reshape(-1, row)
+            delta = self.left[first:first + len(x)] @ self.right
+            first += len(x)
+            yield (x + delta * self.scale).astype("<f4").reshape(-1)
+
+
+def whole_tensor(tensor):
+    """As float64, checked for NaN: a thin matrix of an adapter."""
+    parts = list(tensor.chunks())
+    x = np.concatenate(parts) if parts else np.zeros(0, "f4")
+    check_values(x, "F32", tensor.name, 0)
+    return x.reshape(tensor.shape).astype("f8")
+
+
+class Adapter:
+    def __init__(self, folder):
+        path = os.path.join(folder, "adapter_config.json")
+        if not os.path.isdir(folder):
+            raise ExportError(f"{folder} is no directory; --adapter takes the one that peft saved")
+        self.folder, self.config = folder, Fields(read_json(path), path)
+        self.check_config()
+        for name, reader in (("adapter_model.safetensors", open_safetensors),
+                             ("adapter_model.bin", open_pickle)):
+            if os.path.exists(os.path.join(folder, name)):
+                self.stored = reader(os.path.join(folder, name))
+                break
+        else:
+            raise ExportError(f"{folder} has no adapter_model.safetensors or adapter_model.bin")
+        self.paths = {path} | {tensor.path for tensor in self.stored.values()}
+
+    def check_config(self):
+        config, table = self.config, self.config.table
+        kind = table.get("peft_type")
+        config.refuse_if(kind != "LORA",
+                         f"peft_type {json.dumps(kind)[:60]} is not supported, only LORA")
+        config.refuse_if(table.get("use_dora"), "DoRA adapters (use_dora) are not supported")
+        init = json.dumps(table.get("init_lora_weights", True))
+        config.refuse_if(init not in ("true", "false", '"gaussian"', '"orthogonal"', '"eva"'),
+                         f"init_lora_weights {init[:60]} is not supported, because it changes the "
+                         "base model too")
+        for key, value in table.items():
+            config.refuse_if(key not in ADAPTER_KEYS and value not in (None, False, 0, "", [], {}),
+                             f"{key} is {json.dumps(value)[:60]}, which is not supported")
+        self.r = self.rank("r", table.get("r", 8))
+        self.alpha = self.number("lora_alpha", table.get("lora_alpha", 8))
+        self.rslora = config.flag("use_rslora", False)
+        self.ranks = self.patterns("rank_pattern", self.rank)
+        self.alphas = self.patterns("alpha_pattern", self.number)
+
+    def rank(self, key, value):
+        self.config.refuse_if(type(value) is not int or not 0 < value <= 1 << 20,
+                              f"{key} is {json.dumps(value)[:60]}, expected a whole number above 0")
+        return value
+
+    def number(self, key, value):
+        good = type(value) in (int, float) and abs(value) < 1e9
+        self.config.refuse_if(not good, f"{key} is {json.dumps(value)[:60]}, expected a number")
+        return value
+
+    def patterns(self, key, check):
+        """[(compiled pattern, value)]; peft matches the end of a module's name."""
+        table = self.config.table.get(key) or {}
+        self.config.refuse_if(not isinstance(table, dict), f"{key} should be an object")
+        result = []
+        for pattern, value in table.items():
+            text = pattern if pattern.startswith("^") else rf"(.*\.)?({pattern})$"
+            try:
+                result.append((re.compile(text), check(f"{key} of {pattern[:60]!r}", value)))
+            except (re.error, RecursionError, OverflowError):
+                raise ExportError(f"{self.config.path}: {key}: {pattern[:60]!r} is no valid "
+                                  "regular expression")
+        return result
+
+    def scale(self, module):
+        """(the rank that the config gives this module, its factor)"""
+        first = lambda patterns, default: next((v for p, v in patterns if p.match(module)), default)
+        r, alpha = first(self.ranks, self.r), first(self.alphas, self.alpha)
+        return r, alpha / math.sqrt(r) if self.rslora else alpha / r
+
+    def parts(self):
+        """({canonical weight: (module, {"A", "B"}, embedding?)}, {canonical name: whole tensor},
+        names of classifier heads)"""
+        thin, whole, left_out = {}, {}, []
+        for name, tensor in self.stored.items():
+            match = LORA_PART.match(name)
+            module = re.sub(r"^base_model\.model\.", "", match[1] if match else name)
+            short = canonical(module + ".weight" if match else
+                              re.sub(r"\.(modules_to_save|original_module)(\.default)?\.", ".",
+                                     module.replace(".base_layer.", ".")))
+            if short.split(".")[0] in HEADS:
+                left_out.append(name)
+            elif ".original_module." in name:
+                continue  # the base model's own
+            elif match:
+                entry = thin.setdefault(short, (module, {}, bool(match[2])))
+                if match[3] in entry[1]:
+                    raise ExportError(f"{tensor.path}: tensor {name} is there twice")
+                entry[1][match[3]] = tensor
+            elif short in whole:
+                raise ExportError(f"{tensor.path}: tensor {name} is there twice")
+            else:
+                whole[short] = tensor
+        if not thin and not whole:
+            raise ExportError(f"{self.folder} holds no LoRA matrices (lora_A, lora_B)")
+        return thin, whole, left_out
+
+    def merged(self, base, module, matrices, embedding):
+        """The stored tensor base with the two matrices added."""
+        if set(matrices) != {"A", "B"}:
+            name = next(iter(matrices.values())).name
+            raise ExportError(f"{self.folder}: tensor {name} has no twin, lora_A and lora_B")
+        A, B = matrices["A"], matrices["B"]
+        rows, columns = reversed(base.shape) if embedding else base.shape  # embedding: (B A)^T
+        r, scale = self.scale(module)
+        for tensor, shape in ((A, (r, columns)), (B, (rows, r))):
+            if tensor.shape != shape:
+                raise ExportError(f"{tensor.path}: tensor {tensor.name} has shape "
+                                  f"{shape_text(tensor.shape)}, expected {shape_text(shape)}")
+        A, B = whole_tensor(A), whole_tensor(B)
+        return Merged(base, A.T, B.T, scale) if embedding else Merged(base, B, A, scale)
+
+    def apply(self, m, by_name, config):
+        """(m, tensors by canonical name) of the model that results."""
+        by_name, (thin, whole, left_out) = dict(by_name), self.parts()
+        if left_out:
+            config.note(f"left out, because mamba.c predicts tokens: {', '.join(sorted(left_out))}")
+        own, head = "embeddings.weight", "lm_head.weight"
+        touched = (set(thin) | set(whole)) & {own, head}
+        if m.tied and touched:  # peft trains one of the two, so that they differ from now on
+            shared = by_name.get(own) or by_name.get(head)
+            by_name.update({own: by_name.get(own, shared), head: by_name.get(head, shared)})
+            config.note(f"the adapter changes {' and '.join(sorted(touched))} alone, so that head "
+                        "and embedding are no longer tied")
+            m = m._replace(tied=False)
+        for name, tensor in whole.items():
+            if name not in by_name:
+                raise ExportError(f"{tensor.path}: tensor {tensor.name} belongs to no tensor of "
+                                  "the model")
+            by_name[name] = tensor
+        for name, (module, matrices, embedding) in thin.items():
+            base = by_name.get(name)
+            if base is None or len(base.shape) != 2:
+                tensor = next(iter(matrices.values()))
+                raise ExportError(f"{tensor.path}: tensor {tensor.name} belongs to no matrix of "
+                                  "the model")
+            by_name[name] = self.merged(base, module, matrices, embedding)
+        return m, by_name
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. Command line
 
 EXAMPLES = """examples:
   python export.py mamba-130m-hf model.bin                  a directory in the transformers layout
@@ -1841,6 +2015,7 @@ EXAMPLES = """examples:
                                                             `mamba quantize` writes
   python export.py my-byte-model model.bin --tokenizer bytes
                                                             a model whose first 256 ids are bytes
+  python export.py mamba-130m-hf model.bin --adapter lora   with a LoRA adapter of peft merged in
   python export.py tokenizer.json tokenizer.bin             the tokenizer alone
   python export.py --to-hf model.bin DIRECTORY              back to transformers"""
 
@@ -1878,9 +2053,19 @@ CHECKPOINT_FILE = re.compile(r"(config|generation_config|tokenizer|.*\.index)\.j
                              r".*\.safetensors$|pytorch_model.*\.bin$")
 
 
-def to_bin(source, target, dtype, tokenizer):
+def refuse_adapter(folder):
+    path = os.path.join(folder, "adapter_config.json")
+    if os.path.exists(path) and not os.path.exists(os.path.join(folder, "config.json")):
+        base = read_json(path).get("base_model_name_or_path")
+        base = base if isinstance(base, str) and base else "BASE"
+        raise ExportError(f"{folder} is an adapter of peft, not a model; name its base model, and "
+                          f"add it: export.py {base[:200]} model.bin --adapter {folder}")
+
+
+def to_bin(source, target, dtype, tokenizer, adapter):
     check_output(target, [])                          # before a download
     folder = fetch(source)
+    refuse_adapter(folder)
     config_path, generation_path = (os.path.join(folder, name)
                                     for name in ("config.json", "generation_config.json"))
     inputs = [os.path.join(folder, name) for name in os.listdir(folder)
@@ -1902,6 +2087,10 @@ def to_bin(source, target, dtype, tokenizer):
             f"{m.V}: "
             "it belongs to another model")
     m = without_head(m, config, stored, left_out)
+    if adapter:
+        adapter = Adapter(adapter)
+        check_output(target, adapter.paths)
+        m, stored = adapter.apply(m, stored, config)
     pairs = match_tensors(m, stored, folder)
     check_output(target, {tensor.path for _, tensor in pairs})  # shards, whatever their names
     write_model(target, m, pairs, blob, dtype or stored_dtype(pairs))
@@ -1954,10 +2143,12 @@ def run(arguments):
     parser.add_argument("--force",
                         action="store_true",
                         help="with --to-hf: write into a directory that is not empty")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA directory of peft, which is added "
+                        "to the weights")
     a = parser.parse_args(arguments)
-    if a.to_hf and (a.dtype or a.tokenizer) or a.force and not a.to_hf:
-        parser.error(
-            "--to-hf takes no --dtype and no --tokenizer, and --force goes with --to-hf only")
+    if a.to_hf and (a.dtype or a.tokenizer or a.adapter) or a.force and not a.to_hf:
+        parser.error("--to-hf takes no --dtype, --tokenizer or --adapter, "
+                     "and --force goes with --to-hf only")
     if a.to_hf:
         to_transformers(a.source, a.target, a.force)
     elif os.path.isfile(a.source) and a.source.endswith((".json", "vocab.txt")):
@@ -1969,7 +2160,7 @@ def run(arguments):
         print(f"wrote {a.target}: {tokenizer_ids(blob)} ids, {len(blob)} bytes", file=sys.stderr)
         print_notes(notes)
     else:
-        to_bin(a.source, a.target, a.dtype, a.tokenizer)
+        to_bin(a.source, a.target, a.dtype, a.tokenizer, a.adapter)
 
 
 def main():

@@ -82,7 +82,7 @@ static int evaluate_ids(Session *x, const int32_t *ids, size_t n, size_t context
 static int evaluate_file(Session *x, const char *path, size_t context, bool each) {
     size_t bytes = 0, n = 0;
     int32_t *ids = NULL;
-    char *text = read_text(path, &bytes);
+    char *text = read_utf8(path, &bytes);
     if (!text) return -1;
     int result = mamba_encode(x->model, text, bytes, &ids, &n);
     if (result == 0) result = evaluate_ids(x, ids, n, context, each);

@@ -32,6 +32,8 @@
 #endif
 #ifdef _OPENMP
 #include <omp.h>
+#elif defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wunknown-pragmas" // without OpenMP its pragmas mean nothing
 #endif
 
 #define MAMBA_VERSION "0.1"

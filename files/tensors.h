@@ -153,7 +153,8 @@ static Model *blank_model(const Config *config) {
     m->layer = memory_zeroed((size_t)config->n_layer, sizeof *m->layer);
     if (!m->layer) fail("out of memory: %d layers", config->n_layer);
     m->tensors_bytes = config_tensor_bytes(config);
-    m->weights = m->layer ? alloc_aligned(m->tensors_bytes) : NULL;
+    if (!m->layer) fail("out of memory: %d layers", config->n_layer);
+    else m->weights = alloc_aligned(m->tensors_bytes);
     if (!m->weights) {
         mamba_free(m);
         return NULL;

@@ -6,7 +6,7 @@ hubs, and of damaged ones.
 
 Needs numpy, and ./mamba where it is built. The last line is "N passed, N failed, N skipped".
 
-Contents: 1 configs | 2 names of tensors
+Contents: 1 configs | 2 names of tensors | 3 adapters
 """
 import json
 import os
@@ -252,6 +252,117 @@ class Names(Checkpoint):
         self.assertIn("no lm_head.weight", notes[0])
         self.checkpoint(s, {**hf_config(s), "tie_word_embeddings": False})
         self.bad("lm_head.weight", "missing")
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Adapters, against peft (dev/make_adapters.py)
+
+
+class Adapters(Checkpoint):
+    SIZES = {"plain": Sizes(), "rslora": Sizes(tied=False), "patterns": Sizes(proj_bias=True),
+             "embedding": Sizes(tied=False), "saved": Sizes(tied=False, proj_bias=True),
+             "tied": Sizes(), "falcon": Sizes(falcon=True, tied=False),
+             "one layer": Sizes(n_layer=3)}
+
+    def setUp(self):
+        super().setUp()
+        self.lora = os.path.join(self.dir, "lora")
+        self.command = (self.src, self.bin, "--tokenizer", "bytes", "--adapter", self.lora)
+
+    def case(self, name):
+        """(adapter_config.json, tensors of the adapter, merged weights), as peft has them."""
+        with np.load(os.path.join(test_export.HERE, "adapters.npz")) as file:
+            arrays = {key[len(name) + 1:]: file[key] for key in file if key.startswith(name + "/")}
+        of = lambda kind: {key[len(kind):]: a for key, a in arrays.items() if key.startswith(kind)}
+        return json.loads(arrays["config"].tobytes()), of("lora/"), of("merged/")
+
+    def adapter(self, config, tensors):
+        write(os.path.join(self.lora, "adapter_config.json"), config)
+        write(os.path.join(self.lora, "adapter_model.safetensors"),
+              test_export.safetensors(tensors))
+
+    def test_equal_to_merge_and_unload(self):
+        for name, s in self.SIZES.items():
+            config, parts, merged = self.case(name)
+            self.checkpoint(s)
+            self.adapter(config, parts)
+            for small in (False, True):
+                if small:
+                    self.small_chunks()
+                text, want = self.good(*self.command), {**weights(s), **merged}
+                if name == "tied":
+                    self.assertIn("no longer tied", text)
+                    s = Sizes(tied=False)
+                _, _, tensors = read_model(self.bin, s)
+                for tensor, shape, _, source in layout(s):
+                    got = np.frombuffer(tensors[tensor], "<f4").reshape(shape)
+                    error = np.abs(got - want[source]).max() / np.abs(want[source]).max()
+                    self.assertLess(error, 1e-6, f"{name}: {tensor}")
+                    if source not in merged:
+                        self.assertEqual(error, 0)
+                self.assertGreater(len(merged), 0)
+                self.run_mamba("info", self.bin, "--verify")
+
+    def test_other_bases(self):
+        config, parts, _ = self.case("plain")
+        s = Sizes(E=12)
+        rng = np.random.Generator(np.random.PCG64(1))
+        parts = {name: rng.standard_normal(a.shape).astype("<f4") for name, a in parts.items()
+                 if "in_proj" in name}
+        for name in parts:
+            if "lora_B" in name:
+                parts[name] = rng.standard_normal((24, 2)).astype("<f4")
+        renamed = {name.replace(".weight", ".default.weight"): a for name, a in parts.items()}
+        self.adapter(config, parts)
+        self.checkpoint(s, reference_config(s), reference_names(weights(s)))
+        self.good(*self.command)
+        first = open(self.bin, "rb").read()
+        self.adapter(config, renamed)
+        self.good(*self.command)
+        self.assertEqual(open(self.bin, "rb").read(), first)
+        self.good(*self.command, "--dtype", "q8")
+        self.run_mamba("info", self.bin, "--verify")
+
+    def test_an_adapter_as_source(self):
+        config, parts, _ = self.case("plain")
+        self.adapter({**config, "base_model_name_or_path": "state-spaces/mamba-130m-hf"}, parts)
+        self.bad("adapter of peft", "export.py state-spaces/mamba-130m-hf model.bin --adapter",
+                 arguments=(self.lora, self.bin))
+
+    def test_refusals(self):
+        config, parts, _ = self.case("plain")
+        self.checkpoint(Sizes())
+        for key, value, word in (
+                ("peft_type", "LOHA", "LOHA"), ("peft_type", None, "peft_type"),
+                ("use_dora", True, "DoRA"), ("init_lora_weights", "pissa", "pissa"),
+                ("init_lora_weights", "olora", "olora"), ("r", 0, "r is 0"), ("r", "2", "r is"),
+                ("r", 3, "expected (3,"), ("lora_alpha", "a", "lora_alpha"),
+                ("lora_bias", True, "lora_bias"), ("rank_pattern", {"(": 2}, "rank_pattern"),
+                ("rank_pattern", {"x_proj": 5}, "expected (5, 10)"),
+                ("rank_pattern", [3], "rank_pattern"), ("use_rslora", 1, "use_rslora"),
+                ("alpha_pattern", {"x_proj": None}, "alpha_pattern"),
+                ("layer_replication", [[0, 2]], "layer_replication"),
+                ("trainable_token_indices", [1], "trainable_token_indices"),
+                ("a_new_key", 0.5, "a_new_key")):
+            self.adapter({**config, key: value}, parts)
+            self.bad("lora", word, arguments=self.command)
+        name = next(name for name in parts if "in_proj.lora_A" in name)
+        for change, word in (({name: ...}, "no twin"), ({name: parts[name][:1]}, "expected (2, 6)"),
+                             ({name: parts[name] * np.nan}, "nan"),
+                             ({"base_model.model.backbone.layers.0.mixer.conv1d.lora_A.weight":
+                               np.zeros((2, 6), "f4")}, "no matrix"),
+                             ({"base_model.model.backbone.layers.9.mixer.in_proj.lora_A.weight":
+                               np.zeros((2, 6), "f4")}, "no matrix"),
+                             ({"strange": np.zeros(3, "f4")}, "strange")):
+            self.adapter(config, spoilt(parts, **change))
+            self.bad(word, arguments=self.command)
+        self.adapter(config, {})
+        self.bad("no LoRA", arguments=self.command)
+        os.unlink(os.path.join(self.lora, "adapter_model.safetensors"))
+        self.bad("adapter_model.safetensors", arguments=self.command)
+        os.unlink(os.path.join(self.lora, "adapter_config.json"))
+        self.bad("adapter_config.json", arguments=self.command)
+        self.bad("no directory", arguments=(*self.command[:-1], self.bin + "none"))
 
 
 if __name__ == "__main__":
