@@ -1399,9 +1399,9 @@ def tokenizer_blob(path_or_dict, notes=None):
         refuse("model.type", f"is {short(model['type'])}; BPE and WordLevel are supported")
     read_normalizer(recipe, data.get("normalizer"))
     read_pre_tokenizer(recipe, data.get("pre_tokenizer"))
-    read_decoder(recipe, data.get("decoder"))
     if recipe.kind == BPE_BYTES and "normal_spaces" in recipe.flags:
         refuse("normalizer", "replaces spaces before ByteLevel")
+    read_decoder(recipe, data.get("decoder"))
     vocab = read_model(recipe, model, notes)
     merges = read_merges(recipe, model, vocab)
     added = read_added(recipe, data.get("added_tokens"), vocab, merges, notes)

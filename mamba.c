@@ -88,7 +88,7 @@
      models     mamba_load  mamba_load_memory  mamba_save  mamba_free  mamba_verify
                 mamba_set_tokenizer
                 mamba_random_model  mamba_float_copy  mamba_quantize
-     texts      mamba_encode  mamba_encode_pieces  mamba_decode
+     texts      mamba_encode  mamba_encode_pieces  mamba_prompt_bos  mamba_decode
      running    mamba_acts_new  mamba_acts_pieces  mamba_acts_gpu  mamba_acts_free
                 mamba_default_threads  mamba_has_gpu  mamba_gpu_memory
                 mamba_prefill  mamba_step  mamba_step_batch  mamba_selection  mamba_watch
@@ -1850,6 +1850,9 @@ int mamba_encode_pieces(const Model *m, const TextPiece *pieces, size_t n_pieces
 int mamba_encode(const Model *m, const char *text, size_t bytes, int32_t **ids, size_t *n) {
     return mamba_encode_pieces(m, &(TextPiece){text, bytes, true}, 1, ids, n);
 }
+
+// The token that the tokenizer wants before a prompt, or -1. mamba_encode() does not add it.
+int32_t mamba_prompt_bos(const Model *m) { return m->tokenizer ? tokenizer_bos(m->tokenizer) : -1; }
 
 // The text that token id adds to what s has written so far: whole UTF-8 characters only; the bytes
 // of an unfinished one wait in s, and what cannot become a character turns into U+FFFD. A bytes

@@ -880,6 +880,11 @@ static int tokenizer_size(const Tokenizer *t) { return (int)t->n_ids; }
 
 static bool tokenizer_is_bytes(const Tokenizer *t) { return t->kind == TOKENIZER_BYTES; }
 
+static const char *tokenizer_name(const Tokenizer *t) {
+    static const char *const name[] = {"bytes", "byte-level BPE", "BPE of characters", "words"};
+    return name[t->kind];
+}
+
 // The bytes that an id stands for; NULL and 0 for a hole or an id out of range.
 static const unsigned char *tokenizer_token(const Tokenizer *t, int id, size_t *bytes) {
     uint32_t marks;
@@ -1634,6 +1639,9 @@ static int tokenizer_encode(const Tokenizer *t, const TextPiece *piece, size_t n
 
 // The id that goes before a prompt, or -1.
 static int32_t tokenizer_bos(const Tokenizer *t) { return t->bos; }
+
+// The id of what has no token, or -1.
+static int32_t tokenizer_unknown(const Tokenizer *t) { return t->unknown; }
 
 // -------------------------------------------------------------------------------------------------
 // 9. Streaming decode. Ids stand for bytes, and a character may take several ids. Only whole

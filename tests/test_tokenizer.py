@@ -48,9 +48,13 @@ int main(void) {
     size_t n = u32_at(head);
     blob = malloc(n + 1);
     if (!blob || !get(blob, n)) return 1;
+    (void)tokenizer_name;
     Tokenizer *t = tokenizer_open(blob, n);
     put(t ? 1 : 0);
     fflush(stdout);
+    if (t && tokenizer_is_bytes(t) && tokenizer_size(t) != 256) return 1;
+    if (t && (tokenizer_bos(t) >= tokenizer_size(t) || tokenizer_unknown(t) >= tokenizer_size(t)))
+        return 1;
     if (!t) { put((uint32_t)strlen(message)); fputs(message, stdout); free(blob); return 0; }
 
     while (get(&command, 1) && get(head, 4)) {
@@ -772,11 +776,11 @@ def check_errors(program, export, count):
     refused("normalizer", normalizer={"type": "NFKC"})
     refused("normalizer", normalizer={"type": "Sequence", "normalizers": [{"type": "Lowercase"}]})
     refused("normalizer", normalizer={"type": "Prepend", "prepend": "\u2581"})
-    refused("normalizer", normalizer={"type": "Replace", "pattern": {"String": " "},
-                                      "content": "\u2581"})
+    refused("normalizer replaces", decoder={"type": "ByteLevel", "add_prefix_space": True},
+            normalizer={"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"})
     refused("pre_tokenizer.use_regex", pre_tokenizer__use_regex=1)
     refused("pre_tokenizer", pre_tokenizer={"type": "Whitespace"})
-    refused("pre_tokenizer", pre_tokenizer={"type": "Metaspace", "replacement": "\u2581"},
+    refused("decoder", pre_tokenizer={"type": "Metaspace", "replacement": "\u2581"},
             decoder=None)
     refused("pre_tokenizer", pre_tokenizer=None)
     refused("pre_tokenizer.pretokenizers[1]",
