@@ -6,8 +6,8 @@ CFLAGS   ?= -O3
 WARNINGS  = -Wall -Wextra
 # -ffp-contract=fast: a*b+c may be one fused instruction. -fno-math-errno: sqrtf is one instruction.
 # -ffast-math is not used: with it a NaN passes every check.
-FLAGS     = -std=gnu11 $(CFLAGS) $(WARNINGS) -ffp-contract=fast -fno-math-errno $(ARCH) $(OPENMP) \
-            $(WIDTH)
+FLAGS     = -std=gnu11 $(CFLAGS) $(WARNINGS) -ffp-contract=fast -fno-math-errno $(ARCH) $(FLOATS) \
+            $(OPENMP) $(WIDTH)
 # The files that mamba.c includes lie beside it and in folders.
 FOLDERS   = $(wildcard cpu files cli)
 SOURCES   = mamba.c tokenizer.c $(wildcard $(FOLDERS:=/*))
@@ -36,6 +36,11 @@ ARCH   := $(call try,-march=native,$(ANY_PROGRAM))
 ifeq ($(ARCH),)
 ARCH   := $(call try,-mcpu=native,$(ANY_PROGRAM))
 endif
+# 32-bit x86 has two floating-point units; the older one keeps sums in a wider format.
+FLOAT_PROGRAM = \043include <float.h>\n\043if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16\n\
+\043error wide\n\043endif\nint main(void) { return 0; }\n
+FLOATS := $(if $(call try,$(ARCH),$(FLOAT_PROGRAM)),,\
+             $(call try,-msse2 -mfpmath=sse,$(FLOAT_PROGRAM)))
 # Threads; OPENMP= on the command line builds without.
 OPENMP := $(call try,-fopenmp,$(OPENMP_PROGRAM))
 ifeq ($(OPENMP),)

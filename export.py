@@ -5,7 +5,9 @@ and goes back.
   python export.py DIRECTORY model.bin             transformers layout, or that of state-spaces
   python export.py org/name model.bin              the same from the hub, by huggingface_hub
   python export.py tokenizer.json tokenizer.bin    the tokenizer alone
+  python export.py model.gguf model.bin            from llama.cpp's format
   python export.py --to-hf model.bin DIRECTORY     a directory that transformers loads
+  python export.py --to-gguf model.bin FILE        a file that llama.cpp loads
 
 It needs numpy; torch only where the weights are a pickle (pytorch_model.bin). It is no loader for
 Mamba-2, for hybrids with attention or for LayerNorm models: it says so and stops.
@@ -17,11 +19,13 @@ meets them again at every step.
 
 Contents: 1 errors, files | 2 the model: sizes and tensors | 3 config.json in | 4 number formats |
 5 stored tensors: safetensors, pickle | 6 matching names and shapes | 7 model.bin out | 8 the
-tokenizer | 9 model.bin in, transformers out | 10 adapters | 11 command line
+tokenizer | 9 model.bin in, transformers out | 10 adapters | 11 GGUF | 12
+command line
 """
 import argparse
 import contextlib
 import difflib
+import itertools
 import json
 import math
 import os
@@ -606,8 +610,9 @@ def quantize(x, kind):
     return np.concatenate([scales, words.reshape(*scales.shape[:2], -1)], axis=-1).tobytes()
 
 
-def dequantize(raw, kind, inputs):
-    """The tiles of whole panels to float32 (rows, inputs), rows rounded up to 32."""
+def tile_codes(raw, kind, inputs):
+    """The tiles of whole panels: codes (rows, inputs) and scales (rows, groups of 32 inputs), rows
+    rounded up to 32."""
     bits = CODE_BITS[kind]
     tiles = np.frombuffer(raw, "u1")
     tiles = tiles.reshape(-1, -(-inputs // TILE), tile_bytes(kind))  # panel, tile, byte
@@ -618,8 +623,12 @@ def dequantize(raw, kind, inputs):
     codes = [words >> np.uint32(bits * j) & mask for j in range(32 // bits)]
     codes = np.stack(codes, axis=3).reshape(*tiles.shape[:2], TILE, TILE)
     codes = codes.astype("i4") - (1 << (bits - 1))  # panel, tile, input, row
-    w = codes.astype("f4") * scale[:, :, None]
-    return w.transpose(0, 3, 1, 2).reshape(-1, tiles.shape[1] * TILE)[:, :inputs]
+    codes = codes.transpose(0, 3, 1, 2).reshape(-1, tiles.shape[1] * TILE)[:, :inputs]
+    return codes, scale.transpose(0, 2, 1).reshape(-1, tiles.shape[1])
+
+
+def code_values(codes, scale):
+    return codes.astype("f4") * np.repeat(scale, TILE, axis=1)[:, :codes.shape[1]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -839,10 +848,10 @@ def missing(want, by_name, m, folder):
                        f"is missing{hint}")
 
 
-def match_tensors(m, stored, folder):
+def match_tensors(m, stored, folder, says="config.json"):
     """[(Tensor, stored tensor)] in the order of tensor_list(m). stored: by canonical name."""
     if m.n_layer > len(stored):
-        raise ExportError(f"{folder}: config.json states {m.n_layer} layers, "
+        raise ExportError(f"{folder}: {says} states {m.n_layer} layers, "
                           f"but there are only {len(stored)} tensors")
     by_name, pairs = dict(stored), []
     head = by_name.pop("lm_head.weight", None) if m.tied else None
@@ -854,12 +863,12 @@ def match_tensors(m, stored, folder):
             raise missing(want, by_name, m, folder)
         if tensor.shape != want.shape:
             raise ExportError(f"{folder}: tensor {tensor.name} has shape "
-                              f"{shape_text(tensor.shape)}, but config.json implies "
+                              f"{shape_text(tensor.shape)}, but {says} implies "
                               f"{shape_text(want.shape)}")
         pairs.append((want, tensor))
     for tensor in by_name.values():
         raise ExportError(f"{folder}: tensor {tensor.name} is unknown, "
-                          "or config.json says that it is not there")
+                          f"or {says} says that it is not there")
     if head and not same_values(head, pairs[0][1]):
         raise ExportError(
             f"{folder}: config.json ties the head to the embedding, but {head.name} differs from "
@@ -968,9 +977,12 @@ REGEXES = {
     **{head + tail % r"\p{N}": QWEN2 for tail in GPT4_TAILS for head in ANY_CASE},
     r"[\s\S]": CHARS,
 }
-FALCON_TAIL = [("Digits", {"individual_digits": False}),
-               ("Split", {"pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated",
-                          "invert": False})]
+FALCON_SEQUENCE = [("Punctuation", {"behavior": "Contiguous"}),
+                   ("ByteLevel", {"add_prefix_space": False, "use_regex": True}),
+                   ("Digits", {"individual_digits": False}),
+                   ("Split", {"pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated",
+                              "invert": False})]
+FALCON_TAIL = FALCON_SEQUENCE[2:]                               # the steps after ByteLevel
 ADDED_FLAGS = ["special", "lstrip", "rstrip", "single_word", "normalized"]  # bits 0..4
 ADDED_NORMALIZED = 16
 ADDED_OUTSIDE = 32                                              # not in the model's vocabulary
@@ -1755,43 +1767,50 @@ def tokenizer_files(m, blob):
     return {"tokenizer.json": json_text(table), "tokenizer_config.json": json_text(config)}
 
 
-def write_safetensors(path, m, dtype, f, source, tensors_offset):
-    """Copies the tensors out of the open model.bin, and checks their CRC on the way."""
-    header, entries, position, start = {"__metadata__": {"format": "pt"}}, [], tensors_offset, 0
+def stored_pieces(m, dtype, f, source, tensors_offset):
+    """(Tensor, its type, first row, data) of the open model.bin, piece by piece; of q8 and q4 whole
+    panels of 32 rows. The checksum is compared at the end."""
+    size, crc = os.fstat(f.fileno()).st_size, 0
+    f.seek(tensors_offset)
     for want in tensor_list(m):
-        kind, position = dtype.upper() if want.is_w else "F32", align(position)
-        out_kind, stored = "F32" if kind in CODE_BITS else kind, stored_bytes(want.shape, kind)
-        n = stored_bytes(want.shape, out_kind)
-        header[with_backbone(want.source)] = {
-            "dtype": out_kind, "shape": want.shape, "data_offsets": [start, start + n]
-        }
-        entries.append((want, position, stored, kind))
-        position, start = position + stored, start + n
-    size = os.fstat(f.fileno()).st_size
-    if position != size:
+        kind, row = dtype.upper() if want.is_w else "F32", 0
+        gap = read_exactly(f, align(f.tell()) - f.tell(), source)
+        n, crc, step = stored_bytes(want.shape, kind), zlib.crc32(gap, crc), 4
+        if kind in CODE_BITS:
+            step = -(-want.shape[-1] // TILE) * tile_bytes(kind)
+        while n:
+            data = read_exactly(f, min(n, max(1, 4 * CHUNK // step) * step), source)
+            crc, n = zlib.crc32(data, crc), n - len(data)
+            yield want, kind, row, data
+            row += len(data) // step * TILE if kind in CODE_BITS else 0
+            progress(f.tell() - tensors_offset, size - tensors_offset, want.name)
+    if f.tell() != size:
         raise ExportError(f"{source}: the sizes in its header do not match its length")
+    f.seek(124)
+    if crc != struct.unpack("<I", f.read(4))[0]:
+        raise ExportError(f"{source}: the tensors' checksum is wrong; the file is damaged")
+    progress(0, 0, "")
+
+
+def write_safetensors(path, m, dtype, f, source, tensors_offset):
+    """Copies the tensors out of the open model.bin."""
+    header, start = {"__metadata__": {"format": "pt"}}, 0
+    for want in tensor_list(m):
+        kind = dtype.upper() if want.is_w else "F32"
+        kind = "F32" if kind in CODE_BITS else kind
+        end = start + stored_bytes(want.shape, kind)
+        header[with_backbone(want.source)] = {"dtype": kind, "shape": want.shape,
+                                              "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        crc = 0
-        for want, position, n, kind in entries:
-            crc, rows = zlib.crc32(read_exactly(f, position - f.tell(), source), crc), want.shape[0]
-            step = 1
-            if kind in CODE_BITS:  # a panel of 32 rows
-                step = -(-want.shape[-1] // TILE) * tile_bytes(kind)
-            while n:
-                data = read_exactly(f, min(n, max(1, 4 * CHUNK // step) * step), source)
-                crc, n = zlib.crc32(data, crc), n - len(data)
-                if kind in CODE_BITS:
-                    values = dequantize(data, kind, want.shape[-1])[:rows]
-                    data, rows = values.astype("<f4").tobytes(), rows - len(values)
-                out.write(data)
-                progress(f.tell() - tensors_offset, size - tensors_offset, want.name)
-        f.seek(124)
-        if crc != struct.unpack("<I", f.read(4))[0]:
-            raise ExportError(f"{source}: the tensors' checksum is wrong; the file is damaged")
-    progress(0, 0, "")
+        for want, kind, row, data in stored_pieces(m, dtype, f, source, tensors_offset):
+            if kind in CODE_BITS:
+                values = code_values(*tile_codes(data, kind, want.shape[-1]))
+                data = values[:want.shape[0] - row].astype("<f4").tobytes()
+            out.write(data)
 
 
 HF_FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
@@ -2003,7 +2022,472 @@ class Adapter:
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. Command line
+# 11. GGUF
+# The files of llama.cpp, whose architecture "mamba" is this one: header, metadata, a list of
+# tensors, their data. Shapes stand in reverse. ssm_a is -exp(A_log). FalconMamba is a flag,
+# ssm.dt_b_c_rms, and shares the one eps: there is no second one. F32, F16, BF16, Q8_0 and Q4_0 are
+# read here, other types by the gguf package.
+
+GGUF_VALUES = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))  # as struct has them
+GGUF_STRING, GGUF_ARRAY, GGUF_ALIGNMENT = 8, 9, 32
+GGUF_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2),  # number: name, elements
+              8: ("Q8_0", 32, 34), 2: ("Q4_0", 32, 18)}                # and bytes of a block
+GGUF_NAMES = {"token_embd.weight": "embeddings.weight", "output_norm.weight": "norm_f.weight",
+              "output.weight": "lm_head.weight"}
+GGUF_LAYER = {"attn_norm.weight": "norm.weight", "ssm_a": "mixer.A_log", "ssm_d": "mixer.D",
+              **{f"ssm_{short}.{part}": f"mixer.{name}.{part}" for part in ("weight", "bias")
+                 for short, name in (("in", "in_proj"), ("conv1d", "conv1d"), ("x", "x_proj"),
+                                     ("dt", "dt_proj"), ("out", "out_proj"))}}
+GGUF_SIZES = {"embedding_length": "hidden_size", "block_count": "num_hidden_layers",
+              "ssm.inner_size": "intermediate_size", "ssm.state_size": "state_size",
+              "ssm.conv_kernel": "conv_kernel", "ssm.time_step_rank": "time_step_rank",
+              "vocab_size": "vocab_size"}
+GGUF_EPS = "attention.layer_norm_rms_epsilon"
+GGUF_IDLE = {"context_length", "feed_forward_length", "attention.head_count", "ssm.dt_b_c_rms",
+             "attention.head_count_kv", GGUF_EPS, *GGUF_SIZES}  # that llama.cpp reads or ignores
+GPT2_SPLITS = ("gpt-2", "mpt", "olmo", "jais", "phi-2")  # names of one and the same splitting
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5       # types of tokens
+
+
+class GgufTensor:
+    def __init__(self, path, name, number, shape, start):
+        self.path, self.name, self.shape, self.start = path, name, shape, start
+        self.type, self.block, self.block_bytes = gguf_type(path, name, number)
+        self.kind = self.type if self.type in ITEM_BYTES else "F32"
+        self.number = number
+
+    def bytes(self):
+        return math.prod(self.shape) // self.block * self.block_bytes
+
+    def chunks(self):
+        left = math.prod(self.shape)
+        with open(self.path, "rb") as f:
+            f.seek(self.start)
+            while left:
+                n = min(left, CHUNK // self.block * self.block or self.block)
+                raw = read_exactly(f, n // self.block * self.block_bytes, self.path)
+                left -= n
+                yield self.decode(raw)
+
+    def decode(self, raw):
+        if self.type in ITEM_BYTES:
+            return decode(raw, self.type)
+        if self.type not in ("Q8_0", "Q4_0"):
+            import gguf
+            kind = gguf.GGMLQuantizationType(self.number)
+            with np.errstate(all="ignore"):
+                return gguf.quants.dequantize(np.frombuffer(raw, "u1"), kind).astype("<f4")
+        blocks = np.frombuffer(raw, "u1").reshape(-1, self.block_bytes)
+        scale = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype("f4")
+        codes = blocks[:, 2:].view("i1")
+        if self.type == "Q4_0":
+            codes = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype("i1") - 8
+        with np.errstate(invalid="ignore"):
+            return (codes * scale).reshape(-1)
+
+
+def gguf_type(path, name, number):
+    """(name, elements of a block, bytes of a block)"""
+    if number in GGUF_TYPES:
+        return GGUF_TYPES[number]
+    try:
+        import gguf
+    except ImportError:
+        raise ExportError(f"{path}: tensor {name} has type {number}, which needs the gguf package "
+                          "(pip install gguf)")
+    try:
+        kind = gguf.GGMLQuantizationType(number)
+        known = kind in gguf.quants._type_traits
+    except (ValueError, AttributeError):
+        kind = known = None
+    if not known:
+        label = kind.name if kind else f"number {number}"
+        raise ExportError(f"{path}: tensor {name} has type {label}, which cannot be read")
+    return (kind.name, *gguf.GGML_QUANT_SIZES[kind])
+
+
+class Changed:
+    """A stored tensor in another shape, and its values through a function."""
+
+    def __init__(self, base, shape, change=None):
+        self.path, self.name, self.kind, self.shape = base.path, base.name, base.kind, shape
+        self.base, self.change = base, change
+
+    def chunks(self):
+        done = 0
+        for x in self.base.chunks():
+            yield self.change(x, self.name, done) if self.change else x
+            done += len(x)
+
+
+def a_to_log(x, name, first):
+    check_values(x, "F32", name, first)
+    if (x >= 0).any():
+        i = int((x >= 0).argmax())
+        raise ExportError(f"tensor {name} holds {x[i]:g} at element {first + i}; -exp(A_log) is "
+                          "below zero")
+    return np.log(-x.astype("f8")).astype("f4")
+
+
+class GgufReader:
+    """Reads numbers and strings, and never past the end of the file."""
+
+    def __init__(self, f, path):
+        self.f, self.path, self.size = f, path, os.fstat(f.fileno()).st_size
+
+    def take(self, n):
+        if n > self.size - self.f.tell():
+            raise ExportError(f"{self.path} ends within its metadata; is the download complete?")
+        return self.f.read(n)
+
+    def number(self, letter):
+        return struct.unpack("<" + letter, self.take(struct.calcsize("<" + letter)))[0]
+
+    def text(self):
+        raw = self.take(self.number("Q"))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ExportError(f"{self.path}: a string of its metadata is not UTF-8 ({raw[:40]!r})")
+
+    def value(self, kind, key):
+        if kind == GGUF_STRING:
+            return self.text()
+        if kind in GGUF_VALUES:
+            return self.number(GGUF_VALUES[kind])
+        if kind != GGUF_ARRAY:
+            raise ExportError(f"{self.path}: {key[:60]} has type {kind}, which is not known")
+        kind, n = self.number("I"), self.number("Q")
+        if kind in GGUF_VALUES:
+            item = struct.calcsize("<" + GGUF_VALUES[kind])
+            raw = self.take(n * item)
+            return list(struct.unpack(f"<{n}{GGUF_VALUES[kind]}", raw))
+        if kind != GGUF_STRING or n > (self.size - self.f.tell()) // 8:
+            raise ExportError(f"{self.path}: {key[:60]} is an array that cannot be read")
+        return [self.text() for _ in range(n)]
+
+
+def open_gguf(path):
+    """(metadata, {name: GgufTensor})"""
+    with open(path, "rb") as f:
+        r = GgufReader(f, path)
+        if r.take(min(4, r.size)) != b"GGUF":
+            raise ExportError(f"{path} is no GGUF file")
+        version = r.number("I")
+        if version not in (2, 3):
+            raise ExportError(f"{path} is GGUF version {version}; 2 and 3 can be read, "
+                              "little-endian")
+        n_tensors, n_values = r.number("Q"), r.number("Q")
+        if max(n_tensors, n_values) > r.size // 12:
+            raise ExportError(f"{path} has {n_tensors} tensors and {n_values} values: that is more "
+                              "than its bytes can hold")
+        meta = {}
+        for _ in range(n_values):
+            key = r.text()
+            if key in meta:
+                raise ExportError(f"{path}: {key[:60]} appears twice")
+            meta[key] = r.value(r.number("I"), key)
+        infos = [gguf_entry(r) for _ in range(n_tensors)]
+        align = meta.get("general.alignment", GGUF_ALIGNMENT)
+        if type(align) is not int or not 0 < align <= 1 << 20 or align & (align - 1):
+            raise ExportError(f"{path}: general.alignment is {str(align)[:60]}, no power of two")
+        data = -(-f.tell() // align) * align
+    stored, ends = {}, []
+    for name, shape, number, offset in infos:
+        tensor = GgufTensor(path, name, number, shape, data + offset)
+        if name in stored:
+            raise ExportError(f"{path}: tensor {name} appears twice")
+        if not shape or shape[-1] % tensor.block:
+            raise ExportError(f"{path}: tensor {name} {shape_text(shape)} does not fill blocks of "
+                              f"{tensor.block} ({tensor.type})")
+        if offset % align or tensor.start + tensor.bytes() > r.size:
+            raise ExportError(f"{path}: tensor {name} ends past the end of the file, or begins at "
+                              "no multiple of its alignment; is the download complete?")
+        stored[name] = tensor
+        ends.append((tensor.start, tensor.start + tensor.bytes(), name))
+    ends.sort()
+    for (_, end, first), (start, _, second) in zip(ends, ends[1:]):
+        if start < end:
+            raise ExportError(f"{path}: tensor {second} overlaps {first}")
+    return meta, stored
+
+
+def gguf_entry(r):
+    name, n_dims = r.text(), r.number("I")
+    if n_dims > 8:
+        raise ExportError(f"{r.path}: tensor {name[:60]} has {n_dims} dimensions")
+    shape = tuple(r.number("Q") for _ in range(n_dims))[::-1]
+    if any(n == 0 or n >= 1 << 40 for n in shape):
+        raise ExportError(f"{r.path}: tensor {name[:60]} has shape {shape_text(shape)[:80]}")
+    return name, shape, r.number("I"), r.number("Q")
+
+
+def gguf_canonical(name):
+    match = re.fullmatch(r"blk\.(\d{1,9})\.(.+)", name)
+    if match and match[2] in GGUF_LAYER:
+        return f"layers.{int(match[1])}.{GGUF_LAYER[match[2]]}"
+    return GGUF_NAMES.get(name, name)
+
+
+def gguf_checkpoint(path):
+    """(config, generation, tensors by canonical name, metadata)"""
+    meta, stored = open_gguf(path)
+    arch = meta.get("general.architecture")
+    if arch != "mamba":
+        why = ELSEWHERE.get(str(arch).replace("-", "_"), "only mamba is")
+        raise ExportError(f"{path}: architecture {json.dumps(arch)[:60]} is not supported: {why}")
+    own = {key[6:]: value for key, value in meta.items() if key.startswith("mamba.")}
+    if GGUF_EPS not in own:
+        raise ExportError(f"{path}: mamba.{GGUF_EPS} is missing")
+    falcon = own.get("ssm.dt_b_c_rms", False)
+    if type(falcon) is not bool:
+        raise ExportError(f"{path}: mamba.ssm.dt_b_c_rms is {str(falcon)[:60]}, expected a truth "
+                          "value")
+    eps = own[GGUF_EPS]
+    eps = float(str(np.float32(eps))) if type(eps) is float else eps  # 1e-05, not 9.99999...e-06
+    table = {"model_type": "falcon_mamba" if falcon else "mamba", "layer_norm_epsilon": eps,
+             "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+             "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
+             "eos_token_id": [meta[key] for key in ("tokenizer.ggml.eos_token_id",
+                                                    "tokenizer.ggml.eot_token_id") if key in meta]}
+    table.update({key: own[name] for name, key in GGUF_SIZES.items() if name in own})
+    if falcon:
+        table["mixer_rms_eps"] = eps
+    by_name = {}
+    for name, tensor in stored.items():
+        short = gguf_canonical(name)
+        if short.endswith(".conv1d.weight") and len(tensor.shape) == 2:
+            tensor = Changed(tensor, (tensor.shape[0], 1, tensor.shape[1]))
+        elif short.endswith(".A_log"):
+            tensor = Changed(tensor, tensor.shape, a_to_log)
+        if short in by_name:
+            raise ExportError(f"{path}: tensors {by_name[short].name} and {name} mean the same one")
+        by_name[short] = tensor
+    found = found_sizes(by_name)
+    if "lm_head.weight" in by_name:
+        found["tied"] = lambda: False
+        table["tie_word_embeddings"] = False
+    config = Config(table, path, found)
+    if falcon:
+        config.note(f"GGUF has one eps, {eps:g}; llama.cpp uses it for the norms on Δ, B and C too")
+    unknown = sorted(set(own) - GGUF_IDLE)
+    if unknown:
+        config.note(f"not used, because unknown here: mamba.{', mamba.'.join(unknown)[:300]}")
+    return config, Fields({}, path), by_name, meta
+
+
+def gguf_tokenizer(meta, path):
+    """tokenizer.json of the tokenizer in the metadata."""
+    get = lambda key, kind: meta.get("tokenizer.ggml." + key, kind())
+    model, tokens, types, merges = (get("model", str), get("tokens", list), get("token_type", list),
+                                    get("merges", list))
+    if model != "gpt2":
+        raise ExportError(f"{path}: its tokenizer is {json.dumps(model)[:60]}, only gpt2 (byte-level "
+                          "BPE) can be taken over; pass --tokenizer FILE, or --tokenizer bytes")
+    split = get("pre", str)
+    if split not in ("", "default", "falcon", *GPT2_SPLITS):
+        raise ExportError(f"{path}: its tokenizer splits text as {json.dumps(split)[:60]} does, "
+                          "which is not supported; pass --tokenizer FILE")
+    if not (isinstance(tokens, list) and isinstance(types, list) and isinstance(merges, list)
+            and all(isinstance(token, str) for token in tokens) and tokens
+            and len(types) in (0, len(tokens))):
+        raise ExportError(f"{path}: its tokenizer's lists of tokens and types do not fit together")
+    types = types or [NORMAL] * len(tokens)
+    vocab, added = {}, []
+    for i, (token, kind) in enumerate(zip(tokens, types)):
+        if kind == UNUSED:
+            continue
+        if token in vocab:
+            raise ExportError(f"{path}: token {json.dumps(token)[:60]} has two ids, "
+                              f"{vocab[token]} and {i}")
+        vocab[token] = i
+        if kind in (CONTROL, USER_DEFINED):
+            flags = {name: name == "special" and kind == CONTROL for name in ADDED_FLAGS}
+            added.append({"id": i, "content": token, **flags})
+    inside = len(vocab) - len(added)  # added tokens behind a vocabulary without holes are no part
+    if [token["id"] for token in added] == list(range(inside, len(vocab))):
+        vocab = {token: i for token, i in vocab.items() if i < inside}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}
+    pre_tokenizer = byte_level
+    if split == "falcon":
+        steps = [{"type": name, **options} for name, options in FALCON_SEQUENCE]
+        steps[1]["trim_offsets"] = True
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": None, "pre_tokenizer": pre_tokenizer,
+            "post_processor": gguf_post_processor(meta, tokens), "decoder": byte_level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                      "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "vocab": vocab, "merges": merges}}
+
+
+def gguf_post_processor(meta, tokens):
+    bos = meta.get("tokenizer.ggml.bos_token_id")
+    if not meta.get("tokenizer.ggml.add_bos_token") or type(bos) is not int or bos >= len(tokens):
+        return None
+    text, special = tokens[bos], {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
+    sequence = lambda name, kind: {"Sequence": {"id": name, "type_id": kind}}
+    return {"type": "TemplateProcessing", "single": [special, sequence("A", 0)],
+            "pair": [special, sequence("A", 0), special, sequence("B", 1)],
+            "special_tokens": {text: {"id": text, "ids": [bos], "tokens": [text]}}}
+
+
+def gguf_to_bin(source, target, dtype, tokenizer, adapter):
+    check_output(target, [source] + tokenizer_inputs(tokenizer))
+    config, generation, stored, meta = gguf_checkpoint(source)
+    m = model_from_config(config, generation)
+    if tokenizer:
+        blob, _ = find_tokenizer(tokenizer, os.path.dirname(source))
+    else:
+        if meta.get("tokenizer.ggml.pre", "default") == "default":
+            config.note("the file does not say how its tokenizer splits text; as GPT-2 does, "
+                        "is assumed")
+        blob = tokenizer_blob(gguf_tokenizer(meta, source))
+    finish(target, m, config, stored, blob, adapter, dtype, source, "its metadata")
+
+
+def gguf_value(value):
+    """The type number and the bytes of a value."""
+    text = lambda s: struct.pack("<Q", len(s.encode("utf-8"))) + s.encode("utf-8")
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, str):
+        return struct.pack("<I", GGUF_STRING) + text(value)
+    strings = not value or isinstance(value[0], str)
+    items = b"".join(text(v) if strings else struct.pack("<i", v) for v in value)
+    return struct.pack("<IIQ", GGUF_ARRAY, GGUF_STRING if strings else 5, len(value)) + items
+
+
+def gguf_metadata(m, blob, dtype, source):
+    """(the metadata, notes)"""
+    if not blob:
+        raise ExportError(f"{source}: it has no tokenizer, which a GGUF file needs")
+    recipe, notes = unpack_header(blob)[0], []
+    if recipe.kind > BPE_BYTES or recipe.steps not in ([GPT2], [PUNCT, GPT2, FALCON]) or \
+            recipe.flags - {"nfc", "prefix_space"} or recipe.unknown != -1:
+        raise ExportError(f"{source}: its tokenizer is of a kind that has no place in a GGUF file")
+    table = tokenizer_json(blob)
+    model, split = table["model"], table["pre_tokenizer"]
+    if table["normalizer"]:
+        notes.append("llama.cpp does not bring text to NFC, as this tokenizer does")
+    if split.get("add_prefix_space"):
+        notes.append("llama.cpp does not put a space in front of a text, as this tokenizer does")
+    tokens, types = [f"[PAD{i}]" for i in range(m.V)], [UNUSED] * m.V
+    for token, i in model["vocab"].items():
+        tokens[i], types[i] = token, NORMAL
+    for token in table["added_tokens"]:
+        tokens[token["id"]] = token["content"]
+        types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    sizes = {"embedding_length": m.D, "block_count": m.n_layer, "ssm.inner_size": m.E,
+             "ssm.state_size": m.N, "ssm.conv_kernel": m.K, "ssm.time_step_rank": m.R,
+             "vocab_size": m.V, "context_length": 1 << 20, "feed_forward_length": 0,
+             "attention.head_count": 0, GGUF_EPS: m.norm_eps, "ssm.dt_b_c_rms": m.mixer_norm}
+    bos = m.bos if recipe.bos == -1 else recipe.bos
+    ids = {"bos": bos, "eos": (m.eos or [-1])[0], "padding": m.pad, "eot": (m.eos + [-1] * 2)[1]}
+    file_type = {"f32": 0, "f16": 1, "bf16": 32, "q8": 7, "q4": 2}[dtype]
+    return {"general.architecture": "mamba", "general.file_type": file_type,
+            **{"mamba." + key: value for key, value in sizes.items()},
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "gpt-2" if split["type"] == "ByteLevel" else "falcon",
+            "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+            **({"tokenizer.ggml.add_bos_token": True} if recipe.bos != -1 else {}),
+            **{f"tokenizer.ggml.{key}_token_id": i for key, i in ids.items() if i >= 0}}, notes
+
+
+def gguf_tensors(m, dtype):
+    """(name, shape, number of its type) of each tensor, in the order of the file."""
+    names = {short: name for name, short in GGUF_NAMES.items()}
+    layer_names = {short: name for name, short in GGUF_LAYER.items()}
+    number = {kind: n for n, (kind, _, _) in GGUF_TYPES.items()}
+    for want in tensor_list(m):
+        match = re.fullmatch(r"layers\.(\d+)\.(.+)", want.source)
+        name = f"blk.{match[1]}.{layer_names[match[2]]}" if match else names[want.source]
+        kind = dtype.upper() if want.is_w else "F32"
+        shape = (m.E, m.K) if name.endswith("conv1d.weight") else want.shape
+        out = {"Q8": "Q8_0", "Q4": "Q4_0"}.get(kind, kind)
+        if kind in CODE_BITS and shape[-1] % TILE:
+            out = "F32"
+        yield name, shape, number[out]
+        if name.endswith("conv1d.weight") and not m.conv_bias:  # llama.cpp has it always
+            yield name.replace("weight", "bias"), (m.E,), 0
+
+
+def gguf_blocks(codes, scale, kind):
+    """Codes (rows, inputs) and scales (rows, inputs / 32) as Q8_0 or Q4_0."""
+    codes = codes.reshape(*scale.shape, TILE)
+    half = scale.astype("<f2")
+    if np.isinf(half).any():
+        raise ExportError("a scale of the matrices is too large for a GGUF file (float16)")
+    if kind == "Q4":
+        low = (codes + 8).astype("u1")
+        codes = low[..., :TILE // 2] | low[..., TILE // 2:] << 4
+    codes = codes.astype("i1" if kind == "Q8" else "u1").view("u1")
+    return np.concatenate([half[..., None].view("u1"), codes], axis=-1).tobytes()
+
+
+def to_gguf(source, target):
+    check_output(target, [source])
+    with open(source, "rb") as f:
+        m, dtype, blob, tensors_offset = read_header(f, source)
+        why = ("biases on in_proj and out_proj" if m.proj_bias else
+               f"an inner size of {m.E}, which is not twice {m.D}" if m.E != 2 * m.D else None)
+        if why:
+            raise ExportError(f"{source}: llama.cpp has no mamba with {why}")
+        meta, notes = gguf_metadata(m, blob, dtype, source)
+        if m.mixer_norm and m.mixer_eps != m.norm_eps:
+            notes.append(f"llama.cpp has one eps, {m.norm_eps:g}; that of the norms on Δ, B and C "
+                         f"is {m.mixer_eps:g} here")
+        infos, offset, text = [], 0, lambda s: struct.pack("<Q", len(s)) + s.encode()
+        for name, shape, number in gguf_tensors(m, dtype):
+            infos.append(text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1],
+                                                  number, offset))
+            _, block, size = GGUF_TYPES[number]
+            offset += math.prod(shape) // block * size
+            offset += -offset % GGUF_ALIGNMENT
+        values = [struct.pack("<Q", len(key)) + key.encode() + gguf_value(value)
+                  for key, value in meta.items()]
+        head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(values))
+        head += b"".join(values) + b"".join(infos)
+        with atomic_file(target) as out:
+            out.write(head + bytes(-len(head) % GGUF_ALIGNMENT))
+            for data in gguf_data(m, dtype, f, source, tensors_offset):
+                out.write(data)
+    print(f"wrote {target}: {summary(m, dtype)}, {(len(head) + offset) / 1e6:.1f} MB",
+          file=sys.stderr)
+    print_notes([f"{source}: {note}" for note in notes])
+
+
+def gguf_data(m, dtype, f, source, tensors_offset):
+    """The data of the tensors, read from the open model.bin, each with its padding."""
+    pieces = stored_pieces(m, dtype, f, source, tensors_offset)
+    for name, group in itertools.groupby(pieces, key=lambda piece: piece[0].name):
+        written = 0
+        for want, kind, first_row, data in group:
+            if kind in CODE_BITS:
+                codes, scale = (x[:want.shape[0] - first_row]
+                                for x in tile_codes(data, kind, want.shape[-1]))
+                if want.shape[-1] % TILE:
+                    data = code_values(codes, scale).tobytes()
+                else:
+                    data = gguf_blocks(codes, scale, kind)
+            elif name.endswith(".A_log"):
+                data = (-np.exp(np.frombuffer(data, "<f4").astype("f8"))).astype("<f4").tobytes()
+            written += len(data)
+            yield data
+        yield bytes(-written % GGUF_ALIGNMENT)
+        if name.endswith(".conv") and not m.conv_bias:
+            yield bytes(4 * m.E + -4 * m.E % GGUF_ALIGNMENT)
+
+
+# --------------------------------------------------------------------------------------------------
+# 12. Command line
 
 EXAMPLES = """examples:
   python export.py mamba-130m-hf model.bin                  a directory in the transformers layout
@@ -2017,7 +2501,9 @@ EXAMPLES = """examples:
                                                             a model whose first 256 ids are bytes
   python export.py mamba-130m-hf model.bin --adapter lora   with a LoRA adapter of peft merged in
   python export.py tokenizer.json tokenizer.bin             the tokenizer alone
-  python export.py --to-hf model.bin DIRECTORY              back to transformers"""
+  python export.py model.gguf model.bin                     from llama.cpp's format
+  python export.py --to-hf model.bin DIRECTORY              back to transformers
+  python export.py --to-gguf model.bin model.gguf           back to llama.cpp"""
 
 
 def fetch(name):
@@ -2053,6 +2539,13 @@ CHECKPOINT_FILE = re.compile(r"(config|generation_config|tokenizer|.*\.index)\.j
                              r".*\.safetensors$|pytorch_model.*\.bin$")
 
 
+def is_gguf(path):
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as f:
+        return path.endswith(".gguf") or f.read(4) == b"GGUF"
+
+
 def refuse_adapter(folder):
     path = os.path.join(folder, "adapter_config.json")
     if os.path.exists(path) and not os.path.exists(os.path.join(folder, "config.json")):
@@ -2070,31 +2563,40 @@ def to_bin(source, target, dtype, tokenizer, adapter):
                                     for name in ("config.json", "generation_config.json"))
     inputs = [os.path.join(folder, name) for name in os.listdir(folder)
               if CHECKPOINT_FILE.match(name)]
-    if tokenizer and tokenizer not in ("bytes", "none"):
-        inputs += [tokenizer, os.path.join(tokenizer, "tokenizer.json")]    # a file, or its folder
-    check_output(target, inputs)
-    table, notes = read_json(config_path), []
+    check_output(target, inputs + tokenizer_inputs(tokenizer))
+    table = read_json(config_path)
     refuse_what_is_not_mamba(Config(table, config_path))  # before the weights are opened
     stored, left_out = by_canonical_name(open_checkpoint(folder), folder)
-    config = Config(table, config_path, found_sizes(stored), notes)
+    config = Config(table, config_path, found_sizes(stored))
     generation = Fields(
         read_json(generation_path) if os.path.exists(generation_path) else {}, generation_path)
-    blob, end_of_text = find_tokenizer(tokenizer, folder, notes)
+    blob, end_of_text = find_tokenizer(tokenizer, folder, config.notes)
     m = model_from_config(config, generation, end_of_text)
+    m = without_head(m, config, stored, left_out)
+    finish(target, m, config, stored, blob, adapter, dtype, folder, "config.json")
+
+
+def finish(target, m, config, stored, blob, adapter, dtype, folder, says):
+    """Writes the model whose sizes and tensors are known, with the adapter in the folder."""
     if tokenizer_ids(blob) > m.V:
         raise ExportError(
             f"the tokenizer's ids go up to {tokenizer_ids(blob) - 1}, but the model's vocabulary is "
-            f"{m.V}: "
-            "it belongs to another model")
-    m = without_head(m, config, stored, left_out)
+            f"{m.V}: it belongs to another model")
     if adapter:
         adapter = Adapter(adapter)
         check_output(target, adapter.paths)
         m, stored = adapter.apply(m, stored, config)
-    pairs = match_tensors(m, stored, folder)
+    pairs = match_tensors(m, stored, folder, says)
     check_output(target, {tensor.path for _, tensor in pairs})  # shards, whatever their names
     write_model(target, m, pairs, blob, dtype or stored_dtype(pairs))
-    print_notes(notes)
+    print_notes(config.notes)
+
+
+def tokenizer_inputs(tokenizer):
+    """What --tokenizer names: a file, or its folder."""
+    if tokenizer in (None, "", "bytes", "none"):
+        return []
+    return [tokenizer, *(os.path.join(tokenizer, name) for name in TOKENIZER_FILES)]
 
 
 def without_head(m, config, stored, left_out):
@@ -2124,8 +2626,8 @@ def run(arguments):
         "Converts a Mamba or Falcon-Mamba checkpoint to the one file that mamba.c runs, and back.")
     parser.add_argument("source",
                         metavar="SRC",
-                        help="checkpoint directory, hub id org/name, or tokenizer.json; "
-                        "with --to-hf a model.bin")
+                        help="checkpoint directory, hub id org/name, model.gguf, or "
+                        "tokenizer.json; with --to-hf and --to-gguf a model.bin")
     parser.add_argument("target",
                         metavar="DST",
                         help="model.bin or tokenizer.bin to write; with --to-hf a directory")
@@ -2143,14 +2645,22 @@ def run(arguments):
     parser.add_argument("--force",
                         action="store_true",
                         help="with --to-hf: write into a directory that is not empty")
+    parser.add_argument("--to-gguf", action="store_true",
+                        help="read a model.bin, write a GGUF file for llama.cpp")
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA directory of peft, which is added "
                         "to the weights")
     a = parser.parse_args(arguments)
-    if a.to_hf and (a.dtype or a.tokenizer or a.adapter) or a.force and not a.to_hf:
-        parser.error("--to-hf takes no --dtype, --tokenizer or --adapter, "
-                     "and --force goes with --to-hf only")
+    back = a.to_hf or a.to_gguf
+    if a.to_hf and a.to_gguf or back and (a.dtype or a.tokenizer or a.adapter):
+        parser.error("--to-hf and --to-gguf take no --dtype, --tokenizer or --adapter")
+    if a.force and not a.to_hf:
+        parser.error("--force goes with --to-hf only")
     if a.to_hf:
         to_transformers(a.source, a.target, a.force)
+    elif a.to_gguf:
+        to_gguf(a.source, a.target)
+    elif is_gguf(a.source):
+        gguf_to_bin(a.source, a.target, a.dtype, a.tokenizer, a.adapter)
     elif os.path.isfile(a.source) and a.source.endswith((".json", "vocab.txt")):
         check_output(a.target, [a.source])
         notes = []

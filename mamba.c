@@ -1971,6 +1971,7 @@ COLD
 #ifndef TESTING
 int main(int argc, char **argv) {
     prepare_process();
+    argv = program_arguments(&argc, argv);
     int result = run_command(argc, argv);
     if ((fflush(stdout) || ferror(stdout)) && !result)
         result = fail("stdout: cannot write: %s", strerror(errno));

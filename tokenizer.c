@@ -254,12 +254,13 @@ static int alphabet_byte(uint32_t c) {
 // in files/unicode.h were read from the library itself. Opening a tokenizer expands them, in 0.3
 // ms, to one byte of class bits for each code point.
 
-enum { LETTER = 1, NUMBER = 2, SPACE = 4, WORD = 8, PUNCT = 16, NFC_UNSAFE = 32 };
+enum { LETTER = 1, NUMBER = 2, SPACE = 4, IN_WORD = 8, PUNCT = 16, NFC_UNSAFE = 32 };
 
 #include "files/unicode.h"
 
-// One character is six bits: 0-9 A-Z a-z + -.
+// One character is six bits: 0-9 A-Z a-z + -. A table is in pieces, with NULs between them.
 static uint32_t table_digit(const char **text) {
+    while (!**text) ++*text;
     char c = *(*text)++;
     return (uint32_t)(c == '+'   ? 62
                       : c == '-' ? 63
@@ -296,7 +297,7 @@ static int compare_pairs(const void *x, const void *y) {
 static bool open_classes(Tokenizer *t) {
     uint16_t uniform[64] = {0}; // 1 + the page that holds only this class
     size_t n_pages = 0, capacity = 0;
-    const char *text = unicode_classes;
+    const char *text = (const char *)unicode_classes;
     uint32_t left = 0, value = 0;
     for (uint32_t p = 0; p < 0x1100; p++) {
         if (n_pages == capacity) {
@@ -332,14 +333,16 @@ static bool open_normalizer(Tokenizer *t) {
     t->compose = memory_get(N_PAIRS * sizeof *t->compose);
     if (!t->order || !t->part || !t->compose) return false;
     uint32_t c = 0, a = 0, b = 0;
-    for (const char *text = unicode_orders; *text; t->n_order++) {
+    const char *text = (const char *)unicode_orders;
+    for (; t->n_order < N_ORDERS; t->n_order++) {
         UnicodeOrder *o = &t->order[t->n_order];
         o->first = c + table_number(&text);
         o->end = c = o->first + table_number(&text);
         o->order = table_digit(&text);
     }
     c = 0;
-    for (const char *text = unicode_parts; *text; t->n_part++) {
+    text = (const char *)unicode_parts;
+    for (; t->n_part < N_PARTS; t->n_part++) {
         uint32_t step = table_number(&text), kind = step & 3;
         c += step >> 2;
         a = table_step(&text, a);
@@ -1522,7 +1525,9 @@ static int encode_between(Encoder *e, const unsigned char *s, const unsigned cha
 static bool space_at(const Tokenizer *t, const unsigned char *p, bool blank) {
     return (blank || *p != ' ') && next_class(t, &p) & SPACE;
 }
-static bool word_at(const Tokenizer *t, const unsigned char *p) { return next_class(t, &p) & WORD; }
+static bool word_at(const Tokenizer *t, const unsigned char *p) {
+    return next_class(t, &p) & IN_WORD;
+}
 
 // Cuts a text at its added tokens: raw text, or with `normalized` text after the normalizer.
 static int encode_section(Encoder *e, const unsigned char *s, const unsigned char *user, size_t n,

@@ -144,8 +144,8 @@ int mamba_trainer_fetch(Trainer *tr, bool store) {
 Trainer *mamba_trainer_new(Model *m, int B, int L, int chunk, int threads) {
     Trainer *tr = memory_zeroed(1, sizeof *tr);
     if (!tr) return fail("out of memory"), NULL;
-    *tr = (Trainer){
-        .model = m, .chunk = chunk, .threads = threads > 0 ? threads : mamba_default_threads()};
+    threads = possible_threads(threads > 0 ? threads : mamba_default_threads());
+    *tr = (Trainer){.model = m, .chunk = chunk, .threads = threads};
     tr->gradient = blank_model(&m->config);
     tr->moment = alloc_aligned(m->tensors_bytes);
     tr->moment2 = alloc_aligned(m->tensors_bytes);
