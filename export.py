@@ -2580,8 +2580,8 @@ def finish(target, m, config, stored, blob, adapter, dtype, folder, says):
     """Writes the model whose sizes and tensors are known, with the adapter in the folder."""
     if tokenizer_ids(blob) > m.V:
         raise ExportError(
-            f"the tokenizer's ids go up to {tokenizer_ids(blob) - 1}, but the model's vocabulary is "
-            f"{m.V}: it belongs to another model")
+            f"the tokenizer's ids go up to {tokenizer_ids(blob) - 1}, but the model's vocabulary "
+            f"is {m.V}: it belongs to another model")
     if adapter:
         adapter = Adapter(adapter)
         check_output(target, adapter.paths)

@@ -1382,7 +1382,7 @@ static const unsigned char *falcon_end(const unsigned char *p, const unsigned ch
 // \w+|[^\w\s]+, or with `blanks` \S+. Pieces of white space are dropped.
 static const unsigned char *words_end(const Tokenizer *t, const unsigned char *p,
                                       const unsigned char *end, bool blanks, bool *drop) {
-    const unsigned of = blanks ? SPACE : SPACE | WORD, kind = next_class(t, &p) & of;
+    const unsigned of = blanks ? SPACE : SPACE | IN_WORD, kind = next_class(t, &p) & of;
     *drop = kind & SPACE;
     while (p < end) {
         const unsigned char *here = p;
