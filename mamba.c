@@ -88,7 +88,7 @@
      models     mamba_load  mamba_load_memory  mamba_save  mamba_free  mamba_verify
                 mamba_set_tokenizer
                 mamba_random_model  mamba_float_copy  mamba_quantize
-     texts      mamba_encode  mamba_decode
+     texts      mamba_encode  mamba_encode_pieces  mamba_prompt_bos  mamba_decode
      running    mamba_acts_new  mamba_acts_pieces  mamba_acts_gpu  mamba_acts_free
                 mamba_default_threads  mamba_has_gpu  mamba_gpu_memory
                 mamba_prefill  mamba_step  mamba_step_batch  mamba_selection  mamba_watch
@@ -1846,24 +1846,30 @@ int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling 
     return 0;
 }
 
-// Text to token ids, for the caller to free; in an arena by mamba_release. 0, or -1 after fail().
-int mamba_encode(const Model *m, const char *text, size_t bytes, int32_t **ids, size_t *n) {
-    if (!m->tokenizer) return fail("this model has no tokenizer");
-    return tokenizer_encode(m->tokenizer, text, bytes, ids, n);
+// The token ids of some pieces of text as of one text, for the caller to free; in an arena by
+// mamba_release. Where a piece is not `special`, such as what a user wrote in a chat, no special
+// token is found in it. 0, or -1 after fail().
+int mamba_encode_pieces(const Model *m, const TextPiece *pieces, size_t n_pieces, int32_t **ids,
+                        size_t *n) {
+    if (!m->tokenizer) return fail("this model has no tokenizer: give token ids");
+    return tokenizer_encode(m->tokenizer, pieces, n_pieces, ids, n);
 }
+
+// The same of one text, in which special tokens are found.
+int mamba_encode(const Model *m, const char *text, size_t bytes, int32_t **ids, size_t *n) {
+    return mamba_encode_pieces(m, &(TextPiece){text, bytes, true}, 1, ids, n);
+}
+
+// The token that the tokenizer wants before a prompt, or -1. mamba_encode() does not add it.
+int32_t mamba_prompt_bos(const Model *m) { return m->tokenizer ? tokenizer_bos(m->tokenizer) : -1; }
 
 // The text that token id adds to what s has written so far: whole UTF-8 characters only; the bytes
 // of an unfinished one wait in s, and what cannot become a character turns into U+FFFD. A bytes
 // tokenizer's bytes pass as they are. id -1: the end, what still waits. out needs room for
 // m->text_room bytes; returns how many it got.
 size_t mamba_decode(const Model *m, State *s, int32_t id, unsigned char *out) {
-    size_t bytes = 0;
-    if (id < 0) return utf8_flush(&s->pending, out);
-    if (!m->tokenizer || !tokenizer_has(m->tokenizer, id)) return 0;
-    const unsigned char *token = tokenizer_token(m->tokenizer, id, &bytes);
-    if (!tokenizer_is_bytes(m->tokenizer)) return utf8_push(&s->pending, token, bytes, out);
-    memcpy(out, token, bytes);
-    return bytes;
+    if (id < 0) return utf8_flush(m->tokenizer, &s->pending, out);
+    return m->tokenizer ? tokenizer_decode(m->tokenizer, &s->pending, id, out) : 0;
 }
 
 // --- the loop that writes text
