@@ -6,18 +6,19 @@ hubs, and of damaged ones.
 
 Needs numpy, and ./mamba where it is built. The last line is "N passed, N failed, N skipped".
 
-Contents: 1 configs | 2 names of tensors | 3 adapters
+Contents: 1 configs | 2 names of tensors | 3 adapters | 4 GGUF
 """
 import json
 import os
 import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 
 import test_export
-from test_export import (Case, Sizes, VARIANTS, export, hf_config, layout, read_model,
+from test_export import (Case, Sizes, VARIANTS, export, have, hf_config, layout, read_model,
                          reference_config, reference_names, spoilt, weights, write)
 
 # --------------------------------------------------------------------------------------------------
@@ -363,6 +364,195 @@ class Adapters(Checkpoint):
         os.unlink(os.path.join(self.lora, "adapter_config.json"))
         self.bad("adapter_config.json", arguments=self.command)
         self.bad("no directory", arguments=(*self.command[:-1], self.bin + "none"))
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. GGUF, against llama.cpp (dev/make_gguf_golden.py) and the gguf package
+
+
+class Gguf(Checkpoint):
+    def setUp(self):
+        super().setUp()
+        self.gguf = os.path.join(self.dir, "model.gguf")
+        self.back = os.path.join(self.dir, "back.bin")
+
+    def logits(self, path, ids):
+        out = os.path.join(self.dir, "logits")
+        self.run_mamba("logits", path, "--tokens", ",".join(map(str, ids)), "--all", "-o", out)
+        return np.fromfile(out, "<f4").reshape(len(ids), -1)
+
+    def test_llama_cpp_reads_what_is_written(self):
+        root = os.path.join(test_export.HERE, "..")
+        file = np.load(os.path.join(test_export.HERE, "gguf.npz"))
+        self.addCleanup(file.close)
+        # llama.cpp rounds activations to the type of the matrix: bf16, or q8 in groups of 32
+        for name, path, tolerance in (
+                ("plain", "tests/plain.bin", 1e-6), ("falcon", "tests/falcon.bin", 1e-6),
+                ("tales", "models/tales.bin", 1e-2), ("plain q8", None, 4e-2),
+                ("plain q4", None, 4e-2)):
+            with self.subTest(name):
+                source = os.path.join(root, path) if path else os.path.join(self.dir, "q.bin")
+                if not path:
+                    self.run_mamba("quantize", os.path.join(root, "tests/plain.bin"), source,
+                                   name[-2:])
+                text = self.good("--to-gguf", source, self.gguf)
+                self.assertEqual("one eps" in text, name == "falcon")
+                crc = zlib.crc32(open(self.gguf, "rb").read())
+                self.assertEqual(crc, file[name + "/crc"], "no longer what llama.cpp has read")
+                self.good(self.gguf, self.back)
+                ids, want = file[name + "/ids"], file[name + "/logits"]
+                error = np.abs(self.logits(self.back, ids) - want).max() / np.abs(want).max()
+                self.assertLess(error, tolerance)
+                if name != "falcon":  # whose second eps has no place in the file
+                    error = np.abs(self.logits(source, ids) - want).max() / np.abs(want).max()
+                    self.assertLess(error, tolerance)
+
+    def test_there_and_back(self):
+        for name, s in {"tied": Sizes(E=12), "untied": Sizes(E=12, tied=False, conv_bias=False),
+                        "falcon": Sizes(E=12, falcon=True, mixer_eps=1e-5),
+                        "wide": Sizes(D=64, E=128, R=32, N=16)}.items():
+            for dtype in ("f32", "f16", "bf16", "q8", "q4"):
+                with self.subTest(name, dtype=dtype):
+                    self.checkpoint(s)
+                    self.good(self.src, self.bin, "--tokenizer", "bytes", "--dtype", dtype)
+                    self.good("--to-gguf", self.bin, self.gguf)
+                    self.good(self.gguf, self.back, "--tokenizer", "bytes")
+                    folders = [os.path.join(self.dir, f"{name}-{dtype}-{i}") for i in range(2)]
+                    for path, folder in zip((self.bin, self.back), folders):
+                        self.good("--to-hf", path, folder)
+                    one, two = (test_export.read_safetensors(os.path.join(f, "model.safetensors"))
+                                for f in folders)
+                    for tensor, (kind, shape, data) in one.items():
+                        if tensor.endswith("A_log"):
+                            a, b = (np.frombuffer(x, "<f4") for x in (data, two[tensor][2]))
+                            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+                        elif kind == two[tensor][0]:
+                            self.assertEqual(data, two[tensor][2], tensor)
+                        a, b = (json.load(open(os.path.join(f, "config.json"))) for f in folders)
+                        a.pop("use_conv_bias"), b.pop("use_conv_bias")
+                        self.assertEqual({**a, "dtype": 0, "torch_dtype": 0},
+                                         {**b, "dtype": 0, "torch_dtype": 0})
+
+    def test_tokens(self):
+        s = Sizes(E=12, V=264)
+        self.checkpoint(s, {**hf_config(s), "eos_token_id": [260, 3]})
+        table = test_export.tokenizer_json(test_export.MERGES, nfc=False)
+        write(os.path.join(self.src, "tokenizer.json"), table)
+        self.good(self.src, self.bin)
+        self.good("--to-gguf", self.bin, self.gguf)
+        self.good(self.gguf, self.back)
+        one, two = (read_model(path, s) for path in (self.bin, self.back))
+        self.assertEqual(one[1], two[1])
+        self.assertEqual((two[0]["eos"], two[0]["bos"]), ([260, 3, -1, -1], 1))
+
+    def test_llama_cpp_makes_the_same_ids(self):
+        root = os.path.join(test_export.HERE, "..")
+        with np.load(os.path.join(test_export.HERE, "gguf.npz")) as file:
+            cases = [(file[key].tobytes(), file["IDS/" + key[5:]]) for key in file
+                     if key.startswith("TEXT/")]
+        self.good("--to-gguf", os.path.join(root, "models/tales.bin"), self.gguf)
+        self.good(self.gguf, self.back)
+        self.assertGreater(len(cases), 3)
+        for text, want in cases:
+            write(os.path.join(self.dir, "text"), text)
+            ids = self.run_mamba("tokenize", self.back, os.path.join(self.dir, "text")).split()
+            self.assertEqual(list(map(int, ids)), want.tolist())
+
+    def write_by_package(self, tensors, kinds=None, **changes):
+        """The same model by the gguf package's writer."""
+        import gguf
+        writer = gguf.GGUFWriter(self.gguf, changes.pop("arch", "mamba"))
+        values = {"embedding_length": 64, "block_count": 2, "ssm.inner_size": 128,
+                  "ssm.state_size": 3, "ssm.conv_kernel": 4, "ssm.time_step_rank": 32,
+                  "context_length": 2048, "feed_forward_length": 0, "attention.head_count": 0}
+        for key, value in {**values, **changes}.items():
+            if value is not None:
+                writer.add_uint32("mamba." + key, value)
+        writer.add_layer_norm_rms_eps(1e-5)
+        names = {"backbone." + short: name for name, short in export.GGUF_NAMES.items()}
+        for i in range(2):
+            names.update({f"backbone.layers.{i}.{short}": f"blk.{i}.{name}"
+                          for name, short in export.GGUF_LAYER.items()})
+        for name, a in tensors.items():
+            a = a[:, 0] if a.ndim == 3 else -np.exp(a) if name.endswith("A_log") else a
+            kind = (kinds or {}).get(name)
+            if kind is None:
+                writer.add_tensor(names[name], np.ascontiguousarray(a, "<f4"))
+            else:
+                kind = gguf.GGMLQuantizationType[kind]
+                writer.add_tensor(names[name], gguf.quants.quantize(a, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    @have("gguf")
+    def test_files_of_the_gguf_package(self):
+        import gguf
+        s = Sizes(D=64, E=128, R=32, V=256)
+        w = weights(s)
+        matrices = [source for _, shape, is_w, source in layout(s) if is_w]
+        for kind in (None, "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"):
+            with self.subTest(kind):
+                self.write_by_package(w, dict.fromkeys(matrices, kind) if kind else None)
+                for small in (False, True):
+                    if small:
+                        self.small_chunks()
+                    self.good(self.gguf, self.bin, "--tokenizer", "bytes", "--dtype", "f32")
+                    _, _, tensors = read_model(self.bin, s)
+                    for name, shape, is_w, source in layout(s):
+                        want, got = w[source], np.frombuffer(tensors[name], "<f4").reshape(shape)
+                        if is_w and kind:
+                            number = gguf.GGMLQuantizationType[kind]
+                            blocks = gguf.quants.quantize(want, number)
+                            want = gguf.quants.dequantize(blocks, number)
+                        if name.endswith("A_log"):
+                            np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+                        else:
+                            np.testing.assert_array_equal(got, want.reshape(shape))
+        self.write_by_package(w)
+        self.bad("tokenizer", "--tokenizer", arguments=(self.gguf, self.bin))
+        command = (self.gguf, self.bin, "--tokenizer", "bytes")
+        for changes, word in (({"arch": "mamba2"}, "mamba2"), ({"arch": "jamba"}, "attention"),
+                              ({"arch": "llama"}, "llama"), ({"block_count": 3}, "missing"),
+                              ({"ssm.state_size": 4}, "its metadata implies"),
+                              ({"ssm.inner_size": 0}, "intermediate_size")):
+            self.write_by_package(w, **changes)
+            self.bad(word, arguments=command)
+        self.write_by_package(w, **{"ssm.state_size": None, "block_count": None})
+        self.good(*command)
+        self.write_by_package(w, **{"ssm.group_count": 1})
+        self.assertIn("mamba.ssm.group_count", self.good(*command))
+        self.write_by_package({**w, "backbone.layers.0.mixer.A_log":
+                               w["backbone.layers.0.mixer.A_log"] * np.inf})
+        self.bad("blk.0.ssm_a", arguments=command)
+
+    def test_what_llama_cpp_cannot_run(self):
+        for s, word in ((Sizes(E=12, proj_bias=True), "biases"), (Sizes(E=10), "inner size")):
+            self.checkpoint(s)
+            self.good()
+            self.bad(word, arguments=("--to-gguf", self.bin, self.gguf))
+        self.bad("no model.bin", arguments=("--to-gguf", os.path.join(self.src, "config.json"),
+                                            self.gguf))
+        self.assertEqual(self.run_main("--to-gguf", "a", "b", "--dtype", "f16")[0], 2)
+        self.assertEqual(self.run_main("--to-gguf", "--to-hf", "a", "b")[0], 2)
+
+    def test_damaged(self):
+        self.checkpoint(Sizes(E=12))
+        self.good()
+        self.good("--to-gguf", self.bin, self.gguf)
+        whole = open(self.gguf, "rb").read()
+        command = (self.gguf, self.back, "--tokenizer", "bytes")
+        for n in (0, 3, 4, 8, 20, 24, 100, 2000, len(whole) // 2, len(whole) - 40):
+            write(self.gguf, whole[:n])
+            self.bad("model.gguf", arguments=command)
+        for version in (0, 1, 4, 1 << 24):
+            write(self.gguf, whole[:4] + struct.pack("<I", version) + whole[8:])
+            self.bad("version", arguments=command)
+        for at in (8, 16):
+            for count in (1 << 63, 1 << 31, 500):
+                write(self.gguf, whole[:at] + struct.pack("<Q", count) + whole[at + 8:])
+                self.bad("model.gguf", arguments=command)
 
 
 if __name__ == "__main__":
