@@ -130,7 +130,7 @@ static int check_files(const FileUse *use, int n) {
 // --- the model's file, and what to do with another
 
 // Whether path ends in one of these.
-static bool has_ending(const char *path, const char *const *ending) {
+static UNUSED bool has_ending(const char *path, const char *const *ending) {
     size_t n = strlen(path);
     for (; *ending; ending++) {
         size_t length = strlen(*ending);
@@ -336,6 +336,24 @@ static void on_kill(int number) {
     raise(number);
 }
 
+// Takes `--cpu-level NAME` out of the arguments of any command: of the sets of instructions that
+// the program was compiled for (make dist), the one to use. 0, or -1 after fail().
+static UNUSED int take_level(int *argc, char **argv) {
+    for (int i = 1; i < *argc && strcmp(argv[i], "--"); i++) {
+        if (strcmp(argv[i], "--cpu-level")) continue;
+        if (i + 1 == *argc) return fail("--cpu-level needs a value: base, avx2 or avx512");
+#ifdef MAMBA_LEVELS
+        if (cpu_choose_level(argv[i + 1])) return -1;
+#else
+        return fail("--cpu-level: this program has one set of instructions (make dist has more)");
+#endif
+        *argc -= 2;
+        for (int k = i; k <= *argc; k++) argv[k] = argv[k + 2]; // the NULL at the end too
+        return 0;
+    }
+    return 0;
+}
+
 #if defined(SIGBUS) && defined(MAMBA_POSIX)
 // A mapped file has lost its end, or its disk failed: a read of the weights ends here.
 static void on_lost_file(int number) {
@@ -450,6 +468,33 @@ static int session_open(Session *x, const char *path, long threads) {
     if (x->state) return 0;
     session_close(x);
     return -1;
+}
+
+// --- prompts
+
+static bool no_bos; // --no-bos
+
+#define NO_BOS_OPTION \
+    OPTION_SWITCH("--no-bos", &no_bos, "do not put the tokenizer's begin-of-text before the prompt")
+
+// The ids (n) of a prompt, malloc'd. starts: nothing was read before it, so the tokenizer's
+// begin-of-text goes first. 0, or -1 after fail().
+static int encode_prompt(const Model *m, const char *text, size_t bytes, bool starts, int32_t **ids,
+                         size_t *n) {
+    const int32_t bos = starts && !no_bos ? mamba_prompt_bos(m) : -1;
+    *ids = NULL;
+    *n = 0;
+    if (bytes && mamba_encode(m, text, bytes, ids, n)) return -1;
+    if (bos < 0) return 0;
+    int32_t *longer = realloc(*ids, size_mul(*n + 1, sizeof *longer));
+    if (!longer) {
+        free(*ids);
+        return fail("out of memory: %zu tokens", *n + 1);
+    }
+    memmove(longer + 1, longer, (*n)++ * sizeof *longer);
+    longer[0] = bos;
+    *ids = longer;
+    return 0;
 }
 
 // The token that an empty text starts from: end of text, which precedes every text in training.
