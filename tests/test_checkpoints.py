@@ -471,7 +471,7 @@ class Gguf(Checkpoint):
                   "context_length": 2048, "feed_forward_length": 0, "attention.head_count": 0}
         for key, value in {**values, **changes}.items():
             if value is not None:
-                writer.add_uint32("mamba." + key, value)
+                writer.add_uint32(key[3:] if key.startswith("../") else "mamba." + key, value)
         writer.add_layer_norm_rms_eps(1e-5)
         names = {"backbone." + short: name for name, short in export.GGUF_NAMES.items()}
         for i in range(2):
@@ -525,6 +525,8 @@ class Gguf(Checkpoint):
             self.bad(word, arguments=command)
         self.write_by_package(w, **{"ssm.state_size": None, "block_count": None})
         self.good(*command)
+        self.write_by_package(w, **{"../split.count": 2})
+        self.bad("one of 2 parts", arguments=command)
         self.write_by_package(w, **{"ssm.group_count": 1})
         self.assertIn("mamba.ssm.group_count", self.good(*command))
         self.write_by_package({**w, "backbone.layers.0.mixer.A_log":
@@ -596,8 +598,8 @@ class Families(Checkpoint):
 
 # --------------------------------------------------------------------------------------------------
 # 6. Damaged files
-# Each one gives a sentence, or a model that ./mamba reads. A damaged number or name may still make a
-# model; what may not happen is a traceback, a second line, or a file that mamba refuses.
+# Each one gives a sentence, or a model that ./mamba reads. A damaged number or name may still make
+# a model; what may not happen is a traceback, a second line, or a file that mamba refuses.
 
 STRANGE = (None, True, False, 0, 1, -1, 2, 3, 1 << 31, 1 << 63, 1 << 80, -(1 << 40), 0.5, 1.5, 1e-5,
            1e400, -1e400, float("nan"), "", "a", "auto", "\ud800", "\x00\x1b", "1" * 50, [], [[]],
