@@ -6,8 +6,8 @@ CFLAGS   ?= -O3
 WARNINGS  = -Wall -Wextra
 # -ffp-contract=fast: a*b+c may be one fused instruction. -fno-math-errno: sqrtf is one instruction.
 # -ffast-math is not used: with it a NaN passes every check.
-FLAGS     = -std=gnu11 $(CFLAGS) $(WARNINGS) -ffp-contract=fast -fno-math-errno $(ARCH) $(OPENMP) \
-            $(WIDTH)
+FLAGS     = -std=gnu11 $(CFLAGS) $(WARNINGS) -ffp-contract=fast -fno-math-errno $(ARCH) $(FLOATS) \
+            $(OPENMP) $(WIDTH)
 # The files that mamba.c includes lie beside it and in folders.
 FOLDERS   = $(wildcard cpu files cli)
 SOURCES   = mamba.c tokenizer.c $(wildcard $(FOLDERS:=/*))
@@ -36,6 +36,11 @@ ARCH   := $(call try,-march=native,$(ANY_PROGRAM))
 ifeq ($(ARCH),)
 ARCH   := $(call try,-mcpu=native,$(ANY_PROGRAM))
 endif
+# 32-bit x86 has two floating-point units; the older one keeps sums in a wider format.
+FLOAT_PROGRAM = \043include <float.h>\n\043if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16\n\
+\043error wide\n\043endif\nint main(void) { return 0; }\n
+FLOATS := $(if $(call try,$(ARCH),$(FLOAT_PROGRAM)),,\
+             $(call try,-msse2 -mfpmath=sse,$(FLOAT_PROGRAM)))
 # Threads; OPENMP= on the command line builds without.
 OPENMP := $(call try,-fopenmp,$(OPENMP_PROGRAM))
 ifeq ($(OPENMP),)
@@ -46,8 +51,8 @@ ifeq ($(OPENMP),)
 WARNINGS += -Wno-unknown-pragmas
 endif
 
-.PHONY: all cuda test-cuda run test test-all test-export debug plain single lint portable bench \
-        clean help findings
+.PHONY: all cuda test-cuda run test test-all test-export test-lib test-web debug plain single lib \
+        install uninstall lint portable web bench dist windows clean help findings
 
 all: findings mamba          ## build ./mamba
 
@@ -147,8 +152,41 @@ single: $(SOURCES)           ## mamba_single.c: the whole program in one file
 	awk -f dev/single.awk LICENSE mamba.c > mamba_single.c
 	@echo "mamba_single.c: $$(wc -l < mamba_single.c) lines; cc -O2 mamba_single.c -lm"
 
+# Only what lib/mamba.h declares is visible in libmamba.so, and every name begins with mamba_.
+lib: libmamba.a libmamba.so  ## libmamba.a, libmamba.so, for other programs: lib/mamba.h
+
+lib/library.o: lib/library.c lib/mamba.h $(SOURCES) .flags
+	$(CC) $(FLAGS) -fPIC -fvisibility=hidden -c lib/library.c -o $@
+libmamba.a: lib/library.o
+	rm -f $@
+	$(AR) rcs $@ lib/library.o
+libmamba.so: lib/library.o
+	$(CC) $(FLAGS) -shared lib/library.o -o $@ -lm
+
+test-lib: all lib            ## tests of the library, with the programs of README.md
+	CC='$(CC)' OPENMP='$(OPENMP)' PYTHON='$(PYTHON)' sh tests/test_library.sh
+
+# make install PREFIX=$HOME/.local, or DESTDIR=folder of a package
+PREFIX  ?= /usr/local
+PLACES   = $(DESTDIR)$(PREFIX)
+install: all lib             ## program, library, man page, completion, to PREFIX (/usr/local)
+	mkdir -p '$(PLACES)/bin' '$(PLACES)/lib' '$(PLACES)/include' '$(PLACES)/share/man/man1' \
+	    '$(PLACES)/share/bash-completion/completions'
+	install -m 755 mamba '$(PLACES)/bin/mamba'
+	install -m 644 libmamba.a '$(PLACES)/lib/libmamba.a'
+	install -m 755 libmamba.so '$(PLACES)/lib/libmamba.so'
+	install -m 644 lib/mamba.h '$(PLACES)/include/mamba.h'
+	./mamba help --man > '$(PLACES)/share/man/man1/mamba.1'
+	./mamba help --bash > '$(PLACES)/share/bash-completion/completions/mamba'
+
+uninstall:                   ## remove what `make install` wrote
+	rm -f '$(PLACES)/bin/mamba' '$(PLACES)/lib/libmamba.a' '$(PLACES)/lib/libmamba.so' \
+	    '$(PLACES)/include/mamba.h' '$(PLACES)/share/man/man1/mamba.1' \
+	    '$(PLACES)/share/bash-completion/completions/mamba'
+
 CLANG_FORMAT ?= clang-format
-LINTED = $(filter-out mamba_single.c,$(wildcard *.c *.cu $(foreach d,cpu files cli cuda tests dev,\
+LINTED = $(filter-out mamba_single.c,$(wildcard *.c *.cu \
+           $(foreach d,cpu files cli lib cuda tests dev web,\
            $(d)/*.c $(d)/*.h $(d)/*.cu $(d)/*.cuh)))
 lint:                        ## the layout of the sources: clang-format 19.1.7, lines to 100 columns
 	@$(CLANG_FORMAT) --version | grep -q ' 19\.1\.' || \
@@ -156,6 +194,44 @@ lint:                        ## the layout of the sources: clang-format 19.1.7, 
 	$(CLANG_FORMAT) --dry-run -Werror $(LINTED)
 	@awk 'length($$0) > 100 { print FILENAME ":" FNR ": " length($$0) " columns"; bad = 1 } \
 	      END { exit bad }' $(LINTED) Makefile .ci/run dev/single.awk
+
+EMCC ?= emcc
+WEB_FLAGS = -O3 -msimd128 -fno-math-errno $(WARNINGS) -Wno-unknown-pragmas -Wno-unused-function \
+            -sSTANDALONE_WASM --no-entry -sALLOW_MEMORY_GROWTH -sMAXIMUM_MEMORY=4GB
+WEB_PAGE = $(addprefix web/,index.html page.css page.js worker.js)
+web: web/site/mamba.wasm     ## web/site, a page that runs the models: doc/WEB.md (emscripten)
+	cp $(WEB_PAGE) models/story.bin models/copying.bin web/site
+	@echo "web/site is ready for any web server: python3 -m http.server -d web/site"
+
+test-web: all web            ## web/site in a headless Chromium, against ./mamba
+	$(PYTHON) tests/test_web.py
+
+web/site/mamba.wasm: web/mamba_web.c $(SOURCES)
+	mkdir -p web/site
+	$(EMCC) $(WEB_FLAGS) $< -o $@
+
+# One program for all processors of a kind: cpu/ compiled for each set of instructions, the best one
+# chosen at start (cpu/levels.h). Static where that can be linked, so that it runs on any Linux.
+DIST_FLAGS   = $(filter-out $(ARCH),$(FLAGS)) $(WINDOWS_FLAGS)
+DIST_LEVELS  = $(if $(call try,-mavx512f,$(ANY_PROGRAM)),avx2 avx512)
+LEVEL_avx2   = -mavx2 -mfma
+LEVEL_avx512 = $(LEVEL_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
+DIST         = $(CC) $(DIST_FLAGS) -DMAMBA_LEVELS mamba.c $(LEVELS:%=dist-%.o) -o $@
+dist:                        ## mamba-dist: as fast as `make` on every processor of this kind
+	$(MAKE) mamba-dist LEVELS='$(DIST_LEVELS)'
+dist-%.o: $(SOURCES) .flags
+	$(CC) $(DIST_FLAGS) $(LEVEL_$*) -Wno-unused-function -DMAMBA_LEVEL=$* -c mamba.c -o $@
+mamba-dist: $(SOURCES) .flags $(LEVELS:%=dist-%.o)
+	$(DIST) $(call try,-static $(OPENMP),$(or $(if $(OPENMP),$(OPENMP_PROGRAM)),$(ANY_PROGRAM))) -lm
+
+# For 64-bit Windows, by mingw-w64. gcc does not align the stack there as vectors of 32 bytes need
+# it; the assembler then writes moves that need no alignment. -static: no DLL of OpenMP.
+MINGW ?= x86_64-w64-mingw32-gcc
+windows:                     ## mamba.exe for Windows, as fast on every processor (mingw-w64)
+	$(MAKE) mamba.exe CC='$(MINGW)' ARCH= LEVELS='avx2 avx512' \
+	    WINDOWS_FLAGS=-Wa,-muse-unaligned-vector-move
+mamba.exe: $(SOURCES) .flags $(LEVELS:%=dist-%.o)
+	$(DIST) -static -Wl,--stack,8388608 -lm
 
 portable:                    ## ./mamba for any processor of this kind: no -march=native
 	$(MAKE) ARCH= all
@@ -167,7 +243,10 @@ bench: all                   ## speeds on random weights; LLAMA_BENCH=path compa
 
 clean:                       ## remove what was built
 	rm -f mamba mamba-debug mamba-plain mamba_single.c mamba_cuda.o .flags \
+	    mamba-dist mamba.exe dist-*.o \
+	    lib/library.o libmamba.a libmamba.so \
 	    tests/test_all tests/test_all-debug tests/test_all-plain
+	rm -rf web/site
 
 help:                        ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \

@@ -5,7 +5,9 @@ and goes back.
   python export.py DIRECTORY model.bin             transformers layout, or that of state-spaces
   python export.py org/name model.bin              the same from the hub, by huggingface_hub
   python export.py tokenizer.json tokenizer.bin    the tokenizer alone
+  python export.py model.gguf model.bin            from llama.cpp's format
   python export.py --to-hf model.bin DIRECTORY     a directory that transformers loads
+  python export.py --to-gguf model.bin FILE        a file that llama.cpp loads
 
 It needs numpy; torch only where the weights are a pickle (pytorch_model.bin). It is no loader for
 Mamba-2, for hybrids with attention or for LayerNorm models: it says so and stops.
@@ -17,11 +19,13 @@ meets them again at every step.
 
 Contents: 1 errors, files | 2 the model: sizes and tensors | 3 config.json in | 4 number formats |
 5 stored tensors: safetensors, pickle | 6 matching names and shapes | 7 model.bin out | 8 the
-tokenizer | 9 model.bin in, transformers out | 10 command line
+tokenizer | 9 model.bin in, transformers out | 10 adapters | 11 GGUF | 12
+command line
 """
 import argparse
 import contextlib
 import difflib
+import itertools
 import json
 import math
 import os
@@ -606,8 +610,9 @@ def quantize(x, kind):
     return np.concatenate([scales, words.reshape(*scales.shape[:2], -1)], axis=-1).tobytes()
 
 
-def dequantize(raw, kind, inputs):
-    """The tiles of whole panels to float32 (rows, inputs), rows rounded up to 32."""
+def tile_codes(raw, kind, inputs):
+    """The tiles of whole panels: codes (rows, inputs) and scales (rows, groups of 32 inputs), rows
+    rounded up to 32."""
     bits = CODE_BITS[kind]
     tiles = np.frombuffer(raw, "u1")
     tiles = tiles.reshape(-1, -(-inputs // TILE), tile_bytes(kind))  # panel, tile, byte
@@ -618,8 +623,12 @@ def dequantize(raw, kind, inputs):
     codes = [words >> np.uint32(bits * j) & mask for j in range(32 // bits)]
     codes = np.stack(codes, axis=3).reshape(*tiles.shape[:2], TILE, TILE)
     codes = codes.astype("i4") - (1 << (bits - 1))  # panel, tile, input, row
-    w = codes.astype("f4") * scale[:, :, None]
-    return w.transpose(0, 3, 1, 2).reshape(-1, tiles.shape[1] * TILE)[:, :inputs]
+    codes = codes.transpose(0, 3, 1, 2).reshape(-1, tiles.shape[1] * TILE)[:, :inputs]
+    return codes, scale.transpose(0, 2, 1).reshape(-1, tiles.shape[1])
+
+
+def code_values(codes, scale):
+    return codes.astype("f4") * np.repeat(scale, TILE, axis=1)[:, :codes.shape[1]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -839,10 +848,10 @@ def missing(want, by_name, m, folder):
                        f"is missing{hint}")
 
 
-def match_tensors(m, stored, folder):
+def match_tensors(m, stored, folder, says="config.json"):
     """[(Tensor, stored tensor)] in the order of tensor_list(m). stored: by canonical name."""
     if m.n_layer > len(stored):
-        raise ExportError(f"{folder}: config.json states {m.n_layer} layers, "
+        raise ExportError(f"{folder}: {says} states {m.n_layer} layers, "
                           f"but there are only {len(stored)} tensors")
     by_name, pairs = dict(stored), []
     head = by_name.pop("lm_head.weight", None) if m.tied else None
@@ -854,12 +863,12 @@ def match_tensors(m, stored, folder):
             raise missing(want, by_name, m, folder)
         if tensor.shape != want.shape:
             raise ExportError(f"{folder}: tensor {tensor.name} has shape "
-                              f"{shape_text(tensor.shape)}, but config.json implies "
+                              f"{shape_text(tensor.shape)}, but {says} implies "
                               f"{shape_text(want.shape)}")
         pairs.append((want, tensor))
     for tensor in by_name.values():
         raise ExportError(f"{folder}: tensor {tensor.name} is unknown, "
-                          "or config.json says that it is not there")
+                          f"or {says} says that it is not there")
     if head and not same_values(head, pairs[0][1]):
         raise ExportError(
             f"{folder}: config.json ties the head to the embedding, but {head.name} differs from "
@@ -947,18 +956,53 @@ def write_model(path, m, pairs, blob, dtype):
 
 # --------------------------------------------------------------------------------------------------
 # 8. The tokenizer
-# tokenizer.json <-> the "mtok" blob that tokenizer.c reads (its layout is described there). Only what the
-# engine reproduces id for id is accepted; every other key, type or option is an error that names the part.
+# tokenizer.json <-> the "mtok" blob that tokenizer.c reads (its layout is described there). Only
+# what the engine reproduces id for id is accepted; every other key, type or option is an error that
+# names the part. What cannot change an id of a single text is left out with a note.
+#
+# A tokenizer.json is a pipeline of five parts, each one step or a Sequence of steps: normalizer,
+# pre_tokenizer, model, post_processor, decoder. Recipe holds what they come to.
 
+GPT2, GPT4, QWEN2, NUMBERS, DIGITS, PUNCT, FALCON, WORDS, BLANKS, SPACES, CHARS = range(1, 12)
+CONTRACTIONS = ("'s|'t|'re|'ve|'m|'ll|'d", "'(?:[sdmt]|ll|ve|re)")
+GPT2_TAIL = r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+ANY_CASE = ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[sdmt]|ll|ve|re)")
+GPT4_TAILS = (r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+              r"|[^\r\n\p{L}\p{N}]?+\p{L}+|%s| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+              r"|[^\r\n\p{L}\p{N}]?+\p{L}+|%s| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# The spellings that give the same words; the first one is written by --to-hf.
+REGEXES = {
+    **{head + GPT2_TAIL: GPT2 for head in CONTRACTIONS},
+    **{head + tail % r"\p{N}{1,3}": GPT4 for tail in GPT4_TAILS for head in ANY_CASE},
+    **{head + tail % r"\p{N}": QWEN2 for tail in GPT4_TAILS for head in ANY_CASE},
+    r"[\s\S]": CHARS,
+}
 FALCON_SEQUENCE = [("Punctuation", {"behavior": "Contiguous"}),
                    ("ByteLevel", {"add_prefix_space": False, "use_regex": True}),
                    ("Digits", {"individual_digits": False}),
-                   ("Split", {"pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False})]
-ADDED_FLAGS = ["special", "lstrip", "rstrip", "single_word", "normalized"]      # bits 0..4
-ADDED_OUTSIDE = 32                                                               # not in the model's vocabulary
-HOLE, LITERAL = 0xFFFFFFFF, 0x80000000
+                   ("Split", {"pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated",
+                              "invert": False})]
+FALCON_TAIL = FALCON_SEQUENCE[2:]                               # the steps after ByteLevel
+ADDED_FLAGS = ["special", "lstrip", "rstrip", "single_word", "normalized"]  # bits 0..4
+ADDED_NORMALIZED = 16
+ADDED_OUTSIDE = 32                                              # not in the model's vocabulary
+HOLE, LITERAL, ONE_BYTE = 0xFFFFFFFF, 0x80000000, 0x40000000
 MAX_IDS = 1 << 24
-MAX_ADDED_LENGTH, MAX_ADDED_BYTES = 512, 1 << 20                                 # tokenizer.c's bounds
+MAX_ADDED_LENGTH, MAX_ADDED_BYTES = 512, 1 << 20                # tokenizer.c's bounds
+BPE_BYTES, BPE_CHARS, WORD_LIST = 1, 2, 3                       # the kinds
+BLOB_FLAGS = ("nfc prefix_space ignore_merges fuse_unknown byte_fallback first_prefix "
+              "normal_spaces normal_prefix word_spaces decode_spaces decode_strip "
+              "decode_strip_token decode_join").split()         # bits 0..12
+SPACE_SYMBOL = "\u2581"                                         # SentencePiece's space
+
+
+class Recipe:
+    """What a tokenizer.json comes to: the fields of the blob."""
+
+    def __init__(self):
+        self.kind, self.flags, self.steps = BPE_CHARS, set(), []
+        self.bos = self.unknown = -1
+        self.decodes_bytes = False                              # <0xNN> is a byte
 
 
 def byte_alphabet():
@@ -972,84 +1016,255 @@ SYMBOL_OF = byte_alphabet()
 BYTE_OF = {symbol: b for b, symbol in SYMBOL_OF.items()}
 
 
-def token_to_bytes(token):
-    """What the ByteLevel decoder makes of one token, and whether it is literal text (has other characters)."""
-    if all(ch in BYTE_OF for ch in token):
-        return bytes(BYTE_OF[ch] for ch in token), False
-    return token.encode("utf-8"), True
-
-
 def refuse(part, why):
     raise ExportError(f"tokenizer: {part} {why}")
 
 
-def need(part, table, allowed):
-    """Every key of the table must be known, and its value one of those listed for it (None: any value)."""
+def short(value):
+    return json.dumps(value)[:60]
+
+
+def need(part, table, allowed, required=()):
+    """Every key of the table must be known, and its value one of those listed for it (None: any
+    value)."""
     if not isinstance(table, dict):
-        refuse(part, f"is {json.dumps(table)[:60]}, expected an object")
+        refuse(part, f"is {short(table)}, expected an object")
     for key, value in table.items():
         if key not in allowed:
             refuse(f"{part}.{key}", "is not known")
-        if allowed[key] is not None and not any(type(value) is type(ok) and value == ok for ok in allowed[key]):
-            refuse(f"{part}.{key}", f"is {json.dumps(value)[:60]}, which is not supported")
-
-
-def check_byte_level(part, table, **extra):
-    """A ByteLevel entry; trim_offsets never changes ids. Missing options are true in the library, and stay so here."""
-    options = {"type": ["ByteLevel"], "add_prefix_space": [True, False], "trim_offsets": [True, False],
-               "use_regex": [True, False]}
-    options.update(extra)
-    need(part, table, options)
-    for key in ("add_prefix_space", "trim_offsets"):
+        good = allowed[key]
+        if good is not None and not any(type(value) is type(ok) and value == ok for ok in good):
+            refuse(f"{part}.{key}", f"is {short(value)}, which is not supported")
+    for key in required:
         if key not in table:
             refuse(f"{part}.{key}", "is missing")
 
 
-def pre_tokenizer_code(table):
-    """1 GPT-2, 2 Falcon; and whether it adds a prefix space."""
-    kind = table.get("type") if isinstance(table, dict) else None
-    if kind == "ByteLevel":
-        check_byte_level("pre_tokenizer", table, use_regex=[True])
-        return 1, table["add_prefix_space"]
-    if kind != "Sequence":
-        refuse("pre_tokenizer", f"is {json.dumps(kind or table)[:60]}; ByteLevel and Falcon's Sequence are supported")
-    need("pre_tokenizer", table, {"type": None, "pretokenizers": None})
-    steps = table.get("pretokenizers")
-    if not isinstance(steps, list) or len(steps) != len(FALCON_SEQUENCE):
-        refuse("pre_tokenizer.pretokenizers", f"is not Falcon's sequence of {len(FALCON_SEQUENCE)} steps")
-    for i, (step, (name, options)) in enumerate(zip(steps, FALCON_SEQUENCE)):
-        part = f"pre_tokenizer.pretokenizers[{i}]"
-        allowed = {"type": [name], **{key: [value] for key, value in options.items()}}
-        if name == "ByteLevel":
-            allowed["trim_offsets"] = [True, False]
-        need(part, step, allowed)
-        missing = [key for key in allowed if key not in step and key != "use_regex"]
-        if missing:
-            refuse(f"{part}.{missing[0]}", "is missing")
-    return 2, False
-
-
-def check_post_processor(table, part="post_processor"):
-    """Accepts what leaves the ids of a single text alone."""
-    kind = table.get("type") if isinstance(table, dict) else None
+def flatten(part, table, key):
+    """[(part, step)] of one step, of a Sequence of them, of Sequences of Sequences, or of null."""
     if table is None:
-        return
-    if kind == "ByteLevel":
-        check_byte_level(part, table)
-    elif kind == "Sequence":
-        need(part, table, {"type": None, "processors": None})
-        if not isinstance(table.get("processors"), list):
-            refuse(part + ".processors", "is not a list")
-        for i, step in enumerate(table["processors"]):
-            check_post_processor(step, f"{part}.processors[{i}]")
-    elif kind == "TemplateProcessing":
-        need(part, table, {"type": None, "single": None, "pair": None, "special_tokens": None})
-        single = table.get("single")
-        if not isinstance(single, list) or [list(p) for p in single if isinstance(p, dict)] != [["Sequence"]] \
-                or len(single) != 1 or single[0]["Sequence"].get("id") != "A":
-            refuse(part + ".single", "adds tokens to the text")
+        return []
+    if not isinstance(table, dict) or not isinstance(table.get("type"), str):
+        refuse(part, f"is {short(table)}; it has no type")
+    if table["type"] != "Sequence":
+        return [(part, table)]
+    need(part, table, {"type": None, key: None})
+    if not isinstance(table.get(key), list):
+        refuse(f"{part}.{key}", "is not a list")
+    if len(table[key]) == 1:
+        return flatten(part, table[key][0], key)
+    return [pair for i, step in enumerate(table[key])
+            for pair in flatten(f"{part}.{key}[{i}]", step, key)]
+
+
+def check_byte_level(part, table):
+    """A ByteLevel entry; trim_offsets never changes ids. A missing use_regex is true."""
+    both = [True, False]
+    need(part, table, {"type": ["ByteLevel"], "add_prefix_space": both, "trim_offsets": both,
+                       "use_regex": both}, ["add_prefix_space", "trim_offsets"])
+
+
+def is_string_pattern(step, text):
+    return step.get("pattern") == {"String": text}
+
+
+def read_normalizer(recipe, table):
+    for part, step in flatten("normalizer", table, "normalizers"):
+        kind = step["type"]
+        if kind == "NFC" and not recipe.flags:
+            need(part, step, {"type": None})
+            recipe.flags.add("nfc")
+        elif kind == "Prepend" and "normal_prefix" not in recipe.flags:
+            need(part, step, {"type": None, "prepend": [SPACE_SYMBOL]}, ["prepend"])
+            recipe.flags.add("normal_prefix")
+        elif kind == "Replace" and is_string_pattern(step, " "):
+            need(part, step, {"type": None, "pattern": None, "content": [SPACE_SYMBOL]},
+                 ["content"])
+            recipe.flags.add("normal_spaces")
+        else:
+            refuse(part, f"is {short(kind)}, which is not supported in this place")
+    if "normal_prefix" in recipe.flags and "normal_spaces" not in recipe.flags:
+        refuse("normalizer", "prepends U+2581, but replaces no spaces")
+
+
+def metaspace_prefix(part, step):
+    """The prefix that a Metaspace adds: always, first or never."""
+    need(part, step, {"type": None, "replacement": [SPACE_SYMBOL], "split": [True, False],
+                      "add_prefix_space": [True, False], "str_rep": [SPACE_SYMBOL],
+                      "prepend_scheme": ["always", "first", "never"]}, ["replacement"])
+    old = "always" if step.get("add_prefix_space", True) else "never"
+    return step.get("prepend_scheme", old)
+
+
+def read_split(part, step):
+    """The step of a Split."""
+    need(part, step, {"type": None, "pattern": None, "behavior": None, "invert": [True, False]},
+         ["pattern", "behavior", "invert"])
+    pattern = step["pattern"]
+    regex = pattern.get("Regex") if isinstance(pattern, dict) and len(pattern) == 1 else None
+    code = CHARS if is_string_pattern(step, "") else REGEXES.get(regex)
+    if code is None:
+        refuse(part + ".pattern", f"is {short(pattern)}, which is not supported")
+    if (step["behavior"], step["invert"]) not in (("Isolated", False), ("Removed", True)):
+        refuse(part + ".behavior", f"is {short(step['behavior'])}, which is not supported")
+    return code
+
+
+def read_pre_tokenizer(recipe, table):
+    steps = flatten("pre_tokenizer", table, "pretokenizers")
+    for i, (part, step) in enumerate(steps):
+        kind = step["type"]
+        if recipe.kind == BPE_BYTES:                            # it must be the end, but for Falcon
+            tail = [step for _, step in steps[i:]]
+            if tail != [{"type": name, **options} for name, options in FALCON_TAIL]:
+                refuse(part, f"is {short(kind)}; after ByteLevel only Falcon's steps are known")
+            recipe.steps.append(FALCON)
+            break
+        if kind == "ByteLevel":
+            check_byte_level(part, step)
+            recipe.kind = BPE_BYTES
+            if step["add_prefix_space"] and i > 0:
+                refuse(part + ".add_prefix_space", "is true after another step")
+            recipe.flags |= {"prefix_space"} if step["add_prefix_space"] else set()
+            recipe.steps += [GPT2] if step.get("use_regex", True) else []
+        elif kind == "Metaspace" and len(steps) == 1:
+            prefix = metaspace_prefix(part, step)
+            recipe.flags |= {"word_spaces"} | (set() if prefix == "never" else {"prefix_space"})
+            recipe.flags |= {"first_prefix"} if prefix == "first" else set()
+            recipe.steps += [SPACES] if step.get("split", True) else []
+        elif kind == "Split" and is_string_pattern(step, " ") and len(steps) == 1 and \
+                "normal_spaces" in recipe.flags:
+            need(part, step, {"type": None, "pattern": None, "behavior": None, "invert": [False]})
+            if step.get("behavior") not in ("MergedWithPrevious", "MergedWithNext", "Isolated"):
+                refuse(part + ".behavior", f"is {short(step.get('behavior'))}")
+        elif "normal_spaces" in recipe.flags:
+            refuse(part, f"is {short(kind)} after a normalizer that replaces spaces")
+        elif kind == "Split":
+            recipe.steps.append(read_split(part, step))
+        elif kind == "Digits":
+            need(part, step, {"type": None, "individual_digits": [True, False]},
+                 ["individual_digits"])
+            recipe.steps.append(DIGITS if step["individual_digits"] else NUMBERS)
+        elif kind == "Punctuation":
+            need(part, step, {"type": None, "behavior": ["Contiguous"]}, ["behavior"])
+            recipe.steps.append(PUNCT)
+        elif kind in ("Whitespace", "WhitespaceSplit"):
+            need(part, step, {"type": None})
+            recipe.steps.append(WORDS if kind == "Whitespace" else BLANKS)
+        else:
+            refuse(part, f"is {short(kind)}, which is not supported in this place")
+    if len(recipe.steps) > 4:
+        refuse("pre_tokenizer", f"has {len(recipe.steps)} steps, at most 4 are supported")
+
+
+def read_decoder(recipe, table):
+    steps, flags = flatten("decoder", table, "decoders"), recipe.flags
+    names = [step["type"] for _, step in steps]
+    if (recipe.kind == BPE_BYTES) != (names == ["ByteLevel"]):
+        refuse("decoder" if recipe.kind == BPE_BYTES else "pre_tokenizer",
+               "does not fit: ByteLevel stands in both, pre_tokenizer and decoder, or in none")
+    for i, (part, step) in enumerate(steps):
+        kind = step["type"]
+        if kind == "ByteLevel":
+            check_byte_level(part, step)
+        elif kind == "Metaspace" and len(steps) == 1:
+            flags.add("decode_spaces")
+            flags |= set() if metaspace_prefix(part, step) == "never" else {"decode_strip_token"}
+        elif kind == "Replace" and step.get("pattern") == {"String": SPACE_SYMBOL} and i == 0:
+            need(part, step, {"type": None, "pattern": None, "content": [" "]}, ["content"])
+            flags.add("decode_spaces")
+        elif kind == "ByteFallback" and "Fuse" not in names[:i]:
+            need(part, step, {"type": None})
+            recipe.decodes_bytes = True
+        elif kind == "Fuse":
+            need(part, step, {"type": None})
+        elif kind == "Strip" and i == len(steps) - 1 and "Fuse" in names:
+            need(part, step, {"type": None, "content": [" "], "start": [0, 1], "stop": [0]},
+                 ["content", "start", "stop"])
+            flags |= {"decode_strip"} if step["start"] else set()
+        else:
+            refuse(part, f"is {short(kind)}, which is not supported in this place")
+    if not steps:
+        flags.add("decode_join")
+    encodes = bool(flags & {"normal_spaces", "word_spaces"})
+    if encodes != ("decode_spaces" in flags):
+        refuse("decoder", "does not make spaces of U+2581 again" if encodes else
+               "makes spaces of U+2581, but nothing made U+2581 of spaces")
+
+
+def read_post_processor(recipe, table, vocab):
+    """A ByteLevel moves offsets only. A template may put one token before a text."""
+    for part, step in flatten("post_processor", table, "processors"):
+        if step["type"] == "ByteLevel":
+            check_byte_level(part, step)
+            continue
+        if step["type"] != "TemplateProcessing":
+            refuse(part, f"is {short(step['type'])}, which is not supported: only a template that "
+                         "puts one token before the text is")
+        need(part, step, {"type": None, "single": None, "pair": None, "special_tokens": None})
+        single = step.get("single")
+        good = isinstance(single, list) and all(isinstance(p, dict) and len(p) == 1 for p in single)
+        names = [list(piece)[0] for piece in single] if good else []
+        values = [value for piece in single for value in piece.values()] if good else []
+        if names not in (["Sequence"], ["SpecialToken", "Sequence"]) or \
+                not all(isinstance(value, dict) for value in values) or values[-1].get("id") != "A":
+            refuse(part + ".single", f"is {json.dumps(single)[:160]}; only one token before the "
+                                     "text is supported")
+        if names == ["Sequence"]:
+            continue
+        name, tokens = single[0]["SpecialToken"].get("id"), step.get("special_tokens")
+        ids = tokens.get(name, {}) if isinstance(tokens, dict) and isinstance(name, str) else {}
+        ids = ids.get("ids") if isinstance(ids, dict) else None
+        if not (isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int):
+            refuse(part + ".special_tokens", f"has no single id for {short(name)}")
+        if recipe.bos != -1:
+            refuse(part, "puts a second token before the text")
+        recipe.bos = ids[0]
+
+
+def read_model(recipe, model, notes):
+    """Checks the options of the model; returns its vocabulary."""
+    kind = model.get("type") if isinstance(model, dict) else None
+    if kind is None and isinstance(model, dict) and "merges" in model:
+        kind = "BPE"                                            # files before 2020 name no type
+    if kind not in ("BPE", "WordLevel"):
+        refuse("model.type", f"is {short(kind)}; BPE and WordLevel are supported")
+    if kind == "WordLevel":
+        need("model", model, {"type": None, "vocab": None, "unk_token": None})
+        if recipe.kind == BPE_BYTES:
+            refuse("pre_tokenizer", "is ByteLevel before a WordLevel model")
+        if recipe.flags & {"word_spaces", "normal_spaces", "decode_spaces"}:
+            refuse("model.type", "is WordLevel where spaces become U+2581")
+        recipe.kind = WORD_LIST
     else:
-        refuse(part, f"is {json.dumps(kind or table)[:60]}, which is not supported")
+        need("model", model, {"type": None, "dropout": [None, 0, 0.0], "unk_token": None,
+                              "continuing_subword_prefix": [None, ""],
+                              "end_of_word_suffix": [None, ""], "fuse_unk": [True, False],
+                              "byte_fallback": [True, False], "ignore_merges": [True, False],
+                              "vocab": None, "merges": None})
+    if model.get("dropout") is not None:
+        notes.append("tokenizer: model.dropout is 0, which changes nothing")
+    vocab, unknown = read_vocab(model), model.get("unk_token")
+    bytes_of = SYMBOL_OF.values() if recipe.kind == BPE_BYTES else map("<0x%02X>".__mod__,
+                                                                       range(256))
+    complete = all(token in vocab for token in bytes_of)        # nothing is ever unknown
+    if unknown is not None and not isinstance(unknown, str):
+        refuse("model.unk_token", f"is {short(unknown)}, expected a token")
+    if recipe.kind == BPE_CHARS and model.get("byte_fallback"):
+        recipe.flags.add("byte_fallback")
+        if not recipe.decodes_bytes:
+            refuse("decoder", "has no ByteFallback, but the model has byte_fallback")
+    elif model.get("byte_fallback") and not complete:
+        refuse("model.byte_fallback", "is true, and byte symbols are missing in model.vocab")
+    unused = complete and (recipe.kind == BPE_BYTES or "byte_fallback" in recipe.flags)
+    if unknown is not None and not unused:
+        if unknown in vocab:
+            recipe.unknown = vocab[unknown]
+        elif recipe.kind != WORD_LIST:                          # there, the library has none, too
+            refuse("model.unk_token", f"is {short(unknown)}, which model.vocab lacks")
+    recipe.flags |= {"fuse_unknown"} if model.get("fuse_unk") and recipe.unknown != -1 else set()
+    recipe.flags |= {"ignore_merges"} if model.get("ignore_merges") else set()
+    return vocab
 
 
 def read_vocab(model):
@@ -1059,126 +1274,189 @@ def read_vocab(model):
     seen = {}
     for token, i in vocab.items():
         if type(i) is not int or not 0 <= i < MAX_IDS:
-            refuse("model.vocab", f"has id {json.dumps(i)} for {json.dumps(token)}; ids are 0..{MAX_IDS - 1}")
+            refuse("model.vocab", f"has id {short(i)} for {short(token)}; ids are 0..{MAX_IDS - 1}")
         if i in seen:
-            refuse("model.vocab", f"has id {i} twice, for {json.dumps(seen[i])} and {json.dumps(token)}")
+            refuse("model.vocab", f"has id {i} twice, for {short(seen[i])} and {short(token)}")
         if not token:
             refuse("model.vocab", f"has an empty token, id {i}")
         seen[i] = token
     return vocab
 
 
-def read_merges(model, vocab):
-    """Id triples by rank. A later duplicate replaces an earlier one, as in the library; a merge of a token that is not
-    made of byte symbols can never apply and is left out."""
+BYTE_TOKEN, ODD_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>"), re.compile("<0x[+0-9A-Fa-f]{2}>")
+
+
+def token_bytes(recipe, token):
+    """What the decoder makes of one token, and its mark: LITERAL, ONE_BYTE or 0."""
+    if recipe.kind == BPE_BYTES:
+        if all(ch in BYTE_OF for ch in token):
+            return bytes(BYTE_OF[ch] for ch in token), 0
+        return token.encode("utf-8"), LITERAL
+    if recipe.decodes_bytes and BYTE_TOKEN.fullmatch(token):
+        return bytes([int(token[3:5], 16)]), ONE_BYTE
+    if recipe.decodes_bytes and ODD_BYTE_TOKEN.fullmatch(token):
+        refuse("model.vocab", f"has {short(token)}, which is a byte for the decoder only")
+    if "decode_spaces" not in recipe.flags:
+        return token.encode("utf-8"), 0
+    literal = LITERAL if " " in token else 0
+    if literal and SPACE_SYMBOL in token:
+        refuse("model.vocab", f"has {short(token)}, with spaces of both kinds")
+    return token.replace(SPACE_SYMBOL, " ").encode("utf-8"), literal
+
+
+def normalized_token(recipe, content):
+    """How the library decodes an added token that it looks for in normalized text."""
+    prefix = SPACE_SYMBOL if "normal_prefix" in recipe.flags else ""
+    return prefix + content.replace(" ", SPACE_SYMBOL) if "normal_spaces" in recipe.flags \
+        else content
+
+
+def read_merges(recipe, model, vocab):
+    """Id triples by rank. A later duplicate replaces an earlier one, as in the library; a merge of
+    a token that no word can contain can never apply and is left out."""
     merges, triples = model.get("merges"), {}
+    if recipe.kind == WORD_LIST:
+        return []
     if not isinstance(merges, list):
         refuse("model.merges", "is not a list")
     for rank, merge in enumerate(merges):
+        part = f"model.merges[{rank}]"
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
-            refuse(f"model.merges[{rank}]", f"is {json.dumps(merge)[:60]}, not a pair")
-        for token in (pair[0], pair[1], pair[0] + pair[1]):
+        if not isinstance(pair, list) or len(pair) != 2 or \
+                not all(isinstance(p, str) and p for p in pair):
+            refuse(part, f"is {short(merge)}, not a pair")
+        tokens = pair[0], pair[1], pair[0] + pair[1]
+        for token in tokens:
             if token not in vocab:
-                refuse(f"model.merges[{rank}]", f"needs {json.dumps(token)}, which model.vocab lacks")
+                refuse(part, f"needs {short(token)}, which model.vocab lacks")
+            if recipe.decodes_bytes and BYTE_TOKEN.fullmatch(token):
+                refuse(part, f"has {short(token)}, the token of a byte")
         triples.pop(tuple(pair), None)
-        triples[tuple(pair)] = (vocab[pair[0]], vocab[pair[1]], vocab[pair[0] + pair[1]])
-    return [ids for pair, ids in triples.items() if not any(token_to_bytes(p)[1] for p in pair)]
+        triples[tuple(pair)] = tuple(vocab[token] for token in tokens)
+    return [ids for pair, ids in triples.items()
+            if not any(token_bytes(recipe, token)[1] for token in pair)]
 
 
-def read_added(table, vocab, nfc):
-    """[(id, flags, content)] in the file's order; ids must be those that the library gives when it loads the file."""
-    added, ids, next_id = [], set(), len(vocab)
-    taken = set(vocab.values())
-    if table is None:
-        table = []
+def read_added(recipe, table, vocab, merges, notes):
+    """[(id, flags, content)] in the file's order; ids must be those that the library gives when it
+    loads the file. Of a token that is listed twice, it keeps the first id and the last flags."""
+    added, contents, next_id, searched = {}, {}, len(vocab), {}
+    taken, merged = set(vocab.values()), {i for merge in merges for i in merge}
+    table = [] if table is None else table
     if not isinstance(table, list):
         refuse("added_tokens", "is not a list")
     for n, entry in enumerate(table):
         part = f"added_tokens[{n}]"
-        need(part, entry, {"id": None, "content": None, **{name: [True, False] for name in ADDED_FLAGS}})
-        content = entry.get("content")
-        for key in ["id", "content"] + ADDED_FLAGS:
-            if key not in entry:
-                refuse(f"{part}.{key}", "is missing")
-        if not isinstance(content, str) or not 0 < len(content.encode("utf-8", "surrogatepass")) <= MAX_ADDED_LENGTH:
+        need(part, entry, {"id": None, "content": None,
+                           **{name: [True, False] for name in ADDED_FLAGS}},
+             ["id", "content"] + ADDED_FLAGS)
+        content = entry["content"]
+        if not isinstance(content, str) or \
+                not 0 < len(content.encode("utf-8", "surrogatepass")) <= MAX_ADDED_LENGTH:
             refuse(part + ".content", f"is not a string of 1 to {MAX_ADDED_LENGTH} bytes")
-        if nfc and entry["normalized"] and not unicodedata.is_normalized("NFC", content):
-            refuse(part + ".content", f"{json.dumps(content)} is not in NFC; how it decodes depends on the library's "
-                                      "version")
+        if "nfc" in recipe.flags and entry["normalized"] and \
+                not unicodedata.is_normalized("NFC", content):
+            refuse(part + ".content", f"{json.dumps(content)} is not in NFC; how it decodes "
+                                      "depends on the library's version")
         flags = sum(1 << bit for bit, name in enumerate(ADDED_FLAGS) if entry[name])
-        if content in vocab:
+        if content in contents:
+            i = contents[content]
+            flags |= added[i][1] & ADDED_OUTSIDE
+            notes.append(f"tokenizer: {part} repeats {short(content)}, which keeps id {i}")
+        elif content in vocab:
             i = vocab[content]
         else:
             i, next_id, flags = next_id, next_id + 1, flags | ADDED_OUTSIDE
             if i in taken:
-                refuse(part, f"{json.dumps(content)} gets id {i}, which the vocabulary uses")
-        if entry["id"] != i or type(entry["id"]) is not int:
-            refuse(part + ".id", f"is {json.dumps(entry['id'])}, but the library gives {json.dumps(content)} id {i}")
-        if i in ids:
-            refuse(part, f"repeats {json.dumps(content)}")
-        ids.add(i)
-        added.append((i, flags, content))
-    if sum(12 + len(content.encode("utf-8", "surrogatepass")) for _, _, content in added) > MAX_ADDED_BYTES:
+                refuse(part, f"{short(content)} gets id {i}, which the vocabulary uses")
+        if content not in contents and (entry["id"] != i or type(entry["id"]) is not int):
+            refuse(part + ".id",
+                   f"is {short(entry['id'])}, but the library gives {short(content)} id {i}")
+        if recipe.decodes_bytes and BYTE_TOKEN.fullmatch(content):
+            refuse(part, f"is {short(content)}, the token of a byte")
+        contents[content] = i
+        added[i] = (i, flags, content)
+        if entry["normalized"] and "normal_spaces" in recipe.flags:
+            other = searched.setdefault(normalized_token(recipe, content), content)
+            if other != content:
+                refuse(part, f"{short(content)} is found where {short(other)} is")
+            if content in vocab and (len(content) == 1 or i in merged):
+                refuse(part, f"{short(content)} is normalized and a part of words, too")
+    if sum(12 + len(content.encode("utf-8", "surrogatepass"))
+           for _, _, content in added.values()) > MAX_ADDED_BYTES:
         refuse("added_tokens", f"hold more than {MAX_ADDED_BYTES} bytes")
-    return added
+    return list(added.values())
 
 
-def tokenizer_blob(path_or_dict):
-    """tokenizer.json, as a path or already parsed, to the blob."""
-    data = path_or_dict
+def tokenizer_blob(path_or_dict, notes=None):
+    """tokenizer.json, as a path or already parsed, to the blob. notes: a list that gets a sentence
+    for each thing that was left out."""
+    data, notes = path_or_dict, [] if notes is None else notes
     if not isinstance(data, dict):
         try:
             with open(path_or_dict, encoding="utf-8") as f:
                 data = json.load(f, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             refuse(str(path_or_dict), f"is not JSON: {error}")
-    need("tokenizer.json", data, dict.fromkeys(["version", "truncation", "padding", "added_tokens", "normalizer",
-                                                "pre_tokenizer", "post_processor", "decoder", "model"]))
-    for key, value in (("version", "1.0"), ("truncation", None), ("padding", None)):
-        if data.get(key) != value:
-            refuse(key, f"is {json.dumps(data.get(key))[:60]}, expected {json.dumps(value)}")
-    if data.get("normalizer") is not None:
-        need("normalizer", data["normalizer"], {"type": ["NFC"]})
-    nfc = data.get("normalizer") is not None
-    if nfc and "type" not in data["normalizer"]:
-        refuse("normalizer.type", "is missing")
-    pretokenizer, prefix_space = pre_tokenizer_code(data.get("pre_tokenizer"))
-    check_post_processor(data.get("post_processor"))
-    if not isinstance(data.get("decoder"), dict) or data["decoder"].get("type") != "ByteLevel":
-        refuse("decoder", f"is {json.dumps(data.get('decoder'))[:60]}, expected ByteLevel")
-    check_byte_level("decoder", data["decoder"])
+    need("tokenizer.json", data, dict.fromkeys(
+        ["version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer",
+         "post_processor", "decoder", "model"]))
+    if data.get("version", "1.0") != "1.0":
+        refuse("version", f"is {short(data['version'])}, expected \"1.0\"")
+    for key in ("truncation", "padding"):
+        if data.get(key) is not None:
+            notes.append(f"tokenizer: {key} is left out; a prompt is read whole")
+    recipe, model = Recipe(), data.get("model")
+    if isinstance(model, dict) and model.get("type") in ("Unigram", "WordPiece"):
+        refuse("model.type", f"is {short(model['type'])}; BPE and WordLevel are supported")
+    read_normalizer(recipe, data.get("normalizer"))
+    read_pre_tokenizer(recipe, data.get("pre_tokenizer"))
+    if recipe.kind == BPE_BYTES and "normal_spaces" in recipe.flags:
+        refuse("normalizer", "replaces spaces before ByteLevel")
+    read_decoder(recipe, data.get("decoder"))
+    vocab = read_model(recipe, model, notes)
+    merges = read_merges(recipe, model, vocab)
+    added = read_added(recipe, data.get("added_tokens"), vocab, merges, notes)
+    read_post_processor(recipe, data.get("post_processor"), vocab)
+    return pack_tokenizer(recipe, vocab, merges, added)
 
-    model = data.get("model")
-    need("model", model, {"type": ["BPE"], "dropout": [None], "unk_token": [None],
-                          "continuing_subword_prefix": [None, ""], "end_of_word_suffix": [None, ""],
-                          "fuse_unk": [True, False], "byte_fallback": [False], "ignore_merges": [False],
-                          "vocab": None, "merges": None})        # fuse_unk means nothing without an unk_token
-    if model.get("type") != "BPE":
-        refuse("model.type", "is missing")
-    vocab = read_vocab(model)
-    merges = read_merges(model, vocab)
-    added = read_added(data.get("added_tokens"), vocab, nfc)
 
+def pack_tokenizer(recipe, vocab, merges, added):
     token_of = {i: token for token, i in vocab.items()}
-    token_of.update((i, content) for i, _, content in added)
-    n_ids, hole = max(token_of) + 1, struct.pack("<I", HOLE)
-    out = [struct.pack("<4s7I", b"mtok", 1, 1, (1 if nfc else 0) | (2 if prefix_space else 0), pretokenizer,
-                       n_ids, len(merges), len(added))]
+    token_of.update((i, normalized_token(recipe, content) if bits & ADDED_NORMALIZED else content)
+                    for i, bits, content in added)
+    n_ids = max(token_of) + 1
+    if recipe.bos != -1 and recipe.bos not in token_of:
+        refuse("post_processor", f"puts id {recipe.bos} before the text, which has no token")
+    flags = sum(1 << bit for bit, name in enumerate(BLOB_FLAGS) if name in recipe.flags)
+    cuts = sum(step << 8 * i for i, step in enumerate(recipe.steps))
+    old = {(GPT2,): 1, (PUNCT, GPT2, FALCON): 2}.get(tuple(recipe.steps))
+    fields = recipe.kind, flags, cuts, n_ids, len(merges), len(added)
+    if recipe.kind == BPE_BYTES and old and flags <= (3 if old == 1 else 1) and \
+            recipe.bos == recipe.unknown == -1:                 # what older programs read
+        out = [struct.pack("<4s7I", b"mtok", 1, *fields[:2], old, *fields[3:])]
+    else:
+        out = [struct.pack("<4s7I2iI20x", b"mtok", 2, *fields, recipe.bos, recipe.unknown, 0)]
+    one_byte = {}
     for i in range(n_ids):
         if i not in token_of:
-            out.append(hole)
+            out.append(struct.pack("<I", HOLE))
             continue
         try:
-            raw, literal = token_to_bytes(token_of[i])
+            raw, mark = token_bytes(recipe, token_of[i])
         except UnicodeEncodeError:
-            refuse(f"token {i}", f"is {json.dumps(token_of[i])}, which holds half a surrogate pair")
-        out.append(struct.pack("<I", len(raw) | (LITERAL if literal else 0)) + raw)
-    out.append(struct.pack("<256i", *(vocab.get(SYMBOL_OF[b], -1) for b in range(256))))
+            refuse(f"token {i}", f"is {short(token_of[i])}, which holds half a surrogate pair")
+        if mark == ONE_BYTE:
+            one_byte[raw[0]] = i
+        out.append(struct.pack("<I", len(raw) | mark) + raw)
+    if recipe.kind == BPE_BYTES:
+        one_byte = {b: vocab[SYMBOL_OF[b]] for b in range(256) if SYMBOL_OF[b] in vocab}
+    if recipe.kind != WORD_LIST:
+        out.append(struct.pack("<256i", *(one_byte.get(b, -1) for b in range(256))))
     out += [struct.pack("<3I", *merge) for merge in merges]
-    for i, flags, content in added:
+    for i, bits, content in added:
         raw = content.encode("utf-8")
-        out.append(struct.pack("<3I", i, flags, len(raw)) + raw)
+        out.append(struct.pack("<3I", i, bits, len(raw)) + raw)
     return b"".join(out)
 
 
@@ -1187,58 +1465,232 @@ def bytes_tokenizer_blob():
     return struct.pack("<4s7I", b"mtok", 1, 0, 0, 0, 256, 0, 0)
 
 
+def vocab_txt_table(path, notes):
+    """A vocab.txt, a token a line, as a tokenizer.json: what EsmTokenizer makes of it, which reads
+    the longest token first, as for k-mers of DNA. tokenizer_config.json beside it may say
+    otherwise."""
+    with open(path, "rb") as f:
+        try:
+            tokens = [line.strip() for line in f.read().decode("utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise ExportError(f"{path} is not UTF-8 ({first_line(error)})")
+    config_path = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+    config = read_json(config_path) if os.path.exists(config_path) else {}
+    kind = config.get("tokenizer_class")
+    if any(token.startswith("##") for token in tokens) or str(kind).startswith("Bert"):
+        refuse(path, "is the vocabulary of WordPiece; BPE and WordLevel are supported")
+    if kind not in (None, "EsmTokenizer"):
+        refuse(path, f"belongs to {short(kind)}, which is not supported")
+    if kind is None:
+        notes.append(f"{path}: no tokenizer_config.json names its class; it is read as "
+                     "EsmTokenizer does, the longest token first")
+
+    def special(key, default):                                  # text, or an object with a content
+        value = config.get(key, default)
+        value = value.get("content") if isinstance(value, dict) else value
+        return value if isinstance(value, str) else None
+
+    vocab = {token: i for i, token in enumerate(tokens) if token}
+    names = [special(name, f"<{name[:-6]}>") for name in
+             ("unk_token", "pad_token", "mask_token", "cls_token", "eos_token", "bos_token")]
+    unknown, cls, eos = names[0], special("cls_token", None), special("eos_token", None)
+    template = None
+    if cls in vocab:
+        template = {"type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": cls, "type_id": 0}},
+                               {"Sequence": {"id": "A", "type_id": 0}}],
+                    "pair": [], "special_tokens": {cls: {"id": cls, "ids": [vocab[cls]],
+                                                         "tokens": [cls]}}}
+    if eos in vocab:
+        notes.append(f"{path}: {printable(eos)} is not put after a prompt, as transformers does: "
+                     "the text goes on")
+    added = [{"id": i, "content": token, "special": token in names, "lstrip": False,
+              "rstrip": False, "single_word": False, "normalized": False}
+             for token, i in sorted(vocab.items(), key=lambda item: item[1])]
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": unknown}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "post_processor": template, "decoder": None, "model": model}
+
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+
+
+def find_tokenizer(choice, folder, notes=None):
+    """(blob, id of <|endoftext|> or None). choice: bytes, none, a file, or a folder; None: the
+    folder of the checkpoint. The blob of none is empty."""
+    notes = [] if notes is None else notes
+    if choice == "bytes":
+        return bytes_tokenizer_blob(), None
+    if choice == "none":
+        return b"", None
+    path = choice or folder
+    if os.path.isdir(path):
+        names = [name for name in TOKENIZER_FILES if os.path.exists(os.path.join(path, name))]
+        if not names and not choice:
+            raise ExportError(
+                f"{folder} has no tokenizer.json; pass --tokenizer FILE (state-spaces models use "
+                "the tokenizer.json of GPT-NeoX-20B), --tokenizer bytes for a byte model, or "
+                "--tokenizer none for a model that reads and writes ids only")
+        path = os.path.join(path, names[0] if names else TOKENIZER_FILES[0])
+    table = vocab_txt_table(path, notes) if path.endswith(".txt") else read_json(path)
+    blob = tokenizer_blob(table, notes)
+    ends = [token["id"] for token in table.get("added_tokens") or []
+            if token["content"] == "<|endoftext|>"]
+    return blob, ends[0] if ends else None
+
+
+def tokenizer_ids(blob):
+    """How many ids a blob knows; 0 where there is no tokenizer."""
+    return struct.unpack_from("<I", blob, 20)[0] if blob else 0
+
+
 def tokenizer_json(blob):
-    """The way back: a tokenizer.json (as a dict) that gives the same ids and the same text. A bytes blob becomes a
-    vocabulary of the 256 byte symbols without merges; the library then takes UTF-8 only, as it always does."""
+    """The way back: a tokenizer.json (as a dict) that gives the same ids and the same text. A bytes
+    blob becomes a vocabulary of the 256 byte symbols without merges; the library then takes UTF-8
+    only, as it always does."""
     try:
         return unpack_tokenizer(blob)
-    except (struct.error, IndexError, KeyError, UnicodeDecodeError) as error:
+    except (struct.error, IndexError, KeyError, ValueError) as error:
         refuse("blob", f"is damaged ({error})")
 
 
-def unpack_tokenizer(blob):
-    magic, version, kind, flags, pretokenizer, n_ids, n_merges, n_added = struct.unpack_from("<4s7I", blob)
-    if magic != b"mtok" or version != 1 or kind > 1:
-        refuse("blob", "is not a version 1 tokenizer")
-    at, tokens, merges, added = 32, {}, [], []
-    outside = set()
-    if kind == 0:
-        pretokenizer, tokens = 1, {b: SYMBOL_OF[b] for b in range(256)}
+def step_json(recipe):
+    """The pre_tokenizer of a recipe."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": "prefix_space" in recipe.flags,
+                  "trim_offsets": True, "use_regex": False}
+    split = {code: {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
+                    "invert": False} for regex, code in reversed(list(REGEXES.items()))}
+    made = {**split,
+            NUMBERS: {"type": "Digits", "individual_digits": False},
+            DIGITS: {"type": "Digits", "individual_digits": True},
+            PUNCT: {"type": "Punctuation", "behavior": "Contiguous"},
+            WORDS: {"type": "Whitespace"}, BLANKS: {"type": "WhitespaceSplit"}}
+    steps, falcon = list(recipe.steps), FALCON in recipe.steps
+    if falcon:
+        steps.remove(FALCON)
+    if recipe.kind == BPE_BYTES and steps and steps[-1] == GPT2:
+        steps.pop()
+        byte_level["use_regex"] = True
+    if "word_spaces" in recipe.flags:
+        scheme = "first" if "first_prefix" in recipe.flags else \
+            "always" if "prefix_space" in recipe.flags else "never"
+        out = [{"type": "Metaspace", "replacement": SPACE_SYMBOL, "prepend_scheme": scheme,
+                "split": steps == [SPACES]}]
     else:
-        for i in range(n_ids):
-            length, = struct.unpack_from("<I", blob, at)
-            at += 4
-            if length == HOLE:
-                continue
-            raw = blob[at:at + (length & ~LITERAL)]
-            at += len(raw)
-            tokens[i] = raw.decode("utf-8") if length & LITERAL else "".join(SYMBOL_OF[b] for b in raw)
-        at += 256 * 4
-        for rank in range(n_merges):
-            left, right, _ = struct.unpack_from("<3I", blob, at)
-            at += 12
-            merges.append([tokens[left], tokens[right]])
-        for n in range(n_added):
-            i, bits, length = struct.unpack_from("<3I", blob, at)
-            content = blob[at + 12:at + 12 + length].decode("utf-8")
-            at += 12 + length
-            added.append({"id": i, "content": content,
-                          **{name: bool(bits >> bit & 1) for bit, name in enumerate(ADDED_FLAGS)}})
-            if bits & ADDED_OUTSIDE:
-                outside.add(i)
-    byte_level = {"type": "ByteLevel", "add_prefix_space": bool(flags & 2), "trim_offsets": True, "use_regex": True}
-    steps = [{"type": name, **options} for name, options in FALCON_SEQUENCE]
-    steps[1]["trim_offsets"] = True
-    return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-        "normalizer": {"type": "NFC"} if flags & 1 else None,
-        "pre_tokenizer": byte_level if pretokenizer == 1 else {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": {token: i for i, token in tokens.items() if i not in outside}, "merges": merges},
-    }
+        out = [made[step] for step in steps]
+    out += [byte_level] if recipe.kind == BPE_BYTES else []
+    out += [{"type": name, **options} for name, options in FALCON_TAIL] if falcon else []
+    return one_or_sequence(out, "pretokenizers")
+
+
+def one_or_sequence(steps, key):
+    return None if not steps else steps[0] if len(steps) == 1 else {"type": "Sequence", key: steps}
+
+
+def decoder_json(recipe):
+    if recipe.kind == BPE_BYTES:
+        return {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                "use_regex": True}
+    if "decode_join" in recipe.flags:
+        return None
+    if "decode_strip_token" in recipe.flags:
+        return {"type": "Metaspace", "replacement": SPACE_SYMBOL, "prepend_scheme": "always",
+                "split": True}
+    steps = [{"type": "Replace", "pattern": {"String": SPACE_SYMBOL}, "content": " "}]
+    steps = steps if "decode_spaces" in recipe.flags else []
+    steps += [{"type": "ByteFallback"}] if recipe.decodes_bytes else []
+    steps += [{"type": "Fuse"}]
+    if "decode_strip" in recipe.flags:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return one_or_sequence(steps, "decoders")
+
+
+def unpack_header(blob):
+    """(recipe, n_ids, n_merges, n_added, offset of the tokens)"""
+    magic, version, kind, flags, cuts, n_ids, n_merges, n_added = struct.unpack_from("<4s7I", blob)
+    if magic != b"mtok" or version not in (1, 2) or kind > WORD_LIST:
+        refuse("blob", "is not a tokenizer of version 1 or 2")
+    recipe, at = Recipe(), 32
+    recipe.kind = kind
+    recipe.flags = {name for bit, name in enumerate(BLOB_FLAGS) if flags >> bit & 1}
+    if version == 1:
+        recipe.steps = {0: [GPT2], 1: [GPT2], 2: [PUNCT, GPT2, FALCON]}[cuts]
+    else:
+        recipe.bos, recipe.unknown = struct.unpack_from("<2i", blob, 32)
+        recipe.steps, at = [step for step in struct.pack("<I", cuts) if step], 64
+    return recipe, n_ids, n_merges, n_added, at
+
+
+def unpack_tokenizer(blob):
+    recipe, n_ids, n_merges, n_added, at = unpack_header(blob)
+    tokens, merges, added, outside, marks = {}, [], [], set(), set()
+    if recipe.kind == 0:
+        recipe.kind, tokens = BPE_BYTES, {b: SYMBOL_OF[b] for b in range(256)}
+        n_ids = n_merges = n_added = 0
+    for i in range(n_ids):
+        length, = struct.unpack_from("<I", blob, at)
+        at += 4
+        if length == HOLE:
+            continue
+        raw, mark = blob[at:at + (length & ~(LITERAL | ONE_BYTE))], length & (LITERAL | ONE_BYTE)
+        at += len(raw)
+        marks.add(mark)
+        if mark == ONE_BYTE:
+            tokens[i] = "<0x%02X>" % raw[0]
+        elif recipe.kind == BPE_BYTES and not mark:
+            tokens[i] = "".join(SYMBOL_OF[b] for b in raw)
+        else:
+            spaces = "decode_spaces" in recipe.flags and not mark
+            tokens[i] = raw.decode("utf-8").replace(" ", SPACE_SYMBOL if spaces else " ")
+    recipe.decodes_bytes = ONE_BYTE in marks
+    at += 256 * 4 if recipe.kind != WORD_LIST else 0
+    for rank in range(n_merges):
+        left, right, _ = struct.unpack_from("<3I", blob, at)
+        at += 12
+        merges.append([tokens[left], tokens[right]])
+    for n in range(n_added):
+        i, bits, length = struct.unpack_from("<3I", blob, at)
+        content = blob[at + 12:at + 12 + length].decode("utf-8")
+        at += 12 + length
+        added.append({"id": i, "content": content,
+                      **{name: bool(bits >> bit & 1) for bit, name in enumerate(ADDED_FLAGS)}})
+        tokens[i] = content                                     # normalized ones are stored so
+        if bits & ADDED_OUTSIDE:
+            outside.add(i)
+    return recipe_json(recipe, tokens, merges, added, outside)
+
+
+def recipe_json(recipe, tokens, merges, added, outside):
+    flags = recipe.flags
+    normalizers = [{"type": "NFC"}] if "nfc" in flags else []
+    if "normal_prefix" in flags:
+        normalizers.append({"type": "Prepend", "prepend": SPACE_SYMBOL})
+    if "normal_spaces" in flags:
+        normalizers.append({"type": "Replace", "pattern": {"String": " "},
+                            "content": SPACE_SYMBOL})
+    bos, template = tokens.get(recipe.bos), None
+    if bos is not None:
+        one = {"SpecialToken": {"id": bos, "type_id": 0}}
+        a, b = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+        template = {"type": "TemplateProcessing", "single": [one, a], "pair": [one, a, b],
+                    "special_tokens": {bos: {"id": bos, "ids": [recipe.bos], "tokens": [bos]}}}
+    vocab = {token: i for i, token in tokens.items() if i not in outside}
+    unknown = tokens.get(recipe.unknown)
+    if recipe.kind == WORD_LIST:
+        missing = "<unk>"                                       # the library wants a string here
+        while unknown is None and missing in vocab:
+            missing += ">"
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": unknown or missing}
+    else:
+        model = {"type": "BPE", "dropout": None, "unk_token": unknown,
+                 "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                 "fuse_unk": "fuse_unknown" in flags, "byte_fallback": "byte_fallback" in flags,
+                 "ignore_merges": "ignore_merges" in flags, "vocab": vocab, "merges": merges}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": one_or_sequence(normalizers, "normalizers"),
+            "pre_tokenizer": step_json(recipe), "post_processor": template,
+            "decoder": decoder_json(recipe), "model": model}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1302,7 +1754,7 @@ def config_json(m, dtype):
 
 def tokenizer_files(m, blob):
     """tokenizer.json and what names its special tokens; nothing for bytes, which have none."""
-    if struct.unpack_from("<I", blob, 8)[0] == 0:
+    if not blob or struct.unpack_from("<I", blob, 8)[0] == 0:
         return {}
     table = tokenizer_json(blob)
     added = {token["id"]: token["content"] for token in table["added_tokens"]}
@@ -1315,43 +1767,50 @@ def tokenizer_files(m, blob):
     return {"tokenizer.json": json_text(table), "tokenizer_config.json": json_text(config)}
 
 
-def write_safetensors(path, m, dtype, f, source, tensors_offset):
-    """Copies the tensors out of the open model.bin, and checks their CRC on the way."""
-    header, entries, position, start = {"__metadata__": {"format": "pt"}}, [], tensors_offset, 0
+def stored_pieces(m, dtype, f, source, tensors_offset):
+    """(Tensor, its type, first row, data) of the open model.bin, piece by piece; of q8 and q4 whole
+    panels of 32 rows. The checksum is compared at the end."""
+    size, crc = os.fstat(f.fileno()).st_size, 0
+    f.seek(tensors_offset)
     for want in tensor_list(m):
-        kind, position = dtype.upper() if want.is_w else "F32", align(position)
-        out_kind, stored = "F32" if kind in CODE_BITS else kind, stored_bytes(want.shape, kind)
-        n = stored_bytes(want.shape, out_kind)
-        header[with_backbone(want.source)] = {
-            "dtype": out_kind, "shape": want.shape, "data_offsets": [start, start + n]
-        }
-        entries.append((want, position, stored, kind))
-        position, start = position + stored, start + n
-    size = os.fstat(f.fileno()).st_size
-    if position != size:
+        kind, row = dtype.upper() if want.is_w else "F32", 0
+        gap = read_exactly(f, align(f.tell()) - f.tell(), source)
+        n, crc, step = stored_bytes(want.shape, kind), zlib.crc32(gap, crc), 4
+        if kind in CODE_BITS:
+            step = -(-want.shape[-1] // TILE) * tile_bytes(kind)
+        while n:
+            data = read_exactly(f, min(n, max(1, 4 * CHUNK // step) * step), source)
+            crc, n = zlib.crc32(data, crc), n - len(data)
+            yield want, kind, row, data
+            row += len(data) // step * TILE if kind in CODE_BITS else 0
+            progress(f.tell() - tensors_offset, size - tensors_offset, want.name)
+    if f.tell() != size:
         raise ExportError(f"{source}: the sizes in its header do not match its length")
+    f.seek(124)
+    if crc != struct.unpack("<I", f.read(4))[0]:
+        raise ExportError(f"{source}: the tensors' checksum is wrong; the file is damaged")
+    progress(0, 0, "")
+
+
+def write_safetensors(path, m, dtype, f, source, tensors_offset):
+    """Copies the tensors out of the open model.bin."""
+    header, start = {"__metadata__": {"format": "pt"}}, 0
+    for want in tensor_list(m):
+        kind = dtype.upper() if want.is_w else "F32"
+        kind = "F32" if kind in CODE_BITS else kind
+        end = start + stored_bytes(want.shape, kind)
+        header[with_backbone(want.source)] = {"dtype": kind, "shape": want.shape,
+                                              "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        crc = 0
-        for want, position, n, kind in entries:
-            crc, rows = zlib.crc32(read_exactly(f, position - f.tell(), source), crc), want.shape[0]
-            step = 1
-            if kind in CODE_BITS:  # a panel of 32 rows
-                step = -(-want.shape[-1] // TILE) * tile_bytes(kind)
-            while n:
-                data = read_exactly(f, min(n, max(1, 4 * CHUNK // step) * step), source)
-                crc, n = zlib.crc32(data, crc), n - len(data)
-                if kind in CODE_BITS:
-                    values = dequantize(data, kind, want.shape[-1])[:rows]
-                    data, rows = values.astype("<f4").tobytes(), rows - len(values)
-                out.write(data)
-                progress(f.tell() - tensors_offset, size - tensors_offset, want.name)
-        f.seek(124)
-        if crc != struct.unpack("<I", f.read(4))[0]:
-            raise ExportError(f"{source}: the tensors' checksum is wrong; the file is damaged")
-    progress(0, 0, "")
+        for want, kind, row, data in stored_pieces(m, dtype, f, source, tensors_offset):
+            if kind in CODE_BITS:
+                values = code_values(*tile_codes(data, kind, want.shape[-1]))
+                data = values[:want.shape[0] - row].astype("<f4").tobytes()
+            out.write(data)
 
 
 HF_FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
@@ -1389,7 +1848,646 @@ def to_transformers(source, folder, force):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Command line
+# 10. Adapters
+# A LoRA directory of peft holds two thin matrices for some of the weights: W becomes W + s B A,
+# where s is alpha / r, or alpha / sqrt(r) with use_rslora. Other keys of adapter_config.json are
+# fine when they are off, and refused by name when they are not.
+
+ADAPTER_KEYS = set("""
+    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
+    target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora
+    modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern
+    megatron_core megatron_config qalora_group_size eva_config runtime_config ensure_weight_tying
+    """.split())
+LORA_PART = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?$")
+
+
+class Merged:
+    """A stored tensor plus scale times left times right, which has its shape."""
+
+    def __init__(self, base, left, right, scale):
+        self.path, self.name, self.kind, self.shape = base.path, base.name, base.kind, base.shape
+        self.base, self.left, self.right, self.scale = base, left, right, scale
+
+    def chunks(self):
+        row, first = self.shape[-1], 0
+        for x in regrouped(self.base.chunks(), row):
+            x = x.reshape(-1, row)
+            delta = self.left[first:first + len(x)] @ self.right
+            first += len(x)
+            yield (x + delta * self.scale).astype("<f4").reshape(-1)
+
+
+def whole_tensor(tensor):
+    """As float64, checked for NaN: a thin matrix of an adapter."""
+    parts = list(tensor.chunks())
+    x = np.concatenate(parts) if parts else np.zeros(0, "f4")
+    check_values(x, "F32", tensor.name, 0)
+    return x.reshape(tensor.shape).astype("f8")
+
+
+class Adapter:
+    def __init__(self, folder):
+        path = os.path.join(folder, "adapter_config.json")
+        if not os.path.isdir(folder):
+            raise ExportError(f"{folder} is no directory; --adapter takes the one that peft saved")
+        self.folder, self.config = folder, Fields(read_json(path), path)
+        self.check_config()
+        for name, reader in (("adapter_model.safetensors", open_safetensors),
+                             ("adapter_model.bin", open_pickle)):
+            if os.path.exists(os.path.join(folder, name)):
+                self.stored = reader(os.path.join(folder, name))
+                break
+        else:
+            raise ExportError(f"{folder} has no adapter_model.safetensors or adapter_model.bin")
+        self.paths = {path} | {tensor.path for tensor in self.stored.values()}
+
+    def check_config(self):
+        config, table = self.config, self.config.table
+        kind = table.get("peft_type")
+        config.refuse_if(kind != "LORA",
+                         f"peft_type {json.dumps(kind)[:60]} is not supported, only LORA")
+        config.refuse_if(table.get("use_dora"), "DoRA adapters (use_dora) are not supported")
+        init = json.dumps(table.get("init_lora_weights", True))
+        config.refuse_if(init not in ("true", "false", '"gaussian"', '"orthogonal"', '"eva"'),
+                         f"init_lora_weights {init[:60]} is not supported, because it changes the "
+                         "base model too")
+        for key, value in table.items():
+            config.refuse_if(key not in ADAPTER_KEYS and value not in (None, False, 0, "", [], {}),
+                             f"{key} is {json.dumps(value)[:60]}, which is not supported")
+        self.r = self.rank("r", table.get("r", 8))
+        self.alpha = self.number("lora_alpha", table.get("lora_alpha", 8))
+        self.rslora = config.flag("use_rslora", False)
+        self.ranks = self.patterns("rank_pattern", self.rank)
+        self.alphas = self.patterns("alpha_pattern", self.number)
+
+    def rank(self, key, value):
+        self.config.refuse_if(type(value) is not int or not 0 < value <= 1 << 20,
+                              f"{key} is {json.dumps(value)[:60]}, expected a whole number above 0")
+        return value
+
+    def number(self, key, value):
+        good = type(value) in (int, float) and abs(value) < 1e9
+        self.config.refuse_if(not good, f"{key} is {json.dumps(value)[:60]}, expected a number")
+        return value
+
+    def patterns(self, key, check):
+        """[(compiled pattern, value)]; peft matches the end of a module's name."""
+        table = self.config.table.get(key) or {}
+        self.config.refuse_if(not isinstance(table, dict), f"{key} should be an object")
+        result = []
+        for pattern, value in table.items():
+            text = pattern if pattern.startswith("^") else rf"(.*\.)?({pattern})$"
+            try:
+                result.append((re.compile(text), check(f"{key} of {pattern[:60]!r}", value)))
+            except (re.error, RecursionError, OverflowError):
+                raise ExportError(f"{self.config.path}: {key}: {pattern[:60]!r} is no valid "
+                                  "regular expression")
+        return result
+
+    def scale(self, module):
+        """(the rank that the config gives this module, its factor)"""
+        first = lambda patterns, default: next((v for p, v in patterns if p.match(module)), default)
+        r, alpha = first(self.ranks, self.r), first(self.alphas, self.alpha)
+        return r, alpha / math.sqrt(r) if self.rslora else alpha / r
+
+    def parts(self):
+        """({canonical weight: (module, {"A", "B"}, embedding?)}, {canonical name: whole tensor},
+        names of classifier heads)"""
+        thin, whole, left_out = {}, {}, []
+        for name, tensor in self.stored.items():
+            match = LORA_PART.match(name)
+            module = re.sub(r"^base_model\.model\.", "", match[1] if match else name)
+            short = canonical(module + ".weight" if match else
+                              re.sub(r"\.(modules_to_save|original_module)(\.default)?\.", ".",
+                                     module.replace(".base_layer.", ".")))
+            if short.split(".")[0] in HEADS:
+                left_out.append(name)
+            elif ".original_module." in name:
+                continue  # the base model's own
+            elif match:
+                entry = thin.setdefault(short, (module, {}, bool(match[2])))
+                if match[3] in entry[1]:
+                    raise ExportError(f"{tensor.path}: tensor {name} is there twice")
+                entry[1][match[3]] = tensor
+            elif short in whole:
+                raise ExportError(f"{tensor.path}: tensor {name} is there twice")
+            else:
+                whole[short] = tensor
+        if not thin and not whole:
+            raise ExportError(f"{self.folder} holds no LoRA matrices (lora_A, lora_B)")
+        return thin, whole, left_out
+
+    def merged(self, base, module, matrices, embedding):
+        """The stored tensor base with the two matrices added."""
+        if set(matrices) != {"A", "B"}:
+            name = next(iter(matrices.values())).name
+            raise ExportError(f"{self.folder}: tensor {name} has no twin, lora_A and lora_B")
+        A, B = matrices["A"], matrices["B"]
+        rows, columns = reversed(base.shape) if embedding else base.shape  # embedding: (B A)^T
+        r, scale = self.scale(module)
+        for tensor, shape in ((A, (r, columns)), (B, (rows, r))):
+            if tensor.shape != shape:
+                raise ExportError(f"{tensor.path}: tensor {tensor.name} has shape "
+                                  f"{shape_text(tensor.shape)}, expected {shape_text(shape)}")
+        A, B = whole_tensor(A), whole_tensor(B)
+        return Merged(base, A.T, B.T, scale) if embedding else Merged(base, B, A, scale)
+
+    def apply(self, m, by_name, config):
+        """(m, tensors by canonical name) of the model that results."""
+        by_name, (thin, whole, left_out) = dict(by_name), self.parts()
+        if left_out:
+            config.note(f"left out, because mamba.c predicts tokens: {', '.join(sorted(left_out))}")
+        own, head = "embeddings.weight", "lm_head.weight"
+        touched = (set(thin) | set(whole)) & {own, head}
+        if m.tied and touched:  # peft trains one of the two, so that they differ from now on
+            shared = by_name.get(own) or by_name.get(head)
+            by_name.update({own: by_name.get(own, shared), head: by_name.get(head, shared)})
+            config.note(f"the adapter changes {' and '.join(sorted(touched))} alone, so that head "
+                        "and embedding are no longer tied")
+            m = m._replace(tied=False)
+        for name, tensor in whole.items():
+            if name not in by_name:
+                raise ExportError(f"{tensor.path}: tensor {tensor.name} belongs to no tensor of "
+                                  "the model")
+            by_name[name] = tensor
+        for name, (module, matrices, embedding) in thin.items():
+            base = by_name.get(name)
+            if base is None or len(base.shape) != 2:
+                tensor = next(iter(matrices.values()))
+                raise ExportError(f"{tensor.path}: tensor {tensor.name} belongs to no matrix of "
+                                  "the model")
+            by_name[name] = self.merged(base, module, matrices, embedding)
+        return m, by_name
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. GGUF
+# The files of llama.cpp, whose architecture "mamba" is this one: header, metadata, a list of
+# tensors, their data. Shapes stand in reverse. ssm_a is -exp(A_log). FalconMamba is a flag,
+# ssm.dt_b_c_rms, and shares the one eps: there is no second one. F32, F16, BF16, Q8_0 and Q4_0 are
+# read here, other types by the gguf package.
+
+GGUF_VALUES = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))  # as struct has them
+GGUF_STRING, GGUF_ARRAY, GGUF_ALIGNMENT = 8, 9, 32
+GGUF_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2),  # number: name, elements
+              8: ("Q8_0", 32, 34), 2: ("Q4_0", 32, 18)}                # and bytes of a block
+GGUF_NAMES = {"token_embd.weight": "embeddings.weight", "output_norm.weight": "norm_f.weight",
+              "output.weight": "lm_head.weight"}
+GGUF_LAYER = {"attn_norm.weight": "norm.weight", "ssm_a": "mixer.A_log", "ssm_d": "mixer.D",
+              **{f"ssm_{short}.{part}": f"mixer.{name}.{part}" for part in ("weight", "bias")
+                 for short, name in (("in", "in_proj"), ("conv1d", "conv1d"), ("x", "x_proj"),
+                                     ("dt", "dt_proj"), ("out", "out_proj"))}}
+GGUF_SIZES = {"embedding_length": "hidden_size", "block_count": "num_hidden_layers",
+              "ssm.inner_size": "intermediate_size", "ssm.state_size": "state_size",
+              "ssm.conv_kernel": "conv_kernel", "ssm.time_step_rank": "time_step_rank",
+              "vocab_size": "vocab_size"}
+GGUF_EPS = "attention.layer_norm_rms_epsilon"
+GGUF_IDLE = {"context_length", "feed_forward_length", "attention.head_count", "ssm.dt_b_c_rms",
+             "attention.head_count_kv", GGUF_EPS, *GGUF_SIZES}  # that llama.cpp reads or ignores
+GPT2_SPLITS = ("gpt-2", "mpt", "olmo", "jais", "phi-2")  # names of one and the same splitting
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5       # types of tokens
+
+
+class GgufTensor:
+    def __init__(self, path, name, number, shape, start):
+        self.path, self.name, self.shape, self.start = path, name, shape, start
+        self.type, self.block, self.block_bytes = gguf_type(path, name, number)
+        self.kind = self.type if self.type in ITEM_BYTES else "F32"
+        self.number = number
+
+    def bytes(self):
+        return math.prod(self.shape) // self.block * self.block_bytes
+
+    def chunks(self):
+        left = math.prod(self.shape)
+        with open(self.path, "rb") as f:
+            f.seek(self.start)
+            while left:
+                n = min(left, CHUNK // self.block * self.block or self.block)
+                raw = read_exactly(f, n // self.block * self.block_bytes, self.path)
+                left -= n
+                yield self.decode(raw)
+
+    def decode(self, raw):
+        if self.type in ITEM_BYTES:
+            return decode(raw, self.type)
+        if self.type not in ("Q8_0", "Q4_0"):
+            import gguf
+            kind = gguf.GGMLQuantizationType(self.number)
+            with np.errstate(all="ignore"):
+                return gguf.quants.dequantize(np.frombuffer(raw, "u1"), kind).astype("<f4")
+        blocks = np.frombuffer(raw, "u1").reshape(-1, self.block_bytes)
+        scale = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype("f4")
+        codes = blocks[:, 2:].view("i1")
+        if self.type == "Q4_0":
+            codes = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype("i1") - 8
+        with np.errstate(invalid="ignore"):
+            return (codes * scale).reshape(-1)
+
+
+def gguf_type(path, name, number):
+    """(name, elements of a block, bytes of a block)"""
+    if number in GGUF_TYPES:
+        return GGUF_TYPES[number]
+    try:
+        import gguf
+    except ImportError:
+        raise ExportError(f"{path}: tensor {name} has type {number}, which needs the gguf package "
+                          "(pip install gguf)")
+    try:
+        kind = gguf.GGMLQuantizationType(number)
+        known = kind in gguf.quants._type_traits
+    except (ValueError, AttributeError):
+        kind = known = None
+    if not known:
+        label = kind.name if kind else f"number {number}"
+        raise ExportError(f"{path}: tensor {name} has type {label}, which cannot be read")
+    return (kind.name, *gguf.GGML_QUANT_SIZES[kind])
+
+
+class Changed:
+    """A stored tensor in another shape, and its values through a function."""
+
+    def __init__(self, base, shape, change=None):
+        self.path, self.name, self.kind, self.shape = base.path, base.name, base.kind, shape
+        self.base, self.change = base, change
+
+    def chunks(self):
+        done = 0
+        for x in self.base.chunks():
+            yield self.change(x, self.name, done) if self.change else x
+            done += len(x)
+
+
+def a_to_log(x, name, first):
+    check_values(x, "F32", name, first)
+    if (x >= 0).any():
+        i = int((x >= 0).argmax())
+        raise ExportError(f"tensor {name} holds {x[i]:g} at element {first + i}; -exp(A_log) is "
+                          "below zero")
+    return np.log(-x.astype("f8")).astype("f4")
+
+
+class GgufReader:
+    """Reads numbers and strings, and never past the end of the file."""
+
+    def __init__(self, f, path):
+        self.f, self.path, self.size = f, path, os.fstat(f.fileno()).st_size
+
+    def take(self, n):
+        if n > self.size - self.f.tell():
+            raise ExportError(f"{self.path} ends within its metadata; is the download complete?")
+        return self.f.read(n)
+
+    def number(self, letter):
+        return struct.unpack("<" + letter, self.take(struct.calcsize("<" + letter)))[0]
+
+    def text(self):
+        raw = self.take(self.number("Q"))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ExportError(f"{self.path}: a string of its metadata is not UTF-8 ({raw[:40]!r})")
+
+    def value(self, kind, key):
+        if kind == GGUF_STRING:
+            return self.text()
+        if kind in GGUF_VALUES:
+            return self.number(GGUF_VALUES[kind])
+        if kind != GGUF_ARRAY:
+            raise ExportError(f"{self.path}: {key[:60]} has type {kind}, which is not known")
+        kind, n = self.number("I"), self.number("Q")
+        if kind in GGUF_VALUES:
+            item = struct.calcsize("<" + GGUF_VALUES[kind])
+            raw = self.take(n * item)
+            return list(struct.unpack(f"<{n}{GGUF_VALUES[kind]}", raw))
+        if kind != GGUF_STRING or n > (self.size - self.f.tell()) // 8:
+            raise ExportError(f"{self.path}: {key[:60]} is an array that cannot be read")
+        return [self.text() for _ in range(n)]
+
+
+def open_gguf(path):
+    """(metadata, {name: GgufTensor})"""
+    with open(path, "rb") as f:
+        r = GgufReader(f, path)
+        if r.take(min(4, r.size)) != b"GGUF":
+            raise ExportError(f"{path} is no GGUF file")
+        version = r.number("I")
+        if version not in (2, 3):
+            raise ExportError(f"{path} is GGUF version {version}; 2 and 3 can be read, "
+                              "little-endian")
+        n_tensors, n_values = r.number("Q"), r.number("Q")
+        if max(n_tensors, n_values) > r.size // 12:
+            raise ExportError(f"{path} has {n_tensors} tensors and {n_values} values: that is more "
+                              "than its bytes can hold")
+        meta = {}
+        for _ in range(n_values):
+            key = r.text()
+            if key in meta:
+                raise ExportError(f"{path}: {key[:60]} appears twice")
+            meta[key] = r.value(r.number("I"), key)
+        infos = [gguf_entry(r) for _ in range(n_tensors)]
+        align = meta.get("general.alignment", GGUF_ALIGNMENT)
+        if type(align) is not int or not 0 < align <= 1 << 20 or align & (align - 1):
+            raise ExportError(f"{path}: general.alignment is {str(align)[:60]}, no power of two")
+        data = -(-f.tell() // align) * align
+    stored, ends = {}, []
+    for name, shape, number, offset in infos:
+        tensor = GgufTensor(path, name, number, shape, data + offset)
+        if name in stored:
+            raise ExportError(f"{path}: tensor {name} appears twice")
+        if not shape or shape[-1] % tensor.block:
+            raise ExportError(f"{path}: tensor {name} {shape_text(shape)} does not fill blocks of "
+                              f"{tensor.block} ({tensor.type})")
+        if offset % align or tensor.start + tensor.bytes() > r.size:
+            raise ExportError(f"{path}: tensor {name} ends past the end of the file, or begins at "
+                              "no multiple of its alignment; is the download complete?")
+        stored[name] = tensor
+        ends.append((tensor.start, tensor.start + tensor.bytes(), name))
+    ends.sort()
+    for (_, end, first), (start, _, second) in zip(ends, ends[1:]):
+        if start < end:
+            raise ExportError(f"{path}: tensor {second} overlaps {first}")
+    return meta, stored
+
+
+def gguf_entry(r):
+    name, n_dims = r.text(), r.number("I")
+    if n_dims > 8:
+        raise ExportError(f"{r.path}: tensor {name[:60]} has {n_dims} dimensions")
+    shape = tuple(r.number("Q") for _ in range(n_dims))[::-1]
+    if any(n == 0 or n >= 1 << 40 for n in shape):
+        raise ExportError(f"{r.path}: tensor {name[:60]} has shape {shape_text(shape)[:80]}")
+    return name, shape, r.number("I"), r.number("Q")
+
+
+def gguf_canonical(name):
+    match = re.fullmatch(r"blk\.(\d{1,9})\.(.+)", name)
+    if match and match[2] in GGUF_LAYER:
+        return f"layers.{int(match[1])}.{GGUF_LAYER[match[2]]}"
+    return GGUF_NAMES.get(name, name)
+
+
+def gguf_checkpoint(path):
+    """(config, generation, tensors by canonical name, metadata)"""
+    meta, stored = open_gguf(path)
+    arch = meta.get("general.architecture")
+    if arch != "mamba":
+        why = ELSEWHERE.get(str(arch).replace("-", "_"), "only mamba is")
+        raise ExportError(f"{path}: architecture {json.dumps(arch)[:60]} is not supported: {why}")
+    own = {key[6:]: value for key, value in meta.items() if key.startswith("mamba.")}
+    if GGUF_EPS not in own:
+        raise ExportError(f"{path}: mamba.{GGUF_EPS} is missing")
+    falcon = own.get("ssm.dt_b_c_rms", False)
+    if type(falcon) is not bool:
+        raise ExportError(f"{path}: mamba.ssm.dt_b_c_rms is {str(falcon)[:60]}, expected a truth "
+                          "value")
+    eps = own[GGUF_EPS]
+    eps = float(str(np.float32(eps))) if type(eps) is float else eps  # 1e-05, not 9.99999...e-06
+    table = {"model_type": "falcon_mamba" if falcon else "mamba", "layer_norm_epsilon": eps,
+             "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+             "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
+             "eos_token_id": [meta[key] for key in ("tokenizer.ggml.eos_token_id",
+                                                    "tokenizer.ggml.eot_token_id") if key in meta]}
+    table.update({key: own[name] for name, key in GGUF_SIZES.items() if name in own})
+    if falcon:
+        table["mixer_rms_eps"] = eps
+    by_name = {}
+    for name, tensor in stored.items():
+        short = gguf_canonical(name)
+        if short.endswith(".conv1d.weight") and len(tensor.shape) == 2:
+            tensor = Changed(tensor, (tensor.shape[0], 1, tensor.shape[1]))
+        elif short.endswith(".A_log"):
+            tensor = Changed(tensor, tensor.shape, a_to_log)
+        if short in by_name:
+            raise ExportError(f"{path}: tensors {by_name[short].name} and {name} mean the same one")
+        by_name[short] = tensor
+    found = found_sizes(by_name)
+    if "lm_head.weight" in by_name:
+        found["tied"] = lambda: False
+        table["tie_word_embeddings"] = False
+    config = Config(table, path, found)
+    if falcon:
+        config.note(f"GGUF has one eps, {eps:g}; llama.cpp uses it for the norms on Δ, B and C too")
+    unknown = sorted(set(own) - GGUF_IDLE)
+    if unknown:
+        config.note(f"not used, because unknown here: mamba.{', mamba.'.join(unknown)[:300]}")
+    return config, Fields({}, path), by_name, meta
+
+
+def gguf_tokenizer(meta, path):
+    """tokenizer.json of the tokenizer in the metadata."""
+    get = lambda key, kind: meta.get("tokenizer.ggml." + key, kind())
+    model, tokens, types, merges = (get("model", str), get("tokens", list), get("token_type", list),
+                                    get("merges", list))
+    if model != "gpt2":
+        raise ExportError(f"{path}: its tokenizer is {json.dumps(model)[:60]}, only gpt2 (byte-level "
+                          "BPE) can be taken over; pass --tokenizer FILE, or --tokenizer bytes")
+    split = get("pre", str)
+    if split not in ("", "default", "falcon", *GPT2_SPLITS):
+        raise ExportError(f"{path}: its tokenizer splits text as {json.dumps(split)[:60]} does, "
+                          "which is not supported; pass --tokenizer FILE")
+    if not (isinstance(tokens, list) and isinstance(types, list) and isinstance(merges, list)
+            and all(isinstance(token, str) for token in tokens) and tokens
+            and len(types) in (0, len(tokens))):
+        raise ExportError(f"{path}: its tokenizer's lists of tokens and types do not fit together")
+    types = types or [NORMAL] * len(tokens)
+    vocab, added = {}, []
+    for i, (token, kind) in enumerate(zip(tokens, types)):
+        if kind == UNUSED:
+            continue
+        if token in vocab:
+            raise ExportError(f"{path}: token {json.dumps(token)[:60]} has two ids, "
+                              f"{vocab[token]} and {i}")
+        vocab[token] = i
+        if kind in (CONTROL, USER_DEFINED):
+            flags = {name: name == "special" and kind == CONTROL for name in ADDED_FLAGS}
+            added.append({"id": i, "content": token, **flags})
+    inside = len(vocab) - len(added)  # added tokens behind a vocabulary without holes are no part
+    if [token["id"] for token in added] == list(range(inside, len(vocab))):
+        vocab = {token: i for token, i in vocab.items() if i < inside}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}
+    pre_tokenizer = byte_level
+    if split == "falcon":
+        steps = [{"type": name, **options} for name, options in FALCON_SEQUENCE]
+        steps[1]["trim_offsets"] = True
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": None, "pre_tokenizer": pre_tokenizer,
+            "post_processor": gguf_post_processor(meta, tokens), "decoder": byte_level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                      "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "vocab": vocab, "merges": merges}}
+
+
+def gguf_post_processor(meta, tokens):
+    bos = meta.get("tokenizer.ggml.bos_token_id")
+    if not meta.get("tokenizer.ggml.add_bos_token") or type(bos) is not int or bos >= len(tokens):
+        return None
+    text, special = tokens[bos], {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
+    sequence = lambda name, kind: {"Sequence": {"id": name, "type_id": kind}}
+    return {"type": "TemplateProcessing", "single": [special, sequence("A", 0)],
+            "pair": [special, sequence("A", 0), special, sequence("B", 1)],
+            "special_tokens": {text: {"id": text, "ids": [bos], "tokens": [text]}}}
+
+
+def gguf_to_bin(source, target, dtype, tokenizer, adapter):
+    check_output(target, [source] + tokenizer_inputs(tokenizer))
+    config, generation, stored, meta = gguf_checkpoint(source)
+    m = model_from_config(config, generation)
+    if tokenizer:
+        blob, _ = find_tokenizer(tokenizer, os.path.dirname(source))
+    else:
+        if meta.get("tokenizer.ggml.pre", "default") == "default":
+            config.note("the file does not say how its tokenizer splits text; as GPT-2 does, "
+                        "is assumed")
+        blob = tokenizer_blob(gguf_tokenizer(meta, source))
+    finish(target, m, config, stored, blob, adapter, dtype, source, "its metadata")
+
+
+def gguf_value(value):
+    """The type number and the bytes of a value."""
+    text = lambda s: struct.pack("<Q", len(s.encode("utf-8"))) + s.encode("utf-8")
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, str):
+        return struct.pack("<I", GGUF_STRING) + text(value)
+    strings = not value or isinstance(value[0], str)
+    items = b"".join(text(v) if strings else struct.pack("<i", v) for v in value)
+    return struct.pack("<IIQ", GGUF_ARRAY, GGUF_STRING if strings else 5, len(value)) + items
+
+
+def gguf_metadata(m, blob, dtype, source):
+    """(the metadata, notes)"""
+    if not blob:
+        raise ExportError(f"{source}: it has no tokenizer, which a GGUF file needs")
+    recipe, notes = unpack_header(blob)[0], []
+    if recipe.kind > BPE_BYTES or recipe.steps not in ([GPT2], [PUNCT, GPT2, FALCON]) or \
+            recipe.flags - {"nfc", "prefix_space"} or recipe.unknown != -1:
+        raise ExportError(f"{source}: its tokenizer is of a kind that has no place in a GGUF file")
+    table = tokenizer_json(blob)
+    model, split = table["model"], table["pre_tokenizer"]
+    if table["normalizer"]:
+        notes.append("llama.cpp does not bring text to NFC, as this tokenizer does")
+    if split.get("add_prefix_space"):
+        notes.append("llama.cpp does not put a space in front of a text, as this tokenizer does")
+    tokens, types = [f"[PAD{i}]" for i in range(m.V)], [UNUSED] * m.V
+    for token, i in model["vocab"].items():
+        tokens[i], types[i] = token, NORMAL
+    for token in table["added_tokens"]:
+        tokens[token["id"]] = token["content"]
+        types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    sizes = {"embedding_length": m.D, "block_count": m.n_layer, "ssm.inner_size": m.E,
+             "ssm.state_size": m.N, "ssm.conv_kernel": m.K, "ssm.time_step_rank": m.R,
+             "vocab_size": m.V, "context_length": 1 << 20, "feed_forward_length": 0,
+             "attention.head_count": 0, GGUF_EPS: m.norm_eps, "ssm.dt_b_c_rms": m.mixer_norm}
+    bos = m.bos if recipe.bos == -1 else recipe.bos
+    ids = {"bos": bos, "eos": (m.eos or [-1])[0], "padding": m.pad, "eot": (m.eos + [-1] * 2)[1]}
+    file_type = {"f32": 0, "f16": 1, "bf16": 32, "q8": 7, "q4": 2}[dtype]
+    return {"general.architecture": "mamba", "general.file_type": file_type,
+            **{"mamba." + key: value for key, value in sizes.items()},
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "gpt-2" if split["type"] == "ByteLevel" else "falcon",
+            "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+            **({"tokenizer.ggml.add_bos_token": True} if recipe.bos != -1 else {}),
+            **{f"tokenizer.ggml.{key}_token_id": i for key, i in ids.items() if i >= 0}}, notes
+
+
+def gguf_tensors(m, dtype):
+    """(name, shape, number of its type) of each tensor, in the order of the file."""
+    names = {short: name for name, short in GGUF_NAMES.items()}
+    layer_names = {short: name for name, short in GGUF_LAYER.items()}
+    number = {kind: n for n, (kind, _, _) in GGUF_TYPES.items()}
+    for want in tensor_list(m):
+        match = re.fullmatch(r"layers\.(\d+)\.(.+)", want.source)
+        name = f"blk.{match[1]}.{layer_names[match[2]]}" if match else names[want.source]
+        kind = dtype.upper() if want.is_w else "F32"
+        shape = (m.E, m.K) if name.endswith("conv1d.weight") else want.shape
+        out = {"Q8": "Q8_0", "Q4": "Q4_0"}.get(kind, kind)
+        if kind in CODE_BITS and shape[-1] % TILE:
+            out = "F32"
+        yield name, shape, number[out]
+        if name.endswith("conv1d.weight") and not m.conv_bias:  # llama.cpp has it always
+            yield name.replace("weight", "bias"), (m.E,), 0
+
+
+def gguf_blocks(codes, scale, kind):
+    """Codes (rows, inputs) and scales (rows, inputs / 32) as Q8_0 or Q4_0."""
+    codes = codes.reshape(*scale.shape, TILE)
+    half = scale.astype("<f2")
+    if np.isinf(half).any():
+        raise ExportError("a scale of the matrices is too large for a GGUF file (float16)")
+    if kind == "Q4":
+        low = (codes + 8).astype("u1")
+        codes = low[..., :TILE // 2] | low[..., TILE // 2:] << 4
+    codes = codes.astype("i1" if kind == "Q8" else "u1").view("u1")
+    return np.concatenate([half[..., None].view("u1"), codes], axis=-1).tobytes()
+
+
+def to_gguf(source, target):
+    check_output(target, [source])
+    with open(source, "rb") as f:
+        m, dtype, blob, tensors_offset = read_header(f, source)
+        why = ("biases on in_proj and out_proj" if m.proj_bias else
+               f"an inner size of {m.E}, which is not twice {m.D}" if m.E != 2 * m.D else None)
+        if why:
+            raise ExportError(f"{source}: llama.cpp has no mamba with {why}")
+        meta, notes = gguf_metadata(m, blob, dtype, source)
+        if m.mixer_norm and m.mixer_eps != m.norm_eps:
+            notes.append(f"llama.cpp has one eps, {m.norm_eps:g}; that of the norms on Δ, B and C "
+                         f"is {m.mixer_eps:g} here")
+        infos, offset, text = [], 0, lambda s: struct.pack("<Q", len(s)) + s.encode()
+        for name, shape, number in gguf_tensors(m, dtype):
+            infos.append(text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1],
+                                                  number, offset))
+            _, block, size = GGUF_TYPES[number]
+            offset += math.prod(shape) // block * size
+            offset += -offset % GGUF_ALIGNMENT
+        values = [struct.pack("<Q", len(key)) + key.encode() + gguf_value(value)
+                  for key, value in meta.items()]
+        head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(values))
+        head += b"".join(values) + b"".join(infos)
+        with atomic_file(target) as out:
+            out.write(head + bytes(-len(head) % GGUF_ALIGNMENT))
+            for data in gguf_data(m, dtype, f, source, tensors_offset):
+                out.write(data)
+    print(f"wrote {target}: {summary(m, dtype)}, {(len(head) + offset) / 1e6:.1f} MB",
+          file=sys.stderr)
+    print_notes([f"{source}: {note}" for note in notes])
+
+
+def gguf_data(m, dtype, f, source, tensors_offset):
+    """The data of the tensors, read from the open model.bin, each with its padding."""
+    pieces = stored_pieces(m, dtype, f, source, tensors_offset)
+    for name, group in itertools.groupby(pieces, key=lambda piece: piece[0].name):
+        written = 0
+        for want, kind, first_row, data in group:
+            if kind in CODE_BITS:
+                codes, scale = (x[:want.shape[0] - first_row]
+                                for x in tile_codes(data, kind, want.shape[-1]))
+                if want.shape[-1] % TILE:
+                    data = code_values(codes, scale).tobytes()
+                else:
+                    data = gguf_blocks(codes, scale, kind)
+            elif name.endswith(".A_log"):
+                data = (-np.exp(np.frombuffer(data, "<f4").astype("f8"))).astype("<f4").tobytes()
+            written += len(data)
+            yield data
+        yield bytes(-written % GGUF_ALIGNMENT)
+        if name.endswith(".conv") and not m.conv_bias:
+            yield bytes(4 * m.E + -4 * m.E % GGUF_ALIGNMENT)
+
+
+# --------------------------------------------------------------------------------------------------
+# 12. Command line
 
 EXAMPLES = """examples:
   python export.py mamba-130m-hf model.bin                  a directory in the transformers layout
@@ -1401,8 +2499,11 @@ EXAMPLES = """examples:
                                                             `mamba quantize` writes
   python export.py my-byte-model model.bin --tokenizer bytes
                                                             a model whose first 256 ids are bytes
+  python export.py mamba-130m-hf model.bin --adapter lora   with a LoRA adapter of peft merged in
   python export.py tokenizer.json tokenizer.bin             the tokenizer alone
-  python export.py --to-hf model.bin DIRECTORY              back to transformers"""
+  python export.py model.gguf model.bin                     from llama.cpp's format
+  python export.py --to-hf model.bin DIRECTORY              back to transformers
+  python export.py --to-gguf model.bin model.gguf           back to llama.cpp"""
 
 
 def fetch(name):
@@ -1433,59 +2534,69 @@ def fetch(name):
         raise ExportError(f"{name} cannot be fetched from the hub: {first_line(e)}")
 
 
-def find_tokenizer(choice, folder):
-    """(blob, id of <|endoftext|> or None)"""
-    if choice == "bytes":
-        return bytes_tokenizer_blob(), None
-    path = choice or folder
-    if os.path.isdir(path):
-        path = os.path.join(path, "tokenizer.json")
-    if not choice and not os.path.exists(path):
-        raise ExportError(
-            f"{folder} has no tokenizer.json; pass --tokenizer FILE (state-spaces models use the "
-            "tokenizer.json of GPT-NeoX-20B), or --tokenizer bytes for a byte model")
-    table = read_json(path)
-    blob = tokenizer_blob(table)
-    ends = [
-        token["id"] for token in table.get("added_tokens") or []
-        if token["content"] == "<|endoftext|>"
-    ]
-    return blob, ends[0] if ends else None
-
-
 # files of a checkpoint: none of them may become the output, read or not
-CHECKPOINT_FILE = re.compile(r"(config|generation_config|tokenizer|.*\.index)\.json$|"
+CHECKPOINT_FILE = re.compile(r"(config|generation_config|tokenizer|.*\.index)\.json$|vocab\.txt$|"
                              r".*\.safetensors$|pytorch_model.*\.bin$")
 
 
-def to_bin(source, target, dtype, tokenizer):
+def is_gguf(path):
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as f:
+        return path.endswith(".gguf") or f.read(4) == b"GGUF"
+
+
+def refuse_adapter(folder):
+    path = os.path.join(folder, "adapter_config.json")
+    if os.path.exists(path) and not os.path.exists(os.path.join(folder, "config.json")):
+        base = read_json(path).get("base_model_name_or_path")
+        base = base if isinstance(base, str) and base else "BASE"
+        raise ExportError(f"{folder} is an adapter of peft, not a model; name its base model, and "
+                          f"add it: export.py {base[:200]} model.bin --adapter {folder}")
+
+
+def to_bin(source, target, dtype, tokenizer, adapter):
     check_output(target, [])                          # before a download
     folder = fetch(source)
+    refuse_adapter(folder)
     config_path, generation_path = (os.path.join(folder, name)
                                     for name in ("config.json", "generation_config.json"))
     inputs = [os.path.join(folder, name) for name in os.listdir(folder)
               if CHECKPOINT_FILE.match(name)]
-    if tokenizer and tokenizer != "bytes":
-        inputs += [tokenizer, os.path.join(tokenizer, "tokenizer.json")]    # a file, or its folder
-    check_output(target, inputs)
-    table, notes = read_json(config_path), []
+    check_output(target, inputs + tokenizer_inputs(tokenizer))
+    table = read_json(config_path)
     refuse_what_is_not_mamba(Config(table, config_path))  # before the weights are opened
     stored, left_out = by_canonical_name(open_checkpoint(folder), folder)
-    config = Config(table, config_path, found_sizes(stored), notes)
+    config = Config(table, config_path, found_sizes(stored))
     generation = Fields(
         read_json(generation_path) if os.path.exists(generation_path) else {}, generation_path)
-    blob, end_of_text = find_tokenizer(tokenizer, folder)
+    blob, end_of_text = find_tokenizer(tokenizer, folder, config.notes)
     m = model_from_config(config, generation, end_of_text)
-    n_ids = struct.unpack_from("<I", blob, 20)[0]
-    if n_ids > m.V:
-        raise ExportError(
-            f"the tokenizer's ids go up to {n_ids - 1}, but the model's vocabulary is {m.V}: "
-            "it belongs to another model")
     m = without_head(m, config, stored, left_out)
-    pairs = match_tensors(m, stored, folder)
+    finish(target, m, config, stored, blob, adapter, dtype, folder, "config.json")
+
+
+def finish(target, m, config, stored, blob, adapter, dtype, folder, says):
+    """Writes the model whose sizes and tensors are known, with the adapter in the folder."""
+    if tokenizer_ids(blob) > m.V:
+        raise ExportError(
+            f"the tokenizer's ids go up to {tokenizer_ids(blob) - 1}, but the model's vocabulary "
+            f"is {m.V}: it belongs to another model")
+    if adapter:
+        adapter = Adapter(adapter)
+        check_output(target, adapter.paths)
+        m, stored = adapter.apply(m, stored, config)
+    pairs = match_tensors(m, stored, folder, says)
     check_output(target, {tensor.path for _, tensor in pairs})  # shards, whatever their names
     write_model(target, m, pairs, blob, dtype or stored_dtype(pairs))
-    print_notes(notes)
+    print_notes(config.notes)
+
+
+def tokenizer_inputs(tokenizer):
+    """What --tokenizer names: a file, or its folder."""
+    if tokenizer in (None, "", "bytes", "none"):
+        return []
+    return [tokenizer, *(os.path.join(tokenizer, name) for name in TOKENIZER_FILES)]
 
 
 def without_head(m, config, stored, left_out):
@@ -1515,8 +2626,8 @@ def run(arguments):
         "Converts a Mamba or Falcon-Mamba checkpoint to the one file that mamba.c runs, and back.")
     parser.add_argument("source",
                         metavar="SRC",
-                        help="checkpoint directory, hub id org/name, or tokenizer.json; "
-                        "with --to-hf a model.bin")
+                        help="checkpoint directory, hub id org/name, model.gguf, or "
+                        "tokenizer.json; with --to-hf and --to-gguf a model.bin")
     parser.add_argument("target",
                         metavar="DST",
                         help="model.bin or tokenizer.bin to write; with --to-hf a directory")
@@ -1526,29 +2637,40 @@ def run(arguments):
                         "so that nothing is lost)")
     parser.add_argument("--tokenizer",
                         metavar="PATH",
-                        help="a tokenizer.json, or the word bytes (default: the "
-                        "tokenizer.json in SRC)")
+                        help="a tokenizer.json or a vocab.txt, or the word bytes, or none for a "
+                        "model that reads and writes ids (default: what SRC has)")
     parser.add_argument("--to-hf",
                         action="store_true",
                         help="read a model.bin, write a transformers directory")
     parser.add_argument("--force",
                         action="store_true",
                         help="with --to-hf: write into a directory that is not empty")
+    parser.add_argument("--to-gguf", action="store_true",
+                        help="read a model.bin, write a GGUF file for llama.cpp")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA directory of peft, which is added "
+                        "to the weights")
     a = parser.parse_args(arguments)
-    if a.to_hf and (a.dtype or a.tokenizer) or a.force and not a.to_hf:
-        parser.error(
-            "--to-hf takes no --dtype and no --tokenizer, and --force goes with --to-hf only")
+    back = a.to_hf or a.to_gguf
+    if a.to_hf and a.to_gguf or back and (a.dtype or a.tokenizer or a.adapter):
+        parser.error("--to-hf and --to-gguf take no --dtype, --tokenizer or --adapter")
+    if a.force and not a.to_hf:
+        parser.error("--force goes with --to-hf only")
     if a.to_hf:
         to_transformers(a.source, a.target, a.force)
-    elif os.path.isfile(a.source) and a.source.endswith(".json"):
+    elif a.to_gguf:
+        to_gguf(a.source, a.target)
+    elif is_gguf(a.source):
+        gguf_to_bin(a.source, a.target, a.dtype, a.tokenizer, a.adapter)
+    elif os.path.isfile(a.source) and a.source.endswith((".json", "vocab.txt")):
         check_output(a.target, [a.source])
-        blob = tokenizer_blob(read_json(a.source))
+        notes = []
+        blob, _ = find_tokenizer(a.source, a.source, notes)
         with atomic_file(a.target) as f:
             f.write(blob)
-        print(f"wrote {a.target}: {struct.unpack_from('<I', blob, 20)[0]} ids, {len(blob)} bytes",
-              file=sys.stderr)
+        print(f"wrote {a.target}: {tokenizer_ids(blob)} ids, {len(blob)} bytes", file=sys.stderr)
+        print_notes(notes)
     else:
-        to_bin(a.source, a.target, a.dtype, a.tokenizer)
+        to_bin(a.source, a.target, a.dtype, a.tokenizer, a.adapter)
 
 
 def main():

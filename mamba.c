@@ -88,7 +88,7 @@
      models     mamba_load  mamba_load_memory  mamba_save  mamba_free  mamba_verify
                 mamba_set_tokenizer
                 mamba_random_model  mamba_float_copy  mamba_quantize
-     texts      mamba_encode  mamba_decode
+     texts      mamba_encode  mamba_encode_pieces  mamba_prompt_bos  mamba_decode
      running    mamba_acts_new  mamba_acts_pieces  mamba_acts_gpu  mamba_acts_free
                 mamba_default_threads  mamba_has_gpu  mamba_gpu_memory
                 mamba_prefill  mamba_step  mamba_step_batch  mamba_selection  mamba_watch
@@ -98,7 +98,7 @@
                 mamba_state_bytes  mamba_state_save  mamba_state_load  mamba_state_write
                 mamba_state_read
      memory     mamba_arena  mamba_arena_used  mamba_release
-     training   mamba_trainer_new  mamba_trainer_new_gpu  mamba_trainer_bytes
+     training   mamba_trainer_new  mamba_trainer_new_gpu  mamba_trainer_bytes  mamba_trainer_chunk
                 mamba_trainer_resize  mamba_trainer_fetch  mamba_trainer_free  mamba_train_pass
                 mamba_train_step  mamba_checkpoint_save  mamba_checkpoint_load
                 mamba_checkpoint_peek */
@@ -259,7 +259,9 @@ COLD
 #include "tokenizer.c"
 #include "files/tensors.h"
 #include "files/header.h"
+#ifndef MAMBA_LEVEL
 #include "files/model_file.h"
+#endif
 COLD_END
 
 // -------------------------------------------------------------------------------------------------
@@ -547,13 +549,14 @@ typedef struct {     // what conv1d_silu_backward() writes
     float *d_xz;     // (B L,2E): the first half of each row =
     float *d_conv;   // (E,K) +=
     float *d_bias;   // (E) +=
-    float *d_window; // (B,K-1,E) =
+    float *d_window; // (B,K-1,E) gradient of the window at the end; becomes that at the start
     float *d_c;      // (L,E) scratch
 } ConvGrad;
 
 // u = silu(c), and silu' = s (1 + c (1 - s)) with s = sigmoid(c):  d_c = d_u silu'(c);
-// d_x_t = sum over k of conv[k] d_c_{t+K-1-k};  d_conv[k] += sum over t of d_c_t x_{t-K+1+k};
-// d_bias += sum of d_c. c is computed again. window (B,K-1,E): as it was before the pass.
+// d_x_t = sum over k of conv[k] d_c_{t+K-1-k}, and d_window of the last K-1 inputs, which are the
+// window at the end;  d_conv[k] += sum over t of d_c_t x_{t-K+1+k};  d_bias += sum of d_c. c is
+// computed again. window (B,K-1,E): as it was before the pass.
 OPERATION void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const float *window,
                                     const Conv *c) {
     const int L = c->L, E = c->E, K = c->K;
@@ -571,8 +574,8 @@ OPERATION void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const f
                     d->d_conv[(size_t)e * K + k] +=
                         d_sum * conv_input(c, before, b, t - K + 1 + k)[e];
             }
-            for (int t = 1 - K; t < L; t++) { // inputs before t = 0 are the window's
-                float d_x = 0;
+            for (int t = L - 1; t > -K; t--) { // inputs before t = 0 are the window's
+                float d_x = t > L - K ? d_window[(size_t)(t - L + K - 1) * E + e] : 0;
                 for (int k = 0, later = t + K - 1; k < K; k++, later--)
                     if (later >= 0 && later < L)
                         d_x += c->conv_t[(size_t)k * E + e] * d_c[(size_t)later * E + e];
@@ -708,7 +711,10 @@ OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int
 // scan_backward() does this below; here are its two steps.
 
 #ifdef PLAIN
-enum { SCAN_WIDTH = 16 }; // channels of a task of scan_backward(); cpu/ has its own number
+enum {
+    SCAN_WIDTH = 16,
+    SCAN_WIDEST = 16
+}; // channels of a task of scan_backward(); cpu/ has its own
 #endif
 
 typedef struct {              // what scan_backward() writes
@@ -726,7 +732,7 @@ typedef struct { // a task of scan_backward(): the channels e0 .. e0 + width, at
     float *states, *decays; // (SCAN_CHUNK,N,SCAN_WIDTH) of the chunk in hand
     float *A, *d_A;         // (N,SCAN_WIDTH)
     float *d_h;             // (N,SCAN_WIDTH) gradient of the state
-    float d_D[SCAN_WIDTH];
+    float d_D[SCAN_WIDEST];
     float *parts; // (T,2N) what these channels add to d_B and d_C
 } ScanBlock;
 
@@ -780,6 +786,10 @@ OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float 
 #include "cpu/matmul.h"
 #include "cpu/scan.h"
 #endif
+#if defined(MAMBA_LEVELS) || defined(MAMBA_LEVEL)
+#include "cpu/levels.h" // make dist: cpu/ for several processors in one program
+#endif
+#ifndef MAMBA_LEVEL
 
 // --- the parallel form. One step is the map h -> a h + b with a = decay and b = inject. Two steps,
 // (a1,b1) first, are again such a map:
@@ -1378,6 +1388,16 @@ COLD_END
 // Weights, gradients and the optimizer's two moments are four arrays of one layout, all float32. A
 // pass takes B sequences of L tokens. Of each layer the forward pass keeps its Work. The backward
 // pass computes the rest again: norms, the convolution before SiLU, and all states of the scan.
+//
+// A sequence may be longer than the memory for Works allows: it is then cut into chunks. What comes
+// before a chunk reaches it only through the states, h and the window of each layer. So the loss
+// depends on an earlier chunk only through the states at the border, and the chain rule needs
+// nothing but the gradient of these states, d_h and d_window. First the chunks run forward in
+// order, and only the states at their starts are kept. Then, from the last chunk to the first, each
+// runs forward again from its start, now keeping its Works, and backward, from the d_h and d_window
+// that the chunk after it left. The gradient is exact, not cut off at the borders. The price is one
+// more forward pass of all chunks but the last. The memory is that of one chunk, and of the states
+// at every start: n_layer (N + K - 1) E floats a sequence, 3 MB for 130M parameters.
 
 typedef struct {
     uint64_t seed;
@@ -1449,15 +1469,19 @@ enum { LOSS_ROWS = 128 }; // rows of logits that exist at a time
 typedef struct Trainer {
     Model *model, *gradient; // gradient: the same tensors, holding d_ of each
     float *moment, *moment2; // AdamW's, in the same layout
-    int B, L, threads;       // a pass has T = B L rows
+    int B, L, threads;       // sequences of a pass, tokens of each
+    int chunk;               // of these, so many at a time; 0: all
+    int steps;               // tokens of each sequence in the chunk in hand, which has T = B steps
     GpuTrainer *gpu;         // where everything below and the arenas live instead; NULL: here
     bool gpu_newer;          // weights and moments on the GPU are newer than those here
     uint64_t step;           // optimizer steps taken
     Work *work;              // (n_layer + 1) what backward needs of each layer; of the last, res
+    int32_t *ids, *targets;  // (T) of the chunk in hand
     LayerState *seq;         // (n_layer,B) states of a pass
-    float *h0, *window0;     // (B,N,E), (B,K-1,E) before the first token, in all layers; zeros
+    float *h0, *window0;     // (chunks,n_layer,B,N,E), (chunks,n_layer,B,K-1,E): the states at the
+                             // start of each chunk; those of the first are zeros
     float *h, *window;       // (n_layer,B,N,E), (n_layer,B,K-1,E): where seq points
-    float *d_h, *d_window;   // (B,N,E), (B,K-1,E) of the layer in hand
+    float *d_h, *d_window;   // the same shapes: gradients of the states after the chunk in hand
     float *d_res, *d_xn;     // (T,D)
     float *d_xz;             // (T,2E)
     float *d_u, *d_delta;    // (T,E)
@@ -1477,26 +1501,52 @@ COLD_END
 
 static float *grad(const Tensor *w) { return (float *)(uintptr_t)w->data; } // NULL: an absent bias
 
-// The states of all layers before the first token.
-static void trainer_start(Trainer *tr) {
+// Number of chunks, and where the states of a layer at the start of a chunk lie, of all sequences.
+static int chunks_of(const Trainer *tr) {
+    return tr->chunk ? (tr->L + tr->chunk - 1) / tr->chunk : 1;
+}
+static LayerState start_of(const Trainer *tr, int chunk, int layer) {
     const Config *c = &tr->model->config;
-    const size_t NE = (size_t)c->N * c->E, window = (size_t)(c->K - 1) * c->E;
+    const size_t at = ((size_t)chunk * c->n_layer + layer) * tr->B * c->E;
+    return (LayerState){tr->window0 + at * (c->K - 1), tr->h0 + at * c->N};
+}
+
+// Copies n floats; a team shares the loop.
+static void copy_state(float *to, const float *from, size_t n) {
 #pragma omp for
-    for (int i = 0; i < c->n_layer * tr->B; i++) {
-        int b = i % tr->B;
-        memcpy(tr->seq[i].h, tr->h0 + b * NE, NE * sizeof(float));
-        memcpy(tr->seq[i].window, tr->window0 + b * window, window * sizeof(float));
+    for (size_t i = 0; i < n; i++) to[i] = from[i];
+}
+
+// One chunk forward, from the states at its start. Those at its end become the start of the next.
+static const float *chunk_forward(Trainer *tr, int chunk) {
+    const Config *c = &tr->model->config;
+    const size_t floats = (size_t)c->n_layer * tr->B * c->E, NE = c->N * floats;
+    const size_t windows = (c->K - 1) * floats;
+    const LayerState start = start_of(tr, chunk, 0);
+    copy_state(tr->h, start.h, NE);
+    copy_state(tr->window, start.window, windows);
+    const float *res = forward(tr->model, tr->work, tr->seq, tr->B, tr->steps);
+    if (chunk + 1 < chunks_of(tr)) {
+        const LayerState next = start_of(tr, chunk + 1, 0);
+        copy_state(next.h, tr->h, NE);
+        copy_state(next.window, tr->window, windows);
     }
+    return res;
 }
 
 // block() backwards, line by line from its end. d_res: the gradient after the layer, becomes that
-// before it. d_h: that of the states after it, becomes that of h0. d_window gets that of window0.
-static void block_backward(Trainer *tr, int layer) {
+// before it. The layer's d_h and d_window: those of the states at the end of the chunk, become
+// those at its start.
+static void block_backward(Trainer *tr, int layer, int chunk) {
     const Config *c = &tr->model->config;
     const Layer *p = &tr->model->layer[layer], *d = &tr->gradient->layer[layer];
     const Work *w = &tr->work[layer];
-    const int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, T = tr->B * tr->L;
+    const int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N,
+              T = tr->B * tr->steps;
     const Rows rows = {T, false, w->packed};
+    const LayerState start = start_of(tr, chunk, layer);
+    float *d_h = tr->d_h + (size_t)layer * tr->B * N * E;
+    float *d_window = tr->d_window + (size_t)layer * tr->B * (K - 1) * E;
 
     // next = res + out_proj(g): d_g (in d_y); then g again, which the weight's gradient needs
     matmul_backward(&(MatmulGrad){.d_x = tr->d_y}, tr->d_res, (size_t)D, NULL, (size_t)E,
@@ -1505,11 +1555,11 @@ static void block_backward(Trainer *tr, int layer) {
     MatmulGrad d_out = {.d_W = grad(&d->out_proj), .d_bias = grad(&d->out_bias)};
     matmul_backward(&d_out, tr->d_res, (size_t)D, w->g, (size_t)E, &p->out_proj, rows);
 
-    Scan s = {w->u,  w->delta, p->A_neg, w->xdb + R, w->xdb + R + N, f32(&p->D_skip), (size_t)P,
-              tr->B, tr->L,    E,        N};
+    Scan s = {w->u,  w->delta,  p->A_neg, w->xdb + R, w->xdb + R + N, f32(&p->D_skip), (size_t)P,
+              tr->B, tr->steps, E,        N};
     ScanGrad d_scan = {tr->d_u,         tr->d_delta,      tr->d_xdb + R, tr->d_xdb + R + N,
-                       grad(&d->A_log), grad(&d->D_skip), tr->d_h,       tr->scan};
-    scan_backward(&d_scan, tr->d_y, &s, tr->h0);
+                       grad(&d->A_log), grad(&d->D_skip), d_h,           tr->scan};
+    scan_backward(&d_scan, tr->d_y, &s, start.h);
 
     softplus_backward(tr->d_delta, w->delta, T, E);
     sum_rows(grad(&d->dt_bias), tr->d_delta, (size_t)E, T, E);
@@ -1523,9 +1573,9 @@ static void block_backward(Trainer *tr, int layer) {
     MatmulGrad d_x_proj = {.d_x = tr->d_u, .add = true, .d_W = grad(&d->x_proj)};
     matmul_backward(&d_x_proj, tr->d_xdb, (size_t)P, w->u, (size_t)E, &p->x_proj, rows);
 
-    Conv conv = {w->xz, p->conv_t, f32(&p->conv_bias), tr->B, tr->L, E, K};
-    ConvGrad d_conv = {tr->d_xz, grad(&d->conv), grad(&d->conv_bias), tr->d_window, tr->d_c};
-    conv1d_silu_backward(&d_conv, tr->d_u, tr->window0, &conv);
+    Conv conv = {w->xz, p->conv_t, f32(&p->conv_bias), tr->B, tr->steps, E, K};
+    ConvGrad d_conv = {tr->d_xz, grad(&d->conv), grad(&d->conv_bias), d_window, tr->d_c};
+    conv1d_silu_backward(&d_conv, tr->d_u, start.window, &conv);
 
     norm_rows(w->xn, w->res, f32(&p->norm), f32(&p->norm_bias), c->norm_eps, T, D, (size_t)D);
     MatmulGrad d_in = {.d_x = tr->d_xn, .d_W = grad(&d->in_proj), .d_bias = grad(&d->in_bias)};
@@ -1539,7 +1589,7 @@ static void block_backward(Trainer *tr, int layer) {
 static void loss_pass(Trainer *tr, const float *res, const int32_t *targets, float weight,
                       bool backward) {
     Model *m = tr->model, *d = tr->gradient;
-    const int D = m->config.D, V = m->config.V, T = tr->B * tr->L;
+    const int D = m->config.D, V = m->config.V, T = tr->B * tr->steps;
     const float eps = m->config.norm_eps;
     float *xn_of_all = tr->work->xn;
     norm_rows(xn_of_all, res, f32(&m->norm_f), f32(&m->norm_f_bias), eps, T, D, (size_t)D);
@@ -1556,33 +1606,54 @@ static void loss_pass(Trainer *tr, const float *res, const int32_t *targets, flo
     if (backward) norm_rows_backward(&d_norm, tr->d_xn, res, f32(&m->norm_f), eps, T, D, (size_t)D);
 }
 
+// One chunk of all sequences: forward only, to know the states at its end; forward and the loss; or
+// both and backward. Returns the sum of its losses.
+typedef enum { STATES, LOSS, BACKWARD } ChunkPass;
+static double chunk_pass(Trainer *tr, int chunk, const int32_t *ids, const int32_t *targets,
+                         float weight, ChunkPass kind) {
+    const Config *c = &tr->model->config;
+    const int t0 = chunk * tr->chunk, rest = tr->L - t0;
+    tr->steps = tr->chunk && rest > tr->chunk ? tr->chunk : rest;
+    const int T = tr->B * tr->steps, team = (double)tr->model->n_params * T < 4e6 ? 1 : tr->threads;
+    (void)team;
+    for (int b = 0; b < tr->B; b++) {
+        const size_t from = (size_t)b * tr->L + t0, bytes = (size_t)tr->steps * sizeof *ids;
+        memcpy(tr->ids + (size_t)b * tr->steps, ids + from, bytes);
+        memcpy(tr->targets + (size_t)b * tr->steps, targets + from, bytes);
+    }
+#pragma omp parallel num_threads(team)
+    {
+        const float *res = chunk_forward(tr, chunk);
+        if (kind != STATES) loss_pass(tr, res, tr->targets, weight, kind == BACKWARD);
+        for (int layer = c->n_layer - 1; layer >= 0 && kind == BACKWARD; layer--)
+            block_backward(tr, layer, chunk);
+        if (kind == BACKWARD)
+            embed_backward(grad(&tr->gradient->embedding), tr->d_res, tr->ids, T, c->D);
+    }
+    double sum = 0;
+    for (int t = 0; t < T && kind != STATES; t++) sum += (double)tr->losses[t];
+    return sum;
+}
+
 // Adds to the gradient that of weight * the sum of -log p(targets), for B L rows of ids; targets
 // of -1 do not count. Returns the sum of the losses (without weight); NaN where a GPU failed, after
 // fail(). backward false: the loss only. ids and targets must be below V.
 double mamba_train_pass(Trainer *tr, const int32_t *ids, const int32_t *targets, float weight,
                         bool backward) {
     const Config *c = &tr->model->config;
-    const int T = tr->B * tr->L;
+    const int chunks = chunks_of(tr);
     double sum = 0;
     if (tr->gpu)
         return GPU->train_pass(tr->gpu, ids, targets, weight, backward, &sum) ? (gpu_failed(), NAN)
                                                                               : sum;
-    int team = (double)tr->model->n_params * T < 4e6 ? 1 : tr->threads;
-    (void)team;
-    for (int layer = 0; layer < c->n_layer; layer++) tr->work[layer].ids = ids;
-#pragma omp parallel num_threads(team)
-    {
-        trainer_start(tr);
-        const float *res = forward(tr->model, tr->work, tr->seq, tr->B, tr->L);
-        loss_pass(tr, res, targets, weight, backward);
-        for (int layer = c->n_layer - 1; layer >= 0 && backward; layer--) {
-#pragma omp single
-            memset(tr->d_h, 0, (size_t)tr->B * c->N * c->E * sizeof(float)); // nothing comes after
-            block_backward(tr, layer);
-        }
-        if (backward) embed_backward(grad(&tr->gradient->embedding), tr->d_res, ids, T, c->D);
-    }
-    for (int t = 0; t < T; t++) sum += (double)tr->losses[t];
+    memset(tr->d_h, 0, (size_t)c->n_layer * tr->B * c->N * c->E * sizeof(float));
+    memset(tr->d_window, 0, (size_t)c->n_layer * tr->B * (c->K - 1) * c->E * sizeof(float));
+    for (int chunk = 0; chunk < chunks - 1 && backward; chunk++)
+        chunk_pass(tr, chunk, ids, targets, weight, STATES);
+    for (int chunk = chunks - 1; chunk >= 0 && backward; chunk--)
+        sum += chunk_pass(tr, chunk, ids, targets, weight, BACKWARD);
+    for (int chunk = 0; chunk < chunks && !backward; chunk++)
+        sum += chunk_pass(tr, chunk, ids, targets, weight, LOSS);
     return sum;
 }
 
@@ -1790,24 +1861,30 @@ int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling 
     return 0;
 }
 
-// Text to token ids, for the caller to free; in an arena by mamba_release. 0, or -1 after fail().
-int mamba_encode(const Model *m, const char *text, size_t bytes, int32_t **ids, size_t *n) {
-    if (!m->tokenizer) return fail("this model has no tokenizer");
-    return tokenizer_encode(m->tokenizer, text, bytes, ids, n);
+// The token ids of some pieces of text as of one text, for the caller to free; in an arena by
+// mamba_release. Where a piece is not `special`, such as what a user wrote in a chat, no special
+// token is found in it. 0, or -1 after fail().
+int mamba_encode_pieces(const Model *m, const TextPiece *pieces, size_t n_pieces, int32_t **ids,
+                        size_t *n) {
+    if (!m->tokenizer) return fail("this model has no tokenizer: give token ids");
+    return tokenizer_encode(m->tokenizer, pieces, n_pieces, ids, n);
 }
+
+// The same of one text, in which special tokens are found.
+int mamba_encode(const Model *m, const char *text, size_t bytes, int32_t **ids, size_t *n) {
+    return mamba_encode_pieces(m, &(TextPiece){text, bytes, true}, 1, ids, n);
+}
+
+// The token that the tokenizer wants before a prompt, or -1. mamba_encode() does not add it.
+int32_t mamba_prompt_bos(const Model *m) { return m->tokenizer ? tokenizer_bos(m->tokenizer) : -1; }
 
 // The text that token id adds to what s has written so far: whole UTF-8 characters only; the bytes
 // of an unfinished one wait in s, and what cannot become a character turns into U+FFFD. A bytes
 // tokenizer's bytes pass as they are. id -1: the end, what still waits. out needs room for
 // m->text_room bytes; returns how many it got.
 size_t mamba_decode(const Model *m, State *s, int32_t id, unsigned char *out) {
-    size_t bytes = 0;
-    if (id < 0) return utf8_flush(&s->pending, out);
-    if (!m->tokenizer || !tokenizer_has(m->tokenizer, id)) return 0;
-    const unsigned char *token = tokenizer_token(m->tokenizer, id, &bytes);
-    if (!tokenizer_is_bytes(m->tokenizer)) return utf8_push(&s->pending, token, bytes, out);
-    memcpy(out, token, bytes);
-    return bytes;
+    if (id < 0) return utf8_flush(m->tokenizer, &s->pending, out);
+    return m->tokenizer ? tokenizer_decode(m->tokenizer, &s->pending, id, out) : 0;
 }
 
 // --- the loop that writes text
@@ -1918,7 +1995,8 @@ COLD
 #ifndef TESTING
 int main(int argc, char **argv) {
     prepare_process();
-    int result = run_command(argc, argv);
+    argv = program_arguments(&argc, argv);
+    int result = take_level(&argc, argv) ? -1 : run_command(argc, argv);
     if ((fflush(stdout) || ferror(stdout)) && !result)
         result = fail("stdout: cannot write: %s", strerror(errno));
     if (result) fprintf(stderr, "mamba: %s\n", *error_text ? error_text : "out of memory");
@@ -1927,4 +2005,5 @@ int main(int argc, char **argv) {
 #endif
 COLD_END
 #endif // MAMBA_NO_MAIN
+#endif // MAMBA_LEVEL
 #endif // MAMBA_TYPES_ONLY

@@ -48,6 +48,7 @@ static int generate_options(GenerateOptions *o, int argc, char **argv, const cha
                     "write a text from each line of FILE, - for stdin, 32 at once"),
         OPTION_SWITCH("--null", &o->null,
                       "no headings between several texts: a NUL byte after each"),
+        NO_BOS_OPTION,
         BACKEND_OPTIONS,
         THREADS_OPTION(&o->threads),
         OPTION_TEXT("--save-state", "FILE", &o->save,

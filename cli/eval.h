@@ -48,7 +48,7 @@ static int text_likelihood(Likelihood *l, Session *x, const int32_t *ids, size_t
         ev.n = context && context < n - from ? context : n - from;
         for (size_t i = 1; i < ev.n; i++) {
             size_t length = 0;
-            tokenizer_token(x->model->tokenizer, ev.ids[i], &length);
+            if (x->model->tokenizer) tokenizer_token(x->model->tokenizer, ev.ids[i], &length);
             l->bytes += length;
         }
         if (from) mamba_state_reset(x->model, x->state);
@@ -84,7 +84,7 @@ static int evaluate_file(Session *x, const char *path, size_t context, bool each
     int32_t *ids = NULL;
     char *text = read_utf8(path, &bytes);
     if (!text) return -1;
-    int result = mamba_encode(x->model, text, bytes, &ids, &n);
+    int result = encode_prompt(x->model, text, bytes, true, &ids, &n);
     if (result == 0) result = evaluate_ids(x, ids, n, context, each);
     free(text);
     free(ids);
@@ -284,6 +284,7 @@ static int command_eval(int argc, char **argv) {
                       "the summary on stderr"),
         OPTION_INT("--context", "N", &o.context, 0, 1 << 30,
                    "cut the text into pieces of N tokens, each from a new state; 0: one piece"),
+        NO_BOS_OPTION,
         BACKEND_OPTIONS,
         THREADS_OPTION(&o.threads),
     };

@@ -119,8 +119,10 @@ static int generate_once(Session *x, const GenerateOptions *o, const char *text,
     Report report = {.seed = o->clock_seed && o->temperature > 0 && o->n ? o->seed : -1};
     int32_t *ids = NULL, start = start_token(&x->model->config);
     size_t n = 0;
-    int result = bytes && mamba_encode(x->model, text, bytes, &ids, &n) ? fail_in("prompt") : 0;
-    bool starts = n == 0 && x->state->position == 0;
+    const bool begins = x->state->position == 0;
+    int result = encode_prompt(x->model, text, bytes, begins, &ids, &n) ? fail_in("prompt") : 0;
+    bool starts = n == 0 && begins;
+    if (begins && bytes == 0) x->state->pending.at_start = true; // no space before the first word
     if (result == 0 && starts && start < 0)
         result = fail("this model has no end-of-text token to start from: give a prompt");
     if (result == 0) echo_prompt(x, o, text, bytes);

@@ -10,7 +10,6 @@ static const char INFO_USAGE[] = "mamba info model.bin [--verify]\n"
 
 static void print_info(const Model *m, const char *path) {
     const Config *c = &m->config;
-    const bool bytes = tokenizer_is_bytes(m->tokenizer);
     printf("file         %s, %zu bytes, format %d\n", path, m->file_bytes, FILE_VERSION);
     printf("model        %s, %zu parameters in %s\n",
            c->arch == ARCH_MAMBA ? "mamba" : "falcon_mamba", m->n_params, type_name(c->type));
@@ -23,8 +22,12 @@ static void print_info(const Model *m, const char *path) {
            c->norm_eps);
     if (c->flags & FLAG_MIXER_NORM) printf(", norms on delta, B and C with eps %g", c->mixer_eps);
     printf("\n");
-    printf("tokenizer    %s, %d ids; end-of-text", bytes ? "bytes" : "byte-level BPE",
-           tokenizer_size(m->tokenizer));
+    if (m->tokenizer)
+        printf("tokenizer    %s, %d ids", tokenizer_name(m->tokenizer),
+               tokenizer_size(m->tokenizer));
+    else printf("tokenizer    none, ids only");
+    if (mamba_prompt_bos(m) >= 0) printf(", %d before a prompt", mamba_prompt_bos(m));
+    printf("; end-of-text");
     for (int i = 0; i < 4; i++)
         if (c->eos[i] >= 0) printf(" %d", c->eos[i]);
     printf("%s\n", c->eos[0] < 0 ? " none" : "");
@@ -68,21 +71,17 @@ static bool is_separator(char c) { return c && strchr(" \t\r\n,", c); }
 // Prints the text of one token after the bytes that pending holds. 0, or -1 after fail().
 static int print_token(const Tokenizer *t, int id, Utf8Pending *pending) {
     size_t n;
-    const unsigned char *token = tokenizer_token(t, id, &n);
-    if (tokenizer_is_bytes(t)) {
-        fwrite(token, 1, n, stdout);
-        return 0;
-    }
+    tokenizer_token(t, id, &n);
     unsigned char *out = malloc(3 * (n + PENDING)); // each byte may become a U+FFFD
     if (!out) return fail("out of memory: a token of %zu bytes", n);
-    fwrite(out, 1, utf8_push(pending, token, n, out), stdout);
+    fwrite(out, 1, tokenizer_decode(t, pending, id, out), stdout);
     free(out);
     return 0;
 }
 
 // text: a NUL follows its bytes. 0, or -1 after fail().
 static int print_decoded(const Tokenizer *t, const char *text, size_t bytes) {
-    Utf8Pending pending = {.n = 0};
+    Utf8Pending pending = {.at_start = true};
     const char *end = text + bytes;
     for (const char *p = text;;) {
         while (p < end && is_separator(*p)) p++;
@@ -100,14 +99,14 @@ static int print_decoded(const Tokenizer *t, const char *text, size_t bytes) {
         p = stop;
     }
     unsigned char out[3 * PENDING];
-    fwrite(out, 1, utf8_flush(&pending, out), stdout);
+    fwrite(out, 1, utf8_flush(t, &pending, out), stdout);
     return 0;
 }
 
 static int print_ids(const Tokenizer *t, const char *text, size_t bytes) {
     int32_t *ids = NULL;
     size_t n = 0;
-    if (tokenizer_encode(t, text, bytes, &ids, &n)) return -1;
+    if (tokenizer_encode(t, &(TextPiece){text, bytes, true}, 1, &ids, &n)) return -1;
     for (size_t i = 0; i < n; i++) printf("%d\n", (int)ids[i]);
     free(ids);
     return 0;
@@ -146,7 +145,8 @@ static int command_tokenize(int argc, char **argv) {
         if (t) tokenizer_close(t);
     } else {
         Model *m = load_model(rest[0]);
-        if (m) result = tokenize_file(m->tokenizer, rest[1], decode);
+        if (m && !m->tokenizer) fail("%s has no tokenizer", rest[0]);
+        else if (m) result = tokenize_file(m->tokenizer, rest[1], decode);
         mamba_free(m);
     }
     file_unmap(file, bytes, mapped);
@@ -197,14 +197,15 @@ static int parse_ids(const char *text, int32_t **ids, size_t *n) {
 }
 
 // The ids (n) of a prompt, "-" for stdin. 0, or -1 after fail().
-static int encode_prompt(const Model *m, const char *prompt, int32_t **ids, size_t *n) {
+static int encode_argument(const Model *m, const char *prompt, int32_t **ids, size_t *n) {
     size_t bytes = strlen(prompt);
     char *read = NULL;
     if (!strcmp(prompt, "-")) {
         read = read_text("-", &bytes);
         if (!read) return -1;
     }
-    int result = mamba_encode(m, read ? read : prompt, bytes, ids, n) ? fail_in("prompt") : 0;
+    const char *text = read ? read : prompt;
+    int result = encode_prompt(m, text, bytes, true, ids, n) ? fail_in("prompt") : 0;
     free(read);
     return result;
 }
@@ -231,6 +232,7 @@ static int command_logits(int argc, char **argv) {
         OPTION_TEXT("--tokens", "LIST", &tokens, "token ids between commas, instead of a prompt"),
         OPTION_SWITCH("--all", &all, "after every token, not only the last"),
         OPTION_TEXT("-o", "FILE", &path, "write raw float32 instead of text"),
+        NO_BOS_OPTION,
         BACKEND_OPTIONS,
         THREADS_OPTION(&threads),
     };
@@ -250,7 +252,7 @@ static int command_logits(int argc, char **argv) {
     if (session_open(&x, rest[0], threads)) return -1;
     int32_t *ids = NULL, start = start_token(&x.model->config);
     size_t n = 0;
-    int result = tokens ? parse_ids(tokens, &ids, &n) : encode_prompt(x.model, rest[1], &ids, &n);
+    int result = tokens ? parse_ids(tokens, &ids, &n) : encode_argument(x.model, rest[1], &ids, &n);
     if (result == 0 && n > 0) result = write_all_logits(&x, ids, n, all, path);
     else if (result == 0 && start >= 0) result = write_all_logits(&x, &start, 1, all, path);
     else if (result == 0) result = fail("an empty prompt, and no end-of-text token to start from");

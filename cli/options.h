@@ -5,15 +5,29 @@
 // temporaries).
 // Text goes to stdout, everything about it to stderr.
 
+// Seconds since some moment. Never the same twice: where the clock stands still, time still passes
+// (0.1 microseconds a call), and a speed is a number.
 static double seconds(void) {
-#ifdef TIME_UTC
+    static double last;
+#if defined(MAMBA_POSIX) && defined(CLOCK_MONOTONIC)
+    struct timespec now = {0};
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    double time = (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+#elif defined(TIME_UTC) && !defined(_WIN32)
     struct timespec now;
     timespec_get(&now, TIME_UTC);
-    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+    double time = (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+#elif defined(_WIN32)
+    LARGE_INTEGER ticks, rate;
+    QueryPerformanceCounter(&ticks);
+    QueryPerformanceFrequency(&rate);
+    double time = (double)ticks.QuadPart / (double)rate.QuadPart;
 #else
-    // Windows, where timespec_get may be missing: clock() is wall-clock time there.
-    return (double)clock() / CLOCKS_PER_SEC;
+    double time = (double)clock() / CLOCKS_PER_SEC;
 #endif
+    if (time < last + 1e-7) time = last + 1e-7;
+    last = time;
+    return time;
 }
 
 static const char *type_name(Type type) {
@@ -31,44 +45,36 @@ typedef struct {
     char name[256];
 } FileId;
 
-#ifdef MAMBA_POSIX
 // path "-" is stdin. Devices and pipes get no identity: writing to them destroys nothing.
 static FileId file_id(const char *path) {
     FileId id = {0};
-    struct stat info;
+    FileInfo info = {0};
     bool is_stdin = !strcmp(path, "-");
-    if ((is_stdin ? fstat(STDIN_FILENO, &info) : stat(path, &info)) == 0) {
-        id.known = S_ISREG(info.st_mode);
-    } else if (!is_stdin) {
+    if (is_stdin ? stream_info(0, &info) : file_info(path, &info)) id.known = info.regular;
+    else if (!is_stdin) {
         char *end = follow_links(path);
         if (!end) return id;
-        char *slash = strrchr(end, '/');
-        snprintf(id.name, sizeof id.name, "%s", slash ? slash + 1 : end);
-        if (slash) slash[slash == end] = 0; // "/name" is in "/"
-        id.known = stat(slash ? end : ".", &info) == 0;
+        char *name = file_name_in(end);
+        snprintf(id.name, sizeof id.name, "%s", name);
+        *name = 0; // what is left is the folder
+        id.known = file_info(*end ? end : ".", &info);
         free(end);
     }
-    if (!id.known) return id;
-    id.device = (uint64_t)info.st_dev;
-    id.inode = (uint64_t)info.st_ino;
+    id.device = info.device;
+    id.inode = info.inode;
     return id;
 }
 
 static bool same_file(const char *a, const char *b) {
+    if (!CAN_TELL_FILES) return !strcmp(a, b);
     FileId one = file_id(a), other = file_id(b);
-    return one.known && other.known && one.device == other.device && one.inode == other.inode &&
-           !strcmp(one.name, other.name);
-}
-#else
-static bool same_file(const char *a, const char *b) {
+    bool same_name = !strcmp(one.name, other.name);
 #ifdef _WIN32
-    char one[_MAX_PATH], other[_MAX_PATH];
-    if (_fullpath(one, a, sizeof one) && _fullpath(other, b, sizeof other))
-        return !_stricmp(one, other);
+    same_name = !_stricmp(one.name, other.name);
 #endif
-    return !strcmp(a, b);
+    return one.known && other.known && one.device == other.device && one.inode == other.inode &&
+           same_name;
 }
-#endif
 
 typedef enum { INPUT, OUTPUT, OUTPUT_IN_PLACE } FileKind; // in place: a device or pipe is allowed
 typedef struct {
@@ -81,13 +87,12 @@ typedef struct {
 // Whether path can be written; found out before hours of work. 0, or -1 after fail().
 static int check_writable(const char *path, bool in_place) {
     NewFile w;
-#ifdef MAMBA_POSIX
-    struct stat info; // a pipe is not opened: that would wait for its reader
-    if (stat(path, &info) && errno != ENOENT) // a name that is too long, for one
+    FileInfo info; // a pipe is not opened: that would wait for its reader
+    bool exists = file_info(path, &info);
+    if (!exists && errno != ENOENT) // a name that is too long, for one
         return fail("cannot write %s: %s", path, strerror(errno));
-    if (in_place && !is_replaceable(path) && stat(path, &info) == 0)
-        return S_ISDIR(info.st_mode) ? fail("cannot write %s: a directory", path) : 0;
-#endif
+    if (exists && in_place && !is_replaceable(path))
+        return info.folder ? fail("cannot write %s: a directory", path) : 0;
     if (new_file_open(&w, path, in_place)) return -1;
     new_file_discard(&w);
     return 0;
@@ -125,7 +130,7 @@ static int check_files(const FileUse *use, int n) {
 // --- the model's file, and what to do with another
 
 // Whether path ends in one of these.
-static bool has_ending(const char *path, const char *const *ending) {
+static UNUSED bool has_ending(const char *path, const char *const *ending) {
     size_t n = strlen(path);
     for (; *ending; ending++) {
         size_t length = strlen(*ending);
@@ -249,8 +254,11 @@ static int check_model_path(const char *path) {
     return 0;
 }
 
+static const char *volatile running_model; // its path, for on_lost_file()
+
 // mamba_load(), with an answer for what is no model.bin. NULL after fail().
 static Model *load_model(const char *path) {
+    running_model = path;
     return check_model_path(path) ? NULL : mamba_load(path);
 }
 
@@ -310,8 +318,7 @@ static double peak_megabytes(void) { // 0 where the platform does not say
 #endif
 }
 
-// Ends the program as the signal does by default, after removing unfinished files.
-static void on_kill(int number) {
+static void remove_temporaries(void) {
     for (int i = 0; i < TEMPORARIES; i++) {
         const char *name = temporaries[i];
 #ifdef MAMBA_POSIX
@@ -320,9 +327,46 @@ static void on_kill(int number) {
         if (name) remove(name);
 #endif
     }
+}
+
+// Ends the program as the signal does by default, after removing unfinished files.
+static void on_kill(int number) {
+    remove_temporaries();
     signal(number, SIG_DFL);
     raise(number);
 }
+
+// Takes `--cpu-level NAME` out of the arguments of any command: of the sets of instructions that
+// the program was compiled for (make dist), the one to use. 0, or -1 after fail().
+static UNUSED int take_level(int *argc, char **argv) {
+    for (int i = 1; i < *argc && strcmp(argv[i], "--"); i++) {
+        if (strcmp(argv[i], "--cpu-level")) continue;
+        if (i + 1 == *argc) return fail("--cpu-level needs a value: base, avx2 or avx512");
+#ifdef MAMBA_LEVELS
+        if (cpu_choose_level(argv[i + 1])) return -1;
+#else
+        return fail("--cpu-level: this program has one set of instructions (make dist has more)");
+#endif
+        *argc -= 2;
+        for (int k = i; k <= *argc; k++) argv[k] = argv[k + 2]; // the NULL at the end too
+        return 0;
+    }
+    return 0;
+}
+
+#if defined(SIGBUS) && defined(MAMBA_POSIX)
+// A mapped file has lost its end, or its disk failed: a read of the weights ends here.
+static void on_lost_file(int number) {
+    const char *const part[] = {"mamba: ", running_model ? running_model : "a file",
+                                ": cut short while it was in use, or its disk failed: the run ends "
+                                "here. Replace a model with mv, not with cp, while it runs\n"};
+    (void)number;
+    for (int i = 0; i < COUNT(part); i++)
+        if (write(STDERR_FILENO, part[i], strlen(part[i])) < 0) break;
+    remove_temporaries();
+    _exit(1);
+}
+#endif
 
 static volatile sig_atomic_t interrupted;
 
@@ -346,9 +390,21 @@ static void catch_interrupt_reading(void) {
 #endif
 }
 
+// A standard stream that is closed gets the null device, so that no file that is opened later takes
+// its place, and progress lines never go into a model. Reads of stdin and writes of stdout fail
+// there, with a sentence; what goes to stderr is lost, as was asked for.
+static void open_standard_streams(void) {
+#ifdef MAMBA_POSIX
+    for (int fd = 0; fd <= 2; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 1 ? O_RDONLY : O_WRONLY) != fd)
+            _exit(1); // there is nowhere to say why
+#endif
+}
+
 // At the start of main. Signals that end the process remove its temporaries first, and the standard
 // streams carry bytes.
 static UNUSED void prepare_process(void) {
+    open_standard_streams();
     static const int deadly[] = {
         SIGINT,
         SIGTERM,
@@ -358,6 +414,9 @@ static UNUSED void prepare_process(void) {
     };
     for (int i = 0; i < COUNT(deadly); i++)
         if (signal(deadly[i], on_kill) == SIG_IGN) signal(deadly[i], SIG_IGN); // nohup
+#if defined(SIGBUS) && defined(MAMBA_POSIX)
+    signal(SIGBUS, on_lost_file);
+#endif
 #ifdef SIGXFSZ
     signal(SIGXFSZ, SIG_IGN); // a file beyond `ulimit -f` is a failed write, which gets a sentence
 #endif
@@ -409,6 +468,33 @@ static int session_open(Session *x, const char *path, long threads) {
     if (x->state) return 0;
     session_close(x);
     return -1;
+}
+
+// --- prompts
+
+static bool no_bos; // --no-bos
+
+#define NO_BOS_OPTION \
+    OPTION_SWITCH("--no-bos", &no_bos, "do not put the tokenizer's begin-of-text before the prompt")
+
+// The ids (n) of a prompt, malloc'd. starts: nothing was read before it, so the tokenizer's
+// begin-of-text goes first. 0, or -1 after fail().
+static int encode_prompt(const Model *m, const char *text, size_t bytes, bool starts, int32_t **ids,
+                         size_t *n) {
+    const int32_t bos = starts && !no_bos ? mamba_prompt_bos(m) : -1;
+    *ids = NULL;
+    *n = 0;
+    if (bytes && mamba_encode(m, text, bytes, ids, n)) return -1;
+    if (bos < 0) return 0;
+    int32_t *longer = realloc(*ids, size_mul(*n + 1, sizeof *longer));
+    if (!longer) {
+        free(*ids);
+        return fail("out of memory: %zu tokens", *n + 1);
+    }
+    memmove(longer + 1, longer, (*n)++ * sizeof *longer);
+    longer[0] = bos;
+    *ids = longer;
+    return 0;
 }
 
 // The token that an empty text starts from: end of text, which precedes every text in training.

@@ -80,7 +80,8 @@ static int show_selected(Session *x, const int32_t *ids, size_t n, long layer) {
 static int show_selection(Session *x, const char *text, size_t bytes, long layer) {
     int32_t *ids = NULL;
     size_t n = 0;
-    if (bytes && mamba_encode(x->model, text, bytes, &ids, &n)) return fail_in("prompt");
+    if (encode_prompt(x->model, text, bytes, x->state->position == 0, &ids, &n))
+        return fail_in("prompt");
     int result = show_selected(x, ids, n, layer);
     free(ids);
     return result;

@@ -62,8 +62,9 @@ static int several_add_prompt(Several *all, const char *where, const char *text,
     const Model *m = all->x->model;
     int32_t *ids = NULL, start = start_token(&m->config);
     size_t n = 0;
-    if (bytes && mamba_encode(m, text, bytes, &ids, &n)) return fail_in(where);
-    const bool starts = n == 0 && all->x->state->position == 0;
+    const bool begins = all->x->state->position == 0;
+    if (encode_prompt(m, text, bytes, begins, &ids, &n)) return fail_in(where);
+    const bool starts = n == 0 && begins;
     if (starts && start < 0) {
         free(ids);
         return fail("%s: this model has no end-of-text token to start from: give a prompt", where);

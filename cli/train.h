@@ -6,7 +6,7 @@ typedef struct { // of the command line; TRAIN_USAGE and the table of options sa
     const char *out, *from, *tokenizer, *task_name, *log, *schedule, *held_out_data;
     TextList data;
     long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, grow_from,
-        warmup, seed, save_every, eval_every, threads;
+        chunk, warmup, seed, save_every, eval_every, threads;
     double rate, min_rate, decay, clip, beta2, held_out;
     bool resume, force, log_given; // --log, or the name made from -o
     Text settings;                 // all options as words, each with a NUL after it
@@ -274,6 +274,7 @@ static int open_vocabulary(Vocabulary *v, const TrainOptions *o) {
     if (v->file_bytes >= 4 && memcmp(v->file, "mtok", 4)) {
         v->model = load_model(o->tokenizer);
         if (!v->model) return -1;
+        if (!v->model->tokenizer) return fail("%s has no tokenizer", o->tokenizer);
         v->V = tokenizer_size(v->model->tokenizer);
         v->blob = v->model->tokenizer_blob;
         v->bytes = v->model->tokenizer_bytes;
@@ -314,7 +315,8 @@ static Model *new_model(const TrainOptions *o, const Vocabulary *v) {
     size_t n = 0;
     int bad = mamba_set_tokenizer(m, v->blob, v->bytes);
     if (!bad && v->blob && !tokenizer_is_bytes(m->tokenizer) &&
-        mamba_encode(m, "<|endoftext|>", 13, &eos, &n) == 0 && n == 1) {
+        mamba_encode(m, "<|endoftext|>", 13, &eos, &n) == 0 && n == 1 &&
+        eos[0] != tokenizer_unknown(m->tokenizer)) {
         m->config.bos = eos[0];
         m->config.eos[0] = eos[0];
     }
@@ -372,6 +374,15 @@ static void describe_run(Training *t, long steps) {
              o->grow_from);
 }
 
+// Bytes of memory that the machine has; 0: unknown.
+static double physical_memory(void) {
+#ifdef _SC_PHYS_PAGES
+    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+#else
+    return 0;
+#endif
+}
+
 // The trainer, the arrays of a batch, and a line about the memory that they take.
 static int open_trainer(Training *t) {
     const TrainOptions *o = t->o;
@@ -379,14 +390,24 @@ static int open_trainer(Training *t) {
     const int L = stage_length(o, 0), B = (int)(o->batch / o->accumulate * o->length / L);
     const bool gpu = mamba_has_gpu() && !backend.cpu;
     const double weights = (double)t->model->tensors_bytes / 1e6;
+    const double left = physical_memory() * 0.75 - 4e6 * weights;
+    int chunk = (int)o->chunk;
+    if (!chunk && !gpu && left > 0) chunk = mamba_trainer_chunk(t->model, B, L, left);
+    if (chunk >= L) chunk = 0;
+    if (gpu && o->chunk) return fail("--chunk runs on the processor: add --cpu");
+    if (chunk)
+        fprintf(stderr,
+                "sequences of %d tokens in chunks of %d: exact gradients, one more pass "
+                "forward\n",
+                L, chunk);
     if (!gpu)
         fprintf(stderr,
                 "%zu parameters; memory: weights %.1f MB, gradients %.1f MB, optimizer %.1f MB, "
                 "activations of %d x %d tokens %.1f MB\n",
                 t->model->n_params, weights, weights, 2 * weights, B, L,
-                (double)mamba_trainer_bytes(t->model, B, L) / 1e6);
+                (double)mamba_trainer_bytes(t->model, B, L, chunk) / 1e6);
     t->trainer = gpu ? mamba_trainer_new_gpu(t->model, B, L, backend.float32)
-                     : mamba_trainer_new(t->model, B, L, (int)o->threads);
+                     : mamba_trainer_new(t->model, B, L, chunk, (int)o->threads);
     if (!t->trainer) return -1;
     double used = 0;
     char name[256];
@@ -624,6 +645,9 @@ static int command_train(int argc, char **argv) {
         OPTION_INT("--accumulate", "N", &o.accumulate, 1, 65536,
                    "passes that a step is divided into, for less memory"),
         OPTION_INT("--length", "N", &o.length, 1, 1 << 24, "tokens a sequence"),
+        OPTION_INT("--chunk", "N", &o.chunk, 0, 1 << 24,
+                   "tokens of a sequence in memory at a time; gradients stay exact, at the "
+                   "price of one more pass forward; 0: as many as the memory holds"),
         OPTION_INT("--grow-from", "N", &o.grow_from, 0, 1 << 24,
                    "start with sequences of N tokens, --length / N times as many, and double "
                    "them on the way; 0: off"),

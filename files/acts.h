@@ -73,6 +73,7 @@ Acts *mamba_acts_pieces(const Model *m, int threads, int piece) {
         memory_free(a);
         return NULL;
     }
+    a->threads = possible_threads(a->threads);
     arena = (Arena){a->arena, 0};
     acts_layout(a, &m->config, &arena);
     return a;

@@ -4,6 +4,8 @@
 // saturate instead of wrapping, so one comparison with the file's length catches every overflow.
 // Numbers are read byte by byte: any machine reads the same little-endian file.
 
+#include "system.h"
+
 // A variable that every thread has one of. Some compilers (tcc) have no such variables, and no
 // threads.
 #ifndef PER_THREAD
@@ -64,7 +66,7 @@ static int fail_in(const char *where) {
 
 // Why the last call of this thread failed: one sentence, no newline. Where a thread of a team
 // fails, its text must be copied to the thread that started the team.
-const char *mamba_error(void) { return error_text; }
+SHARED const char *mamba_error(void) { return error_text; }
 
 static size_t size_mul(size_t a, size_t b) { return a && b > SIZE_MAX / a ? SIZE_MAX : a * b; }
 static size_t size_add(size_t a, size_t b) { return b > SIZE_MAX - a ? SIZE_MAX : a + b; }
@@ -154,44 +156,37 @@ static uint32_t crc32_of(uint32_t crc, const void *data, size_t bytes) {
     return ~crc;
 }
 
-// A file in memory: mapped, read-only, where the platform can; else read (big-endian hosts too,
-// which swap it in place).
+// Files up to this size are read, and may then be overwritten while they are used. Larger ones are
+// mapped: that takes no time and no memory, but the file must stay as it is.
+enum { READ_WHOLE = 32 << 20 };
+
+// A file in memory: read, or mapped, read-only, where it is large and the platform can (big-endian
+// hosts cannot: they swap it in place). An arena has no room to waste: there small files are mapped
+// too.
 static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
+    FileInfo info = {.regular = true};
     *mapped = false;
-#ifdef MAMBA_POSIX
-    int fd = open(path, O_RDONLY | O_NONBLOCK); // a FIFO without a writer would wait here
-    struct stat info;
-    if (fd < 0) {
-        fail("%s: %s", path, strerror(errno));
-        return NULL;
-    }
-    if (fstat(fd, &info) || !S_ISREG(info.st_mode)) {
-        close(fd);
+    if (file_info(path, &info) && !info.regular) { // a FIFO without a writer would wait
         fail("%s: not a regular file", path);
         return NULL;
     }
-    *bytes = (size_t)info.st_size;
-    bool fits = *bytes > 0 && (uintmax_t)info.st_size <= SIZE_MAX / 2;
-    if (fits && host_is_little_endian()) {
-        void *p = mmap(NULL, *bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (p != MAP_FAILED) {
-            close(fd);
-            *mapped = true;
-            return p;
-        }
+    void *map = host_is_little_endian() ? map_file(path, bytes) : NULL;
+    if (map && (*bytes > READ_WHOLE || arena.base)) {
+        *mapped = true;
+        return map;
     }
-    close(fd);
-#endif
+    if (map) unmap_file(map, *bytes);
     FILE *f = fopen(path, "rb");
     if (!f) {
         fail("%s: %s", path, strerror(errno));
         return NULL;
     }
     unsigned char *data = NULL;
-    long length = fseek(f, 0, SEEK_END) ? -1 : ftell(f);
+    int64_t length = stream_length(f);
     if (length < 0) fail("%s: cannot find its length", path);
+    else if ((uint64_t)length > SIZE_MAX / 2)
+        fail("%s: %lld bytes are more than this machine can address", path, (long long)length);
     else if ((data = alloc_aligned((size_t)length))) {
-        rewind(f);
         if (fread(data, 1, (size_t)length, f) != (size_t)length) {
             fail("%s: read error", path);
             free_aligned(data);
@@ -204,13 +199,6 @@ static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
 }
 
 static void file_unmap(unsigned char *data, size_t bytes, bool mapped) {
-#ifdef MAMBA_POSIX
-    if (mapped) {
-        munmap(data, bytes);
-        return;
-    }
-#endif
-    (void)bytes;
-    (void)mapped;
-    free_aligned(data);
+    if (mapped) unmap_file(data, bytes);
+    else free_aligned(data);
 }

@@ -3,7 +3,9 @@
 // Lays out all arrays of tr for tr->B sequences of tr->L tokens.
 static void trainer_layout(Trainer *tr, Arena *from) {
     const Config *c = &tr->model->config;
-    const size_t B = (size_t)tr->B, T = B * (size_t)tr->L, D = (size_t)c->D, E = (size_t)c->E;
+    const int steps = tr->chunk && tr->chunk < tr->L ? tr->chunk : tr->L;
+    const size_t B = (size_t)tr->B, T = B * (size_t)steps, D = (size_t)c->D, E = (size_t)c->E;
+    const size_t starts = ((size_t)tr->L + steps - 1) / steps;
     const size_t P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V, layers = (size_t)c->n_layer;
     const size_t NE = (size_t)c->N * E, window = (size_t)(c->K - 1) * E;
     const bool normed = c->flags & FLAG_MIXER_NORM;
@@ -33,12 +35,15 @@ static void trainer_layout(Trainer *tr, Arena *from) {
         }
         if (tr->work) tr->work[layer] = w;
     }
-    tr->h0 = take_floats(from, B * NE);
-    tr->window0 = take_floats(from, B * window);
+    tr->ids = take(from, T, sizeof *tr->ids);
+    tr->targets = take(from, T, sizeof *tr->targets);
+    for (size_t layer = 0; layer < layers && tr->work; layer++) tr->work[layer].ids = tr->ids;
+    tr->h0 = take_floats(from, size_mul(starts, layers * B * NE));
+    tr->window0 = take_floats(from, size_mul(starts, layers * B * window));
     tr->h = take_floats(from, layers * B * NE);
     tr->window = take_floats(from, layers * B * window);
-    tr->d_h = take_floats(from, B * NE);
-    tr->d_window = take_floats(from, B * window);
+    tr->d_h = take_floats(from, layers * B * NE);
+    tr->d_window = take_floats(from, layers * B * window);
     for (size_t i = 0; i < layers * B && tr->seq; i++)
         tr->seq[i] = (LayerState){tr->window + i * window, tr->h + i * NE};
     tr->d_res = take_floats(from, T * D);
@@ -48,20 +53,33 @@ static void trainer_layout(Trainer *tr, Arena *from) {
     tr->d_delta = take_floats(from, T * E);
     tr->d_y = take_floats(from, T * E);
     tr->d_xdb = take_floats(from, T * P);
-    tr->d_c = take_floats(from, (size_t)tr->L * E);
+    tr->d_c = take_floats(from, (size_t)steps * E);
     tr->scale = take_floats(from, 2 * T);
     tr->losses = take_floats(from, T);
     tr->logits = take_floats(from, LOSS_ROWS * V);
-    tr->scan = take_floats(from, scan_backward_floats(tr->B, tr->L, c->E, c->N));
+    tr->scan = take_floats(from, scan_backward_floats(tr->B, steps, c->E, c->N));
 }
 
 // The memory that a trainer of m needs beside weights, gradient and moments (each of
-// m->tensors_bytes), for passes of B sequences of L tokens.
-size_t mamba_trainer_bytes(Model *m, int B, int L) {
-    Trainer measure = {.model = m, .B = B, .L = L};
+// m->tensors_bytes), for passes of B sequences of L tokens in chunks of so many (0: whole).
+size_t mamba_trainer_bytes(Model *m, int B, int L, int chunk) {
+    Trainer measure = {.model = m, .B = B, .L = L, .chunk = chunk};
     Arena arena = {NULL, 0};
     trainer_layout(&measure, &arena);
     return arena.used;
+}
+
+// The largest chunk, a power of two, with which a trainer needs at most so many bytes beside
+// weights, gradient and moments; 0 where all L tokens fit at once. Where none fits: the one that
+// needs least, for short chunks need more room for the states at their starts.
+int mamba_trainer_chunk(Model *m, int B, int L, double bytes) {
+    int chunk = 1;
+    if ((double)mamba_trainer_bytes(m, B, L, 0) <= bytes) return 0;
+    while (chunk < L / 2) chunk *= 2;
+    while (chunk > 1 && (double)mamba_trainer_bytes(m, B, L, chunk) > bytes &&
+           mamba_trainer_bytes(m, B, L, chunk / 2) < mamba_trainer_bytes(m, B, L, chunk))
+        chunk /= 2;
+    return chunk;
 }
 
 void mamba_trainer_free(Trainer *tr) {
@@ -120,11 +138,14 @@ int mamba_trainer_fetch(Trainer *tr, bool store) {
     return 0;
 }
 
-// Trains m (float32, in memory) in place, B sequences of L tokens a pass. NULL after fail().
-Trainer *mamba_trainer_new(Model *m, int B, int L, int threads) {
+// Trains m (float32, in memory) in place, B sequences of L tokens a pass. chunk: so many tokens of
+// each sequence are in memory at a time, with the same gradient up to rounding; 0: all. NULL after
+// fail().
+Trainer *mamba_trainer_new(Model *m, int B, int L, int chunk, int threads) {
     Trainer *tr = memory_zeroed(1, sizeof *tr);
     if (!tr) return fail("out of memory"), NULL;
-    *tr = (Trainer){.model = m, .threads = threads > 0 ? threads : mamba_default_threads()};
+    threads = possible_threads(threads > 0 ? threads : mamba_default_threads());
+    *tr = (Trainer){.model = m, .chunk = chunk, .threads = threads};
     tr->gradient = blank_model(&m->config);
     tr->moment = alloc_aligned(m->tensors_bytes);
     tr->moment2 = alloc_aligned(m->tensors_bytes);

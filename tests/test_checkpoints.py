@@ -6,18 +6,21 @@ hubs, and of damaged ones.
 
 Needs numpy, and ./mamba where it is built. The last line is "N passed, N failed, N skipped".
 
-Contents: 1 configs | 2 names of tensors
+Contents: 1 configs | 2 names of tensors | 3 adapters | 4 GGUF |
+5 public checkpoints
 """
 import json
 import os
 import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 
 import test_export
-from test_export import (Case, Sizes, VARIANTS, export, hf_config, layout, read_model,
+from families import FAMILIES, IDS, drawn
+from test_export import (Case, Sizes, VARIANTS, export, have, hf_config, layout, read_model,
                          reference_config, reference_names, spoilt, weights, write)
 
 # --------------------------------------------------------------------------------------------------
@@ -252,6 +255,341 @@ class Names(Checkpoint):
         self.assertIn("no lm_head.weight", notes[0])
         self.checkpoint(s, {**hf_config(s), "tie_word_embeddings": False})
         self.bad("lm_head.weight", "missing")
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Adapters, against peft (dev/make_adapters.py)
+
+
+class Adapters(Checkpoint):
+    SIZES = {"plain": Sizes(), "rslora": Sizes(tied=False), "patterns": Sizes(proj_bias=True),
+             "embedding": Sizes(tied=False), "saved": Sizes(tied=False, proj_bias=True),
+             "tied": Sizes(), "falcon": Sizes(falcon=True, tied=False),
+             "one layer": Sizes(n_layer=3)}
+
+    def setUp(self):
+        super().setUp()
+        self.lora = os.path.join(self.dir, "lora")
+        self.command = (self.src, self.bin, "--tokenizer", "bytes", "--adapter", self.lora)
+
+    def case(self, name):
+        """(adapter_config.json, tensors of the adapter, merged weights), as peft has them."""
+        with np.load(os.path.join(test_export.HERE, "adapters.npz")) as file:
+            arrays = {key[len(name) + 1:]: file[key] for key in file if key.startswith(name + "/")}
+        of = lambda kind: {key[len(kind):]: a for key, a in arrays.items() if key.startswith(kind)}
+        return json.loads(arrays["config"].tobytes()), of("lora/"), of("merged/")
+
+    def adapter(self, config, tensors):
+        write(os.path.join(self.lora, "adapter_config.json"), config)
+        write(os.path.join(self.lora, "adapter_model.safetensors"),
+              test_export.safetensors(tensors))
+
+    def test_equal_to_merge_and_unload(self):
+        for name, s in self.SIZES.items():
+            config, parts, merged = self.case(name)
+            self.checkpoint(s)
+            self.adapter(config, parts)
+            for small in (False, True):
+                if small:
+                    self.small_chunks()
+                text, want = self.good(*self.command), {**weights(s), **merged}
+                if name == "tied":
+                    self.assertIn("no longer tied", text)
+                    s = Sizes(tied=False)
+                _, _, tensors = read_model(self.bin, s)
+                for tensor, shape, _, source in layout(s):
+                    got = np.frombuffer(tensors[tensor], "<f4").reshape(shape)
+                    error = np.abs(got - want[source]).max() / np.abs(want[source]).max()
+                    self.assertLess(error, 1e-6, f"{name}: {tensor}")
+                    if source not in merged:
+                        self.assertEqual(error, 0)
+                self.assertGreater(len(merged), 0)
+                self.run_mamba("info", self.bin, "--verify")
+
+    def test_other_bases(self):
+        config, parts, _ = self.case("plain")
+        s = Sizes(E=12)
+        rng = np.random.Generator(np.random.PCG64(1))
+        parts = {name: rng.standard_normal(a.shape).astype("<f4") for name, a in parts.items()
+                 if "in_proj" in name}
+        for name in parts:
+            if "lora_B" in name:
+                parts[name] = rng.standard_normal((24, 2)).astype("<f4")
+        renamed = {name.replace(".weight", ".default.weight"): a for name, a in parts.items()}
+        self.adapter(config, parts)
+        self.checkpoint(s, reference_config(s), reference_names(weights(s)))
+        self.good(*self.command)
+        first = open(self.bin, "rb").read()
+        self.adapter(config, renamed)
+        self.good(*self.command)
+        self.assertEqual(open(self.bin, "rb").read(), first)
+        self.good(*self.command, "--dtype", "q8")
+        self.run_mamba("info", self.bin, "--verify")
+
+    def test_an_adapter_as_source(self):
+        config, parts, _ = self.case("plain")
+        self.adapter({**config, "base_model_name_or_path": "state-spaces/mamba-130m-hf"}, parts)
+        self.bad("adapter of peft", "export.py state-spaces/mamba-130m-hf model.bin --adapter",
+                 arguments=(self.lora, self.bin))
+
+    def test_refusals(self):
+        config, parts, _ = self.case("plain")
+        self.checkpoint(Sizes())
+        for key, value, word in (
+                ("peft_type", "LOHA", "LOHA"), ("peft_type", None, "peft_type"),
+                ("use_dora", True, "DoRA"), ("init_lora_weights", "pissa", "pissa"),
+                ("init_lora_weights", "olora", "olora"), ("r", 0, "r is 0"), ("r", "2", "r is"),
+                ("r", 3, "expected (3,"), ("lora_alpha", "a", "lora_alpha"),
+                ("lora_bias", True, "lora_bias"), ("rank_pattern", {"(": 2}, "rank_pattern"),
+                ("rank_pattern", {"x_proj": 5}, "expected (5, 10)"),
+                ("rank_pattern", [3], "rank_pattern"), ("use_rslora", 1, "use_rslora"),
+                ("alpha_pattern", {"x_proj": None}, "alpha_pattern"),
+                ("layer_replication", [[0, 2]], "layer_replication"),
+                ("trainable_token_indices", [1], "trainable_token_indices"),
+                ("a_new_key", 0.5, "a_new_key")):
+            self.adapter({**config, key: value}, parts)
+            self.bad("lora", word, arguments=self.command)
+        name = next(name for name in parts if "in_proj.lora_A" in name)
+        for change, word in (({name: ...}, "no twin"), ({name: parts[name][:1]}, "expected (2, 6)"),
+                             ({name: parts[name] * np.nan}, "nan"),
+                             ({"base_model.model.backbone.layers.0.mixer.conv1d.lora_A.weight":
+                               np.zeros((2, 6), "f4")}, "no matrix"),
+                             ({"base_model.model.backbone.layers.9.mixer.in_proj.lora_A.weight":
+                               np.zeros((2, 6), "f4")}, "no matrix"),
+                             ({"strange": np.zeros(3, "f4")}, "strange")):
+            self.adapter(config, spoilt(parts, **change))
+            self.bad(word, arguments=self.command)
+        self.adapter(config, {})
+        self.bad("no LoRA", arguments=self.command)
+        os.unlink(os.path.join(self.lora, "adapter_model.safetensors"))
+        self.bad("adapter_model.safetensors", arguments=self.command)
+        os.unlink(os.path.join(self.lora, "adapter_config.json"))
+        self.bad("adapter_config.json", arguments=self.command)
+        self.bad("no directory", arguments=(*self.command[:-1], self.bin + "none"))
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. GGUF, against llama.cpp (dev/make_gguf_golden.py) and the gguf package
+
+
+class Gguf(Checkpoint):
+    def setUp(self):
+        super().setUp()
+        self.gguf = os.path.join(self.dir, "model.gguf")
+        self.back = os.path.join(self.dir, "back.bin")
+
+    def logits(self, path, ids):
+        out = os.path.join(self.dir, "logits")
+        self.run_mamba("logits", path, "--tokens", ",".join(map(str, ids)), "--all", "-o", out)
+        return np.fromfile(out, "<f4").reshape(len(ids), -1)
+
+    def test_llama_cpp_reads_what_is_written(self):
+        root = os.path.join(test_export.HERE, "..")
+        file = np.load(os.path.join(test_export.HERE, "gguf.npz"))
+        self.addCleanup(file.close)
+        # llama.cpp rounds activations to the type of the matrix: bf16, or q8 in groups of 32
+        for name, path, tolerance in (
+                ("plain", "tests/plain.bin", 1e-6), ("falcon", "tests/falcon.bin", 1e-6),
+                ("tales", "models/tales.bin", 1e-2), ("plain q8", None, 4e-2),
+                ("plain q4", None, 4e-2)):
+            with self.subTest(name):
+                source = os.path.join(root, path) if path else os.path.join(self.dir, "q.bin")
+                if not path:
+                    self.run_mamba("quantize", os.path.join(root, "tests/plain.bin"), source,
+                                   name[-2:])
+                text = self.good("--to-gguf", source, self.gguf)
+                self.assertEqual("one eps" in text, name == "falcon")
+                crc = zlib.crc32(open(self.gguf, "rb").read())
+                self.assertEqual(crc, file[name + "/crc"], "no longer what llama.cpp has read")
+                self.good(self.gguf, self.back)
+                ids, want = file[name + "/ids"], file[name + "/logits"]
+                error = np.abs(self.logits(self.back, ids) - want).max() / np.abs(want).max()
+                self.assertLess(error, tolerance)
+                if name != "falcon":  # whose second eps has no place in the file
+                    error = np.abs(self.logits(source, ids) - want).max() / np.abs(want).max()
+                    self.assertLess(error, tolerance)
+
+    def test_there_and_back(self):
+        for name, s in {"tied": Sizes(E=12), "untied": Sizes(E=12, tied=False, conv_bias=False),
+                        "falcon": Sizes(E=12, falcon=True, mixer_eps=1e-5),
+                        "wide": Sizes(D=64, E=128, R=32, N=16)}.items():
+            for dtype in ("f32", "f16", "bf16", "q8", "q4"):
+                with self.subTest(name, dtype=dtype):
+                    self.checkpoint(s)
+                    self.good(self.src, self.bin, "--tokenizer", "bytes", "--dtype", dtype)
+                    self.good("--to-gguf", self.bin, self.gguf)
+                    self.good(self.gguf, self.back, "--tokenizer", "bytes")
+                    folders = [os.path.join(self.dir, f"{name}-{dtype}-{i}") for i in range(2)]
+                    for path, folder in zip((self.bin, self.back), folders):
+                        self.good("--to-hf", path, folder)
+                    one, two = (test_export.read_safetensors(os.path.join(f, "model.safetensors"))
+                                for f in folders)
+                    for tensor, (kind, shape, data) in one.items():
+                        if tensor.endswith("A_log"):
+                            a, b = (np.frombuffer(x, "<f4") for x in (data, two[tensor][2]))
+                            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+                        elif kind == two[tensor][0]:
+                            self.assertEqual(data, two[tensor][2], tensor)
+                        a, b = (json.load(open(os.path.join(f, "config.json"))) for f in folders)
+                        a.pop("use_conv_bias"), b.pop("use_conv_bias")
+                        self.assertEqual({**a, "dtype": 0, "torch_dtype": 0},
+                                         {**b, "dtype": 0, "torch_dtype": 0})
+
+    def test_tokens(self):
+        s = Sizes(E=12, V=264)
+        self.checkpoint(s, {**hf_config(s), "eos_token_id": [260, 3]})
+        table = test_export.tokenizer_json(test_export.MERGES, nfc=False)
+        write(os.path.join(self.src, "tokenizer.json"), table)
+        self.good(self.src, self.bin)
+        self.good("--to-gguf", self.bin, self.gguf)
+        self.good(self.gguf, self.back)
+        one, two = (read_model(path, s) for path in (self.bin, self.back))
+        self.assertEqual(one[1], two[1])
+        self.assertEqual((two[0]["eos"], two[0]["bos"]), ([260, 3, -1, -1], 1))
+
+    def test_llama_cpp_makes_the_same_ids(self):
+        root = os.path.join(test_export.HERE, "..")
+        with np.load(os.path.join(test_export.HERE, "gguf.npz")) as file:
+            cases = [(file[key].tobytes(), file["IDS/" + key[5:]]) for key in file
+                     if key.startswith("TEXT/")]
+        self.good("--to-gguf", os.path.join(root, "models/tales.bin"), self.gguf)
+        self.good(self.gguf, self.back)
+        self.assertGreater(len(cases), 3)
+        for text, want in cases:
+            write(os.path.join(self.dir, "text"), text)
+            ids = self.run_mamba("tokenize", self.back, os.path.join(self.dir, "text")).split()
+            self.assertEqual(list(map(int, ids)), want.tolist())
+
+    def write_by_package(self, tensors, kinds=None, **changes):
+        """The same model by the gguf package's writer."""
+        import gguf
+        writer = gguf.GGUFWriter(self.gguf, changes.pop("arch", "mamba"))
+        values = {"embedding_length": 64, "block_count": 2, "ssm.inner_size": 128,
+                  "ssm.state_size": 3, "ssm.conv_kernel": 4, "ssm.time_step_rank": 32,
+                  "context_length": 2048, "feed_forward_length": 0, "attention.head_count": 0}
+        for key, value in {**values, **changes}.items():
+            if value is not None:
+                writer.add_uint32("mamba." + key, value)
+        writer.add_layer_norm_rms_eps(1e-5)
+        names = {"backbone." + short: name for name, short in export.GGUF_NAMES.items()}
+        for i in range(2):
+            names.update({f"backbone.layers.{i}.{short}": f"blk.{i}.{name}"
+                          for name, short in export.GGUF_LAYER.items()})
+        for name, a in tensors.items():
+            a = a[:, 0] if a.ndim == 3 else -np.exp(a) if name.endswith("A_log") else a
+            kind = (kinds or {}).get(name)
+            if kind is None:
+                writer.add_tensor(names[name], np.ascontiguousarray(a, "<f4"))
+            else:
+                kind = gguf.GGMLQuantizationType[kind]
+                writer.add_tensor(names[name], gguf.quants.quantize(a, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    @have("gguf")
+    def test_files_of_the_gguf_package(self):
+        import gguf
+        s = Sizes(D=64, E=128, R=32, V=256)
+        w = weights(s)
+        matrices = [source for _, shape, is_w, source in layout(s) if is_w]
+        for kind in (None, "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"):
+            with self.subTest(kind):
+                self.write_by_package(w, dict.fromkeys(matrices, kind) if kind else None)
+                for small in (False, True):
+                    if small:
+                        self.small_chunks()
+                    self.good(self.gguf, self.bin, "--tokenizer", "bytes", "--dtype", "f32")
+                    _, _, tensors = read_model(self.bin, s)
+                    for name, shape, is_w, source in layout(s):
+                        want, got = w[source], np.frombuffer(tensors[name], "<f4").reshape(shape)
+                        if is_w and kind:
+                            number = gguf.GGMLQuantizationType[kind]
+                            blocks = gguf.quants.quantize(want, number)
+                            want = gguf.quants.dequantize(blocks, number)
+                        if name.endswith("A_log"):
+                            np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+                        else:
+                            np.testing.assert_array_equal(got, want.reshape(shape))
+        self.write_by_package(w)
+        self.bad("tokenizer", "--tokenizer", arguments=(self.gguf, self.bin))
+        command = (self.gguf, self.bin, "--tokenizer", "bytes")
+        for changes, word in (({"arch": "mamba2"}, "mamba2"), ({"arch": "jamba"}, "attention"),
+                              ({"arch": "llama"}, "llama"), ({"block_count": 3}, "missing"),
+                              ({"ssm.state_size": 4}, "its metadata implies"),
+                              ({"ssm.inner_size": 0}, "intermediate_size")):
+            self.write_by_package(w, **changes)
+            self.bad(word, arguments=command)
+        self.write_by_package(w, **{"ssm.state_size": None, "block_count": None})
+        self.good(*command)
+        self.write_by_package(w, **{"ssm.group_count": 1})
+        self.assertIn("mamba.ssm.group_count", self.good(*command))
+        self.write_by_package({**w, "backbone.layers.0.mixer.A_log":
+                               w["backbone.layers.0.mixer.A_log"] * np.inf})
+        self.bad("blk.0.ssm_a", arguments=command)
+
+    def test_what_llama_cpp_cannot_run(self):
+        for s, word in ((Sizes(E=12, proj_bias=True), "biases"), (Sizes(E=10), "inner size")):
+            self.checkpoint(s)
+            self.good()
+            self.bad(word, arguments=("--to-gguf", self.bin, self.gguf))
+        self.bad("no model.bin", arguments=("--to-gguf", os.path.join(self.src, "config.json"),
+                                            self.gguf))
+        self.assertEqual(self.run_main("--to-gguf", "a", "b", "--dtype", "f16")[0], 2)
+        self.assertEqual(self.run_main("--to-gguf", "--to-hf", "a", "b")[0], 2)
+
+    def test_damaged(self):
+        self.checkpoint(Sizes(E=12))
+        self.good()
+        self.good("--to-gguf", self.bin, self.gguf)
+        whole = open(self.gguf, "rb").read()
+        command = (self.gguf, self.back, "--tokenizer", "bytes")
+        for n in (0, 3, 4, 8, 20, 24, 100, 2000, len(whole) // 2, len(whole) - 40):
+            write(self.gguf, whole[:n])
+            self.bad("model.gguf", arguments=command)
+        for version in (0, 1, 4, 1 << 24):
+            write(self.gguf, whole[:4] + struct.pack("<I", version) + whole[8:])
+            self.bad("version", arguments=command)
+        for at in (8, 16):
+            for count in (1 << 63, 1 << 31, 500):
+                write(self.gguf, whole[:at] + struct.pack("<Q", count) + whole[at + 8:])
+                self.bad("model.gguf", arguments=command)
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Public checkpoints, against transformers (dev/make_checkpoints.py)
+
+
+class Families(Checkpoint):
+    def test_every_family(self):
+        with np.load(os.path.join(test_export.HERE, "checkpoints.npz")) as file:
+            want = {name.replace("|", "/"): file[name] for name in file}
+        for family in FAMILIES:
+            with self.subTest(family.names):
+                rename, tensors = family.rename or (lambda name: name), drawn(family)
+                tensors = {rename(name): a for name, a in tensors.items()}
+                if family.note == "classifier.weight":
+                    tensors["classifier.weight"] = np.zeros((2, family.sizes.D), "f4")
+                self.checkpoint(family.sizes, family.config, tensors)
+                if family.refused:
+                    self.bad(family.refused)
+                    continue
+                text = self.good()
+                self.assertEqual("note:" in text, bool(family.note), text)
+                self.assertIn(family.note or "", text)
+                out = os.path.join(self.dir, "logits")
+                self.run_mamba("logits", self.bin, "--tokens", ",".join(map(str, IDS)), "--all",
+                               "-o", out)
+                got = np.fromfile(out, "<f4").reshape(len(IDS), -1)
+                error = np.abs(got - want[family.names]).max() / np.abs(want[family.names]).max()
+                self.assertLess(error, 5e-5)
+
+    def test_the_table_names_them_all(self):
+        with open(os.path.join(test_export.HERE, "..", "doc", "CHECKPOINTS.md")) as file:
+            table = file.read()
+        for family in FAMILIES:
+            self.assertIn(family.names, table)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,11 @@ awk -v a="$(loss acc.bin.csv)" -v b="$(loss whole.bin.csv)" \
     'BEGIN { d = a - b; exit !(d < 1e-3 && d > -1e-3) }' \
     && ok "accumulation gives the same losses" \
     || bad "accumulation gives the same losses" "$(loss acc.bin.csv) and $(loss whole.bin.csv)"
+"$mamba" train -o chunk.bin $small --chunk 7 2> err
+grep -q "chunks of 7" err && awk -v a="$(loss chunk.bin.csv)" -v b="$(loss whole.bin.csv)" \
+    'BEGIN { d = a - b; exit !(d < 1e-3 && d > -1e-3) }' \
+    && ok "chunks give the same losses" \
+    || bad "chunks give the same losses" "$(loss chunk.bin.csv) and $(loss whole.bin.csv)"
 [ "$(wc -l < whole.bin.csv | tr -d ' ')" = 25 ] && ok "the log has a line a step" \
     || bad "the log has a line a step"
 "$mamba" info whole.bin --verify > /dev/null 2> err && ok "info --verify of what was trained" \
@@ -238,6 +243,7 @@ while [ $k -lt $kills ]; do
     cmp -s killed.bin whole.bin || { wrong=$((wrong + 1)); cat err; }
     k=$((k + 1))
 done
+rm -f killed.bin.*.tmp # of the last one, where it was killed while it saved
 [ $wrong -eq 0 ] && ok "killed $kills times anywhere, always the same bits in the end" \
     || bad "killed $kills times" "$wrong times other bits"
 
