@@ -1918,8 +1918,9 @@ long mamba_generate(const Model *m, Acts *a, State *s, Writing *w) {
 COLD
 #include "cli/options.h"
 #include "cli/output.h"
-#include "cli/selection.h"
+#include "cli/prompt.h"
 #include "cli/generate.h"
+#include "cli/selection.h"
 #include "cli/several.h"
 #include "cli/session.h"
 #include "cli/command_generate.h"

@@ -349,15 +349,6 @@ static void catch_interrupt(void) {
     signal(SIGINT, on_interrupt);
 }
 
-// The same, and Ctrl-C also ends a read that waits; signal() would restart the read.
-static void catch_interrupt_reading(void) {
-    catch_interrupt();
-#ifdef MAMBA_POSIX
-    struct sigaction action = {.sa_handler = on_interrupt};
-    sigaction(SIGINT, &action, NULL);
-#endif
-}
-
 // At the start of main. Signals that end the process remove its temporaries first, and the standard
 // streams carry bytes.
 static UNUSED void prepare_process(void) {
