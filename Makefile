@@ -6,8 +6,8 @@ CFLAGS   ?= -O3
 WARNINGS  = -Wall -Wextra
 # -ffp-contract=fast: a*b+c may be one fused instruction. -fno-math-errno: sqrtf is one instruction.
 # -ffast-math is not used: with it a NaN passes every check.
-FLAGS     = -std=gnu11 $(CFLAGS) $(WARNINGS) -ffp-contract=fast -fno-math-errno $(ARCH) $(OPENMP) \
-            $(WIDTH)
+FLAGS     = -std=gnu11 $(CFLAGS) $(WARNINGS) -ffp-contract=fast -fno-math-errno $(ARCH) $(FLOATS) \
+            $(OPENMP) $(WIDTH)
 # The files that mamba.c includes lie beside it and in folders.
 FOLDERS   = $(wildcard cpu files cli cli/linenoise)
 SOURCES   = mamba.c tokenizer.c $(wildcard $(FOLDERS:=/*))
@@ -36,6 +36,11 @@ ARCH   := $(call try,-march=native,$(ANY_PROGRAM))
 ifeq ($(ARCH),)
 ARCH   := $(call try,-mcpu=native,$(ANY_PROGRAM))
 endif
+# 32-bit x86 has two floating-point units; the older one keeps sums in a wider format.
+FLOAT_PROGRAM = \043include <float.h>\n\043if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16\n\
+\043error wide\n\043endif\nint main(void) { return 0; }\n
+FLOATS := $(if $(call try,$(ARCH),$(FLOAT_PROGRAM)),,\
+             $(call try,-msse2 -mfpmath=sse,$(FLOAT_PROGRAM)))
 # Threads; OPENMP= on the command line builds without.
 OPENMP := $(call try,-fopenmp,$(OPENMP_PROGRAM))
 ifeq ($(OPENMP),)
@@ -46,8 +51,8 @@ ifeq ($(OPENMP),)
 WARNINGS += -Wno-unknown-pragmas
 endif
 
-.PHONY: all cuda test-cuda run test test-all test-export debug plain single lint portable bench \
-        clean help findings
+.PHONY: all cuda test-cuda run test test-all test-export test-lib test-web debug plain single lib \
+        install uninstall lint portable web bench clean help findings
 
 all: findings mamba          ## build ./mamba
 
@@ -116,11 +121,13 @@ test test-all: export OMP_WAIT_POLICY = passive
 test: all tests/test_all     ## a fixed sample of every test, under 2 minutes
 	./tests/test_all
 	sh tests/test_cli.sh ./mamba
+	sh tests/test_help.sh ./mamba
 	sh tests/test_train.sh ./mamba
 
 test-all: all tests/test_all debug ## all tests, damaged files also under the sanitizers; minutes
 	./tests/test_all all
 	sh tests/test_cli.sh ./mamba all
+	sh tests/test_help.sh ./mamba
 	sh tests/test_train.sh ./mamba all
 	./tests/test_all-debug
 	./tests/test_all-debug all loader
@@ -129,6 +136,7 @@ test-all: all tests/test_all debug ## all tests, damaged files also under the sa
 PYTHON ?= python3
 test-export: all             ## tests of export.py, and of the tokenizer against the library
 	$(PYTHON) tests/test_export.py
+	$(PYTHON) tests/test_checkpoints.py
 	$(PYTHON) tests/test_tokenizer.py --command ./mamba
 
 SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -144,8 +152,41 @@ single: $(SOURCES)           ## mamba_single.c: the whole program in one file
 	awk -f dev/single.awk LICENSE mamba.c > mamba_single.c
 	@echo "mamba_single.c: $$(wc -l < mamba_single.c) lines; cc -O2 mamba_single.c -lm"
 
+# Only what lib/mamba.h declares is visible in libmamba.so, and every name begins with mamba_.
+lib: libmamba.a libmamba.so  ## libmamba.a, libmamba.so, for other programs: lib/mamba.h
+
+lib/library.o: lib/library.c lib/mamba.h $(SOURCES) .flags
+	$(CC) $(FLAGS) -fPIC -fvisibility=hidden -c lib/library.c -o $@
+libmamba.a: lib/library.o
+	rm -f $@
+	$(AR) rcs $@ lib/library.o
+libmamba.so: lib/library.o
+	$(CC) $(FLAGS) -shared lib/library.o -o $@ -lm
+
+test-lib: all lib            ## tests of the library, with the programs of README.md
+	CC='$(CC)' OPENMP='$(OPENMP)' PYTHON='$(PYTHON)' sh tests/test_library.sh
+
+# make install PREFIX=$HOME/.local, or DESTDIR=folder of a package
+PREFIX  ?= /usr/local
+PLACES   = $(DESTDIR)$(PREFIX)
+install: all lib             ## program, library, man page, completion, to PREFIX (/usr/local)
+	mkdir -p '$(PLACES)/bin' '$(PLACES)/lib' '$(PLACES)/include' '$(PLACES)/share/man/man1' \
+	    '$(PLACES)/share/bash-completion/completions'
+	install -m 755 mamba '$(PLACES)/bin/mamba'
+	install -m 644 libmamba.a '$(PLACES)/lib/libmamba.a'
+	install -m 755 libmamba.so '$(PLACES)/lib/libmamba.so'
+	install -m 644 lib/mamba.h '$(PLACES)/include/mamba.h'
+	./mamba help --man > '$(PLACES)/share/man/man1/mamba.1'
+	./mamba help --bash > '$(PLACES)/share/bash-completion/completions/mamba'
+
+uninstall:                   ## remove what `make install` wrote
+	rm -f '$(PLACES)/bin/mamba' '$(PLACES)/lib/libmamba.a' '$(PLACES)/lib/libmamba.so' \
+	    '$(PLACES)/include/mamba.h' '$(PLACES)/share/man/man1/mamba.1' \
+	    '$(PLACES)/share/bash-completion/completions/mamba'
+
 CLANG_FORMAT ?= clang-format
-LINTED = $(filter-out mamba_single.c,$(wildcard *.c *.cu $(foreach d,cpu files cli cuda tests dev,\
+LINTED = $(filter-out mamba_single.c,$(wildcard *.c *.cu \
+           $(foreach d,cpu files cli lib cuda tests dev web,\
            $(d)/*.c $(d)/*.h $(d)/*.cu $(d)/*.cuh)))
 lint:                        ## the layout of the sources: clang-format 19.1.7, lines to 100 columns
 	@$(CLANG_FORMAT) --version | grep -q ' 19\.1\.' || \
@@ -153,6 +194,21 @@ lint:                        ## the layout of the sources: clang-format 19.1.7, 
 	$(CLANG_FORMAT) --dry-run -Werror $(LINTED)
 	@awk 'length($$0) > 100 { print FILENAME ":" FNR ": " length($$0) " columns"; bad = 1 } \
 	      END { exit bad }' $(LINTED) Makefile .ci/run dev/single.awk
+
+EMCC ?= emcc
+WEB_FLAGS = -O3 -msimd128 -fno-math-errno $(WARNINGS) -Wno-unknown-pragmas -sSTANDALONE_WASM \
+            --no-entry -sALLOW_MEMORY_GROWTH -sMAXIMUM_MEMORY=4GB
+WEB_PAGE = $(addprefix web/,index.html page.css page.js worker.js)
+web: web/site/mamba.wasm     ## web/site, a page that runs the models: doc/WEB.md (emscripten)
+	cp $(WEB_PAGE) models/story.bin models/copying.bin web/site
+	@echo "web/site is ready for any web server: python3 -m http.server -d web/site"
+
+test-web: all web            ## web/site in a headless Chromium, against ./mamba
+	$(PYTHON) tests/test_web.py
+
+web/site/mamba.wasm: web/mamba_web.c $(SOURCES)
+	mkdir -p web/site
+	$(EMCC) $(WEB_FLAGS) $< -o $@
 
 portable:                    ## ./mamba for any processor of this kind: no -march=native
 	$(MAKE) ARCH= all
@@ -164,7 +220,9 @@ bench: all                   ## speeds on random weights; LLAMA_BENCH=path compa
 
 clean:                       ## remove what was built
 	rm -f mamba mamba-debug mamba-plain mamba_single.c mamba_cuda.o .flags \
+	    lib/library.o libmamba.a libmamba.so \
 	    tests/test_all tests/test_all-debug tests/test_all-plain
+	rm -rf web/site
 
 help:                        ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \

@@ -20,9 +20,11 @@
       |                    dt_low (R)  B_ssm (N) |        |                    |
       |                       |           |   C_ssm (N)   |                    |
       |                    dt_proj        |      |        |                    |
+      |                    + dt_bias      |      |        |                    |
       |                    softplus       |      |        |                    |
       |                       | delta (E) |      |        |                    |
       |                       '---------- scan, state h (N,E) ---- y (T,E)     |
+      |                                   A_log, D_skip           |            |
       |                                                       |                |
       '-- z (T,E) -- SiLU ----------------------------------- * -- g (T,E)     |
                                                                     |          |
@@ -37,8 +39,8 @@
    no graph.
 
    GLOSSARY. A single capital letter is a size, its lower-case letter the index over it. Arrays are
-   row-major, with the shape in parentheses. Everything computed is float32, whatever the weights
-   are stored as.
+   row-major, with the shape in parentheses. Whatever the weights are stored as, the model computes
+   in float32; only sums of losses and of squares over many numbers are double.
      B  sequences of a pass           index b      D  d_model, width of the residual stream     d
      L  tokens of a sequence                t      E  d_inner, channels of the SSM              e
      T  rows of a pass, B L                 t      N  d_state, states of a channel              n
@@ -57,8 +59,14 @@
                    and in files: channels side by side fill a vector register
      window (K-1,E)  the last inputs of the convolution
      y (T,E)       sum over n of C_ssm h, plus D_skip u        g (T,E)  y silu(z)
-     d_x           the gradient of the loss by x. Gradients of weights are added to (+=). Those of
-                   activations are set (=), except d_res and d_u, which have two sources
+     d_x           the gradient of the loss by x, d_h that by h. Gradients of weights are added to
+                   (+=). Those of activations are set (=), except d_res and d_u, which have two
+                   sources
+   Structs have short names where they are used: m a Model, c its Config, p the tensors of a Layer,
+   w one Tensor or the Work of a pass, a the Acts (all memory of a pass), s a State (in section 3 a
+   Scan), seq the LayerStates of the sequences, tr a Trainer, d what a backward pass writes.
+   fail("...") keeps a sentence for mamba_error() and returns -1. An arena is one allocation that
+   holds many arrays. COLD ... COLD_END: runs once, so it is compiled for a short build.
 
    CONTENTS (at a first reading, skip what is marked *)
      1  Types: the config, the list of tensors, the model
@@ -77,19 +85,23 @@
 
    API. Another program includes this file with MAMBA_NO_MAIN defined, as tests/api_example.c does.
    A function that can fail returns NULL or -1 and leaves a sentence in mamba_error().
-     models     mamba_load  mamba_save  mamba_free  mamba_verify  mamba_set_tokenizer
+     models     mamba_load  mamba_load_memory  mamba_save  mamba_free  mamba_verify
+                mamba_set_tokenizer
                 mamba_random_model  mamba_float_copy  mamba_quantize
      texts      mamba_encode  mamba_decode
-     running    mamba_acts_new  mamba_acts_gpu  mamba_acts_free  mamba_default_threads
-                mamba_has_gpu  mamba_gpu_memory
-                mamba_prefill  mamba_step  mamba_step_batch  mamba_selection
+     running    mamba_acts_new  mamba_acts_pieces  mamba_acts_gpu  mamba_acts_free
+                mamba_default_threads  mamba_has_gpu  mamba_gpu_memory
+                mamba_prefill  mamba_step  mamba_step_batch  mamba_selection  mamba_watch
      writing    mamba_sample  mamba_sample_batch  mamba_generate
      scoring    mamba_nll  mamba_evaluate
      states     mamba_state_new  mamba_state_free  mamba_state_copy  mamba_state_reset
-                mamba_state_bytes  mamba_state_save  mamba_state_load
-     training   mamba_trainer_new  mamba_trainer_new_gpu  mamba_trainer_bytes
+                mamba_state_bytes  mamba_state_save  mamba_state_load  mamba_state_write
+                mamba_state_read
+     memory     mamba_arena  mamba_arena_used  mamba_release
+     training   mamba_trainer_new  mamba_trainer_new_gpu  mamba_trainer_bytes  mamba_trainer_chunk
                 mamba_trainer_resize  mamba_trainer_fetch  mamba_trainer_free  mamba_train_pass
-                mamba_train_step  mamba_checkpoint_save  mamba_checkpoint_load */
+                mamba_train_step  mamba_checkpoint_save  mamba_checkpoint_load
+                mamba_checkpoint_peek */
 // clang-format on
 
 #include "files/platform.h"
@@ -175,7 +187,7 @@ typedef struct Model {
     unsigned char *own_blob;             // NULL: a model from a file, or without a tokenizer
     unsigned char *file;                 // the whole of model.bin, mapped or read
     size_t file_bytes;
-    bool mapped;
+    bool mapped, borrowed; // borrowed: file is memory of the caller's
     void *weights; // where weights are allocated instead of mapped: random and trained models
 } Model;
 #undef DECLARE
@@ -236,6 +248,7 @@ typedef struct GpuBackend {
 #ifndef MAMBA_TYPES_ONLY
 typedef uint16_t half; // the bits of an F16 or BF16 number
 
+#include "files/memory.h"
 #include "files/bytes.h"
 #include "files/random.h"
 #include "files/new_file.h"
@@ -521,13 +534,14 @@ typedef struct {     // what conv1d_silu_backward() writes
     float *d_xz;     // (B L,2E): the first half of each row =
     float *d_conv;   // (E,K) +=
     float *d_bias;   // (E) +=
-    float *d_window; // (B,K-1,E) =
+    float *d_window; // (B,K-1,E) gradient of the window at the end; becomes that at the start
     float *d_c;      // (L,E) scratch
 } ConvGrad;
 
 // u = silu(c), and silu' = s (1 + c (1 - s)) with s = sigmoid(c):  d_c = d_u silu'(c);
-// d_x_t = sum over k of conv[k] d_c_{t+K-1-k};  d_conv[k] += sum over t of d_c_t x_{t-K+1+k};
-// d_bias += sum of d_c. c is computed again. window (B,K-1,E): as it was before the pass.
+// d_x_t = sum over k of conv[k] d_c_{t+K-1-k}, and d_window of the last K-1 inputs, which are the
+// window at the end;  d_conv[k] += sum over t of d_c_t x_{t-K+1+k};  d_bias += sum of d_c. c is
+// computed again. window (B,K-1,E): as it was before the pass.
 OPERATION void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const float *window,
                                     const Conv *c) {
     const int L = c->L, E = c->E, K = c->K;
@@ -545,8 +559,8 @@ OPERATION void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const f
                     d->d_conv[(size_t)e * K + k] +=
                         d_sum * conv_input(c, before, b, t - K + 1 + k)[e];
             }
-            for (int t = 1 - K; t < L; t++) { // inputs before t = 0 are the window's
-                float d_x = 0;
+            for (int t = L - 1; t > -K; t--) { // inputs before t = 0 are the window's
+                float d_x = t > L - K ? d_window[(size_t)(t - L + K - 1) * E + e] : 0;
                 for (int k = 0, later = t + K - 1; k < K; k++, later--)
                     if (later >= 0 && later < L)
                         d_x += c->conv_t[(size_t)k * E + e] * d_c[(size_t)later * E + e];
@@ -666,7 +680,20 @@ OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int
         }
 }
 
-// --- the steps of the backward pass. The equations stand above scan_backward(): read them first.
+// --- the backward pass. Write d_h_t for the gradient of h_t. It has two sources: y_t, and h_{t+1}
+// through its decay. So it flows back through time, from the last step to the first:
+//
+//     d_h_t = C_t d_y_t + decay_{t+1} d_h_{t+1}
+//     d_C_t = sum over e of d_y_t h_t              d_B_t = sum over e of d_h_t delta_t u_t
+//     d_u_t = D d_y_t + sum over n of d_h_t delta_t B_t
+//     d_delta_t = sum over n of d_h_t (decay_t A h_{t-1} + B_t u_t)
+//     d_A = sum over t of d_h_t decay_t delta_t h_{t-1}        d_D = sum over t of d_y_t u_t
+//
+// and d_A_log = d_A A, since A = -exp(A_log). All of this needs every h_t, and none was stored. So
+// walk forward once and keep the state at the start of every chunk of SCAN_CHUNK steps. Then, from
+// the last chunk to the first: walk the chunk forward again (recurrence_again), now keeping its few
+// states, and walk it backward (recurrence_backward). The price is two more walks forward.
+// scan_backward() does this below; here are its two steps.
 
 #ifdef PLAIN
 enum { SCAN_WIDTH = 16 }; // channels of a task of scan_backward(); cpu/ has its own number
@@ -686,7 +713,7 @@ typedef struct { // a task of scan_backward(): the channels e0 .. e0 + width, at
     float *starts;          // (chunks,N,SCAN_WIDTH) states at the start of each chunk
     float *states, *decays; // (SCAN_CHUNK,N,SCAN_WIDTH) of the chunk in hand
     float *A, *d_A;         // (N,SCAN_WIDTH)
-    float *g;               // (N,SCAN_WIDTH) gradient of the state
+    float *d_h;             // (N,SCAN_WIDTH) gradient of the state
     float d_D[SCAN_WIDTH];
     float *parts; // (T,2N) what these channels add to d_B and d_C
 } ScanBlock;
@@ -705,8 +732,8 @@ OPERATION void recurrence_again(float *h, float *decay, const float *before, con
         }
 }
 
-// One row back, by the equations below. k->g comes in as decay_{t+1} g_{t+1} and leaves as
-// decay_t g_t. h, decay: of this row; before: the state before it.
+// One row back, by the equations above. k->d_h comes in as decay_{t+1} d_h_{t+1} and leaves as
+// decay_t d_h_t. h, decay: of this row; before: the state before it.
 OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float *d_y, const Scan *s,
                                    size_t row, const float *h, const float *decay,
                                    const float *before) {
@@ -720,13 +747,13 @@ OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float 
         k->d_D[i] += dy * u;
         for (int n = 0; n < s->N; n++) {
             size_t at = (size_t)n * SCAN_WIDTH + i;
-            float g = C[n] * dy + k->g[at], d_decay = g * before[at];
+            float d_h = C[n] * dy + k->d_h[at], d_decay = d_h * before[at];
             d_C[n] += dy * h[at];
-            d_B[n] += g * delta * u;
-            d_u += g * delta * B[n];
-            d_delta += d_decay * decay[at] * k->A[at] + g * B[n] * u;
+            d_B[n] += d_h * delta * u;
+            d_u += d_h * delta * B[n];
+            d_delta += d_decay * decay[at] * k->A[at] + d_h * B[n] * u;
             k->d_A[at] += d_decay * decay[at] * delta;
-            k->g[at] = decay[at] * g;
+            k->d_h[at] = decay[at] * d_h;
         }
         d->d_u[te] = d_u;
         d->d_delta[te] = d_delta;
@@ -844,18 +871,7 @@ static void scan(float *y, const LayerState *seq, const Scan *s, float *carry) {
     }
 }
 
-// --- backward. With g_t the gradient of h_t, which flows back through time:
-//
-//     g_t = C_t d_y_t + decay_{t+1} g_{t+1}
-//     d_C_t = sum over e of d_y_t h_t              d_B_t = sum over e of g_t delta_t u_t
-//     d_u_t = D d_y_t + sum over n of g_t delta_t B_t
-//     d_delta_t = sum over n of g_t (decay_t A h_{t-1} + B_t u_t)
-//     d_A = sum over t of g_t decay_t delta_t h_{t-1}          d_D = sum over t of d_y_t u_t
-//
-// and d_A_log = d_A A, since A = -exp(A_log). All of this needs every h_t, and none was stored. So
-// walk forward once and keep the state at the start of every chunk of SCAN_CHUNK steps. Then, from
-// the last chunk to the first: walk the chunk forward again (recurrence_again), now keeping its few
-// states, and walk it backward (recurrence_backward). The price is two more walks forward.
+// --- the backward pass as a whole; its equations stand above recurrence_again()
 //
 // A task is SCAN_WIDTH channels of all sequences. d_B and d_C sum over channels: each task leaves
 // its part, and the parts are added in a fixed order. Memory is E N L / SCAN_CHUNK floats for the
@@ -885,7 +901,7 @@ static ScanBlock scan_block(float *scratch, const Scan *s, int task) {
                        .decays = decays,
                        .A = A,
                        .d_A = A + step,
-                       .g = A + 2 * step,
+                       .d_h = A + 2 * step,
                        .parts = parts};
 }
 
@@ -904,7 +920,7 @@ static void scan_backward_sequence(ScanBlock *k, const ScanGrad *d, const float 
     const size_t step = (size_t)N * SCAN_WIDTH, row = (size_t)b * L;
     float *d_h = d->d_h + (size_t)b * N * E;
     scan_gather(k->starts, h0 + (size_t)b * N * E, k, N, E);
-    scan_gather(k->g, d_h, k, N, E);
+    scan_gather(k->d_h, d_h, k, N, E);
     for (int t = 0; t < (chunks - 1) * SCAN_CHUNK; t++) { // in place; copied where a chunk starts
         float *at = k->starts + step * (t / SCAN_CHUNK + 1);
         recurrence_again(at, NULL, t % SCAN_CHUNK ? at : at - step, k, s, row + t);
@@ -922,7 +938,7 @@ static void scan_backward_sequence(ScanBlock *k, const ScanGrad *d, const float 
         }
     }
     for (int n = 0; n < N; n++)
-        memcpy(d_h + (size_t)n * E + k->e0, k->g + (size_t)n * SCAN_WIDTH,
+        memcpy(d_h + (size_t)n * E + k->e0, k->d_h + (size_t)n * SCAN_WIDTH,
                (size_t)k->width * sizeof *d_h);
 }
 
@@ -963,6 +979,10 @@ static void scan_backward(const ScanGrad *d, const float *d_y, const Scan *s, co
 // from piece to piece of a long prompt, is State: of each layer h and the window of the
 // convolution. Its size does not depend on how much was read.
 
+// What mamba_watch() calls before the scan of each layer of a pass: s has what the layer selected
+// for each token, seq (B) the states before the first one.
+typedef void LayerWatcher(void *context, int layer, const LayerState *seq, const Scan *s);
+
 // The arrays that a layer writes in a pass over B sequences of L tokens. Prefill and step use one
 // Work for all layers. Training has one for each layer, because the backward pass needs what the
 // forward pass computed.
@@ -982,6 +1002,8 @@ typedef struct Work {
     const int32_t *ids;  // (T) the tokens
     float *selection;    // (T) += the mean of delta over the channels; NULL: not wanted
     int selection_layer; // of this layer; -1: of all layers
+    LayerWatcher *watch; // sees every layer of a pass; NULL: none
+    void *watch_context;
     bool state_only;     // nobody reads the residual stream after the last layer
     bool for_each_layer; // the Work of the next layer follows; else all layers use this one
 } Work;
@@ -1067,6 +1089,11 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
         add_row_means(w->selection, w->delta, w->selection_layer < 0 ? c->n_layer : 1, T, E);
     // y = the scan of u; g = y * silu(z)
     Scan s = {w->u, w->delta, p->A_neg, B_ssm, C_ssm, f32(&p->D_skip), (size_t)P, B, L, E, N};
+    if (w->watch) {
+#pragma omp barrier
+#pragma omp single
+        w->watch(w->watch_context, layer, seq, &s);
+    }
     scan(state_only ? NULL : w->y, seq, &s, w->carry);
     if (state_only) return;
     gate(w->g, w->y, w->xz, rows, E);
@@ -1076,14 +1103,14 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
 }
 
 // The model up to its last norm, for prefill (B = 1), step (L = 1) and training: B sequences of L
-// tokens w->ids (T), states seq (n_layer,B). Returns the residual stream (T,D).
+// tokens w->ids (T), states seq (n_layer,B). Returns the residual stream after all layers (T,D).
 static const float *forward(const Model *m, Work *w, const LayerState *seq, int B, int L) {
     embed(w->res, w->ids, &m->embedding, B * L);
     for (int layer = 0; layer < m->config.n_layer; layer++) {
         block(m, layer, w, seq + (size_t)layer * B, B, L);
         if (w->for_each_layer) w++; // its res is this one's next
     }
-    return w->res; // of training: the last Work, which has only res
+    return w->res; // next is res where one Work serves all layers, else the res of the Work after
 }
 
 // --- sequences and what runs them
@@ -1096,7 +1123,7 @@ typedef struct State { // one sequence at one moment; a single allocation, made 
     Utf8Pending pending;              // bytes of a character that is not finished
     struct Acts *newer_on; // whose GPU has newer numbers than are here; NULL: these are the newest
     float *logits;         // (V) after the last token
-    float *conv;           // (n_layer,K-1,E) windows
+    float *window;         // (n_layer,K-1,E) the last inputs of the convolutions
     float *h;              // (n_layer,N,E)
     float data[];
 } State;
@@ -1139,7 +1166,7 @@ static int state_fetch(const State *s) {
     State *to = (State *)(uintptr_t)s; // what s means stays the same
     Acts *a = s->newer_on;
     to->newer_on = NULL;
-    return a && GPU->get_state(a->gpu, to->conv, to->h, to->logits) ? gpu_failed() : 0;
+    return a && GPU->get_state(a->gpu, to->window, to->h, to->logits) ? gpu_failed() : 0;
 }
 
 // The numbers of s are about to be set here: those on the GPU no longer count.
@@ -1190,7 +1217,7 @@ static void layer_states(LayerState *seq, const Model *m, State *const *s, int B
     for (int layer = 0; layer < c->n_layer; layer++)
         for (int b = 0; b < B; b++)
             seq[(size_t)layer * B + b] =
-                (LayerState){s[b]->conv + window * layer, s[b]->h + NE * layer};
+                (LayerState){s[b]->window + window * layer, s[b]->h + NE * layer};
 }
 
 // The logits of every row of res (L,D), LOGIT_ROWS at a time, for visit; the last ones stay in s.
@@ -1265,7 +1292,8 @@ static int prefill_gpu(Acts *a, State *s, const int32_t *ids, size_t n, LogitsVi
     State *there = a->gpu_state;
     if (there != s || s->newer_on != a) {
         if (there && there != s && there->newer_on == a && state_fetch(there)) return -1;
-        if (state_fetch(s) || GPU->set_state(a->gpu, s->conv, s->h, s->logits)) return gpu_failed();
+        if (state_fetch(s) || GPU->set_state(a->gpu, s->window, s->h, s->logits))
+            return gpu_failed();
         a->gpu_state = s;
     }
     s->newer_on = a;
@@ -1336,6 +1364,16 @@ COLD_END
 // Weights, gradients and the optimizer's two moments are four arrays of one layout, all float32. A
 // pass takes B sequences of L tokens. Of each layer the forward pass keeps its Work. The backward
 // pass computes the rest again: norms, the convolution before SiLU, and all states of the scan.
+//
+// A sequence may be longer than the memory for Works allows: it is then cut into chunks. What comes
+// before a chunk reaches it only through the states, h and the window of each layer. So the loss
+// depends on an earlier chunk only through the states at the border, and the chain rule needs
+// nothing but the gradient of these states, d_h and d_window. First the chunks run forward in
+// order, and only the states at their starts are kept. Then, from the last chunk to the first, each
+// runs forward again from its start, now keeping its Works, and backward, from the d_h and d_window
+// that the chunk after it left. The gradient is exact, not cut off at the borders. The price is one
+// more forward pass of all chunks but the last. The memory is that of one chunk, and of the states
+// at every start: n_layer (N + K - 1) E floats a sequence, 3 MB for 130M parameters.
 
 typedef struct {
     uint64_t seed;
@@ -1407,15 +1445,19 @@ enum { LOSS_ROWS = 128 }; // rows of logits that exist at a time
 typedef struct Trainer {
     Model *model, *gradient; // gradient: the same tensors, holding d_ of each
     float *moment, *moment2; // AdamW's, in the same layout
-    int B, L, threads;       // a pass has T = B L rows
+    int B, L, threads;       // sequences of a pass, tokens of each
+    int chunk;               // of these, so many at a time; 0: all
+    int steps;               // tokens of each sequence in the chunk in hand, which has T = B steps
     GpuTrainer *gpu;         // where everything below and the arenas live instead; NULL: here
     bool gpu_newer;          // weights and moments on the GPU are newer than those here
     uint64_t step;           // optimizer steps taken
     Work *work;              // (n_layer + 1) what backward needs of each layer; of the last, res
+    int32_t *ids, *targets;  // (T) of the chunk in hand
     LayerState *seq;         // (n_layer,B) states of a pass
-    float *h0, *window0;     // (B,N,E), (B,K-1,E) before the first token, in all layers; zeros
+    float *h0, *window0;     // (chunks,n_layer,B,N,E), (chunks,n_layer,B,K-1,E): the states at the
+                             // start of each chunk; those of the first are zeros
     float *h, *window;       // (n_layer,B,N,E), (n_layer,B,K-1,E): where seq points
-    float *d_h, *d_window;   // (B,N,E), (B,K-1,E) of the layer in hand
+    float *d_h, *d_window;   // the same shapes: gradients of the states after the chunk in hand
     float *d_res, *d_xn;     // (T,D)
     float *d_xz;             // (T,2E)
     float *d_u, *d_delta;    // (T,E)
@@ -1427,193 +1469,174 @@ typedef struct Trainer {
     float *logits;           // (LOSS_ROWS,V), then their gradient
     float *scan;             // scratch of the scan
     void *arena;             // of everything from work on
-} Trainer;
+} Trainer;                   // made by mamba_trainer_new(), see files/trainer.h
 
+COLD
 #include "files/trainer.h"
-
-void mamba_trainer_free(Trainer *x) {
-    if (!x) return;
-    if (x->gpu) GPU->trainer_close(x->gpu);
-    mamba_free(x->gradient);
-    free_aligned(x->moment);
-    free_aligned(x->moment2);
-    free_aligned(x->arena);
-    free(x);
-}
-
-// Passes from now on have B sequences of L tokens. 0, or -1 after fail().
-int mamba_trainer_resize(Trainer *x, int B, int L) {
-    x->B = B;
-    x->L = L;
-    if (x->gpu) return GPU->trainer_resize(x->gpu, B, L) ? gpu_failed() : 0;
-    Arena arena = {NULL, 0};
-    trainer_layout(x, &arena);
-    free_aligned(x->arena);
-    x->arena = alloc_aligned(arena.used);
-    if (!x->arena) return -1;
-    arena = (Arena){x->arena, 0};
-    trainer_layout(x, &arena);
-    return 0;
-}
-
-// The same on the GPU, with bf16 products unless float32: m's weights and the moments here are then
-// old until mamba_trainer_fetch. NULL after fail().
-Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, bool float32) {
-    if (!GPU) return fail("this build has no GPU backend: make cuda"), NULL;
-    Trainer *x = calloc(1, sizeof *x);
-    if (!x) return fail("out of memory"), NULL;
-    *x = (Trainer){.model = m, .B = B, .L = L, .threads = 1};
-    x->moment = alloc_aligned(m->tensors_bytes);
-    x->moment2 = alloc_aligned(m->tensors_bytes);
-    if (x->moment && x->moment2) {
-        x->gpu = GPU->trainer_open(m, B, L, float32);
-        if (x->gpu) return x;
-        gpu_failed();
-    }
-    mamba_trainer_free(x);
-    return NULL;
-}
-
-// Weights and moments from the GPU to the host, or, store: the other way. Nothing to do without
-// one. 0, or -1 after fail().
-int mamba_trainer_fetch(Trainer *x, bool store) {
-    if (!x->gpu || (!store && !x->gpu_newer)) return 0;
-    float *weights = x->model->weights;
-    int bad = store ? GPU->trainer_set(x->gpu, weights, x->moment, x->moment2)
-                    : GPU->trainer_get(x->gpu, weights, x->moment, x->moment2, NULL);
-    if (bad) return gpu_failed();
-    x->gpu_newer = false;
-    if (!store) refresh_derived(x->model);
-    return 0;
-}
-
-// Trains m (float32, in memory) in place, B sequences of L tokens a pass. NULL after fail().
-Trainer *mamba_trainer_new(Model *m, int B, int L, int threads) {
-    Trainer *x = calloc(1, sizeof *x);
-    if (!x) return fail("out of memory"), NULL;
-    *x = (Trainer){.model = m, .threads = threads > 0 ? threads : mamba_default_threads()};
-    x->gradient = blank_model(&m->config);
-    x->moment = alloc_aligned(m->tensors_bytes);
-    x->moment2 = alloc_aligned(m->tensors_bytes);
-    if (x->gradient && x->moment && x->moment2 && mamba_trainer_resize(x, B, L) == 0) return x;
-    mamba_trainer_free(x);
-    return NULL;
-}
+COLD_END
 
 static float *grad(const Tensor *w) { return (float *)(uintptr_t)w->data; } // NULL: an absent bias
 
-// The states of all layers before the first token.
-static void trainer_start(Trainer *x) {
-    const Config *c = &x->model->config;
-    const size_t NE = (size_t)c->N * c->E, window = (size_t)(c->K - 1) * c->E;
+// Number of chunks, and where the states of a layer at the start of a chunk lie, of all sequences.
+static int chunks_of(const Trainer *tr) {
+    return tr->chunk ? (tr->L + tr->chunk - 1) / tr->chunk : 1;
+}
+static LayerState start_of(const Trainer *tr, int chunk, int layer) {
+    const Config *c = &tr->model->config;
+    const size_t at = ((size_t)chunk * c->n_layer + layer) * tr->B * c->E;
+    return (LayerState){tr->window0 + at * (c->K - 1), tr->h0 + at * c->N};
+}
+
+// Copies n floats; a team shares the loop.
+static void copy_state(float *to, const float *from, size_t n) {
 #pragma omp for
-    for (int i = 0; i < c->n_layer * x->B; i++) {
-        int b = i % x->B;
-        memcpy(x->seq[i].h, x->h0 + b * NE, NE * sizeof(float));
-        memcpy(x->seq[i].window, x->window0 + b * window, window * sizeof(float));
+    for (size_t i = 0; i < n; i++) to[i] = from[i];
+}
+
+// One chunk forward, from the states at its start. Those at its end become the start of the next.
+static const float *chunk_forward(Trainer *tr, int chunk) {
+    const Config *c = &tr->model->config;
+    const size_t floats = (size_t)c->n_layer * tr->B * c->E, NE = c->N * floats;
+    const size_t windows = (c->K - 1) * floats;
+    const LayerState start = start_of(tr, chunk, 0);
+    copy_state(tr->h, start.h, NE);
+    copy_state(tr->window, start.window, windows);
+    const float *res = forward(tr->model, tr->work, tr->seq, tr->B, tr->steps);
+    if (chunk + 1 < chunks_of(tr)) {
+        const LayerState next = start_of(tr, chunk + 1, 0);
+        copy_state(next.h, tr->h, NE);
+        copy_state(next.window, tr->window, windows);
     }
+    return res;
 }
 
 // block() backwards, line by line from its end. d_res: the gradient after the layer, becomes that
-// before it. d_h: that of the states after it, becomes that of h0. d_window gets that of window0.
-static void block_backward(Trainer *x, int layer) {
-    const Config *c = &x->model->config;
-    const Layer *p = &x->model->layer[layer], *d = &x->gradient->layer[layer];
-    const Work *w = &x->work[layer];
-    const int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N, T = x->B * x->L;
+// before it. The layer's d_h and d_window: those of the states at the end of the chunk, become
+// those at its start.
+static void block_backward(Trainer *tr, int layer, int chunk) {
+    const Config *c = &tr->model->config;
+    const Layer *p = &tr->model->layer[layer], *d = &tr->gradient->layer[layer];
+    const Work *w = &tr->work[layer];
+    const int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N,
+              T = tr->B * tr->steps;
     const Rows rows = {T, false, w->packed};
+    const LayerState start = start_of(tr, chunk, layer);
+    float *d_h = tr->d_h + (size_t)layer * tr->B * N * E;
+    float *d_window = tr->d_window + (size_t)layer * tr->B * (K - 1) * E;
 
     // next = res + out_proj(g): d_g (in d_y); then g again, which the weight's gradient needs
-    matmul_backward(&(MatmulGrad){.d_x = x->d_y}, x->d_res, (size_t)D, NULL, (size_t)E,
+    matmul_backward(&(MatmulGrad){.d_x = tr->d_y}, tr->d_res, (size_t)D, NULL, (size_t)E,
                     &p->out_proj, rows);
-    gate_backward(x->d_y, x->d_xz, w->g, x->d_y, w->y, w->xz, T, E);
+    gate_backward(tr->d_y, tr->d_xz, w->g, tr->d_y, w->y, w->xz, T, E);
     MatmulGrad d_out = {.d_W = grad(&d->out_proj), .d_bias = grad(&d->out_bias)};
-    matmul_backward(&d_out, x->d_res, (size_t)D, w->g, (size_t)E, &p->out_proj, rows);
+    matmul_backward(&d_out, tr->d_res, (size_t)D, w->g, (size_t)E, &p->out_proj, rows);
 
-    Scan s = {w->u, w->delta, p->A_neg, w->xdb + R, w->xdb + R + N, f32(&p->D_skip), (size_t)P,
-              x->B, x->L,     E,        N};
-    ScanGrad d_scan = {x->d_u,          x->d_delta,       x->d_xdb + R, x->d_xdb + R + N,
-                       grad(&d->A_log), grad(&d->D_skip), x->d_h,       x->scan};
-    scan_backward(&d_scan, x->d_y, &s, x->h0);
+    Scan s = {w->u,  w->delta,  p->A_neg, w->xdb + R, w->xdb + R + N, f32(&p->D_skip), (size_t)P,
+              tr->B, tr->steps, E,        N};
+    ScanGrad d_scan = {tr->d_u,         tr->d_delta,      tr->d_xdb + R, tr->d_xdb + R + N,
+                       grad(&d->A_log), grad(&d->D_skip), d_h,           tr->scan};
+    scan_backward(&d_scan, tr->d_y, &s, start.h);
 
-    softplus_backward(x->d_delta, w->delta, T, E);
-    sum_rows(grad(&d->dt_bias), x->d_delta, (size_t)E, T, E);
-    MatmulGrad d_dt = {.d_x = x->d_xdb, .d_W = grad(&d->dt_proj)};
-    matmul_backward(&d_dt, x->d_delta, (size_t)E, w->xdb, (size_t)P, &p->dt_proj, rows);
+    softplus_backward(tr->d_delta, w->delta, T, E);
+    sum_rows(grad(&d->dt_bias), tr->d_delta, (size_t)E, T, E);
+    MatmulGrad d_dt = {.d_x = tr->d_xdb, .d_W = grad(&d->dt_proj)};
+    matmul_backward(&d_dt, tr->d_delta, (size_t)E, w->xdb, (size_t)P, &p->dt_proj, rows);
     for (int part = 0; part < 3 && (c->flags & FLAG_MIXER_NORM); part++) {
         int at = part ? R + (part - 1) * N : 0, n = part ? N : R; // dt_low, B_ssm, C_ssm
-        rmsnorm_backward(&(NormGrad){.d_x = x->d_xdb + at, .scale = x->scale}, x->d_xdb + at,
+        rmsnorm_backward(&(NormGrad){.d_x = tr->d_xdb + at, .scale = tr->scale}, tr->d_xdb + at,
                          w->raw + at, NULL, c->mixer_eps, T, n, (size_t)P);
     }
-    MatmulGrad d_x_proj = {.d_x = x->d_u, .add = true, .d_W = grad(&d->x_proj)};
-    matmul_backward(&d_x_proj, x->d_xdb, (size_t)P, w->u, (size_t)E, &p->x_proj, rows);
+    MatmulGrad d_x_proj = {.d_x = tr->d_u, .add = true, .d_W = grad(&d->x_proj)};
+    matmul_backward(&d_x_proj, tr->d_xdb, (size_t)P, w->u, (size_t)E, &p->x_proj, rows);
 
-    Conv conv = {w->xz, p->conv_t, f32(&p->conv_bias), x->B, x->L, E, K};
-    ConvGrad d_conv = {x->d_xz, grad(&d->conv), grad(&d->conv_bias), x->d_window, x->d_c};
-    conv1d_silu_backward(&d_conv, x->d_u, x->window0, &conv);
+    Conv conv = {w->xz, p->conv_t, f32(&p->conv_bias), tr->B, tr->steps, E, K};
+    ConvGrad d_conv = {tr->d_xz, grad(&d->conv), grad(&d->conv_bias), d_window, tr->d_c};
+    conv1d_silu_backward(&d_conv, tr->d_u, start.window, &conv);
 
     rmsnorm(w->xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D); // again
-    MatmulGrad d_in = {.d_x = x->d_xn, .d_W = grad(&d->in_proj), .d_bias = grad(&d->in_bias)};
-    matmul_backward(&d_in, x->d_xz, 2 * (size_t)E, w->xn, (size_t)D, &p->in_proj, rows);
-    NormGrad d_norm = {x->d_res, true, grad(&d->norm), x->scale};
-    rmsnorm_backward(&d_norm, x->d_xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D);
+    MatmulGrad d_in = {.d_x = tr->d_xn, .d_W = grad(&d->in_proj), .d_bias = grad(&d->in_bias)};
+    matmul_backward(&d_in, tr->d_xz, 2 * (size_t)E, w->xn, (size_t)D, &p->in_proj, rows);
+    NormGrad d_norm = {tr->d_res, true, grad(&d->norm), tr->scale};
+    rmsnorm_backward(&d_norm, tr->d_xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D);
 }
 
 // The head and the loss, LOSS_ROWS rows at a time, after the last layer's res (T,D): losses (T),
 // and, where backward, d_res and the gradients of head and norm_f.
-static void loss_pass(Trainer *x, const float *res, const int32_t *targets, float weight,
+static void loss_pass(Trainer *tr, const float *res, const int32_t *targets, float weight,
                       bool backward) {
-    Model *m = x->model, *d = x->gradient;
-    const int D = m->config.D, V = m->config.V, T = x->B * x->L;
+    Model *m = tr->model, *d = tr->gradient;
+    const int D = m->config.D, V = m->config.V, T = tr->B * tr->steps;
     const float eps = m->config.norm_eps;
-    float *xn_of_all = x->work->xn;
+    float *xn_of_all = tr->work->xn;
     rmsnorm(xn_of_all, res, f32(&m->norm_f), eps, T, D, (size_t)D);
     for (int t = 0; t < T; t += LOSS_ROWS) {
-        const Rows rows = {T - t < LOSS_ROWS ? T - t : LOSS_ROWS, false, x->work->packed};
+        const Rows rows = {T - t < LOSS_ROWS ? T - t : LOSS_ROWS, false, tr->work->packed};
         const float *xn = xn_of_all + (size_t)t * D;
-        matmul(x->logits, (size_t)V, xn, (size_t)D, &m->head, NULL, rows);
-        cross_entropy(x->losses + t, x->logits, targets + t, weight, rows.T, V);
-        MatmulGrad d_head = {.d_x = x->d_xn + (size_t)t * D, .d_W = grad(&d->head)};
-        if (backward) matmul_backward(&d_head, x->logits, (size_t)V, xn, (size_t)D, &m->head, rows);
+        matmul(tr->logits, (size_t)V, xn, (size_t)D, &m->head, NULL, rows);
+        cross_entropy(tr->losses + t, tr->logits, targets + t, weight, rows.T, V);
+        MatmulGrad d_head = {.d_x = tr->d_xn + (size_t)t * D, .d_W = grad(&d->head)};
+        if (backward)
+            matmul_backward(&d_head, tr->logits, (size_t)V, xn, (size_t)D, &m->head, rows);
     }
-    NormGrad d_norm = {x->d_res, false, grad(&d->norm_f), x->scale};
-    if (backward) rmsnorm_backward(&d_norm, x->d_xn, res, f32(&m->norm_f), eps, T, D, (size_t)D);
+    NormGrad d_norm = {tr->d_res, false, grad(&d->norm_f), tr->scale};
+    if (backward) rmsnorm_backward(&d_norm, tr->d_xn, res, f32(&m->norm_f), eps, T, D, (size_t)D);
+}
+
+// One chunk of all sequences: forward only, to know the states at its end; forward and the loss; or
+// both and backward. Returns the sum of its losses.
+typedef enum { STATES, LOSS, BACKWARD } ChunkPass;
+static double chunk_pass(Trainer *tr, int chunk, const int32_t *ids, const int32_t *targets,
+                         float weight, ChunkPass kind) {
+    const Config *c = &tr->model->config;
+    const int t0 = chunk * tr->chunk, rest = tr->L - t0;
+    tr->steps = tr->chunk && rest > tr->chunk ? tr->chunk : rest;
+    const int T = tr->B * tr->steps, team = (double)tr->model->n_params * T < 4e6 ? 1 : tr->threads;
+    (void)team;
+    for (int b = 0; b < tr->B; b++) {
+        const size_t from = (size_t)b * tr->L + t0, bytes = (size_t)tr->steps * sizeof *ids;
+        memcpy(tr->ids + (size_t)b * tr->steps, ids + from, bytes);
+        memcpy(tr->targets + (size_t)b * tr->steps, targets + from, bytes);
+    }
+#pragma omp parallel num_threads(team)
+    {
+        const float *res = chunk_forward(tr, chunk);
+        if (kind != STATES) loss_pass(tr, res, tr->targets, weight, kind == BACKWARD);
+        for (int layer = c->n_layer - 1; layer >= 0 && kind == BACKWARD; layer--)
+            block_backward(tr, layer, chunk);
+        if (kind == BACKWARD)
+            embed_backward(grad(&tr->gradient->embedding), tr->d_res, tr->ids, T, c->D);
+    }
+    double sum = 0;
+    for (int t = 0; t < T && kind != STATES; t++) sum += (double)tr->losses[t];
+    return sum;
 }
 
 // Adds to the gradient that of weight * the sum of -log p(targets), for B L rows of ids; targets
 // of -1 do not count. Returns the sum of the losses (without weight); NaN where a GPU failed, after
 // fail(). backward false: the loss only. ids and targets must be below V.
-double mamba_train_pass(Trainer *x, const int32_t *ids, const int32_t *targets, float weight,
+double mamba_train_pass(Trainer *tr, const int32_t *ids, const int32_t *targets, float weight,
                         bool backward) {
-    const Config *c = &x->model->config;
-    const int T = x->B * x->L;
+    const Config *c = &tr->model->config;
+    const int chunks = chunks_of(tr);
     double sum = 0;
-    if (x->gpu)
-        return GPU->train_pass(x->gpu, ids, targets, weight, backward, &sum) ? (gpu_failed(), NAN)
-                                                                             : sum;
-    int team = (double)x->model->n_params * T < 4e6 ? 1 : x->threads;
-    (void)team;
-    for (int layer = 0; layer < c->n_layer; layer++) x->work[layer].ids = ids;
-#pragma omp parallel num_threads(team)
-    {
-        trainer_start(x);
-        const float *res = forward(x->model, x->work, x->seq, x->B, x->L);
-        loss_pass(x, res, targets, weight, backward);
-        for (int layer = c->n_layer - 1; layer >= 0 && backward; layer--) {
-#pragma omp single
-            memset(x->d_h, 0, (size_t)x->B * c->N * c->E * sizeof(float)); // nothing comes after
-            block_backward(x, layer);
-        }
-        if (backward) embed_backward(grad(&x->gradient->embedding), x->d_res, ids, T, c->D);
-    }
-    for (int t = 0; t < T; t++) sum += (double)x->losses[t];
+    if (tr->gpu)
+        return GPU->train_pass(tr->gpu, ids, targets, weight, backward, &sum) ? (gpu_failed(), NAN)
+                                                                              : sum;
+    memset(tr->d_h, 0, (size_t)c->n_layer * tr->B * c->N * c->E * sizeof(float));
+    memset(tr->d_window, 0, (size_t)c->n_layer * tr->B * (c->K - 1) * c->E * sizeof(float));
+    for (int chunk = 0; chunk < chunks - 1 && backward; chunk++)
+        chunk_pass(tr, chunk, ids, targets, weight, STATES);
+    for (int chunk = chunks - 1; chunk >= 0 && backward; chunk--)
+        sum += chunk_pass(tr, chunk, ids, targets, weight, BACKWARD);
+    for (int chunk = 0; chunk < chunks && !backward; chunk++)
+        sum += chunk_pass(tr, chunk, ids, targets, weight, LOSS);
     return sum;
 }
 
 // --- AdamW (Loshchilov & Hutter 2019)
 
 typedef struct {
-    const Trainer *x;
+    const Trainer *tr;
     const AdamW *how;
     double squares;         // of all gradients
     float scale;            // what clipping leaves of them
@@ -1628,7 +1651,7 @@ static float *beside(const AdamWPass *p, const Tensor *w, float *arena) {
 
 static void norm_tensor(void *context, const TensorInfo *info, Tensor *w) {
     AdamWPass *p = context;
-    double sum = sum_squares(beside(p, w, p->x->gradient->weights), tensor_elements(w));
+    double sum = sum_squares(beside(p, w, p->tr->gradient->weights), tensor_elements(w));
     if (!(sum - sum == 0) && !p->bad[0]) tensor_label(p->bad, info);
     p->squares += sum;
 }
@@ -1636,50 +1659,50 @@ static void norm_tensor(void *context, const TensorInfo *info, Tensor *w) {
 static void adamw_tensor(void *context, const TensorInfo *info, Tensor *w) {
     AdamWPass *p = context;
     const AdamW *how = p->how;
-    float *weights = beside(p, w, p->x->model->weights),
-          *gradients = beside(p, w, p->x->gradient->weights);
-    float *moments = beside(p, w, p->x->moment), *moments2 = beside(p, w, p->x->moment2);
+    float *weights = beside(p, w, p->tr->model->weights),
+          *gradients = beside(p, w, p->tr->gradient->weights);
+    float *moments = beside(p, w, p->tr->moment), *moments2 = beside(p, w, p->tr->moment2);
     float keep = info->decays ? 1 - how->rate * how->decay : 1,
           rate = (float)(how->rate / p->unbias);
     float root = (float)(1 / sqrt(p->unbias2)), scale = p->scale;
     float beta1 = how->beta1, beta2 = how->beta2, epsilon = how->epsilon;
-#pragma omp parallel for num_threads(p->x->threads)
+#pragma omp parallel for num_threads(p->tr->threads)
     for (int row = 0; row < w->rows; row++) {
         size_t at = (size_t)row * w->cols;
-        float *restrict weight = weights + at, *restrict g = gradients + at,
+        float *restrict weight = weights + at, *restrict gradient = gradients + at,
                         *restrict m = moments + at, *restrict v = moments2 + at;
         for (int i = 0; i < w->cols; i++) {
-            float gi = g[i] * scale;
-            m[i] = beta1 * m[i] + (1 - beta1) * gi;
-            v[i] = beta2 * v[i] + (1 - beta2) * gi * gi;
+            float d_w = gradient[i] * scale;
+            m[i] = beta1 * m[i] + (1 - beta1) * d_w;
+            v[i] = beta2 * v[i] + (1 - beta2) * d_w * d_w;
             weight[i] = weight[i] * keep - rate * m[i] / (sqrtf(v[i]) * root + epsilon);
-            g[i] = 0;
+            gradient[i] = 0;
         }
     }
 }
 
 // One step against the gradient, which is cleared. *norm gets its length before clipping. 0, or -1
 // after fail() with the weights untouched, where a gradient is not finite.
-int mamba_train_step(Trainer *x, const AdamW *how, double *norm) {
-    if (x->gpu) {
-        x->gpu_newer = true;
-        if (GPU->train_step(x->gpu, how, x->step + 1, norm)) return gpu_failed();
-        x->step++;
+int mamba_train_step(Trainer *tr, const AdamW *how, double *norm) {
+    if (tr->gpu) {
+        tr->gpu_newer = true;
+        if (GPU->train_step(tr->gpu, how, tr->step + 1, norm)) return gpu_failed();
+        tr->step++;
         return 0;
     }
-    AdamWPass p = {.x = x, .how = how, .scale = 1, .base = x->model->weights};
-    each_tensor(x->model, norm_tensor, &p);
+    AdamWPass p = {.tr = tr, .how = how, .scale = 1, .base = tr->model->weights};
+    each_tensor(tr->model, norm_tensor, &p);
     *norm = sqrt(p.squares);
     if (p.bad[0])
-        return fail("step %llu: the gradient of %s is not finite", (unsigned long long)x->step + 1,
+        return fail("step %llu: the gradient of %s is not finite", (unsigned long long)tr->step + 1,
                     p.bad);
     if (how->clip > 0 && *norm > how->clip) p.scale = (float)(how->clip / (*norm + 1e-6));
-    x->step++;
-    p.unbias = 1 - pow(how->beta1, (double)x->step);
-    p.unbias2 = 1 - pow(how->beta2, (double)x->step);
-    each_tensor(x->model, adamw_tensor, &p);
-    if (x->model->config.flags & FLAG_TIED) x->model->head = x->model->embedding;
-    refresh_derived(x->model);
+    tr->step++;
+    p.unbias = 1 - pow(how->beta1, (double)tr->step);
+    p.unbias2 = 1 - pow(how->beta2, (double)tr->step);
+    each_tensor(tr->model, adamw_tensor, &p);
+    if (tr->model->config.flags & FLAG_TIED) tr->model->head = tr->model->embedding;
+    refresh_derived(tr->model);
     return 0;
 }
 
@@ -1715,31 +1738,33 @@ static void penalise_recent(const State *s, float *logits, float penalty) {
     for (int i = 0; i < s->n_recent; i++) {
         bool seen = false; // a token is penalised once, however often it occurs
         for (int j = 0; j < i && !seen; j++) seen = s->recent[j] == s->recent[i];
-        float *x = &logits[s->recent[i]];
-        if (!seen) *x = *x > 0 ? *x / penalty : *x * penalty;
+        float *logit = &logits[s->recent[i]];
+        if (!seen) *logit = *logit > 0 ? *logit / penalty : *logit * penalty;
     }
 }
 
-// Candidates by probability: order[n-1] the likeliest, order[n-2] the next ... Returns how many are
-// kept.
+// What top-k, top-p and min-p keep of n candidates. On return they lie at the end of order: the
+// likeliest is order[n-1], the next order[n-2] ... Returns how many, and *kept_sum of their probs.
+// probs are after the temperature and need not add up to 1. top_p is a part of what top_k left.
 static int keep_likeliest(int32_t *order, int n, const float *probs, const Sampling *how,
-                          double *mass) {
+                          double *kept_sum) {
+    const int k = how->top_k > 0 && how->top_k < n ? how->top_k : n;
+    int sorted = 0, kept = 0; // of order, from its end
+    double sum_of_k = 0, sum = 0;
     for (int i = n / 2 - 1; i >= 0; i--) heap_down(order, n, i, probs);
-    int limit = how->top_k > 0 && how->top_k < n ? how->top_k : n, popped = 0, kept = 0;
-    double whole = 0, sum = 0;
-    for (; limit < n && popped < limit; popped++) {
-        heap_pop(order, n - popped, probs);
-        whole += probs[order[n - 1 - popped]];
+    for (; k < n && sorted < k; sorted++) { // their sum is needed first
+        heap_pop(order, n - sorted, probs);
+        sum_of_k += probs[order[n - 1 - sorted]];
     }
-    for (int i = 0; limit == n && i < n; i++) whole += probs[order[i]];
-    while (kept < limit && !(kept && sum >= how->top_p * whole)) {
-        if (kept >= popped) heap_pop(order, n - popped++, probs);
+    for (int i = 0; k == n && i < n; i++) sum_of_k += probs[order[i]];
+    while (kept < k && !(kept && sum >= how->top_p * sum_of_k)) {
+        if (kept >= sorted) heap_pop(order, n - sorted++, probs);
         float p = probs[order[n - 1 - kept]];
         if (kept && p < how->min_p * probs[order[n - 1]]) break;
         sum += p;
         kept++;
     }
-    *mass = sum;
+    *kept_sum = sum;
     return kept;
 }
 
@@ -1764,18 +1789,18 @@ static int32_t draw(const Model *m, float *logits, int32_t *order, State *s, con
     }
     if (likeliest < 0 || highest > FLT_MAX) return -1;
     if (how->temperature == 0) return likeliest;
-    double whole = 0;
-    for (int i = 0; i < n; i++) { // not divided by their sum: the random number is multiplied by it
-        float *x = &logits[order[i]];
-        *x = expf((*x - highest) / how->temperature);
-        whole += *x;
+    float *probs = logits; // times an unknown factor: the random number is multiplied by their sum
+    double sum = 0;
+    for (int i = 0; i < n; i++) {
+        probs[order[i]] = expf((logits[order[i]] - highest) / how->temperature);
+        sum += probs[order[i]];
     }
     bool all = how->top_p >= 1 && how->min_p <= 0 && (how->top_k <= 0 || how->top_k >= n);
-    int kept = all ? n : keep_likeliest(order, n, logits, how, &whole);
+    int kept = all ? n : keep_likeliest(order, n, probs, how, &sum);
     // A point between 0 and the sum: the token in whose interval it falls is drawn.
-    double point = random_unit(&s->random) * whole;
+    double point = random_unit(&s->random) * sum;
     for (int i = n - 1; i > n - kept; i--) {
-        point -= logits[order[i]];
+        point -= probs[order[i]];
         if (point < 0) return order[i];
     }
     return order[n - kept];
@@ -1799,7 +1824,7 @@ int32_t mamba_sample(const Model *m, Acts *a, State *s, const Sampling *how) {
 int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling *how, int32_t *ids,
                        int B) {
     const size_t V = (size_t)m->config.V;
-    assert(B >= 1 && B <= BATCH_MAX && B <= LOGIT_ROWS);
+    assert(B >= 1 && B <= BATCH_MAX && B <= LOGIT_ROWS && B <= a->piece);
     for (int b = 0; b < B; b++)
         if (s[b]->position == 0) return fail("nothing to continue: a state has read no token");
     int team = pass_team(m, a, B);
@@ -1812,7 +1837,7 @@ int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling 
     return 0;
 }
 
-// Text to token ids, malloc'd, for the caller to free. 0, or -1 after fail().
+// Text to token ids, for the caller to free; in an arena by mamba_release. 0, or -1 after fail().
 int mamba_encode(const Model *m, const char *text, size_t bytes, int32_t **ids, size_t *n) {
     if (!m->tokenizer) return fail("this model has no tokenizer");
     return tokenizer_encode(m->tokenizer, text, bytes, ids, n);
@@ -1866,13 +1891,13 @@ typedef struct {
 static int32_t burst_next(Burst *b, const Model *m, Acts *a, State *s, const Sampling *how) {
     if (b->at < b->n) return b->ids[b->at++];
     if (b->n == 0) {
-        unsigned char *allowed = malloc((size_t)m->config.V);
+        unsigned char *allowed = memory_get((size_t)m->config.V);
         if (!allowed) return fail("out of memory: %d tokens", m->config.V);
         for (int v = 0; v < m->config.V; v++)
             allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
         int failed = GPU->generate_start(a->gpu, 1, how, &s->random, s->position, s->recent,
                                          s->n_recent, allowed);
-        free(allowed);
+        memory_free(allowed);
         if (failed) return gpu_failed();
     }
     b->n = b->n ? 32 : 4; // few at first, so that text appears soon
@@ -1887,7 +1912,7 @@ static int32_t burst_next(Burst *b, const Model *m, Acts *a, State *s, const Sam
 // many tokens were written, or -1 after fail().
 long mamba_generate(const Model *m, Acts *a, State *s, Writing *w) {
     const bool bursts = a->gpu && !w->goes_on;
-    unsigned char *text = malloc(m->text_room + 1); // a model without a tokenizer has no text
+    unsigned char *text = memory_get(m->text_room + 1); // a model without a tokenizer has no text
     if (!text) return fail("out of memory: a token of %zu bytes", m->text_room);
     Burst burst = {.n = 0};
     long written = 0;
@@ -1907,7 +1932,7 @@ long mamba_generate(const Model *m, Acts *a, State *s, Writing *w) {
     }
     if (!failed && !w->goes_on && w->ended != ENDED_BY_EMIT)
         w->emit(w->context, -1, text, mamba_decode(m, s, -1, text));
-    free(text);
+    memory_free(text);
     return failed ? -1 : written;
 }
 
@@ -1916,6 +1941,7 @@ long mamba_generate(const Model *m, Acts *a, State *s, Writing *w) {
 
 #ifndef MAMBA_NO_MAIN
 COLD
+#include "cli/help.h"
 #include "cli/options.h"
 #include "cli/output.h"
 #include "cli/prompt.h"
@@ -1925,35 +1951,26 @@ COLD
 #include "cli/session.h"
 #include "cli/command_generate.h"
 #include "cli/inspect.h"
+#include "cli/data.h"
 #include "cli/tasks.h"
 #include "cli/eval.h"
+#include "cli/run_files.h"
 #include "cli/train.h"
 #include "cli/quantize.h"
 COLD_END
 #include "cli/bench.h"
 
 COLD
-static int run_command(int argc, char **argv) {
-    static const struct {
-        const char *name;
-        int (*run)(int, char **);
-    } command[] = {{"info", command_info},        {"tokenize", command_tokenize},
-                   {"eval", command_eval},        {"logits", command_logits},
-                   {"train", command_train},      {"bench", command_bench},
-                   {"quantize", command_quantize}};
-    if (argc > 1 && !strcmp(argv[1], "--version")) return printf("mamba.c %s\n", MAMBA_VERSION), 0;
-    for (int i = 0; i < COUNT(command) && argc > 1; i++)
-        if (!strcmp(argv[1], command[i].name)) return command[i].run(argc - 1, argv + 1);
-    return command_generate(argc, argv);
-}
+#include "cli/commands.h"
 
 #ifndef TESTING
 int main(int argc, char **argv) {
     prepare_process();
+    argv = program_arguments(&argc, argv);
     int result = run_command(argc, argv);
     if ((fflush(stdout) || ferror(stdout)) && !result)
         result = fail("stdout: cannot write: %s", strerror(errno));
-    if (result) fprintf(stderr, "mamba: %s\n", error_text);
+    if (result) fprintf(stderr, "mamba: %s\n", *error_text ? error_text : "out of memory");
     return result ? 1 : 0;
 }
 #endif

@@ -25,6 +25,7 @@
 #include "tests/test_gradients.h"
 #include "tests/test_state.h"
 #include "tests/test_loader.h"
+#include "tests/test_memory.h"
 #include "tests/test_quantiser.h"
 #include "tests/test_tokenizer.h"
 #include "tests/test_sampler.h"
@@ -38,12 +39,19 @@ int main(int argc, char **argv) {
         const char *name;
         void (*run)(void);
     } group[] = {
-        {"vectors", test_vectors},     {"kernels", test_kernels},
-        {"scan", test_scan},           {"plain", test_plain},
-        {"model", test_model},         {"gradients", test_gradients},
-        {"state", test_state},         {"loader", test_loader},
-        {"quantiser", test_quantiser}, {"tokenizer", test_tokenizer},
-        {"sampler", test_sampler},     {"command line", test_command_line},
+        {"vectors", test_vectors},
+        {"kernels", test_kernels},
+        {"scan", test_scan},
+        {"plain", test_plain},
+        {"model", test_model},
+        {"gradients", test_gradients},
+        {"state", test_state},
+        {"loader", test_loader},
+        {"memory", test_memory},
+        {"quantiser", test_quantiser},
+        {"tokenizer", test_tokenizer},
+        {"sampler", test_sampler},
+        {"command line", test_command_line},
 #ifdef MAMBA_CUDA
         {"cuda", test_cuda},
 #endif

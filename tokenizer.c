@@ -6,7 +6,7 @@
 // What it is not: a trainer (see dev/train_bpe.py). It knows no other model, normalizer or
 // pre-tokenizer. export.py refuses a tokenizer that cannot be reproduced exactly.
 //
-// mamba.c includes this file. Before it, mamba.c defines fail() and u32_at().
+// mamba.c includes this file. Before it come fail(), u32_at() and files/memory.h.
 //
 // A text goes through five steps. Only the ids are kept for the whole text.
 //   1. Added tokens cut the raw text.
@@ -206,12 +206,13 @@ static int alphabet_byte(uint32_t c) {
 // in files/unicode.h were read from the library itself. Opening a tokenizer expands them, in 0.3
 // ms, to one byte of class bits for each code point.
 
-enum { LETTER = 1, NUMBER = 2, SPACE = 4, WORD = 8, PUNCT = 16, NFC_UNSAFE = 32 };
+enum { LETTER = 1, NUMBER = 2, SPACE = 4, IN_WORD = 8, PUNCT = 16, NFC_UNSAFE = 32 };
 
 #include "files/unicode.h"
 
-// One character is six bits: 0-9 A-Z a-z + -.
+// One character is six bits: 0-9 A-Z a-z + -. A table is in pieces, with NULs between them.
 static uint32_t table_digit(const char **text) {
+    while (!**text) ++*text;
     char c = *(*text)++;
     return (uint32_t)(c == '+'   ? 62
                       : c == '-' ? 63
@@ -248,12 +249,12 @@ static int compare_pairs(const void *x, const void *y) {
 static bool open_classes(Tokenizer *t) {
     uint16_t uniform[64] = {0}; // 1 + the page that holds only this class
     size_t n_pages = 0, capacity = 0;
-    const char *text = unicode_classes;
+    const char *text = (const char *)unicode_classes;
     uint32_t left = 0, value = 0;
     for (uint32_t p = 0; p < 0x1100; p++) {
         if (n_pages == capacity) {
             capacity += 128;
-            unsigned char *grown = realloc(t->classes, capacity * 256);
+            unsigned char *grown = memory_grow(t->classes, capacity * 256);
             if (grown == NULL) return false;
             t->classes = grown;
         }
@@ -279,19 +280,21 @@ static bool open_classes(Tokenizer *t) {
 }
 
 static bool open_normalizer(Tokenizer *t) {
-    t->order = malloc(N_ORDERS * sizeof *t->order);
-    t->part = malloc(N_PARTS * sizeof *t->part);
-    t->compose = malloc(N_PAIRS * sizeof *t->compose);
+    t->order = memory_get(N_ORDERS * sizeof *t->order);
+    t->part = memory_get(N_PARTS * sizeof *t->part);
+    t->compose = memory_get(N_PAIRS * sizeof *t->compose);
     if (!t->order || !t->part || !t->compose) return false;
     uint32_t c = 0, a = 0, b = 0;
-    for (const char *text = unicode_orders; *text; t->n_order++) {
+    const char *text = (const char *)unicode_orders;
+    for (; t->n_order < N_ORDERS; t->n_order++) {
         UnicodeOrder *o = &t->order[t->n_order];
         o->first = c + table_number(&text);
         o->end = c = o->first + table_number(&text);
         o->order = table_digit(&text);
     }
     c = 0;
-    for (const char *text = unicode_parts; *text; t->n_part++) {
+    text = (const char *)unicode_parts;
+    for (; t->n_part < N_PARTS; t->n_part++) {
         uint32_t step = table_number(&text), kind = step & 3;
         c += step >> 2;
         a = table_step(&text, a);
@@ -340,7 +343,7 @@ typedef struct {
 static int scratch_fit(Scratch *s, size_t bytes) {
     if (bytes <= s->bytes) return 0;
     size_t room = bytes + s->bytes / 2;
-    void *grown = realloc(s->data, room);
+    void *grown = memory_grow(s->data, room);
     if (grown == NULL) return fail("tokenizer: out of memory (%zu bytes)", room);
     s->data = grown;
     s->bytes = room;
@@ -350,7 +353,7 @@ static int scratch_fit(Scratch *s, size_t bytes) {
 static int push_ids(Encoder *e, const int32_t *ids, size_t n) {
     if (e->capacity - e->n_ids < n) {
         size_t room = e->capacity + e->capacity / 2 + n + 16;
-        int32_t *grown = realloc(e->ids, room * sizeof *grown);
+        int32_t *grown = memory_grow(e->ids, room * sizeof *grown);
         if (grown == NULL) return fail("tokenizer: out of memory (%zu ids)", room);
         e->ids = grown;
         e->capacity = room;
@@ -360,12 +363,12 @@ static int push_ids(Encoder *e, const int32_t *ids, size_t n) {
 }
 
 static void encoder_free(Encoder *e) {
-    free(e->cache);
-    free(e->normal.data);
-    free(e->prefixed.data);
-    free(e->span.data);
-    free(e->sorted.data);
-    free(e->long_word.data);
+    memory_free(e->cache);
+    memory_free(e->normal.data);
+    memory_free(e->prefixed.data);
+    memory_free(e->span.data);
+    memory_free(e->sorted.data);
+    memory_free(e->long_word.data);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -537,7 +540,7 @@ static bool all_in_alphabet(const unsigned char *s, size_t n) {
 static int open_tokens(Tokenizer *t, size_t bytes, size_t *at) {
     if (t->n_ids == 0 || t->n_ids > (bytes - *at) / 4)
         return fail("tokenizer: %u ids do not fit its %zu bytes", t->n_ids, bytes);
-    t->token_at = malloc(t->n_ids * sizeof *t->token_at);
+    t->token_at = memory_get(t->n_ids * sizeof *t->token_at);
     if (t->token_at == NULL) return fail("tokenizer: out of memory");
     for (uint32_t id = 0; id < t->n_ids; id++) {
         if (bytes - *at < 4) return fail("tokenizer: it ends within the token of id %u", id);
@@ -589,7 +592,7 @@ static int open_merges(Tokenizer *t, size_t bytes, size_t *at) {
     t->pair_bits = 4;
     while (((size_t)1 << t->pair_bits) < 2 * (size_t)t->n_merges) t->pair_bits++;
     size_t slots = (size_t)1 << t->pair_bits;
-    t->pair = malloc(slots * sizeof *t->pair);
+    t->pair = memory_get(slots * sizeof *t->pair);
     if (t->pair == NULL) return fail("tokenizer: out of memory");
     for (size_t i = 0; i < slots; i++) t->pair[i].rank = UINT32_MAX;
     t->merges = t->blob + *at;
@@ -624,7 +627,7 @@ static int trie_add(Trie *trie, const unsigned char *s, size_t n, uint32_t added
     uint32_t at = 0;
     if (trie->capacity - trie->n < n + 1) {
         size_t room = trie->capacity + trie->capacity / 2 + n + 1;
-        TrieNode *grown = realloc(trie->node, room * sizeof *grown);
+        TrieNode *grown = memory_grow(trie->node, room * sizeof *grown);
         if (grown == NULL) return fail("tokenizer: out of memory");
         trie->node = grown;
         trie->capacity = (uint32_t)room;
@@ -680,7 +683,7 @@ static int open_added(Tokenizer *t, size_t bytes, size_t *at) {
     int status = 0;
     if (t->n_added > (bytes - *at) / 12 || bytes - *at > ADDED_MAX_BYTES)
         return fail("tokenizer: %u added tokens in %zu bytes", t->n_added, bytes - *at);
-    t->added = malloc((t->n_added + 1) * sizeof *t->added);
+    t->added = memory_get((t->n_added + 1) * sizeof *t->added);
     if (t->added == NULL) return fail("tokenizer: out of memory");
     for (uint32_t i = 0; i < t->n_added && status == 0; i++) {
         const unsigned char *p = t->blob + *at, *s;
@@ -705,16 +708,16 @@ static int open_added(Tokenizer *t, size_t bytes, size_t *at) {
 
 static void tokenizer_close(Tokenizer *t) {
     if (t == NULL) return;
-    free(t->token_at);
-    free(t->pair);
-    free(t->added);
-    free(t->raw.node);
-    free(t->normalized.node);
-    free(t->classes);
-    free(t->order);
-    free(t->part);
-    free(t->compose);
-    free(t);
+    memory_free(t->token_at);
+    memory_free(t->pair);
+    memory_free(t->added);
+    memory_free(t->raw.node);
+    memory_free(t->normalized.node);
+    memory_free(t->classes);
+    memory_free(t->order);
+    memory_free(t->part);
+    memory_free(t->compose);
+    memory_free(t);
 }
 
 static int open_blob(Tokenizer *t, size_t bytes) {
@@ -753,7 +756,7 @@ static Tokenizer *tokenizer_open(const unsigned char *blob, size_t bytes) {
         fail("tokenizer: version %u, this program reads 1", u32_at(blob + 4));
         return NULL;
     }
-    Tokenizer *t = calloc(1, sizeof *t);
+    Tokenizer *t = memory_zeroed(1, sizeof *t);
     if (t == NULL) {
         fail("tokenizer: out of memory");
         return NULL;
@@ -1057,7 +1060,9 @@ static int encode_between(Encoder *e, const unsigned char *s, size_t n, bool nor
 static bool space_at(const Tokenizer *t, const unsigned char *p) {
     return next_class(t, &p) & SPACE;
 }
-static bool word_at(const Tokenizer *t, const unsigned char *p) { return next_class(t, &p) & WORD; }
+static bool word_at(const Tokenizer *t, const unsigned char *p) {
+    return next_class(t, &p) & IN_WORD;
+}
 
 // Cuts a text at its added tokens: raw text, or with `normalized` text after NFC.
 static int encode_section(Encoder *e, const unsigned char *s, size_t n, bool normalized) {
@@ -1110,7 +1115,7 @@ static int tokenizer_encode(const Tokenizer *t, const char *text, size_t bytes, 
     if (good != bytes)
         return fail("the text is not UTF-8 at byte %zu (a bytes tokenizer takes anything)", good);
     e.capacity = (t->kind == TOKENIZER_BYTES ? bytes : bytes / 4) + 16;
-    e.ids = malloc(e.capacity * sizeof *e.ids);
+    e.ids = memory_get(e.capacity * sizeof *e.ids);
     if (e.ids == NULL) return fail("tokenizer: out of memory (%zu ids)", e.capacity);
     int status = 0;
     if (t->kind == TOKENIZER_BYTES) {
@@ -1123,12 +1128,12 @@ static int tokenizer_encode(const Tokenizer *t, const char *text, size_t bytes, 
         e.n_ids = bytes;
     } else if (bytes > 0) {
         if (bytes >= CACHE_FROM) // without memory for it, encoding is only slower
-            e.cache = calloc(CACHE_SLOTS, sizeof *e.cache);
+            e.cache = memory_zeroed(CACHE_SLOTS, sizeof *e.cache);
         status = encode_section(&e, s, bytes, false);
     }
     encoder_free(&e);
     if (status < 0) {
-        free(e.ids);
+        memory_free(e.ids);
         return -1;
     }
     *ids = e.ids;

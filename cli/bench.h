@@ -424,7 +424,7 @@ static void dialogues_close(Dialogues *d) {
 }
 
 static int dialogues_set_zero(const Dialogues *d, Gpu *gpu) {
-    return GPU->set_state(gpu, d->zero->conv, d->zero->h, d->zero->logits) ? gpu_failed() : 0;
+    return GPU->set_state(gpu, d->zero->window, d->zero->h, d->zero->logits) ? gpu_failed() : 0;
 }
 
 // 0, or -1 after fail().
@@ -597,7 +597,8 @@ static int command_bench(int argc, char **argv) {
         OPTION_INT("-T", "N", &threads, 1, 1024, "threads"),
     };
     // clang-format on
-    if (wants_help(argc, argv)) return print_help(BENCH_USAGE, options, COUNT(options));
+    if (wants_help(argc, argv, options, COUNT(options)))
+        return print_help(BENCH_USAGE, options, COUNT(options));
     int n = parse_options(argc, argv, options, COUNT(options), &path, 1);
     if (n < 0) return -1;
     if (n + (shape != NULL) + (scan != NULL) != 1)
@@ -607,7 +608,7 @@ static int command_bench(int argc, char **argv) {
     if (scan) return bench_scan(scan, (int)threads, (int)repeats);
     Config c;
     if (shape && parse_shape(shape, dtype, &c)) return -1;
-    Model *m = shape ? mamba_random_model(&c, 42) : mamba_load(path);
+    Model *m = shape ? mamba_random_model(&c, 42) : load_model(path);
     if (!m) return -1;
     int result =
         gpu ? bench_gpu(m, (int)repeats, only) : bench_model(m, (int)threads, (int)repeats);

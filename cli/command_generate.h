@@ -5,13 +5,11 @@
 
 // clang-format off
 static const char GENERATE_USAGE[] =
-    "mamba.c " MAMBA_VERSION ": the Mamba language model in one C file\n"
-    "\n"
-    "  mamba model.bin \"prompt\" [options]   go on with a text; prompt - reads it from stdin,\n"
-    "                                       \"\" starts a new text\n"
-    "  mamba model.bin [options]            interactive session, the state carries on from line\n"
-    "                                       to line\n"
-    "  mamba info | tokenize | eval | logits | train | bench | quantize --help\n";
+    "mamba model.bin \"prompt\" [options]   go on with a text; prompt - reads it from stdin,\n"
+    "                                     \"\" starts a new text\n"
+    "mamba model.bin [options]            interactive session, the state carries on from line\n"
+    "                                     to line\n"
+    "mamba help                           the other commands\n";
 // clang-format on
 
 enum { HELPED = -2 };
@@ -27,7 +25,8 @@ static int generate_options(GenerateOptions *o, int argc, char **argv, const cha
         OPTION_SWITCH("-e", &o->form.escapes,
                       "\\n, \\t, \\r, \\\\ and \\xHH in the prompt, --batch and --stop stand for "
                       "newline, tab, ..."),
-        OPTION_TEXT("--tokens", "LIST", &o->tokens, "token ids between commas, instead of a prompt"),
+        OPTION_TEXT("--tokens", "LIST", &o->tokens,
+                    "token ids between commas, instead of a prompt"),
         IDS_OPTION(&o->form.ids),
         SAMPLING_OPTIONS(o),
         OPTION_INT("-s", "SEED", &o->seed, 0, 9e15,
@@ -55,13 +54,29 @@ static int generate_options(GenerateOptions *o, int argc, char **argv, const cha
         OPTION_TEXT("--load-state", "FILE", &o->load, "start from a saved state"),
     };
     // clang-format on
-    if (argc < 2 || wants_help(argc, argv)) {
+    if (wants_help(argc, argv, options, COUNT(options))) {
         print_help(GENERATE_USAGE, options, COUNT(options));
-        if (argc >= 2) return HELPED;
-        return fail("a model.bin is needed, for example: "
-                    "mamba models/tales.bin \"Once upon a time\"");
+        return HELPED;
     }
     return parse_options(argc, argv, options, COUNT(options), rest, 2);
+}
+
+static bool can_read(const char *path) {
+    FILE *f = *path ? fopen(path, "rb") : NULL;
+    if (f) fclose(f);
+    return f != NULL;
+}
+
+// Whether the first argument can be a model and not the prompt. rest: model and prompt, n of them.
+// 0, or -1 after fail().
+static int check_first(const char *const *rest, int n) {
+    const char *first = n ? rest[0] : NULL;
+    if (!first || can_read(first)) return 0;
+    if (n == 2 && can_read(rest[1]))
+        return fail("the model comes before the prompt: mamba %s \"%s\"", rest[1], first);
+    if (!*first || strchr(first, ' ') || strchr(first, '\n'))
+        return fail("the model comes before the prompt: mamba models/story.bin \"%s\"", first);
+    return 0;
 }
 
 // Options that do not go together. rest: model and prompt, n of them. 0, or -1 after fail().
@@ -70,7 +85,7 @@ static int check_generate(const GenerateOptions *o, const char *const *rest, int
     const char *prompt[] = {n == 2 ? "the prompt" : NULL, o->file ? "-f" : NULL,
                             o->tokens ? "--tokens" : NULL, o->batch ? "--batch" : NULL};
     const char *first = NULL;
-    if (n == 0) return fail("a model.bin is needed");
+    if (n == 0) return fail("a model.bin is needed: mamba models/story.bin \"Once upon a time\"");
     if (o->batch && n == 2)
         return fail("--batch takes the prompts from %s: '%s' is one too many", o->batch, rest[1]);
     for (int i = 0; i < COUNT(prompt); i++) {
@@ -163,6 +178,7 @@ static int command_generate(int argc, char **argv) {
                          .threads = mamba_default_threads()};
     int n = generate_options(&o, argc, argv, rest);
     if (n < 0) return n == HELPED ? 0 : -1;
+    if (check_first(rest, n)) return -1;
     if (o.show_selection) backend.cpu = true; // a GPU does not tell delta
     const bool several = o.batch || o.samples > 1;
     if (check_generate(&o, rest, n, several)) return -1;

@@ -84,7 +84,7 @@ static int evaluate_file(Session *x, const PromptForm *how, const char *path, si
                          bool each) {
     size_t bytes = 0, n = 0;
     int32_t *ids = NULL;
-    char *text = read_text(path, &bytes);
+    char *text = read_utf8(path, &bytes);
     if (!text) return -1;
     int result = encode_text(x->model, how, text, bytes, &ids, &n);
     if (result == 0) result = evaluate_ids(x, ids, n, context, each);
@@ -295,7 +295,8 @@ static int command_eval(int argc, char **argv) {
     };
     // clang-format on
     const char *rest[2];
-    if (wants_help(argc, argv)) return print_help(EVAL_USAGE, options, COUNT(options));
+    if (wants_help(argc, argv, options, COUNT(options)))
+        return print_help(EVAL_USAGE, options, COUNT(options));
     int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
     if (n < 0 || parse_task(o.task_name, &o.task) || check_eval(&o, n)) return -1;
     if (o.samples == 0) o.samples = default_samples(o.length);

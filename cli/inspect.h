@@ -37,11 +37,12 @@ static int command_info(int argc, char **argv) {
         OPTION_SWITCH("--verify", &verify, "check every byte against its checksum"),
     };
     const char *path;
-    if (wants_help(argc, argv)) return print_help(INFO_USAGE, options, COUNT(options));
+    if (wants_help(argc, argv, options, COUNT(options)))
+        return print_help(INFO_USAGE, options, COUNT(options));
     int n = parse_options(argc, argv, options, COUNT(options), &path, 1);
     if (n < 0) return -1;
     if (n != 1) return fail("info needs a model.bin");
-    Model *m = mamba_load(path);
+    Model *m = load_model(path);
     if (!m) return -1;
     print_info(m, path);
     int result = verify && mamba_verify(m) ? fail_in(path) : 0;
@@ -121,12 +122,13 @@ static int command_tokenize(int argc, char **argv) {
                       "token ids (between spaces, commas or line ends) to text"),
     };
     const char *rest[2] = {NULL, "-"};
-    if (wants_help(argc, argv)) return print_help(TOKENIZE_USAGE, options, COUNT(options));
+    if (wants_help(argc, argv, options, COUNT(options)))
+        return print_help(TOKENIZE_USAGE, options, COUNT(options));
     int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
     if (n < 0) return -1;
     if (n < 1) return fail("tokenize needs a model.bin or a tokenizer file");
     size_t bytes = 0;
-    unsigned char *file = file_map(rest[0], &bytes, &mapped);
+    unsigned char *file = check_is_file(rest[0]) ? NULL : file_map(rest[0], &bytes, &mapped);
     if (!file) return -1;
     int result = -1;
     if (bytes >= 4 && !memcmp(file, "mtok", 4)) { // a tokenizer file
@@ -135,7 +137,7 @@ static int command_tokenize(int argc, char **argv) {
         else fail_in(rest[0]);
         if (t) tokenizer_close(t);
     } else {
-        Model *m = mamba_load(rest[0]);
+        Model *m = load_model(rest[0]);
         if (m) result = tokenize_file(m->tokenizer, rest[1], decode);
         mamba_free(m);
     }
@@ -212,7 +214,8 @@ static int command_logits(int argc, char **argv) {
         BACKEND_OPTIONS,
         THREADS_OPTION(&threads),
     };
-    if (wants_help(argc, argv)) return print_help(LOGITS_USAGE, options, COUNT(options));
+    if (wants_help(argc, argv, options, COUNT(options)))
+        return print_help(LOGITS_USAGE, options, COUNT(options));
     int n_rest = parse_options(argc, argv, options, COUNT(options), rest, 2);
     if (n_rest < 0) return -1;
     if (n_rest != (tokens ? 1 : 2))

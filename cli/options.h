@@ -1,170 +1,38 @@
-// cli/options.h - what every command is made of: a table of options with its help, the check of
-// the files that a command names, text input, Ctrl-C, and the session that runs a model.
+// cli/options.h - what every command is made of besides its table of options (cli/help.h): the
+// check of the files that it names, text input, Ctrl-C, and the session that runs a model.
 //
-// Depends on the API of mamba.c, files/bytes.h (fail) and files/new_file.h (NewFile, temporaries).
+// Depends on cli/help.h, the API of mamba.c, files/bytes.h (fail) and files/new_file.h (NewFile,
+// temporaries).
 // Text goes to stdout, everything about it to stderr.
 
+// Seconds since some moment. Never the same twice: where the clock stands still, time still passes
+// (0.1 microseconds a call), and a speed is a number.
 static double seconds(void) {
-#ifdef TIME_UTC
+    static double last;
+#if defined(MAMBA_POSIX) && defined(CLOCK_MONOTONIC)
+    struct timespec now = {0};
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    double time = (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+#elif defined(TIME_UTC) && !defined(_WIN32)
     struct timespec now;
     timespec_get(&now, TIME_UTC);
-    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+    double time = (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+#elif defined(_WIN32)
+    LARGE_INTEGER ticks, rate;
+    QueryPerformanceCounter(&ticks);
+    QueryPerformanceFrequency(&rate);
+    double time = (double)ticks.QuadPart / (double)rate.QuadPart;
 #else
-    // Windows, where timespec_get may be missing: clock() is wall-clock time there.
-    return (double)clock() / CLOCKS_PER_SEC;
+    double time = (double)clock() / CLOCKS_PER_SEC;
 #endif
+    if (time < last + 1e-7) time = last + 1e-7;
+    last = time;
+    return time;
 }
 
 static const char *type_name(Type type) {
     static const char *const name[N_TYPES] = {"f32", "f16", "bf16", "q8", "q4"};
     return name[type];
-}
-
-// --- options: a table describes them; it parses, checks ranges and prints the help
-
-typedef enum { OPT_SWITCH, OPT_INT, OPT_REAL, OPT_TEXT, OPT_LIST } OptionKind;
-enum { LIST_MAX = 16 };
-typedef struct {
-    int n;
-    const char *item[LIST_MAX];
-} TextList;
-
-typedef struct {
-    const char *name, *argument, *help;
-    OptionKind kind;
-    void *value; // bool, long, double, const char * or TextList; holds the default
-    double lowest, highest;
-} Option;
-
-// Rows of an option table. The value comes first, the help last.
-#define OPTION_SWITCH(name, value, help) {name, "", help, OPT_SWITCH, value, 0, 0}
-#define OPTION_INT(name, argument, value, lowest, highest, help) \
-    {name, argument, help, OPT_INT, value, lowest, highest}
-#define OPTION_REAL(name, argument, value, lowest, highest, help) \
-    {name, argument, help, OPT_REAL, value, lowest, highest}
-#define OPTION_TEXT(name, argument, value, help) {name, argument, help, OPT_TEXT, value, 0, 0}
-#define OPTION_LIST(name, argument, value, help) {name, argument, help, OPT_LIST, value, 0, 0}
-
-#define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
-
-static int parse_number(const Option *o, const char *text) {
-    const bool whole = o->kind == OPT_INT;
-    char *end = NULL;
-    errno = 0;
-    double x = whole ? (double)strtoll(text, &end, 10) : strtod(text, &end);
-    if (end == text || *end || errno == ERANGE || x != x)
-        return fail("%s needs %s, not '%s'", o->name, whole ? "a whole number" : "a number", text);
-    double highest = whole ? fmin(o->highest, (double)LONG_MAX) : o->highest; // long of 32 bits
-    if (!(x >= o->lowest && x <= highest))
-        return fail("%s %s is out of range: %.10g to %.10g", o->name, text, o->lowest, highest);
-    if (whole) *(long *)o->value = strtol(text, NULL, 10);
-    else *(double *)o->value = x;
-    return 0;
-}
-
-static int parse_list_item(const Option *o, const char *text) {
-    TextList *list = o->value;
-    if (list->n == LIST_MAX) return fail("%s was given more than %d times", o->name, LIST_MAX);
-    if (!*text) return fail("%s needs a text that is not empty", o->name);
-    list->item[list->n++] = text;
-    return 0;
-}
-
-static int parse_value(const Option *o, const char *text) {
-    if (o->kind == OPT_LIST) return parse_list_item(o, text);
-    if (o->kind != OPT_TEXT) return parse_number(o, text);
-    *(const char **)o->value = text;
-    return 0;
-}
-
-static const Option *find_option(const char *name, const Option *options, int n_options) {
-    for (int i = 0; i < n_options; i++)
-        if (!strcmp(name, options[i].name)) return &options[i];
-    return NULL;
-}
-
-// Parses the options in argv[1..argc). The other arguments go, in order, into rest (room for max).
-// Returns how many those are, or -1 after fail(). After `--` nothing is an option. `-` alone is
-// never an option, nor is a number such as -1 that follows an option.
-static int parse_options(int argc, char **argv, const Option *options, int n_options,
-                         const char **rest, int max) {
-    int n_rest = 0;
-    bool only_rest = false;
-    for (int i = 1; i < argc; i++) {
-        const char *arg = argv[i];
-        if (!only_rest && !strcmp(arg, "--")) {
-            only_rest = true;
-            continue;
-        }
-        if (only_rest || arg[0] != '-' || !arg[1]) {
-            if (n_rest == max)
-                return fail("one argument too many: '%s' (a prompt with spaces needs quotes)", arg);
-            rest[n_rest++] = arg;
-            continue;
-        }
-        const Option *o = find_option(arg, options, n_options);
-        if (!o)
-            return fail("unknown option '%s' (put -- before a prompt that starts with a dash)",
-                        arg);
-        if (o->kind == OPT_SWITCH) {
-            *(bool *)o->value = true;
-            continue;
-        }
-        i++;
-        if (i == argc) return fail("%s needs a value: %s", o->name, o->argument);
-        if (parse_value(o, argv[i])) return -1;
-    }
-    return n_rest;
-}
-
-static bool wants_help(int argc, char **argv) {
-    for (int i = 1; i < argc && strcmp(argv[i], "--"); i++)
-        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return true;
-    return false;
-}
-
-enum { HELP_COLUMN = 22, HELP_WIDTH = 100 };
-
-// Prints a word of a help text after a space, or on a new line where it does not fit. Returns the
-// column after it.
-static int print_word(const char *word, int length, int column) {
-    if (column + 1 + length > HELP_WIDTH) {
-        printf("\n%*s", HELP_COLUMN - 1, "");
-        column = HELP_COLUMN - 1;
-    }
-    printf(" %.*s", length, word);
-    return column + 1 + length;
-}
-
-static void default_text(char text[64], const Option *o) {
-    text[0] = 0;
-    if (o->kind == OPT_INT && *(long *)o->value != LONG_MIN)
-        snprintf(text, 64, "(default %ld)", *(long *)o->value);
-    if (o->kind == OPT_REAL) snprintf(text, 64, "(default %g)", *(double *)o->value);
-    if (o->kind == OPT_TEXT && *(const char **)o->value)
-        snprintf(text, 64, "(default %s)", *(const char **)o->value);
-}
-
-// Returns 0, the result of a command that shows its help.
-static int print_help(const char *usage, const Option *options, int n_options) {
-    printf("%s", usage);
-    if (n_options) printf("\nOptions:\n");
-    for (int i = 0; i < n_options; i++) {
-        const Option *o = &options[i];
-        char value[64];
-        int column = printf("  %s %s", o->name, o->argument);
-        if (column < HELP_COLUMN - 1) column += printf("%*s", HELP_COLUMN - 1 - column, "");
-        for (const char *word = o->help; *word;) {
-            size_t length = strcspn(word, " ");
-            column = print_word(word, (int)length, column);
-            word += length;
-            word += strspn(word, " ");
-        }
-        default_text(value, o);
-        if (value[0]) print_word(value, (int)strlen(value), column);
-        printf("\n");
-    }
-    return 0;
 }
 
 // --- the files of a command: no output may be an input or another output
@@ -177,44 +45,36 @@ typedef struct {
     char name[256];
 } FileId;
 
-#ifdef MAMBA_POSIX
 // path "-" is stdin. Devices and pipes get no identity: writing to them destroys nothing.
 static FileId file_id(const char *path) {
     FileId id = {0};
-    struct stat info;
+    FileInfo info = {0};
     bool is_stdin = !strcmp(path, "-");
-    if ((is_stdin ? fstat(STDIN_FILENO, &info) : stat(path, &info)) == 0) {
-        id.known = S_ISREG(info.st_mode);
-    } else if (!is_stdin) {
+    if (is_stdin ? stream_info(0, &info) : file_info(path, &info)) id.known = info.regular;
+    else if (!is_stdin) {
         char *end = follow_links(path);
         if (!end) return id;
-        char *slash = strrchr(end, '/');
-        snprintf(id.name, sizeof id.name, "%s", slash ? slash + 1 : end);
-        if (slash) slash[slash == end] = 0; // "/name" is in "/"
-        id.known = stat(slash ? end : ".", &info) == 0;
+        char *name = file_name_in(end);
+        snprintf(id.name, sizeof id.name, "%s", name);
+        *name = 0; // what is left is the folder
+        id.known = file_info(*end ? end : ".", &info);
         free(end);
     }
-    if (!id.known) return id;
-    id.device = (uint64_t)info.st_dev;
-    id.inode = (uint64_t)info.st_ino;
+    id.device = info.device;
+    id.inode = info.inode;
     return id;
 }
 
 static bool same_file(const char *a, const char *b) {
+    if (!CAN_TELL_FILES) return !strcmp(a, b);
     FileId one = file_id(a), other = file_id(b);
-    return one.known && other.known && one.device == other.device && one.inode == other.inode &&
-           !strcmp(one.name, other.name);
-}
-#else
-static bool same_file(const char *a, const char *b) {
+    bool same_name = !strcmp(one.name, other.name);
 #ifdef _WIN32
-    char one[_MAX_PATH], other[_MAX_PATH];
-    if (_fullpath(one, a, sizeof one) && _fullpath(other, b, sizeof other))
-        return !_stricmp(one, other);
+    same_name = !_stricmp(one.name, other.name);
 #endif
-    return !strcmp(a, b);
+    return one.known && other.known && one.device == other.device && one.inode == other.inode &&
+           same_name;
 }
-#endif
 
 typedef enum { INPUT, OUTPUT, OUTPUT_IN_PLACE } FileKind; // in place: a device or pipe is allowed
 typedef struct {
@@ -227,11 +87,12 @@ typedef struct {
 // Whether path can be written; found out before hours of work. 0, or -1 after fail().
 static int check_writable(const char *path, bool in_place) {
     NewFile w;
-#ifdef MAMBA_POSIX
-    struct stat info; // a pipe is not opened: that would wait for its reader
-    if (in_place && !is_replaceable(path) && stat(path, &info) == 0)
-        return S_ISDIR(info.st_mode) ? fail("cannot write %s: a directory", path) : 0;
-#endif
+    FileInfo info; // a pipe is not opened: that would wait for its reader
+    bool exists = file_info(path, &info);
+    if (!exists && errno != ENOENT) // a name that is too long, for one
+        return fail("cannot write %s: %s", path, strerror(errno));
+    if (exists && in_place && !is_replaceable(path))
+        return info.folder ? fail("cannot write %s: a directory", path) : 0;
     if (new_file_open(&w, path, in_place)) return -1;
     new_file_discard(&w);
     return 0;
@@ -264,6 +125,141 @@ static int check_files(const FileUse *use, int n) {
         if (use[i].kind != INPUT && use[i].path && check_writable(use[i].path, in_place)) return -1;
     }
     return 0;
+}
+
+// --- the model's file, and what to do with another
+
+// Whether path ends in one of these.
+static bool has_ending(const char *path, const char *const *ending) {
+    size_t n = strlen(path);
+    for (; *ending; ending++) {
+        size_t length = strlen(*ending);
+        if (n > length && !strcmp(path + n - length, *ending)) return true;
+    }
+    return false;
+}
+
+#ifdef MAMBA_POSIX
+// A folder is no model: says what to do with what is in it. Returns -1.
+static int explain_folder(const char *path) {
+    static const char *const weights[] = {".safetensors", "pytorch_model.bin",
+                                          ".safetensors.index.json", NULL};
+    static const char *const models[] = {".bin", NULL};
+    char first[256] = "";
+    bool checkpoint = false;
+    DIR *folder = opendir(path);
+    if (!folder) return fail("%s: %s", path, strerror(errno));
+    for (const struct dirent *e; (e = readdir(folder)) != NULL;) {
+        checkpoint |= has_ending(e->d_name, weights) || !strcmp(e->d_name, "config.json");
+        bool earlier = !first[0] || strcmp(e->d_name, first) < 0;
+        if (has_ending(e->d_name, models) && earlier)
+            snprintf(first, sizeof first, "%s", e->d_name);
+    }
+    closedir(folder);
+    const char *slash = path[strlen(path) - 1] == '/' ? "" : "/";
+    if (checkpoint)
+        return fail("%s is a folder with a checkpoint: make a model.bin of it with "
+                    "`python export.py %s model.bin`",
+                    path, path);
+    if (first[0])
+        return fail("%s is a folder: name a model in it, for example %s%s%s", path, path, slash,
+                    first);
+    return fail("%s is a folder, and no model is in it", path);
+}
+
+// Finds the name that is nearest to path in its folder. Whether there is one.
+static bool find_near(char name[256], const char *path) {
+    const char *slash = strrchr(path, '/'), *base = slash ? slash + 1 : path;
+    int best = 3; // edits
+    snprintf(name, 256, "%.*s", slash ? (int)(slash - path) + 1 : 2, slash ? path : "./");
+    DIR *folder = strlen(path) < 200 ? opendir(name) : NULL;
+    if (!folder) return false;
+    size_t start = slash ? (size_t)(slash + 1 - path) : 0;
+    for (const struct dirent *e; (e = readdir(folder)) != NULL;) {
+        int n = edits(base, e->d_name);
+        if (n >= best || e->d_name[0] == '.' || strlen(base) < 5) continue;
+        best = n;
+        snprintf(name, 256, "%.*s%.40s", (int)start, path, e->d_name);
+    }
+    closedir(folder);
+    return best < 3;
+}
+
+// What path names where there is no such file. Returns -1.
+static int explain_missing(const char *path) {
+    static const char *const tries[] = {"models/%s", "%s.bin", "models/%s.bin"};
+    const char *slash = strchr(path, '/');
+    char name[256];
+    for (int i = 0; i < COUNT(tries) && strlen(path) < 200; i++) {
+        snprintf(name, sizeof name, tries[i], path);
+        FILE *f = fopen(name, "rb");
+        if (!f) continue;
+        fclose(f);
+        return fail("%s: no such file; did you mean %s?", path, name);
+    }
+    if (find_near(name, path)) return fail("%s: no such file; did you mean %s?", path, name);
+    if (slash && slash != path && slash[1] && !strchr(slash + 1, '/') && path[0] != '.' &&
+        path[0] != '~' && !strchr(slash, '.'))
+        return fail("%s: no such file; if it is a model of the Hugging Face hub, fetch it with "
+                    "`python export.py %s model.bin`",
+                    path, path);
+    return fail("%s: No such file or directory", path);
+}
+#endif
+
+// Whether there is such a file, and no folder. 0, or -1 after fail(), which says what to type
+// instead.
+static int check_is_file(const char *path) {
+    if (!*path) return fail("the name of a file is empty");
+#ifdef MAMBA_POSIX
+    struct stat info;
+    if (stat(path, &info)) return errno == ENOENT ? explain_missing(path) : 0;
+    if (S_ISDIR(info.st_mode)) return explain_folder(path);
+#endif
+    return 0;
+}
+
+// Whether path may be a model.bin. 0, or -1 after fail(), which says what to do with a file that is
+// something else.
+static int check_model_path(const char *path) {
+    unsigned char h[16] = {0};
+    if (check_is_file(path)) return -1;
+#ifdef MAMBA_POSIX
+    struct stat info;
+    if (stat(path, &info) || !S_ISREG(info.st_mode)) return 0; // the loader says so
+#endif
+    FILE *f = fopen(path, "rb");
+    size_t n = f ? fread(h, 1, sizeof h, f) : 0;
+    if (f) fclose(f);
+    if (n < sizeof h) return 0;
+    if (h[8] == '{' && u64_at(h) < 1 << 28)
+        return fail("%s is a safetensors file: make a model.bin of its folder with "
+                    "`python export.py FOLDER model.bin`",
+                    path);
+    if (!memcmp(h, "PK\3\4", 4))
+        return fail("%s is a PyTorch file: make a model.bin of its folder with "
+                    "`python export.py FOLDER model.bin`",
+                    path);
+    if (!memcmp(h, "GGUF", 4))
+        return fail("%s is a GGUF file: `python export.py` makes a model.bin from the checkpoint "
+                    "that it was made of",
+                    path);
+    if (!memcmp(h, "mtok", 4)) return fail("%s is a tokenizer, not a model.bin", path);
+    if (!memcmp(h, STATE_FORMAT.magic, sizeof STATE_FORMAT.magic))
+        return fail("%s is a saved state, not a model.bin: give it after --load-state", path);
+    if (!memcmp(h, CHECKPOINT_FORMAT.magic, sizeof CHECKPOINT_FORMAT.magic))
+        return fail("%s is a training checkpoint, not a model.bin: the model lies beside it, "
+                    "without .train",
+                    path);
+    return 0;
+}
+
+static const char *volatile running_model; // its path, for on_lost_file()
+
+// mamba_load(), with an answer for what is no model.bin. NULL after fail().
+static Model *load_model(const char *path) {
+    running_model = path;
+    return check_model_path(path) ? NULL : mamba_load(path);
 }
 
 // --- text input
@@ -322,8 +318,7 @@ static double peak_megabytes(void) { // 0 where the platform does not say
 #endif
 }
 
-// Ends the program as the signal does by default, after removing unfinished files.
-static void on_kill(int number) {
+static void remove_temporaries(void) {
     for (int i = 0; i < TEMPORARIES; i++) {
         const char *name = temporaries[i];
 #ifdef MAMBA_POSIX
@@ -332,9 +327,28 @@ static void on_kill(int number) {
         if (name) remove(name);
 #endif
     }
+}
+
+// Ends the program as the signal does by default, after removing unfinished files.
+static void on_kill(int number) {
+    remove_temporaries();
     signal(number, SIG_DFL);
     raise(number);
 }
+
+#if defined(SIGBUS) && defined(MAMBA_POSIX)
+// A mapped file has lost its end, or its disk failed: a read of the weights ends here.
+static void on_lost_file(int number) {
+    const char *const part[] = {"mamba: ", running_model ? running_model : "a file",
+                                ": cut short while it was in use, or its disk failed: the run ends "
+                                "here. Replace a model with mv, not with cp, while it runs\n"};
+    (void)number;
+    for (int i = 0; i < COUNT(part); i++)
+        if (write(STDERR_FILENO, part[i], strlen(part[i])) < 0) break;
+    remove_temporaries();
+    _exit(1);
+}
+#endif
 
 static volatile sig_atomic_t interrupted;
 
@@ -349,9 +363,21 @@ static void catch_interrupt(void) {
     signal(SIGINT, on_interrupt);
 }
 
+// A standard stream that is closed gets the null device, so that no file that is opened later takes
+// its place, and progress lines never go into a model. Reads of stdin and writes of stdout fail
+// there, with a sentence; what goes to stderr is lost, as was asked for.
+static void open_standard_streams(void) {
+#ifdef MAMBA_POSIX
+    for (int fd = 0; fd <= 2; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 1 ? O_RDONLY : O_WRONLY) != fd)
+            _exit(1); // there is nowhere to say why
+#endif
+}
+
 // At the start of main. Signals that end the process remove its temporaries first, and the standard
 // streams carry bytes.
 static UNUSED void prepare_process(void) {
+    open_standard_streams();
     static const int deadly[] = {
         SIGINT,
         SIGTERM,
@@ -361,6 +387,9 @@ static UNUSED void prepare_process(void) {
     };
     for (int i = 0; i < COUNT(deadly); i++)
         if (signal(deadly[i], on_kill) == SIG_IGN) signal(deadly[i], SIG_IGN); // nohup
+#if defined(SIGBUS) && defined(MAMBA_POSIX)
+    signal(SIGBUS, on_lost_file);
+#endif
 #ifdef SIGXFSZ
     signal(SIGXFSZ, SIG_IGN); // a file beyond `ulimit -f` is a failed write, which gets a sentence
 #endif
@@ -403,7 +432,7 @@ static void session_close(Session *x) {
 static int session_open(Session *x, const char *path, long threads) {
     double start = seconds();
     memset(x, 0, sizeof *x);
-    x->model = mamba_load(path);
+    x->model = load_model(path);
     if (x->model) x->acts = mamba_acts_new(x->model, (int)threads);
     bool gpu = x->acts && mamba_has_gpu() && !backend.cpu;
     bool bad = !x->acts || (gpu && mamba_acts_gpu(x->acts, x->model, backend.float32));

@@ -11,7 +11,7 @@ static const char QUANTIZE_USAGE[] =
 
 static int command_quantize(int argc, char **argv) {
     const char *rest[3];
-    if (wants_help(argc, argv)) return print_help(QUANTIZE_USAGE, NULL, 0);
+    if (wants_help(argc, argv, NULL, 0)) return print_help(QUANTIZE_USAGE, NULL, 0);
     int n = parse_options(argc, argv, NULL, 0, rest, 3);
     if (n != 3) return n < 0 ? -1 : fail("quantize needs in.bin, out.bin and q8 or q4");
     bool four_bits = !strcmp(rest[2], "q4");
@@ -19,7 +19,7 @@ static int command_quantize(int argc, char **argv) {
         return fail("quantize needs q8 or q4 at the end, not '%s'", rest[2]);
     const FileUse use[] = {{INPUT, "the model", rest[0], NULL}, {OUTPUT, "out.bin", rest[1], NULL}};
     if (check_files(use, COUNT(use))) return -1;
-    Model *m = mamba_load(rest[0]), *quantized = NULL;
+    Model *m = load_model(rest[0]), *quantized = NULL;
     int result = m ? 0 : -1;
     if (result == 0 && (m->config.type == Q8 || m->config.type == Q4))
         result = fail("%s is in %s already: quantize the model that it was made from", rest[0],

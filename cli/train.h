@@ -1,14 +1,16 @@
 // cli/train.h - train: a model from text, from a task, or from another model.
 //
-// Depends on cli/options.h, cli/tasks.h and the API.
+// Depends on cli/options.h, cli/run_files.h, cli/tasks.h and the API.
 
 typedef struct { // of the command line; TRAIN_USAGE and the table of options say what each is
     const char *out, *from, *tokenizer, *task_name, *log, *schedule, *held_out_data;
     TextList data;
     long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, grow_from,
-        warmup, seed, save_every, eval_every, threads;
+        chunk, warmup, seed, save_every, eval_every, threads;
     double rate, min_rate, decay, clip, beta2, held_out;
-    bool resume, log_given; // --log, or the name made from -o
+    bool resume, force, log_given; // --log, or the name made from -o
+    Text settings;                 // all options as words, each with a NUL after it
+    long planned;                  // --steps as the run began with it
 } TrainOptions;
 
 typedef struct {
@@ -21,6 +23,7 @@ typedef struct {
     int32_t *ids, *targets; // (B,L) of a pass
     TrainRun run;           // what a checkpoint keeps of this run; seconds: those of earlier runs
     const char *checkpoint; // its path
+    RunLock lock;
 } Training;
 
 // ids and targets (B,L) of a pass: new sequences of the task, or random windows of the text.
@@ -46,14 +49,18 @@ static int stage_length(const TrainOptions *o, uint64_t step) {
 }
 
 // ids and targets (B,L) of one of `passes` passes over the held-out text. The windows of all passes
-// are spread evenly over the text.
+// are spread evenly over the text. A text that is shorter than a window does not fill it: the other
+// targets do not count.
 static void held_out_batch(Training *t, int pass, int passes, int B, int L) {
     const int32_t *text = t->data + t->n_data - t->n_held;
-    const size_t last = t->n_held - (size_t)L - 1;
+    const size_t n = t->n_held > (size_t)L ? (size_t)L : t->n_held - 1, last = t->n_held - n - 1;
     for (int b = 0; b < B; b++) {
         const int32_t *window = text + last * (size_t)(pass * B + b) / (size_t)(passes * B);
-        memcpy(t->ids + (size_t)b * L, window, (size_t)L * sizeof *t->ids);
-        memcpy(t->targets + (size_t)b * L, window + 1, (size_t)L * sizeof *t->targets);
+        int32_t *ids = t->ids + (size_t)b * L, *targets = t->targets + (size_t)b * L;
+        memcpy(ids, window, n * sizeof *ids);
+        memcpy(targets, window + 1, n * sizeof *targets);
+        for (size_t i = n; i < (size_t)L; i++) ids[i] = 0;
+        for (size_t i = n; i < (size_t)L; i++) targets[i] = -1;
     }
 }
 
@@ -66,7 +73,7 @@ static double held_out_loss(Training *t) {
     double sum = 0;
     Training other = *t;
     other.run.random = (uint64_t)t->o->seed ^ 0x68656C64206F7574u;
-    if (!t->task && t->n_held < (size_t)L + 1) return NAN;
+    if (!t->task && t->n_held < 2) return NAN;
     for (int pass = 0; pass < passes; pass++) {
         if (t->task) draw_batch(&other, t->ids, t->targets, B, L);
         else held_out_batch(t, pass, passes, B, L);
@@ -87,77 +94,6 @@ static double learning_rate(const TrainOptions *o, uint64_t step) { // of step 1
                    (double)(o->steps > o->warmup ? o->steps - o->warmup : 1);
     return o->min_rate +
            (o->rate - o->min_rate) * 0.5 * (1 + cos(3.141592653589793 * fmin(along, 1)));
-}
-
-// The CSV log of a run. When it cannot be written, training goes on and the run fails at its end.
-typedef struct {
-    const char *path;
-    FILE *f;   // NULL: lost
-    int error; // errno of what lost it
-} TrainLog;
-
-static void log_lost(TrainLog *log, int error) {
-    log->error = error ? error : EIO;
-    fprintf(stderr, "\nmamba: %s: %s: training goes on without the log\n", log->path,
-            strerror(log->error));
-}
-
-// After each line: what is not in the file yet would be missing after a kill.
-static void log_flush(TrainLog *log) {
-    errno = 0;
-    if (!log->f || (!fflush(log->f) && !ferror(log->f))) return;
-    log_lost(log, errno);
-    fclose(log->f);
-    log->f = NULL;
-}
-
-static void log_close(TrainLog *log) {
-    if (log->f && fclose(log->f)) log_lost(log, errno);
-    log->f = NULL;
-}
-
-// The old log, or NULL if there is none to be read (*failed: after fail()).
-static char *read_log(const char *path, bool *failed) {
-    size_t bytes;
-    *failed = false;
-    if (!is_replaceable(path)) return NULL;
-    FILE *f = fopen(path, "rb");
-    if (!f && errno == ENOENT) return NULL;
-    if (!f) fail("%s: %s", path, strerror(errno));
-    char *text = f ? read_stream(f, path, &bytes) : NULL;
-    *failed = !text;
-    return text;
-}
-
-// Begins the log, or goes on with the old one after `step`: its later lines go, because the resumed
-// run writes them again. The old log is whole until the new one is. 0, or -1 after fail().
-static int log_open(TrainLog *log, const char *path, uint64_t step) {
-    NewFile w;
-    bool failed = false;
-    char *old = step ? read_log(path, &failed) : NULL;
-    *log = (TrainLog){.path = path};
-    if (failed || new_file_open(&w, path, true)) {
-        free(old);
-        return -1;
-    }
-    if (!old || !strchr(old, '\n'))
-        fprintf(w.f, "step,tokens,seconds,loss,held_out,learning_rate,gradient_norm,"
-                     "tokens_per_second\n");
-    for (char *line = old; line && *line;) {
-        char *end = strchr(line, '\n');
-        size_t n = end ? (size_t)(end + 1 - line) : 0; // an unfinished line is dropped
-        if (n && (line == old || strtoull(line, NULL, 10) <= step)) fwrite(line, 1, n, w.f);
-        line = n ? line + n : NULL;
-    }
-    free(old);
-    if (!w.temporary) {
-        log->f = w.f; // a device or a pipe stays open
-        log_flush(log);
-        return 0;
-    }
-    if (new_file_commit(&w)) return -1;
-    log->f = fopen(path, "ab");
-    return log->f ? 0 : fail("cannot write %s: %s", path, strerror(errno));
 }
 
 // The model is saved also when the checkpoint, three times as large, is not. spent: seconds of this
@@ -265,8 +201,8 @@ static int train_loop(Training *t) {
     if (result == 0) result = save_all(t, seconds() - begun);
     if (result == 0 && interrupted)
         fprintf(stderr,
-                "\ninterrupted after step %llu and saved: the same command with --resume goes on\n",
-                (unsigned long long)x->step);
+                "\ninterrupted after step %llu and saved: `mamba train -o %s --resume` goes on\n",
+                (unsigned long long)x->step, o->out);
     if (result == 0 && log.error)
         result = fail("%s: %s: the log is not complete; %s and %s are saved and whole", o->log,
                       strerror(log.error), o->out, t->checkpoint);
@@ -279,7 +215,7 @@ static int train_loop(Training *t) {
 static int append_tokens(Training *t, const char *path) {
     size_t bytes, n = 0;
     int32_t *ids = NULL;
-    char *text = read_text(path, &bytes);
+    char *text = read_utf8(path, &bytes);
     if (!text) return -1;
     int bad = mamba_encode(t->model, text, bytes, &ids, &n);
     free(text);
@@ -312,8 +248,8 @@ static int read_data(Training *t) {
                         o->held_out_data, t->n_held, o->length + 1);
     }
     if (t->n_data - t->n_held < (size_t)o->length + 2)
-        return fail("the data has %zu tokens to train on, one window needs %ld: more --data or a "
-                    "smaller --length",
+        return fail("the data has %zu tokens to train on, one window needs %ld: more --data, a "
+                    "smaller --length, or --held-out-data instead of a part of it",
                     t->n_data - t->n_held, o->length + 2);
     return 0;
 }
@@ -332,10 +268,11 @@ typedef struct {
 static int open_vocabulary(Vocabulary *v, const TrainOptions *o) {
     *v = (Vocabulary){.V = o->task_name ? TASK_VOCAB : 256};
     if (o->task_name || !strcmp(o->tokenizer, "bytes")) return 0;
+    if (check_is_file(o->tokenizer)) return -1;
     v->file = file_map(o->tokenizer, &v->file_bytes, &v->mapped);
     if (!v->file) return -1;
     if (v->file_bytes >= 4 && memcmp(v->file, "mtok", 4)) {
-        v->model = mamba_load(o->tokenizer);
+        v->model = load_model(o->tokenizer);
         if (!v->model) return -1;
         v->V = tokenizer_size(v->model->tokenizer);
         v->blob = v->model->tokenizer_blob;
@@ -391,7 +328,7 @@ static Model *new_model(const TrainOptions *o, const Vocabulary *v) {
 static int open_train_model(Training *t) {
     const TrainOptions *o = t->o;
     if (o->from) {
-        Model *source = mamba_load(o->from);
+        Model *source = load_model(o->from);
         if (source) t->model = mamba_float_copy(source);
         mamba_free(source);
         return t->model ? 0 : -1;
@@ -417,8 +354,9 @@ static int check_train_files(const TrainOptions *o, const char *checkpoint) {
     return check_files(use, 6 + o->data.n);
 }
 
-// The text by which a checkpoint knows its run: all that a resumed run must have in common.
-static void describe_run(Training *t) {
+// The text by which a checkpoint knows its run of so many steps: all that a resumed run must have
+// in common.
+static void describe_run(Training *t, long steps) {
     const TrainOptions *o = t->o;
     const Config *c = &t->model->config;
     const bool planned = strcmp(o->schedule, "constant") || o->grow_from; // by the last step
@@ -430,8 +368,17 @@ static void describe_run(Training *t) {
              o->task_name ? o->task_name : "none", t->n_data,
              crc32_of(0, t->data, t->n_data * sizeof *t->data), t->n_held, c->D, c->n_layer, c->N,
              c->K, c->E, c->V, o->batch, o->accumulate, o->length, o->seed, o->rate, o->schedule,
-             planned ? o->steps : 0L, o->warmup, o->min_rate, o->decay, o->clip, o->beta2,
+             planned ? steps : 0L, o->warmup, o->min_rate, o->decay, o->clip, o->beta2,
              o->grow_from);
+}
+
+// Bytes of memory that the machine has; 0: unknown.
+static double physical_memory(void) {
+#ifdef _SC_PHYS_PAGES
+    return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+#else
+    return 0;
+#endif
 }
 
 // The trainer, the arrays of a batch, and a line about the memory that they take.
@@ -441,14 +388,24 @@ static int open_trainer(Training *t) {
     const int L = stage_length(o, 0), B = (int)(o->batch / o->accumulate * o->length / L);
     const bool gpu = mamba_has_gpu() && !backend.cpu;
     const double weights = (double)t->model->tensors_bytes / 1e6;
+    const double left = physical_memory() * 0.75 - 4e6 * weights;
+    int chunk = (int)o->chunk;
+    if (!chunk && !gpu && left > 0) chunk = mamba_trainer_chunk(t->model, B, L, left);
+    if (chunk >= L) chunk = 0;
+    if (gpu && o->chunk) return fail("--chunk runs on the processor: add --cpu");
+    if (chunk)
+        fprintf(stderr,
+                "sequences of %d tokens in chunks of %d: exact gradients, one more pass "
+                "forward\n",
+                L, chunk);
     if (!gpu)
         fprintf(stderr,
                 "%zu parameters; memory: weights %.1f MB, gradients %.1f MB, optimizer %.1f MB, "
                 "activations of %d x %d tokens %.1f MB\n",
                 t->model->n_params, weights, weights, 2 * weights, B, L,
-                (double)mamba_trainer_bytes(t->model, B, L) / 1e6);
+                (double)mamba_trainer_bytes(t->model, B, L, chunk) / 1e6);
     t->trainer = gpu ? mamba_trainer_new_gpu(t->model, B, L, backend.float32)
-                     : mamba_trainer_new(t->model, B, L, (int)o->threads);
+                     : mamba_trainer_new(t->model, B, L, chunk, (int)o->threads);
     if (!t->trainer) return -1;
     double used = 0;
     char name[256];
@@ -460,41 +417,64 @@ static int open_trainer(Training *t) {
     return t->ids && t->targets ? 0 : fail("out of memory: a batch");
 }
 
+// Goes on from the checkpoint, maybe to another last step than the run began with. 0, or -1 after
+// fail().
+static int resume_run(Training *t) {
+    const TrainOptions *o = t->o;
+    if (mamba_checkpoint_load(t->trainer, &t->run, t->checkpoint)) return -1;
+    const uint64_t step = t->trainer->step;
+    const unsigned long long done = (unsigned long long)step;
+    if ((uint64_t)o->steps < step)
+        return fail("%s has taken %llu steps: --steps %ld is less", t->checkpoint, done, o->steps);
+    if ((uint64_t)o->steps == step)
+        fprintf(stderr, "the run is finished, after %llu steps; --steps MORE makes it longer\n",
+                done);
+    if (o->steps == o->planned) return 0;
+    TrainOptions before = *o;
+    before.steps = o->planned;
+    if (!strcmp(o->schedule, "wsd") && learning_rate(&before, step) < learning_rate(o, step + 1))
+        fprintf(stderr, "the learning rate, %.3g after step %llu, goes back up to %.3g\n",
+                learning_rate(&before, step), done, learning_rate(o, step + 1));
+    describe_run(t, o->steps);
+    return 0;
+}
+
 static int train_stages(Training *t) {
     const TrainOptions *o = t->o;
     if (parse_task(o->task_name, &t->task) || check_train_files(o, t->checkpoint) ||
+        run_lock_take(&t->lock, o->out) ||
+        (!o->resume && !o->force && check_new_run(o->out, t->checkpoint, o->from)) ||
         open_train_model(t) || (!t->task && read_data(t)))
         return -1;
-    describe_run(t);
+    describe_run(t, o->planned);
     if (open_trainer(t)) return -1;
     // Hashed, because the streams of neighbouring seeds are one stream, shifted.
     uint64_t seed = (uint64_t)o->seed;
     t->run.random = random_u64(&seed);
     t->run.held_loss = NAN;
-    if (!t->task && t->n_held < (size_t)o->length + 1)
+    if (!t->task && o->held_out > 0 && t->n_held < (size_t)o->length + 1)
         fprintf(stderr,
-                "no held-out losses: the held-out part has %zu tokens, one window needs %ld\n",
-                t->n_held, o->length + 1);
-    if (o->resume && mamba_checkpoint_load(t->trainer, &t->run, t->checkpoint)) return -1;
+                "%s: the held-out part has %zu tokens, a window %ld; a smaller --length or "
+                "--held-out-data FILE mends that\n",
+                t->n_held < 2 ? "no held-out losses" : "held-out losses of few tokens", t->n_held,
+                o->length);
+    t->run.settings = o->settings.bytes;
+    t->run.settings_bytes = o->settings.n;
+    if (o->resume && resume_run(t)) return -1;
     if (train_loop(t)) return -1;
     fprintf(stderr, "wrote %s and %s\n", o->out, t->checkpoint);
     return 0;
 }
 
-static int train_run(const TrainOptions *o) {
-    Training t = {.o = o};
-    const size_t room = strlen(o->out) + sizeof ".train";
-    char *checkpoint = malloc(room);
-    if (!checkpoint) return fail("out of memory");
-    snprintf(checkpoint, room, "%s.train", o->out);
-    t.checkpoint = checkpoint;
+static int train_run(const TrainOptions *o, const char *checkpoint) {
+    Training t = {.o = o, .checkpoint = checkpoint};
     int result = train_stages(&t);
+    run_lock_release(&t.lock);
     mamba_trainer_free(t.trainer);
     mamba_free(t.model);
     free(t.data);
     free(t.ids);
     free(t.targets);
-    free(checkpoint);
     return result;
 }
 
@@ -506,12 +486,30 @@ static const char TRAIN_USAGE[] =
     "\n"
     "Trains a model on text of your own, on one of the paper's synthetic tasks, or fine-tunes\n"
     "one. Writes out.bin, a model like any other (float32), out.bin.train, from which --resume\n"
-    "goes on bit for bit, and a CSV log. Ctrl-C saves and leaves.\n";
+    "goes on bit for bit, and a CSV log. Ctrl-C saves and leaves.\n"
+    "\n"
+    "mamba train -o out.bin --resume                goes on: the settings are in out.bin.train\n"
+    "mamba train -o out.bin --resume --steps MORE   and further than planned, where the schedule\n"
+    "                                               is constant or wsd\n";
 // clang-format on
+
+// Whether the run can have another last step than it began with. 0, or -1 after fail().
+static int check_more_steps(const TrainOptions *o) {
+    if (o->steps == o->planned) return 0;
+    if (o->grow_from)
+        return fail("--steps %ld: --grow-from divides the run into parts by its %ld steps; "
+                    "--from %s -o NEW trains the model on",
+                    o->steps, o->planned, o->out);
+    if (!strcmp(o->schedule, "cosine"))
+        return fail("--steps %ld: the cosine schedule of this run ends at step %ld, where its rate "
+                    "is %g; --from %s -o NEW --lr X trains the model on, and a run of --schedule "
+                    "wsd or constant can be made longer",
+                    o->steps, o->planned, o->min_rate, o->out);
+    return 0;
+}
 
 // Options that do not fit together. 0, or -1 after fail().
 static int check_train_options(const TrainOptions *o) {
-    if (!o->out) return fail("train needs -o FILE, the model to write");
     if ((o->data.n > 0) == (o->task_name != NULL))
         return fail("train needs either --data or --task");
     if (o->held_out_data && (o->task_name || o->held_out != 0.1))
@@ -540,7 +538,63 @@ static int check_train_options(const TrainOptions *o) {
         return fail("%s %ld is too short for --task %s: at least %d",
                     o->grow_from ? "--grow-from" : "--length", shortest, o->task_name,
                     task_shortest(task));
-    return task && o->from ? fail("--from does not go with --task") : 0;
+    if (task && o->from) return fail("--from does not go with --task");
+    return check_more_steps(o);
+}
+
+// --- the settings of a run: its command line, which the checkpoint keeps
+
+// Options that are of one process, not of the run.
+static bool is_kept(const Option *o) {
+    static const char *const not_kept[] = {"-o", "--resume", "--force", "-T"};
+    for (int i = 0; i < COUNT(not_kept); i++)
+        if (!strcmp(o->name, not_kept[i])) return false;
+    return true;
+}
+
+static int add_word(Text *to, const char *word) { return text_add(to, word, strlen(word) + 1); }
+
+// All options with their values, defaults too: a later version may have others. 0, or -1 after
+// fail().
+static int collect_settings(Text *to, const Option *options, int n) {
+    int bad = 0;
+    for (const Option *o = options; o < options + n; o++) {
+        char number[64] = "";
+        if (!is_kept(o)) continue;
+        if (o->kind == OPT_INT) snprintf(number, sizeof number, "%ld", *(long *)o->value);
+        if (o->kind == OPT_REAL) snprintf(number, sizeof number, "%.17g", *(double *)o->value);
+        const char *value = o->kind == OPT_TEXT ? *(const char **)o->value : number;
+        if (o->kind == OPT_LIST)
+            for (int i = 0; i < ((TextList *)o->value)->n; i++)
+                bad |= add_word(to, o->name) | add_word(to, ((TextList *)o->value)->item[i]);
+        else if (o->kind == OPT_SWITCH) bad |= *(bool *)o->value ? add_word(to, o->name) : 0;
+        else if (value) bad |= add_word(to, o->name) | add_word(to, value);
+    }
+    return bad ? -1 : 0;
+}
+
+// Sets options by settings (bytes, a NUL after each word), which must outlive them. 0, or -1 after
+// fail().
+static int apply_settings(const TrainRun *run, const Option *options, int n) {
+    int words = 1, result = -1;
+    for (size_t i = 0; i < run->settings_bytes; i++) words += run->settings[i] == 0;
+    char **argv = calloc((size_t)words + 1, sizeof *argv);
+    if (!argv) return fail("out of memory: %d settings", words);
+    size_t at = 0;
+    for (int i = 1; i < words; i++, at += strlen(run->settings + at) + 1)
+        argv[i] = (char *)(uintptr_t)(run->settings + at);
+    result = parse_options(words, argv, options, n, NULL, 0) < 0 ? -1 : 0;
+    free(argv);
+    return result;
+}
+
+// path with an ending, malloc'd. NULL after fail().
+static char *name_beside(const char *path, const char *ending) {
+    const size_t room = strlen(path) + strlen(ending) + 1;
+    char *name = malloc(room);
+    if (name) snprintf(name, room, "%s%s", path, ending);
+    else fail("out of memory: the name of %s", path);
+    return name;
 }
 
 static int command_train(int argc, char **argv) {
@@ -575,7 +629,9 @@ static int command_train(int argc, char **argv) {
         OPTION_TEXT("--task", "T", &o.task_name, "induction or copying instead of data"),
         OPTION_TEXT("--from", "FILE", &o.from,
                     "start from this model (sizes and tokenizer are its own)"),
-        OPTION_SWITCH("--resume", &o.resume, "go on from out.bin.train"),
+        OPTION_SWITCH("--resume", &o.resume,
+                      "go on from out.bin.train, whose settings hold unless given anew"),
+        OPTION_SWITCH("--force", &o.force, "replace another model or run of this name"),
         OPTION_INT("--d-model", "N", &o.d_model, 1, 16384, "width"),
         OPTION_INT("--layers", "N", &o.layers, 1, 1024, "blocks"),
         OPTION_INT("--d-state", "N", &o.d_state, 1, N_MAX, "states a channel"),
@@ -587,6 +643,9 @@ static int command_train(int argc, char **argv) {
         OPTION_INT("--accumulate", "N", &o.accumulate, 1, 65536,
                    "passes that a step is divided into, for less memory"),
         OPTION_INT("--length", "N", &o.length, 1, 1 << 24, "tokens a sequence"),
+        OPTION_INT("--chunk", "N", &o.chunk, 0, 1 << 24,
+                   "tokens of a sequence in memory at a time; gradients stay exact, at the "
+                   "price of one more pass forward; 0: as many as the memory holds"),
         OPTION_INT("--grow-from", "N", &o.grow_from, 0, 1 << 24,
                    "start with sequences of N tokens, --length / N times as many, and double "
                    "them on the way; 0: off"),
@@ -611,18 +670,36 @@ static int command_train(int argc, char **argv) {
         THREADS_OPTION(&o.threads),
     };
     // clang-format on
+    const TrainOptions defaults = o;
+    TrainRun old = {.settings = NULL};
     const char *rest[1];
-    if (wants_help(argc, argv)) return print_help(TRAIN_USAGE, options, COUNT(options));
-    int n = parse_options(argc, argv, options, COUNT(options), rest, 0);
-    if (n < 0) return -1;
-    if (check_train_options(&o)) return -1;
+    if (wants_help(argc, argv, options, COUNT(options)))
+        return print_help(TRAIN_USAGE, options, COUNT(options));
+    if (parse_options(argc, argv, options, COUNT(options), rest, 0) < 0) return -1;
+    char *checkpoint = o.out ? name_beside(o.out, ".train") : NULL;
+    char *log = o.out ? name_beside(o.out, ".csv") : NULL;
+    int result = !o.out ? fail("train needs -o FILE, the model to write") : -!(checkpoint && log);
+    o.planned = o.steps;
+    if (result == 0 && o.resume) {
+        const TextList data = o.data;
+        uint64_t step;
+        result = mamba_checkpoint_peek(&old, &step, checkpoint);
+        if (result == 0 && old.settings_bytes) {
+            o = defaults;
+            result = apply_settings(&old, options, COUNT(options)) ? fail_in(checkpoint) : 0;
+            o.planned = o.steps;
+            if (data.n) o.data.n = 0;
+            if (result == 0) result = parse_options(argc, argv, options, COUNT(options), rest, 0);
+        }
+    }
+    if (result == 0) result = check_train_options(&o);
+    if (result == 0) result = collect_settings(&o.settings, options, COUNT(options));
     o.log_given = o.log != NULL;
-    const size_t room = strlen(o.out) + sizeof ".csv";
-    char *log = malloc(room);
-    if (!log) return fail("out of memory");
-    snprintf(log, room, "%s.csv", o.out);
     if (!o.log) o.log = log;
-    int result = train_run(&o);
+    if (result == 0) result = train_run(&o, checkpoint);
+    free((char *)(uintptr_t)old.settings);
+    free(o.settings.bytes);
+    free(checkpoint);
     free(log);
     return result;
 }

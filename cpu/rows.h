@@ -232,10 +232,11 @@ INLINE void conv1d_silu_backward_lanes(const ConvGrad *d, const float *d_u, cons
         store(lane, sum);
         for (int i = 0; i < n; i++) d->d_conv[(size_t)(e + i) * K + k] += lane[i];
     }
-    // d_x_t = sum over k of conv[k] d_c_{t+K-1-k}; inputs before t = 0 are the window's
+    // d_x_t = sum over k of conv[k] d_c_{t+K-1-k}; inputs before t = 0 are the window's. The last
+    // K-1 inputs are also the window at the end.
     float *d_window = d->d_window + (size_t)b * (K - 1) * E;
-    for (int t = 1 - K; t < L; t++) {
-        vec dx = splat(0);
+    for (int t = L - 1; t > -K; t--) {
+        vec dx = t > L - K ? load_n(d_window + (size_t)(t - L + K - 1) * E + e, n) : splat(0);
         for (int k = K - 1; k >= 0; k--) {
             int later = t + K - 1 - k;
             if (later < 0 || later >= L) continue;

@@ -117,7 +117,7 @@ static void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float *d_
     const int N = s->N, width = k->width, vectors = (width + VL - 1) / VL;
     const size_t first = row * s->E + k->e0;
     const float *A = k->A, *B = s->B_ssm + row * s->ld_bc, *C = s->C_ssm + row * s->ld_bc;
-    float *g = k->g, *d_A = k->d_A, *part = k->parts + row * 2 * N;
+    float *d_h = k->d_h, *d_A = k->d_A, *part = k->parts + row * 2 * N;
     float *d_u = d->d_u + first, *d_delta = d->d_delta + first;
     vec dy[SCAN_VECTORS], dt[SCAN_VECTORS], ut[SCAN_VECTORS], d_ut[SCAN_VECTORS],
         d_dt[SCAN_VECTORS];
@@ -134,14 +134,14 @@ static void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float *d_
         vec d_B = splat(0), d_C = splat(0);
         for (int i = 0; i < vectors; i++) {
             size_t at = (size_t)n * SCAN_WIDTH + i * VL;
-            vec gt = load(g + at) + dy[i] * C[n], a = load(decay + at);
-            vec d_dtA = gt * a * load(before + at), gu = gt * ut[i];
+            vec d_ht = load(d_h + at) + dy[i] * C[n], a = load(decay + at);
+            vec d_dtA = d_ht * a * load(before + at), d_h_u = d_ht * ut[i];
             d_C += dy[i] * load(h + at);
-            d_B += gu * dt[i];
-            d_dt[i] += d_dtA * load(A + at) + gu * B[n];
-            d_ut[i] += gt * dt[i] * B[n];
+            d_B += d_h_u * dt[i];
+            d_dt[i] += d_dtA * load(A + at) + d_h_u * B[n];
+            d_ut[i] += d_ht * dt[i] * B[n];
             store(d_A + at, load(d_A + at) + d_dtA * dt[i]);
-            store(g + at, gt * a);
+            store(d_h + at, d_ht * a);
         }
         part[n] = sum_lanes(d_B);
         part[N + n] = sum_lanes(d_C);

@@ -17,7 +17,8 @@
 #define VL 16
 #elif defined(__AVX__)
 #define VL 8
-#elif defined(__SSE2__) || defined(__ARM_NEON) || defined(__VSX__) || defined(__riscv_vector)
+#elif defined(__SSE2__) || defined(__ARM_NEON) || defined(__VSX__) || defined(__riscv_vector) || \
+    defined(__wasm_simd128__)
 #define VL 4
 #else
 #define VL 1
@@ -129,6 +130,17 @@ INLINE void store_n(float *p, vec v, int n) {
     else store_part(p, v, n);
 }
 
+// sum + a b, fused where a float has a fused multiply-add. `sum += a * b` on single floats is up to
+// the compiler: gcc fuses it in one form of a loop and not in another, where it vectorizes products
+// and then adds them one by one. Two forms that must have the same bits use this.
+INLINE vec multiply_add(vec sum, vec a, float b) {
+#if VL == 1 && defined(FP_FAST_FMAF)
+    return fmaf(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+
 // How many lanes a vector that starts at element `at` of `count` has.
 INLINE int lanes_left(int at, int count) { return count - at < VL ? count - at : VL; }
 
@@ -229,6 +241,17 @@ INLINE bool any_lane(ivec mask) {
 
 // --- functions
 
+// y, or x where x is a NaN. A NaN of x86, Arm, POWER, RISC-V or s390x has no low bits, and the
+// shifts below leave it a NaN. A NaN of MIPS is all ones there. Vectors of one float run anywhere.
+INLINE vec keep_nan(vec y, vec x) {
+#if VL == 1
+    return x == x ? y : x;
+#else
+    (void)x;
+    return y;
+#endif
+}
+
 // e^x = 2^n e^r with |r| <= ln2 / 2. Adding 1.5 * 2^23 rounds to an integer and leaves this integer
 // in the low bits, from where a shift moves it to the exponent. x is limited to [-86, 88], so that
 // 2^n is a normal float: the smallest answer is 4e-38.
@@ -245,7 +268,7 @@ INLINE vec exp_vec(vec x) {
     p = 0.166665211f + r * p;
     p = 0.499999940f + r * p;
     p = 1.0f + (r + r * r * p);
-    return as_float((ivec)((uvec)as_int(p) + (uvec)exponent));
+    return keep_nan(as_float((ivec)((uvec)as_int(p) + (uvec)exponent)), x);
 }
 
 // 2^x for -126 <= x <= 0, which the caller must see to. Relative error 2e-7, and half the work of
@@ -258,7 +281,7 @@ INLINE vec exp2_negative(vec x) {
     p = 0.0555073359f + r * p;
     p = 0.240222424f + r * p;
     p = 0.693147004f + r * p;
-    return as_float((ivec)((uvec)as_int(1.0f + r * p) + ((uvec)as_int(n) << 23)));
+    return keep_nan(as_float((ivec)((uvec)as_int(1.0f + r * p) + ((uvec)as_int(n) << 23))), x);
 }
 
 INLINE vec silu_vec(vec x) { return x / (1.0f + exp_vec(-x)); }

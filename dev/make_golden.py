@@ -253,8 +253,8 @@ def golden(name, seed, m, out, hf, length, gradients):
 def golden_tales(source, out):
     print(f"tales: from {os.path.basename(os.path.normpath(source))}, matrices rounded to bfloat16")
     net = transformers.MambaForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    config = export.Fields(net.config.to_dict(), source)
-    m = export.model_from_transformers(config, export.Fields({}, source))
+    config = export.Config(net.config.to_dict(), source)
+    m = export.model_from_config(config, export.Fields({}, source))
     with torch.no_grad():
         for t in export.tensor_list(m):
             if t.is_w:

@@ -138,11 +138,14 @@ def probe_normalizer(table):
     return entries, rank_of
 
 
-def literal(name, comment, text, width=94):
-    lines = ["// %s" % comment, "static const char %s[] =" % name]
-    for i in range(0, len(text), width):
-        lines.append('    "%s"' % text[i:i + width])
-    return "\n".join(lines) + ";\n\n"
+def literal(name, comment, text, width=93, lines_of_piece=43):
+    """A string of at most 4095 characters for each piece: C11 promises no more. The NUL after a
+    piece means nothing."""
+    lines = [text[i:i + width] for i in range(0, len(text), width)]
+    pieces = [lines[i:i + lines_of_piece] for i in range(0, len(lines), lines_of_piece)]
+    rows = ",\n".join("\n".join('    "%s"' % line for line in piece) for piece in pieces)
+    return "// %s\nstatic const char %s[][%d] = {\n%s};\n\n" \
+        % (comment, name, width * lines_of_piece + 1, rows)
 
 
 def main():

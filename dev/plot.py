@@ -28,6 +28,10 @@ DARK = {INK: "#d6dbe1", GRID: "#2f353d", FAINT: "#21262c", PAPER: "#14181d", "#2
         "#555555": "#a5a5a5"}
 LABELS = {"held_out": "held-out loss", "loss": "training loss", "seconds": "time (s)", "tokens_per_second": "tokens/s",
           "learning_rate": "learning rate", "gradient_norm": "gradient norm"}
+# An axis says more than a curve: what is counted, and in which unit.
+AXES = {"held_out": "held-out loss (nats per token)", "loss": "training loss (nats per token)", "step": "optimizer step",
+        "tokens": "tokens trained on", "seconds": "training time (s)", "tokens_per_second": "tokens a second",
+        "gradient_norm": "norm of the gradient, before clipping"}
 
 
 class PlotError(Exception):
@@ -168,6 +172,15 @@ def decimals(step):
 
 def word(column):
     return LABELS.get(column, column.replace("_", " "))
+
+
+def axis_label(columns, log):
+    """What an axis shows: one column, or the loss of both kinds; of other columns together nobody knows."""
+    if len(columns) == 1:
+        label = AXES.get(columns[0], word(columns[0]))
+    else:
+        label = "loss (nats per token)" if set(columns) == {"loss", "held_out"} else ""
+    return ", ".join(part for part in (label, "logarithmic scale" if log else "") if part)
 
 
 def curves_of(tables, names, x, columns, smooth, logx, logy):
@@ -319,8 +332,8 @@ def run(a):
     curves = curves_of(tables, names, a.x, columns, a.smooth, logx, a.logy)
     if not curves:
         raise PlotError(f"{a.csv[0]}: no line has a number to show for {a.x} and {a.y}")
-    ylabel = word(columns[0]) if len(columns) == 1 else "loss" if set(columns) == {"loss", "held_out"} else ""
-    svg = draw(curves, a.xlabel or word(a.x), a.ylabel or ylabel, a.title, logx, a.logy, limits(a.ylim, a.logy))
+    xlabel, ylabel = a.xlabel or axis_label([a.x], logx), a.ylabel or axis_label(columns, a.logy)
+    svg = draw(curves, xlabel, ylabel, a.title, logx, a.logy, limits(a.ylim, a.logy))
     try:
         with open(a.output, "w", encoding="utf-8") as f:
             f.write(svg)

@@ -45,40 +45,55 @@ static void acts_layout(Acts *a, const Config *c, Arena *from) {
     w->y = take_floats(from, T * E);
     w->g = w->y;
     w->packed = take_floats(from, matmul_floats(T, E > D ? (E > R ? E : R) : D > R ? D : R));
-    w->carry = take_floats(from, scan_carry_floats(c->E, c->N));
-    a->logits = take_floats(from, size_mul(LOGIT_ROWS, V));
+    w->carry = NULL; // a short piece is never cut
+    if (scan_pieces(a->piece, c->E) > 1)
+        w->carry = take_floats(from, scan_carry_floats(c->E, c->N));
+    a->logits = take_floats(from, size_mul(T < LOGIT_ROWS ? T : LOGIT_ROWS, V));
     a->probs = take_floats(from, V);
-    a->order = take(from, size_mul(BATCH_MAX, V), sizeof *a->order);
-    a->seq = take(from, (size_t)c->n_layer * BATCH_MAX, sizeof *a->seq);
+    const size_t batch = T < BATCH_MAX ? T : BATCH_MAX;
+    a->order = take(from, size_mul(batch, V), sizeof *a->order);
+    a->seq = take(from, (size_t)c->n_layer * batch, sizeof *a->seq);
 }
 
-// Scratch for one pass at a time over one model; threads 0 = default. NULL after fail().
-Acts *mamba_acts_new(const Model *m, int threads) {
-    size_t piece = ((size_t)1 << 25) / activation_row_floats(&m->config); // 128 MB
-    if (piece > PIECE_MAX) piece = PIECE_MAX;
-    if (piece < PIECE_MIN) piece = PIECE_MIN;
-    Acts *a = calloc(1, sizeof *a);
+// Scratch for one pass at a time over one model; threads 0 = default. piece: how many tokens of a
+// prompt are read at a time, and the most sequences of a batch. 1 takes the least memory, 0 is the
+// default, PIECE_MIN to PIECE_MAX by the model's width. NULL after fail().
+Acts *mamba_acts_pieces(const Model *m, int threads, int piece) {
+    size_t usual = ((size_t)1 << 25) / activation_row_floats(&m->config); // 128 MB
+    if (usual > PIECE_MAX) usual = PIECE_MAX;
+    if (usual < PIECE_MIN) usual = PIECE_MIN;
+    Acts *a = memory_zeroed(1, sizeof *a);
     if (!a) return fail("out of memory"), NULL;
     a->threads = threads > 0 ? threads : mamba_default_threads();
-    a->piece = (int)piece;
+    a->piece = piece > 0 ? piece : (int)usual;
     Arena arena = {NULL, 0};
     acts_layout(a, &m->config, &arena);
     a->arena = alloc_aligned(arena.used);
     if (!a->arena) {
-        free(a);
+        memory_free(a);
         return NULL;
     }
+    a->threads = possible_threads(a->threads);
     arena = (Arena){a->arena, 0};
     acts_layout(a, &m->config, &arena);
     return a;
 }
+
+Acts *mamba_acts_new(const Model *m, int threads) { return mamba_acts_pieces(m, threads, 0); }
 
 void mamba_acts_free(Acts *a) {
     if (!a) return;
     if (a->gpu_state && a->gpu_state->newer_on == a) state_fetch(a->gpu_state);
     if (a->gpu) GPU->close(a->gpu);
     free_aligned(a->arena);
-    free(a);
+    memory_free(a);
+}
+
+// The next passes on the processor call watch once for each layer: mamba_prefill for each piece of
+// the prompt, mamba_step for the token. NULL: no longer.
+void mamba_watch(Acts *a, LayerWatcher *watch, void *context) {
+    a->work.watch = watch;
+    a->work.watch_context = context;
 }
 
 // Whether this build has a GPU backend.

@@ -4,6 +4,8 @@
 // saturate instead of wrapping, so one comparison with the file's length catches every overflow.
 // Numbers are read byte by byte: any machine reads the same little-endian file.
 
+#include "system.h"
+
 // A variable that every thread has one of. Some compilers (tcc) have no such variables, and no
 // threads.
 #ifndef PER_THREAD
@@ -16,22 +18,50 @@
 #endif
 #endif
 
-enum { ERROR_BYTES = 512 };
+enum { ERROR_BYTES = 1024 };
 static PER_THREAD char error_text[ERROR_BYTES];
 
+static bool is_utf8_tail(char c) { return ((unsigned char)c & 0xC0) == 0x80; }
+
+// Copies text to `to` (room bytes). Of a long text the middle is left out: a path of thousands of
+// bytes in a sentence hides neither its beginning nor the reason at its end.
+static void copy_shortened(char *to, size_t room, const char *text) {
+    static const char DOTS[] = "[...]";
+    size_t n = strlen(text), dots = sizeof DOTS - 1, head = (room - dots) / 3;
+    if (n < room) {
+        memcpy(to, text, n + 1);
+        return;
+    }
+    size_t tail = n - (room - 1 - dots - head);
+    while (head && is_utf8_tail(text[head])) head--; // whole characters
+    while (is_utf8_tail(text[tail])) tail++;
+    memcpy(to, text, head);
+    memcpy(to + head, DOTS, dots);
+    memcpy(to + head + dots, text + tail, n - tail + 1);
+}
+
+// Returns -1, so that a function can fail and return in one statement.
 static int fail(const char *format, ...) {
     va_list args;
     va_start(args, format);
-    vsnprintf(error_text, sizeof error_text, format, args);
+    int n = vsnprintf(error_text, sizeof error_text, format, args);
     va_end(args);
+    char *whole = n < ERROR_BYTES ? NULL : malloc((size_t)n + 1);
+    if (!whole) return -1;
+    va_start(args, format);
+    vsnprintf(whole, (size_t)n + 1, format, args);
+    va_end(args);
+    copy_shortened(error_text, sizeof error_text, whole);
+    free(whole);
     return -1;
 }
 
 // The last error again, with the name of the file or argument that it came from before it.
 static int fail_in(const char *where) {
-    char why[sizeof error_text];
-    memcpy(why, error_text, sizeof why);
-    return fail("%.200s: %.300s", where, why);
+    char why[2 * ERROR_BYTES / 3], name[ERROR_BYTES / 4];
+    copy_shortened(why, sizeof why, error_text);
+    copy_shortened(name, sizeof name, where);
+    return fail("%s: %s", name, why);
 }
 
 // Why the last call of this thread failed: one sentence, no newline. Where a thread of a team
@@ -44,7 +74,7 @@ static size_t size_add(size_t a, size_t b) { return b > SIZE_MAX - a ? SIZE_MAX 
 // Zeroed memory aligned for vectors and cache lines; NULL after fail(). Freed by free_aligned().
 static void *alloc_aligned(size_t bytes) {
     const size_t align = 64;
-    char *base = bytes > SIZE_MAX - 2 * align ? NULL : calloc(1, bytes + 2 * align);
+    char *base = bytes > SIZE_MAX - 2 * align ? NULL : memory_zeroed(1, bytes + 2 * align);
     if (!base) {
         fail("out of memory: could not get %zu bytes", bytes);
         return NULL;
@@ -65,7 +95,7 @@ static void free_aligned(void *p) {
     char *base;
     if (!p) return;
     memcpy(&base, (char *)p - sizeof base, sizeof base);
-    free(base);
+    memory_free(base);
 }
 
 static uint32_t u32_at(const unsigned char *p) {
@@ -126,44 +156,37 @@ static uint32_t crc32_of(uint32_t crc, const void *data, size_t bytes) {
     return ~crc;
 }
 
-// A file in memory: mapped, read-only, where the platform can; else read (big-endian hosts too,
-// which swap it in place).
+// Files up to this size are read, and may then be overwritten while they are used. Larger ones are
+// mapped: that takes no time and no memory, but the file must stay as it is.
+enum { READ_WHOLE = 32 << 20 };
+
+// A file in memory: read, or mapped, read-only, where it is large and the platform can (big-endian
+// hosts cannot: they swap it in place). An arena has no room to waste: there small files are mapped
+// too.
 static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
+    FileInfo info = {.regular = true};
     *mapped = false;
-#ifdef MAMBA_POSIX
-    int fd = open(path, O_RDONLY | O_NONBLOCK); // a FIFO without a writer would wait here
-    struct stat info;
-    if (fd < 0) {
-        fail("%s: %s", path, strerror(errno));
-        return NULL;
-    }
-    if (fstat(fd, &info) || !S_ISREG(info.st_mode)) {
-        close(fd);
+    if (file_info(path, &info) && !info.regular) { // a FIFO without a writer would wait
         fail("%s: not a regular file", path);
         return NULL;
     }
-    *bytes = (size_t)info.st_size;
-    bool fits = *bytes > 0 && (uintmax_t)info.st_size <= SIZE_MAX / 2;
-    if (fits && host_is_little_endian()) {
-        void *p = mmap(NULL, *bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (p != MAP_FAILED) {
-            close(fd);
-            *mapped = true;
-            return p;
-        }
+    void *map = host_is_little_endian() ? map_file(path, bytes) : NULL;
+    if (map && (*bytes > READ_WHOLE || arena.base)) {
+        *mapped = true;
+        return map;
     }
-    close(fd);
-#endif
+    if (map) unmap_file(map, *bytes);
     FILE *f = fopen(path, "rb");
     if (!f) {
         fail("%s: %s", path, strerror(errno));
         return NULL;
     }
     unsigned char *data = NULL;
-    long length = fseek(f, 0, SEEK_END) ? -1 : ftell(f);
+    int64_t length = stream_length(f);
     if (length < 0) fail("%s: cannot find its length", path);
+    else if ((uint64_t)length > SIZE_MAX / 2)
+        fail("%s: %lld bytes are more than this machine can address", path, (long long)length);
     else if ((data = alloc_aligned((size_t)length))) {
-        rewind(f);
         if (fread(data, 1, (size_t)length, f) != (size_t)length) {
             fail("%s: read error", path);
             free_aligned(data);
@@ -176,13 +199,6 @@ static unsigned char *file_map(const char *path, size_t *bytes, bool *mapped) {
 }
 
 static void file_unmap(unsigned char *data, size_t bytes, bool mapped) {
-#ifdef MAMBA_POSIX
-    if (mapped) {
-        munmap(data, bytes);
-        return;
-    }
-#endif
-    (void)bytes;
-    (void)mapped;
-    free_aligned(data);
+    if (mapped) unmap_file(data, bytes);
+    else free_aligned(data);
 }

@@ -1,22 +1,26 @@
 // --- checkpoints: a training run at one moment, from which it goes on bit for bit
-// One file, so that everything in it is of one moment: the checkpoint's header, model.bin's header,
-// the tokenizer's blob, the weights, and the two moments of AdamW, all float32.
+// One file, so that everything in it is of one moment: the checkpoint's header, the settings of the
+// program that trains, model.bin's header, the tokenizer's blob, the weights, and the two moments
+// of AdamW, all float32. Version 1 has no settings.
 
-enum { CHECKPOINT_HEADER = 1024, CHECKPOINT_VERSION = 1 };
-enum { RUN_TEXT = 768 }; // bytes
+enum { CHECKPOINT_HEADER = 1024, CHECKPOINT_VERSION = 2 };
+enum { RUN_TEXT = 768 };          // bytes
+enum { SETTINGS_MOST = 1 << 20 }; // bytes
 
 // What a checkpoint keeps for the program that trains. mamba.c itself uses none of it.
 typedef struct {
-    char text[RUN_TEXT]; // tells runs apart, such as "data a.txt, rate 0.01"; commas between parts
-    uint64_t random;     // state of the generator that draws the batches
-    double held_loss;    // the last loss on text that is not trained on; NAN: none
-    double seconds;      // spent in training
+    char text[RUN_TEXT];  // tells runs apart, such as "data a.txt, rate 0.01"; commas between parts
+    uint64_t random;      // state of the generator that draws the batches
+    double held_loss;     // the last loss on text that is not trained on; NAN: none
+    double seconds;       // spent in training
+    const char *settings; // any bytes, from which the program can go on; or NULL
+    size_t settings_bytes;
 } TrainRun;
 
 typedef struct { // what the header says
     TrainRun run;
     uint64_t step, tokenizer_bytes, tensors_bytes;
-    uint32_t model_crc, moment_crc, moment2_crc;
+    uint32_t model_crc, moment_crc, moment2_crc, settings_bytes, settings_crc;
 } CheckpointHeader;
 
 #define AT(member) offsetof(CheckpointHeader, member)
@@ -30,6 +34,8 @@ static const Field CHECKPOINT_FIELDS[] = {
     {"model checksum", 64, FIELD_U32, 1, ANY_U32, AT(model_crc)},
     {"moment checksum", 68, FIELD_U32, 1, ANY_U32, AT(moment_crc)},
     {"second moment checksum", 72, FIELD_U32, 1, ANY_U32, AT(moment2_crc)},
+    {"settings bytes", 76, FIELD_U32, 1, 0, SETTINGS_MOST, AT(settings_bytes)},
+    {"settings checksum", 80, FIELD_U32, 1, ANY_U32, AT(settings_crc)},
     {"run", 128, FIELD_TEXT, RUN_TEXT, ANY_TEXT, AT(run.text)},
 };
 #undef AT
@@ -39,6 +45,12 @@ static const HeaderFormat CHECKPOINT_FORMAT = {{'m', 'a', 'm', 'b', 'a', '.', 't
                                                "a checkpoint",
                                                CHECKPOINT_FIELDS,
                                                NUMBER_OF(CHECKPOINT_FIELDS)};
+
+static HeaderFormat checkpoint_format(bool settings) {
+    HeaderFormat format = CHECKPOINT_FORMAT;
+    if (!settings) format.version = 1;
+    return format;
+}
 
 // Weights and moments to the order of bytes in files, or back.
 static void swap_training(const Trainer *x) {
@@ -60,6 +72,9 @@ int mamba_checkpoint_save(Trainer *x, const TrainRun *run, const char *path) {
     const Model *m = x->model;
     const size_t bytes = m->tensors_bytes;
     unsigned char header[CHECKPOINT_HEADER], model[HEADER_BYTES];
+    const HeaderFormat format = checkpoint_format(run->settings_bytes > 0);
+    if (run->settings_bytes > SETTINGS_MOST)
+        return fail("%s: the settings of the run are longer than %d bytes", path, SETTINGS_MOST);
     if (mamba_trainer_fetch(x, false)) return -1;
     swap_training(x);
     model_header(model, m);
@@ -71,12 +86,15 @@ int mamba_checkpoint_save(Trainer *x, const TrainRun *run, const char *path) {
         .model_crc = crc32_of(0, model, HEADER_BYTES),
         .moment_crc = crc32_of(0, x->moment, bytes),
         .moment2_crc = crc32_of(0, x->moment2, bytes),
+        .settings_bytes = (uint32_t)run->settings_bytes,
+        .settings_crc = crc32_of(0, run->settings, run->settings_bytes),
     };
     run_text(h.run.text, run);
-    header_write(header, &CHECKPOINT_FORMAT, &h);
-    const Piece piece[] = {
-        {header, sizeof header}, {model, sizeof model}, {m->tokenizer_blob, m->tokenizer_bytes},
-        {m->weights, bytes},     {x->moment, bytes},    {x->moment2, bytes}};
+    header_write(header, &format, &h);
+    const Piece piece[] = {{header, sizeof header}, {run->settings, run->settings_bytes},
+                           {model, sizeof model},   {m->tokenizer_blob, m->tokenizer_bytes},
+                           {m->weights, bytes},     {x->moment, bytes},
+                           {x->moment2, bytes}};
     int result = write_pieces(path, piece, NUMBER_OF(piece));
     swap_training(x);
     return result;
@@ -103,24 +121,37 @@ static bool same_model(const unsigned char *here, const ModelHeader *stored, con
     return !memcmp(want, here, HEADER_BYTES);
 }
 
-static int check_checkpoint(const Trainer *x, const TrainRun *run, const unsigned char *file,
-                            size_t size, const char *path) {
-    const size_t bytes = x->model->tensors_bytes, tokenizer_bytes = x->model->tokenizer_bytes;
-    const unsigned char *model = file + CHECKPOINT_HEADER;
-    const unsigned char *weights = model + HEADER_BYTES + tokenizer_bytes;
-    CheckpointHeader h;
-    ModelHeader stored;
-    char text[RUN_TEXT];
+// The header h of a checkpoint file, and its settings. 0, or -1 after fail().
+static int read_checkpoint_header(CheckpointHeader *h, const unsigned char *file, size_t size,
+                                  const char *path) {
+    const HeaderFormat old = checkpoint_format(false);
     if (!header_is(file, size, &CHECKPOINT_FORMAT) ||
-        !header_version_fits(file, &CHECKPOINT_FORMAT))
+        (!header_version_fits(file, &CHECKPOINT_FORMAT) && !header_version_fits(file, &old)))
         return fail("%s: not a training checkpoint of this version", path);
     if (!header_is_whole(file, &CHECKPOINT_FORMAT))
         return fail("%s: the checkpoint is damaged", path);
-    header_read(&h, &CHECKPOINT_FORMAT, file);
+    header_read(h, &CHECKPOINT_FORMAT, file);
+    if (h->settings_bytes > SETTINGS_MOST || h->settings_bytes > size - CHECKPOINT_HEADER ||
+        crc32_of(0, file + CHECKPOINT_HEADER, h->settings_bytes) != h->settings_crc)
+        return fail("%s: the checkpoint is damaged", path);
+    h->run.settings_bytes = h->settings_bytes;
+    h->run.settings = h->settings_bytes ? (const char *)file + CHECKPOINT_HEADER : NULL;
+    return 0;
+}
+
+static int check_checkpoint(const Trainer *x, const TrainRun *run, const unsigned char *file,
+                            size_t size, const char *path) {
+    const size_t bytes = x->model->tensors_bytes, tokenizer_bytes = x->model->tokenizer_bytes;
+    CheckpointHeader h;
+    ModelHeader stored;
+    char text[RUN_TEXT];
+    if (read_checkpoint_header(&h, file, size, path)) return -1;
+    const unsigned char *model = file + CHECKPOINT_HEADER + h.settings_bytes;
+    const unsigned char *weights = model + HEADER_BYTES + tokenizer_bytes;
     run_text(text, run);
     if (memcmp(h.run.text, text, RUN_TEXT)) return fail_other_run(path, h.run.text, text);
     if (h.tokenizer_bytes != tokenizer_bytes || h.tensors_bytes != bytes ||
-        size != CHECKPOINT_HEADER + HEADER_BYTES + tokenizer_bytes + 3 * bytes)
+        size != CHECKPOINT_HEADER + h.settings_bytes + HEADER_BYTES + tokenizer_bytes + 3 * bytes)
         return fail("%s: the checkpoint is truncated or of another model", path);
     header_read(&stored, &MODEL_FORMAT, model);
     if (crc32_of(0, model, HEADER_BYTES) != h.model_crc ||
@@ -147,9 +178,11 @@ int mamba_checkpoint_load(Trainer *x, TrainRun *run, const char *path) {
     unsigned char *file = file_map(path, &size, &mapped);
     if (!file) return -1;
     int result = check_checkpoint(x, run, file, size, path);
+    if (result == 0) result = read_checkpoint_header(&h, file, size, path);
     if (result == 0) {
         const unsigned char *weights = file + size - 3 * bytes;
-        header_read(&h, &CHECKPOINT_FORMAT, file);
+        h.run.settings = run->settings; // those of this program go on
+        h.run.settings_bytes = run->settings_bytes;
         *run = h.run;
         x->step = h.step;
         memcpy(x->model->weights, weights, bytes);
@@ -158,6 +191,29 @@ int mamba_checkpoint_load(Trainer *x, TrainRun *run, const char *path) {
         swap_training(x);
         refresh_derived(x->model);
         result = mamba_trainer_fetch(x, true);
+    }
+    file_unmap(file, size, mapped);
+    return result;
+}
+
+// What a checkpoint says of its run: *step, and all of run, whose settings are malloc'd, maybe of 0
+// bytes, for the caller to free. A NUL follows them. Nothing else of the file is checked. 0, or -1
+// after fail().
+int mamba_checkpoint_peek(TrainRun *run, uint64_t *step, const char *path) {
+    size_t size = 0;
+    bool mapped;
+    CheckpointHeader h;
+    unsigned char *file = file_map(path, &size, &mapped);
+    if (!file) return -1;
+    int result = read_checkpoint_header(&h, file, size, path);
+    if (result == 0) {
+        char *settings = malloc((size_t)h.settings_bytes + 1);
+        if (!settings) result = fail("%s: out of memory: its settings", path);
+        else if (h.settings_bytes) memcpy(settings, h.run.settings, h.settings_bytes);
+        *run = h.run;
+        *step = h.step;
+        run->settings = settings;
+        if (settings) settings[h.settings_bytes] = 0;
     }
     file_unmap(file, size, mapped);
     return result;

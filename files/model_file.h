@@ -135,11 +135,11 @@ static int open_tokenizer(Model *m, const unsigned char *blob, size_t bytes) {
     return 0;
 }
 
+// path: what errors call the model in m->file.
 static int open_model(Model *m, const char *path) {
-    m->file = file_map(path, &m->file_bytes, &m->mapped);
-    if (!m->file || read_header(m, path)) return -1;
+    if (read_header(m, path)) return -1;
     if (open_tokenizer(m, m->file + HEADER_BYTES, m->tokenizer_bytes)) return fail_in(path);
-    m->layer = calloc((size_t)m->config.n_layer, sizeof *m->layer);
+    m->layer = memory_zeroed((size_t)m->config.n_layer, sizeof *m->layer);
     if (!m->layer) return fail("out of memory: %d layers", m->config.n_layer);
     Layout at = {.base = m->file, .offset = m->tensors_offset};
     each_tensor(m, layout_tensor, &at);
@@ -152,12 +152,38 @@ static int open_model(Model *m, const char *path) {
 // The model in the file path, ready to run. Its weights are read from the disk as they are needed.
 // NULL after fail().
 Model *mamba_load(const char *path) {
-    Model *m = calloc(1, sizeof *m);
+    Model *m = memory_zeroed(1, sizeof *m);
     if (!m) {
         fail("out of memory: a model");
         return NULL;
     }
-    if (open_model(m, path)) {
+    m->file = file_map(path, &m->file_bytes, &m->mapped);
+    if (!m->file || open_model(m, path)) {
+        mamba_free(m);
+        return NULL;
+    }
+    return m;
+}
+
+// The model in memory that holds a whole model.bin, for example an array in flash. Nothing is
+// copied: the memory stays the caller's, and outlives the model. It begins at a multiple of 4
+// bytes, better of ALIGN. A big-endian machine must turn the numbers, and so takes a copy. NULL
+// after fail().
+Model *mamba_load_memory(const void *memory, size_t bytes) {
+    const char *name = "the model in memory";
+    Model *m = memory_zeroed(1, sizeof *m);
+    if (!m) {
+        fail("out of memory: a model");
+        return NULL;
+    }
+    m->file_bytes = bytes;
+    m->borrowed = host_is_little_endian();
+    m->file = m->borrowed ? (unsigned char *)(uintptr_t)memory : alloc_aligned(bytes);
+    if (m->file && !m->borrowed) memcpy(m->file, memory, bytes);
+    bool bad = !m->file;
+    if (!bad && (uintptr_t)memory % 4)
+        bad = fail("%s does not begin at a multiple of 4 bytes", name) != 0;
+    if (bad || open_model(m, name)) {
         mamba_free(m);
         return NULL;
     }
@@ -186,15 +212,15 @@ int mamba_set_tokenizer(Model *m, const unsigned char *blob, size_t bytes) {
         blob = small;
         bytes = sizeof small;
     }
-    unsigned char *old = m->own_blob, *copy = malloc(bytes ? bytes : 1);
+    unsigned char *old = m->own_blob, *copy = memory_get(bytes ? bytes : 1);
     if (!copy) return fail("out of memory: a tokenizer of %zu bytes", bytes);
     memcpy(copy, blob, bytes);
     if (open_tokenizer(m, copy, bytes)) {
-        free(copy);
+        memory_free(copy);
         return -1;
     }
     m->own_blob = copy;
-    free(old);
+    memory_free(old);
     return 0;
 }
 

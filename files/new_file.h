@@ -29,38 +29,23 @@ static void exchange_temporary(char *from, char *to) {
 static int close_file(FILE *f, bool sync) {
     errno = 0;
     int bad = fflush(f) || ferror(f);
-#ifdef MAMBA_POSIX
-    bad = bad || (sync && fsync(fileno(f)));
-#endif
-    (void)sync;
+    bad = bad || (sync && sync_file(f));
     int why = errno;
     if (fclose(f) && !bad) return -1;
     errno = why ? why : EIO; // an earlier write failed and its reason is no longer known
     return bad ? -1 : 0;
 }
 
-// Puts a finished file in another's place at once: 0, or -1 with errno set.
-static int replace_file(const char *from, const char *to) {
-#ifdef _WIN32
-    remove(to); // where rename does not replace
-#endif
-    return rename(from, to);
-}
-
 // Whether path is nothing yet, or a regular file that this program does not have as its stdout or
 // stderr. Rename would put a new file in the place of /dev/null too, and `-o /dev/stdout > file`
 // would lose what is printed.
 static bool is_replaceable(const char *path) {
-#ifdef MAMBA_POSIX
-    struct stat info, own;
-    if (stat(path, &info)) return true;
+    FileInfo info, own;
+    if (!file_info(path, &info)) return true;
     for (int fd = 1; fd <= 2; fd++)
-        if (fstat(fd, &own) == 0 && own.st_dev == info.st_dev && own.st_ino == info.st_ino)
+        if (stream_info(fd, &own) && own.device == info.device && own.inode == info.inode)
             return false;
-    return S_ISREG(info.st_mode);
-#else
-    return path != NULL;
-#endif
+    return info.regular;
 }
 
 // The name of the file that path leads to, malloc'd; the file need not exist. NULL after fail().
@@ -118,22 +103,6 @@ static char *temporary_name(const char *target, int attempt) {
     }
     snprintf(name, room, "%.*s.%08x.tmp", (int)end, target, (unsigned)(random_u64(&random) >> 32));
     return name;
-}
-
-// A file that did not exist, open for writing: NULL with errno set, EEXIST if there was one.
-static FILE *create_file(const char *name, unsigned mode) {
-#ifdef MAMBA_POSIX
-    int fd = open(name, O_WRONLY | O_CREAT | O_EXCL, (mode_t)mode);
-    FILE *f = fd < 0 ? NULL : fdopen(fd, "wb");
-    if (fd >= 0 && !f) {
-        close(fd);
-        unlink(name);
-    }
-    return f;
-#else
-    (void)mode;
-    return fopen(name, "wbx");
-#endif
 }
 
 // Closes and removes what was written; the target stays as it was.

@@ -4,6 +4,9 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE // mmap, getrusage, fileno, fsync under any -std
 #endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64 // files over 2 GB on 32-bit machines
+#endif
 #include <assert.h>
 #include <errno.h>
 #include <float.h>
@@ -19,6 +22,7 @@
 #include <time.h>
 #if defined(__unix__) || defined(__APPLE__)
 #define MAMBA_POSIX 1
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -26,11 +30,28 @@
 #include <unistd.h>
 #endif
 #ifdef _WIN32
+#define WIN32_LEAN_AND_MEAN // of windows.h only what is needed; the rest takes names such as INPUT
+#define NOGDI
+#define NOMINMAX
+#define NOUSER
+#include <windows.h>
+#undef far
+#undef near
 #include <fcntl.h>
 #include <io.h>
+#include <sys/stat.h>
+__declspec(dllimport) wchar_t **__stdcall CommandLineToArgvW(const wchar_t *, int *); // shell32
+#ifdef _MSC_VER
+#pragma comment(lib, "shell32")
+#endif
 #endif
 #ifdef _OPENMP
 #include <omp.h>
+#ifdef MAMBA_POSIX
+#include <pthread.h>
+#endif
+#elif defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wunknown-pragmas" // without OpenMP its pragmas mean nothing
 #endif
 
 #define MAMBA_VERSION "0.1"

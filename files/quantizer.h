@@ -26,7 +26,7 @@ static inline float code_of(float w, float scale, Type type) {
 
 // For each row r the scale of w[.][r] over a divisor, where that makes a smaller error than the
 // best one before.
-static void try_divisor(float scale[TILE], double error[TILE], const float w[TILE][TILE],
+static void try_divisor(float scale[TILE], double error[TILE], float w[TILE][TILE],
                         const float peak[TILE], float divisor, Type type) {
     float tried[TILE];
     double sum[TILE] = {0};
@@ -44,7 +44,7 @@ static void try_divisor(float scale[TILE], double error[TILE], const float w[TIL
 }
 
 // tile = w, where w[k][r] is input k of row r; all finite.
-static void quantize_tile(unsigned char *tile, const float w[TILE][TILE], Type type) {
+static void quantize_tile(unsigned char *tile, float w[TILE][TILE], Type type) {
     int bits = code_bits(type);
     float peak[TILE] = {0}, scale[TILE] = {0};
     double error[TILE];
@@ -178,7 +178,7 @@ static void narrow(void *to, size_t i, float value, Type type) {
 
 // Stores the weights value[k][r] at rows r0 + r and columns k0 + k of w, of any storage type; r0
 // and k0 are multiples of TILE.
-static void store_tile(const Tensor *w, int r0, int k0, const float value[TILE][TILE]) {
+static void store_tile(const Tensor *w, int r0, int k0, float value[TILE][TILE]) {
     unsigned char *data = (unsigned char *)(uintptr_t)w->data;
     if (is_quantized(w->type)) {
         size_t tile = (size_t)(r0 / TILE) * tiles_of((size_t)w->cols) + (size_t)(k0 / TILE);

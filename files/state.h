@@ -12,8 +12,8 @@ void mamba_state_free(State *s) {
 
 static void state_point(State *s, const Config *c) {
     s->logits = s->data;
-    s->conv = s->logits + c->V;
-    s->h = s->conv + (size_t)c->n_layer * (size_t)(c->K - 1) * (size_t)c->E;
+    s->window = s->logits + c->V;
+    s->h = s->window + (size_t)c->n_layer * (size_t)(c->K - 1) * (size_t)c->E;
 }
 
 // The start of a text: all zeros, nothing read. NULL after fail().

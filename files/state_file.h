@@ -58,23 +58,32 @@ static StateHeader header_of_state(const Model *m, const State *s, uint32_t data
     return h;
 }
 
+// Bytes of a saved state, whatever the length of the text that it has read.
+size_t mamba_state_bytes(const Model *m) {
+    return size_add(STATE_HEADER, size_mul(state_floats(&m->config), sizeof(float)));
+}
+
+// Writes what mamba_state_save() puts into a file to `to` (mamba_state_bytes). 0, or -1 after
+// fail().
+int mamba_state_write(const Model *m, const State *s, unsigned char *to) {
+    const size_t bytes = s->floats * sizeof(float);
+    if (state_fetch(s)) return -1;
+    memcpy(to + STATE_HEADER, s->data, bytes);
+    fix_endian(to + STATE_HEADER, bytes, sizeof(float));
+    const StateHeader h = header_of_state(m, s, crc32_of(0, to + STATE_HEADER, bytes));
+    header_write(to, &STATE_FORMAT, &h);
+    return 0;
+}
+
 // Writes the state: all that the sequence remembers, and the sampler's generator. It can be loaded
 // with the same model.bin only. 0, or -1 after fail(), an older file untouched.
 int mamba_state_save(const Model *m, const State *s, const char *path) {
-    const size_t bytes = s->floats * sizeof(float);
-    unsigned char header[STATE_HEADER];
-    float *data = malloc(bytes);
-    if (!data) return fail("out of memory: saving a state of %zu bytes", bytes);
-    if (state_fetch(s)) {
-        free(data);
-        return -1;
-    }
-    memcpy(data, s->data, bytes);
-    fix_endian(data, bytes, sizeof(float));
-    const StateHeader h = header_of_state(m, s, crc32_of(0, data, bytes));
-    header_write(header, &STATE_FORMAT, &h);
-    int result = write_pieces(path, (Piece[]){{header, sizeof header}, {data, bytes}}, 2);
-    free(data);
+    const size_t bytes = mamba_state_bytes(m);
+    unsigned char *file = memory_get(bytes);
+    if (!file) return fail("out of memory: saving a state of %zu bytes", bytes);
+    int result = mamba_state_write(m, s, file);
+    if (result == 0) result = write_pieces(path, (Piece[]){{file, bytes}}, 1);
+    memory_free(file);
     return result;
 }
 
@@ -107,31 +116,34 @@ static int check_state(const Model *m, const State *s, const unsigned char *file
     return 0;
 }
 
-// s becomes what a file of mamba_state_save says. 0, or -1 after fail(), s untouched.
+static int read_state(const Model *m, State *s, const unsigned char *file, size_t bytes,
+                      const char *path) {
+    StateHeader h;
+    if (check_state(m, s, file, bytes, path)) return -1;
+    header_read(&h, &STATE_FORMAT, file);
+    state_detach(s);
+    s->position = h.position;
+    s->random = h.random;
+    s->n_recent = (int32_t)h.n_recent;
+    s->pending.n = (int)h.n_pending;
+    memcpy(s->recent, h.recent, sizeof h.recent);
+    memcpy(s->pending.bytes, h.pending, sizeof h.pending);
+    memcpy(s->data, file + STATE_HEADER, bytes - STATE_HEADER);
+    fix_endian(s->data, bytes - STATE_HEADER, sizeof(float));
+    return 0;
+}
+
+// s becomes what a file of mamba_state_save says, in memory or on the disk. 0, or -1 after fail(),
+// s untouched.
+int mamba_state_read(const Model *m, State *s, const unsigned char *file, size_t bytes) {
+    return read_state(m, s, file, bytes, "the state in memory");
+}
 int mamba_state_load(const Model *m, State *s, const char *path) {
     size_t bytes;
     bool mapped;
-    StateHeader h;
     unsigned char *file = file_map(path, &bytes, &mapped);
     if (!file) return -1;
-    int result = check_state(m, s, file, bytes, path);
-    if (result == 0) {
-        header_read(&h, &STATE_FORMAT, file);
-        state_detach(s);
-        s->position = h.position;
-        s->random = h.random;
-        s->n_recent = (int32_t)h.n_recent;
-        s->pending.n = (int)h.n_pending;
-        memcpy(s->recent, h.recent, sizeof h.recent);
-        memcpy(s->pending.bytes, h.pending, sizeof h.pending);
-        memcpy(s->data, file + STATE_HEADER, bytes - STATE_HEADER);
-        fix_endian(s->data, bytes - STATE_HEADER, sizeof(float));
-    }
+    int result = read_state(m, s, file, bytes, path);
     file_unmap(file, bytes, mapped);
     return result;
-}
-
-// Bytes of a saved state, whatever the length of the text that it has read.
-size_t mamba_state_bytes(const Model *m) {
-    return size_add(STATE_HEADER, size_mul(state_floats(&m->config), sizeof(float)));
 }

@@ -137,22 +137,24 @@ static int make_derived(Model *m) {
 void mamba_free(Model *m) {
     if (!m) return;
     if (m->tokenizer) tokenizer_close(m->tokenizer);
-    free(m->own_blob);
-    if (m->file) file_unmap(m->file, m->file_bytes, m->mapped);
+    memory_free(m->own_blob);
+    if (m->file && !m->borrowed) file_unmap(m->file, m->file_bytes, m->mapped);
     free_aligned(m->weights);
     free_aligned(m->derived);
-    free(m->layer);
-    free(m);
+    memory_free(m->layer);
+    memory_free(m);
 }
 
 // A model of this shape in memory, all weights zero, no tokenizer. NULL after fail().
 static Model *blank_model(const Config *config) {
-    Model *m = calloc(1, sizeof *m);
+    Model *m = memory_zeroed(1, sizeof *m);
     if (!m) return fail("out of memory"), NULL;
     m->config = *config;
-    m->layer = calloc((size_t)config->n_layer, sizeof *m->layer);
+    m->layer = memory_zeroed((size_t)config->n_layer, sizeof *m->layer);
+    if (!m->layer) fail("out of memory: %d layers", config->n_layer);
     m->tensors_bytes = config_tensor_bytes(config);
-    m->weights = m->layer ? alloc_aligned(m->tensors_bytes) : NULL;
+    if (!m->layer) fail("out of memory: %d layers", config->n_layer);
+    else m->weights = alloc_aligned(m->tensors_bytes);
     if (!m->weights) {
         mamba_free(m);
         return NULL;

@@ -1,9 +1,11 @@
-// files/trainer.h: the memory of a training pass, in one allocation.
+// files/trainer.h: a Trainer made, resized, freed; the memory of a training pass in one allocation.
 
-// Lays out all arrays of x for x->B sequences of x->L tokens.
-static void trainer_layout(Trainer *x, Arena *from) {
-    const Config *c = &x->model->config;
-    const size_t B = (size_t)x->B, T = B * (size_t)x->L, D = (size_t)c->D, E = (size_t)c->E;
+// Lays out all arrays of tr for tr->B sequences of tr->L tokens.
+static void trainer_layout(Trainer *tr, Arena *from) {
+    const Config *c = &tr->model->config;
+    const int steps = tr->chunk && tr->chunk < tr->L ? tr->chunk : tr->L;
+    const size_t B = (size_t)tr->B, T = B * (size_t)steps, D = (size_t)c->D, E = (size_t)c->E;
+    const size_t starts = ((size_t)tr->L + steps - 1) / steps;
     const size_t P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V, layers = (size_t)c->n_layer;
     const size_t NE = (size_t)c->N * E, window = (size_t)(c->K - 1) * E;
     const bool normed = c->flags & FLAG_MIXER_NORM;
@@ -12,8 +14,8 @@ static void trainer_layout(Trainer *x, Arena *from) {
     packed = matmul_floats(T, widest);
     packed_loss = matmul_floats(LOSS_ROWS, loss);
 
-    x->work = take(from, layers + 1, sizeof *x->work);
-    x->seq = take(from, layers * B, sizeof *x->seq);
+    tr->work = take(from, layers + 1, sizeof *tr->work);
+    tr->seq = take(from, layers * B, sizeof *tr->seq);
     Work shared = {.for_each_layer = true};
     shared.xn = take_floats(from, T * D);
     shared.g = take_floats(from, T * E);
@@ -31,35 +33,123 @@ static void trainer_layout(Trainer *x, Arena *from) {
             w.delta = take_floats(from, T * E);
             w.y = take_floats(from, T * E);
         }
-        if (x->work) x->work[layer] = w;
+        if (tr->work) tr->work[layer] = w;
     }
-    x->h0 = take_floats(from, B * NE);
-    x->window0 = take_floats(from, B * window);
-    x->h = take_floats(from, layers * B * NE);
-    x->window = take_floats(from, layers * B * window);
-    x->d_h = take_floats(from, B * NE);
-    x->d_window = take_floats(from, B * window);
-    for (size_t i = 0; i < layers * B && x->seq; i++)
-        x->seq[i] = (LayerState){x->window + i * window, x->h + i * NE};
-    x->d_res = take_floats(from, T * D);
-    x->d_xn = take_floats(from, T * D);
-    x->d_xz = take_floats(from, T * 2 * E);
-    x->d_u = take_floats(from, T * E);
-    x->d_delta = take_floats(from, T * E);
-    x->d_y = take_floats(from, T * E);
-    x->d_xdb = take_floats(from, T * P);
-    x->d_c = take_floats(from, (size_t)x->L * E);
-    x->scale = take_floats(from, T);
-    x->losses = take_floats(from, T);
-    x->logits = take_floats(from, LOSS_ROWS * V);
-    x->scan = take_floats(from, scan_backward_floats(x->B, x->L, c->E, c->N));
+    tr->ids = take(from, T, sizeof *tr->ids);
+    tr->targets = take(from, T, sizeof *tr->targets);
+    for (size_t layer = 0; layer < layers && tr->work; layer++) tr->work[layer].ids = tr->ids;
+    tr->h0 = take_floats(from, size_mul(starts, layers * B * NE));
+    tr->window0 = take_floats(from, size_mul(starts, layers * B * window));
+    tr->h = take_floats(from, layers * B * NE);
+    tr->window = take_floats(from, layers * B * window);
+    tr->d_h = take_floats(from, layers * B * NE);
+    tr->d_window = take_floats(from, layers * B * window);
+    for (size_t i = 0; i < layers * B && tr->seq; i++)
+        tr->seq[i] = (LayerState){tr->window + i * window, tr->h + i * NE};
+    tr->d_res = take_floats(from, T * D);
+    tr->d_xn = take_floats(from, T * D);
+    tr->d_xz = take_floats(from, T * 2 * E);
+    tr->d_u = take_floats(from, T * E);
+    tr->d_delta = take_floats(from, T * E);
+    tr->d_y = take_floats(from, T * E);
+    tr->d_xdb = take_floats(from, T * P);
+    tr->d_c = take_floats(from, (size_t)steps * E);
+    tr->scale = take_floats(from, T);
+    tr->losses = take_floats(from, T);
+    tr->logits = take_floats(from, LOSS_ROWS * V);
+    tr->scan = take_floats(from, scan_backward_floats(tr->B, steps, c->E, c->N));
 }
 
 // The memory that a trainer of m needs beside weights, gradient and moments (each of
-// m->tensors_bytes), for passes of B sequences of L tokens.
-size_t mamba_trainer_bytes(Model *m, int B, int L) {
-    Trainer measure = {.model = m, .B = B, .L = L};
+// m->tensors_bytes), for passes of B sequences of L tokens in chunks of so many (0: whole).
+size_t mamba_trainer_bytes(Model *m, int B, int L, int chunk) {
+    Trainer measure = {.model = m, .B = B, .L = L, .chunk = chunk};
     Arena arena = {NULL, 0};
     trainer_layout(&measure, &arena);
     return arena.used;
+}
+
+// The largest chunk, a power of two, with which a trainer needs at most so many bytes beside
+// weights, gradient and moments; 0 where all L tokens fit at once. Where none fits: the one that
+// needs least, for short chunks need more room for the states at their starts.
+int mamba_trainer_chunk(Model *m, int B, int L, double bytes) {
+    int chunk = 1;
+    if ((double)mamba_trainer_bytes(m, B, L, 0) <= bytes) return 0;
+    while (chunk < L / 2) chunk *= 2;
+    while (chunk > 1 && (double)mamba_trainer_bytes(m, B, L, chunk) > bytes &&
+           mamba_trainer_bytes(m, B, L, chunk / 2) < mamba_trainer_bytes(m, B, L, chunk))
+        chunk /= 2;
+    return chunk;
+}
+
+void mamba_trainer_free(Trainer *tr) {
+    if (!tr) return;
+    if (tr->gpu) GPU->trainer_close(tr->gpu);
+    mamba_free(tr->gradient);
+    free_aligned(tr->moment);
+    free_aligned(tr->moment2);
+    free_aligned(tr->arena);
+    memory_free(tr);
+}
+
+// Passes from now on have B sequences of L tokens. 0, or -1 after fail().
+int mamba_trainer_resize(Trainer *tr, int B, int L) {
+    tr->B = B;
+    tr->L = L;
+    if (tr->gpu) return GPU->trainer_resize(tr->gpu, B, L) ? gpu_failed() : 0;
+    Arena arena = {NULL, 0};
+    trainer_layout(tr, &arena);
+    free_aligned(tr->arena);
+    tr->arena = alloc_aligned(arena.used);
+    if (!tr->arena) return -1;
+    arena = (Arena){tr->arena, 0};
+    trainer_layout(tr, &arena);
+    return 0;
+}
+
+// The same on the GPU, with bf16 products unless float32: m's weights and the moments here are then
+// old until mamba_trainer_fetch. NULL after fail().
+Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, bool float32) {
+    if (!GPU) return fail("this build has no GPU backend: make cuda"), NULL;
+    Trainer *tr = memory_zeroed(1, sizeof *tr);
+    if (!tr) return fail("out of memory"), NULL;
+    *tr = (Trainer){.model = m, .B = B, .L = L, .threads = 1};
+    tr->moment = alloc_aligned(m->tensors_bytes);
+    tr->moment2 = alloc_aligned(m->tensors_bytes);
+    if (tr->moment && tr->moment2) {
+        tr->gpu = GPU->trainer_open(m, B, L, float32);
+        if (tr->gpu) return tr;
+        gpu_failed();
+    }
+    mamba_trainer_free(tr);
+    return NULL;
+}
+
+// Weights and moments from the GPU to the host, or, store: the other way. Nothing to do without
+// one. 0, or -1 after fail().
+int mamba_trainer_fetch(Trainer *tr, bool store) {
+    if (!tr->gpu || (!store && !tr->gpu_newer)) return 0;
+    float *weights = tr->model->weights;
+    int bad = store ? GPU->trainer_set(tr->gpu, weights, tr->moment, tr->moment2)
+                    : GPU->trainer_get(tr->gpu, weights, tr->moment, tr->moment2, NULL);
+    if (bad) return gpu_failed();
+    tr->gpu_newer = false;
+    if (!store) refresh_derived(tr->model);
+    return 0;
+}
+
+// Trains m (float32, in memory) in place, B sequences of L tokens a pass. chunk: so many tokens of
+// each sequence are in memory at a time, with the same gradient up to rounding; 0: all. NULL after
+// fail().
+Trainer *mamba_trainer_new(Model *m, int B, int L, int chunk, int threads) {
+    Trainer *tr = memory_zeroed(1, sizeof *tr);
+    if (!tr) return fail("out of memory"), NULL;
+    threads = possible_threads(threads > 0 ? threads : mamba_default_threads());
+    *tr = (Trainer){.model = m, .chunk = chunk, .threads = threads};
+    tr->gradient = blank_model(&m->config);
+    tr->moment = alloc_aligned(m->tensors_bytes);
+    tr->moment2 = alloc_aligned(m->tensors_bytes);
+    if (tr->gradient && tr->moment && tr->moment2 && mamba_trainer_resize(tr, B, L) == 0) return tr;
+    mamba_trainer_free(tr);
+    return NULL;
 }

@@ -495,6 +495,44 @@ fails "an unwritable state, before anything is written" "no/such" $model "x" -n 
 "$mamba" $model "x" -n 5 -t 0 > /dev/full 2> "$dir/err" && bad "a full disk is an error" ||
     ok "a full disk is an error"
 
+# --- standard streams that are closed: no file takes their place
+tiny="--steps 2 --d-model 16 --layers 1 --batch 1 --length 32"
+"$mamba" train -o "$dir/closed" --data README.md $tiny 2>&- >&- <&- &&
+    ! grep -qvE '^[0-9.,e-]+$|^step,' "$dir/closed.csv" && "$mamba" info "$dir/closed" --verify \
+    > "$dir/a"
+check "training with closed streams: log and model are whole" "$dir/closed.csv"
+"$mamba" $model "x" -n 2 2> "$dir/err" >&-
+same "a closed stdout is an error" "$? $(grep -c 'stdout: cannot write' "$dir/err")" "1 1"
+"$mamba" $model 2> "$dir/err" <&- > "$dir/a"
+same "a closed stdin is an error" "$? $(grep -c 'stdin: ' "$dir/err")" "1 1"
+
+# --- a model that is overwritten in place while it runs
+# starts MODEL ARGUMENTS: a run in the background, $pid, that has begun to write
+starts() {
+    : > "$dir/live.out"
+    "$mamba" "$@" > "$dir/live.out" 2> "$dir/err" &
+    pid=$!
+    i=0
+    while [ ! -s "$dir/live.out" ] && [ $i -lt 300 ]; do sleep 0.05; i=$((i + 1)); done
+}
+"$mamba" $model "$prompt" -t 0 -n 2000 --no-echo --ignore-eos > "$dir/a" 2> /dev/null
+cp $model "$dir/live"
+starts "$dir/live" "$prompt" -t 0 -n 2000 --no-echo --ignore-eos
+: > "$dir/live"
+wait $pid
+same "a small model: status 0" $? 0
+same_file "a small model that is overwritten writes on as before" "$dir/live.out" "$dir/a"
+if [ "$everything" = all ]; then
+    "$mamba" train -o "$dir/big" --data README.md --steps 1 --d-model 768 --layers 3 --batch 1 \
+        --length 8 2> /dev/null
+    starts "$dir/big" "x" -n -1 --ignore-eos
+    : > "$dir/big"
+    wait $pid
+    same "a large one: a sentence" "$? $(grep -c 'big: cut short while it was in use' "$dir/err")" \
+        "1 1"
+    rm -f "$dir"/big*
+fi
+
 # --- memory: a long prompt takes no more than a short one
 if [ "$everything" = all ]; then
     tokens=1048576

@@ -82,7 +82,7 @@ static void check_gpu_logits(const char *label, const Model *m, const int32_t *i
                  (size_t)m->config.n_layer * (size_t)m->config.N * (size_t)m->config.E, tolerance);
     if (m->config.K > 1) {
         snprintf(name, sizeof name, "%s, %zu tokens: state conv", label, n);
-        check_floats(name, copy->conv, s->conv,
+        check_floats(name, copy->window, s->window,
                      (size_t)m->config.n_layer * (size_t)(m->config.K - 1) * (size_t)m->config.E,
                      tolerance);
     }
@@ -129,7 +129,7 @@ static void check_gpu_gradients(const char *label, Model *m, int B, int L, bool 
     size_t rows = (size_t)B * (size_t)L, floats = m->tensors_bytes / sizeof(float);
     int32_t *ids = random_ids(rows, m->config.V), *targets = random_ids(rows, m->config.V);
     if (rows > 2) targets[rows / 2] = -1;
-    Trainer *cpu = mamba_trainer_new(m, B, L, 1), *gpu = mamba_trainer_new_gpu(m, B, L, float32);
+    Trainer *cpu = mamba_trainer_new(m, B, L, 0, 1), *gpu = mamba_trainer_new_gpu(m, B, L, float32);
     float *got = malloc(floats * sizeof(float)), *again = malloc(floats * sizeof(float));
     char name[160];
     if (!gpu) give_up("trainer", error_text);
@@ -156,7 +156,7 @@ static void check_gpu_gradients(const char *label, Model *m, int B, int L, bool 
 static void check_gpu_training(const Config *c, bool float32, double tolerance) {
     enum { STEPS = 20, B = 3, L = 70 };
     Model *m = mamba_random_model(c, 5), *other = mamba_random_model(c, 5);
-    Trainer *cpu = mamba_trainer_new(m, B, L, 1),
+    Trainer *cpu = mamba_trainer_new(m, B, L, 0, 1),
             *gpu = mamba_trainer_new_gpu(other, B, L, float32);
     double want[STEPS], norm, want_norm;
     float got[STEPS], worst_norm = 0;
@@ -306,7 +306,7 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
     if (GPU->generate(gpu->gpu, ids, STEPS)) {
         report(false, "generate", "%s", GPU->error());
     }
-    GPU->get_state(gpu->gpu, got->conv, got->h, got->logits);
+    GPU->get_state(gpu->gpu, got->window, got->h, got->logits);
     mamba_state_reset(m, g); // once more
     gpu->gpu_state = NULL;
     g->newer_on = NULL;
@@ -317,7 +317,7 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
     if (GPU->generate(gpu->gpu, again, STEPS)) {
         report(false, "generate", "%s", GPU->error());
     }
-    GPU->get_state(gpu->gpu, twice->conv, twice->h, twice->logits);
+    GPU->get_state(gpu->gpu, twice->window, twice->h, twice->logits);
     snprintf(name, sizeof name, "%s, %d sequences: the same bits twice", label, S);
     expect(!memcmp(again, ids, (size_t)(STEPS * S) * sizeof *ids) &&
                !memcmp(twice->h, got->h, layers * (size_t)c.N * sizeof(float)) &&
@@ -344,7 +344,7 @@ static void check_gpu_step(const char *label, const Config *shape, int S) {
     snprintf(name, sizeof name, "%s, %d sequences: h", label, S);
     check_floats(name, got->h, s->h, layers * (size_t)c.N, 3e-2);
     snprintf(name, sizeof name, "%s, %d sequences: window", label, S);
-    check_floats(name, got->conv, s->conv, layers * (size_t)(c.K - 1), 3e-2);
+    check_floats(name, got->window, s->window, layers * (size_t)(c.K - 1), 3e-2);
     FREE(prompt, ids, again, allowed, random);
     mamba_state_free(s);
     mamba_state_free(g);
@@ -377,7 +377,7 @@ static void check_gpu_places(void) {
     memset(allowed, 1, (size_t)V);
     for (int q = 0; q < S; q++) prompt[q] = random_ids((size_t)(q % 7 + 1), V);
     for (int k = 0; k < COUNT(turns); k++) {
-        if (GPU->set_state(gpu->gpu, zero->conv, zero->h, zero->logits)) {
+        if (GPU->set_state(gpu->gpu, zero->window, zero->h, zero->logits)) {
             report(false, "state", "%s", GPU->error());
         }
         for (int place = 0; place < S; place++) {
@@ -391,7 +391,7 @@ static void check_gpu_places(void) {
             GPU->generate(gpu->gpu, k ? ids : first, STEPS)) {
             report(false, "generate", "%s", GPU->error());
         }
-        GPU->get_state(gpu->gpu, got->conv, got->h, got->logits);
+        GPU->get_state(gpu->gpu, got->window, got->h, got->logits);
         for (int i = 0; i < STEPS * S && k; i++)
             same += ids[i] == first[i / S * S + (i % S + turns[k]) % S];
         mamba_state_reset(m, s);
@@ -434,7 +434,7 @@ static void check_gpu_gathered(const char *path) {
     for (int v = 0; v < V; v++) allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
     for (int s = 0; s < S; s++) {
         prompt[s] = random_ids((size_t)lengths[s], V < 200 ? V : 200);
-        if (GPU->set_state(gpu->gpu, zero->conv, zero->h, zero->logits) ||
+        if (GPU->set_state(gpu->gpu, zero->window, zero->h, zero->logits) ||
             GPU->prefill(gpu->gpu, prompt[s], (size_t)lengths[s], NULL, NULL) ||
             GPU->generate_start(gpu->gpu, 1, &greedy, random, (uint64_t)lengths[s], zero->recent, 0,
                                 allowed) ||
@@ -443,7 +443,7 @@ static void check_gpu_gathered(const char *path) {
         }
     }
     for (int round = 0; round < 2; round++) {
-        if (GPU->set_state(gpu->gpu, zero->conv, zero->h, zero->logits)) {
+        if (GPU->set_state(gpu->gpu, zero->window, zero->h, zero->logits)) {
             report(false, "state", "%s", GPU->error());
         }
         for (int s = 0; s < S; s++)
@@ -489,7 +489,7 @@ static void check_gpu_draws(const char *name, const Model *m, Acts *cpu, State *
     for (int v = 0; v < V; v++) allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
     for (int i = 0; i < S; i++) random[i] = random_u64(&test_random);
     mamba_state_copy(m, g, s);
-    GPU->set_state(gpu->gpu, g->conv, g->h, g->logits);
+    GPU->set_state(gpu->gpu, g->window, g->h, g->logits);
     GPU->generate_start(gpu->gpu, S, &how, random, g->position, g->recent, g->n_recent, allowed);
     if (GPU->generate(gpu->gpu, ids, 1)) {
         report(false, "generate", "%s", GPU->error());

@@ -27,7 +27,7 @@ static void test_model_gradients(const char *model) {
     int32_t *ids = golden_ids(&L);
     for (int way = 0; way < 2; way++) { // one sequence; two equal ones, each half the weight
         int B = 1 + way;
-        Trainer *x = mamba_trainer_new(m, B, L - 1, 2);
+        Trainer *x = mamba_trainer_new(m, B, L - 1, 0, 2);
         int32_t *in = malloc(sizeof *in * (size_t)B * (L - 1)),
                 *targets = malloc(sizeof *in * (size_t)B * (L - 1));
         for (int i = 0; i < B * (L - 1); i++) {
@@ -113,12 +113,13 @@ static int32_t *pass_rows(int B, int L, int from) {
     return ids;
 }
 
-static void test_pass(const char *model, Model *m, int B, int L) {
+// chunk 0: whole sequences.
+static void test_pass(const char *model, Model *m, int B, int L, int chunk) {
     int32_t *ids = pass_rows(B, L, 0), *targets = pass_rows(B, L, 1);
     PassCheck c = {.ids = ids, .rows = B * L};
-    Trainer *x = mamba_trainer_new(m, B, L, 2);
+    Trainer *x = mamba_trainer_new(m, B, L, chunk, 2);
     float loss = (float)(mamba_train_pass(x, ids, targets, 1.0f / (float)(B * L), true) / (B * L));
-    snprintf(c.label, sizeof c.label, "%s L %d B %d", model, L, B);
+    snprintf(c.label, sizeof c.label, "%s L %d B %d chunk %d", model, L, B, chunk);
     snprintf(c.prefix, sizeof c.prefix, "L%d.", L);
     compare_with(&c, "loss", &loss, golden_get("L%d.loss", L)->data, 1);
     each_tensor(x->gradient, compare_sample, &c);
@@ -136,7 +137,7 @@ static void test_pass_from_states(const char *model, Model *m, int B, int L) {
     int32_t *ids = pass_rows(B, L, 0);
     int n_layer = config->n_layer;
     PassCheck c = {.ids = ids, .rows = B * L, .layers_only = true};
-    Trainer *x = mamba_trainer_new(m, B, L, 2);
+    Trainer *x = mamba_trainer_new(m, B, L, 0, 2);
     snprintf(c.label, sizeof c.label, "%s L %d B %d from states", model, L, B);
     snprintf(c.prefix, sizeof c.prefix, "L%d.states.", L);
     const Golden *h0 = golden_get("h0"), *d_h = golden_get("d_h"), *window0 = golden_get("window0"),
@@ -147,25 +148,30 @@ static void test_pass_from_states(const char *model, Model *m, int B, int L) {
     assert(d_h0->n == B * n_layer * NE && d_window0->n == B * n_layer * KE);
 #define PART(array, b, layer, size) \
     ((array) + ((size_t)(b) * n_layer + (layer)) * (size)) // of (B, n_layer, size)
-    x->work[0].ids = ids;
+    x->steps = L;
     TEAM(embed(x->work[0].res, ids, &m->embedding, B * L))
     for (int i = 0; i < 2 * n_layer; i++) { // the layers forward, then backward
         bool forward = i < n_layer;
         int layer = forward ? i : 2 * n_layer - 1 - i;
         for (int b = 0; b < B; b++) {
-            memcpy(x->h0 + b * NE, PART(h0->data, b, layer, NE), NE * sizeof(float));
-            memcpy(x->window0 + b * KE, PART(window0->data, b, layer, KE), KE * sizeof(float));
-            memcpy(x->d_h + b * NE, PART(d_h->data, b, layer, NE), NE * sizeof(float));
+            int at = layer * B + b;
+            LayerState seq = x->seq[at];
+            memcpy(x->h0 + at * NE, PART(h0->data, b, layer, NE), NE * sizeof(float));
+            memcpy(x->window0 + at * KE, PART(window0->data, b, layer, KE), KE * sizeof(float));
+            memcpy(seq.h, x->h0 + at * NE, NE * sizeof(float));
+            memcpy(seq.window, x->window0 + at * KE, KE * sizeof(float));
+            if (!forward)
+                memcpy(x->d_h + at * NE, PART(d_h->data, b, layer, NE), NE * sizeof(float));
             if (i == n_layer)
                 memcpy(x->d_res + b * L * D, d_res->data + b * d_res->dims[1] * D,
                        (size_t)L * D * sizeof(float));
         }
-        TEAM(trainer_start(x))
         if (forward) TEAM(block(m, layer, &x->work[layer], x->seq + layer * B, B, L))
-        else TEAM(block_backward(x, layer))
+        else TEAM(block_backward(x, layer, 0))
         for (int b = 0; b < B && !forward; b++) {
-            memcpy(PART(got_h, b, layer, NE), x->d_h + b * NE, NE * sizeof(float));
-            memcpy(PART(got_window, b, layer, KE), x->d_window + b * KE, KE * sizeof(float));
+            int at = layer * B + b;
+            memcpy(PART(got_h, b, layer, NE), x->d_h + at * NE, NE * sizeof(float));
+            memcpy(PART(got_window, b, layer, KE), x->d_window + at * KE, KE * sizeof(float));
         }
     }
 #undef PART
@@ -189,13 +195,72 @@ static void test_passes(const char *model) {
     for (size_t i = 0; i < passes->dims[0]; i++) {
         const float *pass = passes->data + 3 * i; // L, B from nothing, B from states
         team = 1 + (int)i % 3;
-        test_pass(model, m, (int)pass[1], (int)pass[0]);
+        const int chunks[] = {0, 1, 7, 64};
+        for (int k = 0; k < COUNT(chunks) && (k == 0 || chunks[k] < (int)pass[0]); k++)
+            test_pass(model, m, (int)pass[1], (int)pass[0], chunks[k]);
         test_pass_from_states(model, m, (int)pass[2], (int)pass[0]);
     }
     team = 1;
     mamba_free(m);
     mamba_free(stored);
     golden_close();
+}
+
+// Every gradient of a long sequence in chunks, beside that of the whole sequence.
+typedef struct {
+    const float *whole, *base;
+    double worst;
+    char where[LABEL];
+} ChunkCheck;
+
+static void compare_chunked(void *context, const TensorInfo *info, Tensor *w) {
+    ChunkCheck *c = context;
+    const float *got = w->data, *want = c->whole + (got - c->base);
+    double largest = 0, error = 0;
+    for (size_t i = 0; i < tensor_elements(w); i++) {
+        largest = fmax(largest, fabs((double)want[i]));
+        error = fmax(error, fabs((double)got[i] - (double)want[i]));
+    }
+    if (error <= c->worst * largest) return;
+    c->worst = error / largest;
+    tensor_label(c->where, info);
+}
+
+static void test_chunks(const char *model) {
+    enum { B = 2, L = 1100 };
+    char path[64];
+    snprintf(path, sizeof path, "tests/%s.bin", model);
+    Model *stored = mamba_load(path), *m = mamba_float_copy(stored);
+    int32_t *ids = malloc(2 * B * L * sizeof *ids), *targets = ids + B * L;
+    for (int i = 0; i < 2 * B * L; i++)
+        ids[i] = (int32_t)(random_u64(&test_random) % (uint64_t)m->config.V);
+    Trainer *whole = mamba_trainer_new(m, B, L, 0, 2);
+    double want = mamba_train_pass(whole, ids, targets, 1.0f / (B * L), true);
+    const int chunks[] = {1, 7, 64, 1000};
+    for (int k = 0; k < COUNT(chunks); k++) {
+        Trainer *x = mamba_trainer_new(m, B, L, chunks[k], 2);
+        double loss = mamba_train_pass(x, ids, targets, 1.0f / (B * L), true);
+        double only = mamba_train_pass(x, ids, targets, 1.0f / (B * L), false);
+        ChunkCheck c = {.whole = whole->gradient->weights, .base = x->gradient->weights};
+        each_tensor(x->gradient, compare_chunked, &c);
+        report(c.worst <= 1e-5 && fabs(loss - want) <= 1e-6 * want &&
+                   fabs(only - want) <= 1e-6 * want,
+               "a chunked pass has the gradient of the whole",
+               "%s, chunk %d of %d: error %.2e of 1e-05 in %s, loss %.6f and %.6f beside %.6f",
+               model, chunks[k], L, c.worst, c.where, loss, only, want);
+        mamba_trainer_free(x);
+    }
+    const double all = (double)mamba_trainer_bytes(m, 1, 1 << 16, 0);
+    const double some = (double)mamba_trainer_bytes(m, 1, 1 << 16, 1024);
+    const int chunk = mamba_trainer_chunk(m, 1, 1 << 16, some);
+    report(some < all / 10 && chunk == 1024 && mamba_trainer_chunk(m, 1, 1 << 16, all) == 0,
+           "chunks take less memory",
+           "%s: 65,536 tokens take %.1f MB, in chunks of 1024 %.1f MB; for that much: chunk %d",
+           model, all / 1e6, some / 1e6, chunk);
+    mamba_trainer_free(whole);
+    mamba_free(m);
+    mamba_free(stored);
+    free(ids);
 }
 
 // Central differences. d: the gradient under test; x: the variables, which loss(context) reads. A
@@ -294,7 +359,8 @@ static void test_scan_backward(int B, int L, int E, int N) {
 
 typedef struct {
     int L, E, K;
-    double *x, *window, *conv, *bias, *w_u; // (L,E) (K-1,E) (E,K) (E) (L,E)
+    double *x, *window, *conv, *bias; // (L,E) (K-1,E) (E,K) (E)
+    double *w_u, *w_window;           // (L,E) (K-1,E) weights of u and of the window at the end
 } ConvLoss;
 
 static double conv_loss(void *context) {
@@ -311,6 +377,12 @@ static double conv_loss(void *context) {
             }
             loss += s->w_u[t * s->E + e] * silu_double(sum);
         }
+    for (int j = 0; j < s->K - 1; j++)
+        for (int e = 0; e < s->E; e++) {
+            int t = s->L - s->K + 1 + j; // row j of the window at the end
+            double now = t >= 0 ? s->x[t * s->E + e] : s->window[(s->K - 1 + t) * s->E + e];
+            loss += s->w_window[j * s->E + e] * now;
+        }
     return loss;
 }
 
@@ -321,7 +393,7 @@ static void test_conv_backward(int L, int E, int K) {
     float *conv_t = random_floats(KE, 0, 0), *bias = random_floats((size_t)E, -1, 1),
           *w_u = random_floats(LE, -1, 1), *d_xz = random_floats(2 * LE, 7, 8);
     float *d_x = random_floats(LE, 0, 0), *d_conv = random_floats(KE, 0, 0),
-          *d_bias = random_floats((size_t)E, 0, 0), *d_window = random_floats(KE, 7, 8),
+          *d_bias = random_floats((size_t)E, 0, 0), *d_window = random_floats(KE, -1, 1),
           *d_c = random_floats(LE, 7, 8);
     for (int e = 0; e < E; e++)
         for (int k = 0; k < K; k++) conv_t[k * E + e] = conv[e * K + k];
@@ -329,6 +401,7 @@ static void test_conv_backward(int L, int E, int K) {
         memcpy(x + (size_t)t * E, xz + (size_t)t * 2 * E, (size_t)E * sizeof *x);
     ConvGrad d = {d_xz, d_conv, d_bias, d_window, d_c};
     Conv c = {xz, conv_t, bias, 1, L, E, K};
+    double *w_window = doubles(d_window, KE);
     TEAM(conv1d_silu_backward(&d, w_u, window, &c))
     for (int t = 0; t < L; t++)
         memcpy(d_x + (size_t)t * E, d_xz + (size_t)t * 2 * E, (size_t)E * sizeof *x);
@@ -339,14 +412,15 @@ static void test_conv_backward(int L, int E, int K) {
                   doubles(window, KE),
                   doubles(conv, KE),
                   doubles(bias, (size_t)E),
-                  doubles(w_u, LE)};
+                  doubles(w_u, LE),
+                  w_window};
     check_differences("conv1d_silu_backward: d_x", d_x, s.x, LE, conv_loss, &s);
     check_differences("conv1d_silu_backward: d_conv", d_conv, s.conv, KE, conv_loss, &s);
     check_differences("conv1d_silu_backward: d_bias", d_bias, s.bias, (size_t)E, conv_loss, &s);
     if (K > 1)
         check_differences("conv1d_silu_backward: d_window", d_window, s.window, (size_t)(K - 1) * E,
                           conv_loss, &s);
-    FREE(s.x, s.window, s.conv, s.bias, s.w_u);
+    FREE(s.x, s.window, s.conv, s.bias, s.w_u, w_window);
     FREE_ALIGNED(xz, x, window, conv, conv_t, bias, w_u, d_xz);
     FREE_ALIGNED(d_x, d_conv, d_bias, d_window, d_c);
 }
@@ -371,7 +445,7 @@ static void test_adamw(const char *model) {
     const Golden *ids = golden_get("ids"), *losses = golden_get("losses"),
                  *norms = golden_get("norms");
     int steps = (int)ids->dims[0], B = (int)ids->dims[1], L = (int)ids->dims[2] - 1;
-    Trainer *x = mamba_trainer_new(m, B, L, 2);
+    Trainer *x = mamba_trainer_new(m, B, L, 0, 2);
     int32_t *in = malloc(sizeof *in * (size_t)B * L), *targets = malloc(sizeof *in * (size_t)B * L);
     float *got = alloc_aligned(sizeof *got * (size_t)steps),
           *got_norms = alloc_aligned(sizeof *got * (size_t)steps);
@@ -443,11 +517,11 @@ static void test_masked_loss(void) {
     Config c;
     parse_shape("16,1,20", "f32", &c);
     Model *m = mamba_random_model(&c, 1);
-    Trainer *x = mamba_trainer_new(m, 1, 6, 1);
+    Trainer *x = mamba_trainer_new(m, 1, 6, 0, 1);
     const int32_t ids[6] = {1, 2, 3, 4, 5, 6}, masked[6] = {-1, -1, -1, -1, -1, -1},
                   one[6] = {-1, -1, 7, -1, -1, -1};
     double none = mamba_train_pass(x, ids, masked, 1, true), norm = 1, single;
-    AdamWPass p = {.x = x, .base = m->weights};
+    AdamWPass p = {.tr = x, .base = m->weights};
     each_tensor(m, norm_tensor, &p);
     norm = p.squares;
     single = mamba_train_pass(x, ids, one, 1, false);
@@ -490,6 +564,9 @@ static void test_gradients(void) {
     test_model_gradients("plain");
     test_model_gradients("odd");
     test_model_gradients("falcon");
+    test_chunks("plain");
+    test_chunks("odd");
+    test_chunks("falcon");
     test_passes("plain");
     test_passes("odd");
     test_passes("falcon");

@@ -60,7 +60,7 @@ static void check_stages(const char *model, Session *x, const int32_t *ids, int 
                   *want = alloc_aligned(E * K * sizeof *want);
             for (size_t e = 0; e < E; e++)
                 for (size_t k = 1; k < K; k++) {
-                    got[e * K + k] = x->state->conv[((size_t)layer * (K - 1) + k - 1) * E + e];
+                    got[e * K + k] = x->state->window[((size_t)layer * (K - 1) + k - 1) * E + e];
                     want[e * K + k] = g->data[e * K + k];
                 }
             snprintf(name, sizeof name, "%s layer %d final conv window", model, layer);
@@ -103,7 +103,7 @@ static void test_golden_model(const char *model, const char *file) {
 static float *random_state(Session *x) {
     State *s = x->state;
     size_t V = (size_t)x->model->config.V, n = s->floats - V;
-    for (size_t i = 0; i < n; i++) s->conv[i] = uniform(-1, 1);
+    for (size_t i = 0; i < n; i++) s->window[i] = uniform(-1, 1);
     return copy_floats(s->data, s->floats);
 }
 

@@ -23,7 +23,7 @@ static void test_formats(void) {
     for (size_t i = 0; i < s->floats; i++) s->data[i] = (float)i / 64;
     expect(mamba_state_save(m, s, path) == 0 && crc_of_file(path) == 0xa7bb8f5b,
            "the format of a state file");
-    Trainer *x = mamba_trainer_new(f, 1, 8, 1);
+    Trainer *x = mamba_trainer_new(f, 1, 8, 0, 1);
     for (size_t i = 0; i < f->tensors_bytes / sizeof(float); i++) {
         x->moment[i] = (float)i / 8;
         x->moment2[i] = (float)i / 16;
@@ -100,7 +100,7 @@ static Trainer *small_trainer(float norm_eps, uint64_t seed) {
                       .eos = {-1, -1, -1, -1}};
     Model *m = mamba_random_model(&c, seed);
     mamba_set_tokenizer(m, NULL, 0);
-    return mamba_trainer_new(m, 2, 12, 1);
+    return mamba_trainer_new(m, 2, 12, 0, 1);
 }
 
 static void small_trainer_free(Trainer *x) {
@@ -162,7 +162,7 @@ static void test_checkpoints(void) {
     expect(mamba_checkpoint_load(other, &again, path) == -1 && strstr(error_text, "another model"),
            "so is that of a model with another epsilon");
     Model *m = mamba_load("tests/odd.bin"), *f = mamba_float_copy(m);
-    Trainer *larger = mamba_trainer_new(f, 1, 8, 1);
+    Trainer *larger = mamba_trainer_new(f, 1, 8, 0, 1);
     expect(mamba_checkpoint_load(larger, &again, path) == -1 && strstr(error_text, "another model"),
            "and that of another shape");
     expect(same_training(x, y), "the trainer stays as it was");

@@ -34,6 +34,7 @@ static int fail(const char *format, ...) {
 static uint32_t u32_at(const unsigned char *p) {
     return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
+#include "files/memory.h"
 #include "tokenizer.c"
 static bool get(void *p, size_t n) { return fread(p, 1, n, stdin) == n; }
 static void put(uint32_t n) { for (int i = 0; i < 4; i++) putchar((int)(n >> 8 * i & 255)); }

@@ -47,6 +47,11 @@ awk -v a="$(loss acc.bin.csv)" -v b="$(loss whole.bin.csv)" \
     'BEGIN { d = a - b; exit !(d < 1e-3 && d > -1e-3) }' \
     && ok "accumulation gives the same losses" \
     || bad "accumulation gives the same losses" "$(loss acc.bin.csv) and $(loss whole.bin.csv)"
+"$mamba" train -o chunk.bin $small --chunk 7 2> err
+grep -q "chunks of 7" err && awk -v a="$(loss chunk.bin.csv)" -v b="$(loss whole.bin.csv)" \
+    'BEGIN { d = a - b; exit !(d < 1e-3 && d > -1e-3) }' \
+    && ok "chunks give the same losses" \
+    || bad "chunks give the same losses" "$(loss chunk.bin.csv) and $(loss whole.bin.csv)"
 [ "$(wc -l < whole.bin.csv | tr -d ' ')" = 25 ] && ok "the log has a line a step" \
     || bad "the log has a line a step"
 "$mamba" info whole.bin --verify > /dev/null 2> err && ok "info --verify of what was trained" \
@@ -87,6 +92,102 @@ status=$?
 same_file "a run interrupted and resumed" part.bin whole.bin
 cut -d, -f1,4,5 part.bin.csv > a.csv; cut -d, -f1,4,5 whole.bin.csv > b.csv
 same_file "its log is that of the whole run" a.csv b.csv
+
+# --- resume alone: the settings are in the checkpoint
+wait_for() { # wait_for FILE: until it is there and not empty
+    i=0
+    while [ ! -s "$1" ] && [ $i -lt 400 ]; do sleep 0.02; i=$((i + 1)); done
+}
+"$mamba" train -o alone.bin $small 2> err &
+pid=$!
+wait_for alone.bin.train
+kill -INT $pid 2> /dev/null
+wait $pid
+"$mamba" train -o alone.bin --resume 2> err || bad "resume alone" "$(cat err)"
+same_file "--resume alone knows the settings" alone.bin whole.bin
+"$mamba" train -o alone.bin --resume 2> err
+same "--resume of a finished run: status 0, it stays" "$? $(cksum < alone.bin)" \
+    "0 $(cksum < whole.bin)"
+grep -q "finished, after 24 steps" err && ok "and a line says so" || bad "and a line says so" \
+    "$(cat err)"
+fails "settings hold, or are named" "decay 0.2" -o alone.bin --resume --decay 0.2
+fails "a cosine run is not made longer" "--from alone.bin -o NEW" -o alone.bin --resume --steps 48
+fails "nor shorter than it is" "schedule" -o alone.bin --resume --steps 12
+"$mamba" train -o long.bin $small --schedule constant --steps 30 2> err
+"$mamba" train -o longer.bin $small --schedule constant 2> err
+"$mamba" train -o longer.bin --resume --steps 30 2> err || bad "longer" "$(cat err)"
+same_file "--resume --steps MORE: the bits of a run that planned them" longer.bin long.bin
+"$mamba" train -o longer.bin --resume 2> err || bad "longer, again" "$(cat err)"
+same_file "and it knows its new last step" longer.bin long.bin
+rm longer.bin*
+"$mamba" train -o longer.bin $small --schedule wsd --steps 100000 2> err & # its rate never falls
+pid=$!
+wait_for longer.bin.train
+kill -INT $pid
+wait $pid
+steps=$(($(tail -n 1 longer.bin.csv | cut -d, -f1) * 5 / 4 + 1))
+"$mamba" train -o long.bin $small --schedule wsd --steps $steps --force 2> err
+"$mamba" train -o longer.bin --resume --steps $steps 2> err || bad "wsd" "$(cat err)"
+same_file "the same of wsd, to $steps steps" longer.bin long.bin
+fails "fewer steps than were taken" "has taken $steps steps" -o longer.bin --resume --steps 2
+"$mamba" train -o longer.bin --resume --steps $((steps + 20)) 2> err
+grep -q "goes back up" err && ok "a finished wsd run can go on, and says how" \
+    || bad "a finished wsd run can go on" "$(cat err)"
+
+# --- a name that holds something
+fails "a finished run is not replaced" "--force" -o whole.bin $small
+cp tales.bin taken.bin
+fails "another model is not replaced" "taken.bin exists" -o taken.bin $small
+same_file "it stays" taken.bin tales.bin
+echo "notes" > note.train
+fails "nor a file that is no checkpoint" "note.train is in the way" -o note $small
+"$mamba" train -o taken.bin $small --force 2> err || bad "--force" "$(cat err)"
+same_file "--force replaces" taken.bin whole.bin
+rm -f taken.bin* note.train
+
+# --- two runs of one name
+"$mamba" train -o shared.bin $small --steps 100000 2> err1 &
+pid=$!
+wait_for shared.bin.train
+fails "a second run of one name" "process $pid" -o shared.bin $small --force
+fails "or a resumed one" "process $pid" -o shared.bin --resume
+kill -KILL $pid
+wait $pid 2> /dev/null
+[ -e shared.bin.lock ] && ok "a killed run leaves its lock file" || bad "the lock file"
+"$mamba" train -o shared.bin --resume 2> err &
+pid=$!
+sleep 0.3
+kill -INT $pid
+wait $pid && ok "and nobody waits for it" || bad "and nobody waits for it" "$(cat err)"
+[ -e shared.bin.lock ] && bad "the lock file goes" || ok "the lock file goes"
+echo mine > kept.bin.lock
+fails "a file where the lock should be" "in the way" -o kept.bin $small
+same "it stays" "$(cat kept.bin.lock)" mine
+rm -f shared.bin*
+
+# --- small texts, other encodings
+head -c 1000 text > little
+"$mamba" train -o little.bin --data little --steps 3 --d-model 16 --layers 1 --batch 2 2> err
+tail -c 100 little > end # what is held out, less than a window of 256
+want=$("$mamba" eval little.bin end 2> /dev/null | awk '/mean_nll/ { print $2 }')
+awk -v a="$(tail -n 1 little.bin.csv | cut -d, -f5)" -v b="$want" \
+    'BEGIN { d = a - b; exit !(a > 1 && d < 2e-5 && d > -2e-5) }' \
+    && ok "a small text has held-out losses: those of eval" \
+    || bad "a small text's held-out loss" "$(tail -n 1 little.bin.csv), eval $want"
+grep -q -- "--length or --held-out-data" err && ok "and a line says what would be better" \
+    || bad "and a line" "$(cat err)"
+{ printf '\357\273\277'; cat text; } > marked
+"$mamba" train -o marked.bin ${small#--data text} --data marked 2> err
+same_file "a byte-order mark is left out" marked.bin whole.bin
+grep -q "byte-order mark" err && ok "and named" || bad "and named" "$(cat err)"
+wide() { head -c 600 text | sed "s/./&$1/g" | tr '@' '\000'; } # ASCII with zeros between
+{ printf '\377\376'; wide @; } > utf16
+fails "UTF-16" "iconv" -o x.bin --data utf16
+"$mamba" eval whole.bin utf16 > out 2> err && bad "eval of UTF-16" "it succeeded" \
+    || grep -q iconv err && ok "eval of UTF-16" || bad "eval of UTF-16" "$(cat err)"
+printf '\377\376\010\233\200\377\376\010\233' > sound # no text: any bytes can be learnt
+"$mamba" train -o sound.bin --data sound --data text --steps 1 --length 20 --d-model 8 --layers 1 \
+    2> err && ok "bytes that begin like UTF-16" || bad "bytes that begin like UTF-16" "$(cat err)"
 
 # --- a held-out file: a run on the rest of the text is, to the bit, the run that holds out as much
 # at its end
@@ -142,6 +243,7 @@ while [ $k -lt $kills ]; do
     cmp -s killed.bin whole.bin || { wrong=$((wrong + 1)); cat err; }
     k=$((k + 1))
 done
+rm -f killed.bin.*.tmp # of the last one, where it was killed while it saved
 [ $wrong -eq 0 ] && ok "killed $kills times anywhere, always the same bits in the end" \
     || bad "killed $kills times" "$wrong times other bits"
 
@@ -281,7 +383,7 @@ for k in 1 2 3; do # kill -9 right after a resumed run's first checkpoint
 done
 rm -f slow.bin.*.tmp
 : > empty.csv
-"$mamba" train -o slow.bin $slow --steps 1 --log empty.csv 2> err
+"$mamba" train -o slow.bin $slow --steps 1 --log empty.csv --force 2> err
 same "a new log replaces an empty one" "$(wc -l < empty.csv | tr -d ' ')" 2
 same "no temporary stays" "$(ls -a | grep -c 'tmp$')" 1 # i.bin.tmp
 

@@ -67,7 +67,7 @@ int main(int argc, char **argv) {
     int32_t *text = NULL;
     size_t n = 0;
     check(mamba_encode(m, RHYME, strlen(RHYME), &text, &n) == 0, "the text becomes tokens");
-    Trainer *x = mamba_trainer_new(m, B, L, 0), *y = mamba_trainer_new(other, B, L, 0);
+    Trainer *x = mamba_trainer_new(m, B, L, 0, 0), *y = mamba_trainer_new(other, B, L, 0, 0);
     TrainRun run = {.text = "rhyme, rate 0.01", .random = 1, .held_loss = NAN};
     const double before = train(x, &run, text, n, 1), after = train(x, &run, text, n, 29);
     printf("loss %.3f after 1 step, %.3f after 30\n", before, after);
