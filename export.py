@@ -956,18 +956,53 @@ def write_model(path, m, pairs, blob, dtype):
 
 # --------------------------------------------------------------------------------------------------
 # 8. The tokenizer
-# tokenizer.json <-> the "mtok" blob that tokenizer.c reads (its layout is described there). Only what the
-# engine reproduces id for id is accepted; every other key, type or option is an error that names the part.
+# tokenizer.json <-> the "mtok" blob that tokenizer.c reads (its layout is described there). Only
+# what the engine reproduces id for id is accepted; every other key, type or option is an error that
+# names the part. What cannot change an id of a single text is left out with a note.
+#
+# A tokenizer.json is a pipeline of five parts, each one step or a Sequence of steps: normalizer,
+# pre_tokenizer, model, post_processor, decoder. Recipe holds what they come to.
 
+GPT2, GPT4, QWEN2, NUMBERS, DIGITS, PUNCT, FALCON, WORDS, BLANKS, SPACES, CHARS = range(1, 12)
+CONTRACTIONS = ("'s|'t|'re|'ve|'m|'ll|'d", "'(?:[sdmt]|ll|ve|re)")
+GPT2_TAIL = r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+ANY_CASE = ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[sdmt]|ll|ve|re)")
+GPT4_TAILS = (r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+              r"|[^\r\n\p{L}\p{N}]?+\p{L}+|%s| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+              r"|[^\r\n\p{L}\p{N}]?+\p{L}+|%s| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# The spellings that give the same words; the first one is written by --to-hf.
+REGEXES = {
+    **{head + GPT2_TAIL: GPT2 for head in CONTRACTIONS},
+    **{head + tail % r"\p{N}{1,3}": GPT4 for tail in GPT4_TAILS for head in ANY_CASE},
+    **{head + tail % r"\p{N}": QWEN2 for tail in GPT4_TAILS for head in ANY_CASE},
+    r"[\s\S]": CHARS,
+}
 FALCON_SEQUENCE = [("Punctuation", {"behavior": "Contiguous"}),
                    ("ByteLevel", {"add_prefix_space": False, "use_regex": True}),
                    ("Digits", {"individual_digits": False}),
-                   ("Split", {"pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False})]
-ADDED_FLAGS = ["special", "lstrip", "rstrip", "single_word", "normalized"]      # bits 0..4
-ADDED_OUTSIDE = 32                                                               # not in the model's vocabulary
-HOLE, LITERAL = 0xFFFFFFFF, 0x80000000
+                   ("Split", {"pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated",
+                              "invert": False})]
+FALCON_TAIL = FALCON_SEQUENCE[2:]                               # the steps after ByteLevel
+ADDED_FLAGS = ["special", "lstrip", "rstrip", "single_word", "normalized"]  # bits 0..4
+ADDED_NORMALIZED = 16
+ADDED_OUTSIDE = 32                                              # not in the model's vocabulary
+HOLE, LITERAL, ONE_BYTE = 0xFFFFFFFF, 0x80000000, 0x40000000
 MAX_IDS = 1 << 24
-MAX_ADDED_LENGTH, MAX_ADDED_BYTES = 512, 1 << 20                                 # tokenizer.c's bounds
+MAX_ADDED_LENGTH, MAX_ADDED_BYTES = 512, 1 << 20                # tokenizer.c's bounds
+BPE_BYTES, BPE_CHARS, WORD_LIST = 1, 2, 3                       # the kinds
+BLOB_FLAGS = ("nfc prefix_space ignore_merges fuse_unknown byte_fallback first_prefix "
+              "normal_spaces normal_prefix word_spaces decode_spaces decode_strip "
+              "decode_strip_token decode_join").split()         # bits 0..12
+SPACE_SYMBOL = "\u2581"                                         # SentencePiece's space
+
+
+class Recipe:
+    """What a tokenizer.json comes to: the fields of the blob."""
+
+    def __init__(self):
+        self.kind, self.flags, self.steps = BPE_CHARS, set(), []
+        self.bos = self.unknown = -1
+        self.decodes_bytes = False                              # <0xNN> is a byte
 
 
 def byte_alphabet():
@@ -981,84 +1016,255 @@ SYMBOL_OF = byte_alphabet()
 BYTE_OF = {symbol: b for b, symbol in SYMBOL_OF.items()}
 
 
-def token_to_bytes(token):
-    """What the ByteLevel decoder makes of one token, and whether it is literal text (has other characters)."""
-    if all(ch in BYTE_OF for ch in token):
-        return bytes(BYTE_OF[ch] for ch in token), False
-    return token.encode("utf-8"), True
-
-
 def refuse(part, why):
     raise ExportError(f"tokenizer: {part} {why}")
 
 
-def need(part, table, allowed):
-    """Every key of the table must be known, and its value one of those listed for it (None: any value)."""
+def short(value):
+    return json.dumps(value)[:60]
+
+
+def need(part, table, allowed, required=()):
+    """Every key of the table must be known, and its value one of those listed for it (None: any
+    value)."""
     if not isinstance(table, dict):
-        refuse(part, f"is {json.dumps(table)[:60]}, expected an object")
+        refuse(part, f"is {short(table)}, expected an object")
     for key, value in table.items():
         if key not in allowed:
             refuse(f"{part}.{key}", "is not known")
-        if allowed[key] is not None and not any(type(value) is type(ok) and value == ok for ok in allowed[key]):
-            refuse(f"{part}.{key}", f"is {json.dumps(value)[:60]}, which is not supported")
-
-
-def check_byte_level(part, table, **extra):
-    """A ByteLevel entry; trim_offsets never changes ids. Missing options are true in the library, and stay so here."""
-    options = {"type": ["ByteLevel"], "add_prefix_space": [True, False], "trim_offsets": [True, False],
-               "use_regex": [True, False]}
-    options.update(extra)
-    need(part, table, options)
-    for key in ("add_prefix_space", "trim_offsets"):
+        good = allowed[key]
+        if good is not None and not any(type(value) is type(ok) and value == ok for ok in good):
+            refuse(f"{part}.{key}", f"is {short(value)}, which is not supported")
+    for key in required:
         if key not in table:
             refuse(f"{part}.{key}", "is missing")
 
 
-def pre_tokenizer_code(table):
-    """1 GPT-2, 2 Falcon; and whether it adds a prefix space."""
-    kind = table.get("type") if isinstance(table, dict) else None
-    if kind == "ByteLevel":
-        check_byte_level("pre_tokenizer", table, use_regex=[True])
-        return 1, table["add_prefix_space"]
-    if kind != "Sequence":
-        refuse("pre_tokenizer", f"is {json.dumps(kind or table)[:60]}; ByteLevel and Falcon's Sequence are supported")
-    need("pre_tokenizer", table, {"type": None, "pretokenizers": None})
-    steps = table.get("pretokenizers")
-    if not isinstance(steps, list) or len(steps) != len(FALCON_SEQUENCE):
-        refuse("pre_tokenizer.pretokenizers", f"is not Falcon's sequence of {len(FALCON_SEQUENCE)} steps")
-    for i, (step, (name, options)) in enumerate(zip(steps, FALCON_SEQUENCE)):
-        part = f"pre_tokenizer.pretokenizers[{i}]"
-        allowed = {"type": [name], **{key: [value] for key, value in options.items()}}
-        if name == "ByteLevel":
-            allowed["trim_offsets"] = [True, False]
-        need(part, step, allowed)
-        missing = [key for key in allowed if key not in step and key != "use_regex"]
-        if missing:
-            refuse(f"{part}.{missing[0]}", "is missing")
-    return 2, False
-
-
-def check_post_processor(table, part="post_processor"):
-    """Accepts what leaves the ids of a single text alone."""
-    kind = table.get("type") if isinstance(table, dict) else None
+def flatten(part, table, key):
+    """[(part, step)] of one step, of a Sequence of them, of Sequences of Sequences, or of null."""
     if table is None:
-        return
-    if kind == "ByteLevel":
-        check_byte_level(part, table)
-    elif kind == "Sequence":
-        need(part, table, {"type": None, "processors": None})
-        if not isinstance(table.get("processors"), list):
-            refuse(part + ".processors", "is not a list")
-        for i, step in enumerate(table["processors"]):
-            check_post_processor(step, f"{part}.processors[{i}]")
-    elif kind == "TemplateProcessing":
-        need(part, table, {"type": None, "single": None, "pair": None, "special_tokens": None})
-        single = table.get("single")
-        if not isinstance(single, list) or [list(p) for p in single if isinstance(p, dict)] != [["Sequence"]] \
-                or len(single) != 1 or single[0]["Sequence"].get("id") != "A":
-            refuse(part + ".single", "adds tokens to the text")
+        return []
+    if not isinstance(table, dict) or not isinstance(table.get("type"), str):
+        refuse(part, f"is {short(table)}; it has no type")
+    if table["type"] != "Sequence":
+        return [(part, table)]
+    need(part, table, {"type": None, key: None})
+    if not isinstance(table.get(key), list):
+        refuse(f"{part}.{key}", "is not a list")
+    if len(table[key]) == 1:
+        return flatten(part, table[key][0], key)
+    return [pair for i, step in enumerate(table[key])
+            for pair in flatten(f"{part}.{key}[{i}]", step, key)]
+
+
+def check_byte_level(part, table):
+    """A ByteLevel entry; trim_offsets never changes ids. A missing use_regex is true."""
+    both = [True, False]
+    need(part, table, {"type": ["ByteLevel"], "add_prefix_space": both, "trim_offsets": both,
+                       "use_regex": both}, ["add_prefix_space", "trim_offsets"])
+
+
+def is_string_pattern(step, text):
+    return step.get("pattern") == {"String": text}
+
+
+def read_normalizer(recipe, table):
+    for part, step in flatten("normalizer", table, "normalizers"):
+        kind = step["type"]
+        if kind == "NFC" and not recipe.flags:
+            need(part, step, {"type": None})
+            recipe.flags.add("nfc")
+        elif kind == "Prepend" and "normal_prefix" not in recipe.flags:
+            need(part, step, {"type": None, "prepend": [SPACE_SYMBOL]}, ["prepend"])
+            recipe.flags.add("normal_prefix")
+        elif kind == "Replace" and is_string_pattern(step, " "):
+            need(part, step, {"type": None, "pattern": None, "content": [SPACE_SYMBOL]},
+                 ["content"])
+            recipe.flags.add("normal_spaces")
+        else:
+            refuse(part, f"is {short(kind)}, which is not supported in this place")
+    if "normal_prefix" in recipe.flags and "normal_spaces" not in recipe.flags:
+        refuse("normalizer", "prepends U+2581, but replaces no spaces")
+
+
+def metaspace_prefix(part, step):
+    """The prefix that a Metaspace adds: always, first or never."""
+    need(part, step, {"type": None, "replacement": [SPACE_SYMBOL], "split": [True, False],
+                      "add_prefix_space": [True, False], "str_rep": [SPACE_SYMBOL],
+                      "prepend_scheme": ["always", "first", "never"]}, ["replacement"])
+    old = "always" if step.get("add_prefix_space", True) else "never"
+    return step.get("prepend_scheme", old)
+
+
+def read_split(part, step):
+    """The step of a Split."""
+    need(part, step, {"type": None, "pattern": None, "behavior": None, "invert": [True, False]},
+         ["pattern", "behavior", "invert"])
+    pattern = step["pattern"]
+    regex = pattern.get("Regex") if isinstance(pattern, dict) and len(pattern) == 1 else None
+    code = CHARS if is_string_pattern(step, "") else REGEXES.get(regex)
+    if code is None:
+        refuse(part + ".pattern", f"is {short(pattern)}, which is not supported")
+    if (step["behavior"], step["invert"]) not in (("Isolated", False), ("Removed", True)):
+        refuse(part + ".behavior", f"is {short(step['behavior'])}, which is not supported")
+    return code
+
+
+def read_pre_tokenizer(recipe, table):
+    steps = flatten("pre_tokenizer", table, "pretokenizers")
+    for i, (part, step) in enumerate(steps):
+        kind = step["type"]
+        if recipe.kind == BPE_BYTES:                            # it must be the end, but for Falcon
+            tail = [step for _, step in steps[i:]]
+            if tail != [{"type": name, **options} for name, options in FALCON_TAIL]:
+                refuse(part, f"is {short(kind)}; after ByteLevel only Falcon's steps are known")
+            recipe.steps.append(FALCON)
+            break
+        if kind == "ByteLevel":
+            check_byte_level(part, step)
+            recipe.kind = BPE_BYTES
+            if step["add_prefix_space"] and i > 0:
+                refuse(part + ".add_prefix_space", "is true after another step")
+            recipe.flags |= {"prefix_space"} if step["add_prefix_space"] else set()
+            recipe.steps += [GPT2] if step.get("use_regex", True) else []
+        elif kind == "Metaspace" and len(steps) == 1:
+            prefix = metaspace_prefix(part, step)
+            recipe.flags |= {"word_spaces"} | (set() if prefix == "never" else {"prefix_space"})
+            recipe.flags |= {"first_prefix"} if prefix == "first" else set()
+            recipe.steps += [SPACES] if step.get("split", True) else []
+        elif kind == "Split" and is_string_pattern(step, " ") and len(steps) == 1 and \
+                "normal_spaces" in recipe.flags:
+            need(part, step, {"type": None, "pattern": None, "behavior": None, "invert": [False]})
+            if step.get("behavior") not in ("MergedWithPrevious", "MergedWithNext", "Isolated"):
+                refuse(part + ".behavior", f"is {short(step.get('behavior'))}")
+        elif "normal_spaces" in recipe.flags:
+            refuse(part, f"is {short(kind)} after a normalizer that replaces spaces")
+        elif kind == "Split":
+            recipe.steps.append(read_split(part, step))
+        elif kind == "Digits":
+            need(part, step, {"type": None, "individual_digits": [True, False]},
+                 ["individual_digits"])
+            recipe.steps.append(DIGITS if step["individual_digits"] else NUMBERS)
+        elif kind == "Punctuation":
+            need(part, step, {"type": None, "behavior": ["Contiguous"]}, ["behavior"])
+            recipe.steps.append(PUNCT)
+        elif kind in ("Whitespace", "WhitespaceSplit"):
+            need(part, step, {"type": None})
+            recipe.steps.append(WORDS if kind == "Whitespace" else BLANKS)
+        else:
+            refuse(part, f"is {short(kind)}, which is not supported in this place")
+    if len(recipe.steps) > 4:
+        refuse("pre_tokenizer", f"has {len(recipe.steps)} steps, at most 4 are supported")
+
+
+def read_decoder(recipe, table):
+    steps, flags = flatten("decoder", table, "decoders"), recipe.flags
+    names = [step["type"] for _, step in steps]
+    if (recipe.kind == BPE_BYTES) != (names == ["ByteLevel"]):
+        refuse("decoder" if recipe.kind == BPE_BYTES else "pre_tokenizer",
+               "does not fit: ByteLevel stands in both, pre_tokenizer and decoder, or in none")
+    for i, (part, step) in enumerate(steps):
+        kind = step["type"]
+        if kind == "ByteLevel":
+            check_byte_level(part, step)
+        elif kind == "Metaspace" and len(steps) == 1:
+            flags.add("decode_spaces")
+            flags |= set() if metaspace_prefix(part, step) == "never" else {"decode_strip_token"}
+        elif kind == "Replace" and step.get("pattern") == {"String": SPACE_SYMBOL} and i == 0:
+            need(part, step, {"type": None, "pattern": None, "content": [" "]}, ["content"])
+            flags.add("decode_spaces")
+        elif kind == "ByteFallback" and "Fuse" not in names[:i]:
+            need(part, step, {"type": None})
+            recipe.decodes_bytes = True
+        elif kind == "Fuse":
+            need(part, step, {"type": None})
+        elif kind == "Strip" and i == len(steps) - 1 and "Fuse" in names:
+            need(part, step, {"type": None, "content": [" "], "start": [0, 1], "stop": [0]},
+                 ["content", "start", "stop"])
+            flags |= {"decode_strip"} if step["start"] else set()
+        else:
+            refuse(part, f"is {short(kind)}, which is not supported in this place")
+    if not steps:
+        flags.add("decode_join")
+    encodes = bool(flags & {"normal_spaces", "word_spaces"})
+    if encodes != ("decode_spaces" in flags):
+        refuse("decoder", "does not make spaces of U+2581 again" if encodes else
+               "makes spaces of U+2581, but nothing made U+2581 of spaces")
+
+
+def read_post_processor(recipe, table, vocab):
+    """A ByteLevel moves offsets only. A template may put one token before a text."""
+    for part, step in flatten("post_processor", table, "processors"):
+        if step["type"] == "ByteLevel":
+            check_byte_level(part, step)
+            continue
+        if step["type"] != "TemplateProcessing":
+            refuse(part, f"is {short(step['type'])}, which is not supported: only a template that "
+                         "puts one token before the text is")
+        need(part, step, {"type": None, "single": None, "pair": None, "special_tokens": None})
+        single = step.get("single")
+        good = isinstance(single, list) and all(isinstance(p, dict) and len(p) == 1 for p in single)
+        names = [list(piece)[0] for piece in single] if good else []
+        values = [value for piece in single for value in piece.values()] if good else []
+        if names not in (["Sequence"], ["SpecialToken", "Sequence"]) or \
+                not all(isinstance(value, dict) for value in values) or values[-1].get("id") != "A":
+            refuse(part + ".single", f"is {json.dumps(single)[:160]}; only one token before the "
+                                     "text is supported")
+        if names == ["Sequence"]:
+            continue
+        name, tokens = single[0]["SpecialToken"].get("id"), step.get("special_tokens")
+        ids = tokens.get(name, {}) if isinstance(tokens, dict) and isinstance(name, str) else {}
+        ids = ids.get("ids") if isinstance(ids, dict) else None
+        if not (isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int):
+            refuse(part + ".special_tokens", f"has no single id for {short(name)}")
+        if recipe.bos != -1:
+            refuse(part, "puts a second token before the text")
+        recipe.bos = ids[0]
+
+
+def read_model(recipe, model, notes):
+    """Checks the options of the model; returns its vocabulary."""
+    kind = model.get("type") if isinstance(model, dict) else None
+    if kind is None and isinstance(model, dict) and "merges" in model:
+        kind = "BPE"                                            # files before 2020 name no type
+    if kind not in ("BPE", "WordLevel"):
+        refuse("model.type", f"is {short(kind)}; BPE and WordLevel are supported")
+    if kind == "WordLevel":
+        need("model", model, {"type": None, "vocab": None, "unk_token": None})
+        if recipe.kind == BPE_BYTES:
+            refuse("pre_tokenizer", "is ByteLevel before a WordLevel model")
+        if recipe.flags & {"word_spaces", "normal_spaces", "decode_spaces"}:
+            refuse("model.type", "is WordLevel where spaces become U+2581")
+        recipe.kind = WORD_LIST
     else:
-        refuse(part, f"is {json.dumps(kind or table)[:60]}, which is not supported")
+        need("model", model, {"type": None, "dropout": [None, 0, 0.0], "unk_token": None,
+                              "continuing_subword_prefix": [None, ""],
+                              "end_of_word_suffix": [None, ""], "fuse_unk": [True, False],
+                              "byte_fallback": [True, False], "ignore_merges": [True, False],
+                              "vocab": None, "merges": None})
+    if model.get("dropout") is not None:
+        notes.append("tokenizer: model.dropout is 0, which changes nothing")
+    vocab, unknown = read_vocab(model), model.get("unk_token")
+    bytes_of = SYMBOL_OF.values() if recipe.kind == BPE_BYTES else map("<0x%02X>".__mod__,
+                                                                       range(256))
+    complete = all(token in vocab for token in bytes_of)        # nothing is ever unknown
+    if unknown is not None and not isinstance(unknown, str):
+        refuse("model.unk_token", f"is {short(unknown)}, expected a token")
+    if recipe.kind == BPE_CHARS and model.get("byte_fallback"):
+        recipe.flags.add("byte_fallback")
+        if not recipe.decodes_bytes:
+            refuse("decoder", "has no ByteFallback, but the model has byte_fallback")
+    elif model.get("byte_fallback") and not complete:
+        refuse("model.byte_fallback", "is true, and byte symbols are missing in model.vocab")
+    unused = complete and (recipe.kind == BPE_BYTES or "byte_fallback" in recipe.flags)
+    if unknown is not None and not unused:
+        if unknown in vocab:
+            recipe.unknown = vocab[unknown]
+        elif recipe.kind != WORD_LIST:                          # there, the library has none, too
+            refuse("model.unk_token", f"is {short(unknown)}, which model.vocab lacks")
+    recipe.flags |= {"fuse_unknown"} if model.get("fuse_unk") and recipe.unknown != -1 else set()
+    recipe.flags |= {"ignore_merges"} if model.get("ignore_merges") else set()
+    return vocab
 
 
 def read_vocab(model):
@@ -1068,126 +1274,189 @@ def read_vocab(model):
     seen = {}
     for token, i in vocab.items():
         if type(i) is not int or not 0 <= i < MAX_IDS:
-            refuse("model.vocab", f"has id {json.dumps(i)} for {json.dumps(token)}; ids are 0..{MAX_IDS - 1}")
+            refuse("model.vocab", f"has id {short(i)} for {short(token)}; ids are 0..{MAX_IDS - 1}")
         if i in seen:
-            refuse("model.vocab", f"has id {i} twice, for {json.dumps(seen[i])} and {json.dumps(token)}")
+            refuse("model.vocab", f"has id {i} twice, for {short(seen[i])} and {short(token)}")
         if not token:
             refuse("model.vocab", f"has an empty token, id {i}")
         seen[i] = token
     return vocab
 
 
-def read_merges(model, vocab):
-    """Id triples by rank. A later duplicate replaces an earlier one, as in the library; a merge of a token that is not
-    made of byte symbols can never apply and is left out."""
+BYTE_TOKEN, ODD_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>"), re.compile("<0x[+0-9A-Fa-f]{2}>")
+
+
+def token_bytes(recipe, token):
+    """What the decoder makes of one token, and its mark: LITERAL, ONE_BYTE or 0."""
+    if recipe.kind == BPE_BYTES:
+        if all(ch in BYTE_OF for ch in token):
+            return bytes(BYTE_OF[ch] for ch in token), 0
+        return token.encode("utf-8"), LITERAL
+    if recipe.decodes_bytes and BYTE_TOKEN.fullmatch(token):
+        return bytes([int(token[3:5], 16)]), ONE_BYTE
+    if recipe.decodes_bytes and ODD_BYTE_TOKEN.fullmatch(token):
+        refuse("model.vocab", f"has {short(token)}, which is a byte for the decoder only")
+    if "decode_spaces" not in recipe.flags:
+        return token.encode("utf-8"), 0
+    literal = LITERAL if " " in token else 0
+    if literal and SPACE_SYMBOL in token:
+        refuse("model.vocab", f"has {short(token)}, with spaces of both kinds")
+    return token.replace(SPACE_SYMBOL, " ").encode("utf-8"), literal
+
+
+def normalized_token(recipe, content):
+    """How the library decodes an added token that it looks for in normalized text."""
+    prefix = SPACE_SYMBOL if "normal_prefix" in recipe.flags else ""
+    return prefix + content.replace(" ", SPACE_SYMBOL) if "normal_spaces" in recipe.flags \
+        else content
+
+
+def read_merges(recipe, model, vocab):
+    """Id triples by rank. A later duplicate replaces an earlier one, as in the library; a merge of
+    a token that no word can contain can never apply and is left out."""
     merges, triples = model.get("merges"), {}
+    if recipe.kind == WORD_LIST:
+        return []
     if not isinstance(merges, list):
         refuse("model.merges", "is not a list")
     for rank, merge in enumerate(merges):
+        part = f"model.merges[{rank}]"
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
-            refuse(f"model.merges[{rank}]", f"is {json.dumps(merge)[:60]}, not a pair")
-        for token in (pair[0], pair[1], pair[0] + pair[1]):
+        if not isinstance(pair, list) or len(pair) != 2 or \
+                not all(isinstance(p, str) and p for p in pair):
+            refuse(part, f"is {short(merge)}, not a pair")
+        tokens = pair[0], pair[1], pair[0] + pair[1]
+        for token in tokens:
             if token not in vocab:
-                refuse(f"model.merges[{rank}]", f"needs {json.dumps(token)}, which model.vocab lacks")
+                refuse(part, f"needs {short(token)}, which model.vocab lacks")
+            if recipe.decodes_bytes and BYTE_TOKEN.fullmatch(token):
+                refuse(part, f"has {short(token)}, the token of a byte")
         triples.pop(tuple(pair), None)
-        triples[tuple(pair)] = (vocab[pair[0]], vocab[pair[1]], vocab[pair[0] + pair[1]])
-    return [ids for pair, ids in triples.items() if not any(token_to_bytes(p)[1] for p in pair)]
+        triples[tuple(pair)] = tuple(vocab[token] for token in tokens)
+    return [ids for pair, ids in triples.items()
+            if not any(token_bytes(recipe, token)[1] for token in pair)]
 
 
-def read_added(table, vocab, nfc):
-    """[(id, flags, content)] in the file's order; ids must be those that the library gives when it loads the file."""
-    added, ids, next_id = [], set(), len(vocab)
-    taken = set(vocab.values())
-    if table is None:
-        table = []
+def read_added(recipe, table, vocab, merges, notes):
+    """[(id, flags, content)] in the file's order; ids must be those that the library gives when it
+    loads the file. Of a token that is listed twice, it keeps the first id and the last flags."""
+    added, contents, next_id, searched = {}, {}, len(vocab), {}
+    taken, merged = set(vocab.values()), {i for merge in merges for i in merge}
+    table = [] if table is None else table
     if not isinstance(table, list):
         refuse("added_tokens", "is not a list")
     for n, entry in enumerate(table):
         part = f"added_tokens[{n}]"
-        need(part, entry, {"id": None, "content": None, **{name: [True, False] for name in ADDED_FLAGS}})
-        content = entry.get("content")
-        for key in ["id", "content"] + ADDED_FLAGS:
-            if key not in entry:
-                refuse(f"{part}.{key}", "is missing")
-        if not isinstance(content, str) or not 0 < len(content.encode("utf-8", "surrogatepass")) <= MAX_ADDED_LENGTH:
+        need(part, entry, {"id": None, "content": None,
+                           **{name: [True, False] for name in ADDED_FLAGS}},
+             ["id", "content"] + ADDED_FLAGS)
+        content = entry["content"]
+        if not isinstance(content, str) or \
+                not 0 < len(content.encode("utf-8", "surrogatepass")) <= MAX_ADDED_LENGTH:
             refuse(part + ".content", f"is not a string of 1 to {MAX_ADDED_LENGTH} bytes")
-        if nfc and entry["normalized"] and not unicodedata.is_normalized("NFC", content):
-            refuse(part + ".content", f"{json.dumps(content)} is not in NFC; how it decodes depends on the library's "
-                                      "version")
+        if "nfc" in recipe.flags and entry["normalized"] and \
+                not unicodedata.is_normalized("NFC", content):
+            refuse(part + ".content", f"{json.dumps(content)} is not in NFC; how it decodes "
+                                      "depends on the library's version")
         flags = sum(1 << bit for bit, name in enumerate(ADDED_FLAGS) if entry[name])
-        if content in vocab:
+        if content in contents:
+            i = contents[content]
+            flags |= added[i][1] & ADDED_OUTSIDE
+            notes.append(f"tokenizer: {part} repeats {short(content)}, which keeps id {i}")
+        elif content in vocab:
             i = vocab[content]
         else:
             i, next_id, flags = next_id, next_id + 1, flags | ADDED_OUTSIDE
             if i in taken:
-                refuse(part, f"{json.dumps(content)} gets id {i}, which the vocabulary uses")
-        if entry["id"] != i or type(entry["id"]) is not int:
-            refuse(part + ".id", f"is {json.dumps(entry['id'])}, but the library gives {json.dumps(content)} id {i}")
-        if i in ids:
-            refuse(part, f"repeats {json.dumps(content)}")
-        ids.add(i)
-        added.append((i, flags, content))
-    if sum(12 + len(content.encode("utf-8", "surrogatepass")) for _, _, content in added) > MAX_ADDED_BYTES:
+                refuse(part, f"{short(content)} gets id {i}, which the vocabulary uses")
+        if content not in contents and (entry["id"] != i or type(entry["id"]) is not int):
+            refuse(part + ".id",
+                   f"is {short(entry['id'])}, but the library gives {short(content)} id {i}")
+        if recipe.decodes_bytes and BYTE_TOKEN.fullmatch(content):
+            refuse(part, f"is {short(content)}, the token of a byte")
+        contents[content] = i
+        added[i] = (i, flags, content)
+        if entry["normalized"] and "normal_spaces" in recipe.flags:
+            other = searched.setdefault(normalized_token(recipe, content), content)
+            if other != content:
+                refuse(part, f"{short(content)} is found where {short(other)} is")
+            if content in vocab and (len(content) == 1 or i in merged):
+                refuse(part, f"{short(content)} is normalized and a part of words, too")
+    if sum(12 + len(content.encode("utf-8", "surrogatepass"))
+           for _, _, content in added.values()) > MAX_ADDED_BYTES:
         refuse("added_tokens", f"hold more than {MAX_ADDED_BYTES} bytes")
-    return added
+    return list(added.values())
 
 
-def tokenizer_blob(path_or_dict):
-    """tokenizer.json, as a path or already parsed, to the blob."""
-    data = path_or_dict
+def tokenizer_blob(path_or_dict, notes=None):
+    """tokenizer.json, as a path or already parsed, to the blob. notes: a list that gets a sentence
+    for each thing that was left out."""
+    data, notes = path_or_dict, [] if notes is None else notes
     if not isinstance(data, dict):
         try:
             with open(path_or_dict, encoding="utf-8") as f:
                 data = json.load(f, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             refuse(str(path_or_dict), f"is not JSON: {error}")
-    need("tokenizer.json", data, dict.fromkeys(["version", "truncation", "padding", "added_tokens", "normalizer",
-                                                "pre_tokenizer", "post_processor", "decoder", "model"]))
-    for key, value in (("version", "1.0"), ("truncation", None), ("padding", None)):
-        if data.get(key) != value:
-            refuse(key, f"is {json.dumps(data.get(key))[:60]}, expected {json.dumps(value)}")
-    if data.get("normalizer") is not None:
-        need("normalizer", data["normalizer"], {"type": ["NFC"]})
-    nfc = data.get("normalizer") is not None
-    if nfc and "type" not in data["normalizer"]:
-        refuse("normalizer.type", "is missing")
-    pretokenizer, prefix_space = pre_tokenizer_code(data.get("pre_tokenizer"))
-    check_post_processor(data.get("post_processor"))
-    if not isinstance(data.get("decoder"), dict) or data["decoder"].get("type") != "ByteLevel":
-        refuse("decoder", f"is {json.dumps(data.get('decoder'))[:60]}, expected ByteLevel")
-    check_byte_level("decoder", data["decoder"])
+    need("tokenizer.json", data, dict.fromkeys(
+        ["version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer",
+         "post_processor", "decoder", "model"]))
+    if data.get("version", "1.0") != "1.0":
+        refuse("version", f"is {short(data['version'])}, expected \"1.0\"")
+    for key in ("truncation", "padding"):
+        if data.get(key) is not None:
+            notes.append(f"tokenizer: {key} is left out; a prompt is read whole")
+    recipe, model = Recipe(), data.get("model")
+    if isinstance(model, dict) and model.get("type") in ("Unigram", "WordPiece"):
+        refuse("model.type", f"is {short(model['type'])}; BPE and WordLevel are supported")
+    read_normalizer(recipe, data.get("normalizer"))
+    read_pre_tokenizer(recipe, data.get("pre_tokenizer"))
+    if recipe.kind == BPE_BYTES and "normal_spaces" in recipe.flags:
+        refuse("normalizer", "replaces spaces before ByteLevel")
+    read_decoder(recipe, data.get("decoder"))
+    vocab = read_model(recipe, model, notes)
+    merges = read_merges(recipe, model, vocab)
+    added = read_added(recipe, data.get("added_tokens"), vocab, merges, notes)
+    read_post_processor(recipe, data.get("post_processor"), vocab)
+    return pack_tokenizer(recipe, vocab, merges, added)
 
-    model = data.get("model")
-    need("model", model, {"type": ["BPE"], "dropout": [None], "unk_token": [None],
-                          "continuing_subword_prefix": [None, ""], "end_of_word_suffix": [None, ""],
-                          "fuse_unk": [True, False], "byte_fallback": [False], "ignore_merges": [False],
-                          "vocab": None, "merges": None})        # fuse_unk means nothing without an unk_token
-    if model.get("type") != "BPE":
-        refuse("model.type", "is missing")
-    vocab = read_vocab(model)
-    merges = read_merges(model, vocab)
-    added = read_added(data.get("added_tokens"), vocab, nfc)
 
+def pack_tokenizer(recipe, vocab, merges, added):
     token_of = {i: token for token, i in vocab.items()}
-    token_of.update((i, content) for i, _, content in added)
-    n_ids, hole = max(token_of) + 1, struct.pack("<I", HOLE)
-    out = [struct.pack("<4s7I", b"mtok", 1, 1, (1 if nfc else 0) | (2 if prefix_space else 0), pretokenizer,
-                       n_ids, len(merges), len(added))]
+    token_of.update((i, normalized_token(recipe, content) if bits & ADDED_NORMALIZED else content)
+                    for i, bits, content in added)
+    n_ids = max(token_of) + 1
+    if recipe.bos != -1 and recipe.bos not in token_of:
+        refuse("post_processor", f"puts id {recipe.bos} before the text, which has no token")
+    flags = sum(1 << bit for bit, name in enumerate(BLOB_FLAGS) if name in recipe.flags)
+    cuts = sum(step << 8 * i for i, step in enumerate(recipe.steps))
+    old = {(GPT2,): 1, (PUNCT, GPT2, FALCON): 2}.get(tuple(recipe.steps))
+    fields = recipe.kind, flags, cuts, n_ids, len(merges), len(added)
+    if recipe.kind == BPE_BYTES and old and flags <= (3 if old == 1 else 1) and \
+            recipe.bos == recipe.unknown == -1:                 # what older programs read
+        out = [struct.pack("<4s7I", b"mtok", 1, *fields[:2], old, *fields[3:])]
+    else:
+        out = [struct.pack("<4s7I2iI20x", b"mtok", 2, *fields, recipe.bos, recipe.unknown, 0)]
+    one_byte = {}
     for i in range(n_ids):
         if i not in token_of:
-            out.append(hole)
+            out.append(struct.pack("<I", HOLE))
             continue
         try:
-            raw, literal = token_to_bytes(token_of[i])
+            raw, mark = token_bytes(recipe, token_of[i])
         except UnicodeEncodeError:
-            refuse(f"token {i}", f"is {json.dumps(token_of[i])}, which holds half a surrogate pair")
-        out.append(struct.pack("<I", len(raw) | (LITERAL if literal else 0)) + raw)
-    out.append(struct.pack("<256i", *(vocab.get(SYMBOL_OF[b], -1) for b in range(256))))
+            refuse(f"token {i}", f"is {short(token_of[i])}, which holds half a surrogate pair")
+        if mark == ONE_BYTE:
+            one_byte[raw[0]] = i
+        out.append(struct.pack("<I", len(raw) | mark) + raw)
+    if recipe.kind == BPE_BYTES:
+        one_byte = {b: vocab[SYMBOL_OF[b]] for b in range(256) if SYMBOL_OF[b] in vocab}
+    if recipe.kind != WORD_LIST:
+        out.append(struct.pack("<256i", *(one_byte.get(b, -1) for b in range(256))))
     out += [struct.pack("<3I", *merge) for merge in merges]
-    for i, flags, content in added:
+    for i, bits, content in added:
         raw = content.encode("utf-8")
-        out.append(struct.pack("<3I", i, flags, len(raw)) + raw)
+        out.append(struct.pack("<3I", i, bits, len(raw)) + raw)
     return b"".join(out)
 
 
@@ -1196,58 +1465,232 @@ def bytes_tokenizer_blob():
     return struct.pack("<4s7I", b"mtok", 1, 0, 0, 0, 256, 0, 0)
 
 
+def vocab_txt_table(path, notes):
+    """A vocab.txt, a token a line, as a tokenizer.json: what EsmTokenizer makes of it, which reads
+    the longest token first, as for k-mers of DNA. tokenizer_config.json beside it may say
+    otherwise."""
+    with open(path, "rb") as f:
+        try:
+            tokens = [line.strip() for line in f.read().decode("utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise ExportError(f"{path} is not UTF-8 ({first_line(error)})")
+    config_path = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+    config = read_json(config_path) if os.path.exists(config_path) else {}
+    kind = config.get("tokenizer_class")
+    if any(token.startswith("##") for token in tokens) or str(kind).startswith("Bert"):
+        refuse(path, "is the vocabulary of WordPiece; BPE and WordLevel are supported")
+    if kind not in (None, "EsmTokenizer"):
+        refuse(path, f"belongs to {short(kind)}, which is not supported")
+    if kind is None:
+        notes.append(f"{path}: no tokenizer_config.json names its class; it is read as "
+                     "EsmTokenizer does, the longest token first")
+
+    def special(key, default):                                  # text, or an object with a content
+        value = config.get(key, default)
+        value = value.get("content") if isinstance(value, dict) else value
+        return value if isinstance(value, str) else None
+
+    vocab = {token: i for i, token in enumerate(tokens) if token}
+    names = [special(name, f"<{name[:-6]}>") for name in
+             ("unk_token", "pad_token", "mask_token", "cls_token", "eos_token", "bos_token")]
+    unknown, cls, eos = names[0], special("cls_token", None), special("eos_token", None)
+    template = None
+    if cls in vocab:
+        template = {"type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": cls, "type_id": 0}},
+                               {"Sequence": {"id": "A", "type_id": 0}}],
+                    "pair": [], "special_tokens": {cls: {"id": cls, "ids": [vocab[cls]],
+                                                         "tokens": [cls]}}}
+    if eos in vocab:
+        notes.append(f"{path}: {printable(eos)} is not put after a prompt, as transformers does: "
+                     "the text goes on")
+    added = [{"id": i, "content": token, "special": token in names, "lstrip": False,
+              "rstrip": False, "single_word": False, "normalized": False}
+             for token, i in sorted(vocab.items(), key=lambda item: item[1])]
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": unknown}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "post_processor": template, "decoder": None, "model": model}
+
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+
+
+def find_tokenizer(choice, folder, notes=None):
+    """(blob, id of <|endoftext|> or None). choice: bytes, none, a file, or a folder; None: the
+    folder of the checkpoint. The blob of none is empty."""
+    notes = [] if notes is None else notes
+    if choice == "bytes":
+        return bytes_tokenizer_blob(), None
+    if choice == "none":
+        return b"", None
+    path = choice or folder
+    if os.path.isdir(path):
+        names = [name for name in TOKENIZER_FILES if os.path.exists(os.path.join(path, name))]
+        if not names and not choice:
+            raise ExportError(
+                f"{folder} has no tokenizer.json; pass --tokenizer FILE (state-spaces models use "
+                "the tokenizer.json of GPT-NeoX-20B), --tokenizer bytes for a byte model, or "
+                "--tokenizer none for a model that reads and writes ids only")
+        path = os.path.join(path, names[0] if names else TOKENIZER_FILES[0])
+    table = vocab_txt_table(path, notes) if path.endswith(".txt") else read_json(path)
+    blob = tokenizer_blob(table, notes)
+    ends = [token["id"] for token in table.get("added_tokens") or []
+            if token["content"] == "<|endoftext|>"]
+    return blob, ends[0] if ends else None
+
+
+def tokenizer_ids(blob):
+    """How many ids a blob knows; 0 where there is no tokenizer."""
+    return struct.unpack_from("<I", blob, 20)[0] if blob else 0
+
+
 def tokenizer_json(blob):
-    """The way back: a tokenizer.json (as a dict) that gives the same ids and the same text. A bytes blob becomes a
-    vocabulary of the 256 byte symbols without merges; the library then takes UTF-8 only, as it always does."""
+    """The way back: a tokenizer.json (as a dict) that gives the same ids and the same text. A bytes
+    blob becomes a vocabulary of the 256 byte symbols without merges; the library then takes UTF-8
+    only, as it always does."""
     try:
         return unpack_tokenizer(blob)
-    except (struct.error, IndexError, KeyError, UnicodeDecodeError) as error:
+    except (struct.error, IndexError, KeyError, ValueError) as error:
         refuse("blob", f"is damaged ({error})")
 
 
-def unpack_tokenizer(blob):
-    magic, version, kind, flags, pretokenizer, n_ids, n_merges, n_added = struct.unpack_from("<4s7I", blob)
-    if magic != b"mtok" or version != 1 or kind > 1:
-        refuse("blob", "is not a version 1 tokenizer")
-    at, tokens, merges, added = 32, {}, [], []
-    outside = set()
-    if kind == 0:
-        pretokenizer, tokens = 1, {b: SYMBOL_OF[b] for b in range(256)}
+def step_json(recipe):
+    """The pre_tokenizer of a recipe."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": "prefix_space" in recipe.flags,
+                  "trim_offsets": True, "use_regex": False}
+    split = {code: {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
+                    "invert": False} for regex, code in reversed(list(REGEXES.items()))}
+    made = {**split,
+            NUMBERS: {"type": "Digits", "individual_digits": False},
+            DIGITS: {"type": "Digits", "individual_digits": True},
+            PUNCT: {"type": "Punctuation", "behavior": "Contiguous"},
+            WORDS: {"type": "Whitespace"}, BLANKS: {"type": "WhitespaceSplit"}}
+    steps, falcon = list(recipe.steps), FALCON in recipe.steps
+    if falcon:
+        steps.remove(FALCON)
+    if recipe.kind == BPE_BYTES and steps and steps[-1] == GPT2:
+        steps.pop()
+        byte_level["use_regex"] = True
+    if "word_spaces" in recipe.flags:
+        scheme = "first" if "first_prefix" in recipe.flags else \
+            "always" if "prefix_space" in recipe.flags else "never"
+        out = [{"type": "Metaspace", "replacement": SPACE_SYMBOL, "prepend_scheme": scheme,
+                "split": steps == [SPACES]}]
     else:
-        for i in range(n_ids):
-            length, = struct.unpack_from("<I", blob, at)
-            at += 4
-            if length == HOLE:
-                continue
-            raw = blob[at:at + (length & ~LITERAL)]
-            at += len(raw)
-            tokens[i] = raw.decode("utf-8") if length & LITERAL else "".join(SYMBOL_OF[b] for b in raw)
-        at += 256 * 4
-        for rank in range(n_merges):
-            left, right, _ = struct.unpack_from("<3I", blob, at)
-            at += 12
-            merges.append([tokens[left], tokens[right]])
-        for n in range(n_added):
-            i, bits, length = struct.unpack_from("<3I", blob, at)
-            content = blob[at + 12:at + 12 + length].decode("utf-8")
-            at += 12 + length
-            added.append({"id": i, "content": content,
-                          **{name: bool(bits >> bit & 1) for bit, name in enumerate(ADDED_FLAGS)}})
-            if bits & ADDED_OUTSIDE:
-                outside.add(i)
-    byte_level = {"type": "ByteLevel", "add_prefix_space": bool(flags & 2), "trim_offsets": True, "use_regex": True}
-    steps = [{"type": name, **options} for name, options in FALCON_SEQUENCE]
-    steps[1]["trim_offsets"] = True
-    return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-        "normalizer": {"type": "NFC"} if flags & 1 else None,
-        "pre_tokenizer": byte_level if pretokenizer == 1 else {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": {token: i for i, token in tokens.items() if i not in outside}, "merges": merges},
-    }
+        out = [made[step] for step in steps]
+    out += [byte_level] if recipe.kind == BPE_BYTES else []
+    out += [{"type": name, **options} for name, options in FALCON_TAIL] if falcon else []
+    return one_or_sequence(out, "pretokenizers")
+
+
+def one_or_sequence(steps, key):
+    return None if not steps else steps[0] if len(steps) == 1 else {"type": "Sequence", key: steps}
+
+
+def decoder_json(recipe):
+    if recipe.kind == BPE_BYTES:
+        return {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                "use_regex": True}
+    if "decode_join" in recipe.flags:
+        return None
+    if "decode_strip_token" in recipe.flags:
+        return {"type": "Metaspace", "replacement": SPACE_SYMBOL, "prepend_scheme": "always",
+                "split": True}
+    steps = [{"type": "Replace", "pattern": {"String": SPACE_SYMBOL}, "content": " "}]
+    steps = steps if "decode_spaces" in recipe.flags else []
+    steps += [{"type": "ByteFallback"}] if recipe.decodes_bytes else []
+    steps += [{"type": "Fuse"}]
+    if "decode_strip" in recipe.flags:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return one_or_sequence(steps, "decoders")
+
+
+def unpack_header(blob):
+    """(recipe, n_ids, n_merges, n_added, offset of the tokens)"""
+    magic, version, kind, flags, cuts, n_ids, n_merges, n_added = struct.unpack_from("<4s7I", blob)
+    if magic != b"mtok" or version not in (1, 2) or kind > WORD_LIST:
+        refuse("blob", "is not a tokenizer of version 1 or 2")
+    recipe, at = Recipe(), 32
+    recipe.kind = kind
+    recipe.flags = {name for bit, name in enumerate(BLOB_FLAGS) if flags >> bit & 1}
+    if version == 1:
+        recipe.steps = {0: [GPT2], 1: [GPT2], 2: [PUNCT, GPT2, FALCON]}[cuts]
+    else:
+        recipe.bos, recipe.unknown = struct.unpack_from("<2i", blob, 32)
+        recipe.steps, at = [step for step in struct.pack("<I", cuts) if step], 64
+    return recipe, n_ids, n_merges, n_added, at
+
+
+def unpack_tokenizer(blob):
+    recipe, n_ids, n_merges, n_added, at = unpack_header(blob)
+    tokens, merges, added, outside, marks = {}, [], [], set(), set()
+    if recipe.kind == 0:
+        recipe.kind, tokens = BPE_BYTES, {b: SYMBOL_OF[b] for b in range(256)}
+        n_ids = n_merges = n_added = 0
+    for i in range(n_ids):
+        length, = struct.unpack_from("<I", blob, at)
+        at += 4
+        if length == HOLE:
+            continue
+        raw, mark = blob[at:at + (length & ~(LITERAL | ONE_BYTE))], length & (LITERAL | ONE_BYTE)
+        at += len(raw)
+        marks.add(mark)
+        if mark == ONE_BYTE:
+            tokens[i] = "<0x%02X>" % raw[0]
+        elif recipe.kind == BPE_BYTES and not mark:
+            tokens[i] = "".join(SYMBOL_OF[b] for b in raw)
+        else:
+            spaces = "decode_spaces" in recipe.flags and not mark
+            tokens[i] = raw.decode("utf-8").replace(" ", SPACE_SYMBOL if spaces else " ")
+    recipe.decodes_bytes = ONE_BYTE in marks
+    at += 256 * 4 if recipe.kind != WORD_LIST else 0
+    for rank in range(n_merges):
+        left, right, _ = struct.unpack_from("<3I", blob, at)
+        at += 12
+        merges.append([tokens[left], tokens[right]])
+    for n in range(n_added):
+        i, bits, length = struct.unpack_from("<3I", blob, at)
+        content = blob[at + 12:at + 12 + length].decode("utf-8")
+        at += 12 + length
+        added.append({"id": i, "content": content,
+                      **{name: bool(bits >> bit & 1) for bit, name in enumerate(ADDED_FLAGS)}})
+        tokens[i] = content                                     # normalized ones are stored so
+        if bits & ADDED_OUTSIDE:
+            outside.add(i)
+    return recipe_json(recipe, tokens, merges, added, outside)
+
+
+def recipe_json(recipe, tokens, merges, added, outside):
+    flags = recipe.flags
+    normalizers = [{"type": "NFC"}] if "nfc" in flags else []
+    if "normal_prefix" in flags:
+        normalizers.append({"type": "Prepend", "prepend": SPACE_SYMBOL})
+    if "normal_spaces" in flags:
+        normalizers.append({"type": "Replace", "pattern": {"String": " "},
+                            "content": SPACE_SYMBOL})
+    bos, template = tokens.get(recipe.bos), None
+    if bos is not None:
+        one = {"SpecialToken": {"id": bos, "type_id": 0}}
+        a, b = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+        template = {"type": "TemplateProcessing", "single": [one, a], "pair": [one, a, b],
+                    "special_tokens": {bos: {"id": bos, "ids": [recipe.bos], "tokens": [bos]}}}
+    vocab = {token: i for i, token in tokens.items() if i not in outside}
+    unknown = tokens.get(recipe.unknown)
+    if recipe.kind == WORD_LIST:
+        missing = "<unk>"                                       # the library wants a string here
+        while unknown is None and missing in vocab:
+            missing += ">"
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": unknown or missing}
+    else:
+        model = {"type": "BPE", "dropout": None, "unk_token": unknown,
+                 "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                 "fuse_unk": "fuse_unknown" in flags, "byte_fallback": "byte_fallback" in flags,
+                 "ignore_merges": "ignore_merges" in flags, "vocab": vocab, "merges": merges}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": one_or_sequence(normalizers, "normalizers"),
+            "pre_tokenizer": step_json(recipe), "post_processor": template,
+            "decoder": decoder_json(recipe), "model": model}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1311,7 +1754,7 @@ def config_json(m, dtype):
 
 def tokenizer_files(m, blob):
     """tokenizer.json and what names its special tokens; nothing for bytes, which have none."""
-    if struct.unpack_from("<I", blob, 8)[0] == 0:
+    if not blob or struct.unpack_from("<I", blob, 8)[0] == 0:
         return {}
     table = tokenizer_json(blob)
     added = {token["id"]: token["content"] for token in table["added_tokens"]}
@@ -1923,12 +2366,14 @@ def gguf_value(value):
 
 def gguf_metadata(m, blob, dtype, source):
     """(the metadata, notes)"""
-    table, notes = tokenizer_json(blob), []
-    model, split = table["model"], table["pre_tokenizer"]
-    if model.get("type") != "BPE" or split["type"] not in ("ByteLevel", "Sequence") or (
-            split["type"] == "Sequence" and [step["type"] for step in split["pretokenizers"]]
-            != [name for name, _ in FALCON_SEQUENCE]):
+    if not blob:
+        raise ExportError(f"{source}: it has no tokenizer, which a GGUF file needs")
+    recipe, notes = unpack_header(blob)[0], []
+    if recipe.kind > BPE_BYTES or recipe.steps not in ([GPT2], [PUNCT, GPT2, FALCON]) or \
+            recipe.flags - {"nfc", "prefix_space"} or recipe.unknown != -1:
         raise ExportError(f"{source}: its tokenizer is of a kind that has no place in a GGUF file")
+    table = tokenizer_json(blob)
+    model, split = table["model"], table["pre_tokenizer"]
     if table["normalizer"]:
         notes.append("llama.cpp does not bring text to NFC, as this tokenizer does")
     if split.get("add_prefix_space"):
@@ -1943,7 +2388,8 @@ def gguf_metadata(m, blob, dtype, source):
              "ssm.state_size": m.N, "ssm.conv_kernel": m.K, "ssm.time_step_rank": m.R,
              "vocab_size": m.V, "context_length": 1 << 20, "feed_forward_length": 0,
              "attention.head_count": 0, GGUF_EPS: m.norm_eps, "ssm.dt_b_c_rms": m.mixer_norm}
-    ids = {"bos": m.bos, "eos": (m.eos or [-1])[0], "padding": m.pad, "eot": (m.eos + [-1] * 2)[1]}
+    bos = m.bos if recipe.bos == -1 else recipe.bos
+    ids = {"bos": bos, "eos": (m.eos or [-1])[0], "padding": m.pad, "eot": (m.eos + [-1] * 2)[1]}
     file_type = {"f32": 0, "f16": 1, "bf16": 32, "q8": 7, "q4": 2}[dtype]
     return {"general.architecture": "mamba", "general.file_type": file_type,
             **{"mamba." + key: value for key, value in sizes.items()},
@@ -1951,6 +2397,7 @@ def gguf_metadata(m, blob, dtype, source):
             "tokenizer.ggml.pre": "gpt-2" if split["type"] == "ByteLevel" else "falcon",
             "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
             "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+            **({"tokenizer.ggml.add_bos_token": True} if recipe.bos != -1 else {}),
             **{f"tokenizer.ggml.{key}_token_id": i for key, i in ids.items() if i >= 0}}, notes
 
 
@@ -2087,28 +2534,8 @@ def fetch(name):
         raise ExportError(f"{name} cannot be fetched from the hub: {first_line(e)}")
 
 
-def find_tokenizer(choice, folder):
-    """(blob, id of <|endoftext|> or None)"""
-    if choice == "bytes":
-        return bytes_tokenizer_blob(), None
-    path = choice or folder
-    if os.path.isdir(path):
-        path = os.path.join(path, "tokenizer.json")
-    if not choice and not os.path.exists(path):
-        raise ExportError(
-            f"{folder} has no tokenizer.json; pass --tokenizer FILE (state-spaces models use the "
-            "tokenizer.json of GPT-NeoX-20B), or --tokenizer bytes for a byte model")
-    table = read_json(path)
-    blob = tokenizer_blob(table)
-    ends = [
-        token["id"] for token in table.get("added_tokens") or []
-        if token["content"] == "<|endoftext|>"
-    ]
-    return blob, ends[0] if ends else None
-
-
 # files of a checkpoint: none of them may become the output, read or not
-CHECKPOINT_FILE = re.compile(r"(config|generation_config|tokenizer|.*\.index)\.json$|"
+CHECKPOINT_FILE = re.compile(r"(config|generation_config|tokenizer|.*\.index)\.json$|vocab\.txt$|"
                              r".*\.safetensors$|pytorch_model.*\.bin$")
 
 
@@ -2143,7 +2570,7 @@ def to_bin(source, target, dtype, tokenizer, adapter):
     config = Config(table, config_path, found_sizes(stored))
     generation = Fields(
         read_json(generation_path) if os.path.exists(generation_path) else {}, generation_path)
-    blob, end_of_text = find_tokenizer(tokenizer, folder)
+    blob, end_of_text = find_tokenizer(tokenizer, folder, config.notes)
     m = model_from_config(config, generation, end_of_text)
     m = without_head(m, config, stored, left_out)
     finish(target, m, config, stored, blob, adapter, dtype, folder, "config.json")
@@ -2151,11 +2578,10 @@ def to_bin(source, target, dtype, tokenizer, adapter):
 
 def finish(target, m, config, stored, blob, adapter, dtype, folder, says):
     """Writes the model whose sizes and tensors are known, with the adapter in the folder."""
-    n_ids = struct.unpack_from("<I", blob, 20)[0]
-    if n_ids > m.V:
+    if tokenizer_ids(blob) > m.V:
         raise ExportError(
-            f"the tokenizer's ids go up to {n_ids - 1}, but the model's vocabulary is {m.V}: "
-            "it belongs to another model")
+            f"the tokenizer's ids go up to {tokenizer_ids(blob) - 1}, but the model's vocabulary "
+            f"is {m.V}: it belongs to another model")
     if adapter:
         adapter = Adapter(adapter)
         check_output(target, adapter.paths)
@@ -2168,9 +2594,9 @@ def finish(target, m, config, stored, blob, adapter, dtype, folder, says):
 
 def tokenizer_inputs(tokenizer):
     """What --tokenizer names: a file, or its folder."""
-    if not tokenizer or tokenizer == "bytes":
+    if tokenizer in (None, "", "bytes", "none"):
         return []
-    return [tokenizer, os.path.join(tokenizer, "tokenizer.json")]
+    return [tokenizer, *(os.path.join(tokenizer, name) for name in TOKENIZER_FILES)]
 
 
 def without_head(m, config, stored, left_out):
@@ -2211,8 +2637,8 @@ def run(arguments):
                         "so that nothing is lost)")
     parser.add_argument("--tokenizer",
                         metavar="PATH",
-                        help="a tokenizer.json, or the word bytes (default: the "
-                        "tokenizer.json in SRC)")
+                        help="a tokenizer.json or a vocab.txt, or the word bytes, or none for a "
+                        "model that reads and writes ids (default: what SRC has)")
     parser.add_argument("--to-hf",
                         action="store_true",
                         help="read a model.bin, write a transformers directory")
@@ -2235,13 +2661,14 @@ def run(arguments):
         to_gguf(a.source, a.target)
     elif is_gguf(a.source):
         gguf_to_bin(a.source, a.target, a.dtype, a.tokenizer, a.adapter)
-    elif os.path.isfile(a.source) and a.source.endswith(".json"):
+    elif os.path.isfile(a.source) and a.source.endswith((".json", "vocab.txt")):
         check_output(a.target, [a.source])
-        blob = tokenizer_blob(read_json(a.source))
+        notes = []
+        blob, _ = find_tokenizer(a.source, a.source, notes)
         with atomic_file(a.target) as f:
             f.write(blob)
-        print(f"wrote {a.target}: {struct.unpack_from('<I', blob, 20)[0]} ids, {len(blob)} bytes",
-              file=sys.stderr)
+        print(f"wrote {a.target}: {tokenizer_ids(blob)} ids, {len(blob)} bytes", file=sys.stderr)
+        print_notes(notes)
     else:
         to_bin(a.source, a.target, a.dtype, a.tokenizer, a.adapter)
 

@@ -88,7 +88,7 @@
      models     mamba_load  mamba_load_memory  mamba_save  mamba_free  mamba_verify
                 mamba_set_tokenizer
                 mamba_random_model  mamba_float_copy  mamba_quantize
-     texts      mamba_encode  mamba_decode
+     texts      mamba_encode  mamba_encode_pieces  mamba_prompt_bos  mamba_decode
      running    mamba_acts_new  mamba_acts_pieces  mamba_acts_gpu  mamba_acts_free
                 mamba_default_threads  mamba_has_gpu  mamba_gpu_memory
                 mamba_prefill  mamba_step  mamba_step_batch  mamba_selection  mamba_watch
@@ -256,7 +256,9 @@ COLD
 #include "tokenizer.c"
 #include "files/tensors.h"
 #include "files/header.h"
+#ifndef MAMBA_LEVEL
 #include "files/model_file.h"
+#endif
 COLD_END
 
 // -------------------------------------------------------------------------------------------------
@@ -696,7 +698,10 @@ OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int
 // scan_backward() does this below; here are its two steps.
 
 #ifdef PLAIN
-enum { SCAN_WIDTH = 16 }; // channels of a task of scan_backward(); cpu/ has its own number
+enum {
+    SCAN_WIDTH = 16,
+    SCAN_WIDEST = 16
+}; // channels of a task of scan_backward(); cpu/ has its own
 #endif
 
 typedef struct {              // what scan_backward() writes
@@ -714,7 +719,7 @@ typedef struct { // a task of scan_backward(): the channels e0 .. e0 + width, at
     float *states, *decays; // (SCAN_CHUNK,N,SCAN_WIDTH) of the chunk in hand
     float *A, *d_A;         // (N,SCAN_WIDTH)
     float *d_h;             // (N,SCAN_WIDTH) gradient of the state
-    float d_D[SCAN_WIDTH];
+    float d_D[SCAN_WIDEST];
     float *parts; // (T,2N) what these channels add to d_B and d_C
 } ScanBlock;
 
@@ -768,6 +773,10 @@ OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float 
 #include "cpu/matmul.h"
 #include "cpu/scan.h"
 #endif
+#if defined(MAMBA_LEVELS) || defined(MAMBA_LEVEL)
+#include "cpu/levels.h" // make dist: cpu/ for several processors in one program
+#endif
+#ifndef MAMBA_LEVEL
 
 // --- the parallel form. One step is the map h -> a h + b with a = decay and b = inject. Two steps,
 // (a1,b1) first, are again such a map:
@@ -1837,24 +1846,30 @@ int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling 
     return 0;
 }
 
-// Text to token ids, for the caller to free; in an arena by mamba_release. 0, or -1 after fail().
-int mamba_encode(const Model *m, const char *text, size_t bytes, int32_t **ids, size_t *n) {
-    if (!m->tokenizer) return fail("this model has no tokenizer");
-    return tokenizer_encode(m->tokenizer, text, bytes, ids, n);
+// The token ids of some pieces of text as of one text, for the caller to free; in an arena by
+// mamba_release. Where a piece is not `special`, such as what a user wrote in a chat, no special
+// token is found in it. 0, or -1 after fail().
+int mamba_encode_pieces(const Model *m, const TextPiece *pieces, size_t n_pieces, int32_t **ids,
+                        size_t *n) {
+    if (!m->tokenizer) return fail("this model has no tokenizer: give token ids");
+    return tokenizer_encode(m->tokenizer, pieces, n_pieces, ids, n);
 }
+
+// The same of one text, in which special tokens are found.
+int mamba_encode(const Model *m, const char *text, size_t bytes, int32_t **ids, size_t *n) {
+    return mamba_encode_pieces(m, &(TextPiece){text, bytes, true}, 1, ids, n);
+}
+
+// The token that the tokenizer wants before a prompt, or -1. mamba_encode() does not add it.
+int32_t mamba_prompt_bos(const Model *m) { return m->tokenizer ? tokenizer_bos(m->tokenizer) : -1; }
 
 // The text that token id adds to what s has written so far: whole UTF-8 characters only; the bytes
 // of an unfinished one wait in s, and what cannot become a character turns into U+FFFD. A bytes
 // tokenizer's bytes pass as they are. id -1: the end, what still waits. out needs room for
 // m->text_room bytes; returns how many it got.
 size_t mamba_decode(const Model *m, State *s, int32_t id, unsigned char *out) {
-    size_t bytes = 0;
-    if (id < 0) return utf8_flush(&s->pending, out);
-    if (!m->tokenizer || !tokenizer_has(m->tokenizer, id)) return 0;
-    const unsigned char *token = tokenizer_token(m->tokenizer, id, &bytes);
-    if (!tokenizer_is_bytes(m->tokenizer)) return utf8_push(&s->pending, token, bytes, out);
-    memcpy(out, token, bytes);
-    return bytes;
+    if (id < 0) return utf8_flush(m->tokenizer, &s->pending, out);
+    return m->tokenizer ? tokenizer_decode(m->tokenizer, &s->pending, id, out) : 0;
 }
 
 // --- the loop that writes text
@@ -1967,7 +1982,7 @@ COLD
 int main(int argc, char **argv) {
     prepare_process();
     argv = program_arguments(&argc, argv);
-    int result = run_command(argc, argv);
+    int result = take_level(&argc, argv) ? -1 : run_command(argc, argv);
     if ((fflush(stdout) || ferror(stdout)) && !result)
         result = fail("stdout: cannot write: %s", strerror(errno));
     if (result) fprintf(stderr, "mamba: %s\n", *error_text ? error_text : "out of memory");
@@ -1976,4 +1991,5 @@ int main(int argc, char **argv) {
 #endif
 COLD_END
 #endif // MAMBA_NO_MAIN
+#endif // MAMBA_LEVEL
 #endif // MAMBA_TYPES_ONLY

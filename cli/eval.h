@@ -86,7 +86,7 @@ static int evaluate_file(Session *x, const PromptForm *how, const char *path, si
     int32_t *ids = NULL;
     char *text = read_utf8(path, &bytes);
     if (!text) return -1;
-    int result = encode_text(x->model, how, text, bytes, &ids, &n);
+    int result = encode_text(x->model, how, text, bytes, true, &ids, &n);
     if (result == 0) result = evaluate_ids(x, ids, n, context, each);
     free(text);
     free(ids);
@@ -288,8 +288,10 @@ static int command_eval(int argc, char **argv) {
                       "the summary on stderr"),
         OPTION_SWITCH("--ids", &o.form.ids,
                       "FILE is token ids, between spaces, commas or lines, instead of text"),
+        NO_SPECIAL_OPTION(&o.form.no_special),
         OPTION_INT("--context", "N", &o.context, 0, 1 << 30,
                    "cut the text into pieces of N tokens, each from a new state; 0: one piece"),
+        NO_BOS_OPTION,
         BACKEND_OPTIONS,
         THREADS_OPTION(&o.threads),
     };

@@ -201,24 +201,23 @@ typedef struct {
     size_t bytes;
     int32_t *ids; // (n), malloc'd
     size_t n;
-    bool implied; // the prompt is empty: ids is the token that a text starts from
+    bool opens;  // nothing was read before it
+    bool silent; // the ids are not the user's: the token that an empty text starts from
 } Prompt;
 
 // The ids of a prompt. 0, or -1 after fail().
 static int encode_prompt(const Session *x, const GenerateOptions *o, Prompt *p) {
     const Model *m = x->model;
     const int32_t start = start_token(&m->config);
-    int result = 0;
-    if (o->tokens) result = parse_ids(m, o->tokens, &p->ids, &p->n);
-    else if (p->bytes) result = encode_text(m, &o->form, p->text, p->bytes, &p->ids, &p->n);
-    if (result || p->n || x->state->position) return result;
+    p->opens = x->state->position == 0;
+    if (o->tokens ? parse_ids(m, o->tokens, &p->ids, &p->n)
+                  : encode_text(m, &o->form, p->text, p->bytes, p->opens, &p->ids, &p->n))
+        return -1;
+    p->silent = p->opens && p->bytes == 0 && !o->tokens;
+    if (p->n || !p->opens) return 0;
     if (start < 0) return fail("this model has no end-of-text token to start from: give a prompt");
-    if (!p->ids) p->ids = malloc(sizeof *p->ids);
-    if (!p->ids) return fail("out of memory: a token");
-    p->ids[0] = start;
-    p->n = 1;
-    p->implied = true;
-    return 0;
+    p->silent = true;
+    return put_before(start, &p->ids, &p->n);
 }
 
 // What a token is written as: its text, or its id and a newline. out needs m->text_room bytes, and
@@ -233,7 +232,10 @@ static size_t token_text(const Model *m, State *s, int32_t id, bool as_id, unsig
 static int echo_prompt(const Model *m, State *s, const GenerateOptions *o, const Prompt *p,
                        Output *to) {
     const bool as_ids = o->form.ids;
-    if (p->n == 0 || p->implied) return 0; // the text goes on
+    if (p->n == 0) return 0; // the text goes on
+    if (p->opens && (p->silent || o->tokens))
+        s->pending.at_start = true; // no space before the text
+    if (p->silent) return 0;
     unsigned char *token = malloc(m->text_room + 16);
     if (!token) return fail("out of memory: a token of %zu bytes", m->text_room);
     int result = output_plain(to, token, token_text(m, s, -1, as_ids, token));

@@ -11,7 +11,6 @@ static const char INFO_USAGE[] = "mamba info model.bin [--verify]\n"
 
 static void print_info(const Model *m, const char *path) {
     const Config *c = &m->config;
-    const bool bytes = tokenizer_is_bytes(m->tokenizer);
     printf("file         %s, %zu bytes, format %d\n", path, m->file_bytes, FILE_VERSION);
     printf("model        %s, %zu parameters in %s\n",
            c->arch == ARCH_MAMBA ? "mamba" : "falcon_mamba", m->n_params, type_name(c->type));
@@ -23,8 +22,12 @@ static void print_info(const Model *m, const char *path) {
            c->flags & FLAG_CONV_BIAS ? "" : "no ", c->norm_eps);
     if (c->flags & FLAG_MIXER_NORM) printf(", norms on delta, B and C with eps %g", c->mixer_eps);
     printf("\n");
-    printf("tokenizer    %s, %d ids; end-of-text", bytes ? "bytes" : "byte-level BPE",
-           tokenizer_size(m->tokenizer));
+    if (m->tokenizer)
+        printf("tokenizer    %s, %d ids", tokenizer_name(m->tokenizer),
+               tokenizer_size(m->tokenizer));
+    else printf("tokenizer    none, ids only");
+    if (mamba_prompt_bos(m) >= 0) printf(", %d before a prompt", mamba_prompt_bos(m));
+    printf("; end-of-text");
     for (int i = 0; i < 4; i++)
         if (c->eos[i] >= 0) printf(" %d", c->eos[i]);
     printf("%s\n", c->eos[0] < 0 ? " none" : "");
@@ -66,21 +69,17 @@ static const char TOKENIZE_USAGE[] =
 // Prints the text of one token after the bytes that pending holds. 0, or -1 after fail().
 static int print_token(const Tokenizer *t, int id, Utf8Pending *pending) {
     size_t n;
-    const unsigned char *token = tokenizer_token(t, id, &n);
-    if (tokenizer_is_bytes(t)) {
-        fwrite(token, 1, n, stdout);
-        return 0;
-    }
+    tokenizer_token(t, id, &n);
     unsigned char *out = malloc(3 * (n + PENDING)); // each byte may become a U+FFFD
     if (!out) return fail("out of memory: a token of %zu bytes", n);
-    fwrite(out, 1, utf8_push(pending, token, n, out), stdout);
+    fwrite(out, 1, tokenizer_decode(t, pending, id, out), stdout);
     free(out);
     return 0;
 }
 
 // text: a NUL follows its bytes. 0, or -1 after fail().
 static int print_decoded(const Tokenizer *t, const char *text, size_t bytes) {
-    Utf8Pending pending = {.n = 0};
+    Utf8Pending pending = {.at_start = true};
     const char *at = text;
     int32_t id = 0;
     int found;
@@ -92,14 +91,14 @@ static int print_decoded(const Tokenizer *t, const char *text, size_t bytes) {
     }
     if (found < 0) return -1;
     unsigned char out[3 * PENDING];
-    fwrite(out, 1, utf8_flush(&pending, out), stdout);
+    fwrite(out, 1, utf8_flush(t, &pending, out), stdout);
     return 0;
 }
 
 static int print_ids(const Tokenizer *t, const char *text, size_t bytes) {
     int32_t *ids = NULL;
     size_t n = 0;
-    if (tokenizer_encode(t, text, bytes, &ids, &n)) return -1;
+    if (tokenizer_encode(t, &(TextPiece){text, bytes, true}, 1, &ids, &n)) return -1;
     for (size_t i = 0; i < n; i++) printf("%d\n", (int)ids[i]);
     free(ids);
     return 0;
@@ -138,7 +137,8 @@ static int command_tokenize(int argc, char **argv) {
         if (t) tokenizer_close(t);
     } else {
         Model *m = load_model(rest[0]);
-        if (m) result = tokenize_file(m->tokenizer, rest[1], decode);
+        if (m && !m->tokenizer) fail("%s has no tokenizer", rest[0]);
+        else if (m) result = tokenize_file(m->tokenizer, rest[1], decode);
         mamba_free(m);
     }
     file_unmap(file, bytes, mapped);
@@ -181,7 +181,7 @@ static int logits_ids(const Model *m, const PromptForm *how, const char *prompt,
         if (!read) return -1;
     }
     const char *text = read ? read : prompt;
-    int result = bytes && encode_text(m, how, text, bytes, ids, n) ? fail_in("prompt") : 0;
+    int result = encode_text(m, how, text, bytes, true, ids, n) ? fail_in("prompt") : 0;
     free(read);
     return result;
 }
@@ -209,8 +209,10 @@ static int command_logits(int argc, char **argv) {
         OPTION_TEXT("--tokens", "LIST", &tokens, "token ids between commas, instead of a prompt"),
         OPTION_SWITCH("--ids", &how.ids, "the prompt is token ids, for example from stdin"),
         RAW_OPTION(&how.raw),
+        NO_SPECIAL_OPTION(&how.no_special),
         OPTION_SWITCH("--all", &all, "after every token, not only the last"),
         OPTION_TEXT("-o", "FILE", &path, "write raw float32 instead of text"),
+        NO_BOS_OPTION,
         BACKEND_OPTIONS,
         THREADS_OPTION(&threads),
     };

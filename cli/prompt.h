@@ -18,6 +18,11 @@ typedef struct {
 #define NO_SPECIAL_OPTION(value) \
     OPTION_SWITCH("--no-special", value, "read special tokens such as <|endoftext|> as plain text")
 
+static bool no_bos; // --no-bos
+
+#define NO_BOS_OPTION \
+    OPTION_SWITCH("--no-bos", &no_bos, "do not put the tokenizer's begin-of-text before the prompt")
+
 // --- ids
 
 static bool is_separator(char c) { return c && strchr(" \t\r\n,", c); }
@@ -136,12 +141,29 @@ static char *read_prompt_file(const PromptForm *how, const char *path, size_t *n
     return text;
 }
 
-// Text (a NUL follows it) to ids, malloc'd. 0, or -1 after fail().
-static int encode_text(const Model *m, const PromptForm *how, const char *text, size_t bytes,
-                       int32_t **ids, size_t *n) {
-    if (how->ids || !m->tokenizer) {
-        if (read_ids(m, text, bytes, ids, n) == 0) return 0;
-        return how->ids ? -1 : fail("this model has no tokenizer: give token ids, such as 1,2,3");
+// Puts id before ids (n). 0, or -1 after fail().
+static int put_before(int32_t id, int32_t **ids, size_t *n) {
+    int32_t *longer = realloc(*ids, size_mul(*n + 1, sizeof *longer));
+    if (!longer) {
+        free(*ids);
+        *ids = NULL;
+        return fail("out of memory: %zu tokens", *n + 1);
     }
-    return mamba_encode(m, text, bytes, ids, n);
+    memmove(longer + 1, longer, (*n)++ * sizeof *longer);
+    longer[0] = id;
+    *ids = longer;
+    return 0;
+}
+
+// Text (a NUL follows it) to ids, malloc'd. starts: nothing was read before it, so the tokenizer's
+// begin-of-text goes first. 0, or -1 after fail().
+static int encode_text(const Model *m, const PromptForm *how, const char *text, size_t bytes,
+                       bool starts, int32_t **ids, size_t *n) {
+    *ids = NULL;
+    *n = 0;
+    if (how->ids) return read_ids(m, text, bytes, ids, n);
+    const TextPiece piece = {text, bytes, !how->no_special};
+    if (bytes && mamba_encode_pieces(m, &piece, 1, ids, n)) return -1;
+    const int32_t bos = starts && !no_bos ? mamba_prompt_bos(m) : -1;
+    return bos < 0 ? 0 : put_before(bos, ids, n);
 }

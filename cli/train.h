@@ -274,6 +274,7 @@ static int open_vocabulary(Vocabulary *v, const TrainOptions *o) {
     if (v->file_bytes >= 4 && memcmp(v->file, "mtok", 4)) {
         v->model = load_model(o->tokenizer);
         if (!v->model) return -1;
+        if (!v->model->tokenizer) return fail("%s has no tokenizer", o->tokenizer);
         v->V = tokenizer_size(v->model->tokenizer);
         v->blob = v->model->tokenizer_blob;
         v->bytes = v->model->tokenizer_bytes;
@@ -314,7 +315,8 @@ static Model *new_model(const TrainOptions *o, const Vocabulary *v) {
     size_t n = 0;
     int bad = mamba_set_tokenizer(m, v->blob, v->bytes);
     if (!bad && v->blob && !tokenizer_is_bytes(m->tokenizer) &&
-        mamba_encode(m, "<|endoftext|>", 13, &eos, &n) == 0 && n == 1) {
+        mamba_encode(m, "<|endoftext|>", 13, &eos, &n) == 0 && n == 1 &&
+        eos[0] != tokenizer_unknown(m->tokenizer)) {
         m->config.bos = eos[0];
         m->config.eos[0] = eos[0];
     }

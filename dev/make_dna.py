@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """make_dna.py: genomes (FASTA) to bytes to train on and bytes to be measured on. Python's standard library only.
 
-  python dev/make_dna.py E.Coli.fasta.xz V.Cholerae.fasta.xz --extra lambda_virus.fa -o dna/
+  python dev/make_dna.py E.Coli.fasta V.Cholerae.fasta --extra lambda_virus.fa -o dna/
 
 The name lines and line ends go: they would tell the model which genome it reads, and where. What is left must be A, C, G
 and T. In the middle of each sequence of at least a million bases a stretch of --stretch bases is held out, and --gap

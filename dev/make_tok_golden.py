@@ -38,6 +38,7 @@ def main():
         with open(path, encoding="utf-8") as f:
             sources.append((path, json.load(f)))
     sources += test_tokenizer.made_tokenizers(rng)
+    sources += [("k-mers", test_tokenizer.kmers(export, k)) for k in (1, 3)]
 
     out, n_cases = [b"mtcs", struct.pack("<I", 1)], 0
 
@@ -51,10 +52,10 @@ def main():
         specials = [entry["content"] for entry in data["added_tokens"]]
         known = sorted(library.get_vocab().values())
         for text in FIXED + [test_tokenizer.random_string(rng, specials, []) for _ in range(args.count)]:
-            case(2, text.encode("utf-8"), library.encode(text).ids)
+            case(2, text.encode("utf-8"), library.encode(text, add_special_tokens=False).ids)
         for _ in range(args.count // 2):
             ids = [rng.choice(known) for _ in range(rng.randrange(12))]
-            case(3, library.decode(ids, skip_special_tokens=False).encode("utf-8"), ids)
+            case(3, test_tokenizer.decoded(library, data, ids), ids)
         n_cases += len(FIXED) + args.count + args.count // 2
     blob = export.bytes_tokenizer_blob()
     out.append(struct.pack("<2I", 1, len(blob)) + blob)

@@ -138,7 +138,9 @@ static int open_tokenizer(Model *m, const unsigned char *blob, size_t bytes) {
 // path: what errors call the model in m->file.
 static int open_model(Model *m, const char *path) {
     if (read_header(m, path)) return -1;
-    if (open_tokenizer(m, m->file + HEADER_BYTES, m->tokenizer_bytes)) return fail_in(path);
+    if (m->tokenizer_bytes > 0 && // 0: a model of ids
+        open_tokenizer(m, m->file + HEADER_BYTES, m->tokenizer_bytes))
+        return fail_in(path);
     m->layer = memory_zeroed((size_t)m->config.n_layer, sizeof *m->layer);
     if (!m->layer) return fail("out of memory: %d layers", m->config.n_layer);
     Layout at = {.base = m->file, .offset = m->tensors_offset};
@@ -259,16 +261,12 @@ static void model_header(unsigned char *h, const Model *m) {
     header_write(h, &MODEL_FORMAT, &header);
 }
 
-// Writes a model.bin with the model's tokenizer: of a loaded, random, copied, quantized or trained
-// model. While a GPU trains m, mamba_trainer_fetch() comes first. 0, or -1 after fail(), an older
-// file untouched.
+// Writes a model.bin with the model's tokenizer, if it has one: of a loaded, random, copied,
+// quantized or trained model. While a GPU trains m, mamba_trainer_fetch() comes first. 0, or -1
+// after fail(), an older file untouched.
 int mamba_save(const Model *m, const char *path) {
     static const unsigned char zeros[ALIGN];
     unsigned char header[HEADER_BYTES];
-    if (!m->tokenizer)
-        return fail("cannot write %s: the model has no tokenizer (mamba_set_tokenizer gives it "
-                    "one)",
-                    path);
     swap_model(m);
     model_header(header, m);
     const Piece piece[] = {{header, HEADER_BYTES},

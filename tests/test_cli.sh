@@ -238,6 +238,10 @@ same "eval --ids" "$("$mamba" eval $model "$dir/ids" --ids 2> /dev/null)" \
 "$mamba" logits $model - --ids -o "$dir/l1" < "$dir/ids"
 "$mamba" logits $model "$prompt" -o "$dir/l2"
 same_file "logits --ids" "$dir/l1" "$dir/l2"
+same "--no-special: a special token is text" "$(for how in "" --no-special; do
+    # shellcheck disable=SC2086
+    "$mamba" $model "a<|endoftext|>b" -n 0 $how 2>&1 | sed 's/.*prefill \([0-9]*\).*/\1/'
+done | tr '\n' ' ')" "3 5 "
 fails "an id that the model does not know" "knows 0 to 2047" $model --tokens 1,9999
 fails "text where ids are wanted" "byte 2" $model "5 x" --ids
 fails "--ids with a stop string" "--stop" $model "5" --ids --stop x
