@@ -14,13 +14,13 @@
 
 #include "ceilings.h"
 
+// clang-format off
 #define LEVEL_OPERATIONS(X) \
-    X(tensor_widen) \
-    X(rmsnorm) \
-    X(rmsnorm_backward) X(add_rows) X(sum_rows) X(sum_squares) X(matmul_floats) X(matmul) \
-        X(matmul_backward) X(log_sum_exp) X(cross_entropy) X(conv1d_silu) X(conv1d_silu_backward) \
-            X(softplus_bias) X(softplus_backward) X(gate) X(gate_backward) X(recurrence) \
-                X(recurrence_again) X(recurrence_backward) X(read_floats) X(multiply_adds)
+    X(tensor_widen) X(rmsnorm) X(rmsnorm_backward) X(add_rows) X(sum_rows) X(sum_squares) \
+    X(matmul_floats) X(matmul) X(matmul_backward) X(log_sum_exp) X(cross_entropy) X(conv1d_silu) \
+    X(conv1d_silu_backward) X(softplus_bias) X(softplus_backward) X(gate) X(gate_backward) \
+    X(recurrence) X(recurrence_again) X(recurrence_backward) X(read_floats) X(multiply_adds)
+// clang-format on
 
 #define LEVEL_FIELD(name) __typeof__(name) *name;
 #define LEVEL_VALUE(name) .name = name,
