@@ -1,4 +1,5 @@
-// files/random_model.h: a model of initial weights, a tile at a time, from initial_value() in mamba.c.
+// files/random_model.h: a model of initial weights, a tile at a time. initial_value() in mamba.c
+// says what each weight is.
 
 typedef struct {
     uint64_t seed;
