@@ -152,6 +152,9 @@ single: $(SOURCES)           ## mamba_single.c: the whole program in one file
 	awk -f dev/single.awk LICENSE mamba.c > mamba_single.c
 	@echo "mamba_single.c: $$(wc -l < mamba_single.c) lines; cc -O2 mamba_single.c -lm"
 
+# Programs look for the library by this name, wherever it was when they were linked.
+SONAME = $(call try,-Wl$(COMMA)-soname$(COMMA)libmamba.so,$(ANY_PROGRAM))
+COMMA := ,
 # Only what lib/mamba.h declares is visible in libmamba.so, and every name begins with mamba_.
 lib: libmamba.a libmamba.so  ## libmamba.a, libmamba.so, for other programs: lib/mamba.h
 
@@ -161,7 +164,7 @@ libmamba.a: lib/library.o
 	rm -f $@
 	$(AR) rcs $@ lib/library.o
 libmamba.so: lib/library.o
-	$(CC) $(FLAGS) -shared lib/library.o -o $@ -lm
+	$(CC) $(FLAGS) -shared $(SONAME) lib/library.o -o $@ -lm
 
 test-lib: all lib            ## tests of the library, with the programs of README.md
 	CC='$(CC)' OPENMP='$(OPENMP)' PYTHON='$(PYTHON)' sh tests/test_library.sh
