@@ -118,7 +118,7 @@ run: all                     ## build, then let the model in the repository tell
 # work.
 test test-all: export OMP_WAIT_POLICY = passive
 
-test: all tests/test_all     ## a fixed sample of every test, under 2 minutes
+test: all lib tests/test_all ## a fixed sample of every test, under 2 minutes
 	./tests/test_all
 	sh tests/test_cli.sh ./mamba
 	sh tests/test_help.sh ./mamba
