@@ -9,7 +9,7 @@ WARNINGS  = -Wall -Wextra
 FLAGS     = -std=gnu11 $(CFLAGS) $(WARNINGS) -ffp-contract=fast -fno-math-errno $(ARCH) $(FLOATS) \
             $(OPENMP) $(WIDTH)
 # The files that mamba.c includes lie beside it and in folders.
-FOLDERS   = $(wildcard cpu files cli)
+FOLDERS   = $(wildcard cpu files cli cli/linenoise)
 SOURCES   = mamba.c tokenizer.c $(wildcard $(FOLDERS:=/*))
 TESTS     = test_all.c $(wildcard tests/*.h)
 
