@@ -52,7 +52,7 @@ WARNINGS += -Wno-unknown-pragmas
 endif
 
 .PHONY: all cuda test-cuda run test test-all test-export test-lib test-web debug plain single lib \
-        install uninstall lint portable web bench dist windows clean help findings
+        install uninstall lint portable web bench dist windows fuzz clean help findings
 
 all: findings mamba          ## build ./mamba
 
@@ -186,7 +186,7 @@ uninstall:                   ## remove what `make install` wrote
 
 CLANG_FORMAT ?= clang-format
 LINTED = $(filter-out mamba_single.c,$(wildcard *.c *.cu \
-           $(foreach d,cpu files cli lib cuda tests dev web,\
+           $(foreach d,cpu files cli lib cuda tests tests/fuzz dev web,\
            $(d)/*.c $(d)/*.h $(d)/*.cu $(d)/*.cuh)))
 lint:                        ## the layout of the sources: clang-format 19.1.7, lines to 100 columns
 	@$(CLANG_FORMAT) --version | grep -q ' 19\.1\.' || \
@@ -233,6 +233,21 @@ windows:                     ## mamba.exe for Windows, as fast on every processo
 mamba.exe: $(SOURCES) .flags $(LEVELS:%=dist-%.o)
 	$(DIST) -static -Wl,--stack,8388608 -lm
 
+# libFuzzer, with clang. What it finds new stays in tests/fuzz/corpus for the next run.
+FUZZ_SECONDS ?= 60
+FUZZ_CC      ?= clang
+FUZZ_TARGETS  = model state checkpoint tokenizer options
+FUZZ_FLAGS    = -g -O1 -std=gnu11 -Wno-unknown-pragmas -fsanitize=fuzzer,address,undefined \
+                -fno-sanitize-recover=all
+tests/fuzz/fuzz_%: tests/fuzz/fuzz_%.c tests/fuzz/fuzz.h $(SOURCES)
+	$(FUZZ_CC) $(FUZZ_FLAGS) $< -o $@ -lm
+fuzz: all $(FUZZ_TARGETS:%=tests/fuzz/fuzz_%) ## damaged files and odd options: 60 s each (clang)
+	$(PYTHON) tests/fuzz/seeds.py ./mamba tests/fuzz/corpus
+	for t in $(FUZZ_TARGETS); do mkdir -p tests/fuzz/found/$$t && \
+	 tests/fuzz/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -max_len=200000 -timeout=20 \
+	  -rss_limit_mb=4096 -print_final_stats=1 -verbosity=0 -artifact_prefix=tests/fuzz/found/$$t/ \
+	  tests/fuzz/corpus/$$t || exit 1; done
+
 portable:                    ## ./mamba for any processor of this kind: no -march=native
 	$(MAKE) ARCH= all
 
@@ -243,7 +258,7 @@ bench: all                   ## speeds on random weights; LLAMA_BENCH=path compa
 
 clean:                       ## remove what was built
 	rm -f mamba mamba-debug mamba-plain mamba_single.c mamba_cuda.o .flags \
-	    mamba-dist mamba.exe dist-*.o \
+	    mamba-dist mamba.exe dist-*.o $(FUZZ_TARGETS:%=tests/fuzz/fuzz_%) \
 	    lib/library.o libmamba.a libmamba.so \
 	    tests/test_all tests/test_all-debug tests/test_all-plain
 	rm -rf web/site
