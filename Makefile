@@ -9,7 +9,7 @@ WARNINGS  = -Wall -Wextra
 FLAGS     = -std=gnu11 $(CFLAGS) $(WARNINGS) -ffp-contract=fast -fno-math-errno $(ARCH) $(FLOATS) \
             $(OPENMP) $(WIDTH)
 # The files that mamba.c includes lie beside it and in folders.
-FOLDERS   = $(wildcard cpu files cli)
+FOLDERS   = $(wildcard cpu files cli cli/linenoise)
 SOURCES   = mamba.c tokenizer.c $(wildcard $(FOLDERS:=/*))
 TESTS     = test_all.c $(wildcard tests/*.h)
 
@@ -196,8 +196,8 @@ lint:                        ## the layout of the sources: clang-format 19.1.7, 
 	      END { exit bad }' $(LINTED) Makefile .ci/run dev/single.awk
 
 EMCC ?= emcc
-WEB_FLAGS = -O3 -msimd128 -fno-math-errno $(WARNINGS) -Wno-unknown-pragmas -sSTANDALONE_WASM \
-            --no-entry -sALLOW_MEMORY_GROWTH -sMAXIMUM_MEMORY=4GB
+WEB_FLAGS = -O3 -msimd128 -fno-math-errno $(WARNINGS) -Wno-unknown-pragmas -Wno-unused-function \
+            -sSTANDALONE_WASM --no-entry -sALLOW_MEMORY_GROWTH -sMAXIMUM_MEMORY=4GB
 WEB_PAGE = $(addprefix web/,index.html page.css page.js worker.js)
 web: web/site/mamba.wasm     ## web/site, a page that runs the models: doc/WEB.md (emscripten)
 	cp $(WEB_PAGE) models/story.bin models/copying.bin web/site

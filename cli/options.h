@@ -381,15 +381,6 @@ static void catch_interrupt(void) {
     signal(SIGINT, on_interrupt);
 }
 
-// The same, and Ctrl-C also ends a read that waits; signal() would restart the read.
-static void catch_interrupt_reading(void) {
-    catch_interrupt();
-#ifdef MAMBA_POSIX
-    struct sigaction action = {.sa_handler = on_interrupt};
-    sigaction(SIGINT, &action, NULL);
-#endif
-}
-
 // A standard stream that is closed gets the null device, so that no file that is opened later takes
 // its place, and progress lines never go into a model. Reads of stdin and writes of stdout fail
 // there, with a sentence; what goes to stderr is lost, as was asked for.
@@ -468,33 +459,6 @@ static int session_open(Session *x, const char *path, long threads) {
     if (x->state) return 0;
     session_close(x);
     return -1;
-}
-
-// --- prompts
-
-static bool no_bos; // --no-bos
-
-#define NO_BOS_OPTION \
-    OPTION_SWITCH("--no-bos", &no_bos, "do not put the tokenizer's begin-of-text before the prompt")
-
-// The ids (n) of a prompt, malloc'd. starts: nothing was read before it, so the tokenizer's
-// begin-of-text goes first. 0, or -1 after fail().
-static int encode_prompt(const Model *m, const char *text, size_t bytes, bool starts, int32_t **ids,
-                         size_t *n) {
-    const int32_t bos = starts && !no_bos ? mamba_prompt_bos(m) : -1;
-    *ids = NULL;
-    *n = 0;
-    if (bytes && mamba_encode(m, text, bytes, ids, n)) return -1;
-    if (bos < 0) return 0;
-    int32_t *longer = realloc(*ids, size_mul(*n + 1, sizeof *longer));
-    if (!longer) {
-        free(*ids);
-        return fail("out of memory: %zu tokens", *n + 1);
-    }
-    memmove(longer + 1, longer, (*n)++ * sizeof *longer);
-    longer[0] = bos;
-    *ids = longer;
-    return 0;
 }
 
 // The token that an empty text starts from: end of text, which precedes every text in training.

@@ -1,208 +1,105 @@
-// A library for LD_PRELOAD (glibc): the n-th call of one kind fails, every other one works.
-//   cc -O1 -fPIC -shared tests/faults.c -o faults.so -ldl
-//   FAULT=KIND:N LD_PRELOAD=./faults.so ./mamba ...
-//   FAULT_COUNT=FILE: appends how many calls of each kind were made
-//   FAULT_CLOCK=1: the clock stands still
-// Kinds: alloc, write, flush, sync, rename, close, open, map, thread.
-//
-// A stream that is opened for writing, and stdout, becomes one whose writes go through this file,
-// so that the writes of printf and of a full buffer are counted as well.
-
+/* faults.c - one call of the system fails. tests/test_faults.py links it into mamba, with
+   -Wl,--wrap for each function here. FAULT=N in the environment: the N-th of all their calls fails,
+   and the file FAULT_LOG gets its name. FAULT=0: none fails, and the file gets their number at the
+   end. */
 #define _GNU_SOURCE
-#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
-enum { ALLOC, WRITE, FLUSH, SYNC, RENAME, CLOSE, OPEN, MAP, THREAD, KINDS };
-static const char *const NAME[KINDS] = {"alloc", "write", "flush", "sync",  "rename",
-                                        "close", "open",  "map",   "thread"};
-static long count[KINDS], fault_at;
-static int fault_kind = -1, ready;
+#define WRAP(type, name, ...) \
+    type __real_##name(__VA_ARGS__); \
+    type __wrap_##name(__VA_ARGS__); \
+    type __wrap_##name(__VA_ARGS__)
 
-#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+int __real_open(const char *path, int flags, ...);
+int __wrap_open(const char *path, int flags, ...);
 
-// Counts a call of this kind; whether it is the one that fails.
-static int fails(int kind, int why) {
-    if (!ready) return 0;
-    long n = __atomic_add_fetch(&count[kind], 1, __ATOMIC_RELAXED);
-    if (kind != fault_kind || n != fault_at) return 0;
+static long calls, wanted = -1;
+
+static void tell(const char *text) {
+    const char *path = getenv("FAULT_LOG");
+    int fd = path ? __real_open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666) : -1;
+    if (fd >= 0 && write(fd, text, strlen(text)) < 0) _exit(99);
+}
+
+static void tell_number(void) {
+    char text[32];
+    snprintf(text, sizeof text, "%ld", calls);
+    tell(text);
+}
+
+static int fails(const char *name, int why) {
+    if (wanted < 0) {
+        const char *n = getenv("FAULT");
+        wanted = n ? atol(n) : 0;
+        if (!wanted) atexit(tell_number);
+    }
+    if (++calls != wanted) return 0;
+    tell(name);
     errno = why;
     return 1;
 }
 
-// Only calls from the program itself: OpenMP ends a program that has no memory for OpenMP.
-#define OURS() \
-    ((char *)__builtin_return_address(0) >= program_start && \
-     (char *)__builtin_return_address(0) < program_end)
-static char *program_start, *program_end;
+/* A stream remembers that a call failed, as glibc does it. */
+static void spoil(FILE *f) { f->_flags |= 0x20; }
 
-// --- streams
-
-typedef struct {
-    int fd, fails; // fails: the next write does
-    FILE *f;
-} Stream;
-enum { STREAMS = 64 };
-static Stream stream[STREAMS];
-
-static ssize_t stream_write(void *cookie, const char *bytes, size_t n) {
-    Stream *s = cookie;
-    if (s->fails || fails(WRITE, ENOSPC)) {
-        s->fails = 0;
-        errno = ENOSPC;
-        return 0;
-    }
-    ssize_t done = write(s->fd, bytes, n);
-    return done < 0 ? 0 : done;
+WRAP(void *, malloc, size_t n) { return fails("malloc", ENOMEM) ? NULL : __real_malloc(n); }
+WRAP(void *, calloc, size_t n, size_t size) {
+    return fails("calloc", ENOMEM) ? NULL : __real_calloc(n, size);
 }
-static int stream_close(void *cookie) {
-    Stream *s = cookie;
-    int bad = close(s->fd);
-    s->f = NULL;
-    return bad;
+WRAP(void *, realloc, void *p, size_t n) {
+    return fails("realloc", ENOMEM) ? NULL : __real_realloc(p, n);
 }
-static int stream_seek(void *cookie, off64_t *offset, int from) {
-    off64_t at = lseek64(((Stream *)cookie)->fd, *offset, from);
-    if (at < 0) return -1;
-    *offset = at;
+WRAP(void *, mmap, void *p, size_t n, int prot, int flags, int fd, off_t at) {
+    return fails("mmap", ENOMEM) ? MAP_FAILED : __real_mmap(p, n, prot, flags, fd, at);
+}
+int __wrap_open(const char *path, int flags, ...) {
+    va_list more;
+    va_start(more, flags);
+    int mode = flags & O_CREAT ? va_arg(more, int) : 0;
+    va_end(more);
+    return fails("open", EMFILE) ? -1 : __real_open(path, flags, mode);
+}
+WRAP(FILE *, fopen, const char *path, const char *mode) {
+    return fails("fopen", EMFILE) ? NULL : __real_fopen(path, mode);
+}
+WRAP(FILE *, fdopen, int fd, const char *mode) {
+    return fails("fdopen", ENOMEM) ? NULL : __real_fdopen(fd, mode);
+}
+WRAP(size_t, fread, void *to, size_t size, size_t n, FILE *f) {
+    if (!fails("fread", EIO)) return __real_fread(to, size, n, f);
+    spoil(f);
     return 0;
 }
-static FILE *stream_open(int fd, const char *mode) {
-    const cookie_io_functions_t how = {NULL, stream_write, stream_seek, stream_close};
-    for (int i = 0; i < STREAMS; i++)
-        if (!stream[i].f) {
-            stream[i].fd = fd;
-            int was = ready;
-            ready = 0; // what the C library allocates for itself
-            stream[i].f = fopencookie(&stream[i], mode, how);
-            ready = was;
-            return stream[i].f;
-        }
-    return NULL;
+WRAP(size_t, fwrite, const void *from, size_t size, size_t n, FILE *f) {
+    if (!fails(f == stderr ? "fwrite stderr" : "fwrite", ENOSPC))
+        return __real_fwrite(from, size, n, f);
+    spoil(f);
+    return 0;
 }
-FILE *fdopen(int fd, const char *mode) {
-    if (fails(OPEN, ENOMEM)) return NULL;
-    return *mode == 'r' ? REAL(fdopen)(fd, mode) : stream_open(fd, mode);
+WRAP(int, fflush, FILE *f) {
+    if (!fails(f == stderr ? "fflush stderr" : "fflush", ENOSPC)) return __real_fflush(f);
+    if (f) spoil(f);
+    return EOF;
 }
-FILE *fopen(const char *path, const char *mode) {
-    if (fails(OPEN, EMFILE)) return NULL;
-    if (*mode == 'r') return REAL(fopen)(path, mode);
-    int fd = REAL(open)(path, O_WRONLY | O_CREAT | (*mode == 'a' ? O_APPEND : O_TRUNC), 0666);
-    return fd < 0 ? NULL : stream_open(fd, mode);
-}
-FILE *fopen64(const char *path, const char *mode) { return fopen(path, mode); }
-int fileno(FILE *f) {
-    for (int i = 0; i < STREAMS; i++)
-        if (stream[i].f == f) return stream[i].fd;
-    return REAL(fileno)(f);
-}
-int fflush(FILE *f) {
-    if (f && f != stderr && fails(FLUSH, ENOSPC))
-        for (int i = 0; i < STREAMS; i++)
-            if (stream[i].f == f) stream[i].fails = 1;
-    return REAL(fflush)(f);
-}
-int fclose(FILE *f) {
-    int fault = fails(CLOSE, EIO), bad = REAL(fclose)(f);
-    if (!fault) return bad;
+WRAP(int, fclose, FILE *f) {
+    int reading = (fcntl(fileno(f), F_GETFL) & O_ACCMODE) == O_RDONLY;
+    if (!fails(reading ? "fclose of an input" : "fclose", EIO)) return __real_fclose(f);
+    __real_fclose(f);
     errno = EIO;
     return EOF;
 }
-
-// --- the system
-
-int open(const char *path, int flags, ...) {
-    va_list args;
-    va_start(args, flags);
-    mode_t mode = flags & O_CREAT ? va_arg(args, mode_t) : 0;
-    va_end(args);
-    return fails(OPEN, EMFILE) ? -1 : REAL(open)(path, flags, mode);
+WRAP(int, fsync, int fd) { return fails("fsync", EIO) ? -1 : __real_fsync(fd); }
+WRAP(int, rename, const char *from, const char *to) {
+    return fails("rename", EACCES) ? -1 : __real_rename(from, to);
 }
-int open64(const char *path, int flags, ...) {
-    va_list args;
-    va_start(args, flags);
-    mode_t mode = flags & O_CREAT ? va_arg(args, mode_t) : 0;
-    va_end(args);
-    return fails(OPEN, EMFILE) ? -1 : REAL(open64)(path, flags, mode);
+WRAP(int, fseek, FILE *f, long at, int from) {
+    return fails("fseek", EIO) ? -1 : __real_fseek(f, at, from);
 }
-int clock_gettime(clockid_t clock, struct timespec *now) {
-    if (!getenv("FAULT_CLOCK")) return REAL(clock_gettime)(clock, now);
-    *now = (struct timespec){1000, 0};
-    return 0;
-}
-int fsync(int fd) { return fails(SYNC, EIO) ? -1 : REAL(fsync)(fd); }
-int rename(const char *from, const char *to) {
-    return fails(RENAME, EXDEV) ? -1 : REAL(rename)(from, to);
-}
-void *mmap(void *at, size_t bytes, int protection, int flags, int fd, off_t offset) {
-    if (fd >= 0 && fails(MAP, ENOMEM)) return MAP_FAILED;
-    return REAL(mmap)(at, bytes, protection, flags, fd, offset);
-}
-void *mmap64(void *at, size_t bytes, int protection, int flags, int fd, off64_t offset) {
-    if (fd >= 0 && fails(MAP, ENOMEM)) return MAP_FAILED;
-    return REAL(mmap64)(at, bytes, protection, flags, fd, offset);
-}
-int pthread_create(pthread_t *thread, const pthread_attr_t *how, void *(*run)(void *), void *with) {
-    if (OURS() && fails(THREAD, EAGAIN)) return EAGAIN;
-    return REAL(pthread_create)(thread, how, run, with);
-}
-
-// --- memory: glibc's own names, since dlsym allocates
-
-void *__libc_malloc(size_t bytes);
-void *__libc_calloc(size_t n, size_t bytes);
-void *__libc_realloc(void *p, size_t bytes);
-void *malloc(size_t bytes) { return OURS() && fails(ALLOC, ENOMEM) ? NULL : __libc_malloc(bytes); }
-void *calloc(size_t n, size_t bytes) {
-    return OURS() && fails(ALLOC, ENOMEM) ? NULL : __libc_calloc(n, bytes);
-}
-void *realloc(void *p, size_t bytes) {
-    return OURS() && fails(ALLOC, ENOMEM) ? NULL : __libc_realloc(p, bytes);
-}
-
-// --- start and end
-
-static void report(void) {
-    const char *path = getenv("FAULT_COUNT");
-    char line[512];
-    int n = 0;
-    ready = 0;
-    if (!path) return;
-    for (int k = 0; k < KINDS; k++)
-        n += snprintf(line + n, sizeof line - (size_t)n, "%s %ld\n", NAME[k], count[k]);
-    int fd = REAL(open)(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
-    if (fd >= 0 && write(fd, line, (size_t)n) == n) close(fd);
-}
-__attribute__((constructor)) static void start(void) {
-    const char *fault = getenv("FAULT");
-    for (int k = 0; k < KINDS && fault; k++) {
-        size_t n = strlen(NAME[k]);
-        if (strncmp(fault, NAME[k], n) || fault[n] != ':') continue;
-        fault_kind = k;
-        fault_at = atol(fault + n + 1);
-    }
-    // The program's code: the parts of the first file in the list of mappings.
-    FILE *maps = REAL(fopen)("/proc/self/maps", "r");
-    char line[512], first[256] = "", name[256];
-    unsigned long from, to;
-    while (maps && fgets(line, sizeof line, maps)) {
-        if (sscanf(line, "%lx-%lx %*s %*s %*s %*s %255s", &from, &to, name) != 3) continue;
-        if (!*first) strcpy(first, name);
-        if (strcmp(first, name)) break;
-        if (!program_start) program_start = (char *)from;
-        program_end = (char *)to;
-    }
-    if (maps) REAL(fclose)(maps);
-    FILE *out = stream_open(dup(1), "w");
-    if (out) stdout = out;
-    atexit(report);
-    ready = 1;
-}
+WRAP(long, ftell, FILE *f) { return fails("ftell", EIO) ? -1 : __real_ftell(f); }
