@@ -63,8 +63,8 @@ findings:
 	@echo "GPU          $(if $(CUDA),mamba_cuda.cu for $(CUDA_CODE),not in this build (make cuda))"
 
 # The GPU backend, CUDA=1 (`make cuda`): nvcc compiles mamba_cuda.cu for this machine's GPU, or for
-# CUDA_ARCH=sm_80, sm_90 ... sm_90 is built as sm_90a, the only form that has wgmma: with it, steps
-# of several sequences are up to twice as fast.
+# CUDA_ARCH=sm_80, sm_90 ..., for a list of them, or for all. sm_90 is built as sm_90a, the only
+# form that has wgmma: with it, steps of several sequences are up to twice as fast.
 NVCC ?= nvcc
 ifneq ($(CUDA),)
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v $(NVCC) 2>/dev/null)))
@@ -76,7 +76,14 @@ CUDA_ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>
 ifeq ($(CUDA_ARCH),)
 $(error no GPU found to build for: name one, for example `make cuda CUDA_ARCH=sm_90`)
 endif
-CUDA_CODE  = $(CUDA_ARCH:sm_90=sm_90a)
+# CUDA_ARCH=all: what people have that nvcc knows, and PTX, which the driver compiles for newer
+# GPUs.
+CUDA_ALL   = sm_80 sm_86 sm_89 sm_90 sm_120
+CUDA_LIST := $(if $(filter all,$(CUDA_ARCH)),$(filter $(shell $(NVCC) --list-gpu-code \
+               2>/dev/null),$(CUDA_ALL)) compute_90,$(CUDA_ARCH))
+CUDA_CODE := $(CUDA_LIST:sm_90=sm_90a)
+CUDA_GENCODE = $(foreach a,$(CUDA_CODE),-gencode \
+               arch=compute_$(patsubst compute_%,%,$(patsubst sm_%,%,$a)),code=$a)
 # nvcc compiles on all cores where it can: --threads=0 --split-compile=0.
 NVCC_CORES := $(shell $(NVCC) --help 2>/dev/null | \
                 sed -nE 's/^(--threads|--split-compile) .*/\1=0/p')
@@ -101,7 +108,7 @@ tests/test_all: $(TESTS) $(SOURCES) .flags $(GPU_OBJECT)
 	$(CC) $(FLAGS) $(GPU_FLAGS) $(TEST_FLAGS) test_all.c -o $@ $(GPU_LIBS) -lm
 
 mamba_cuda.o: mamba_cuda.cu $(wildcard cuda/*) $(SOURCES) .flags
-	$(NVCC) -O3 -std=c++17 -arch=$(CUDA_CODE) $(NVCC_CORES) -Xcompiler -Wall,-Wextra $(NVCCFLAGS) \
+	$(NVCC) -O3 -std=c++17 $(CUDA_GENCODE) $(NVCC_CORES) -Xcompiler -Wall,-Wextra $(NVCCFLAGS) \
 	    -c mamba_cuda.cu -o $@
 
 cuda:                        ## build ./mamba with the GPU backend; without a GPU: CUDA_ARCH=sm_90
