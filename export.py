@@ -10,7 +10,7 @@ and goes back.
   python export.py --to-gguf model.bin FILE        a file that llama.cpp loads
 
 It needs numpy; torch only where the weights are a pickle (pytorch_model.bin). It is no loader for
-Mamba-2, for hybrids with attention or for LayerNorm models: it says so and stops.
+Mamba-2 or for hybrids with attention: it says so and stops.
 
 Sizes, as everywhere in this project: D d_model, E d_inner, N d_state, K d_conv, R dt_rank, V rows
 of the embedding (a tokenizer may know fewer ids), n_layer. "W" marks the matrices that --dtype
@@ -182,9 +182,10 @@ def progress(done, total, name):
 
 ARCHS = ("mamba", "falcon_mamba")
 DTYPES = ("f32", "f16", "bf16", "q8", "q4")
-FLAGS = ("tied", "proj_bias", "conv_bias", "mixer_norm")                    # bits 0, 1, 2, 3
+FLAGS = ("tied", "proj_bias", "conv_bias", "mixer_norm", "layer_norm")  # bits 0 to 4
 Model = namedtuple("Model",
-                   "arch D n_layer V E N K R norm_eps mixer_eps bos pad eos " + " ".join(FLAGS))
+                   "arch D n_layer V E N K R norm_eps mixer_eps bos pad eos " + " ".join(FLAGS),
+                   defaults=(False,))
 Tensor = namedtuple("Tensor", "name source shape is_w")
 
 
@@ -192,6 +193,7 @@ def tensor_list(m):
     D, E, N, K, R, V = m.D, m.E, m.N, m.K, m.R, m.V
     layer = [
         ("norm", "norm.weight", (D,), False),
+        ("norm_bias", "norm.bias", (D,), False),
         ("in_proj", "mixer.in_proj.weight", (2 * E, D), True),  # output rows [x | z]
         ("in_bias", "mixer.in_proj.bias", (2 * E,), False),
         ("conv", "mixer.conv1d.weight", (E, 1, K), False),  # the last tap meets the current input
@@ -206,11 +208,14 @@ def tensor_list(m):
     ]
     absent = [] if m.proj_bias else ["in_bias", "out_bias"]
     absent += [] if m.conv_bias else ["conv_bias"]
+    absent += [] if m.layer_norm else ["norm_bias"]
     tensors = [Tensor("embedding", "embeddings.weight", (V, D), True)]
     for i in range(m.n_layer):
         tensors += [Tensor(f"layer{i}.{name}", f"layers.{i}.{source}", shape, is_w)
                     for name, source, shape, is_w in layer if name not in absent]
     tensors.append(Tensor("norm_f", "norm_f.weight", (D,), False))
+    if m.layer_norm:
+        tensors.append(Tensor("norm_f_bias", "norm_f.bias", (D,), False))
     return tensors if m.tied else tensors + [Tensor("head", "lm_head.weight", (V, D), True)]
 
 
@@ -446,8 +451,8 @@ def refuse_what_is_not_mamba(config):
                      ("quantization_config", "means quantized weights, which are not supported; "
                                              "take the original ones")):
         config.refuse_if(table.get(key), f"{key} {why}")
-    config.refuse_if(not config.flag("rms_norm", True),
-                     "rms_norm is false; LayerNorm models are not supported")
+    config.refuse_if(not config.flag("rms_norm", True) and kind == "falcon_mamba",
+                     "rms_norm is false, and falcon_mamba has no LayerNorm")
     for key in ACTIVATION_KEYS:
         act = json.dumps(table.get(key, "silu"))
         config.refuse_if(act not in ('"silu"', '"swish"'),
@@ -521,7 +526,7 @@ def model_from_config(config, generation, end_of_text=None):
         mixer_eps=mixer_eps, bos=(ids("bos_token_id") + [-1])[0],
         pad=(ids("pad_token_id") + [-1])[0], eos=eos, tied=config.tied(),
         proj_bias=config.switch("proj_bias", False), conv_bias=config.switch("conv_bias", True),
-        mixer_norm=falcon))
+        mixer_norm=falcon, layer_norm=not config.flag("rms_norm", True)))
 
 
 def check_ids(config, m):
@@ -1877,6 +1882,8 @@ def to_transformers(source, folder, force):
         check_output(os.path.join(folder, name), [source])
     with open(source, "rb") as f:
         m, dtype, blob, tensors_offset = read_header(f, source)
+        if m.layer_norm:
+            raise ExportError(f"{source}: transformers has no Mamba with LayerNorm")
         texts = tokenizer_files(m, blob)
         config, generation = config_json(m, "f32" if dtype.upper() in CODE_BITS else dtype)
         texts.update(
@@ -2132,7 +2139,8 @@ class GgufTensor:
         scale = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype("f4")
         codes = blocks[:, 2:].view("i1")
         if self.type == "Q4_0":
-            codes = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype("i1") - 8
+            codes = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1)
+            codes = codes.astype("i1") - 8
         with np.errstate(invalid="ignore"):
             return (codes * scale).reshape(-1)
 
@@ -2324,7 +2332,8 @@ def gguf_checkpoint(path):
         table["tie_word_embeddings"] = False
     config = Config(table, path, found)
     if falcon:
-        config.note(f"GGUF has one eps, {eps:g}; llama.cpp uses it for the norms on Δ, B and C too")
+        config.note(f"GGUF has one eps, {eps:g}; llama.cpp uses it for the norms on Δ, B and C "
+                    "too")
     unknown = sorted(set(own) - GGUF_IDLE)
     if unknown:
         config.note(f"not used, because unknown here: mamba.{', mamba.'.join(unknown)[:300]}")
@@ -2337,8 +2346,9 @@ def gguf_tokenizer(meta, path):
     model, tokens, types, merges = (get("model", str), get("tokens", list), get("token_type", list),
                                     get("merges", list))
     if model != "gpt2":
-        raise ExportError(f"{path}: its tokenizer is {json.dumps(model)[:60]}, only gpt2 (byte-level "
-                          "BPE) can be taken over; pass --tokenizer FILE, or --tokenizer bytes")
+        raise ExportError(f"{path}: its tokenizer is {json.dumps(model)[:60]}, only gpt2 "
+                          "(byte-level BPE) can be taken over; pass --tokenizer FILE, or "
+                          "--tokenizer bytes")
     split = get("pre", str)
     if split not in ("", "default", "falcon", *GPT2_SPLITS):
         raise ExportError(f"{path}: its tokenizer splits text as {json.dumps(split)[:60]} does, "
@@ -2491,7 +2501,7 @@ def to_gguf(source, target):
     check_output(target, [source])
     with open(source, "rb") as f:
         m, dtype, blob, tensors_offset = read_header(f, source)
-        why = ("biases on in_proj and out_proj" if m.proj_bias else
+        why = ("LayerNorm" if m.layer_norm else "biases on in_proj and out_proj" if m.proj_bias else
                f"an inner size of {m.E}, which is not twice {m.D}" if m.E != 2 * m.D else None)
         if why:
             raise ExportError(f"{source}: llama.cpp has no mamba with {why}")

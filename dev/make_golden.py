@@ -26,12 +26,12 @@ tales has layers 0 and 5 only, their stages for the first 12 tokens only (its lo
 gradients, and its matrices are rounded to bfloat16 first: it goes with the file that export.py --dtype bf16 makes.
 """
 import argparse
+import json
 import os
 import shutil
 import struct
 import sys
 import tempfile
-import zlib
 
 import numpy as np
 import torch
@@ -101,18 +101,7 @@ def forward64(m, p, ids, start=None):
 def parameters(m, net):
     """transformers' parameters under model.bin's names."""
     by_source = dict(net.named_parameters())
-    found = {t.name: by_source[export.with_backbone(t.source)] for t in export.tensor_list(m)}
-    for name, source in norm_biases(m).items():
-        found[name] = by_source[source]
-    return found
-
-
-def norm_biases(m):
-    """{name in model.bin: name in the network} of a LayerNorm model."""
-    if not getattr(m, "layer_norm", False):
-        return {}
-    return {**{f"layer{i}.norm_bias": f"backbone.layers.{i}.norm.bias" for i in range(m.n_layer)},
-            "norm_f_bias": "backbone.norm_f.bias"}
+    return {t.name: by_source[export.with_backbone(t.source)] for t in export.tensor_list(m)}
 
 
 def watch(net, ids):
@@ -223,14 +212,15 @@ def make_net(m, seed):
     kind = ("Mamba", "FalconMamba")[m.arch == "falcon_mamba"]
     net = getattr(transformers, kind + "ForCausalLM")(getattr(transformers, kind + "Config")(**config)).float().eval()
     rng = np.random.Generator(np.random.PCG64(seed))
-    if norm_biases(m):                                         # the reference's models of rms_norm: false
+    if m.layer_norm:                                           # the reference's models of rms_norm: false
         for layer in net.backbone.layers:
             layer.norm = torch.nn.LayerNorm(m.D, eps=m.norm_eps)
         net.backbone.norm_f = torch.nn.LayerNorm(m.D, eps=m.norm_eps)
     with torch.no_grad():
-        for name, v in parameters(m, net).items():
+        biases_last = lambda item: item[0].endswith(("norm_bias", "norm_f_bias"))
+        for name, v in sorted(parameters(m, net).items(), key=biases_last):
             v.copy_(torch.from_numpy(draw(rng, name, tuple(v.shape), m)))
-        if norm_biases(m):
+        if m.layer_norm:
             net.backbone.embeddings.weight += 0.5              # a mean that the norms have to take away
     return net, rng
 
@@ -242,15 +232,12 @@ def sizes(falcon=False, **changes):
     return m._replace(**changes)
 
 
-class LayerNormSizes(export.Model):
-    layer_norm = True
-
-
 FIXED = {"odd": (1, sizes(D=35, E=51, N=5, K=3, R=3, V=259, n_layer=3, tied=False, proj_bias=True, norm_eps=3e-5, bos=-1,
                           pad=-1, eos=[3, 255])),
          "falcon": (2, sizes(True, D=24, E=48, N=8, K=4, R=2, V=263, tied=False, mixer_eps=1e-4, bos=1, eos=[11], pad=11)),
          "plain": (3, sizes(conv_bias=False)),
-         "layernorm": (4, LayerNormSizes(*sizes(D=29, E=58, N=6, K=4, R=3, V=260, tied=False, bos=-1, pad=-1, eos=[7])))}
+         "layernorm": (4, sizes(D=29, E=58, N=6, K=4, R=3, V=260, tied=False, bos=-1, pad=-1, eos=[7],
+                                layer_norm=True))}
 
 
 def random_sizes(rng):
@@ -271,37 +258,18 @@ def write_gold(path, records):
     print(f"  wrote {path}, {os.path.getsize(path) / 1e3:.0f} kB, {len(records)} records")
 
 
-def write_layer_norm_model(path, m, net):
-    """model.bin in float32 with a tokenizer of bytes, by the table in doc/FORMAT.md: transformers has no such model."""
-    p = {name: v.detach().numpy().astype("<f4").tobytes() for name, v in parameters(m, net).items()}
-    order = [t.name for t in export.tensor_list(m)]
-    for name in [n for n in order if n.endswith("norm") or n == "norm_f"]:
-        order.insert(order.index(name) + 1, name + "_bias")
-    blob = b"mtok" + struct.pack("<7I", 1, 0, 0, 0, 256, 0, 0)
-    start, tensors = (256 + len(blob) + 63) // 64 * 64, b""
-    for name in order:
-        tensors += bytes(-len(tensors) % 64) + p[name]
-    flags = m.tied | m.proj_bias << 1 | m.conv_bias << 2 | m.mixer_norm << 3 | 16
-    eos = (m.eos + [-1] * 4)[:4]
-    head = b"mamba.c\n" + struct.pack("<12I2f6i4Q2I", 1, 256, 0, 0, flags, m.D, m.n_layer, m.V, m.E, m.N, m.K, m.R, m.norm_eps,
-                                      m.mixer_eps, m.bos, m.pad, *eos, 256, len(blob), start, len(tensors), zlib.crc32(blob),
-                                      zlib.crc32(tensors))
-    head += bytes(252 - len(head))
-    with export.atomic_file(path) as f:
-        f.write(head + struct.pack("<I", zlib.crc32(head)) + blob + bytes(start - 256 - len(blob)) + tensors)
-
-
 def golden(name, seed, m, out, hf, length, gradients):
     print(f"{name}: {export.summary(m, 'f32')}, seed {seed}")
     net, rng = make_net(m, seed)
     records = compute(m, net, rng.integers(0, m.V, length), gradients)
     write_gold(os.path.join(out, name + ".gold"), records)
-    if norm_biases(m):
-        write_layer_norm_model(os.path.join(out, name + ".bin"), m, net)
-        return
     folder = os.path.join(hf, name)
     shutil.rmtree(folder, ignore_errors=True)
     net.save_pretrained(folder)
+    if m.layer_norm:  # transformers does not know the key
+        path = os.path.join(folder, "config.json")
+        config = json.load(open(path))
+        json.dump({**config, "rms_norm": False}, open(path, "w"))
     export.run([folder, os.path.join(out, name + ".bin"), "--tokenizer", "bytes"])
 
 

@@ -115,7 +115,8 @@ FAMILIES = [
            lambda name: reference(name).replace("backbone.", "")),
     # and what is no Mamba-1
     Family("tiiuae/falcon-mamba-7b-4bit", sizes(UNTIED, falcon=True),
-           {**FALCON, "quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}},
+           {**FALCON, "quantization_config": {"load_in_4bit": True,
+                                              "quant_method": "bitsandbytes"}},
            refused="quantization_config means quantized weights"),
     Family("state-spaces/mamba2-130m ... -2.7b", SMALL,
            {**REFERENCE, "ssm_cfg": {"layer": "Mamba2"}, "attn_layer_idx": [], "attn_cfg": {},

@@ -589,6 +589,69 @@ class Families(Checkpoint):
                 error = np.abs(got - want[family.names]).max() / np.abs(want[family.names]).max()
                 self.assertLess(error, 5e-5)
 
+    def float64_logits(self, s, w, ids):
+        """The model again, in double precision and in numpy."""
+        w = {name.replace("backbone.", ""): a.astype("f8") for name, a in w.items()}
+        rms = lambda x, eps: x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+
+        def norm(x, name):
+            if s.layer_norm:
+                x = x - x.mean(-1, keepdims=True)
+            return rms(x, s.eps) * w[name + ".weight"] + w.get(name + ".bias", 0)
+
+        silu, softplus = lambda x: x / (1 + np.exp(-x)), lambda x: np.log1p(np.exp(x))
+        res = w["embeddings.weight"][ids]
+        for i in range(s.n_layer):
+            p = f"layers.{i}.mixer."
+            xn = norm(res, f"layers.{i}.norm")
+            x, z = np.split(xn @ w[p + "in_proj.weight"].T + w.get(p + "in_proj.bias", 0), 2, -1)
+            padded = np.concatenate([np.zeros((s.K - 1, s.E)), x])
+            conv = w[p + "conv1d.weight"][:, 0]
+            u = sum(padded[k:k + len(ids)] * conv[:, k] for k in range(s.K))
+            u = silu(u + w.get(p + "conv1d.bias", 0))
+            parts = np.split(u @ w[p + "x_proj.weight"].T, [s.R, s.R + s.N], -1)
+            low, B, C = (rms(v, s.mixer_eps) for v in parts) if s.falcon else parts
+            delta = softplus(low @ w[p + "dt_proj.weight"].T + w[p + "dt_proj.bias"])
+            h, y, A = np.zeros((s.E, s.N)), [], -np.exp(w[p + "A_log"])
+            for t in range(len(ids)):
+                h = np.exp(delta[t][:, None] * A) * h + (delta[t] * u[t])[:, None] * B[t]
+                y.append(h @ C[t])
+            g = (np.array(y) + w[p + "D"] * u) * silu(z)
+            res = res + g @ w[p + "out_proj.weight"].T + w.get(p + "out_proj.bias", 0)
+        head = w["embeddings.weight"] if s.tied else w["lm_head.weight"]
+        return norm(res, "norm_f") @ head.T
+
+    def test_layer_norm(self):
+        """transformers has none of these; so double precision is held to it without LayerNorm."""
+        with np.load(os.path.join(test_export.HERE, "checkpoints.npz")) as file:
+            for family in FAMILIES:
+                if not family.refused:
+                    want = file[family.names.replace("/", "|")]
+                    got = self.float64_logits(family.sizes, drawn(family), IDS)
+                    self.assertLess(np.abs(got - want).max() / np.abs(want).max(), 5e-5)
+        for changes in ({}, {"tied": False, "proj_bias": True, "eps": 1e-3}):
+            s = Sizes(D=32, E=64, N=16, R=2, V=264, layer_norm=True, **changes)
+            w = {name: a * np.float32(0.3 if a.ndim > 1 else 1) for name, a in weights(s).items()}
+            config = reference_config(s, rms_norm=False, norm_epsilon=s.eps)
+            self.checkpoint(s, config, reference_names(w))
+            self.good()
+            header, _, tensors = read_model(self.bin, s)
+            self.assertEqual(header["flags"] & 16, 16)
+            self.assertEqual(tensors["layer1.norm_bias"],
+                             w["backbone.layers.1.norm.bias"].tobytes())
+            out, want = os.path.join(self.dir, "logits"), self.float64_logits(s, w, IDS)
+            self.run_mamba("logits", self.bin, "--tokens", ",".join(map(str, IDS)), "--all", "-o",
+                           out)
+            got = np.fromfile(out, "<f4").reshape(len(IDS), -1)
+            self.assertLess(np.abs(got - want).max() / np.abs(want).max(), 5e-5)
+            for way in ("--to-hf", "--to-gguf"):
+                self.bad("LayerNorm", arguments=(way, self.bin, os.path.join(self.dir, "out")))
+        self.checkpoint(s, {**config, "rms_norm": True}, reference_names(w))
+        self.bad("norm.bias is unknown")
+        del w["backbone.norm_f.bias"]
+        self.checkpoint(s, config, reference_names(w))
+        self.bad("norm_f.bias", "missing")
+
     def test_the_table_names_them_all(self):
         with open(os.path.join(test_export.HERE, "..", "doc", "CHECKPOINTS.md")) as file:
             table = file.read()

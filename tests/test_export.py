@@ -49,6 +49,7 @@ class Sizes:
         self.D, self.E, self.N, self.K, self.R, self.V, self.n_layer = 6, 10, 3, 4, 2, 259, 2
         self.eps, self.mixer_eps, self.falcon = 1e-5, 1e-6, False
         self.tied, self.proj_bias, self.conv_bias = True, False, True
+        self.layer_norm = False
         vars(self).update(changes)
 
 
@@ -81,6 +82,8 @@ def layout(s):
     for i in range(s.n_layer):
         p, q = f"layer{i}.", f"backbone.layers.{i}.mixer."
         out.append((p + "norm", (s.D,), False, f"backbone.layers.{i}.norm.weight"))
+        if s.layer_norm:
+            out.append((p + "norm_bias", (s.D,), False, f"backbone.layers.{i}.norm.bias"))
         out.append((p + "in_proj", (2 * s.E, s.D), True, q + "in_proj.weight"))
         if s.proj_bias:
             out.append((p + "in_bias", (2 * s.E,), False, q + "in_proj.bias"))
@@ -96,6 +99,8 @@ def layout(s):
         if s.proj_bias:
             out.append((p + "out_bias", (s.D,), False, q + "out_proj.bias"))
     out.append(("norm_f", (s.D,), False, "backbone.norm_f.weight"))
+    if s.layer_norm:
+        out.append(("norm_f_bias", (s.D,), False, "backbone.norm_f.bias"))
     if not s.tied:
         out.append(("head", (s.V, s.D), True, "lm_head.weight"))
     return out
@@ -228,7 +233,7 @@ class Case(unittest.TestCase):
               safetensors(weights(s) if tensors is None else tensors, dtype))
 
     def run_main(self, *arguments):
-        """(exit status, stderr) of the command; an exception that is no clean exit fails the test."""
+        """(exit status, stderr) of the command; an exception that is no clean exit fails it."""
         argv, err = sys.argv, io.StringIO()
         sys.argv = ["export.py", *arguments]
         try:
@@ -316,7 +321,9 @@ class Layout(Case):
         odd = Sizes(D=35, E=51, N=5, K=3, R=3, V=259, n_layer=3, tied=False, proj_bias=True)
         falcon = Sizes(D=24, E=48, N=8, K=4, R=2, V=263, tied=False, falcon=True)
         plain = Sizes(D=32, E=64, N=16, K=4, R=2, V=256, conv_bias=False)
-        for name, s in (("odd", odd), ("falcon", falcon), ("plain", plain)):
+        layer_norm = Sizes(D=29, E=58, N=6, K=4, R=3, V=260, tied=False, layer_norm=True)
+        for name, s in (("odd", odd), ("falcon", falcon), ("plain", plain),
+                        ("layernorm", layer_norm)):
             path = os.path.join(HERE, name + ".bin")
             if not os.path.exists(path):
                 self.skipTest(f"{name}.bin is not there (dev/make_golden.py makes it)")
@@ -590,7 +597,8 @@ class Layouts(Case):
                         reference_names(weights(s)))
         self.good()
         self.same_tensors(s)
-        m = export.model_from_config(export.Config({"d_model": 2560}, "x"), export.Fields({}, "x"), 0)
+        m = export.model_from_config(export.Config({"d_model": 2560}, "x"),
+                                     export.Fields({}, "x"), 0)
         self.assertEqual((m.D, m.n_layer, m.V, m.E, m.N, m.K, m.R, m.norm_eps, m.tied, m.proj_bias,
                           m.conv_bias, m.eos),
                          (2560, 64, 50280, 5120, 16, 4, 160, 1e-5, True, False, True, [0]))
@@ -705,7 +713,8 @@ class Layouts(Case):
 
     def test_special_ids(self):
         s = VARIANTS["plain"]
-        cases = [([2, 3], 3, [3, -1, -1, -1]), ([2, 3], None, [2, 3, -1, -1]), (None, [9], [9, -1, -1, -1]),
+        cases = [([2, 3], 3, [3, -1, -1, -1]), ([2, 3], None, [2, 3, -1, -1]),
+                 (None, [9], [9, -1, -1, -1]),
                  (5, [6, 7, 8, 5], [6, 7, 8, 5]), (None, None, [-1] * 4),
                  (..., None, [0, -1, -1, -1])]
         for config, generation, eos in cases:
@@ -863,7 +872,7 @@ class Refusals(Case):
             self.bad("model_type", "not supported")
         self.checkpoint(s, spoilt(hf_config(s), model_type=...))
         self.bad("neither model_type")
-        for key, value, word in (("hidden_act", "gelu", "gelu"), ("rms_norm", False, "LayerNorm"),
+        for key, value, word in (("hidden_act", "gelu", "gelu"), ("n_experts", 4, "n_experts"),
                                  ("attn_layer_idx", [1], "attention"), ("d_intermediate", 64,
                                                                         "MLP"),
                                  ("quantization_config", {"bits": 4},
@@ -881,7 +890,7 @@ class Refusals(Case):
                                "Mamba2"), ({"ssm_cfg": {"layer": "Mamba3"}}, "Mamba3"),
                               ({"ssm_cfg": {"headdim": 64}}, "headdim"), ({"attn_layer_idx": [0]},
                                                                           "attention"),
-                              ({"d_intermediate": 48}, "MLP"), ({"rms_norm": False}, "LayerNorm"),
+                              ({"d_intermediate": 48}, "MLP"), ({"rms_norm": None}, "rms_norm"),
                               ({"ssm_cfg": []}, "ssm_cfg"), ({"ssm_cfg": {"d_state": 0}},
                                                              "d_state"), ({"ssm_cfg": {"bias": 1}},
                                                                           "bias")):
