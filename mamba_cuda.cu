@@ -1241,7 +1241,7 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
     const int B = run.B, L = run.L, rows = B * L;
     const float *conv_bias = (const float *)w->conv_bias, *res = run.res;
     float *out = run.out, *h = run.h;
-    rmsnorm(d, Rows(a.xn, D), Rows(res, D), (const float *)w->norm, c->norm_eps, rows, D);
+    norm_rows(d, Rows(a.xn, D), Rows(res, D), w->norm, w->norm_bias, c->norm_eps, rows, D);
     matmul(d, Rows(a.xz, 2 * E), Rows(a.xn, D), dense<T>(d, a.unpacking, w->in_proj, 2 * E, D),
            rows, 2 * E, D);
     add_bias(d, a.xz, 2 * (size_t)E, (const float *)w->in_bias, rows, 2 * E);
@@ -1429,8 +1429,8 @@ template <class T> static void network(Gpu *g, const int32_t *ids, int B, int L)
     for (int layer = 0; layer < c->n_layer; layer++)
         block(d, c, &g->w.layer[(size_t)layer], a,
               {g->res, g->res, B, L, window_of(g, layer), h_of(g, layer)});
-    rmsnorm(d, Rows(a.xn, c->D), Rows(g->res, c->D), (const float *)g->w.norm_f, c->norm_eps, B * L,
-            c->D);
+    norm_rows(d, Rows(a.xn, c->D), Rows(g->res, c->D), g->w.norm_f, g->w.norm_f_bias, c->norm_eps,
+              B * L, c->D);
 }
 
 template <class T>
