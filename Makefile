@@ -125,7 +125,7 @@ run: all                     ## build, then let the model in the repository tell
 # work.
 test test-all: export OMP_WAIT_POLICY = passive
 
-test: all tests/test_all     ## a fixed sample of every test, under 2 minutes
+test: all lib tests/test_all ## a fixed sample of every test, under 2 minutes
 	./tests/test_all
 	sh tests/test_cli.sh ./mamba
 	sh tests/test_help.sh ./mamba
@@ -159,6 +159,9 @@ single: $(SOURCES)           ## mamba_single.c: the whole program in one file
 	awk -f dev/single.awk LICENSE mamba.c > mamba_single.c
 	@echo "mamba_single.c: $$(wc -l < mamba_single.c) lines; cc -O2 mamba_single.c -lm"
 
+# Programs look for the library by this name, wherever it was when they were linked.
+SONAME = $(call try,-Wl$(COMMA)-soname$(COMMA)libmamba.so,$(ANY_PROGRAM))
+COMMA := ,
 # Only what lib/mamba.h declares is visible in libmamba.so, and every name begins with mamba_.
 lib: libmamba.a libmamba.so  ## libmamba.a, libmamba.so, for other programs: lib/mamba.h
 
@@ -168,7 +171,7 @@ libmamba.a: lib/library.o
 	rm -f $@
 	$(AR) rcs $@ lib/library.o
 libmamba.so: lib/library.o
-	$(CC) $(FLAGS) -shared lib/library.o -o $@ -lm
+	$(CC) $(FLAGS) -shared $(SONAME) lib/library.o -o $@ -lm
 
 test-lib: all lib            ## tests of the library, with the programs of README.md
 	CC='$(CC)' OPENMP='$(OPENMP)' PYTHON='$(PYTHON)' sh tests/test_library.sh
