@@ -47,3 +47,13 @@ static char *read_utf8(const char *path, size_t *bytes) {
     }
     return text;
 }
+
+// --- documents
+
+// Tokens of the document at the start of ids (n), with its end-of-text token.
+static size_t document_tokens(const Config *c, const int32_t *ids, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        for (int k = 0; k < 4; k++)
+            if (c->eos[k] >= 0 && ids[i] == c->eos[k]) return i + 1;
+    return n;
+}
