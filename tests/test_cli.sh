@@ -283,6 +283,40 @@ list=$(tr '\n' ',' < "$dir/ids" | sed 's/,$//')
 same_file "logits of ids and of text" "$dir/l1" "$dir/l2"
 "$mamba" logits $model "$prompt" --all -o "$dir/l3"
 same "--all writes (L,V) float32" "$(wc -c < "$dir/l3" | tr -d ' ')" $((23 * 2048 * 4))
+# hidden states and rows: against each other (tests/test_model.h has transformers' numbers)
+"$mamba" logits $model "$prompt" --hidden --all > "$dir/h"
+"$mamba" logits $model "$prompt" --hidden > "$dir/h1"
+"$mamba" logits $model "$prompt" --hidden --pool last | cmp -s - "$dir/h1" \
+    && tail -n 1 "$dir/h" | cmp -s - "$dir/h1" && ok "--hidden, --pool last" \
+    || bad "--hidden, --pool last" "$(cut -c1-60 "$dir/h1")"
+"$mamba" logits $model "$prompt" --hidden --pool mean | tr ' ' '\n' > "$dir/h2"
+awk '{ for (i = 1; i <= NF; i++) s[i] += $i } END { for (i = 1; i <= NF; i++) print s[i] / NR }' \
+    "$dir/h" | paste - "$dir/h2" | awk '{ d = $1 - $2; if (d > 1e-5 || d < -1e-5) bad = 1 }
+    END { exit !(NR > 20 && !bad) }' && ok "--pool mean" || bad "--pool mean"
+"$mamba" logits $model "$prompt" --hidden --all -o "$dir/h3"
+same "--hidden as float32" "$(wc -c < "$dir/h3" | tr -d ' ')" \
+    "$(awk '{ n += 4 * NF } END { print n }' "$dir/h")"
+row() { # row ID: of tests/plain.bin's embedding, 32 float32 each from byte 320 on
+    tail -c +$((320 + 128 * $1 + 1)) tests/plain.bin | head -c 128
+}
+{ row 72; row 101; row 7; } > "$dir/rows"
+"$mamba" logits tests/plain.bin --tokens 72,101,7 --all -o "$dir/l4"
+"$mamba" logits tests/plain.bin --embeddings "$dir/rows" --all -o "$dir/l5"
+same_file "--embeddings: rows in the place of ids" "$dir/l5" "$dir/l4"
+fails "--embeddings that are no rows" "whole rows of 32 float32" logits tests/plain.bin \
+    --embeddings README.md
+head -c 128 /dev/zero | tr '\000' '\377' > "$dir/nan"
+fails "--embeddings that are not finite" "is not finite" logits tests/plain.bin --embeddings \
+    "$dir/nan"
+fails "--pool of what" "--pool needs" logits $model x --hidden --pool sum
+fails "--pool of logits" "--hidden" logits $model x --pool mean
+printf 'Once upon a time there was a king.<|endoftext|>' > "$dir/d1"
+printf 'The cat sat down. It slept.<|endoftext|>' > "$dir/d2"
+cat "$dir/d1" "$dir/d2" > "$dir/d12"
+for d in d1 d2; do "$mamba" eval models/tales.bin "$dir/$d" --each 2> /dev/null; done > "$dir/want"
+"$mamba" eval models/tales.bin "$dir/d12" --split eot --each > "$dir/got" 2> /dev/null
+same_file "eval --split eot scores each document alone" "$dir/got" "$dir/want"
+fails "--split of what" "--split needs eot" eval models/tales.bin "$dir/d12" --split line
 same "logits as text" \
     "$("$mamba" logits $model "$prompt" --all | awk '{ n += NF } END { print NR, n }')" \
     "23 $((23 * 2048))"
