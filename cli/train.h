@@ -723,7 +723,7 @@ static int command_train(int argc, char **argv) {
         OPTION_TEXT("--held-out-data", "FILE", &o.held_out_data,
                     "text to hold out instead: all of --data is trained on"),
         OPTION_SWITCH("--documents", &o.documents,
-                      "a row is a document, or a piece of one, from a new state; documents end with "
+                      "a row is a document, or a piece of one, from a new state; they end with "
                       "an end-of-text token or their file"),
         OPTION_TEXT("--mask-until", "STRING", &o.mask_until,
                     "with --documents: of each, learn only what follows the first STRING"),
