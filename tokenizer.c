@@ -88,7 +88,7 @@ enum { // how a text is cut into words: steps, each of which cuts the pieces of 
     STEP_SPACES,  // before each space
     STEP_CHARS,   // each character
     N_STEPS,
-    STEP_SAFE = N_STEPS // chosen by open_cuts(), never stored
+    STEP_SAFE = N_STEPS // the last one, added by open_cuts()
 };
 enum {
     ADDED_SPECIAL = 1,
@@ -136,7 +136,7 @@ typedef struct Tokenizer {
     uint32_t version, kind, flags, cuts, n_ids, n_merges, n_added;
     int32_t bos, unknown; // -1: none
     int n_steps;
-    unsigned char step[4];
+    unsigned char step[4], joins[256][256 / 8]; // see open_cuts()
     const unsigned char *blob;
     uint32_t *token_at;          // (n_ids) offset of each token in the blob
     const unsigned char *merges; // (n_merges, 3) in the blob
@@ -731,7 +731,7 @@ static int open_merges(Tokenizer *t, size_t bytes, size_t *at) {
     size_t slots = (size_t)1 << t->pair_bits;
     t->pair = memory_get(slots * sizeof *t->pair);
     if (t->pair == NULL) return fail("tokenizer: out of memory");
-    for (size_t i = 0; i < slots; i++) t->pair[i].rank = UINT32_MAX;
+    memset(t->pair, 0xFF, slots * sizeof *t->pair); // all ranks are UINT32_MAX
     t->merges = t->blob + *at;
     for (uint32_t rank = 0; rank < t->n_merges; rank++, *at += 12) {
         uint32_t id[3];
@@ -961,19 +961,25 @@ static int open_by_bytes(Tokenizer *t) {
     return status;
 }
 
-// Llama's whole text is one word. Where no merge joins anything to a space that follows it, cutting
-// there changes no id, and short words are faster.
+// Without a pre-tokenizer a whole text is one word. Where no merge joins what ends with one byte to
+// what begins with another, a cut between the two changes no id, and short words are faster: so
+// t->joins has a bit for each pair of bytes that no cut may part. After an unknown character there
+// is no cut either, because several of them may become one id.
 static void open_cuts(Tokenizer *t) {
-    if (t->kind != TOKENIZER_CHARS || t->n_steps > 0 || t->flags & IGNORE_MERGES) return;
-    if (t->ascii[' '] < 0) return;
+    const bool chars = t->kind == TOKENIZER_CHARS;
+    if (t->kind == TOKENIZER_WORDS || t->flags & IGNORE_MERGES || t->n_steps == 4) return;
+    if (!chars && t->n_steps > 0) return;
+    for (int a = 0; a < 256; a++)
+        if (chars ? a >= 128 || t->ascii[a] < 0 : t->byte_id[a] < 0)
+            memset(t->joins[a], 0xFF, sizeof t->joins[a]);
+        else if (chars) memset(t->joins[a] + 0x80 / 8, 0xFF, 0x40 / 8); // inside a character
     for (uint32_t rank = 0; rank < t->n_merges; rank++) {
+        const unsigned char *merge = t->merges + 12 * (size_t)rank;
         size_t n, m;
         uint32_t marks;
-        const unsigned char *left =
-            token_bytes(t, u32_at(t->merges + 12 * (size_t)rank), &n, &marks);
-        const unsigned char *right =
-            token_bytes(t, u32_at(t->merges + 12 * (size_t)rank + 4), &m, &marks);
-        if (left[n - 1] != ' ' && right[0] == ' ') return;
+        const unsigned char *left = token_bytes(t, u32_at(merge), &n, &marks);
+        const unsigned char *right = token_bytes(t, u32_at(merge + 4), &m, &marks);
+        t->joins[left[n - 1]][right[0] >> 3] |= (unsigned char)(1 << (right[0] & 7));
     }
     t->step[t->n_steps++] = STEP_SAFE;
 }
@@ -1126,24 +1132,28 @@ static size_t word_symbols(const Tokenizer *t, const unsigned char *word, size_t
     return n;
 }
 
+// Of the merge of two ids: the rank above, the id that results below. Where there is none, the rank
+// is UINT32_MAX.
+static inline uint64_t merge_of(const Tokenizer *t, int32_t left, int32_t right) {
+    const MergePair *pair = find_pair(t, (uint32_t)left, (uint32_t)right);
+    return (uint64_t)pair->rank << 32 | pair->result;
+}
+
 // Merges n ids in place; returns how many are left.
 static size_t merge_short(const Tokenizer *t, int32_t *id, size_t n) {
-    uint32_t rank[SHORT_WORD];
-    for (size_t i = 0; i + 1 < n; i++)
-        rank[i] = find_pair(t, (uint32_t)id[i], (uint32_t)id[i + 1])->rank;
+    uint64_t merge[SHORT_WORD];
+    for (size_t i = 0; i + 1 < n; i++) merge[i] = merge_of(t, id[i], id[i + 1]);
     while (n > 1) {
         size_t best = 0;
         for (size_t i = 1; i + 1 < n; i++)
-            if (rank[i] < rank[best]) best = i;
-        if (rank[best] == UINT32_MAX) break;
-        id[best] = (int32_t)u32_at(t->merges + (size_t)rank[best] * 12 + 8);
+            if (merge[i] < merge[best]) best = i;
+        if (merge[best] >> 32 == UINT32_MAX) break;
+        id[best] = (int32_t)merge[best];
         n--;
         for (size_t i = best + 1; i < n; i++) id[i] = id[i + 1];
-        for (size_t i = best + 1; i + 1 < n; i++) rank[i] = rank[i + 1];
-        if (best > 0)
-            rank[best - 1] = find_pair(t, (uint32_t)id[best - 1], (uint32_t)id[best])->rank;
-        if (best + 1 < n)
-            rank[best] = find_pair(t, (uint32_t)id[best], (uint32_t)id[best + 1])->rank;
+        for (size_t i = best + 1; i + 1 < n; i++) merge[i] = merge[i + 1];
+        if (best > 0) merge[best - 1] = merge_of(t, id[best - 1], id[best]);
+        if (best + 1 < n) merge[best] = merge_of(t, id[best], id[best + 1]);
     }
     return n;
 }
@@ -1391,13 +1401,17 @@ static const unsigned char *words_end(const Tokenizer *t, const unsigned char *p
     return end;
 }
 
-// The next space after p's first byte; with `runs`, after the spaces that it starts with.
-static const unsigned char *spaces_end(const unsigned char *p, const unsigned char *end,
-                                       bool runs) {
-    p++;
-    while (runs && p < end && p[-1] == ' ' && *p == ' ') p++;
-    const unsigned char *space = p < end ? memchr(p, ' ', (size_t)(end - p)) : NULL;
-    return space ? space : end;
+// The next space after p's first byte.
+static const unsigned char *spaces_end(const unsigned char *p, const unsigned char *end) {
+    for (p++; p < end && *p != ' ';) p++;
+    return p;
+}
+
+// The next place where no merge joins anything.
+static const unsigned char *safe_end(const Tokenizer *t, const unsigned char *p,
+                                     const unsigned char *end) {
+    for (p++; p < end && t->joins[p[-1]][*p >> 3] >> (*p & 7) & 1;) p++;
+    return p;
 }
 
 static const unsigned char *piece_end(const Tokenizer *t, int step, const unsigned char *p,
@@ -1422,9 +1436,9 @@ static const unsigned char *piece_end(const Tokenizer *t, int step, const unsign
     case STEP_BLANKS:
         return words_end(t, p, end, true, drop);
     case STEP_SPACES:
-        return spaces_end(p, end, false);
+        return spaces_end(p, end);
     case STEP_SAFE:
-        return spaces_end(p, end, true);
+        return safe_end(t, p, end);
     default:
         return utf8_next(&p), p; // STEP_CHARS
     }
