@@ -541,7 +541,7 @@ def is_utf8(data):
 
 def decoded(library, data, ids):
     """The library's text of ids. In a run of <0xNN> that is not UTF-8 as a whole, tokenizer.c keeps
-    the characters that are (see its section 9): there, the run is cut, and the library decodes
+    the characters that are (see its section 7): there, the run is cut, and the library decodes
     each part after a letter, which keeps a part from being the start of a text."""
     byte_of = {i: int(token[3:5], 16) for token, i in data["model"]["vocab"].items()
                if len(token) == 6 and token.startswith("<0x") and "Fallback" in str(data["decoder"])}
