@@ -52,7 +52,7 @@ WARNINGS += -Wno-unknown-pragmas
 endif
 
 .PHONY: all cuda test-cuda run test test-all test-export test-lib test-web debug plain single lib \
-        install uninstall lint portable web bench clean help findings
+        install uninstall lint portable web bench dist windows clean help findings
 
 all: findings mamba          ## build ./mamba
 
@@ -196,8 +196,8 @@ lint:                        ## the layout of the sources: clang-format 19.1.7, 
 	      END { exit bad }' $(LINTED) Makefile .ci/run dev/single.awk
 
 EMCC ?= emcc
-WEB_FLAGS = -O3 -msimd128 -fno-math-errno $(WARNINGS) -Wno-unknown-pragmas -sSTANDALONE_WASM \
-            --no-entry -sALLOW_MEMORY_GROWTH -sMAXIMUM_MEMORY=4GB
+WEB_FLAGS = -O3 -msimd128 -fno-math-errno $(WARNINGS) -Wno-unknown-pragmas -Wno-unused-function \
+            -sSTANDALONE_WASM --no-entry -sALLOW_MEMORY_GROWTH -sMAXIMUM_MEMORY=4GB
 WEB_PAGE = $(addprefix web/,index.html page.css page.js worker.js)
 web: web/site/mamba.wasm     ## web/site, a page that runs the models: doc/WEB.md (emscripten)
 	cp $(WEB_PAGE) models/story.bin models/copying.bin web/site
@@ -210,6 +210,29 @@ web/site/mamba.wasm: web/mamba_web.c $(SOURCES)
 	mkdir -p web/site
 	$(EMCC) $(WEB_FLAGS) $< -o $@
 
+# One program for all processors of a kind: cpu/ compiled for each set of instructions, the best one
+# chosen at start (cpu/levels.h). Static where that can be linked, so that it runs on any Linux.
+DIST_FLAGS   = $(filter-out $(ARCH),$(FLAGS)) $(WINDOWS_FLAGS)
+DIST_LEVELS  = $(if $(call try,-mavx512f,$(ANY_PROGRAM)),avx2 avx512)
+LEVEL_avx2   = -mavx2 -mfma
+LEVEL_avx512 = $(LEVEL_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
+DIST         = $(CC) $(DIST_FLAGS) -DMAMBA_LEVELS mamba.c $(LEVELS:%=dist-%.o) -o $@
+dist:                        ## mamba-dist: as fast as `make` on every processor of this kind
+	$(MAKE) mamba-dist LEVELS='$(DIST_LEVELS)'
+dist-%.o: $(SOURCES) .flags
+	$(CC) $(DIST_FLAGS) $(LEVEL_$*) -Wno-unused-function -DMAMBA_LEVEL=$* -c mamba.c -o $@
+mamba-dist: $(SOURCES) .flags $(LEVELS:%=dist-%.o)
+	$(DIST) $(call try,-static $(OPENMP),$(or $(if $(OPENMP),$(OPENMP_PROGRAM)),$(ANY_PROGRAM))) -lm
+
+# For 64-bit Windows, by mingw-w64. gcc does not align the stack there as vectors of 32 bytes need
+# it; the assembler then writes moves that need no alignment. -static: no DLL of OpenMP.
+MINGW ?= x86_64-w64-mingw32-gcc
+windows:                     ## mamba.exe for Windows, as fast on every processor (mingw-w64)
+	$(MAKE) mamba.exe CC='$(MINGW)' ARCH= LEVELS='avx2 avx512' \
+	    WINDOWS_FLAGS=-Wa,-muse-unaligned-vector-move
+mamba.exe: $(SOURCES) .flags $(LEVELS:%=dist-%.o)
+	$(DIST) -static -Wl,--stack,8388608 -lm
+
 portable:                    ## ./mamba for any processor of this kind: no -march=native
 	$(MAKE) ARCH= all
 
@@ -220,6 +243,7 @@ bench: all                   ## speeds on random weights; LLAMA_BENCH=path compa
 
 clean:                       ## remove what was built
 	rm -f mamba mamba-debug mamba-plain mamba_single.c mamba_cuda.o .flags \
+	    mamba-dist mamba.exe dist-*.o \
 	    lib/library.o libmamba.a libmamba.so \
 	    tests/test_all tests/test_all-debug tests/test_all-plain
 	rm -rf web/site

@@ -256,7 +256,9 @@ COLD
 #include "tokenizer.c"
 #include "files/tensors.h"
 #include "files/header.h"
+#ifndef MAMBA_LEVEL
 #include "files/model_file.h"
+#endif
 COLD_END
 
 // -------------------------------------------------------------------------------------------------
@@ -696,7 +698,10 @@ OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int
 // scan_backward() does this below; here are its two steps.
 
 #ifdef PLAIN
-enum { SCAN_WIDTH = 16 }; // channels of a task of scan_backward(); cpu/ has its own number
+enum {
+    SCAN_WIDTH = 16,
+    SCAN_WIDEST = 16
+}; // channels of a task of scan_backward(); cpu/ has its own
 #endif
 
 typedef struct {              // what scan_backward() writes
@@ -714,7 +719,7 @@ typedef struct { // a task of scan_backward(): the channels e0 .. e0 + width, at
     float *states, *decays; // (SCAN_CHUNK,N,SCAN_WIDTH) of the chunk in hand
     float *A, *d_A;         // (N,SCAN_WIDTH)
     float *d_h;             // (N,SCAN_WIDTH) gradient of the state
-    float d_D[SCAN_WIDTH];
+    float d_D[SCAN_WIDEST];
     float *parts; // (T,2N) what these channels add to d_B and d_C
 } ScanBlock;
 
@@ -768,6 +773,10 @@ OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float 
 #include "cpu/matmul.h"
 #include "cpu/scan.h"
 #endif
+#if defined(MAMBA_LEVELS) || defined(MAMBA_LEVEL)
+#include "cpu/levels.h" // make dist: cpu/ for several processors in one program
+#endif
+#ifndef MAMBA_LEVEL
 
 // --- the parallel form. One step is the map h -> a h + b with a = decay and b = inject. Two steps,
 // (a1,b1) first, are again such a map:
@@ -1972,7 +1981,7 @@ COLD
 int main(int argc, char **argv) {
     prepare_process();
     argv = program_arguments(&argc, argv);
-    int result = run_command(argc, argv);
+    int result = take_level(&argc, argv) ? -1 : run_command(argc, argv);
     if ((fflush(stdout) || ferror(stdout)) && !result)
         result = fail("stdout: cannot write: %s", strerror(errno));
     if (result) fprintf(stderr, "mamba: %s\n", *error_text ? error_text : "out of memory");
@@ -1981,4 +1990,5 @@ int main(int argc, char **argv) {
 #endif
 COLD_END
 #endif // MAMBA_NO_MAIN
+#endif // MAMBA_LEVEL
 #endif // MAMBA_TYPES_ONLY

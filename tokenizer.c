@@ -468,9 +468,9 @@ static void tokenizer_close(Tokenizer *t) {
 
 static int tokenizer_size(const Tokenizer *t) { return (int)t->n_ids; }
 
-static bool tokenizer_is_bytes(const Tokenizer *t) { return t->kind == TOKENIZER_BYTES; }
+UNUSED static bool tokenizer_is_bytes(const Tokenizer *t) { return t->kind == TOKENIZER_BYTES; }
 
-static const char *tokenizer_name(const Tokenizer *t) {
+UNUSED static const char *tokenizer_name(const Tokenizer *t) {
     static const char *const name[] = {"bytes", "byte-level BPE", "BPE of characters", "words"};
     return name[t->kind];
 }
@@ -1247,7 +1247,7 @@ static int tokenizer_encode(const Tokenizer *t, const TextPiece *piece, size_t n
 static int32_t tokenizer_bos(const Tokenizer *t) { return t->bos; }
 
 // The id of what has no token, or -1.
-static int32_t tokenizer_unknown(const Tokenizer *t) { return t->unknown; }
+UNUSED static int32_t tokenizer_unknown(const Tokenizer *t) { return t->unknown; }
 
 // -------------------------------------------------------------------------------------------------
 // 7. Streaming decode. Ids stand for bytes, and a character may take several ids. Only whole

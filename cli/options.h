@@ -130,7 +130,7 @@ static int check_files(const FileUse *use, int n) {
 // --- the model's file, and what to do with another
 
 // Whether path ends in one of these.
-static bool has_ending(const char *path, const char *const *ending) {
+static UNUSED bool has_ending(const char *path, const char *const *ending) {
     size_t n = strlen(path);
     for (; *ending; ending++) {
         size_t length = strlen(*ending);
@@ -334,6 +334,24 @@ static void on_kill(int number) {
     remove_temporaries();
     signal(number, SIG_DFL);
     raise(number);
+}
+
+// Takes `--cpu-level NAME` out of the arguments of any command: of the sets of instructions that
+// the program was compiled for (make dist), the one to use. 0, or -1 after fail().
+static UNUSED int take_level(int *argc, char **argv) {
+    for (int i = 1; i < *argc && strcmp(argv[i], "--"); i++) {
+        if (strcmp(argv[i], "--cpu-level")) continue;
+        if (i + 1 == *argc) return fail("--cpu-level needs a value: base, avx2 or avx512");
+#ifdef MAMBA_LEVELS
+        if (cpu_choose_level(argv[i + 1])) return -1;
+#else
+        return fail("--cpu-level: this program has one set of instructions (make dist has more)");
+#endif
+        *argc -= 2;
+        for (int k = i; k <= *argc; k++) argv[k] = argv[k + 2]; // the NULL at the end too
+        return 0;
+    }
+    return 0;
 }
 
 #if defined(SIGBUS) && defined(MAMBA_POSIX)

@@ -1,6 +1,8 @@
 // cpu/ceilings.h: what a processor can do at most, for the benchmark: vectors read from memory, and
 // the inner loop of cpu/matmul.h. cli/bench.h includes it and has the plain forms.
 
+#pragma once
+
 // The sum of p (n), n a multiple of 4 VL: as fast as memory is read.
 static float read_floats(const float *p, size_t n) {
     vec sum[4] = {splat(0), splat(0), splat(0), splat(0)};

@@ -76,6 +76,11 @@ typedef uint16_t hvec;
 #endif
 // A task of scan_backward() has SCAN_WIDTH channels: SCAN_VECTORS vectors.
 enum { SCAN_VECTORS = 4, SCAN_WIDTH = SCAN_VECTORS * VL };
+#if defined(MAMBA_LEVELS) || defined(MAMBA_LEVEL)
+enum { SCAN_WIDEST = 64 }; // of all levels in the program
+#else
+enum { SCAN_WIDEST = SCAN_WIDTH };
+#endif
 
 #if defined(__has_builtin) // gcc from 12, clang
 #if __has_builtin(__builtin_shufflevector)

@@ -66,7 +66,7 @@ static int fail_in(const char *where) {
 
 // Why the last call of this thread failed: one sentence, no newline. Where a thread of a team
 // fails, its text must be copied to the thread that started the team.
-const char *mamba_error(void) { return error_text; }
+SHARED const char *mamba_error(void) { return error_text; }
 
 static size_t size_mul(size_t a, size_t b) { return a && b > SIZE_MAX / a ? SIZE_MAX : a * b; }
 static size_t size_add(size_t a, size_t b) { return b > SIZE_MAX - a ? SIZE_MAX : a + b; }

@@ -28,7 +28,7 @@ static struct {
 // From now on what the models of this process need lies in memory (bytes), which stays the
 // caller's. memory NULL: malloc again. What was allocated before is freed where it came from, as
 // long as the arena is not moved. One thread at a time may allocate in an arena.
-void mamba_arena(void *memory, size_t bytes) {
+SHARED void mamba_arena(void *memory, size_t bytes) {
     const size_t skip = (ARENA_ALIGN - (uintptr_t)memory % ARENA_ALIGN) % ARENA_ALIGN;
     arena.base = memory && bytes >= skip ? (unsigned char *)memory + skip : NULL;
     arena.bytes = arena.base ? bytes - skip : 0;
@@ -38,7 +38,7 @@ void mamba_arena(void *memory, size_t bytes) {
 }
 
 // Bytes of the arena that are in use, and the most that ever were.
-size_t mamba_arena_used(size_t *peak) {
+SHARED size_t mamba_arena_used(size_t *peak) {
     if (peak) *peak = arena.peak;
     return arena.used;
 }
@@ -86,7 +86,7 @@ static void memory_free(void *p) {
 }
 
 // Gives back what the model allocated for the caller, such as the ids of mamba_encode.
-void mamba_release(void *p) { memory_free(p); }
+SHARED void mamba_release(void *p) { memory_free(p); }
 
 // As realloc: p NULL begins a block. NULL: there is no room, and p is as it was.
 static void *memory_grow(void *p, size_t bytes) {

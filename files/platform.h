@@ -62,6 +62,14 @@ __declspec(dllimport) wchar_t **__stdcall CommandLineToArgvW(const wchar_t *, in
 #define UNUSED
 #endif
 
+// SHARED: a function that other files of C may call. Files that are also part of a level (see
+// cpu/levels.h), which would define it a second time, say so.
+#ifdef MAMBA_LEVEL
+#define SHARED UNUSED static
+#else
+#define SHARED
+#endif
+
 // COLD to COLD_END: code that runs once. gcc compiles it at -O1, which cuts the build time by a
 // third.
 #if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__)

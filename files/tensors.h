@@ -134,7 +134,7 @@ static int make_derived(Model *m) {
     return m->derived ? 0 : -1;
 }
 
-void mamba_free(Model *m) {
+SHARED void mamba_free(Model *m) {
     if (!m) return;
     if (m->tokenizer) tokenizer_close(m->tokenizer);
     memory_free(m->own_blob);

@@ -6,7 +6,8 @@ hubs, and of damaged ones.
 
 Needs numpy, and ./mamba where it is built. The last line is "N passed, N failed, N skipped".
 
-Contents: 1 configs | 2 names of tensors | 3 adapters | 4 GGUF
+Contents: 1 configs | 2 names of tensors | 3 adapters | 4 GGUF |
+5 public checkpoints
 """
 import json
 import os
@@ -18,6 +19,7 @@ import zlib
 import numpy as np
 
 import test_export
+from families import FAMILIES, IDS, drawn
 from test_export import (Case, Sizes, VARIANTS, export, have, hf_config, layout, read_model,
                          reference_config, reference_names, spoilt, weights, write)
 
@@ -553,6 +555,41 @@ class Gguf(Checkpoint):
             for count in (1 << 63, 1 << 31, 500):
                 write(self.gguf, whole[:at] + struct.pack("<Q", count) + whole[at + 8:])
                 self.bad("model.gguf", arguments=command)
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Public checkpoints, against transformers (dev/make_checkpoints.py)
+
+
+class Families(Checkpoint):
+    def test_every_family(self):
+        with np.load(os.path.join(test_export.HERE, "checkpoints.npz")) as file:
+            want = {name.replace("|", "/"): file[name] for name in file}
+        for family in FAMILIES:
+            with self.subTest(family.names):
+                rename, tensors = family.rename or (lambda name: name), drawn(family)
+                tensors = {rename(name): a for name, a in tensors.items()}
+                if family.note == "classifier.weight":
+                    tensors["classifier.weight"] = np.zeros((2, family.sizes.D), "f4")
+                self.checkpoint(family.sizes, family.config, tensors)
+                if family.refused:
+                    self.bad(family.refused)
+                    continue
+                text = self.good()
+                self.assertEqual("note:" in text, bool(family.note), text)
+                self.assertIn(family.note or "", text)
+                out = os.path.join(self.dir, "logits")
+                self.run_mamba("logits", self.bin, "--tokens", ",".join(map(str, IDS)), "--all",
+                               "-o", out)
+                got = np.fromfile(out, "<f4").reshape(len(IDS), -1)
+                error = np.abs(got - want[family.names]).max() / np.abs(want[family.names]).max()
+                self.assertLess(error, 5e-5)
+
+    def test_the_table_names_them_all(self):
+        with open(os.path.join(test_export.HERE, "..", "doc", "CHECKPOINTS.md")) as file:
+            table = file.read()
+        for family in FAMILIES:
+            self.assertIn(family.names, table)
 
 
 if __name__ == "__main__":

@@ -403,6 +403,27 @@ class Values(Case):
         self.spoil("backbone.norm_f.weight", 0, 1e30)  # stays float32, so this is no matter
         self.good(self.src, self.bin, "--tokenizer", "bytes", "--dtype", "f16")
 
+    def test_copied_and_converted_numbers_are_checked_alike(self):
+        s, name = VARIANTS["plain"], "backbone.layers.1.mixer.x_proj.weight"
+        for dtype in ("F32", "F16", "BF16"):
+            for bits, good in ((0x7F7F, dtype != "F16"), (0x7F80, False), (0xFF80, False),
+                               (0x7BFF, True), (0x7C00, dtype != "F16"), (0x7FC1, False)):
+                with self.subTest(dtype=dtype, bits=bits):
+                    self.checkpoint(s, dtype={name: dtype})
+                    path = os.path.join(self.src, "model.safetensors")
+                    data = bytearray(open(path, "rb").read())
+                    header = json.loads(data[8:8 + struct.unpack_from("<Q", data)[0]])
+                    at = struct.unpack_from("<Q", data)[0] + 8 + header[name]["data_offsets"][0]
+                    width = 4 if dtype == "F32" else 2
+                    struct.pack_into("<H", data, at + 5 * width + width - 2, bits)
+                    write(path, bytes(data))
+                    for target in ("f32", dtype.lower()):
+                        command = (self.src, self.bin, "--tokenizer", "bytes", "--dtype", target)
+                        if good:
+                            self.good(*command)
+                        else:
+                            self.bad(name, "element 5", arguments=command)
+
     def test_position_past_the_first_chunk(self):
         self.small_chunks()
         self.spoil("backbone.embeddings.weight", 100, np.nan)
@@ -1112,6 +1133,28 @@ class Output(Case):
         command = [sys.executable, "-c", code, self.src, self.bin, "--tokenizer", "bytes"]
         result = subprocess.run(command, capture_output=True, text=True)
         self.assertEqual((result.returncode, os.listdir(self.dir)), (143, ["src"]), result.stderr)
+
+    def test_interrupted_while_it_starts(self):
+        write(os.path.join(self.dir, "numpy.py"),
+              b"import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+        result = subprocess.run([sys.executable, EXPORT, "a", "b"], capture_output=True, text=True,
+                                env={**os.environ, "PYTHONPATH": self.dir})
+        self.assertEqual((result.returncode, result.stderr), (-2, ""))
+
+    def test_interrupted_while_it_runs(self):
+        self.checkpoint(Sizes(V=20000))
+        code = ("import os, runpy, signal, sys, zlib\n"
+                "crc, calls = zlib.crc32, []\n"
+                "def crc32(*a):\n"
+                "    calls.append(0)\n"
+                "    if len(calls) == 5: os.kill(os.getpid(), signal.SIGINT)\n"
+                "    return crc(*a)\n"
+                "zlib.crc32 = crc32\n"
+                f"runpy.run_path({EXPORT!r}, run_name='__main__')")
+        command = [sys.executable, "-c", code, self.src, self.bin, "--tokenizer", "bytes"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        self.assertEqual((result.returncode, os.listdir(self.dir), result.stderr),
+                         (1, ["src"], "export.py: interrupted\n"))
 
     def test_disk_full(self):
         self.checkpoint(Sizes(V=20000))

@@ -37,6 +37,7 @@ static int fail(const char *format, ...) {
 static uint32_t u32_at(const unsigned char *p) {
     return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
+#define UNUSED __attribute__((unused))
 #include "files/memory.h"
 #include "tokenizer.c"
 static bool get(void *p, size_t n) { return fread(p, 1, n, stdin) == n; }

@@ -19,10 +19,11 @@ SITE = os.path.join(ROOT, "web", "site")
 STORY = os.path.join(ROOT, "models", "story.bin")
 TALES = os.path.join(ROOT, "models", "tales.bin")
 PROMPT = "Once upon a time"
-PASSAGE = ("The old woman said, \"Who are you?\" and the wolf, who was very hungry, told her that he "
-           "had lost his way in the dark wood.\n\nThe Queen of the fairies came at Christmas to the "
-           "little house of the woodcutter, and there was grandmother's red shawl upon the door. "
-           "Nobody knew how it had come there, and nobody dared to ask. So they waited till morning.")
+PASSAGE = ("The old woman said, \"Who are you?\" and the wolf, who was very hungry, told her that "
+           "he had lost his way in the dark wood.\n\nThe Queen of the fairies came at Christmas to "
+           "the little house of the woodcutter, and there was grandmother's red shawl upon the "
+           "door. Nobody knew how it had come there, and nobody dared to ask. So they waited till "
+           "morning.")
 counts = {"passed": 0, "failed": 0}
 
 
@@ -152,8 +153,9 @@ def test_channel(page, folder):
     check("h of a channel as in a state that ./mamba saves", worst < 1e-3, "error %.1e" % worst)
     check("h after is decay times h before, plus inject", sums < 1e-3, "error %.1e" % sums)
     check("h before is h after the token before", follows < 1e-3, "error %.1e" % follows)
-    drawn = page.do("['before', 'decay', 'inject', 'after', 'strip', 'map'].map(id => { const c = "
-                    "$(id); const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+    drawn = page.do("['before', 'decay', 'inject', 'after', 'strip', 'map'].map(id => {"
+                    " const c = $(id), g = c.getContext('2d');"
+                    " const d = g.getImageData(0, 0, c.width, c.height).data;"
                     " return new Set(new Uint32Array(d.buffer)).size })")
     check("six pictures are drawn", min(drawn) > 1, str(drawn))
 
@@ -212,6 +214,11 @@ def test_files(page, folder):
     page.read(PROMPT, 40)
     same_text("a dropped model.bin: its greedy text as by ./mamba", page.text(),
               mamba(TALES, PROMPT, "-t", "0", "-n", "40").rstrip("\n"))
+    page.drop(os.path.join(ROOT, "tests", "plain.bin"))
+    page.wait("document.body.dataset.model === 'plain.bin'")
+    page.idle()
+    page.read("n\u00e9e", 0)
+    check("where tokens are bytes, characters are put together", page.text() == "n\u00e9e")
     cut = os.path.join(folder, "cut.bin")
     with open(TALES, "rb") as whole, open(cut, "wb") as part:
         part.write(whole.read()[:1000000])
@@ -231,6 +238,14 @@ def test_keys(page):
     page.key("Escape")
     page.idle()
     check("Enter writes, Escape stops", 10 < page.do("current.tokens.length") < 1000)
+    count = page.do("current.tokens.length")
+    page.set(words=PASSAGE * 40)
+    page.do("$('words').focus()")
+    page.key("Enter")
+    page.wait("current.tokens.length > %d" % count)
+    page.key("Escape")
+    page.idle()
+    check("Escape stops the reading, too", page.do("current.tokens.length") < count + 92 * 40)
     page.do("$('text').focus()")
     for key, want in (("End", "current.tokens.length - 1"), ("Home", "0"), ("ArrowRight", "1"),
                       ("ArrowRight", "2"), ("ArrowLeft", "1")):

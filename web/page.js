@@ -56,7 +56,7 @@ function showTabs() {
 const letter = id => id === 0 ? '·' : id === 15 ? '?' : String.fromCharCode(64 + id);
 
 function labelOf(token) {
-  if (!isTask()) return token.text.replaceAll('\n', '↵\n');
+  if (!isTask()) return token.text.replaceAll('\n', '↵\n') || '◦';  // ◦: a part of a character
   return letter(token.want === undefined ? token.id : token.answer);
 }
 
@@ -96,10 +96,12 @@ function recolour() {
     const turn = +css('--turn');  // where the letters change from dark to light
     const [low, high] = scaleOf(deltas), elements = $('text').querySelectorAll('.tok');
     elements.forEach((e, at) => {
-      const share = shareOf(deltas[at], low, high);
-      e.style.setProperty('--share', share.toFixed(3));
+      const share = shareOf(deltas[at], low, high), delta = deltas[at].toPrecision(7);
       e.classList.toggle('hot', share > turn);
-      e.dataset.delta = deltas[at].toPrecision(7);
+      if (e.share !== share) e.style.setProperty('--share', share.toFixed(3));
+      e.share = share;
+      if (e.dataset.delta === delta) return;
+      e.dataset.delta = delta;
       e.title = `Δ ${deltas[at].toPrecision(3)}, token ${current.tokens[at].id}`;
     });
     $('lowest').textContent = high ? '≤ ' + low.toPrecision(2) : '';
@@ -128,6 +130,7 @@ function look() {
     return;
   }
   asking = true;
+  $('look').ariaBusy = true;
   ask({do: 'look', text: current.number, at: selected, layer: lookLayer, channel});
 }
 
@@ -315,7 +318,8 @@ function open(message, complaint) {
 }
 
 function openFile(file) {
-  if (!file || busy) return;
+  if (!file) return;
+  if (busy) return complain('Stop the writing first (Escape), then open a file.');
   if (/\.state$/.test(file.name)) loadFile(file);
   else open({file});
 }
@@ -480,7 +484,8 @@ const answers = {
   tokens(message) {
     const text = texts.find(one => one.number === message.text);
     if (!text) return;
-    const follows = current === text;
+    const follows = current === text, pane = $('text');
+    const atEnd = pane.scrollHeight - pane.scrollTop - pane.clientHeight < 60;
     for (const token of message.tokens) {
       text.tokens.push(token);
       if (follows) $('text').append(tokenElement(token, text.tokens.length - 1));
@@ -489,7 +494,7 @@ const answers = {
     if (!follows) return;
     $('position').textContent = message.position;
     recolour();
-    $('text').scrollTop = $('text').scrollHeight;
+    if (atEnd) pane.scrollTop = pane.scrollHeight;  // who reads further up is left there
   },
   done(message) {
     setBusy(false);
@@ -529,6 +534,7 @@ const answers = {
   },
   look(message) {
     asking = false;
+    $('look').ariaBusy = false;
     if (askAgain || !message.record) {
       askAgain = false;
       if (message.record) look();

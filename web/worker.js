@@ -102,7 +102,8 @@ function closeModel() {
 
 function newText(number) {
   if (texts.has(number)) dropText(texts.get(number));
-  const text = {number, state: must(x.web_state_new()), ids: [], snaps: [], every: CHUNK};
+  const text = {number, state: must(x.web_state_new()), ids: [], snaps: [], every: CHUNK,
+                decoder: new TextDecoder()};
   texts.set(number, text);
   snap(text);
   return text;
@@ -142,21 +143,22 @@ function readIds(state, ids) {
   return ids.map((_, t) => Float32Array.from({length: rows}, (_, row) => means[row * n + t]));
 }
 
-function decode(state, id) {
-  const n = x.web_decode(state, id);
-  return new TextDecoder().decode(bytesAt(x.web_text(), n));
+// Whole characters: where a model's tokens are bytes, the decoder waits for the rest of one.
+function decode(text, id) {
+  const n = x.web_decode(text.state, id);
+  return text.decoder.decode(bytesAt(x.web_text(), n), {stream: true});
 }
 
 // The text reads ids, and the page is told.
-function feed(text, ids, extra) {
+function feed(text, ids) {
   for (let done = 0; done < ids.length;) {
     const n = Math.min(ids.length - done, text.every - text.ids.length % text.every, CHUNK);
     const part = ids.slice(done, done + n);
-    const words = part.map(id => decode(text.state, id));
+    const words = part.map(id => decode(text, id));
     const means = readIds(text.state, part);
     text.ids.push(...part);
     if (text.ids.length % text.every === 0) snap(text);
-    const tokens = part.map((id, t) => ({id, text: words[t], means: means[t], ...extra}));
+    const tokens = part.map((id, t) => ({id, text: words[t], means: means[t]}));
     postMessage({is: 'tokens', text: text.number, tokens, position: position(text)});
     done += n;
   }
@@ -177,22 +179,26 @@ function encode(words) {
 
 function beginWriting(message) {
   const text = texts.get(message.text);
-  const began = performance.now();
   let ids = message.words ? encode(message.words) : [];
   if (ids.length === 0 && position(text) === 0 && model.start >= 0) ids = [model.start];
-  feed(text, ids, {read: true});
-  const reading = (performance.now() - began) / 1000;
-  x.web_state_seed(text.state, message.seed);
-  writing = {text, left: message.most, how: message.how, written: 0, seconds: 0, reading,
-             read: ids.length};
+  writing = {text, ids, at: 0, seed: message.seed, left: message.most, how: message.how,
+             written: 0, seconds: 0};
   writeSome();
 }
 
-// Tokens for some 40 ms; then what the page has sent in the meantime comes first.
+// Reads what is left to read, then writes, for some 40 ms. Then what the page has sent in the
+// meantime comes first.
 function writeSome() {
   const w = writing, began = performance.now();
   if (!w) return;
   try {
+    if (w.at < w.ids.length) {
+      feed(w.text, w.ids.slice(w.at, w.at += CHUNK));
+      if (w.at >= w.ids.length) x.web_state_seed(w.text.state, w.seed);
+      later.port2.postMessage(0);
+      return;
+    }
+    if (!w.ids.length && !w.written) x.web_state_seed(w.text.state, w.seed);
     let ended = w.left <= 0 ? 'length' : '';
     while (!ended && performance.now() - began < 40) {
       const {temperature, topP, topK, minP, penalty} = w.how;
@@ -223,7 +229,7 @@ function endWriting(why) {
   const w = writing;
   writing = null;
   if (w) postMessage({is: 'done', text: w.text.number, why, written: w.written, seconds: w.seconds,
-                      read: w.read, reading: w.reading});
+                      read: Math.min(w.at, w.ids.length)});
 }
 
 // --- selective copying: letters among noise, then markers, where the letters must come back
@@ -246,7 +252,6 @@ function copyTask(message) {
     if (letter) wanted.push(id);
     ids.push(id);
   }
-  const began = performance.now();
   feed(text, ids);
   for (const want of wanted) {
     const means = readIds(text.state, [MARKER])[0];
@@ -256,7 +261,7 @@ function copyTask(message) {
     postMessage({is: 'tokens', text: text.number, tokens: [token], position: position(text)});
   }
   postMessage({is: 'done', text: text.number, why: 'task', written: 0, seconds: 0,
-               read: message.length, reading: (performance.now() - began) / 1000});
+               read: message.length});
 }
 
 // --- states
@@ -276,7 +281,7 @@ function goBack(text, count, state) {
 function fork(message) {
   const from = texts.get(message.from), count = message.count;
   const text = {number: message.text, state: must(x.web_state_new()),
-                ids: from.ids.slice(0, count), every: from.every,
+                ids: from.ids.slice(0, count), every: from.every, decoder: new TextDecoder(),
                 snaps: from.snaps.filter(kept => kept.at <= count)};
   text.snaps = text.snaps.map(kept => {
     kept.copy.uses++;
