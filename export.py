@@ -1437,9 +1437,9 @@ def read_added(recipe, table, vocab, merges, notes):
     return list(added.values())
 
 
-def tokenizer_blob(path_or_dict, notes=None):
+def tokenizer_blob(path_or_dict, notes=None, source=b""):
     """tokenizer.json, as a path or already parsed, to the blob. notes: a list that gets a sentence
-    for each thing that was left out."""
+    for each thing that was left out. source: the bytes of the file, which --to-hf gives back."""
     data, notes = path_or_dict, [] if notes is None else notes
     if not isinstance(data, dict):
         try:
@@ -1467,10 +1467,10 @@ def tokenizer_blob(path_or_dict, notes=None):
     merges = read_merges(recipe, model, vocab)
     added = read_added(recipe, data.get("added_tokens"), vocab, merges, notes)
     read_post_processor(recipe, data.get("post_processor"), vocab)
-    return pack_tokenizer(recipe, vocab, merges, added)
+    return pack_tokenizer(recipe, vocab, merges, added, zlib.compress(source, 9) if source else b"")
 
 
-def pack_tokenizer(recipe, vocab, merges, added):
+def pack_tokenizer(recipe, vocab, merges, added, packed_source):
     token_of = {i: token for token, i in vocab.items()}
     token_of.update((i, normalized_token(recipe, content) if bits & ADDED_NORMALIZED else content)
                     for i, bits, content in added)
@@ -1482,10 +1482,11 @@ def pack_tokenizer(recipe, vocab, merges, added):
     old = {(GPT2,): 1, (PUNCT, GPT2, FALCON): 2}.get(tuple(recipe.steps))
     fields = recipe.kind, flags, cuts, n_ids, len(merges), len(added)
     if recipe.kind == BPE_BYTES and old and flags <= (3 if old == 1 else 1) and \
-            recipe.bos == recipe.unknown == -1:                 # what older programs read
+            recipe.bos == recipe.unknown == -1 and not packed_source:  # what older programs read
         out = [struct.pack("<4s7I", b"mtok", 1, *fields[:2], old, *fields[3:])]
     else:
-        out = [struct.pack("<4s7I2iI20x", b"mtok", 2, *fields, recipe.bos, recipe.unknown, 0)]
+        out = [struct.pack("<4s7I2iI20x", b"mtok", 2, *fields, recipe.bos, recipe.unknown,
+                           len(packed_source))]
     one_byte = {}
     for i in range(n_ids):
         if i not in token_of:
@@ -1506,7 +1507,18 @@ def pack_tokenizer(recipe, vocab, merges, added):
     for i, bits, content in added:
         raw = content.encode("utf-8")
         out.append(struct.pack("<3I", i, bits, len(raw)) + raw)
-    return b"".join(out)
+    return b"".join(out) + packed_source
+
+
+def tokenizer_source(blob):
+    """The tokenizer.json that a blob was made of, as bytes; None where it was not kept."""
+    n = struct.unpack_from("<I", blob, 40)[0] if struct.unpack_from("<I", blob, 4)[0] == 2 else 0
+    if n == 0:
+        return None
+    try:
+        return zlib.decompress(blob[len(blob) - n:])
+    except zlib.error as error:
+        refuse("blob", f"is damaged ({error})")
 
 
 def bytes_tokenizer_blob():
@@ -1582,8 +1594,14 @@ def find_tokenizer(choice, folder, notes=None):
                 "the tokenizer.json of GPT-NeoX-20B), --tokenizer bytes for a byte model, or "
                 "--tokenizer none for a model that reads and writes ids only")
         path = os.path.join(path, names[0] if names else TOKENIZER_FILES[0])
-    table = vocab_txt_table(path, notes) if path.endswith(".txt") else read_json(path)
-    blob = tokenizer_blob(table, notes)
+    source = b""
+    if path.endswith(".txt"):
+        table = vocab_txt_table(path, notes)
+    else:
+        table = read_json(path)
+        with open(path, "rb") as f:
+            source = f.read()
+    blob = tokenizer_blob(table, notes, source)
     ends = [token["id"] for token in table.get("added_tokens") or []
             if token["content"] == "<|endoftext|>"]
     return blob, ends[0] if ends else None
@@ -1805,15 +1823,17 @@ def tokenizer_files(m, blob):
     """tokenizer.json and what names its special tokens; nothing for bytes, which have none."""
     if not blob or struct.unpack_from("<I", blob, 8)[0] == 0:
         return {}
-    table = tokenizer_json(blob)
-    added = {token["id"]: token["content"] for token in table["added_tokens"]}
+    source = tokenizer_source(blob)
+    table = json.loads(source) if source else tokenizer_json(blob)
+    added = {token["id"]: token["content"] for token in table.get("added_tokens") or []}
     special = {
         "bos_token": added.get(m.bos), "eos_token": added.get((m.eos or [-1])[0]),
         "pad_token": added.get(m.pad)
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               **{key: content for key, content in special.items() if content is not None}}
-    return {"tokenizer.json": json_text(table), "tokenizer_config.json": json_text(config)}
+    return {"tokenizer.json": source.decode("utf-8") if source else json_text(table),
+            "tokenizer_config.json": json_text(config)}
 
 
 def stored_pieces(m, dtype, f, source, tensors_offset):

@@ -630,7 +630,11 @@ def compare(name, data, args, rng, texts, program, export, count):
     back = export.tokenizer_json(blob)
     round_trip = Tokenizer.from_str(json.dumps(back))
     count.check(export.tokenizer_blob(back) == blob, "%s: blob -> tokenizer.json -> blob" % name)
-    driver = Driver(program, blob)
+    source = json.dumps(data, indent=1).encode("utf-8")
+    longer = export.tokenizer_blob(data, source=source)
+    count.check(export.tokenizer_source(longer) == source and export.tokenizer_source(blob) is None
+                and export.tokenizer_json(longer) == back, "%s: the file itself is kept" % name)
+    driver = Driver(program, rng.choice([blob, longer]))
     specials = [t["content"] for t in data["added_tokens"]]
     known = sorted(i for i in library.get_vocab().values())
     before = count.failed
