@@ -9,7 +9,7 @@
 
      res (T,D) ----------------------------------------------------------------.
       |                                                                        |
-     rmsnorm                                                                   |
+     norm                                                                      |
       | xn (T,D)                                                               |
      in_proj                                                                   |
       |                                                                        |
@@ -70,7 +70,7 @@
 
    CONTENTS (at a first reading, skip what is marked *)
      1  Types: the config, the list of tensors, the model
-     2  Plain operations, each with its backward pass: rmsnorm, matmul, loss, conv1d, gate
+     2  Plain operations, each with its backward pass: norms, matmul, loss, conv1d, gate
      3  The scan: recurrence, parallel form, backward pass *
      4  The model: one layer (block), all layers (forward), prefill and step
      5  Learning *: initial weights, loss and backward pass, AdamW
@@ -119,6 +119,7 @@ enum { N_MAX = 1024 }; // the largest N
 enum { RECENT = 64 };  // tokens that the repeat penalty looks back over
 enum { PENDING = 4 };  // most bytes of an unfinished UTF-8 character
 enum { FLAG_TIED = 1, FLAG_PROJ_BIAS = 2, FLAG_CONV_BIAS = 4, FLAG_MIXER_NORM = 8 };
+enum { FLAG_LAYER_NORM = 16 }; // the norms take the mean away and have a bias
 enum { ARCH_MAMBA = 0, ARCH_FALCON_MAMBA = 1 };
 
 typedef struct {
@@ -147,6 +148,7 @@ typedef enum {
     X(embedding, c->V,          c->D,  c->type, INIT_NORMAL,  true,  true)
 #define TENSORS_LAYER(X) \
     X(norm,      c->D,          1,     F32,     INIT_ONES,    false, true) \
+    X(norm_bias, c->D,          1,     F32,     INIT_ZEROS,   false, c->flags & FLAG_LAYER_NORM) \
     X(in_proj,   2 * c->E,      c->D,  c->type, INIT_LINEAR,  true,  true) \
     X(in_bias,   2 * c->E,      1,     F32,     INIT_ZEROS,   false, c->flags & FLAG_PROJ_BIAS) \
     X(conv,      c->E,          c->K,  F32,     INIT_CONV,    true,  true) \
@@ -160,6 +162,7 @@ typedef enum {
     X(out_bias,  c->D,          1,     F32,     INIT_ZEROS,   false, c->flags & FLAG_PROJ_BIAS)
 #define TENSORS_LAST(X) \
     X(norm_f,    c->D,          1,     F32,     INIT_ONES,    false, true) \
+    X(norm_f_bias, c->D,        1,     F32,     INIT_ZEROS,   false, c->flags & FLAG_LAYER_NORM) \
     X(head,      c->V,          c->D,  c->type, INIT_LINEAR,  true,  !(c->flags & FLAG_TIED))
 
 // clang-format on
@@ -220,8 +223,8 @@ typedef struct GpuBackend {
     const char *(*error)(void);
     Gpu *(*open)(const Model *m, int float32);
     void (*close)(Gpu *g);
-    int (*set_state)(Gpu *g, const float *window, const float *h, const float *logits);
-    int (*get_state)(Gpu *g, float *window, float *h, float *logits);
+    int (*set_state)(Gpu *g, int place, const float *window, const float *h, const float *logits);
+    int (*get_state)(Gpu *g, int place, float *window, float *h, float *logits);
     int (*prefill)(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, const float *),
                    void *context);
     int (*gather)(Gpu *g, int s, int S);
@@ -243,6 +246,14 @@ typedef struct GpuBackend {
     int (*measure)(double *copy_bytes, double *flops, double *used_bytes, char name[256]);
     int (*time_scan)(int B, int E, int L, int N, int float32, int repeats, double seconds[4]);
     const char *(*step_form)(const Gpu *g);
+    int (*places)(Gpu *g, int S, int keep);
+    int (*place_begin)(Gpu *g, int place, uint64_t random, uint64_t position, const int32_t *recent,
+                       int n_recent);
+    int (*place_move)(Gpu *g, int to, int from);
+    int (*places_sampling)(Gpu *g, const Sampling *how, const unsigned char *allowed);
+    int (*places_generate)(Gpu *g, int32_t *ids, int steps);
+    int (*step)(Gpu *g, const int32_t *ids, int S);
+    int (*pretend)(const char *what, int value);
 } GpuBackend;
 
 #ifndef MAMBA_TYPES_ONLY
@@ -283,51 +294,68 @@ OPERATION float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 OPERATION float silu(float x) { return x * sigmoid(x); }
 OPERATION float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); } // expf overflows at 88
 
-// --- RMSNorm: xn = x r weight with r = 1 / sqrt(mean(x^2) + eps)
+// out (D) += the sum over t of x (T,D), rows ld apart: the gradient of what is added to every row.
+OPERATION void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
+#pragma omp for
+    for (int d = 0; d < D; d++)
+        for (int t = 0; t < T; t++) out[d] += x[t * ld + d];
+}
 
-OPERATION float rms_factor(const float *x, float eps, int D) {
-    float squares = 0;
-    for (int d = 0; d < D; d++) squares += x[d] * x[d];
+// --- Norms: xn = (x - m) r weight + bias with r = 1 / sqrt(mean((x - m)^2) + eps). LayerNorm takes
+// the mean of x as m; RMSNorm, which has no bias, takes 0.
+OPERATION float norm_factor(const float *x, const float *bias, float eps, int D, float *m) {
+    float sum = 0, squares = 0;
+    for (int d = 0; d < D && bias; d++) sum += x[d];
+    *m = sum / (float)D;
+    for (int d = 0; d < D; d++) squares += (x[d] - *m) * (x[d] - *m);
     return 1 / sqrtf(squares / (float)D + eps);
 }
 
-// xn, x (T,D), rows ld apart; they may be the same array. weight (D), or NULL: none.
-OPERATION void rmsnorm(float *xn, const float *x, const float *weight, float eps, int T, int D,
-                       size_t ld) {
+// xn, x (T,D), rows ld apart; they may be the same array. weight and bias (D), or NULL: none.
+OPERATION void norm_rows(float *xn, const float *x, const float *weight, const float *bias,
+                         float eps, int T, int D, size_t ld) {
 #pragma omp for
     for (int t = 0; t < T; t++) {
-        float r = rms_factor(x + t * ld, eps, D);
-        for (int d = 0; d < D; d++) xn[t * ld + d] = x[t * ld + d] * r * (weight ? weight[d] : 1);
+        float m, r = norm_factor(x + t * ld, bias, eps, D, &m);
+        for (int d = 0; d < D; d++)
+            xn[t * ld + d] =
+                (x[t * ld + d] - m) * r * (weight ? weight[d] : 1) + (bias ? bias[d] : 0);
     }
 }
 
-typedef struct {     // what rmsnorm_backward() writes
-    float *d_x;      // (T,D), rows as far apart as those of x
-    bool add;        // d_x += instead of =
-    float *d_weight; // (D) +=; not used where the norm has no weight
-    float *scale;    // (T) scratch
+typedef struct {              // what norm_rows_backward() writes
+    float *d_x;               // (T,D), rows as far apart as those of x
+    bool add;                 // d_x += instead of =
+    float *d_weight, *d_bias; // (D) +=; NULL: the norm has none
+    float *scale;             // (2,T) scratch: r, m
 } NormGrad;
 
-// xn = x r weight:  d_x = r (d_xn weight - x r^2 mean(d_xn weight x));  d_weight += d_xn x r,
-// summed over t. d_x and d_xn may be the same array unless d->add.
-OPERATION void rmsnorm_backward(const NormGrad *d, const float *d_xn, const float *x,
-                                const float *weight, float eps, int T, int D, size_t ld) {
+// With g = d_xn weight:  d_x = r (g - mean(g) - (x - m) r^2 mean(g (x - m))), where RMSNorm has no
+// mean(g);  d_weight += d_xn (x - m) r;  d_bias += d_xn. d_x may be d_xn unless d->add.
+OPERATION void norm_rows_backward(const NormGrad *d, const float *d_xn, const float *x,
+                                  const float *weight, float eps, int T, int D, size_t ld) {
+    float *scale = d->scale, *m = d->scale + T;
 #pragma omp for
-    for (int t = 0; t < T; t++) d->scale[t] = rms_factor(x + t * ld, eps, D);
+    for (int t = 0; t < T; t++) scale[t] = norm_factor(x + t * ld, d->d_bias, eps, D, &m[t]);
     if (weight) {
 #pragma omp for
         for (int i = 0; i < D; i++)
             for (int t = 0; t < T; t++)
-                d->d_weight[i] += d_xn[t * ld + i] * x[t * ld + i] * d->scale[t];
+                d->d_weight[i] += d_xn[t * ld + i] * (x[t * ld + i] - m[t]) * scale[t];
     }
+    if (d->d_bias) sum_rows(d->d_bias, d_xn, ld, T, D);
 #pragma omp for
     for (int t = 0; t < T; t++) {
-        float r = d->scale[t], mean = 0;
-        for (int i = 0; i < D; i++)
-            mean += d_xn[t * ld + i] * (weight ? weight[i] : 1) * x[t * ld + i] / (float)D;
+        float r = scale[t], mean = 0, mean_g = 0;
+        for (int i = 0; i < D; i++) {
+            float g = d_xn[t * ld + i] * (weight ? weight[i] : 1);
+            mean += g * (x[t * ld + i] - m[t]) / (float)D;
+            mean_g += d->d_bias ? g / (float)D : 0;
+        }
         for (int i = 0; i < D; i++) {
             size_t at = t * ld + i;
-            float d_x = r * (d_xn[at] * (weight ? weight[i] : 1) - x[at] * r * r * mean);
+            float g = d_xn[at] * (weight ? weight[i] : 1);
+            float d_x = r * (g - mean_g - (x[at] - m[t]) * r * r * mean);
             d->d_x[at] = d->add ? d->d_x[at] + d_x : d_x;
         }
     }
@@ -338,13 +366,6 @@ OPERATION void add_rows(float *out, const float *a, const float *b, int T, int D
 #pragma omp for
     for (int t = 0; t < T; t++)
         for (size_t i = (size_t)t * D, end = i + D; i < end; i++) out[i] = a[i] + b[i];
-}
-
-// out (D) += the sum over t of x (T,D), rows ld apart: the gradient of what is added to every row.
-OPERATION void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
-#pragma omp for
-    for (int d = 0; d < D; d++)
-        for (int t = 0; t < T; t++) out[d] += x[t * ld + d];
 }
 
 // By one thread: the square of the length of x (n).
@@ -1077,9 +1098,9 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
         x_proj.rows = R + N;
     }
 
-    // [x | z] = in_proj(rmsnorm(res))
+    // [x | z] = in_proj(norm(res))
     if (layer > 0 || !in_proj_of_ids(m, w, &in_proj, T, L)) {
-        rmsnorm(w->xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D);
+        norm_rows(w->xn, w->res, f32(&p->norm), f32(&p->norm_bias), c->norm_eps, T, D, (size_t)D);
         matmul(w->xz, 2 * (size_t)E, w->xn, (size_t)D, &in_proj, f32(&p->in_bias), rows);
     }
     // u = silu(conv(x))
@@ -1088,9 +1109,10 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
     // The selection: delta, B and C are functions of the token.
     matmul(w->raw, (size_t)P, w->u, (size_t)E, &x_proj, NULL, rows);
     if (c->flags & FLAG_MIXER_NORM) { // FalconMamba: without norms large models became unstable
-        rmsnorm(dt_low, w->raw, NULL, c->mixer_eps, T, R, (size_t)P);
-        rmsnorm(B_ssm, w->raw + R, NULL, c->mixer_eps, T, N, (size_t)P);
-        if (!state_only) rmsnorm(C_ssm, w->raw + R + N, NULL, c->mixer_eps, T, N, (size_t)P);
+        norm_rows(dt_low, w->raw, NULL, NULL, c->mixer_eps, T, R, (size_t)P);
+        norm_rows(B_ssm, w->raw + R, NULL, NULL, c->mixer_eps, T, N, (size_t)P);
+        if (!state_only)
+            norm_rows(C_ssm, w->raw + R + N, NULL, NULL, c->mixer_eps, T, N, (size_t)P);
     }
     matmul(w->delta, (size_t)E, dt_low, (size_t)P, &p->dt_proj, NULL, rows);
     softplus_bias(w->delta, f32(&p->dt_bias), rows, E);
@@ -1148,13 +1170,15 @@ typedef struct Acts { // what one pass at a time over one model needs
     int threads;      // team size
     int piece;        // rows that the arrays of work have room for
     Work work;
-    LayerState *seq;  // (n_layer,B) of the sequences of the pass
-    float *logits;    // (LOGIT_ROWS,V)
-    float *probs;     // (V) the sampler's scratch
-    int32_t *order;   // (BATCH_MAX,V) the sampler's scratch
-    float *selection; // (n) of the next prefill, or NULL, see mamba_selection()
-    Gpu *gpu;         // NULL: everything runs on the processor
-    State *gpu_state; // the state that the GPU holds
+    LayerState *seq;   // (n_layer,B) of the sequences of the pass
+    float *logits;     // (LOGIT_ROWS,V)
+    float *probs;      // (V) the sampler's scratch
+    int32_t *order;    // (BATCH_MAX,V) the sampler's scratch
+    float *selection;  // (n) of the next prefill, or NULL, see mamba_selection()
+    Gpu *gpu;          // NULL: everything runs on the processor
+    State *gpu_state;  // the state that the GPU reads into
+    State **gpu_batch; // (gpu_batch_n) of the GPU's last step of a batch; NULL: no longer there
+    int gpu_batch_n;
     void *arena;
 } Acts;
 
@@ -1170,18 +1194,30 @@ static const GpuBackend *const GPU = NULL; // then no Acts gets a gpu
 
 static int gpu_failed(void) { return fail("%s", GPU->error()); }
 
-// Brings a state's numbers back from the GPU, where they are newer. 0, or -1 after fail().
-static int state_fetch(const State *s) {
-    State *to = (State *)(uintptr_t)s; // what s means stays the same
-    Acts *a = s->newer_on;
-    to->newer_on = NULL;
-    return a && GPU->get_state(a->gpu, to->window, to->h, to->logits) ? gpu_failed() : 0;
+// The place of s in the GPU's batch; -1: it is the one that prefill reads into.
+static int gpu_place(const Acts *a, const State *s) {
+    int b = a->gpu_batch_n - 1;
+    while (b >= 0 && a->gpu_batch[b] != s) b--;
+    return b;
 }
 
 // The numbers of s are about to be set here: those on the GPU no longer count.
 static void state_detach(State *s) {
-    if (s->newer_on) s->newer_on->gpu_state = NULL;
+    Acts *a = s->newer_on;
+    int place = a ? gpu_place(a, s) : -1;
+    if (place >= 0) a->gpu_batch[place] = NULL;
+    else if (a) a->gpu_state = NULL;
     s->newer_on = NULL;
+}
+
+// Brings a state's numbers back from the GPU, where they are newer. 0, or -1 after fail().
+static int state_fetch(const State *s) {
+    State *to = (State *)(uintptr_t)s; // what s means stays the same
+    Acts *a = s->newer_on;
+    if (!a) return 0;
+    int place = gpu_place(a, s);
+    state_detach(to);
+    return GPU->get_state(a->gpu, place, to->window, to->h, to->logits) ? gpu_failed() : 0;
 }
 
 // From now on the passes of a run on the GPU, float32: with float32 products for bf16 weights too.
@@ -1235,7 +1271,7 @@ static void visit_logits(const Model *m, Acts *a, State *s, const float *res, in
     const Config *c = &m->config;
     const size_t D = (size_t)c->D, V = (size_t)c->V;
     float *xn = a->work.xn;
-    rmsnorm(xn, res, f32(&m->norm_f), c->norm_eps, L, c->D, D);
+    norm_rows(xn, res, f32(&m->norm_f), f32(&m->norm_f_bias), c->norm_eps, L, c->D, D);
     for (int t = 0; t < L; t += LOGIT_ROWS) {
         int rows = L - t < LOGIT_ROWS ? L - t : LOGIT_ROWS;
         matmul(a->logits, V, xn + (size_t)t * D, D, &m->head, NULL,
@@ -1252,7 +1288,8 @@ static void last_logits(const Model *m, Acts *a, State *const *s, const float *r
     const Config *c = &m->config;
     const size_t D = (size_t)c->D, V = (size_t)c->V;
     float *logits = B == 1 ? s[0]->logits : a->logits;
-    rmsnorm(a->work.xn, res + (L - 1) * D, f32(&m->norm_f), c->norm_eps, B, c->D, L * D);
+    norm_rows(a->work.xn, res + (L - 1) * D, f32(&m->norm_f), f32(&m->norm_f_bias), c->norm_eps, B,
+              c->D, L * D);
     matmul(logits, V, a->work.xn, L * D, &m->head, NULL, (Rows){B, true, a->work.packed});
     if (B == 1) return;
 #pragma omp for
@@ -1293,25 +1330,7 @@ static int check_ids(const Model *m, const int32_t *ids, size_t n) {
     return 0;
 }
 
-// mamba_prefill where a has a GPU: the state goes there once, and stays while the same one is read
-// into.
-static int prefill_gpu(Acts *a, State *s, const int32_t *ids, size_t n, LogitsVisitor *visit,
-                       void *context) {
-    if (n == 0) return 0;
-    State *there = a->gpu_state;
-    if (there != s || s->newer_on != a) {
-        if (there && there != s && there->newer_on == a && state_fetch(there)) return -1;
-        if (state_fetch(s) || GPU->set_state(a->gpu, s->window, s->h, s->logits))
-            return gpu_failed();
-        a->gpu_state = s;
-    }
-    s->newer_on = a;
-    if (GPU->prefill(a->gpu, ids, n, visit, context) ||
-        GPU->get_state(a->gpu, NULL, NULL, s->logits))
-        return gpu_failed();
-    state_read(s, ids, n);
-    return 0;
-}
+#include "files/on_gpu.h"
 
 // Reads n tokens into the state: any number, in memory that does not grow with it. Leaves the
 // logits after the last one in the state, and hands every position's to visit where that is not
@@ -1339,11 +1358,13 @@ void mamba_selection(Acts *a, float *means, int layer) {
     a->work.selection_layer = layer;
 }
 
-// Reads ids[b] into s[b], B different states, at most BATCH_MAX. Every weight is read once for all
-// of them, and each gets the same bits as alone. 0, or -1 after fail(), the states untouched.
+// Reads ids[b] into s[b], B different states, at most BATCH_MAX; on a GPU any number. Every weight
+// is read once for all of them, and each gets the same bits as alone. 0, or -1 after fail(), the
+// states untouched.
 int mamba_step_batch(const Model *m, Acts *a, State *const *s, const int32_t *ids, int B) {
-    assert(B >= 1 && B <= BATCH_MAX && B <= LOGIT_ROWS && B <= a->piece);
     if (check_ids(m, ids, (size_t)B)) return -1;
+    if (a->gpu) return step_batch_gpu(a, s, ids, B);
+    assert(B >= 1 && B <= BATCH_MAX && B <= LOGIT_ROWS && B <= a->piece);
     for (int b = 0; b < B; b++)
         if (state_fetch(s[b])) return -1;
     a->work.selection = NULL;
@@ -1384,11 +1405,6 @@ COLD_END
 // more forward pass of all chunks but the last. The memory is that of one chunk, and of the states
 // at every start: n_layer (N + K - 1) E floats a sequence, 3 MB for 130M parameters.
 
-typedef struct {
-    uint64_t seed;
-    const Config *config;
-} InitContext;
-
 static double random_normal(uint64_t *state) { // Box-Muller, one of the pair
     double r = sqrt(-2 * log(1 - random_unit(state)));
     return r * cos(6.283185307179586 * random_unit(state));
@@ -1411,41 +1427,9 @@ static float initial_value(Init init, int fan_in, int column, int n_layer, uint6
     return (float)(uniform * range); // INIT_LINEAR, INIT_CONV, INIT_DT
 }
 
-// Each row has a random stream of its own, so that threads can share rows. Streams of neighbouring
-// seeds are shifted copies of each other, so the seed is hashed once more.
-static void init_tensor(void *context, const TensorInfo *info, Tensor *w) {
-    InitContext *c = context;
-    const uint64_t seed = random_u64(&c->seed);
-    const int fan_in = info->init == INIT_CONV ? c->config->K : w->cols; // also of the conv's bias
-#pragma omp parallel for
-    for (int r0 = 0; r0 < w->rows; r0 += TILE) {
-        const int rows = w->rows - r0 < TILE ? w->rows - r0 : TILE;
-        uint64_t random[TILE];
-        for (int r = 0; r < rows; r++) {
-            uint64_t at = seed ^ (uint64_t)(r0 + r);
-            random[r] = random_u64(&at);
-        }
-        for (int k0 = 0; k0 < w->cols; k0 += TILE) {
-            const int columns = w->cols - k0 < TILE ? w->cols - k0 : TILE;
-            float value[TILE][TILE] = {{0}}; // value[k][r], as quantize_tile() takes it
-            for (int r = 0; r < rows; r++)
-                for (int k = 0; k < columns; k++)
-                    value[k][r] =
-                        initial_value(info->init, fan_in, k0 + k, c->config->n_layer, &random[r]);
-            store_tile(w, r0, k0, value);
-        }
-    }
-}
-
-Model *mamba_random_model(const Config *config, uint64_t seed) {
-    Model *m = blank_model(config);
-    if (!m) return NULL;
-    InitContext init = {seed, &m->config};
-    each_tensor(m, init_tensor, &init);
-    if (make_derived(m) == 0) return m;
-    mamba_free(m);
-    return NULL;
-}
+COLD
+#include "files/random_model.h"
+COLD_END
 
 // --- loss and backward
 
@@ -1552,8 +1536,8 @@ static void block_backward(Trainer *tr, int layer, int chunk) {
     matmul_backward(&d_dt, tr->d_delta, (size_t)E, w->xdb, (size_t)P, &p->dt_proj, rows);
     for (int part = 0; part < 3 && (c->flags & FLAG_MIXER_NORM); part++) {
         int at = part ? R + (part - 1) * N : 0, n = part ? N : R; // dt_low, B_ssm, C_ssm
-        rmsnorm_backward(&(NormGrad){.d_x = tr->d_xdb + at, .scale = tr->scale}, tr->d_xdb + at,
-                         w->raw + at, NULL, c->mixer_eps, T, n, (size_t)P);
+        norm_rows_backward(&(NormGrad){.d_x = tr->d_xdb + at, .scale = tr->scale}, tr->d_xdb + at,
+                           w->raw + at, NULL, c->mixer_eps, T, n, (size_t)P);
     }
     MatmulGrad d_x_proj = {.d_x = tr->d_u, .add = true, .d_W = grad(&d->x_proj)};
     matmul_backward(&d_x_proj, tr->d_xdb, (size_t)P, w->u, (size_t)E, &p->x_proj, rows);
@@ -1562,11 +1546,11 @@ static void block_backward(Trainer *tr, int layer, int chunk) {
     ConvGrad d_conv = {tr->d_xz, grad(&d->conv), grad(&d->conv_bias), d_window, tr->d_c};
     conv1d_silu_backward(&d_conv, tr->d_u, start.window, &conv);
 
-    rmsnorm(w->xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D); // again
+    norm_rows(w->xn, w->res, f32(&p->norm), f32(&p->norm_bias), c->norm_eps, T, D, (size_t)D);
     MatmulGrad d_in = {.d_x = tr->d_xn, .d_W = grad(&d->in_proj), .d_bias = grad(&d->in_bias)};
     matmul_backward(&d_in, tr->d_xz, 2 * (size_t)E, w->xn, (size_t)D, &p->in_proj, rows);
-    NormGrad d_norm = {tr->d_res, true, grad(&d->norm), tr->scale};
-    rmsnorm_backward(&d_norm, tr->d_xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D);
+    NormGrad d_norm = {tr->d_res, true, grad(&d->norm), grad(&d->norm_bias), tr->scale};
+    norm_rows_backward(&d_norm, tr->d_xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D);
 }
 
 // The head and the loss, LOSS_ROWS rows at a time, after the last layer's res (T,D): losses (T),
@@ -1577,7 +1561,7 @@ static void loss_pass(Trainer *tr, const float *res, const int32_t *targets, flo
     const int D = m->config.D, V = m->config.V, T = tr->B * tr->steps;
     const float eps = m->config.norm_eps;
     float *xn_of_all = tr->work->xn;
-    rmsnorm(xn_of_all, res, f32(&m->norm_f), eps, T, D, (size_t)D);
+    norm_rows(xn_of_all, res, f32(&m->norm_f), f32(&m->norm_f_bias), eps, T, D, (size_t)D);
     for (int t = 0; t < T; t += LOSS_ROWS) {
         const Rows rows = {T - t < LOSS_ROWS ? T - t : LOSS_ROWS, false, tr->work->packed};
         const float *xn = xn_of_all + (size_t)t * D;
@@ -1587,8 +1571,8 @@ static void loss_pass(Trainer *tr, const float *res, const int32_t *targets, flo
         if (backward)
             matmul_backward(&d_head, tr->logits, (size_t)V, xn, (size_t)D, &m->head, rows);
     }
-    NormGrad d_norm = {tr->d_res, false, grad(&d->norm_f), tr->scale};
-    if (backward) rmsnorm_backward(&d_norm, tr->d_xn, res, f32(&m->norm_f), eps, T, D, (size_t)D);
+    NormGrad d_norm = {tr->d_res, false, grad(&d->norm_f), grad(&d->norm_f_bias), tr->scale};
+    if (backward) norm_rows_backward(&d_norm, tr->d_xn, res, f32(&m->norm_f), eps, T, D, (size_t)D);
 }
 
 // One chunk of all sequences: forward only, to know the states at its end; forward and the loss; or
@@ -1896,33 +1880,6 @@ static bool is_eos(const Config *c, int32_t id) {
     return false;
 }
 
-// On a GPU, tokens are drawn and read some at a time: a launch for each would take longer than a
-// step. Where the text ends within them, the state has read too far.
-typedef struct {
-    int32_t ids[64];
-    int at, n;
-} Burst;
-
-static int32_t burst_next(Burst *b, const Model *m, Acts *a, State *s, const Sampling *how) {
-    if (b->at < b->n) return b->ids[b->at++];
-    if (b->n == 0) {
-        unsigned char *allowed = memory_get((size_t)m->config.V);
-        if (!allowed) return fail("out of memory: %d tokens", m->config.V);
-        for (int v = 0; v < m->config.V; v++)
-            allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
-        int failed = GPU->generate_start(a->gpu, 1, how, &s->random, s->position, s->recent,
-                                         s->n_recent, allowed);
-        memory_free(allowed);
-        if (failed) return gpu_failed();
-    }
-    b->n = b->n ? 32 : 4; // few at first, so that text appears soon
-    b->at = 0;
-    if (GPU->generate(a->gpu, b->ids, b->n)) return gpu_failed();
-    for (int i = 0; i < b->n; i++)
-        if (b->ids[i] < 0) return fail("a logit is not finite: run `info --verify`");
-    return b->ids[b->at++];
-}
-
 // Writes on after what s has read: draw a token, emit its text, read it, and again. Returns how
 // many tokens were written, or -1 after fail().
 long mamba_generate(const Model *m, Acts *a, State *s, Writing *w) {
@@ -1959,8 +1916,9 @@ COLD
 #include "cli/help.h"
 #include "cli/options.h"
 #include "cli/output.h"
-#include "cli/selection.h"
+#include "cli/prompt.h"
 #include "cli/generate.h"
+#include "cli/selection.h"
 #include "cli/several.h"
 #include "cli/session.h"
 #include "cli/command_generate.h"

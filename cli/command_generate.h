@@ -19,18 +19,17 @@ enum { HELPED = -2 };
 static int generate_options(GenerateOptions *o, int argc, char **argv, const char **rest) {
     // clang-format off
     const Option options[] = {
-        OPTION_INT("-n", "N", &o->n, -1, 1e15,
-                   "tokens to write; -1: no limit, 0: only read the prompt"),
-        OPTION_REAL("-t", "X", &o->temperature, 0, 100,
-                    "temperature; 0: always the likeliest token"),
-        OPTION_REAL("-p", "X", &o->top_p, 0, 1,
-                    "top-p: sample from the likeliest tokens that reach this probability"),
-        OPTION_INT("-k", "K", &o->top_k, 0, 1e9,
-                   "top-k: sample from the K likeliest tokens; 0: all"),
-        OPTION_REAL("--min-p", "X", &o->min_p, 0, 1,
-                    "drop tokens less likely than X times the likeliest"),
-        OPTION_REAL("--repeat-penalty", "X", &o->repeat_penalty, 0.01, 100,
-                    "weaken the last 64 tokens; 1: off"),
+        OPTION_TEXT("-f", "FILE", &o->file,
+                    "the prompt is in FILE; the newline at its end is left out"),
+        RAW_OPTION(&o->form.raw),
+        OPTION_SWITCH("-e", &o->form.escapes,
+                      "\\n, \\t, \\r, \\\\ and \\xHH in the prompt, --batch and --stop stand for "
+                      "newline, tab, ..."),
+        OPTION_TEXT("--tokens", "LIST", &o->tokens,
+                    "token ids between commas, instead of a prompt"),
+        IDS_OPTION(&o->form.ids),
+        NO_SPECIAL_OPTION(&o->form.no_special),
+        SAMPLING_OPTIONS(o),
         OPTION_INT("-s", "SEED", &o->seed, 0, 9e15,
                    "random seed; by default the clock, or the loaded state's generator"),
         OPTION_LIST("--stop", "STRING", &o->stop,
@@ -43,9 +42,12 @@ static int generate_options(GenerateOptions *o, int argc, char **argv, const cha
         OPTION_INT("--layer", "N", &o->layer, -1, 65535,
                    "the layer whose delta is shown, from 0; -1: the mean of all"),
         OPTION_INT("--samples", "S", &o->samples, 1, 1e9,
-                   "write S texts from the prompt (or each of --batch), 32 at once"),
+                   "write S texts from the prompt (or each of --batch), 32 at once, on "
+                   "a GPU 256"),
         OPTION_TEXT("--batch", "FILE", &o->batch,
-                    "write a text from each line of FILE, - for stdin, 32 at once"),
+                    "write a text from each line of FILE, - for stdin, 32 at "
+                    "once, on a GPU 256"),
+        OPTION_SWITCH("--quiet", &o->quiet, "write errors alone to stderr: no timing, no progress"),
         OPTION_SWITCH("--null", &o->null,
                       "no headings between several texts: a NUL byte after each"),
         NO_BOS_OPTION,
@@ -84,11 +86,19 @@ static int check_first(const char *const *rest, int n) {
 // Options that do not go together. rest: model and prompt, n of them. 0, or -1 after fail().
 static int check_generate(const GenerateOptions *o, const char *const *rest, int n, bool several) {
     const char *option = o->batch ? "--batch" : "--samples";
+    const char *prompt[] = {n == 2 ? "the prompt" : NULL, o->file ? "-f" : NULL,
+                            o->tokens ? "--tokens" : NULL, o->batch ? "--batch" : NULL};
+    const char *first = NULL;
     if (n == 0) return fail("a model.bin is needed: mamba models/story.bin \"Once upon a time\"");
-    if (o->show_selection && n == 1) return fail("--show-selection needs a prompt");
     if (o->batch && n == 2)
         return fail("--batch takes the prompts from %s: '%s' is one too many", o->batch, rest[1]);
-    if (o->samples > 1 && !o->batch && n == 1) return fail("--samples needs a prompt");
+    for (int i = 0; i < COUNT(prompt); i++) {
+        if (first && prompt[i])
+            return fail("%s and %s: one prompt is needed, not two", first, prompt[i]);
+        if (prompt[i]) first = prompt[i];
+    }
+    if (o->show_selection && !first) return fail("--show-selection needs a prompt");
+    if (o->samples > 1 && !first) return fail("--samples needs a prompt");
     if (several && o->show_selection)
         return fail("--show-selection shows one prompt: it does not go with %s", option);
     if (several && o->save)
@@ -96,8 +106,20 @@ static int check_generate(const GenerateOptions *o, const char *const *rest, int
     if (several && o->n == 0) return fail("-n 0 writes nothing: it does not go with %s", option);
     if (o->null && !several)
         return fail("--null ends each of several texts: it needs --samples or --batch");
-    if (several && mamba_has_gpu() && !backend.cpu)
-        return fail("%s runs on the processor: add --cpu", option);
+    if (o->form.ids && o->stop.n) return fail("--stop is a text: it does not go with --ids");
+    return 0;
+}
+
+// Copies of what -e changes in the command line. 0, or -1 after fail().
+static int unescape_stops(GenerateOptions *o) {
+    for (int i = 0; i < o->stop.n && o->form.escapes; i++) {
+        size_t n;
+        o->stop_copy[i] = unescaped_copy(o->stop.item[i], &n);
+        if (!o->stop_copy[i]) return fail_in("--stop");
+        if (n != strlen(o->stop_copy[i])) return fail("--stop cannot hold \\x00");
+        fail("--stop needs a text that is not empty");
+        o->stop.item[i] = o->stop_copy[i];
+    }
     return 0;
 }
 
@@ -113,18 +135,36 @@ static int generate_start(Session *x, GenerateOptions *o) {
     return 0;
 }
 
-// prompt: the text, "-" for stdin, or NULL with --batch. 0, or -1 after fail().
+// prompt: the text, "-" for stdin; NULL with -f, --tokens or --batch. 0, or -1 after fail().
 static int generate_texts(Session *x, const GenerateOptions *o, const char *prompt, bool several) {
-    const char *path = o->batch ? o->batch : !strcmp(prompt, "-") ? "-" : NULL;
-    size_t bytes = path ? 0 : strlen(prompt);
-    char *read = path ? read_text(path, &bytes) : NULL; // Ctrl-C still ends the program here
-    const char *text = path ? read : prompt;
-    if (!text) return -1;
-    catch_interrupt();
+    const PromptForm *how = &o->form;
+    const char *path = o->batch ? o->batch : o->file;
+    size_t bytes = prompt ? strlen(prompt) : 0;
+    char *read = NULL;
+    if (prompt && !strcmp(prompt, "-")) path = "-";
+    if (path) { // Ctrl-C still ends the program here
+        read = o->batch ? read_text(path, &bytes) : read_prompt_file(how, path, &bytes);
+        if (!read) return -1;
+    } else if (prompt && how->escapes) {
+        read = unescaped_copy(prompt, &bytes);
+        if (!read) return fail_in("prompt");
+    }
+    const char *text = read ? read : prompt;
+    catch_ends(o->save != NULL);
     if (!several && !o->show_selection) return generate_once(x, o, text, bytes, read);
     int result =
-        several ? generate_several(x, o, text, bytes) : show_selection(x, text, bytes, o->layer);
+        several ? generate_several(x, o, text, read, bytes) : show_selection(x, o, text, bytes);
     free(read);
+    return result;
+}
+
+static int generate_run(GenerateOptions *o, const char *prompt, bool several, bool talks) {
+    Session x;
+    if (unescape_stops(o) || session_open(&x, o->model_path, o->threads)) return -1;
+    if (!x.model->tokenizer) o->form.ids = true;
+    int result = generate_start(&x, o);
+    if (result == 0) result = talks ? interactive(&x, o) : generate_texts(&x, o, prompt, several);
+    session_close(&x);
     return result;
 }
 
@@ -144,21 +184,18 @@ static int command_generate(int argc, char **argv) {
     if (o.show_selection) backend.cpu = true; // a GPU does not tell delta
     const bool several = o.batch || o.samples > 1;
     if (check_generate(&o, rest, n, several)) return -1;
-    bool reads_stdin = !o.batch && (n == 1 || !strcmp(rest[1], "-"));
+    const bool talks = n == 1 && !o.batch && !o.file && !o.tokens;
     o.model_path = rest[0];
     const FileUse use[] = {
         {INPUT, "the model", o.model_path, NULL},
         {INPUT, "the state of --load-state", o.load, NULL},
-        {INPUT, "the standard input", reads_stdin ? "-" : NULL, NULL},
+        {INPUT, "the prompt of -f", o.file, NULL},
+        {INPUT, "the standard input", talks || (n == 2 && !strcmp(rest[1], "-")) ? "-" : NULL,
+         NULL},
         {OUTPUT, "--save-state", o.save, "the state of --load-state"},
     };
     if (check_files(use, COUNT(use))) return -1;
-    Session x;
-    if (session_open(&x, o.model_path, o.threads)) return -1;
-    int result = generate_start(&x, &o);
-    if (result == 0)
-        result =
-            n == 1 && !o.batch ? interactive(&x, &o) : generate_texts(&x, &o, rest[1], several);
-    session_close(&x);
+    int result = generate_run(&o, rest[1], several, talks);
+    for (int i = 0; i < LIST_MAX; i++) free(o.stop_copy[i]);
     return result;
 }

@@ -1,6 +1,6 @@
 // cli/eval.h - eval: the likelihood of a text, or [train] the accuracy on a task.
 //
-// Depends on cli/options.h (Session), cli/tasks.h and the API.
+// Depends on cli/options.h (Session), cli/prompt.h, cli/tasks.h and the API.
 
 // clang-format off
 static const char EVAL_USAGE[] =
@@ -48,7 +48,8 @@ static int text_likelihood(Likelihood *l, Session *x, const int32_t *ids, size_t
         ev.n = context && context < n - from ? context : n - from;
         for (size_t i = 1; i < ev.n; i++) {
             size_t length = 0;
-            if (x->model->tokenizer) tokenizer_token(x->model->tokenizer, ev.ids[i], &length);
+            const Tokenizer *t = x->model->tokenizer;
+            if (t && tokenizer_has(t, ev.ids[i])) tokenizer_token(t, ev.ids[i], &length);
             l->bytes += length;
         }
         if (from) mamba_state_reset(x->model, x->state);
@@ -79,12 +80,13 @@ static int evaluate_ids(Session *x, const int32_t *ids, size_t n, size_t context
 }
 
 // path: "-" for stdin. 0, or -1 after fail().
-static int evaluate_file(Session *x, const char *path, size_t context, bool each) {
+static int evaluate_file(Session *x, const PromptForm *how, const char *path, size_t context,
+                         bool each) {
     size_t bytes = 0, n = 0;
     int32_t *ids = NULL;
     char *text = read_utf8(path, &bytes);
     if (!text) return -1;
-    int result = encode_prompt(x->model, text, bytes, true, &ids, &n);
+    int result = encode_text(x->model, how, text, bytes, true, &ids, &n);
     if (result == 0) result = evaluate_ids(x, ids, n, context, each);
     free(text);
     free(ids);
@@ -246,12 +248,14 @@ typedef struct {
     Task task;
     bool each, recurrent;
     long threads, length, samples, seed, context;
+    PromptForm form;
 } EvalOptions;
 
 // Options that do not go together. n: arguments beside the options. 0, or -1 after fail().
 static int check_eval(const EvalOptions *o, int n) {
     if (n != (o->task ? 1 : 2)) return fail("eval needs a model.bin and a text file, or --task");
     if (o->context == 1) return fail("--context 1 leaves nothing to predict: at least 2");
+    if (o->task && o->form.ids) return fail("--ids does not go with --task");
     if (o->task && o->context) return fail("--context does not go with --task");
     if (o->recurrent && !o->task) return fail("--recurrent goes with --task");
     if (o->task && o->length < task_shortest(o->task))
@@ -282,6 +286,9 @@ static int command_eval(int argc, char **argv) {
         OPTION_SWITCH("--each", &o.each,
                       "one negative log-likelihood a line on stdout, from the second token on; "
                       "the summary on stderr"),
+        OPTION_SWITCH("--ids", &o.form.ids,
+                      "FILE is token ids, between spaces, commas or lines, instead of text"),
+        NO_SPECIAL_OPTION(&o.form.no_special),
         OPTION_INT("--context", "N", &o.context, 0, 1 << 30,
                    "cut the text into pieces of N tokens, each from a new state; 0: one piece"),
         NO_BOS_OPTION,
@@ -299,8 +306,8 @@ static int command_eval(int argc, char **argv) {
                          o.recurrent};
     Session x;
     if (session_open(&x, rest[0], o.threads)) return -1;
-    int result =
-        o.task ? evaluate_task(&x, &run) : evaluate_file(&x, rest[1], (size_t)o.context, o.each);
+    int result = o.task ? evaluate_task(&x, &run)
+                        : evaluate_file(&x, &o.form, rest[1], (size_t)o.context, o.each);
     session_close(&x);
     return result;
 }

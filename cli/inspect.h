@@ -1,6 +1,7 @@
 // cli/inspect.h - commands that look into a model: info, tokenize, logits.
 //
-// Depends on cli/options.h, the API, the tokenizer's functions and files/bytes.h (file_map).
+// Depends on cli/options.h, cli/prompt.h, the API, the tokenizer's functions and files/bytes.h
+// (file_map).
 
 // --- info
 
@@ -16,9 +17,10 @@ static void print_info(const Model *m, const char *path) {
     printf("sizes        d_model %d, n_layer %d, vocab_size %d, d_inner %d, d_state %d, d_conv %d, "
            "dt_rank %d\n",
            c->D, c->n_layer, c->V, c->E, c->N, c->K, c->R);
-    printf("options      %s head, %sprojection biases, %sconv bias, norm eps %g",
+    printf("options      %s head, %sprojection biases, %sconv bias, %snorm eps %g",
            c->flags & FLAG_TIED ? "tied" : "untied", c->flags & FLAG_PROJ_BIAS ? "" : "no ",
-           c->flags & FLAG_CONV_BIAS ? "" : "no ", c->norm_eps);
+           c->flags & FLAG_CONV_BIAS ? "" : "no ", c->flags & FLAG_LAYER_NORM ? "LayerNorm, " : "",
+           c->norm_eps);
     if (c->flags & FLAG_MIXER_NORM) printf(", norms on delta, B and C with eps %g", c->mixer_eps);
     printf("\n");
     if (m->tokenizer)
@@ -65,8 +67,6 @@ static const char TOKENIZE_USAGE[] =
     "do.\n";
 // clang-format on
 
-static bool is_separator(char c) { return c && strchr(" \t\r\n,", c); }
-
 // Prints the text of one token after the bytes that pending holds. 0, or -1 after fail().
 static int print_token(const Tokenizer *t, int id, Utf8Pending *pending) {
     size_t n;
@@ -81,22 +81,16 @@ static int print_token(const Tokenizer *t, int id, Utf8Pending *pending) {
 // text: a NUL follows its bytes. 0, or -1 after fail().
 static int print_decoded(const Tokenizer *t, const char *text, size_t bytes) {
     Utf8Pending pending = {.at_start = true};
-    const char *end = text + bytes;
-    for (const char *p = text;;) {
-        while (p < end && is_separator(*p)) p++;
-        if (p == end) break;
-        size_t at = (size_t)(p - text);
-        char *stop;
-        errno = 0;
-        long id = strtol(p, &stop, 10);
-        if (stop == p || errno || (stop < end && !is_separator(*stop)))
-            return fail("byte %zu of the input is not part of a token id", at);
-        if (id < 0 || id > INT_MAX || !tokenizer_has(t, (int)id))
-            return fail("token id %ld at byte %zu is not in the tokenizer of %d ids", id, at,
-                        tokenizer_size(t));
-        if (print_token(t, (int)id, &pending)) return -1;
-        p = stop;
+    const char *at = text;
+    int32_t id = 0;
+    int found;
+    while ((found = next_id(text, &at, text + bytes, &id)) > 0) {
+        if (!tokenizer_has(t, id))
+            return fail("token id %d before byte %zu is not in the tokenizer of %d ids", (int)id,
+                        (size_t)(at - text), tokenizer_size(t));
+        if (print_token(t, id, &pending)) return -1;
     }
+    if (found < 0) return -1;
     unsigned char out[3 * PENDING];
     fwrite(out, 1, utf8_flush(t, &pending, out), stdout);
     return 0;
@@ -178,33 +172,17 @@ static void write_logits(void *context, const float *logits) {
     }
 }
 
-// "1,2,3" to ids. 0, or -1 after fail().
-static int parse_ids(const char *text, int32_t **ids, size_t *n) {
-    *n = 0;
-    *ids = malloc((strlen(text) / 2 + 1) * sizeof **ids);
-    if (!*ids) return fail("out of memory: --tokens");
-    for (const char *p = text;; p++) {
-        char *end;
-        errno = 0;
-        long id = strtol(p, &end, 10);
-        if (end == p || errno || id < 0 || id > INT_MAX || (*end && *end != ','))
-            return fail("--tokens needs ids between commas, such as 1,2,3, not '%s'", text);
-        (*ids)[(*n)++] = (int32_t)id;
-        if (!*end) return 0;
-        p = end;
-    }
-}
-
 // The ids (n) of a prompt, "-" for stdin. 0, or -1 after fail().
-static int encode_argument(const Model *m, const char *prompt, int32_t **ids, size_t *n) {
+static int logits_ids(const Model *m, const PromptForm *how, const char *prompt, int32_t **ids,
+                      size_t *n) {
     size_t bytes = strlen(prompt);
     char *read = NULL;
     if (!strcmp(prompt, "-")) {
-        read = read_text("-", &bytes);
+        read = read_prompt_file(how, "-", &bytes);
         if (!read) return -1;
     }
     const char *text = read ? read : prompt;
-    int result = encode_prompt(m, text, bytes, true, ids, n) ? fail_in("prompt") : 0;
+    int result = encode_text(m, how, text, bytes, true, ids, n) ? fail_in("prompt") : 0;
     free(read);
     return result;
 }
@@ -225,10 +203,14 @@ static int write_all_logits(Session *x, const int32_t *ids, size_t n, bool all, 
 
 static int command_logits(int argc, char **argv) {
     bool all = false;
+    PromptForm how = {0};
     long threads = mamba_default_threads();
     const char *tokens = NULL, *path = NULL, *rest[2] = {NULL, NULL};
     const Option options[] = {
         OPTION_TEXT("--tokens", "LIST", &tokens, "token ids between commas, instead of a prompt"),
+        OPTION_SWITCH("--ids", &how.ids, "the prompt is token ids, for example from stdin"),
+        RAW_OPTION(&how.raw),
+        NO_SPECIAL_OPTION(&how.no_special),
         OPTION_SWITCH("--all", &all, "after every token, not only the last"),
         OPTION_TEXT("-o", "FILE", &path, "write raw float32 instead of text"),
         NO_BOS_OPTION,
@@ -251,7 +233,8 @@ static int command_logits(int argc, char **argv) {
     if (session_open(&x, rest[0], threads)) return -1;
     int32_t *ids = NULL, start = start_token(&x.model->config);
     size_t n = 0;
-    int result = tokens ? parse_ids(tokens, &ids, &n) : encode_argument(x.model, rest[1], &ids, &n);
+    int result = tokens ? parse_ids(x.model, tokens, &ids, &n)
+                        : logits_ids(x.model, &how, rest[1], &ids, &n);
     if (result == 0 && n > 0) result = write_all_logits(&x, ids, n, all, path);
     else if (result == 0 && start >= 0) result = write_all_logits(&x, &start, 1, all, path);
     else if (result == 0) result = fail("an empty prompt, and no end-of-text token to start from");

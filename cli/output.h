@@ -27,6 +27,7 @@ typedef struct {
     const TextList *stop;
     Text held;
     Text *into; // where the text goes instead of stdout, or NULL
+    char last;  // byte that went to stdout
 } Output;
 
 // 0, or -1 after fail(). Each write is checked: else -n -1 would write to a full disk for ever.
@@ -35,11 +36,20 @@ static int flush_stdout(void) {
     return fail("stdout: cannot write: %s", strerror(errno));
 }
 
+// Writes bytes (n) as they are, without looking for stop strings, and does not flush. 0, or -1
+// after fail().
+static int output_plain(Output *out, const void *bytes, size_t n) {
+    if (n == 0) return 0;
+    if (out->into) return text_add(out->into, bytes, n);
+    fwrite(bytes, 1, n, stdout);
+    out->last = ((const char *)bytes)[n - 1];
+    return 0;
+}
+
 // Prints the first n bytes of what is held. 0, or -1 after fail().
-static int output_print(const Output *out, size_t n) {
-    if (out->into) return text_add(out->into, out->held.bytes, n);
-    if (n) fwrite(out->held.bytes, 1, n, stdout);
-    return flush_stdout();
+static int output_print(Output *out, size_t n) {
+    if (output_plain(out, out->held.bytes, n)) return -1;
+    return out->into ? 0 : flush_stdout();
 }
 
 // Prints all that is held. 0, or -1 after fail().

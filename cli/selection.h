@@ -1,16 +1,25 @@
 // cli/selection.h - generate --show-selection: the prompt, each token in the colour of its mean
 // delta, which is how far the model lets the token into its state.
 //
-// Depends on cli/options.h (Session) and on mamba_selection().
+// Depends on cli/generate.h (Prompt), cli/options.h (Session) and on mamba_selection().
 
-// Of the 256 terminal colours, dark to bright.
-static const int HEAT[] = {234, 237, 240, 60, 61, 97, 133, 169, 205, 211};
-enum { FIRST_BRIGHT = 6 }; // from this index of HEAT on, text is black instead of white
+// Of the 256 terminal colours, pale to dark: pale, the token hardly enters the state.
+// dev/selection.py has the same colours and the same scale.
+static const int HEAT[] = {255, 153, 111, 68, 26, 19, 17};
+enum { FIRST_DARK = 4 }; // from this index of HEAT on, text is white instead of black
 
 typedef struct {
-    double lowest, highest; // log(delta) of all tokens
+    double lowest, highest; // log(delta) at the ends of the scale
     bool colours;
 } Scale;
+
+// The scale spans a factor of 2 at least: tokens that differ by less look nearly the same.
+static void widen_scale(Scale *scale) {
+    const double least = 0.6931471805599453, lacks = least - (scale->highest - scale->lowest);
+    if (lacks <= 0) return;
+    scale->lowest -= lacks / 2;
+    scale->highest += lacks / 2;
+}
 
 static double log_delta(float delta) { return log(fmax((double)delta, 1e-30)); }
 
@@ -34,10 +43,9 @@ static void print_selected(const Model *m, int32_t id, float delta, const Scale 
         printf("\n");
         return;
     }
-    double range = scale->highest - scale->lowest;
-    double along = range > 0 ? (log_delta(delta) - scale->lowest) / range : 0.5;
+    double along = (log_delta(delta) - scale->lowest) / (scale->highest - scale->lowest);
     int shade = (int)fmin(along * COUNT(HEAT), COUNT(HEAT) - 1);
-    printf("\033[48;5;%d;38;5;%dm", HEAT[shade], shade < FIRST_BRIGHT ? 255 : 16);
+    printf("\033[48;5;%d;38;5;%dm", HEAT[shade], shade < FIRST_DARK ? 16 : 255);
     print_visible(text, n, false);
     printf("\033[0m%s", n && text[n - 1] == '\n' ? "\n" : "");
 }
@@ -54,7 +62,8 @@ static int show_selected(Session *x, const int32_t *ids, size_t n, long layer) {
     const Model *m = x->model;
     Scale scale = {INFINITY, -INFINITY, false};
 #ifdef MAMBA_POSIX
-    scale.colours = isatty(STDOUT_FILENO);
+    const char *no_colour = getenv("NO_COLOR"); // no-color.org: set and not empty
+    scale.colours = isatty(STDOUT_FILENO) && !(no_colour && *no_colour);
 #endif
     if (layer >= m->config.n_layer)
         return fail("--layer %ld: the model has layers 0 to %d", layer, m->config.n_layer - 1);
@@ -68,6 +77,7 @@ static int show_selected(Session *x, const int32_t *ids, size_t n, long layer) {
         scale.lowest = fmin(scale.lowest, log_delta(delta[t]));
         scale.highest = fmax(scale.highest, log_delta(delta[t]));
     }
+    widen_scale(&scale);
     if (result == 0) {
         for (size_t t = 0; t < n; t++) print_selected(m, ids[t], delta[t], &scale);
         if (scale.colours) print_legend(&scale, layer < 0);
@@ -76,13 +86,11 @@ static int show_selected(Session *x, const int32_t *ids, size_t n, long layer) {
     return result;
 }
 
-// layer -1: the mean of all. 0, or -1 after fail().
-static int show_selection(Session *x, const char *text, size_t bytes, long layer) {
-    int32_t *ids = NULL;
-    size_t n = 0;
-    if (encode_prompt(x->model, text, bytes, x->state->position == 0, &ids, &n))
-        return fail_in("prompt");
-    int result = show_selected(x, ids, n, layer);
-    free(ids);
+// o->layer -1: the mean of all. 0, or -1 after fail().
+static int show_selection(Session *x, const GenerateOptions *o, const char *text, size_t bytes) {
+    Prompt p = {.text = text, .bytes = bytes};
+    int result = encode_prompt(x, o, &p) ? fail_in("prompt") : 0;
+    if (result == 0) result = show_selected(x, p.ids, p.n, o->layer);
+    free(p.ids);
     return result;
 }

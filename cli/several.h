@@ -1,8 +1,9 @@
 // cli/several.h - generate --samples and --batch: up to BATCH_MAX sequences share every read of the
-// weights. Where one ends, the next text begins, so memory does not depend on how many there are.
-// Texts are printed in order, each once it and all before it have ended.
+// weights (on a GPU up to PLACES_USUAL). Where one ends, the next text begins, so memory does not
+// depend on how many there are. Texts are printed in order, each once it and all before it have
+// ended.
 //
-// Depends on cli/generate.h (options, read_prompt, Report) and cli/output.h.
+// Depends on cli/generate.h (options, prompts, Report) and cli/output.h.
 
 enum { TEXTS_MAX = 1024 }; // texts that have begun and are not printed yet
 
@@ -13,12 +14,6 @@ static const char *const ENDING_NAME[N_ENDINGS] = {
     [STOP_STRING] = "stop string",
     [INTERRUPTED] = "interrupted",
 };
-
-typedef struct {
-    const char *text; // a line of the file, or the prompt of the command line
-    size_t bytes;
-    size_t at, n; // its tokens are ids[at..at + n)
-} Prompt;
 
 typedef struct {
     State *state;
@@ -32,17 +27,16 @@ typedef struct {
     Session *x;
     const GenerateOptions *o;
     Prompt *prompt;
+    size_t *line;                     // of each prompt in the file of --batch, from 1
     size_t n_prompts, samples, total; // total: of all texts
-    int32_t *ids;                     // of all prompts
-    size_t n_ids, room;
-    State *start; // where every prompt begins: zeros or a loaded state
+    State *start;                     // where every prompt begins: zeros or a loaded state
     uint64_t seed;
-    Sequence sequence[BATCH_MAX]; // the first `running` are being written
-    int running, slots;
-    size_t begun, printed; // texts
-    Text text[TEXTS_MAX];  // of text k at k % TEXTS_MAX
-    bool whole[TEXTS_MAX]; // it has ended
-    unsigned char *bytes;  // room for one token's text
+    Sequence *sequence;         // (slots) the first `running` are being written
+    int running, slots, opened; // opened: sequences that are allocated
+    size_t begun, printed;      // texts
+    Text text[TEXTS_MAX];       // of text k at k % TEXTS_MAX
+    bool whole[TEXTS_MAX];      // it has ended
+    unsigned char *bytes;       // room for one token's text
     size_t ended[N_ENDINGS];
 } Several;
 
@@ -59,54 +53,48 @@ static uint64_t sample_seed(uint64_t seed, size_t sample) {
 
 // where: names the prompt in errors. 0, or -1 after fail().
 static int several_add_prompt(Several *all, const char *where, const char *text, size_t bytes) {
-    const Model *m = all->x->model;
-    int32_t *ids = NULL, start = start_token(&m->config);
-    size_t n = 0;
-    const bool begins = all->x->state->position == 0;
-    if (encode_prompt(m, text, bytes, begins, &ids, &n)) return fail_in(where);
-    const bool starts = n == 0 && begins;
-    if (starts && start < 0) {
-        free(ids);
-        return fail("%s: this model has no end-of-text token to start from: give a prompt", where);
-    }
-    if (starts) n = 1;
-    if (all->n_ids + n > all->room) {
-        size_t room = (all->n_ids + n) * 2;
-        int32_t *larger = realloc(all->ids, size_mul(room, sizeof *larger));
-        if (!larger) {
-            free(ids);
-            return fail("out of memory: %zu tokens of prompts", room);
-        }
-        all->ids = larger;
-        all->room = room;
-    }
-    if (n) memcpy(all->ids + all->n_ids, starts ? &start : ids, n * sizeof *ids);
-    free(ids);
-    all->prompt[all->n_prompts++] = (Prompt){text, bytes, all->n_ids, n};
-    all->n_ids += n;
-    return 0;
+    Prompt *p = &all->prompt[all->n_prompts++];
+    *p = (Prompt){.text = text, .bytes = bytes};
+    return encode_prompt(all->x, all->o, p) ? fail_in(where) : 0;
 }
 
-// Encodes every prompt before anything is written. text: the file of --batch, a prompt a line; or
-// the one prompt. 0, or -1 after fail().
-static int several_prompts(Several *all, const char *text, size_t bytes) {
+static bool is_blank(const char *line, size_t length) {
+    for (size_t i = 0; i < length; i++)
+        if (!strchr(" \t\r", line[i]) || !line[i]) return false;
+    return true;
+}
+
+// Adds the prompt of a line of --batch; a blank line has none. 0, or -1 after fail().
+static int several_add_line(Several *all, char *text, size_t length, size_t number) {
+    char where[256];
+    if (length && text[length - 1] == '\r') length--;
+    if (is_blank(text, length)) return 0;
+    snprintf(where, sizeof where, "%.200s line %zu", all->o->batch, number);
+    text[length] = 0;
+    if (all->o->form.escapes && unescape(text, &length)) return fail_in(where);
+    all->line[all->n_prompts] = number;
+    return several_add_prompt(all, where, text, length);
+}
+
+// Encodes every prompt before anything is written. text: the file of --batch, a prompt a line, in
+// which line ends become NULs; or the one prompt. 0, or -1 after fail().
+static int several_prompts(Several *all, const char *text, char *file, size_t bytes) {
     const char *batch = all->o->batch;
     size_t n = 1;
-    if (batch && bytes == 0) return fail("%s: empty: --batch needs one prompt a line", batch);
-    for (size_t i = 0; batch && i + 1 < bytes; i++) n += text[i] == '\n';
+    for (size_t i = 0; batch && i + 1 < bytes; i++) n += file[i] == '\n';
     all->prompt = calloc(n, sizeof *all->prompt);
-    if (!all->prompt) return fail("out of memory: %zu prompts", n);
+    all->line = calloc(n, sizeof *all->line);
+    if (!all->prompt || !all->line) return fail("out of memory: %zu prompts", n);
     if (!batch) return several_add_prompt(all, "prompt", text, bytes);
-    for (size_t i = 0, at = 0; i < n; i++) {
-        char where[256];
-        const char *line = text + at, *end = memchr(line, '\n', bytes - at);
-        size_t length = end ? (size_t)(end - line) : bytes - at;
+    for (size_t i = 0, at = 0; i < n && at < bytes; i++) {
+        const char *end = memchr(file + at, '\n', bytes - at);
+        size_t length = end ? (size_t)(end - file) - at : bytes - at;
+        if (several_add_line(all, file + at, length, i + 1)) return -1;
         at += length + 1;
-        if (length && line[length - 1] == '\r') length--;
-        snprintf(where, sizeof where, "%s line %zu", batch, i + 1);
-        if (several_add_prompt(all, where, line, length)) return -1;
     }
-    return 0;
+    if (all->n_prompts) return 0;
+    return fail("%s: %s: --batch needs one prompt a line", batch,
+                bytes ? "only blank lines" : "empty");
 }
 
 // --- one text from its begin to its end
@@ -121,23 +109,26 @@ static int several_begin(Several *all, Report *report) {
     if (sample == 0) {
         Report one = {0};
         mamba_state_copy(m, read, all->start);
-        if (p->n && read_prompt(all->x, all->ids + p->at, p->n, &one)) return -1;
+        if (read_prompt(all->x, p->ids, p->n, all->o->quiet, &one)) return -1;
         report->n_read += one.n_read;
         report->read_seconds += one.read_seconds;
         if (interrupted) return 0;
     }
     Sequence *q = &all->sequence[all->running++];
     Text *text = &all->text[all->begun % TEXTS_MAX];
-    mamba_state_copy(m, q->state, read);
-    q->state->random = sample_seed(all->seed, sample);
+    const uint64_t seed = sample_seed(all->seed, sample);
+    if (all->x->acts->gpu) {
+        if (mamba_place_begin(all->x->acts, all->running - 1, read, seed)) return -1;
+        q->state->pending = read->pending;
+    } else {
+        mamba_state_copy(m, q->state, read);
+        q->state->random = seed;
+    }
     q->number = all->begun++;
     q->written = 0;
     q->out.into = text;
     q->out.held.n = 0;
-    if (p->bytes == 0) return 0;
-    // A new text: a character that the loaded state left unfinished ends here.
-    if (text_add(text, all->bytes, mamba_decode(m, q->state, -1, all->bytes))) return -1;
-    return all->o->no_echo ? 0 : text_add(text, p->text, p->bytes);
+    return echo_prompt(m, q->state, all->o, p, &q->out);
 }
 
 // Takes in the token that was drawn for q. An Ending, or -1 after fail().
@@ -145,7 +136,8 @@ static int several_accept(Several *all, Sequence *q, int32_t id) {
     const Model *m = all->x->model;
     if (interrupted) return INTERRUPTED;
     if (is_eos(&m->config, id) && !all->o->ignore_eos) return END_OF_TEXT;
-    int stopped = output_add(&q->out, all->bytes, mamba_decode(m, q->state, id, all->bytes));
+    size_t n = token_text(m, q->state, id, all->o->form.ids, all->bytes);
+    int stopped = output_add(&q->out, all->bytes, n);
     q->written++;
     if (stopped) return stopped < 0 ? -1 : STOP_STRING;
     return q->written == all->o->n ? LENGTH : GOES_ON;
@@ -155,14 +147,16 @@ static int several_accept(Several *all, Sequence *q, int32_t id) {
 static int several_print(Several *all) {
     const GenerateOptions *o = all->o;
     for (; all->printed < all->begun; all->printed++) {
-        size_t at = all->printed % TEXTS_MAX, line = all->printed / all->samples + 1;
+        size_t at = all->printed % TEXTS_MAX, line = all->line[all->printed / all->samples];
         Text *text = &all->text[at];
         if (!all->whole[at]) break;
         if (!o->null && o->batch && all->samples > 1)
             printf("=== line %zu, sample %zu\n", line, all->printed % all->samples + 1);
-        else if (!o->null) printf("=== %s %zu\n", o->batch ? "line" : "sample", all->printed + 1);
+        else if (!o->null && o->batch) printf("=== line %zu\n", line);
+        else if (!o->null) printf("=== sample %zu\n", all->printed + 1);
         fwrite(text->bytes, 1, text->n, stdout);
-        putchar(o->null ? 0 : '\n');
+        if (o->null) putchar(0);
+        else if (!o->form.ids) putchar('\n'); // ids have each a line
         free(text->bytes);
         *text = (Text){0};
         all->whole[at] = false;
@@ -175,7 +169,7 @@ static int several_print(Several *all) {
 static int several_end(Several *all, int i, Ending why) {
     Sequence q = all->sequence[i];
     if (why != STOP_STRING) {
-        size_t n = mamba_decode(all->x->model, q.state, -1, all->bytes);
+        size_t n = token_text(all->x->model, q.state, -1, all->o->form.ids, all->bytes);
         if (output_add(&q.out, all->bytes, n) < 0) return -1;
     }
     if (output_flush(&q.out)) return -1;
@@ -222,33 +216,41 @@ static int several_loop(Several *all, Report *report) {
     }
 }
 
+#include "several_gpu.h"
+
 // Memory for the sequences, and the state that every prompt begins with. 0, or -1 after fail().
 static int several_open(Several *all) {
     const Model *m = all->x->model;
     all->total = size_mul(all->n_prompts, all->samples);
+    const bool gpu = all->x->acts->gpu;
     all->slots = all->total < BATCH_MAX ? (int)all->total : BATCH_MAX;
-    all->bytes = malloc(m->text_room);
-    if (!all->bytes) return fail("out of memory: %d sequences", all->slots);
+    if (gpu && several_open_gpu(all)) return -1;
+    all->sequence = calloc((size_t)all->slots, sizeof *all->sequence);
+    all->opened = all->sequence ? all->slots : 0;
+    all->bytes = malloc(m->text_room + 16);
+    if (!all->bytes || !all->sequence) return fail("out of memory: %d sequences", all->slots);
     all->start = mamba_state_new(m);
     if (!all->start) return -1;
     mamba_state_copy(m, all->start, all->x->state);
     for (int i = 0; i < all->slots; i++) {
         all->sequence[i].out.stop = &all->o->stop;
-        all->sequence[i].state = mamba_state_new(m);
+        all->sequence[i].state = gpu ? mamba_state_of_text() : mamba_state_new(m);
         if (!all->sequence[i].state) return -1;
     }
     return 0;
 }
 
 static void several_close(Several *all) {
-    for (int i = 0; i < BATCH_MAX; i++) {
+    for (int i = 0; i < all->opened; i++) {
         mamba_state_free(all->sequence[i].state);
         free(all->sequence[i].out.held.bytes);
     }
+    free(all->sequence);
     for (int i = 0; i < TEXTS_MAX; i++) free(all->text[i].bytes);
     mamba_state_free(all->start);
+    for (size_t i = 0; i < all->n_prompts; i++) free(all->prompt[i].ids);
     free(all->prompt);
-    free(all->ids);
+    free(all->line);
     free(all->bytes);
     free(all);
 }
@@ -265,10 +267,11 @@ static void endings_text(char *text, size_t room, const Several *all) {
     }
 }
 
-// Writes every text of --samples or --batch. text: the file of --batch, or the prompt. 0, or -1
-// after fail().
-static int generate_several(Session *x, const GenerateOptions *o, const char *text, size_t bytes) {
-    Report report = {.seed = o->clock_seed && o->temperature > 0 ? o->seed : -1};
+// Writes every text of --samples or --batch. file: that of --batch, whose line ends become NULs;
+// else text is the prompt. 0, or -1 after fail().
+static int generate_several(Session *x, const GenerateOptions *o, const char *text, char *file,
+                            size_t bytes) {
+    Report report = new_report(o);
     char ended[160];
     Several *all = calloc(1, sizeof *all);
     if (!all) return fail("out of memory");
@@ -276,16 +279,16 @@ static int generate_several(Session *x, const GenerateOptions *o, const char *te
     all->o = o;
     all->samples = (size_t)o->samples;
     all->seed = x->state->random;
-    int result = several_prompts(all, text, bytes);
+    int result = several_prompts(all, text, file, bytes);
     if (result == 0) result = several_open(all);
     if (result == 0) {
         double start = seconds();
-        result = several_loop(all, &report);
+        result = x->acts->gpu ? several_loop_gpu(all, &report) : several_loop(all, &report);
         report.write_seconds = seconds() - start - report.read_seconds;
     }
     endings_text(ended, sizeof ended, all);
     report.ended = ended;
-    if (result == 0) print_report(x, &report);
+    if (result == 0 && !o->quiet) print_report(x, &report);
     several_close(all);
     return result;
 }

@@ -1,4 +1,4 @@
-// layers.cuh - embedding, rmsnorm, convolution, bias, loss: forward, step and backward. Included by
+// layers.cuh - embedding, norms, convolution, bias, loss: forward, step and backward. Included by
 // mamba_cuda.cu.
 //
 // Each kernel passes over its data once. Neighbouring threads take neighbouring channels.
@@ -14,36 +14,49 @@ template <class To, class From> static void convert(Device *d, To *to, const Fro
     check_launch(d, "convert");
 }
 
-// out (rows, cols) = the weights of Q8 or Q4 tiles, as mamba.c describes them. A thread is a
-// weight.
-template <class T>
-__global__ void dequantize_kernel(T *out, const unsigned char *tiles, int bits, int rows,
-                                  int cols) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)rows * cols) return;
-    int row = (int)(i / cols), col = (int)(i % cols), codes = 32 / bits, j = col % codes;
-    size_t at = (size_t)(row / TILE) * ((cols + TILE - 1) / TILE) + col / TILE;
-    const unsigned char *tile = tiles + at * (size_t)(2 * TILE + bits * TILE * 4);
-    uint32_t word =
-        ((const uint32_t *)(tile + 2 * TILE))[col % TILE / codes * TILE + row % TILE] ^ 0x80000000u;
-    int code = (int)(word >> (j * bits) & ((1u << bits) - 1)) - (1 << (bits - 1));
-    out[i] =
-        (T)((float)code * __uint_as_float((uint32_t)((const uint16_t *)tile)[row % TILE] << 16));
-}
-
 __device__ inline uint64_t mix(uint64_t x) { // SplitMix64's output function
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
     return x ^ (x >> 31);
 }
 
-// res (rows,D) = rows of the embedding (V,D)
+// The embedding (V,D): of type T, or in tiles of `bits` bits (quantized.cuh).
+template <class T> struct EmbeddingOf {
+    const void *rows;
+    int D, bits;
+    __device__ float at(int v, int i) const {
+        if (!bits) return value(((const T *)rows)[(size_t)v * D + i]);
+        const int codes = 32 / bits, across = (D + TILE - 1) / TILE, r = v % TILE;
+        const unsigned char *tile =
+            (const unsigned char *)rows +
+            ((size_t)(v / TILE) * across + i / TILE) * (2 * TILE + bits * TILE * TILE / 8);
+        const uint32_t word =
+            ((const uint32_t *)(tile + 2 * TILE))[i % TILE / codes * TILE + r] ^ 0x80000000u;
+        const int code = (int)(word >> (bits * (i % codes)) & ((1u << bits) - 1));
+        return (float)(code - (1 << (bits - 1))) *
+               __uint_as_float((uint32_t)((const uint16_t *)tile)[r] << 16);
+    }
+};
+
+// res (rows,D) = rows of the embedding
 template <class T>
 __global__ void embed_kernel(float *__restrict__ res, const int32_t *__restrict__ ids,
-                             const T *__restrict__ embedding, int D) {
-    size_t row = blockIdx.x, id = (size_t)ids[row];
-    for (int i = threadIdx.x; i < D; i += blockDim.x)
-        res[row * D + i] = value(embedding[id * D + i]);
+                             EmbeddingOf<T> embedding, int D) {
+    size_t row = blockIdx.x;
+    for (int i = threadIdx.x; i < D; i += blockDim.x) res[row * D + i] = embedding.at(ids[row], i);
+}
+template <class T>
+static void embed(Device *d, float *res, const int32_t *ids, EmbeddingOf<T> embedding, int rows) {
+    embed_kernel<<<(unsigned)rows, 128, 0, d->stream>>>(res, ids, embedding, embedding.D);
+    check_launch(d, "embed");
+}
+// Token ids index device memory. 0, or -1 with a sentence.
+static int check_tokens(const int32_t *ids, size_t n, int V, bool none_allowed = false) {
+    for (size_t i = 0; i < n; i++)
+        if (ids[i] >= V || ids[i] < (none_allowed ? -1 : 0))
+            return gpu_fail("token id %d at position %zu is not in the vocabulary of %d", ids[i], i,
+                            V);
+    return 0;
 }
 
 // V neighbouring numbers that are read or written at once.
@@ -51,14 +64,15 @@ template <class T, int V> struct alignas(sizeof(T) * V) Group {
     T v[V];
 };
 
-// out = in / sqrt(mean(in^2) + eps) * weight, for rows of `cols` numbers, a multiple of V. weight
-// NULL: without; in may be out. TEAM threads share a row and keep it in PER groups of V each, or
-// read it twice (PER = 0). Where a block has one row, the weights are loaded before the sum is
-// known.
-template <class T, class In, int PER, int TEAM, int V>
+// out = (in - m) / sqrt(mean((in - m)^2) + eps) * weight + bias, for rows of `cols` numbers, a
+// multiple of V. CENTRED: LayerNorm, where m is the row's mean; else RMSNorm, m is 0 and there is
+// no bias. weight NULL: without; in may be out. TEAM threads share a row and keep it in PER groups
+// of V each, or read it again (PER = 0). Where a block has one row, the weights are loaded before
+// the sum is known.
+template <class T, class In, int PER, int TEAM, int V, bool CENTRED = false>
 __global__ void __launch_bounds__(256)
-    rmsnorm_kernel(T *out, size_t ld_out, const In *in, size_t ld_in,
-                   const float *__restrict__ weight, float eps, int rows, int cols) {
+    norm_kernel(T *out, size_t ld_out, const In *in, size_t ld_in, const float *__restrict__ weight,
+                const float *__restrict__ bias, float eps, int rows, int cols) {
     __shared__ float scratch[33];
     typedef Group<In, V> Read;
     typedef Group<float, V> Weights;
@@ -67,7 +81,7 @@ __global__ void __launch_bounds__(256)
     if (row >= (size_t)rows) return; // never part of a block of one row
     const In *x = in + row * ld_in;
     out += row * ld_out;
-    float squares = 0;
+    float squares = 0, mean = 0;
     Read kept[PER + 1];
     Weights early[PER + 1];
 #pragma unroll
@@ -78,9 +92,21 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int k = 0; k < PER; k++)
         if (first + step * k < cols) kept[k] = *(const Read *)(x + first + step * k);
+    if (CENTRED) {
+        auto add = [&](const Read &r) {
+#pragma unroll
+            for (int v = 0; v < V; v++) mean += value(r.v[v]);
+        };
+#pragma unroll
+        for (int k = 0; k < PER; k++)
+            if (first + step * k < cols) add(kept[k]);
+        for (int i = first + step * PER; i < cols; i += step) add(*(const Read *)(x + i));
+        mean = (TEAM > 32 ? block_sum(mean, scratch) : warp_sum(mean)) / (float)cols;
+    }
+    auto centred = [&](In x) { return CENTRED ? value(x) - mean : value(x); };
     auto add = [&](const Read &r) {
 #pragma unroll
-        for (int v = 0; v < V; v++) squares += value(r.v[v]) * value(r.v[v]);
+        for (int v = 0; v < V; v++) squares += centred(r.v[v]) * centred(r.v[v]);
     };
 #pragma unroll
     for (int k = 0; k < PER; k++)
@@ -91,7 +117,10 @@ __global__ void __launch_bounds__(256)
     auto store = [&](int i, const Read &r, const Weights &w) {
         Group<T, V> g;
 #pragma unroll
-        for (int v = 0; v < V; v++) put(&g.v[v], value(r.v[v]) * scale * (weight ? w.v[v] : 1.0f));
+        for (int v = 0; v < V; v++) {
+            float x = centred(r.v[v]) * scale * (weight ? w.v[v] : 1.0f);
+            put(&g.v[v], CENTRED ? x + bias[i + v] : x);
+        }
         *(Group<T, V> *)(out + i) = g;
     };
     Weights none = {};
@@ -112,32 +141,38 @@ enum { NORM_FEW = 2048 }; // rows: a warp a row would leave multiprocessors idle
 // The kernel of this shape. Rows that are not whole groups of 4, which no published model has, are
 // read twice by a warp each. Only the residual stream (In: float) has rows so long that a block
 // takes one.
-template <class T, class In> static auto rmsnorm_choice(bool fours, bool block, int cols) {
+template <class T, class In>
+static auto norm_choice(bool fours, bool block, int cols, bool centred) {
     int each = (cols + (block ? 255 : 31)) / (block ? 256 : 32); // numbers of a thread
-    if (!fours) return rmsnorm_kernel<T, In, 0, 32, 1>;
+    if (centred && block) return norm_kernel<T, In, 6, 256, 4, true>;
+    if (centred)
+        return fours ? norm_kernel<T, In, 6, 32, 4, true> : norm_kernel<T, In, 0, 32, 1, true>;
+    if (!fours) return norm_kernel<T, In, 0, 32, 1>;
     if constexpr (sizeof(In) == 4) {
         if (block)
-            return each <= 4    ? rmsnorm_kernel<T, In, 1, 256, 4>
-                   : each <= 12 ? rmsnorm_kernel<T, In, 3, 256, 4>
-                   : each <= 24 ? rmsnorm_kernel<T, In, 6, 256, 4>
-                                : rmsnorm_kernel<T, In, 0, 256, 4>;
+            return each <= 4    ? norm_kernel<T, In, 1, 256, 4>
+                   : each <= 12 ? norm_kernel<T, In, 3, 256, 4>
+                   : each <= 24 ? norm_kernel<T, In, 6, 256, 4>
+                                : norm_kernel<T, In, 0, 256, 4>;
         if (each > 12 && each <= 80)
-            return each <= 24 ? rmsnorm_kernel<T, In, 6, 32, 4> : rmsnorm_kernel<T, In, 20, 32, 4>;
+            return each <= 24 ? norm_kernel<T, In, 6, 32, 4> : norm_kernel<T, In, 20, 32, 4>;
     }
-    return each <= 12 ? rmsnorm_kernel<T, In, 3, 32, 4> : rmsnorm_kernel<T, In, 0, 32, 4>;
+    return each <= 12 ? norm_kernel<T, In, 3, 32, 4> : norm_kernel<T, In, 0, 32, 4>;
 }
+// bias NULL: RMSNorm, else LayerNorm.
 template <class T, class InRow>
-static void rmsnorm(Device *d, Rows<T> out, Rows<InRow> in, const float *weight, float eps,
-                    int rows, int cols) {
+static void norm_rows(Device *d, Rows<T> out, Rows<InRow> in, const void *weights,
+                      const void *biases, float eps, int rows, int cols) {
+    const float *weight = (const float *)weights, *bias = (const float *)biases;
     typedef std::remove_const_t<InRow> In;
     bool fours = (out.ld | in.ld | (size_t)cols) % 4 == 0 &&
                  (uintptr_t)in.p % (4 * sizeof(In)) == 0 && (uintptr_t)weight % 16 == 0 &&
                  (uintptr_t)out.p % (4 * sizeof(T)) == 0;
     bool block = fours && sizeof(In) == 4 && rows <= NORM_FEW && cols > 256;
-    launch_dependent(d, rmsnorm_choice<T, In>(fours, block, cols),
+    launch_dependent(d, norm_choice<T, In>(fours, block, cols, bias != NULL),
                      blocks_for((size_t)rows, block ? 1 : 8), 256, 0, out.p, out.ld, in.p, in.ld,
-                     weight, eps, rows, cols);
-    check_launch(d, "rmsnorm");
+                     weight, bias, eps, rows, cols);
+    check_launch(d, "norm_rows");
 }
 
 // FalconMamba scales dt_low (R), B_ssm (N) and C_ssm (N) of a row of xdb to a mean square of 1
@@ -152,7 +187,7 @@ template <class T> static void mixer_norms(Device *d, T *xdb, float eps, int row
     for (int part = 0; part < 3; part++) {
         MixerPart m = mixer_part(part, R, N);
         size_t ld = (size_t)(R + 2 * N);
-        rmsnorm(d, Rows(xdb + m.at, ld), Rows(xdb + m.at, ld), NULL, eps, rows, m.n);
+        norm_rows(d, Rows(xdb + m.at, ld), Rows(xdb + m.at, ld), NULL, NULL, eps, rows, m.n);
     }
 }
 __device__ inline void mixer_norm(float *row, MixerPart m, float eps) { // by a warp
@@ -196,10 +231,12 @@ __device__ __forceinline__ Group<float, V> conv_sum(Group<float, V> sum, const G
 template <class T, int V>
 __global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, float *window,
                                    const float *__restrict__ conv_t, const float *__restrict__ bias,
-                                   int L, int E, int K, int steps) {
-    int e = (blockIdx.x * blockDim.x + threadIdx.x) * V, t0 = blockIdx.y * steps;
+                                   int L, int E, int K, int steps, int tiles) {
+    // x, which alone takes 2^31 blocks: tiles of time of all sequences; y: channels.
+    const int tile = blockIdx.x % tiles, e = (blockIdx.y * blockDim.x + threadIdx.x) * V,
+              t0 = tile * steps;
     if (e >= E) return;
-    size_t b = blockIdx.z;
+    size_t b = blockIdx.x / tiles;
     const T *x = xz + b * L * 2 * E + e;
     float *before = window ? window + b * (K - 1) * E + e : NULL;
     u += b * L * E + e;
@@ -272,8 +309,8 @@ __global__ void conv1d_silu_step_kernel(T *__restrict__ u, float *__restrict__ w
                                         const T *__restrict__ xz, const float *__restrict__ conv_t,
                                         const float *__restrict__ bias, int E, int K) {
     typedef Group<float, V> Floats;
-    int e = (blockIdx.x * blockDim.x + threadIdx.x) * V;
-    size_t s = blockIdx.y;
+    int e = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+    size_t s = blockIdx.x;
     if (e >= E) return;
     float *w = window + s * (K - 1) * E + e;
     const Group<T, V> *in = (const Group<T, V> *)(xz + s * 2 * E + e);
@@ -319,13 +356,13 @@ template <class T> static void conv1d_silu(Device *d, const ConvArgs<T> &p) {
     auto of_text = pair == 2 ? conv1d_silu_kernel<T, 2> : conv1d_silu_kernel<T, 1>;
     auto of_token = E % 4 == 0 ? conv1d_silu_step_kernel<T, 4> : conv1d_silu_step_kernel<T, 1>;
     if (p.L == 1 && p.window) {
-        dim3 grid(blocks_for((size_t)E / (E % 4 == 0 ? 4 : 1), 128), (unsigned)p.B);
+        dim3 grid((unsigned)p.B, blocks_for((size_t)E / (E % 4 == 0 ? 4 : 1), 128));
         launch_dependent(d, of_token, grid, 128, 0, p.u, p.window, p.xz, p.conv_t, p.bias, E, p.K);
     } else {
-        dim3 grid(blocks_for((size_t)E / pair, 128), blocks_for((size_t)p.L, (size_t)steps),
-                  (unsigned)p.B);
+        const unsigned tiles = blocks_for((size_t)p.L, (size_t)steps);
+        dim3 grid(tiles * (unsigned)p.B, blocks_for((size_t)E / pair, 128));
         launch_dependent(d, of_text, grid, 128, 0, p.u, p.xz, p.window, p.conv_t, p.bias, p.L, E,
-                         p.K, steps);
+                         p.K, steps, (int)tiles);
         if (p.L > 1 && p.window && p.K > CONV_TAPS)
             conv_window_kernel<<<blocks_for((size_t)E, 128), 128, 0, d->stream>>>(p.window, p.xz,
                                                                                   p.L, E, p.K);
@@ -366,19 +403,20 @@ static void sum_rows(Device *d, float *out, const T *x, size_t ld, int rows, int
 }
 
 // ------------------------------------------------------------------------------------------------
-// [train] Backward of rmsnorm: out_i = x_i s w_i with s = (mean(x^2) + eps)^-1/2, so
+// [train] Backward of norm_rows: out_i = x_i s w_i with s = (mean(x^2) + eps)^-1/2, so
 //     d_x_i = s (w_i d_out_i - x_i s^2 mean over j of w_j d_out_j x_j)
 //     d_w_i = sum over rows of d_out_i x_i s
-// A warp takes some of the rows. A lane keeps its numbers of a row and its share of d_w in PER
-// registers (PER = 0: in memory). With ADD the result is added to d_x, the gradient of the residual
-// stream. copy, if not NULL, gets d_x in T, which the layer before starts from.
+// With CENTRED, x is the row without its mean, and the mean of w_j d_out_j is taken from w_i
+// d_out_i. A warp takes some of the rows. A lane keeps its numbers of a row and its share of d_w in
+// PER registers (PER = 0: in memory). With ADD the result is added to d_x, the gradient of the
+// residual stream. copy, if not NULL, gets d_x in T, which the layer before starts from.
 enum { NORM_BLOCKS = 264, NORM_WARPS = 8 };
 
-template <class T, class In, class Out, bool ADD, int PER>
+template <class T, class In, class Out, bool ADD, int PER, bool CENTRED = false>
 __global__ void __launch_bounds__(32 * NORM_WARPS)
-    rmsnorm_backward_kernel(Out *d_x, T *copy, float *__restrict__ partial, const T *d_out,
-                            size_t ld_d, const In *in, size_t ld, const float *__restrict__ weight,
-                            float eps, int rows, int cols) {
+    norm_backward_kernel(Out *d_x, T *copy, float *__restrict__ partial, const T *d_out,
+                         size_t ld_d, const In *in, size_t ld, const float *__restrict__ weight,
+                         float eps, int rows, int cols) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float *mine = partial ? partial + ((size_t)blockIdx.x * NORM_WARPS + warp) * cols : NULL,
           d_w[PER + 1], w[PER + 1];
@@ -391,17 +429,23 @@ __global__ void __launch_bounds__(32 * NORM_WARPS)
         const In *x = in + row * ld;
         const T *d = d_out + row * ld_d;
         Out *to = d_x + row * (ADD ? (size_t)cols : ld_d);
-        float squares = 0, dot = 0, xs[PER + 1], ds[PER + 1], before[PER + 1];
+        float squares = 0, dot = 0, mean = 0, level = 0;
+        float xs[PER + 1], ds[PER + 1], before[PER + 1];
 #pragma unroll
         for (int k = 0; k < PER; k++) {
             int i = lane + 32 * k;
             xs[k] = i < cols ? value(x[i]) : 0, ds[k] = i < cols ? value(d[i]) : 0;
             before[k] = ADD && i < cols ? value(to[i]) : 0;
         }
+        if (CENTRED) { // PER is 0
+            for (int i = lane; i < cols; i += 32)
+                mean += value(x[i]), level += value(d[i]) * (weight ? weight[i] : 1.0f);
+            mean = warp_sum(mean) / (float)cols, level = warp_sum(level) / (float)cols;
+        }
 #pragma unroll
         for (int k = 0; k < PER; k++) squares += xs[k] * xs[k], dot += xs[k] * ds[k] * w[k];
         for (int i = lane + 32 * PER; i < cols; i += 32) {
-            float xi = value(x[i]);
+            float xi = CENTRED ? value(x[i]) - mean : value(x[i]);
             squares += xi * xi, dot += xi * value(d[i]) * (weight ? weight[i] : 1.0f);
         }
         float scale = rsqrtf(warp_sum(squares) / (float)cols + eps);
@@ -415,8 +459,9 @@ __global__ void __launch_bounds__(32 * NORM_WARPS)
             d_w[k] += ds[k] * xs[k] * scale;
         }
         for (int i = lane + 32 * PER; i < cols; i += 32) {
-            float xi = value(x[i]), di = value(d[i]),
-                  sum = scale * (di * (weight ? weight[i] : 1.0f) - xi * dot);
+            float xi = CENTRED ? value(x[i]) - mean : value(x[i]), di = value(d[i]);
+            float g = di * (weight ? weight[i] : 1.0f);
+            float sum = scale * ((CENTRED ? g - level : g) - xi * dot);
             if (ADD) sum += value(to[i]);
             put(to + i, sum);
             if (copy) put(copy + row * cols + i, sum);
@@ -442,10 +487,12 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
                                             const T *__restrict__ d_u, const T *__restrict__ xz,
                                             const float *__restrict__ conv_t,
                                             const float *__restrict__ bias, int L, int E, int K) {
-    int e = (blockIdx.x * blockDim.x + threadIdx.x) * V, t0 = blockIdx.y * CONV_BACK,
-        t1 = min(t0 + CONV_BACK, L);
+    // x: tiles of time of all sequences; y: channels, as in the forward.
+    const int tiles = (L + CONV_BACK - 1) / CONV_BACK, tile = blockIdx.x % tiles,
+              e = (blockIdx.y * blockDim.x + threadIdx.x) * V, t0 = tile * CONV_BACK,
+              t1 = min(t0 + CONV_BACK, L);
     if (e >= E) return;
-    size_t b = blockIdx.z;
+    const size_t b = blockIdx.x / tiles;
     const T *x = xz + b * L * 2 * E + e, *d = d_u + b * L * E + e;
     T *d_x = d_xz + b * L * 2 * E + e;
     Group<float, 1> tap[V][MAX_TAPS], past[V][MAX_TAPS], start[V];
@@ -501,7 +548,7 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
 #pragma unroll 4
     for (; t < t1; t++) step(t, true, true, true);
     for (; t < t1 + K - 1; t++) step(t, false, t < L, t - (K - 1) >= t0);
-    float *to = partial + (b * gridDim.y + blockIdx.y) * (K + 1) * E + e;
+    float *to = partial + (size_t)blockIdx.x * (K + 1) * E + e;
 #pragma unroll
     for (int v = 0; v < V; v++) {
 #pragma unroll

@@ -5,7 +5,8 @@
   python dev/selection.py --copying 112 | ./mamba copying.bin - --show-selection | python dev/selection.py --ids -o selection.svg
 
 Each token stands in a box whose colour says its mean step size delta, on a logarithmic scale from the smallest to the largest of
-them: pale, the token hardly enters the state; dark, it does. --ids prints ids instead of text (a task's tokens are no letters).
+them: pale, the token hardly enters the state; dark, it does. The colours are those of the terminal (cli/selection.h), and the scale
+spans a factor of 2 at least, so that tokens that differ by less look nearly the same. --ids prints ids instead of text (a task's tokens are no letters).
 --copying L writes, instead of a picture, the bytes of one sequence of the copying task: 16 data tokens 1..14 among noise, 0, and
 the 16 places at the end, 15, where the model must write them down (the layout of mamba.c's task_sequence).
 """
@@ -18,9 +19,13 @@ import sys
 WIDTH, MARGIN, ROW, CHAR = 860, 16, 30, 8.4
 
 
-def colour(share):  # 0 pale to 1 dark blue
-    low, high = (238, 243, 249), (22, 84, 150)
-    return "#%02x%02x%02x" % tuple(round(a + (b - a) * share) for a, b in zip(low, high))
+# The terminal's colours 255, 153, 111, 68, 26, 19 and 17; from the fifth on text is white.
+HEAT = ("#eeeeee", "#afd7ff", "#87afff", "#5f87d7", "#005fd7", "#0000af", "#00005f")
+FIRST_DARK = 4
+
+
+def shade(delta, low, high):
+    return min(int((math.log(delta) - low) / (high - low) * len(HEAT)), len(HEAT) - 1)
 
 
 def copying_sequence(length, seed):
@@ -48,19 +53,21 @@ def read_tokens(lines):
 
 def draw(tokens, ids, title):
     low, high = math.log(min(d for _, d, _ in tokens)), math.log(max(d for _, d, _ in tokens))
+    lacks = max(0, math.log(2) - (high - low))
+    low, high = low - lacks / 2, high + lacks / 2
     boxes, x, y = [], MARGIN, MARGIN + 54
     for token, delta, text in tokens:
         label = str(token) if ids else text.replace(" ", "·") or " "
         width = max(len(label), 2) * CHAR + 6
         if x + width > WIDTH - MARGIN:
             x, y = MARGIN, y + ROW
-        share = (math.log(delta) - low) / (high - low) if high > low else 0
-        ink = "#ffffff" if share > 0.55 else "#1d2733"
-        boxes.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 4}" fill="{colour(share)}"/>'
+        heat = shade(delta, low, high)
+        ink = "#ffffff" if heat >= FIRST_DARK else "#1d2733"
+        boxes.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 4}" fill="{HEAT[heat]}"/>'
                      f'<text x="{x + width / 2:.1f}" y="{y + 18}" fill="{ink}" text-anchor="middle">{html.escape(label)}</text>')
         x += width
-    legend = "".join(f'<rect x="{MARGIN + i * 12}" y="{MARGIN + 24}" width="12" height="12" fill="{colour(i / 19)}"/>' for i in range(20))
-    legend += (f'<text x="{MARGIN + 248}" y="{MARGIN + 35}" fill="#1d2733">mean Δ from {math.exp(low):.3g} to {math.exp(high):.3g}, '
+    legend = "".join(f'<rect x="{MARGIN + i * 24}" y="{MARGIN + 24}" width="24" height="12" fill="{c}"/>' for i, c in enumerate(HEAT))
+    legend += (f'<text x="{MARGIN + 24 * len(HEAT) + 8}" y="{MARGIN + 35}" fill="#1d2733">mean Δ from {math.exp(low):.3g} to {math.exp(high):.3g}, '
                "logarithmic</text>")
     height = y + ROW + MARGIN
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '

@@ -97,10 +97,11 @@ fails "a state of another shape" "another shape" $model "x" --load-state "$dir/o
 
 # --- several texts at once: each is the text that it would be alone, whatever stands beside it and
 # wherever it stops
-printf '%s\n' "$prompt" "The old dog" "" "A cat sat on a" "He said" > "$dir/prompts"
+printf '%s\n' "$prompt" "The old dog" "" "A cat sat on a" "He said" " 	" > "$dir/prompts"
 i=0
 while IFS= read -r line; do
     i=$((i + 1))
+    [ -n "$line" ] || continue
     for sampling in "-s 7 -n 40" "-s 9 -t 1 -n 33 --stop the --no-echo"; do
         "$mamba" $model "$line" $sampling > "$dir/alone.$i.${sampling%% -n*}" 2> /dev/null
     done
@@ -108,17 +109,18 @@ done < "$dir/prompts"
 for sampling in "-s 7 -n 40" "-s 9 -t 1 -n 33 --stop the --no-echo"; do
     for t in 1 2 3; do
         "$mamba" $model --batch "$dir/prompts" $sampling -T $t --null > "$dir/a" 2> "$dir/err"
-        for i in 1 2 3 4 5; do cat "$dir/alone.$i.${sampling%% -n*}"; printf '\0'; done > "$dir/b"
+        for i in 1 2 4 5; do cat "$dir/alone.$i.${sampling%% -n*}"; printf '\0'; done > "$dir/b"
         same_file "--batch, $sampling, $t threads: as alone" "$dir/a" "$dir/b"
     done
 done
-grep -q "5 texts: .* stop string" "$dir/err"
+grep -q "4 texts: .* stop string" "$dir/err"
 check "how the texts ended" "$dir/err"
 tr '\n' '\r' < "$dir/prompts" | sed "s/\r/\r\n/g" | "$mamba" $model --batch - -s 9 -t 1 -n 33 \
     --stop the --no-echo --null > "$dir/a" 2> /dev/null
 same_file "--batch from stdin, lines that end in CR LF" "$dir/a" "$dir/b"
 "$mamba" $model --batch "$dir/prompts" -s 7 -n 5 --no-echo > "$dir/a" 2> /dev/null
-same "a heading before each text" "$(grep -c '^=== line [1-5]$' "$dir/a")" 5
+same "a heading before each text, blank lines have none" \
+    "$(grep '^=== line' "$dir/a" | tr -dc '0-9')" 1245
 "$mamba" $model "$prompt" -s 7 -n 20 --samples 40 --null > "$dir/a" 2> /dev/null
 same "--samples 40: as many texts" "$(tr -dc '\0' < "$dir/a" | wc -c | tr -d ' ')" 40
 tr '\n\0' ' \n' < "$dir/a" | sort -u | awk 'END { exit !(NR > 30) }'
@@ -148,6 +150,8 @@ fails "a line that is not UTF-8" "line 2: the text is not UTF-8 at byte 4" $mode
     "$dir/bytes"
 fails "no such prompts" "no/such" $model --batch no/such
 fails "an empty file of prompts" "empty" $model --batch /dev/null
+printf '\n \n' > "$dir/blank"
+fails "a file of blank lines" "blank lines" $model --batch "$dir/blank"
 fails "no samples" "--samples" $model x --samples 0
 
 # --- Ctrl-C: ends cleanly and saves
@@ -168,6 +172,86 @@ if [ $status -eq 0 ] && [ -s "$dir/int" ] && grep -q interrupted "$dir/err"; the
 elif [ $status -gt 128 ] && ! grep -q tokens "$dir/err"; then
     skip "Ctrl-C saves the state" "this shell starts background jobs with SIGINT ignored"
 else bad "Ctrl-C saves the state" "status $status: $(cat "$dir/err")"; fi
+
+: > "$dir/int.out" # else the loop below may still see the text of the last run
+"$mamba" $model "$prompt" -n -1 --ignore-eos -s 1 --save-state "$dir/term" > "$dir/int.out" \
+    2> "$dir/err" &
+pid=$!
+i=0
+while [ "$(cat "$dir/int.out" 2> /dev/null | wc -c)" -le ${#prompt} ] && [ $i -lt 300 ]; do
+    sleep 0.1
+    i=$((i + 1))
+done
+kill -TERM $pid
+wait $pid
+same "so does SIGTERM" "$? $([ -s "$dir/term" ] && echo saved)" "0 saved"
+"$mamba" $model "$prompt" -n -1 --ignore-eos -t 0 --save-state "$dir/head" 2> "$dir/err" |
+    head -c 200 > "$dir/a"
+i=0
+while [ ! -s "$dir/head" ] && [ $i -lt 100 ]; do sleep 0.1; i=$((i + 1)); done
+grep -q "state after" "$dir/err" && "$mamba" $model "" --load-state "$dir/head" -n 1 > /dev/null 2>&1
+check "a pipe that closes saves the state" "$dir/err"
+printf 'One day\nmore\n' | "$mamba" $model -n -1 --ignore-eos --save-state "$dir/head2" \
+    2> "$dir/err" | head -c 200 > "$dir/a"
+i=0
+while [ ! -s "$dir/head2" ] && [ $i -lt 100 ]; do sleep 0.1; i=$((i + 1)); done
+[ -s "$dir/head2" ]
+check "and ends a session" "$dir/err"
+
+# --- prompts of other kinds
+printf '%s\n' "$prompt" > "$dir/prompt"
+"$mamba" $model "$prompt" -t 0 -n 9 > "$dir/a" 2> /dev/null
+"$mamba" $model -f "$dir/prompt" -t 0 -n 9 > "$dir/b" 2> /dev/null
+same_file "-f FILE without its last newline" "$dir/b" "$dir/a"
+"$mamba" $model - -t 0 -n 9 < "$dir/prompt" > "$dir/b" 2> /dev/null
+same_file "stdin without its last newline" "$dir/b" "$dir/a"
+"$mamba" $model "$prompt
+" -t 0 -n 9 > "$dir/a" 2> /dev/null
+"$mamba" $model -f "$dir/prompt" --raw -t 0 -n 9 > "$dir/b" 2> /dev/null
+same_file "--raw keeps it" "$dir/b" "$dir/a"
+"$mamba" $model "One	day
+a \\ A" -t 0 -n 9 > "$dir/a" 2> /dev/null
+"$mamba" $model -e 'One\tday\na \\ \x41' -t 0 -n 9 > "$dir/b" 2> /dev/null
+same_file "-e in a prompt" "$dir/b" "$dir/a"
+printf '%s\n' 'One\tday\na \\ \x41' > "$dir/lines"
+"$mamba" $model -e --batch "$dir/lines" -t 0 -n 9 --null 2> /dev/null | tr -d '\0' > "$dir/b"
+same_file "-e in --batch" "$dir/b" "$dir/a"
+same "-e in --stop" "$("$mamba" $model "$prompt" -t 0 -n 40 --no-echo --stop '\x67irl' -e 2> /dev/null)" \
+    "$("$mamba" $model "$prompt" -t 0 -n 40 --no-echo --stop girl 2> /dev/null)"
+fails "an escape that -e does not know" "\\q" $model -e 'a\qb'
+fails "two prompts" "one prompt is needed" $model x -f "$dir/prompt"
+list=$(printf %s "$prompt" | "$mamba" tokenize $model | paste -s -d , -)
+"$mamba" $model "$prompt" -t 0 -n 9 > "$dir/a" 2> /dev/null
+"$mamba" $model --tokens "$list" -t 0 -n 9 > "$dir/b" 2> /dev/null
+same_file "--tokens in place of a prompt" "$dir/b" "$dir/a"
+printf %s "$prompt" | "$mamba" tokenize $model | "$mamba" $model - --ids -t 0 -n 9 2> /dev/null |
+    "$mamba" tokenize $model --decode > "$dir/b"
+same_file "--ids between two tokenizers" "$dir/b" "$dir/a"
+{ echo "$list"; echo "$list"; } | "$mamba" $model --batch - --ids -t 0 -n 9 --null 2> /dev/null |
+    tr '\0' '\n' | awk 'BEGIN { RS = "" } NR == 2' | "$mamba" tokenize $model --decode > "$dir/b"
+same_file "--ids with --batch" "$dir/b" "$dir/a"
+same "--ids in a session" "$(echo "$list" | "$mamba" $model --ids -t 0 -n 9 2> /dev/null |
+    "$mamba" tokenize $model --decode)" "$("$mamba" $model "$prompt" -t 0 -n 9 --no-echo 2> /dev/null)"
+printf %s "$prompt" > "$dir/text"
+"$mamba" tokenize $model "$dir/text" > "$dir/ids"
+same "eval --ids" "$("$mamba" eval $model "$dir/ids" --ids 2> /dev/null)" \
+    "$("$mamba" eval $model "$dir/text" 2> /dev/null)"
+"$mamba" logits $model - --ids -o "$dir/l1" < "$dir/ids"
+"$mamba" logits $model "$prompt" -o "$dir/l2"
+same_file "logits --ids" "$dir/l1" "$dir/l2"
+same "--no-special: a special token is text" "$(for how in "" --no-special; do
+    # shellcheck disable=SC2086
+    "$mamba" $model "a<|endoftext|>b" -n 0 $how 2>&1 | sed 's/.*prefill \([0-9]*\).*/\1/'
+done | tr '\n' ' ')" "3 5 "
+fails "an id that the model does not know" "knows 0 to 2047" $model --tokens 1,9999
+fails "text where ids are wanted" "byte 2" $model "5 x" --ids
+fails "--ids with a stop string" "--stop" $model "5" --ids --stop x
+
+# --- what stands beside the text
+"$mamba" $model "$prompt" -t 0 -n 9 --quiet > "$dir/b" 2> "$dir/err"
+same "--quiet" "$(cat "$dir/err")" ""
+"$mamba" $model "$prompt" -t 0 -n 9 > "$dir/both" 2>&1
+same "the timing has a line of its own" "$(grep -c '^load' "$dir/both")" 1
 
 # --- interactive
 printf '%s\n/undo\n%s\n\n/reset\n/undo\n/save %s\n/nope\n/quit\n' "$prompt" "$prompt" "$dir/live" \
@@ -494,6 +578,8 @@ if [ "$everything" = all ]; then
     for size in short long; do
         "$mamba" $model - -n 0 < "$dir/$size" 2> "$dir/$size.err"
     done
+    grep -q "prompt: .* tokens/s, .* s left" "$dir/long.err"
+    check "a long prompt says how far it is" "$dir/long.err"
     read_tokens=$(sed -n 's/.*prefill \([0-9]*\) tokens.*/\1/p' "$dir/long.err")
     short=$(sed -n 's/.*peak memory \([0-9.]*\) MB.*/\1/p' "$dir/short.err")
     long=$(sed -n 's/.*peak memory \([0-9.]*\) MB.*/\1/p' "$dir/long.err")

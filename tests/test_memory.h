@@ -33,7 +33,9 @@ static void test_arena_sizes(Collected *all, const unsigned char *file, size_t b
     mamba_arena(memory, room);
     expect(run_in_memory(all, file, bytes, 1, ids, L) == 0, "a model in an arena");
     expect(mamba_arena_used(&enough) == 0, "the arena is empty after it");
-    report(enough < 64 * 1024, "tests/plain.bin needs less than 64 kB", "%zu bytes", enough);
+    size_t copied = host_is_little_endian() ? 0 : bytes; // else the model is used where it lies
+    report(enough - copied < 64 * 1024, "tests/plain.bin needs less than 64 kB", "%zu bytes",
+           enough);
     for (size_t size = 0; size < enough + 64; size += size < enough - 64 ? 331 : 16) {
         mamba_arena(memory + 3, size); // from an odd place, too
         fail("no sentence");
