@@ -52,7 +52,7 @@ WARNINGS += -Wno-unknown-pragmas
 endif
 
 .PHONY: all cuda test-cuda run test test-all test-export test-lib test-web debug plain single lib \
-        install uninstall lint portable web bench dist windows clean help findings
+        install uninstall lint portable web bench dist windows fuzz clean help findings
 
 all: findings mamba          ## build ./mamba
 
@@ -63,8 +63,8 @@ findings:
 	@echo "GPU          $(if $(CUDA),mamba_cuda.cu for $(CUDA_CODE),not in this build (make cuda))"
 
 # The GPU backend, CUDA=1 (`make cuda`): nvcc compiles mamba_cuda.cu for this machine's GPU, or for
-# CUDA_ARCH=sm_80, sm_90 ... sm_90 is built as sm_90a, the only form that has wgmma: with it, steps
-# of several sequences are up to twice as fast.
+# CUDA_ARCH=sm_80, sm_90 ..., for a list of them, or for all. sm_90 is built as sm_90a, the only
+# form that has wgmma: with it, steps of several sequences are up to twice as fast.
 NVCC ?= nvcc
 ifneq ($(CUDA),)
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v $(NVCC) 2>/dev/null)))
@@ -76,7 +76,14 @@ CUDA_ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>
 ifeq ($(CUDA_ARCH),)
 $(error no GPU found to build for: name one, for example `make cuda CUDA_ARCH=sm_90`)
 endif
-CUDA_CODE  = $(CUDA_ARCH:sm_90=sm_90a)
+# CUDA_ARCH=all: what people have that nvcc knows, and PTX, which the driver compiles for newer
+# GPUs.
+CUDA_ALL   = sm_80 sm_86 sm_89 sm_90 sm_120
+CUDA_LIST := $(if $(filter all,$(CUDA_ARCH)),$(filter $(shell $(NVCC) --list-gpu-code \
+               2>/dev/null),$(CUDA_ALL)) compute_90,$(CUDA_ARCH))
+CUDA_CODE := $(CUDA_LIST:sm_90=sm_90a)
+CUDA_GENCODE = $(foreach a,$(CUDA_CODE),-gencode \
+               arch=compute_$(patsubst compute_%,%,$(patsubst sm_%,%,$a)),code=$a)
 # nvcc compiles on all cores where it can: --threads=0 --split-compile=0.
 NVCC_CORES := $(shell $(NVCC) --help 2>/dev/null | \
                 sed -nE 's/^(--threads|--split-compile) .*/\1=0/p')
@@ -101,7 +108,7 @@ tests/test_all: $(TESTS) $(SOURCES) .flags $(GPU_OBJECT)
 	$(CC) $(FLAGS) $(GPU_FLAGS) $(TEST_FLAGS) test_all.c -o $@ $(GPU_LIBS) -lm
 
 mamba_cuda.o: mamba_cuda.cu $(wildcard cuda/*) $(SOURCES) .flags
-	$(NVCC) -O3 -std=c++17 -arch=$(CUDA_CODE) $(NVCC_CORES) -Xcompiler -Wall,-Wextra $(NVCCFLAGS) \
+	$(NVCC) -O3 -std=c++17 $(CUDA_GENCODE) $(NVCC_CORES) -Xcompiler -Wall,-Wextra $(NVCCFLAGS) \
 	    -c mamba_cuda.cu -o $@
 
 cuda:                        ## build ./mamba with the GPU backend; without a GPU: CUDA_ARCH=sm_90
@@ -118,7 +125,7 @@ run: all                     ## build, then let the model in the repository tell
 # work.
 test test-all: export OMP_WAIT_POLICY = passive
 
-test: all tests/test_all     ## a fixed sample of every test, under 2 minutes
+test: all lib tests/test_all ## a fixed sample of every test, under 2 minutes
 	./tests/test_all
 	sh tests/test_cli.sh ./mamba
 	sh tests/test_help.sh ./mamba
@@ -138,6 +145,7 @@ test-export: all             ## tests of export.py, and of the tokenizer against
 	$(PYTHON) tests/test_export.py
 	$(PYTHON) tests/test_checkpoints.py
 	$(PYTHON) tests/test_tokenizer.py --command ./mamba
+	$(PYTHON) tests/test_chat.py ./mamba
 
 SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
 debug: $(SOURCES) $(TESTS)   ## mamba-debug, tests/test_all-debug: address, undefined sanitizers
@@ -152,6 +160,9 @@ single: $(SOURCES)           ## mamba_single.c: the whole program in one file
 	awk -f dev/single.awk LICENSE mamba.c > mamba_single.c
 	@echo "mamba_single.c: $$(wc -l < mamba_single.c) lines; cc -O2 mamba_single.c -lm"
 
+# Programs look for the library by this name, wherever it was when they were linked.
+SONAME = $(call try,-Wl$(COMMA)-soname$(COMMA)libmamba.so,$(ANY_PROGRAM))
+COMMA := ,
 # Only what lib/mamba.h declares is visible in libmamba.so, and every name begins with mamba_.
 lib: libmamba.a libmamba.so  ## libmamba.a, libmamba.so, for other programs: lib/mamba.h
 
@@ -161,7 +172,7 @@ libmamba.a: lib/library.o
 	rm -f $@
 	$(AR) rcs $@ lib/library.o
 libmamba.so: lib/library.o
-	$(CC) $(FLAGS) -shared lib/library.o -o $@ -lm
+	$(CC) $(FLAGS) -shared $(SONAME) lib/library.o -o $@ -lm
 
 test-lib: all lib            ## tests of the library, with the programs of README.md
 	CC='$(CC)' OPENMP='$(OPENMP)' PYTHON='$(PYTHON)' sh tests/test_library.sh
@@ -186,7 +197,7 @@ uninstall:                   ## remove what `make install` wrote
 
 CLANG_FORMAT ?= clang-format
 LINTED = $(filter-out mamba_single.c,$(wildcard *.c *.cu \
-           $(foreach d,cpu files cli lib cuda tests dev web,\
+           $(foreach d,cpu files cli lib cuda tests tests/fuzz dev web,\
            $(d)/*.c $(d)/*.h $(d)/*.cu $(d)/*.cuh)))
 lint:                        ## the layout of the sources: clang-format 19.1.7, lines to 100 columns
 	@$(CLANG_FORMAT) --version | grep -q ' 19\.1\.' || \
@@ -233,6 +244,21 @@ windows:                     ## mamba.exe for Windows, as fast on every processo
 mamba.exe: $(SOURCES) .flags $(LEVELS:%=dist-%.o)
 	$(DIST) -static -Wl,--stack,8388608 -lm
 
+# libFuzzer, with clang. What it finds new stays in tests/fuzz/corpus for the next run.
+FUZZ_SECONDS ?= 60
+FUZZ_CC      ?= clang
+FUZZ_TARGETS  = model state checkpoint tokenizer options
+FUZZ_FLAGS    = -g -O1 -std=gnu11 -Wno-unknown-pragmas -fsanitize=fuzzer,address,undefined \
+                -fno-sanitize-recover=all
+tests/fuzz/fuzz_%: tests/fuzz/fuzz_%.c tests/fuzz/fuzz.h $(SOURCES)
+	$(FUZZ_CC) $(FUZZ_FLAGS) $< -o $@ -lm
+fuzz: all $(FUZZ_TARGETS:%=tests/fuzz/fuzz_%) ## damaged files and odd options: 60 s each (clang)
+	$(PYTHON) tests/fuzz/seeds.py ./mamba tests/fuzz/corpus
+	for t in $(FUZZ_TARGETS); do mkdir -p tests/fuzz/found/$$t && \
+	 tests/fuzz/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -max_len=200000 -timeout=20 \
+	  -rss_limit_mb=4096 -print_final_stats=1 -verbosity=0 -artifact_prefix=tests/fuzz/found/$$t/ \
+	  tests/fuzz/corpus/$$t || exit 1; done
+
 portable:                    ## ./mamba for any processor of this kind: no -march=native
 	$(MAKE) ARCH= all
 
@@ -243,7 +269,7 @@ bench: all                   ## speeds on random weights; LLAMA_BENCH=path compa
 
 clean:                       ## remove what was built
 	rm -f mamba mamba-debug mamba-plain mamba_single.c mamba_cuda.o .flags \
-	    mamba-dist mamba.exe dist-*.o \
+	    mamba-dist mamba.exe dist-*.o $(FUZZ_TARGETS:%=tests/fuzz/fuzz_%) \
 	    lib/library.o libmamba.a libmamba.so \
 	    tests/test_all tests/test_all-debug tests/test_all-plain
 	rm -rf web/site

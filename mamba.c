@@ -220,8 +220,8 @@ typedef struct GpuBackend {
     const char *(*error)(void);
     Gpu *(*open)(const Model *m, int float32);
     void (*close)(Gpu *g);
-    int (*set_state)(Gpu *g, const float *window, const float *h, const float *logits);
-    int (*get_state)(Gpu *g, float *window, float *h, float *logits);
+    int (*set_state)(Gpu *g, int place, const float *window, const float *h, const float *logits);
+    int (*get_state)(Gpu *g, int place, float *window, float *h, float *logits);
     int (*prefill)(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, const float *),
                    void *context);
     int (*gather)(Gpu *g, int s, int S);
@@ -243,6 +243,14 @@ typedef struct GpuBackend {
     int (*measure)(double *copy_bytes, double *flops, double *used_bytes, char name[256]);
     int (*time_scan)(int B, int E, int L, int N, int float32, int repeats, double seconds[4]);
     const char *(*step_form)(const Gpu *g);
+    int (*places)(Gpu *g, int S, int keep);
+    int (*place_begin)(Gpu *g, int place, uint64_t random, uint64_t position, const int32_t *recent,
+                       int n_recent);
+    int (*place_move)(Gpu *g, int to, int from);
+    int (*places_sampling)(Gpu *g, const Sampling *how, const unsigned char *allowed);
+    int (*places_generate)(Gpu *g, int32_t *ids, int steps);
+    int (*step)(Gpu *g, const int32_t *ids, int S);
+    int (*pretend)(const char *what, int value);
 } GpuBackend;
 
 #ifndef MAMBA_TYPES_ONLY
@@ -1148,13 +1156,15 @@ typedef struct Acts { // what one pass at a time over one model needs
     int threads;      // team size
     int piece;        // rows that the arrays of work have room for
     Work work;
-    LayerState *seq;  // (n_layer,B) of the sequences of the pass
-    float *logits;    // (LOGIT_ROWS,V)
-    float *probs;     // (V) the sampler's scratch
-    int32_t *order;   // (BATCH_MAX,V) the sampler's scratch
-    float *selection; // (n) of the next prefill, or NULL, see mamba_selection()
-    Gpu *gpu;         // NULL: everything runs on the processor
-    State *gpu_state; // the state that the GPU holds
+    LayerState *seq;   // (n_layer,B) of the sequences of the pass
+    float *logits;     // (LOGIT_ROWS,V)
+    float *probs;      // (V) the sampler's scratch
+    int32_t *order;    // (BATCH_MAX,V) the sampler's scratch
+    float *selection;  // (n) of the next prefill, or NULL, see mamba_selection()
+    Gpu *gpu;          // NULL: everything runs on the processor
+    State *gpu_state;  // the state that the GPU reads into
+    State **gpu_batch; // (gpu_batch_n) of the GPU's last step of a batch; NULL: no longer there
+    int gpu_batch_n;
     void *arena;
 } Acts;
 
@@ -1170,18 +1180,30 @@ static const GpuBackend *const GPU = NULL; // then no Acts gets a gpu
 
 static int gpu_failed(void) { return fail("%s", GPU->error()); }
 
-// Brings a state's numbers back from the GPU, where they are newer. 0, or -1 after fail().
-static int state_fetch(const State *s) {
-    State *to = (State *)(uintptr_t)s; // what s means stays the same
-    Acts *a = s->newer_on;
-    to->newer_on = NULL;
-    return a && GPU->get_state(a->gpu, to->window, to->h, to->logits) ? gpu_failed() : 0;
+// The place of s in the GPU's batch; -1: it is the one that prefill reads into.
+static int gpu_place(const Acts *a, const State *s) {
+    int b = a->gpu_batch_n - 1;
+    while (b >= 0 && a->gpu_batch[b] != s) b--;
+    return b;
 }
 
 // The numbers of s are about to be set here: those on the GPU no longer count.
 static void state_detach(State *s) {
-    if (s->newer_on) s->newer_on->gpu_state = NULL;
+    Acts *a = s->newer_on;
+    int place = a ? gpu_place(a, s) : -1;
+    if (place >= 0) a->gpu_batch[place] = NULL;
+    else if (a) a->gpu_state = NULL;
     s->newer_on = NULL;
+}
+
+// Brings a state's numbers back from the GPU, where they are newer. 0, or -1 after fail().
+static int state_fetch(const State *s) {
+    State *to = (State *)(uintptr_t)s; // what s means stays the same
+    Acts *a = s->newer_on;
+    if (!a) return 0;
+    int place = gpu_place(a, s);
+    state_detach(to);
+    return GPU->get_state(a->gpu, place, to->window, to->h, to->logits) ? gpu_failed() : 0;
 }
 
 // From now on the passes of a run on the GPU, float32: with float32 products for bf16 weights too.
@@ -1293,25 +1315,7 @@ static int check_ids(const Model *m, const int32_t *ids, size_t n) {
     return 0;
 }
 
-// mamba_prefill where a has a GPU: the state goes there once, and stays while the same one is read
-// into.
-static int prefill_gpu(Acts *a, State *s, const int32_t *ids, size_t n, LogitsVisitor *visit,
-                       void *context) {
-    if (n == 0) return 0;
-    State *there = a->gpu_state;
-    if (there != s || s->newer_on != a) {
-        if (there && there != s && there->newer_on == a && state_fetch(there)) return -1;
-        if (state_fetch(s) || GPU->set_state(a->gpu, s->window, s->h, s->logits))
-            return gpu_failed();
-        a->gpu_state = s;
-    }
-    s->newer_on = a;
-    if (GPU->prefill(a->gpu, ids, n, visit, context) ||
-        GPU->get_state(a->gpu, NULL, NULL, s->logits))
-        return gpu_failed();
-    state_read(s, ids, n);
-    return 0;
-}
+#include "files/on_gpu.h"
 
 // Reads n tokens into the state: any number, in memory that does not grow with it. Leaves the
 // logits after the last one in the state, and hands every position's to visit where that is not
@@ -1339,11 +1343,13 @@ void mamba_selection(Acts *a, float *means, int layer) {
     a->work.selection_layer = layer;
 }
 
-// Reads ids[b] into s[b], B different states, at most BATCH_MAX. Every weight is read once for all
-// of them, and each gets the same bits as alone. 0, or -1 after fail(), the states untouched.
+// Reads ids[b] into s[b], B different states, at most BATCH_MAX; on a GPU any number. Every weight
+// is read once for all of them, and each gets the same bits as alone. 0, or -1 after fail(), the
+// states untouched.
 int mamba_step_batch(const Model *m, Acts *a, State *const *s, const int32_t *ids, int B) {
-    assert(B >= 1 && B <= BATCH_MAX && B <= LOGIT_ROWS && B <= a->piece);
     if (check_ids(m, ids, (size_t)B)) return -1;
+    if (a->gpu) return step_batch_gpu(a, s, ids, B);
+    assert(B >= 1 && B <= BATCH_MAX && B <= LOGIT_ROWS && B <= a->piece);
     for (int b = 0; b < B; b++)
         if (state_fetch(s[b])) return -1;
     a->work.selection = NULL;
@@ -1896,33 +1902,6 @@ static bool is_eos(const Config *c, int32_t id) {
     for (int i = 0; i < 4; i++)
         if (c->eos[i] == id) return true;
     return false;
-}
-
-// On a GPU, tokens are drawn and read some at a time: a launch for each would take longer than a
-// step. Where the text ends within them, the state has read too far.
-typedef struct {
-    int32_t ids[64];
-    int at, n;
-} Burst;
-
-static int32_t burst_next(Burst *b, const Model *m, Acts *a, State *s, const Sampling *how) {
-    if (b->at < b->n) return b->ids[b->at++];
-    if (b->n == 0) {
-        unsigned char *allowed = memory_get((size_t)m->config.V);
-        if (!allowed) return fail("out of memory: %d tokens", m->config.V);
-        for (int v = 0; v < m->config.V; v++)
-            allowed[v] = !m->tokenizer || tokenizer_has(m->tokenizer, v);
-        int failed = GPU->generate_start(a->gpu, 1, how, &s->random, s->position, s->recent,
-                                         s->n_recent, allowed);
-        memory_free(allowed);
-        if (failed) return gpu_failed();
-    }
-    b->n = b->n ? 32 : 4; // few at first, so that text appears soon
-    b->at = 0;
-    if (GPU->generate(a->gpu, b->ids, b->n)) return gpu_failed();
-    for (int i = 0; i < b->n; i++)
-        if (b->ids[i] < 0) return fail("a logit is not finite: run `info --verify`");
-    return b->ids[b->at++];
 }
 
 // Writes on after what s has read: draw a token, emit its text, read it, and again. Returns how

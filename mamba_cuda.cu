@@ -104,6 +104,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <mutex>
 #include <type_traits>
 #include <vector>
 
@@ -226,8 +227,8 @@ __device__ __forceinline__ void unpack(float *to, float4 v) {
 // compares the fast forward forms with it: out, h_final, h_starts, within 1e-4 (bf16: 1e-2) of the
 // largest number. mamba.c's gradients check the backward. h_final, which holds h, must be given.
 template <typename T> __global__ void scan_plain(ScanArgs<T> p) {
-    const int e = blockIdx.x * blockDim.x + threadIdx.x, E = p.E, N = p.N;
-    const size_t b = blockIdx.y, saves = (p.L + SCAN_SAVE - 1) / SCAN_SAVE;
+    const int e = blockIdx.y * blockDim.x + threadIdx.x, E = p.E, N = p.N;
+    const size_t b = blockIdx.x, saves = (p.L + SCAN_SAVE - 1) / SCAN_SAVE;
     if (e >= E) return;
     float *h = p.h_final + b * N * E + e; // h_n lies at h[n * E]
     for (int n = 0; n < N; n++) h[(size_t)n * E] = p.h0 ? p.h0[(b * N + n) * E + e] : 0.f;
@@ -250,7 +251,7 @@ template <typename T> __global__ void scan_plain(ScanArgs<T> p) {
     }
 }
 template <typename T> static cudaError_t scan_plain_forward(Device *d, const ScanArgs<T> &p) {
-    scan_plain<<<dim3(blocks_for(p.E, 32), p.B), 32, 0, d->stream>>>(p);
+    scan_plain<<<dim3(p.B, blocks_for(p.E, 32)), 32, 0, d->stream>>>(p);
     return cudaGetLastError();
 }
 
@@ -265,8 +266,8 @@ template <typename T, int CHANNELS, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS) scan_step(ScanArgs<T> p) {
     __shared__ float part[WARPS][32 * CHANNELS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, E = p.E, N = p.N,
-              e = (blockIdx.x * 32 + lane) * CHANNELS;
-    const size_t b = blockIdx.y;
+              e = (blockIdx.y * 32 + lane) * CHANNELS;
+    const size_t b = blockIdx.x;
     const bool live = e < E; // CHANNELS divides E
     float delta[CHANNELS], delta_u[CHANNELS], y[CHANNELS];
     if (live) {
@@ -309,7 +310,7 @@ __global__ void __launch_bounds__(32 * WARPS) scan_step(ScanArgs<T> p) {
 template <typename T, int CHANNELS, int WARPS>
 static cudaError_t scan_step_launch(Device *d, const ScanArgs<T> &p) {
     scan_step<T, CHANNELS, WARPS>
-        <<<dim3((p.E + 32 * CHANNELS - 1) / (32 * CHANNELS), p.B), 32 * WARPS, 0, d->stream>>>(p);
+        <<<dim3(p.B, (p.E + 32 * CHANNELS - 1) / (32 * CHANNELS)), 32 * WARPS, 0, d->stream>>>(p);
     return cudaGetLastError();
 }
 
@@ -816,11 +817,12 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
             // A warp has STATES states.
             if (tile + 1 < tiles) {
                 const int *later = flag + 1;
-                if (lane == 0)
-                    for (int polls = 0; load_acquire(later) <= n0 / BACK_STATES; polls++) {
-                        give_up_after(polls);
+                if (lane == 0) {
+                    Patience wait;
+                    while (load_acquire(later) <= n0 / BACK_STATES &&
+                           !wait.gives_up(STUCK_SCAN, STUCK_BACK))
                         __nanosleep(64);
-                    }
+                }
                 __syncwarp();
             }
 #pragma unroll
@@ -1053,6 +1055,7 @@ static ScanBackArgs<T> scan_back_args(const ScanArgs<T> &p, const float *h_start
 
 #include "cuda/layers.cuh"
 #include "cuda/products.cuh"
+#include "cuda/quantized.cuh"
 
 #define POINTER(name, rows, cols, type, init, decays, present) void *name;
 struct LayerWeights { // matrices of type T, vectors float
@@ -1127,15 +1130,25 @@ template <class T> struct BlockActs {
     T *g;            // (B*L,E)  y silu(z)
     float *h_starts; // see ScanArgs; NULL: not wanted
     ScanMail *mail;
+    Unpacking unpacking;
 };
 
 enum { GPU_PIECE = 16384 };          // tokens of a text that are read at once, at the most
 enum { GPU_LOGIT_FLOATS = 1 << 26 }; // logits that exist at once, at the most
 enum { GENERATE_MAX = 64 };          // steps of one gpu_generate()
 
-struct States { // of S sequences
-    int S;
-    float *window, *h, *logits; // (n_layer,S,K-1,E), (n_layer,S,N,E), (S,V)
+// Sequences side by side: their states, and what generates from them.
+struct Places {
+    int S;                         // 0: none
+    float *window;                 // (n_layer,S,K-1,E)
+    float *h;                      // (n_layer,S,N,E)
+    float *logits;                 // (S,V), after the last token of each
+    struct Generation *generation; // or NULL
+};
+
+struct PackedPlace {
+    void **device; // its pointer in Weights
+    int rows, cols;
 };
 
 struct Gpu {
@@ -1150,25 +1163,27 @@ struct Gpu {
     float *logits;              // (logit_rows,V)
     BlockActs<float> acts;      // its pointers are T's
     ScanMail mail;
-    int32_t *ids;                  // (piece)
-    int S;                         // sequences in the state
-    float *window;                 // (n_layer,S,K-1,E)
-    float *h;                      // (n_layer,S,N,E)
-    float *step_logits;            // (S,V), after the last token of each
-    States gathered;               // by gpu_gather(), or S = 0
-    struct Generation *generation; // or NULL
+    Unpacking unpacking;
+    std::vector<PackedPlace> packed; // the matrices that are quantised
+    int32_t *ids;                    // (piece)
+    Places one;                      // the sequence that reads prompts
+    Places many;                     // several texts
+    Places *at;                      // of these: what runs now
+    bool gathered;                   // many was filled by gpu_gather()
+    bool portable_only;              // the one-kernel steps got stuck: see gpu_generate()
 };
 
 template <class T> static BlockActs<T> acts_of(const Gpu *g) {
     const BlockActs<float> &a = g->acts;
-    return {(T *)a.xn, (T *)a.xz, (T *)a.u, (T *)a.xdb, NULL, (T *)a.delta, (T *)a.g, NULL, a.mail};
+    return {(T *)a.xn,    (T *)a.xz, (T *)a.u, (T *)a.xdb, NULL,
+            (T *)a.delta, (T *)a.g,  NULL,     a.mail,     g->unpacking};
 }
 
 static float *window_of(const Gpu *g, int layer) {
-    return g->window + (size_t)layer * g->S * (g->config.K - 1) * g->config.E;
+    return g->at->window + (size_t)layer * g->at->S * (g->config.K - 1) * g->config.E;
 }
 static float *h_of(const Gpu *g, int layer) {
-    return g->h + (size_t)layer * g->S * g->config.N * g->config.E;
+    return g->at->h + (size_t)layer * g->at->S * g->config.N * g->config.E;
 }
 
 struct Sequence { // the sampler's state of one sequence
@@ -1177,26 +1192,13 @@ struct Sequence { // the sampler's state of one sequence
     int32_t step;                     // row of `tokens` that is next
 };
 
-struct Slice;
 struct Solo;
 struct Wide;
 static void solo_free(Solo *q);
 static void wide_free(Wide *q);
 
-struct Generation {         // all pointers but the last two: device memory
-    Sampling *how;          // (1)
-    Sequence *sequences;    // (S)
-    unsigned char *allowed; // (V): whether an id may be drawn
-    Slice *slices;          // (S,SLICES)
-    int32_t *tokens;        // (GENERATE_MAX,S): what was drawn
-    int32_t *current;       // (S): the token being read
-    float *scratch;         // (S,V): logits after the repeat penalty
-    float *parts;           // (K_SPLIT_MAX,S,P): parts of x_proj's sums
-    struct Solo *solo;      // one kernel for one sequence, or NULL
-    struct Wide *wide;      // one kernel for several sequences, or NULL
-    cudaGraphExec_t graph;
-    int S;
-};
+struct Generation;
+static float *x_proj_parts(const Gpu *g); // (K_SPLIT_MAX,S,P): parts of x_proj's sums
 
 #include "cuda/step_portable.cuh"
 
@@ -1231,12 +1233,13 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
     const float *conv_bias = (const float *)w->conv_bias, *res = run.res;
     float *out = run.out, *h = run.h;
     rmsnorm(d, Rows(a.xn, D), Rows(res, D), (const float *)w->norm, c->norm_eps, rows, D);
-    matmul(d, Rows(a.xz, 2 * E), Rows(a.xn, D), (const T *)w->in_proj, rows, 2 * E, D);
+    matmul(d, Rows(a.xz, 2 * E), Rows(a.xn, D), dense<T>(d, a.unpacking, w->in_proj, 2 * E, D),
+           rows, 2 * E, D);
     add_bias(d, a.xz, 2 * (size_t)E, (const float *)w->in_bias, rows, 2 * E);
     conv1d_silu(d, ConvArgs<T>{a.u, a.xz, run.window, w->conv_t, conv_bias, B, L, E, K});
-    matmul(d, Rows(a.xdb, P), Rows(a.u, E), (const T *)w->x_proj, rows, P, E);
+    matmul(d, Rows(a.xdb, P), Rows(a.u, E), dense<T>(d, a.unpacking, w->x_proj, P, E), rows, P, E);
     // One token in bf16: dt_proj, FalconMamba's norms and the scan are one kernel where that pays.
-    if (sizeof(T) == 2 && L == 1 && h && dt_step_pays(B, E, N, R)) {
+    if (sizeof(T) == 2 && L == 1 && h && dt_step_pays(d, B, E, N, R)) {
         DtStepArgs step = {};
         step.out = (bf16 *)a.g, step.h = h, step.W_dt = (const bf16 *)w->dt_proj;
         step.xdb = (const bf16 *)a.xdb, step.u = (const bf16 *)a.u;
@@ -1247,9 +1250,7 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
         dt_step(d, step);
     } else {
         if (c->flags & FLAG_MIXER_NORM) {
-            if (a.raw)
-                cudaMemcpyAsync(a.raw, a.xdb, (size_t)rows * P * sizeof(T),
-                                cudaMemcpyDeviceToDevice, d->stream);
+            if (a.raw) copy(d, a.raw, a.xdb, (size_t)rows * P * sizeof(T), "xdb");
             mixer_norms(d, a.xdb, c->mixer_eps, rows, R, N);
         }
         matmul(d, Rows(a.delta, E), Rows(a.xdb, P), (const T *)w->dt_proj, rows, E, R);
@@ -1257,8 +1258,9 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
         scan.out = a.g, scan.h0 = h, scan.h_final = h, scan.h_starts = a.h_starts;
         check_cuda(d, L == 1 && h ? scan_step_forward(d, scan) : scan_forward(d, scan), "scan");
     }
-    if (out == res) matmul(d, Rows(out, D), Rows(a.g, E), (const T *)w->out_proj, rows, D, E, true);
-    else matmul_onto(d, out, res, a.g, (const T *)w->out_proj, rows, D, E);
+    const T *out_proj = dense<T>(d, a.unpacking, w->out_proj, D, E);
+    if (out == res) matmul(d, Rows(out, D), Rows(a.g, E), out_proj, rows, D, E, true);
+    else matmul_onto(d, out, res, a.g, out_proj, rows, D, E);
     add_bias(d, out, (size_t)D, (const float *)w->out_bias, rows, D);
 }
 
@@ -1279,30 +1281,36 @@ template <class T> static int upload_weights(Gpu *g, const Model *m) {
     const char *host = (const char *)m->embedding.data;
     char *raw = (char *)gpu_take(g, m->tensors_bytes);
     Type compute = sizeof(T) == 4 ? F32 : BF16;
+    // Of the embedding and the head, a part at a time is unpacked: as much as of in_proj.
+    const size_t largest = (size_t)2 * c->E * c->D + (size_t)TILE * c->D;
+    g->unpacking.bits = c->type == Q8 ? 8 : c->type == Q4 ? 4 : 0;
     if (!raw) return -1;
     // On the stream: a plain cudaMemcpy may return before its last bytes have arrived, and this
     // stream does not wait for them.
-    check_cuda(d, cudaMemcpyAsync(raw, host, m->tensors_bytes, cudaMemcpyHostToDevice, d->stream),
-               "weights");
+    copy(d, raw, host, m->tensors_bytes, "weights");
     std::vector<TensorPlace> places = tensor_places(m, &g->w);
     for (const TensorPlace &p : places) {
         const void *from = raw + ((const char *)p.host->data - host);
         size_t n = (size_t)p.host->rows * (size_t)p.host->cols;
         *p.device = (void *)from;
         if (!p.matrix || p.host->type == compute) continue;
+        if (g->unpacking.bits && strcmp(p.name, "dt_proj")) { // stays as it is
+            g->unpacking.elements = std::max(g->unpacking.elements, std::min(n, largest));
+            g->packed.push_back({p.device, p.host->rows, p.host->cols});
+            continue;
+        }
         T *to = (T *)gpu_take(g, n * sizeof(T));
         if (!to) return -1;
         if (p.host->type == F32) convert(d, to, (const float *)from, n);
         else if (p.host->type == BF16) convert(d, to, (const bf16 *)from, n);
         else if (p.host->type == F16) convert(d, to, (const uint16_t *)from, n);
-        else
-            dequantize_kernel<<<blocks_for(n, 256), 256, 0, d->stream>>>(
-                to, (const unsigned char *)from, p.host->type == Q8 ? 8 : 4, p.host->rows,
-                p.host->cols);
-        check_launch(d, "weights");
+        else unpack(d, to, from, g->unpacking.bits, p.host->rows, p.host->cols);
         *p.device = to;
     }
     if (c->flags & FLAG_TIED) g->w.head = g->w.embedding;
+    Unpacking *u = &g->unpacking;
+    u->elements = std::max(u->elements, (size_t)TILE * c->D);
+    if (u->bits && !(u->scratch = gpu_take(g, u->elements * sizeof(T)))) return -1;
     float *derived =
         (float *)gpu_take(g, (size_t)c->n_layer * c->E * (size_t)(c->N + c->K) * sizeof(float));
     if (!derived) return -1;
@@ -1314,21 +1322,37 @@ template <class T> static int upload_weights(Gpu *g, const Model *m) {
     return finish(d);
 }
 
-static int gpu_sequences(Gpu *g, int S);
-static void generation_free(Gpu *g);
+static int places_open(Gpu *g, Places *p, int S);
+static void places_free(Places *p);
+static void generation_free(Generation *n);
 
-static void states_free(States *s) {
-    cudaFree(s->window), cudaFree(s->h), cudaFree(s->logits);
-    *s = {};
+// A batch of more than THIN_MAX sequences reads a dense copy of quantised matrices, where memory
+// holds it: there arithmetic counts, not bytes. The copy stays. Without the memory nothing changes.
+template <class T> static void unpack_for_batches(Gpu *g) {
+    size_t bytes = 0, free_bytes = 0, total = 0;
+    for (const PackedPlace &p : g->packed) bytes += ((size_t)p.rows * p.cols + 128) * sizeof(T);
+    if (!g->unpacking.bits || cudaMemGetInfo(&free_bytes, &total) != cudaSuccess) return;
+    if (free_bytes < bytes + bytes / 2 + ((size_t)1 << 30)) return; // states need memory, too
+    T *to = (T *)gpu_take(g, bytes);
+    if (!to) return;
+    for (const PackedPlace &p : g->packed) {
+        unpack(&g->device, to, *p.device, g->unpacking.bits, p.rows, p.cols);
+        *p.device = to;
+        to += ((size_t)p.rows * p.cols + 127) / 128 * 128;
+    }
+    if (g->config.flags & FLAG_TIED) g->w.head = g->w.embedding;
+    g->unpacking.bits = 0;
+    // The steps of one text have the old pointers.
+    generation_free(g->one.generation);
+    g->one.generation = NULL;
 }
 
 static void gpu_close(Gpu *g) {
     if (!g) return;
+    device_use(&g->device);
     if (g->device.stream) cudaStreamSynchronize(g->device.stream);
-    generation_free(g);
     for (void *p : g->memory) cudaFree(p);
-    cudaFree(g->window), cudaFree(g->h), cudaFree(g->step_logits);
-    states_free(&g->gathered);
+    places_free(&g->one), places_free(&g->many);
     device_close(&g->device);
     delete g;
 }
@@ -1353,13 +1377,15 @@ template <class T> static size_t lay_out_acts(Gpu *g, char *base) {
 // with a sentence.
 static Gpu *gpu_open(const Model *m, int float32) {
     Gpu *g = new Gpu();
+    g->at = &g->one;
     const Config *c = &m->config;
     g->config = *c;
     g->bf16_compute = (c->type == BF16 || c->type == Q8 || c->type == Q4) && !float32;
     size_t row = (size_t)c->D * 8 + (size_t)c->E * 24,
-           most = ((size_t)3 << 30) / row; // 3 GB of activations at the most
-    g->piece = (int)std::min((size_t)GPU_PIECE, std::max((size_t)64, most / 64 * 64));
-    g->logit_rows = std::max(1, std::min(1024, GPU_LOGIT_FLOATS / c->V));
+           budget = c->type >= Q8 ? (size_t)128 << 20 : (size_t)3 << 30,
+           most = budget / row; // activations take a budget at the most
+    g->piece = (int)std::min((size_t)GPU_PIECE, std::max((size_t)256, most / 64 * 64));
+    g->logit_rows = std::max(1, std::min(c->type >= Q8 ? 128 : 1024, GPU_LOGIT_FLOATS / c->V));
     char *arena = NULL;
     if (device_open(&g->device) == 0 &&
         (g->bf16_compute ? upload_weights<bf16>(g, m) : upload_weights<float>(g, m)) == 0 &&
@@ -1367,115 +1393,37 @@ static Gpu *gpu_open(const Model *m, int float32) {
                                                      : lay_out_acts<float>(g, NULL)))) {
         if (g->bf16_compute) lay_out_acts<bf16>(g, arena);
         else lay_out_acts<float>(g, arena);
-        if (gpu_sequences(g, 1) == 0) return g;
+        if (places_open(g, &g->one, 1) == 0) return g;
     }
     gpu_close(g);
     return NULL;
 }
 
-struct StateBytes { // of one sequence: window and h of one layer, logits
-    size_t window, h, logits, layers;
-    StateBytes(const Config *c)
-        : window((size_t)(c->K - 1) * c->E * sizeof(float)), h((size_t)c->N * c->E * sizeof(float)),
-          logits((size_t)c->V * sizeof(float)), layers((size_t)c->n_layer) {}
-};
+#include "cuda/places.cuh"
 
-// States of S sequences from now on, each a copy of the first; logits too. 0, or -1 with a
-// sentence.
-static int gpu_sequences(Gpu *g, int S) {
-    const StateBytes bytes(&g->config);
-    const size_t window = bytes.window, h = bytes.h, logits = bytes.logits, layers = bytes.layers;
-    float *new_window = (float *)device_alloc(layers * S * window),
-          *new_h = (float *)device_alloc(layers * S * h),
-          *new_logits = (float *)device_alloc(S * logits);
-    if (!new_window || !new_h || !new_logits) {
-        cudaFree(new_window), cudaFree(new_h), cudaFree(new_logits);
-        return -1;
-    }
-    cudaStream_t stream = g->device.stream;
-    for (int s = 0; s < S; s++) {
-        if (!g->window) {
-            cudaMemset2DAsync((char *)new_window + s * window, S * window, 0, window, layers,
-                              stream);
-            cudaMemset2DAsync((char *)new_h + s * h, S * h, 0, h, layers, stream);
-            cudaMemsetAsync((char *)new_logits + s * logits, 0, logits, stream);
-            continue;
+template <class T> static EmbeddingOf<T> embedding_of(const Gpu *g) {
+    return {g->w.embedding, g->config.D, g->unpacking.bits};
+}
+
+// logits (rows,V) of the normed xn (rows,D)
+template <class T> static void head_product(Gpu *g, float *logits, const T *xn, int rows) {
+    Device *d = &g->device;
+    const int V = g->config.V, D = g->config.D;
+    const Unpacking &u = g->unpacking;
+    if constexpr (sizeof(T) == 2)
+        if (u.bits && rows <= THIN_MAX && D % 8 == 0) {
+            thin_or_packed(d, u.bits, PlainSource{xn}, LogitSink{logits}, g->w.head, rows, V, D, 1);
+            return check_launch(d, "head");
         }
-        if (window)
-            cudaMemcpy2DAsync((char *)new_window + s * window, S * window, g->window, g->S * window,
-                              window, layers, cudaMemcpyDeviceToDevice, stream);
-        cudaMemcpy2DAsync((char *)new_h + s * h, S * h, g->h, g->S * h, h, layers,
-                          cudaMemcpyDeviceToDevice, stream);
-        cudaMemcpyAsync((char *)new_logits + s * logits, g->step_logits, logits,
-                        cudaMemcpyDeviceToDevice, stream);
+    // What the scratch holds of a quantised head, in rows of whole tiles.
+    const int most = u.bits ? (int)(std::min(u.elements / D, (size_t)V + TILE) / TILE * TILE) : V;
+    const size_t row_of_tiles =
+        (size_t)((D + TILE - 1) / TILE) * (2 * TILE + (size_t)u.bits * TILE * TILE / 8);
+    for (int v = 0; v < V; v += most) {
+        const int n = std::min(most, V - v);
+        const char *W = (const char *)g->w.head + (u.bits ? v / TILE * row_of_tiles : 0);
+        matmul(d, Rows(logits + v, V), Rows((T *)xn, D), dense<T>(d, u, W, n, D), rows, n, D);
     }
-    int result = finish(&g->device);
-    cudaFree(g->window), cudaFree(g->h), cudaFree(g->step_logits);
-    g->window = new_window, g->h = new_h, g->step_logits = new_logits;
-    g->S = S;
-    generation_free(g);
-    return result;
-}
-
-// Moves the state and the logits of the one sequence to place s of S, and leaves a zero state for
-// another prompt. The next gpu_generate_start() of S sequences continues from those gathered. 0, or
-// -1 with a sentence.
-static int gpu_gather(Gpu *g, int s, int S) {
-    const StateBytes bytes(&g->config);
-    const size_t window = bytes.window, h = bytes.h, logits = bytes.logits, layers = bytes.layers;
-    cudaStream_t stream = g->device.stream;
-    States *to = &g->gathered;
-    if (s < 0 || s >= S) return gpu_fail("place %d of %d sequences", s, S);
-    if (g->S != 1 && gpu_sequences(g, 1)) return -1;
-    if (to->S != S) {
-        states_free(to);
-        to->window = (float *)device_alloc(layers * S * window);
-        to->h = (float *)device_alloc(layers * S * h);
-        to->logits = (float *)device_alloc(S * logits);
-        if (!to->window || !to->h || !to->logits) return states_free(to), -1;
-        to->S = S;
-        cudaMemsetAsync(to->window, 0, layers * S * window, stream);
-        cudaMemsetAsync(to->h, 0, layers * S * h, stream);
-        cudaMemsetAsync(to->logits, 0, S * logits, stream);
-    }
-    if (window)
-        cudaMemcpy2DAsync((char *)to->window + s * window, S * window, g->window, window, window,
-                          layers, cudaMemcpyDeviceToDevice, stream);
-    cudaMemcpy2DAsync((char *)to->h + s * h, S * h, g->h, h, h, layers, cudaMemcpyDeviceToDevice,
-                      stream);
-    cudaMemcpyAsync((char *)to->logits + s * logits, g->step_logits, logits,
-                    cudaMemcpyDeviceToDevice, stream);
-    cudaMemsetAsync(g->window, 0, layers * window, stream);
-    cudaMemsetAsync(g->h, 0, layers * h, stream);
-    cudaMemsetAsync(g->step_logits, 0, logits, stream);
-    return finish(&g->device);
-}
-
-// One sequence's state from host arrays window (n_layer,K-1,E), h (n_layer,N,E), logits (V). 0, or
-// -1 with a sentence.
-static int gpu_set_state(Gpu *g, const float *window, const float *h, const float *logits) {
-    const Config *c = &g->config;
-    if (g->S != 1 && gpu_sequences(g, 1)) return -1;
-    size_t layers = (size_t)c->n_layer * c->E * sizeof(float);
-    cudaMemcpyAsync(g->window, window, layers * (size_t)(c->K - 1), cudaMemcpyHostToDevice,
-                    g->device.stream);
-    cudaMemcpyAsync(g->h, h, layers * (size_t)c->N, cudaMemcpyHostToDevice, g->device.stream);
-    cudaMemcpyAsync(g->step_logits, logits, (size_t)c->V * sizeof(float), cudaMemcpyHostToDevice,
-                    g->device.stream);
-    return finish(&g->device);
-}
-
-// The state of the first sequence to host arrays. NULL: not wanted.
-static int gpu_get_state(Gpu *g, float *window, float *h, float *logits) {
-    const StateBytes n(&g->config);
-    cudaStream_t stream = g->device.stream;
-    if (window && n.window)
-        cudaMemcpy2DAsync(window, n.window, g->window, g->S * n.window, n.window, n.layers,
-                          cudaMemcpyDeviceToHost, stream);
-    if (h)
-        cudaMemcpy2DAsync(h, n.h, g->h, g->S * n.h, n.h, n.layers, cudaMemcpyDeviceToHost, stream);
-    if (logits) cudaMemcpyAsync(logits, g->step_logits, n.logits, cudaMemcpyDeviceToHost, stream);
-    return finish(&g->device);
 }
 
 // The network for B sequences of L tokens whose ids are on the device: B = 1 (a piece of text) or
@@ -1485,9 +1433,7 @@ template <class T> static void network(Gpu *g, const int32_t *ids, int B, int L)
     Device *d = &g->device;
     const Config *c = &g->config;
     BlockActs<T> a = acts_of<T>(g);
-    if (ids)
-        embed_kernel<<<(unsigned)(B * L), 128, 0, d->stream>>>(g->res, ids,
-                                                               (const T *)g->w.embedding, c->D);
+    if (ids) embed(d, g->res, ids, embedding_of<T>(g), B * L);
     for (int layer = 0; layer < c->n_layer; layer++)
         block(d, c, &g->w.layer[(size_t)layer], a,
               {g->res, g->res, B, L, window_of(g, layer), h_of(g, layer)});
@@ -1504,32 +1450,29 @@ static int prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, c
     std::vector<float> host(visit ? (size_t)g->logit_rows * V : 0);
     for (size_t done = 0; done < n;) {
         int L = (int)std::min(n - done, (size_t)g->piece);
-        cudaMemcpyAsync(g->ids, ids + done, (size_t)L * sizeof *ids, cudaMemcpyHostToDevice,
-                        d->stream);
+        copy(d, g->ids, ids + done, (size_t)L * sizeof *ids, "ids");
         network<T>(g, g->ids, 1, L);
         T *xn = acts_of<T>(g).xn;
         for (int t = 0; t < L && visit; t += g->logit_rows) {
             int rows = std::min(g->logit_rows, L - t);
-            matmul(d, Rows(g->logits, V), Rows(xn + (size_t)t * D, D), (const T *)g->w.head, rows,
-                   c->V, c->D);
-            cudaMemcpyAsync(host.data(), g->logits, (size_t)rows * V * sizeof(float),
-                            cudaMemcpyDeviceToHost, d->stream);
+            head_product(g, g->logits, xn + (size_t)t * D, rows);
+            copy(d, host.data(), g->logits, (size_t)rows * V * sizeof(float), "logits");
             if (finish(d)) return -1;
             for (int r = 0; r < rows; r++) visit(context, host.data() + (size_t)r * V);
         }
         done += (size_t)L;
-        if (done == n)
-            matmul(d, Rows(g->step_logits, V), Rows(xn + (size_t)(L - 1) * D, D),
-                   (const T *)g->w.head, 1, c->V, c->D);
+        if (done == n) head_product(g, g->one.logits, xn + (size_t)(L - 1) * D, 1);
     }
-    return finish(d);
+    return finish_scans(d);
 }
 
 // Reads n tokens, ids below V, into the state of the one sequence. visit, if not NULL, gets the
 // logits (V) of every position. 0, or -1 with a sentence.
 static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void *, const float *),
                        void *context) {
-    if (g->S != 1 && gpu_sequences(g, 1)) return -1;
+    device_use(&g->device);
+    if (check_tokens(ids, n, g->config.V)) return -1;
+    g->at = &g->one;
     return g->bf16_compute ? prefill<bf16>(g, ids, n, visit, context)
                            : prefill<float>(g, ids, n, visit, context);
 }
@@ -1538,153 +1481,13 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
 // 7 Generation: a step, its graph
 // A step draws a token for each of S sequences from its logits and reads it, so ids never wait for
 // the host: they are collected on the device and fetched after some steps. The whole step is one
-// graph, captured once for each S.
+// graph, captured once for each S and kind of sampling.
 
 #include "cuda/sampling.cuh"
 #include "cuda/step_one_hopper.cuh"
 #include "cuda/step_many_hopper.cuh"
 
-static void generation_free(Gpu *g) {
-    Generation *n = g->generation;
-    if (!n) return;
-    if (n->graph) cudaGraphExecDestroy(n->graph);
-    for (void *p : {(void *)n->how, (void *)n->sequences, (void *)n->allowed, (void *)n->tokens,
-                    (void *)n->slices, (void *)n->current, (void *)n->scratch, (void *)n->parts})
-        cudaFree(p);
-    solo_free(n->solo);
-    wide_free(n->wide);
-    delete n;
-    g->generation = NULL;
-}
-
-// Queues one step: draw a token for each sequence, read it, leave its logits.
-template <class T> static void generation_step(Gpu *g) {
-    Generation *n = g->generation;
-    Device *d = &g->device;
-    const Config *c = &g->config;
-    launch_dependent(d, likeliest_kernel, dim3(SLICES, (unsigned)n->S), 256, 0, n->how,
-                     n->sequences, g->step_logits, n->allowed, n->scratch, n->slices, c->V);
-    SampleArgs<T> sample = {n->how,     n->sequences, n->slices, n->scratch,
-                            n->current, n->tokens,    g->res,    (const T *)g->w.embedding,
-                            n->S,       c->V,         c->D};
-    launch_dependent(d, sample_kernel<T>, (unsigned)n->S, 1024, 0, sample);
-    if (n->solo) {
-        solo_step(g, n->solo);
-    } else if (!n->wide && thin_fits(g, n->S)) {
-        thin_step(g, n->S);
-    } else {
-        if (n->wide) wide_step(g, n->wide);
-        else network<T>(g, NULL, n->S, 1);
-        matmul(d, Rows(g->step_logits, c->V), Rows(acts_of<T>(g).xn, c->D), (const T *)g->w.head,
-               n->S, c->V, c->D);
-    }
-    check_launch(d, "step");
-}
-
-static bool generation_alloc(Gpu *g, int S) {
-    const Config *c = &g->config;
-    Generation *n = new Generation();
-    g->generation = n;
-    const size_t s = (size_t)S, V = (size_t)c->V, P = (size_t)(c->R + 2 * c->N);
-    auto take = [](auto *&p, size_t elements) {
-        p = (std::remove_reference_t<decltype(p)>)device_alloc(elements * sizeof *p);
-        return p != NULL;
-    };
-    n->S = S;
-    return take(n->how, 1) && take(n->sequences, s) && take(n->allowed, V) &&
-           take(n->tokens, GENERATE_MAX * s) && take(n->slices, s * SLICES) &&
-           take(n->current, s) && take(n->scratch, s * V) && take(n->parts, K_SPLIT_MAX * s * P);
-}
-
-static cudaError_t generation_capture(Gpu *g) {
-    Device *d = &g->device;
-    cudaGraph_t graph = NULL;
-    cudaError_t error = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
-    if (error == cudaSuccess) {
-        if (g->bf16_compute) generation_step<bf16>(g);
-        else generation_step<float>(g);
-        error = cudaStreamEndCapture(d->stream, &graph);
-    }
-    if (error == cudaSuccess) error = cudaGraphInstantiate(&g->generation->graph, graph, 0);
-    if (graph) cudaGraphDestroy(graph);
-    return error;
-}
-
-// Prepares the generation of S sequences. They continue from those gathered, or else all from the
-// first one's state. random (S): the seed of each; recent: the last n_recent tokens as a ring, by
-// position modulo RECENT; allowed (V). 0, or -1 with a sentence.
-static int gpu_generate_start(Gpu *g, int S, const Sampling *how, const uint64_t *random,
-                              uint64_t position, const int32_t *recent, int n_recent,
-                              const unsigned char *allowed) {
-    Device *d = &g->device;
-    if (S > g->piece) return gpu_fail("%d sequences are too many: %d at the most", S, g->piece);
-    States *from = &g->gathered;
-    if (from->S) {
-        if (from->S != S) return gpu_fail("%d sequences were gathered, not %d", from->S, S);
-        cudaFree(g->window), cudaFree(g->h), cudaFree(g->step_logits);
-        g->S = S, g->window = from->window, g->h = from->h, g->step_logits = from->logits;
-        *from = {};
-        generation_free(g); // its graph has the old addresses
-    } else if ((S != g->S || S > 1) && gpu_sequences(g, S)) return -1;
-    if (!g->generation) {
-        if (!generation_alloc(g, S)) return generation_free(g), -1;
-        g->generation->solo = S == 1 ? solo_new(g) : NULL;
-        g->generation->wide = S > 1 ? wide_new(g, S) : NULL;
-        cudaError_t error = generation_capture(g);
-        if (error != cudaSuccess) {
-            cudaGetLastError();
-            d->failed = NULL;
-            generation_free(g);
-            return gpu_fail("GPU: capturing a step: %s", cudaGetErrorString(error));
-        }
-    }
-    Generation *n = g->generation;
-    std::vector<Sequence> sequences((size_t)S);
-    for (int s = 0; s < S; s++) {
-        Sequence *q = &sequences[(size_t)s];
-        memset(q, 0, sizeof *q);
-        q->position = position, q->random = random[s], q->n_recent = n_recent;
-        memcpy(q->recent, recent, sizeof q->recent);
-    }
-    cudaMemcpyAsync(n->allowed, allowed, (size_t)g->config.V, cudaMemcpyHostToDevice, d->stream);
-    cudaMemcpyAsync(n->how, how, sizeof *how, cudaMemcpyHostToDevice, d->stream);
-    cudaMemcpyAsync(n->sequences, sequences.data(), (size_t)S * sizeof(Sequence),
-                    cudaMemcpyHostToDevice, d->stream);
-    return finish(d);
-}
-
-// How the steps of gpu_generate_start are computed, for tests. g NULL: the forms beside the
-// portable ones that this build has code for on this GPU, one after the other.
-static const char *gpu_step_form(const Gpu *g) {
-    if (!g) {
-        int version = 0;
-        if (code_version(&version) != cudaSuccess || version < 90) return "";
-        return code_has_wgmma() ? "one kernel for one sequence, one kernel for several sequences"
-                                : "one kernel for one sequence";
-    }
-    const Generation *n = g->generation;
-    return !n                   ? "none"
-           : n->solo            ? "one kernel for one sequence"
-           : n->wide            ? "one kernel for several sequences"
-           : thin_fits(g, n->S) ? "four kernels a layer"
-                                : "the library's products";
-}
-
-// Draws and reads `steps` tokens (at most GENERATE_MAX) for each sequence: ids (steps,S), -1 where
-// logits were not finite.
-static int gpu_generate(Gpu *g, int32_t *ids, int steps) {
-    Generation *n = g->generation;
-    Device *d = &g->device;
-    cudaMemset2DAsync(&n->sequences->step, sizeof(Sequence), 0, sizeof n->sequences->step,
-                      (size_t)n->S, d->stream);
-    if (n->solo) solo_state(g, n->solo, false);
-    for (int i = 0; i < steps; i++)
-        if (cudaGraphLaunch(n->graph, d->stream) != cudaSuccess && !d->failed) d->failed = "a step";
-    if (n->solo) solo_state(g, n->solo, true);
-    cudaMemcpyAsync(ids, n->tokens, (size_t)steps * n->S * sizeof *ids, cudaMemcpyDeviceToHost,
-                    d->stream);
-    return finish(d);
-}
+#include "cuda/generate.cuh"
 
 // ------------------------------------------------------------------------------------------------
 // 8 What mamba.c calls
@@ -1694,7 +1497,10 @@ static int gpu_generate(Gpu *g, int32_t *ids, int steps) {
 #include "cuda/bench.cuh"
 
 extern "C" const GpuBackend mamba_gpu = {
-    gpu_error,        gpu_open,          gpu_close,          gpu_set_state,   gpu_get_state,
-    gpu_prefill,      gpu_gather,        gpu_generate_start, gpu_generate,    GENERATE_MAX,
-    gpu_trainer_open, gpu_trainer_close, gpu_trainer_resize, gpu_trainer_set, gpu_trainer_get,
-    gpu_train_pass,   gpu_train_step,    gpu_measure,        gpu_time_scan,   gpu_step_form};
+    gpu_error,           gpu_open,        gpu_close,        gpu_set_state,
+    gpu_get_state,       gpu_prefill,     gpu_gather,       gpu_generate_start,
+    gpu_generate,        GENERATE_MAX,    gpu_trainer_open, gpu_trainer_close,
+    gpu_trainer_resize,  gpu_trainer_set, gpu_trainer_get,  gpu_train_pass,
+    gpu_train_step,      gpu_measure,     gpu_time_scan,    gpu_step_form,
+    gpu_places,          gpu_place_begin, gpu_place_move,   gpu_places_sampling,
+    gpu_places_generate, gpu_step,        gpu_pretend};

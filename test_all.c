@@ -32,6 +32,7 @@
 #include "tests/test_command_line.h"
 #ifdef MAMBA_CUDA
 #include "tests/test_cuda.h"
+#include "tests/test_cuda_texts.h"
 #endif
 
 int main(int argc, char **argv) {
@@ -54,6 +55,10 @@ int main(int argc, char **argv) {
         {"command line", test_command_line},
 #ifdef MAMBA_CUDA
         {"cuda", test_cuda},
+        {"cuda texts", test_cuda_texts},
+        {"cuda packed", test_cuda_packed},
+        {"cuda faults", test_cuda_faults},
+        {"cuda small cards", test_cuda_small_cards},
 #endif
     };
     const char *only = NULL;

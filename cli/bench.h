@@ -339,6 +339,13 @@ typedef struct {
 } GpuBench;
 
 static const Sampling GREEDY = {.temperature = 0, .top_p = 1, .repeat_penalty = 1};
+static const struct {
+    const char *name;
+    Sampling how;
+} SAMPLED[] = {{"greedy", {.temperature = 0, .top_p = 1, .repeat_penalty = 1}},
+               {"-t 0.8 -p 0.95", {.temperature = 0.8f, .top_p = 0.95f, .repeat_penalty = 1}},
+               {"-t 1 -p 1", {.temperature = 1, .top_p = 1, .repeat_penalty = 1}},
+               {"-k 40", {.temperature = 0.8f, .top_p = 0.95f, .top_k = 40, .repeat_penalty = 1}}};
 
 static int bench_gpu_prefill(const GpuBench *g, int L, int repeats) {
     double time[BENCH_MAX], used = 0;
@@ -362,7 +369,8 @@ static int bench_gpu_prefill(const GpuBench *g, int L, int repeats) {
     return 0;
 }
 
-static int bench_gpu_generate(const GpuBench *g, int S) {
+// how: named by `name` in the output.
+static int bench_gpu_generate(const GpuBench *g, int S, const Sampling *how, const char *name) {
     const size_t V = (size_t)g->m->config.V;
     const int steps = GPU->generate_max;
     double time[BENCH_MAX];
@@ -371,7 +379,7 @@ static int bench_gpu_generate(const GpuBench *g, int S) {
     unsigned char *allowed = malloc(V);
     int result = ids && random && allowed ? 0 : fail("out of memory");
     if (result == 0) memset(allowed, 1, V);
-    if (result == 0 && GPU->generate_start(g->a->gpu, S, &GREEDY, random, 1, recent, 1, allowed))
+    if (result == 0 && GPU->generate_start(g->a->gpu, S, how, random, 1, recent, 1, allowed))
         result = gpu_failed();
     for (int round = -1; round < g->repeats && result == 0; round++) {
         double start = seconds();
@@ -384,8 +392,8 @@ static int bench_gpu_generate(const GpuBench *g, int S) {
     free(allowed);
     if (result) return -1;
     double t = median(time, g->repeats), floor = (g->bytes + 2 * S * g->state_bytes) / g->copy;
-    printf("generate x%-6d %10.3f ms  %12.0f tokens/s  %5.1f%% of the bytes' floor\n", S, t * 1e3,
-           S / t, 100 * floor / t);
+    printf("generate x%-6d %10.3f ms  %12.0f tokens/s  %5.1f%% of the bytes' floor  %s\n", S,
+           t * 1e3, S / t, 100 * floor / t, name);
     return 0;
 }
 
@@ -424,7 +432,7 @@ static void dialogues_close(Dialogues *d) {
 }
 
 static int dialogues_set_zero(const Dialogues *d, Gpu *gpu) {
-    return GPU->set_state(gpu, d->zero->window, d->zero->h, d->zero->logits) ? gpu_failed() : 0;
+    return GPU->set_state(gpu, -1, d->zero->window, d->zero->h, d->zero->logits) ? gpu_failed() : 0;
 }
 
 // 0, or -1 after fail().
@@ -524,7 +532,8 @@ static int bench_gpu_run(const GpuBench *g, const char *only) {
         result = bench_gpu_prefill(g, lengths[i], very_long && repeats > 3 ? 3 : repeats);
     }
     for (int i = 0; i < COUNT(batches) && result == 0 && strchr(only, 'g'); i++)
-        result = bench_gpu_generate(g, batches[i]);
+        for (int k = 0; k < COUNT(SAMPLED) && result == 0; k++)
+            result = bench_gpu_generate(g, batches[i], &SAMPLED[k].how, SAMPLED[k].name);
     for (int i = 0; i < COUNT(dialogues) && result == 0 && strchr(only, 'd'); i++)
         result = bench_gpu_dialogues(g, dialogues[i], 2048, 128, repeats < 3 ? repeats : 3);
     return result;
@@ -539,8 +548,6 @@ static int bench_gpu(const Model *m, int repeats, const char *only) {
     double used = 0;
     GpuBench g = {.m = m, .repeats = repeats, .bytes = (double)step_bytes(m)};
     g.state_bytes = 4.0 * (c->N + c->K - 1) * c->n_layer * c->E;
-    // A GPU unpacks quantized weights when it loads them.
-    if (quantized) g.bytes = (double)m->n_params * (backend.float32 ? 4 : 2);
     g.a = mamba_acts_new(m, 1);
     g.s = mamba_state_new(m);
     int result = g.a && g.s ? mamba_acts_gpu(g.a, m, backend.float32) : -1;

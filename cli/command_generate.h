@@ -45,9 +45,11 @@ static int generate_options(GenerateOptions *o, int argc, char **argv, const cha
         OPTION_INT("--layer", "N", &o->layer, -1, 65535,
                    "the layer whose delta is shown, from 0; -1: the mean of all"),
         OPTION_INT("--samples", "S", &o->samples, 1, 1e9,
-                   "write S texts from the prompt (or each of --batch), 32 at once"),
+                   "write S texts from the prompt (or each of --batch), 32 at once, on "
+                   "a GPU 256"),
         OPTION_TEXT("--batch", "FILE", &o->batch,
-                    "write a text from each line of FILE, - for stdin, 32 at once"),
+                    "write a text from each line of FILE, - for stdin, 32 at "
+                    "once, on a GPU 256"),
         OPTION_SWITCH("--quiet", &o->quiet, "write errors alone to stderr: no timing, no progress"),
         OPTION_SWITCH("--null", &o->null,
                       "no headings between several texts: a NUL byte after each"),
@@ -107,8 +109,6 @@ static int check_generate(const GenerateOptions *o, const char *const *rest, int
     if (several && o->n == 0) return fail("-n 0 writes nothing: it does not go with %s", option);
     if (o->null && !several)
         return fail("--null ends each of several texts: it needs --samples or --batch");
-    if (several && mamba_has_gpu() && !backend.cpu)
-        return fail("%s runs on the processor: add --cpu", option);
     if (o->system && !o->chats) return fail("--system goes with --chat");
     if (o->chats && (o->show_selection || o->tokens || o->form.ids))
         return fail(

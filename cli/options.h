@@ -140,6 +140,20 @@ static UNUSED bool has_ending(const char *path, const char *const *ending) {
 }
 
 #ifdef MAMBA_POSIX
+// A folder's names, one after another, NULL at the end, which closes it. NULL at once: no folder.
+typedef DIR *Folder;
+static Folder folder_open(const char *path) { return opendir(path); }
+static const char *folder_next(Folder folder) {
+    const struct dirent *e = folder ? readdir(folder) : NULL;
+    if (folder && !e) closedir(folder);
+    return e ? e->d_name : NULL;
+}
+#else
+typedef void *Folder; // names are not listed
+static Folder folder_open(const char *path) { return (void)path, NULL; }
+static const char *folder_next(Folder folder) { return (void)folder, NULL; }
+#endif
+
 // A folder is no model: says what to do with what is in it. Returns -1.
 static int explain_folder(const char *path) {
     static const char *const weights[] = {".safetensors", "pytorch_model.bin",
@@ -147,15 +161,12 @@ static int explain_folder(const char *path) {
     static const char *const models[] = {".bin", NULL};
     char first[256] = "";
     bool checkpoint = false;
-    DIR *folder = opendir(path);
-    if (!folder) return fail("%s: %s", path, strerror(errno));
-    for (const struct dirent *e; (e = readdir(folder)) != NULL;) {
-        checkpoint |= has_ending(e->d_name, weights) || !strcmp(e->d_name, "config.json");
-        bool earlier = !first[0] || strcmp(e->d_name, first) < 0;
-        if (has_ending(e->d_name, models) && earlier)
-            snprintf(first, sizeof first, "%s", e->d_name);
+    Folder folder = folder_open(path);
+    for (const char *name; (name = folder_next(folder)) != NULL;) {
+        checkpoint |= has_ending(name, weights) || !strcmp(name, "config.json");
+        bool earlier = !first[0] || strcmp(name, first) < 0;
+        if (has_ending(name, models) && earlier) snprintf(first, sizeof first, "%s", name);
     }
-    closedir(folder);
     const char *slash = path[strlen(path) - 1] == '/' ? "" : "/";
     if (checkpoint)
         return fail("%s is a folder with a checkpoint: make a model.bin of it with "
@@ -164,24 +175,23 @@ static int explain_folder(const char *path) {
     if (first[0])
         return fail("%s is a folder: name a model in it, for example %s%s%s", path, path, slash,
                     first);
-    return fail("%s is a folder, and no model is in it", path);
+    return fail("%s is a folder; a model is a file such as models/story.bin", path);
 }
 
 // Finds the name that is nearest to path in its folder. Whether there is one.
-static bool find_near(char name[256], const char *path) {
+static bool find_near(char found[256], const char *path) {
     const char *slash = strrchr(path, '/'), *base = slash ? slash + 1 : path;
+    const size_t start = (size_t)(base - path);
     int best = 3; // edits
-    snprintf(name, 256, "%.*s", slash ? (int)(slash - path) + 1 : 2, slash ? path : "./");
-    DIR *folder = strlen(path) < 200 ? opendir(name) : NULL;
-    if (!folder) return false;
-    size_t start = slash ? (size_t)(slash + 1 - path) : 0;
-    for (const struct dirent *e; (e = readdir(folder)) != NULL;) {
-        int n = edits(base, e->d_name);
-        if (n >= best || e->d_name[0] == '.' || strlen(base) < 5) continue;
+    if (strlen(path) >= 200 || strlen(base) < 5) return false;
+    snprintf(found, 256, "%.*s", slash ? (int)start : 2, slash ? path : "./");
+    Folder folder = folder_open(found);
+    for (const char *name; (name = folder_next(folder)) != NULL;) {
+        int n = edits(base, name);
+        if (n >= best || name[0] == '.') continue;
         best = n;
-        snprintf(name, 256, "%.*s%.40s", (int)start, path, e->d_name);
+        snprintf(found, 256, "%.*s%.40s", (int)start, path, name);
     }
-    closedir(folder);
     return best < 3;
 }
 
@@ -205,29 +215,25 @@ static int explain_missing(const char *path) {
                     path, path);
     return fail("%s: No such file or directory", path);
 }
-#endif
 
 // Whether there is such a file, and no folder. 0, or -1 after fail(), which says what to type
 // instead.
 static int check_is_file(const char *path) {
+    FileInfo info;
     if (!*path) return fail("the name of a file is empty");
-#ifdef MAMBA_POSIX
-    struct stat info;
-    if (stat(path, &info)) return errno == ENOENT ? explain_missing(path) : 0;
-    if (S_ISDIR(info.st_mode)) return explain_folder(path);
-#endif
-    return 0;
+    if (!file_info(path, &info))
+        return CAN_TELL_FILES && errno == ENOENT ? explain_missing(path) : 0;
+    return info.folder ? explain_folder(path) : 0;
 }
 
 // Whether path may be a model.bin. 0, or -1 after fail(), which says what to do with a file that is
 // something else.
 static int check_model_path(const char *path) {
     unsigned char h[16] = {0};
+    FileInfo info;
     if (check_is_file(path)) return -1;
-#ifdef MAMBA_POSIX
-    struct stat info;
-    if (stat(path, &info) || !S_ISREG(info.st_mode)) return 0; // the loader says so
-#endif
+    if (CAN_TELL_FILES && (!file_info(path, &info) || !info.regular))
+        return 0; // the loader says so
     FILE *f = fopen(path, "rb");
     size_t n = f ? fread(h, 1, sizeof h, f) : 0;
     if (f) fclose(f);

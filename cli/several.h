@@ -1,6 +1,7 @@
 // cli/several.h - generate --samples and --batch: up to BATCH_MAX sequences share every read of the
-// weights. Where one ends, the next text begins, so memory does not depend on how many there are.
-// Texts are printed in order, each once it and all before it have ended.
+// weights (on a GPU up to PLACES_USUAL). Where one ends, the next text begins, so memory does not
+// depend on how many there are. Texts are printed in order, each once it and all before it have
+// ended.
 //
 // Depends on cli/generate.h (options, prompts, Report) and cli/output.h.
 
@@ -30,12 +31,12 @@ typedef struct {
     size_t n_prompts, samples, total; // total: of all texts
     State *start;                     // where every prompt begins: zeros or a loaded state
     uint64_t seed;
-    Sequence sequence[BATCH_MAX]; // the first `running` are being written
-    int running, slots;
-    size_t begun, printed; // texts
-    Text text[TEXTS_MAX];  // of text k at k % TEXTS_MAX
-    bool whole[TEXTS_MAX]; // it has ended
-    unsigned char *bytes;  // room for one token's text
+    Sequence *sequence;         // (slots) the first `running` are being written
+    int running, slots, opened; // opened: sequences that are allocated
+    size_t begun, printed;      // texts
+    Text text[TEXTS_MAX];       // of text k at k % TEXTS_MAX
+    bool whole[TEXTS_MAX];      // it has ended
+    unsigned char *bytes;       // room for one token's text
     size_t ended[N_ENDINGS];
 } Several;
 
@@ -115,8 +116,14 @@ static int several_begin(Several *all, Report *report) {
     }
     Sequence *q = &all->sequence[all->running++];
     Text *text = &all->text[all->begun % TEXTS_MAX];
-    mamba_state_copy(m, q->state, read);
-    q->state->random = sample_seed(all->seed, sample);
+    const uint64_t seed = sample_seed(all->seed, sample);
+    if (all->x->acts->gpu) {
+        if (mamba_place_begin(all->x->acts, all->running - 1, read, seed)) return -1;
+        q->state->pending = read->pending;
+    } else {
+        mamba_state_copy(m, q->state, read);
+        q->state->random = seed;
+    }
     q->number = all->begun++;
     q->written = 0;
     q->out.into = text;
@@ -210,29 +217,36 @@ static int several_loop(Several *all, Report *report) {
     }
 }
 
+#include "several_gpu.h"
+
 // Memory for the sequences, and the state that every prompt begins with. 0, or -1 after fail().
 static int several_open(Several *all) {
     const Model *m = all->x->model;
     all->total = size_mul(all->n_prompts, all->samples);
+    const bool gpu = all->x->acts->gpu;
     all->slots = all->total < BATCH_MAX ? (int)all->total : BATCH_MAX;
+    if (gpu && several_open_gpu(all)) return -1;
+    all->sequence = calloc((size_t)all->slots, sizeof *all->sequence);
+    all->opened = all->sequence ? all->slots : 0;
     all->bytes = malloc(m->text_room + 16);
-    if (!all->bytes) return fail("out of memory: %d sequences", all->slots);
+    if (!all->bytes || !all->sequence) return fail("out of memory: %d sequences", all->slots);
     all->start = mamba_state_new(m);
     if (!all->start) return -1;
     mamba_state_copy(m, all->start, all->x->state);
     for (int i = 0; i < all->slots; i++) {
         all->sequence[i].out.stop = &all->o->stop;
-        all->sequence[i].state = mamba_state_new(m);
+        all->sequence[i].state = gpu ? mamba_state_of_text() : mamba_state_new(m);
         if (!all->sequence[i].state) return -1;
     }
     return 0;
 }
 
 static void several_close(Several *all) {
-    for (int i = 0; i < BATCH_MAX; i++) {
+    for (int i = 0; i < all->opened; i++) {
         mamba_state_free(all->sequence[i].state);
         free(all->sequence[i].out.held.bytes);
     }
+    free(all->sequence);
     for (int i = 0; i < TEXTS_MAX; i++) free(all->text[i].bytes);
     mamba_state_free(all->start);
     for (size_t i = 0; i < all->n_prompts; i++) free(all->prompt[i].ids);
@@ -270,7 +284,7 @@ static int generate_several(Session *x, const GenerateOptions *o, const char *te
     if (result == 0) result = several_open(all);
     if (result == 0) {
         double start = seconds();
-        result = several_loop(all, &report);
+        result = x->acts->gpu ? several_loop_gpu(all, &report) : several_loop(all, &report);
         report.write_seconds = seconds() - start - report.read_seconds;
     }
     endings_text(ended, sizeof ended, all);

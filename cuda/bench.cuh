@@ -36,7 +36,7 @@ static int gpu_measure(double *copy_bytes, double *flops, double *used_bytes, ch
     random_kernel<<<1024, 256, 0, d.stream>>>((bf16 *)buffer, bytes, 1, -1.0f, 1.0f);
     for (int round = -1; round < ROUNDS; round++) {
         if (round == 0) cudaEventRecord(event[0], d.stream);
-        cudaMemcpyAsync(buffer + bytes, buffer, bytes, cudaMemcpyDeviceToDevice, d.stream);
+        copy(&d, buffer + bytes, buffer, bytes, "copy");
     }
     cudaEventRecord(event[1], d.stream);
     for (int round = -1; round < ROUNDS; round++) {
@@ -80,7 +80,7 @@ static double difference(Device *d, float *parts, const A *a, const A *b, size_t
     float host[2 * DIFFERENCE_BLOCKS];
     difference_kernel<<<DIFFERENCE_BLOCKS, 256, 0, d->stream>>>(parts, a, b, n);
     check_launch(d, "compare");
-    cudaMemcpyAsync(host, parts, sizeof host, cudaMemcpyDeviceToHost, d->stream);
+    copy(d, host, parts, sizeof host, "compare");
     if (finish(d)) return -1;
     float worst = *std::max_element(host, host + DIFFERENCE_BLOCKS),
           largest = *std::max_element(host + DIFFERENCE_BLOCKS, host + 2 * DIFFERENCE_BLOCKS);
@@ -135,8 +135,8 @@ template <class T> static int scan_bench_open(Device *d, ScanBench<T> *x) {
     random(x->inputs, 3 * x->cells + x->rows_BC, 1, -1, 1), random(A_neg, NE, 2, -(float)N, -0.5f);
     random(D_skip, (size_t)E, 3, 0.5f, 1.5f), random(dt_bias, (size_t)E, 4, -6, -2);
     random(x->h, x->states, 6, -1, 1);
-    cudaMemsetAsync(x->scratch, 0, scratch_bytes, d->stream);
-    cudaMemsetAsync(d_A, 0, (NE + 2 * (size_t)E) * sizeof(float), d->stream);
+    clear(d, x->scratch, scratch_bytes, "scratch");
+    clear(d, d_A, (NE + 2 * (size_t)E) * sizeof(float), "scratch");
     if (x->backward) random(x->gradients, x->cells, 5, -1, 1);
 
     x->mail = {(uint64_t *)x->scratch, x->mail_bytes, 0, 0, false};
@@ -172,8 +172,8 @@ template <class T> static double scan_error(Device *d, ScanBench<T> *x) {
     for (int step = 0; step < (x->L == 1 ? 2 : 1); step++) {
         ScanArgs<T> fast = x->scan;
         fast.h0 = x->h, fast.h_final = x->h + x->states;
-        cudaMemsetAsync(x->out, 0xff, x->cells * sizeof(T), d->stream); // not a number
-        cudaMemsetAsync(fast.h_final, 0xff, x->states * sizeof(float), d->stream);
+        clear(d, x->out, x->cells * sizeof(T), "scan", 0xff); // not a number
+        clear(d, fast.h_final, x->states * sizeof(float), "scan", 0xff);
         check_cuda(d, step ? scan_step_forward(d, fast) : scan_forward(d, fast), "scan");
         compare(x->out, x->plain_out, x->cells);
         compare(fast.h_final, x->plain_h, x->states);
@@ -211,10 +211,8 @@ static int time_scan(int B, int E, int L, int N, int repeats, double seconds[4])
             if (what == 0) check_cuda(&d, scan_forward(&d, x.scan), "scan");
             if (what == 1) check_cuda(&d, scan_backward(&d, x.back), "backward scan");
             if (what == 2) {
-                cudaMemcpyAsync(x.inputs, x.inputs + 2 * x.cells, x.cells * sizeof(T),
-                                cudaMemcpyDeviceToDevice, d.stream);
-                cudaMemcpyAsync(x.out, x.inputs + x.cells, x.cells * sizeof(T),
-                                cudaMemcpyDeviceToDevice, d.stream);
+                copy(&d, x.inputs, x.inputs + 2 * x.cells, x.cells * sizeof(T), "copy");
+                copy(&d, x.out, x.inputs + x.cells, x.cells * sizeof(T), "copy");
             }
             cudaEventRecord(event[1], d.stream);
             result = finish(&d);

@@ -4,7 +4,7 @@
 // Kernels are queued on one stream, so an error of a kernel shows at the next finish(). The first
 // error is kept, with where it happened, until the caller asks; work queued after it does no harm.
 
-static char gpu_error_text[400];
+static thread_local char gpu_error_text[400]; // of the last call of this thread that failed
 
 static const char *gpu_error(void) { return gpu_error_text; }
 
@@ -43,12 +43,22 @@ template <class T> struct Rows {
 struct Device { // what every kernel launch needs
     cudaStream_t stream;
     cublasHandle_t blas;
-    void *workspace; // cuBLAS's, so that graphs can be captured
-    const char *failed;
+    void *workspace;     // cuBLAS's, so that graphs can be captured
+    const char *failed;  // the first thing that went wrong since finish()
+    cudaError_t error;   // its error, or cudaSuccess: cuBLAS's status tells
+    const char *running; // what an error at finish() belongs to; NULL: "a kernel"
+    int device;          // its number: every call from outside begins with device_use()
+    uint32_t *stuck;     // device (2): a kernel that waited too long, see exchange.cuh
     int blas_status, processors, shared_limit; // multiprocessors; bytes of a block at the most
     bool hopper; // the code that runs was compiled for sm_90 or later: kernels wait for their input
     std::vector<Product> *products;
 };
+
+// A kernel whose blocks waited too long for each other: of the scans [0], of the one-kernel steps
+// [1]; 0: none. wait_limit: milliseconds. See exchange.cuh.
+enum { STUCK_SCAN, STUCK_STEP };
+__device__ uint32_t stuck[2];
+__device__ uint32_t wait_limit = 20000;
 
 static void check_blas(Device *d, cublasStatus_t status, const char *where) {
     if (status != CUBLAS_STATUS_SUCCESS && !d->failed)
@@ -56,30 +66,71 @@ static void check_blas(Device *d, cublasStatus_t status, const char *where) {
 }
 
 static void check_cuda(Device *d, cudaError_t error, const char *where) {
-    if (error != cudaSuccess && !d->failed) d->failed = where;
+    if (error != cudaSuccess && !d->failed) d->failed = where, d->error = error;
 }
 
-static void check_launch(Device *d, const char *where) {
-    if (cudaPeekAtLastError() != cudaSuccess && !d->failed) d->failed = where;
+// After a launch. The error is taken, so that the next check does not name the wrong kernel.
+static void check_launch(Device *d, const char *where) { check_cuda(d, cudaGetLastError(), where); }
+
+// Queued copies and fills, of any direction; rows: of `width` bytes, to_ld and from_ld bytes apart.
+static void copy(Device *d, void *to, const void *from, size_t bytes, const char *where) {
+    if (bytes) check_cuda(d, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, d->stream), where);
 }
+static void copy_rows(Device *d, void *to, size_t to_ld, const void *from, size_t from_ld,
+                      size_t width, size_t rows, const char *where) {
+    if (width && rows)
+        check_cuda(
+            d,
+            cudaMemcpy2DAsync(to, to_ld, from, from_ld, width, rows, cudaMemcpyDefault, d->stream),
+            where);
+}
+static void clear(Device *d, void *p, size_t bytes, const char *where, int byte = 0) {
+    if (bytes) check_cuda(d, cudaMemsetAsync(p, byte, bytes, d->stream), where);
+}
+
+// The calling thread's current GPU may be another one.
+static void device_use(const Device *d) { cudaSetDevice(d->device); }
 
 // Waits for everything queued. 0, or -1 with a sentence.
 static int finish(Device *d) {
     cudaError_t error = cudaStreamSynchronize(d->stream), last = cudaGetLastError();
     if (error == cudaSuccess) error = last;
-    const char *where = d->failed ? d->failed : "a kernel";
-    bool bad = d->failed || error != cudaSuccess;
-    d->failed = NULL;
+    const char *where = d->failed ? d->failed : d->running ? d->running : "a kernel";
+    const bool bad = d->failed || error != cudaSuccess;
+    if (d->error != cudaSuccess) error = d->error; // the first one
+    d->failed = NULL, d->error = cudaSuccess;
     if (!bad) return 0;
     if (error != cudaSuccess) return gpu_fail("GPU: %s: %s", where, cudaGetErrorString(error));
     return gpu_fail("GPU: %s: cuBLAS status %d", where, d->blas_status);
 }
 
+// The same after scans: also -1 where one of their waits was in vain.
+static int finish_scans(Device *d) {
+    static const char *const name[] = {"", "scan_tiles", "scan_back"};
+    uint32_t kernel = 0;
+    copy(d, &kernel, d->stuck + STUCK_SCAN, sizeof kernel, "scan");
+    if (finish(d)) return -1;
+    if (kernel == 0) return 0;
+    clear(d, d->stuck + STUCK_SCAN, sizeof kernel, "scan");
+    return gpu_fail("GPU: %s: its blocks waited for each other in vain; the result is no use",
+                    name[kernel]);
+}
+
 static void *device_alloc(size_t bytes) { // NULL with a sentence
     void *p = NULL;
-    cudaError_t error = cudaMalloc(&p, bytes ? bytes : 1);
-    if (error == cudaSuccess) return p;
     size_t free_bytes = 0, total = 0;
+    // An error of earlier work stays pending for the check that knows its name.
+    cudaError_t error = cudaPeekAtLastError();
+    if (error != cudaSuccess) {
+        gpu_fail("GPU: before memory was taken: %s", cudaGetErrorString(error));
+        return NULL;
+    }
+    error = cudaMalloc(&p, bytes ? bytes : 1);
+    if (error == cudaSuccess) return p;
+    if (error != cudaErrorMemoryAllocation) { // of a kernel before it
+        gpu_fail("GPU: while memory was taken: %s", cudaGetErrorString(error));
+        return NULL;
+    }
     cudaGetLastError();
     cudaMemGetInfo(&free_bytes, &total);
     gpu_fail("GPU memory: %.1f MB are needed, %.1f of %.1f MB are free", (double)bytes / 1e6,
@@ -98,6 +149,11 @@ struct Arena {
 };
 
 enum { CUBLAS_WORKSPACE = 32 << 20 };
+
+// Tests pretend a smaller GPU: the choices that follow from its size are made for that one. 0: the
+// true number.
+static int pretended_processors, pretended_shared;
+static int pretended(int is, int pretend) { return pretend && pretend < is ? pretend : is; }
 
 __global__ void probe_kernel() {}
 
@@ -125,17 +181,23 @@ static int device_open(Device *d) {
             "this build has no code for this GPU (%s): make cuda CUDA_ARCH=..., or --cpu",
             cudaGetErrorString(error));
     d->hopper = version >= 90;
-    int device = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&d->shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if ((error = cudaGetDevice(&d->device)) != cudaSuccess ||
+        (error = cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount,
+                                        d->device)) != cudaSuccess ||
+        (error = cudaDeviceGetAttribute(&d->shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                        d->device)) != cudaSuccess ||
+        (error = cudaGetSymbolAddress((void **)&d->stuck, stuck)) != cudaSuccess)
+        return gpu_fail("GPU: %s", cudaGetErrorString(error));
+    d->processors = pretended(d->processors, pretended_processors);
+    d->shared_limit = pretended(d->shared_limit, pretended_shared);
     if ((error = cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking)) != cudaSuccess)
         return gpu_fail("GPU: %s", cudaGetErrorString(error));
     if (cublasCreate(&d->blas) != CUBLAS_STATUS_SUCCESS)
         return gpu_fail("GPU: cuBLAS does not start");
     if (!(d->workspace = device_alloc(CUBLAS_WORKSPACE))) return -1;
-    cublasSetStream(d->blas, d->stream);
-    cublasSetWorkspace(d->blas, d->workspace, CUBLAS_WORKSPACE);
+    if (cublasSetStream(d->blas, d->stream) != CUBLAS_STATUS_SUCCESS ||
+        cublasSetWorkspace(d->blas, d->workspace, CUBLAS_WORKSPACE) != CUBLAS_STATUS_SUCCESS)
+        return gpu_fail("GPU: cuBLAS does not take its workspace");
     return 0;
 }
 
@@ -219,6 +281,7 @@ __device__ inline void wait_for_input() {
 template <class... Parameters>
 static cudaError_t allow_shared(void (*kernel)(Parameters...), size_t bytes) {
     if (bytes <= 48 << 10) return cudaSuccess;
+    if (pretended_shared && bytes > (size_t)pretended_shared) return cudaErrorInvalidValue;
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
 }
 
@@ -247,8 +310,9 @@ static cudaError_t launch_cluster(Device *d, unsigned cluster, void (*kernel)(Pa
     config.attrs = attributes;
     config.numAttrs = !d->hopper ? 0 : cluster > 1 ? 2 : 1;
     cudaError_t error = allow_shared(kernel, shared);
-    if (error != cudaSuccess) return error;
-    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    if (error == cudaSuccess)
+        error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    return error;
 }
 template <class... Parameters, class... Arguments>
 static cudaError_t launch_dependent(Device *d, void (*kernel)(Parameters...), dim3 grid,

@@ -10,11 +10,34 @@
 //   7 all blocks meet            step of many     a flag of each block
 // One more, a kernel that starts before the kernel ahead of it has ended, is wait_for_input().
 
-// Only a defect can make a block wait for ever. Then the kernel ends with an error after about ten
-// seconds of polling.
-__device__ __forceinline__ void give_up_after(int polls) {
-    if (polls > 1 << 24) __trap();
-}
+// HOW LONG A WAIT LASTS. Only a defect, or blocks of the same kernel that get no multiprocessor,
+// can make a wait last. Time counts, not polls, since a tool or a shared GPU may make a healthy run
+// slow. After wait_limit a wait raises `stuck` and ends; so do all other waits of that kernel and
+// of the kernels behind it, soon after. All blocks then run to their end on numbers that nobody
+// uses, the host sees `stuck`, and takes another form of the kernel or tells which one it was.
+// Waits inside a block or a cluster (barriers in shared memory) depend on the copy engine and on
+// blocks that run at the same time by the rules of clusters. They outlast the others fourfold, then
+// the kernel traps: their barriers could not be used after a wait in vain.
+struct Patience {
+    uint32_t polls = 0, start = 0; // start: milliseconds
+    // After a poll in vain: whether waiting has lasted `times` wait_limit, or somebody gave up.
+    __device__ __forceinline__ bool over(int which, uint32_t times = 1) {
+        if (++polls & 1023) return false;
+        uint64_t now;
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+        const uint32_t ms = (uint32_t)(now >> 20); // of 2^20 ns
+        if (!start) start = ms | 1;
+        if (times == 1 && *(volatile uint32_t *)(stuck + which)) return true;
+        return (int32_t)(ms - start) > (int32_t)(wait_limit * times);
+    }
+    // The same; gives up with the number `kernel`.
+    __device__ __forceinline__ bool gives_up(int which, uint32_t kernel) {
+        if (!over(which)) return false;
+        *(volatile uint32_t *)(stuck + which) = kernel;
+        return true;
+    }
+};
+enum { STUCK_TILES = 1, STUCK_BACK = 2, STUCK_IN_STEP = 3 }; // numbers of the kernels
 
 // ------------------------------------------------------------------------------------------------
 // 1 Turns. Warp w writes a quarter of the states to its place in shared memory and arrives at the
@@ -118,17 +141,31 @@ __device__ inline void barrier_expect(uint64_t *barrier, int bytes) {
                  : "memory");
 }
 __device__ inline void barrier_wait(uint64_t *barrier, int phase) {
-    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], "
-                 "%1;\n@!done bra again;\n}" ::"r"(shared_address(barrier)),
-                 "r"(phase)
-                 : "memory");
+    uint32_t done;
+    Patience wait;
+    for (;;) {
+        asm volatile("{\n.reg .pred done;\nmbarrier.try_wait.parity.shared.b64 done, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, done;\n}"
+                     : "=r"(done)
+                     : "r"(shared_address(barrier)), "r"(phase)
+                     : "memory");
+        if (done) break;
+        if (wait.over(STUCK_STEP, 4)) __trap();
+    }
 }
 // The same without sleeping: waking up takes 0.7 us.
 __device__ inline void barrier_watch(uint64_t *barrier, int phase) {
-    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.test_wait.parity.shared.b64 done, [%0], "
-                 "%1;\n@!done bra again;\n}" ::"r"(shared_address(barrier)),
-                 "r"(phase)
-                 : "memory");
+    uint32_t done;
+    Patience wait;
+    for (;;) {
+        asm volatile("{\n.reg .pred done;\nmbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, done;\n}"
+                     : "=r"(done)
+                     : "r"(shared_address(barrier)), "r"(phase)
+                     : "memory");
+        if (done) break;
+        if (wait.over(STUCK_STEP, 4)) __trap();
+    }
 }
 
 // All warps of a block but the one that feeds the ring.
@@ -222,7 +259,16 @@ __device__ inline void arrive_at(uint32_t barrier) {
 // 6 Numbers of all clusters: pairs of words in device memory, each a number and a tag.
 // Why it holds: a word arrives whole, and the tag says of which layer and step it is, so who sees
 // the tag has the number. A block writes the words of a layer only after it has the numbers of an
-// exchange that every block entered after it had read the words of the layer before.
+// exchange that every block entered after it had read the words of the layer before. That order
+// needs no fence: the numbers of the exchange are computed from the words read, so a read that saw
+// the later words would depend on itself.
+//
+// WHO RUNS. 6 and 7 need all blocks of the launch at once. As many are launched as the GPU holds
+// when nothing else runs (clusters_at_once), and one_kernel_lock lets one such kernel of the
+// process run at a time. Whatever else occupies multiprocessors ends without waiting for us:
+// kernels of other streams wait only for blocks that already run (2, 3), other processes take turns
+// with ours. Where that does not hold, beside another client of an MPS server, say, the waits end
+// after wait_limit, and gpu_generate() repeats the tokens by the portable step.
 __device__ inline void put_tagged(void *to, uint32_t x, uint32_t y, uint32_t tag) {
     asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1,%2};" ::"l"(to),
                  "l"((uint64_t)tag << 32 | x), "l"((uint64_t)tag << 32 | y)
@@ -240,12 +286,9 @@ __device__ inline bool both_tagged(ulonglong2 v, uint32_t tag) {
     return (uint32_t)(v.x >> 32) == tag && (uint32_t)(v.y >> 32) == tag;
 }
 __device__ inline uint2 get_tagged(const void *from, uint32_t tag) { // waits for them
-    ulonglong2 v;
-    int polls = 0;
-    do {
-        v = get_words(from);
-        give_up_after(++polls);
-    } while (!both_tagged(v, tag));
+    ulonglong2 v = get_words(from);
+    Patience wait;
+    while (!both_tagged(v, tag) && !wait.gives_up(STUCK_STEP, STUCK_IN_STEP)) v = get_words(from);
     return make_uint2((uint32_t)v.x, (uint32_t)v.y);
 }
 
@@ -259,7 +302,7 @@ __device__ inline void gather_pairs(float2 sum[ROUNDS], float2 *scratch, const u
                                     int pairs, int clusters, uint32_t tag) {
     const int warp = threadIdx.x / 32, half = threadIdx.x / 16, lane = threadIdx.x % 16;
     ulonglong2 v[ROUNDS];
-    int polls = 0;
+    Patience wait;
     bool all;
     do {
         all = true;
@@ -271,8 +314,10 @@ __device__ inline void gather_pairs(float2 sum[ROUNDS], float2 *scratch, const u
         }
 #pragma unroll
         for (int r = 0; r < ROUNDS; r++) all = all && both_tagged(v[r], tag);
-        give_up_after(++polls);
-    } while (!__all_sync(0xffffffffu, all));
+        // All lanes have polled as often, and one that gives up takes the warp along.
+        all = __all_sync(0xffffffffu, all) ||
+              __any_sync(0xffffffffu, wait.gives_up(STUCK_STEP, STUCK_IN_STEP));
+    } while (!all);
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) {
         float2 x =
@@ -296,9 +341,10 @@ __device__ inline void gather_pairs(float2 sum[ROUNDS], float2 *scratch, const u
 // 7 All blocks meet. A block sets a flag of its own to the tag of the meeting, and waits until the
 // flags of all blocks have come so far. Flags are FLAG_STRIDE words apart, in separate lines.
 // Why it holds: a barrier of the block orders the stores of its threads before the release of its
-// flag. What the others wrote is read past the first-level cache (ld.cg, cp.async.cg), in L2, where
-// the release has put it before the flag. The polls are no acquires, for those would empty that
-// cache; the barrier of the block after the polls keeps the reads behind them.
+// flag. A thread that polls sees the flag by a relaxed load; the fence after its last poll makes
+// that an acquire, and the barrier of the block after it orders the reads of all threads behind.
+// One fence, not an acquire for every poll: each would empty the first-level cache. What the others
+// wrote is read past that cache (ld.cg, cp.async.cg).
 template <int THREADS> __device__ inline void raise_flag(uint32_t *flags, uint32_t tag) {
     sync_workers<THREADS>();
     if (threadIdx.x == 0)
@@ -309,14 +355,13 @@ template <int THREADS> __device__ inline void raise_flag(uint32_t *flags, uint32
 template <int THREADS> __device__ inline void wait_for_flags(const uint32_t *flags, uint32_t tag) {
     if (threadIdx.x < gridDim.x) {
         uint32_t flag;
-        int polls = 0;
+        Patience wait;
         do {
-            asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];"
+            asm volatile("ld.acquire.gpu.global.b32 %0, [%1];"
                          : "=r"(flag)
                          : "l"(flags + threadIdx.x * FLAG_STRIDE)
                          : "memory");
-            give_up_after(++polls);
-        } while ((int32_t)(flag - tag) < 0);
+        } while ((int32_t)(flag - tag) < 0 && !wait.gives_up(STUCK_STEP, STUCK_IN_STEP));
     }
     sync_workers<THREADS>();
 }

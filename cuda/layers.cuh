@@ -14,36 +14,49 @@ template <class To, class From> static void convert(Device *d, To *to, const Fro
     check_launch(d, "convert");
 }
 
-// out (rows, cols) = the weights of Q8 or Q4 tiles, as mamba.c describes them. A thread is a
-// weight.
-template <class T>
-__global__ void dequantize_kernel(T *out, const unsigned char *tiles, int bits, int rows,
-                                  int cols) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)rows * cols) return;
-    int row = (int)(i / cols), col = (int)(i % cols), codes = 32 / bits, j = col % codes;
-    size_t at = (size_t)(row / TILE) * ((cols + TILE - 1) / TILE) + col / TILE;
-    const unsigned char *tile = tiles + at * (size_t)(2 * TILE + bits * TILE * 4);
-    uint32_t word =
-        ((const uint32_t *)(tile + 2 * TILE))[col % TILE / codes * TILE + row % TILE] ^ 0x80000000u;
-    int code = (int)(word >> (j * bits) & ((1u << bits) - 1)) - (1 << (bits - 1));
-    out[i] =
-        (T)((float)code * __uint_as_float((uint32_t)((const uint16_t *)tile)[row % TILE] << 16));
-}
-
 __device__ inline uint64_t mix(uint64_t x) { // SplitMix64's output function
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
     return x ^ (x >> 31);
 }
 
-// res (rows,D) = rows of the embedding (V,D)
+// The embedding (V,D): of type T, or in tiles of `bits` bits (quantized.cuh).
+template <class T> struct EmbeddingOf {
+    const void *rows;
+    int D, bits;
+    __device__ float at(int v, int i) const {
+        if (!bits) return value(((const T *)rows)[(size_t)v * D + i]);
+        const int codes = 32 / bits, across = (D + TILE - 1) / TILE, r = v % TILE;
+        const unsigned char *tile =
+            (const unsigned char *)rows +
+            ((size_t)(v / TILE) * across + i / TILE) * (2 * TILE + bits * TILE * TILE / 8);
+        const uint32_t word =
+            ((const uint32_t *)(tile + 2 * TILE))[i % TILE / codes * TILE + r] ^ 0x80000000u;
+        const int code = (int)(word >> (bits * (i % codes)) & ((1u << bits) - 1));
+        return (float)(code - (1 << (bits - 1))) *
+               __uint_as_float((uint32_t)((const uint16_t *)tile)[r] << 16);
+    }
+};
+
+// res (rows,D) = rows of the embedding
 template <class T>
 __global__ void embed_kernel(float *__restrict__ res, const int32_t *__restrict__ ids,
-                             const T *__restrict__ embedding, int D) {
-    size_t row = blockIdx.x, id = (size_t)ids[row];
-    for (int i = threadIdx.x; i < D; i += blockDim.x)
-        res[row * D + i] = value(embedding[id * D + i]);
+                             EmbeddingOf<T> embedding, int D) {
+    size_t row = blockIdx.x;
+    for (int i = threadIdx.x; i < D; i += blockDim.x) res[row * D + i] = embedding.at(ids[row], i);
+}
+template <class T>
+static void embed(Device *d, float *res, const int32_t *ids, EmbeddingOf<T> embedding, int rows) {
+    embed_kernel<<<(unsigned)rows, 128, 0, d->stream>>>(res, ids, embedding, embedding.D);
+    check_launch(d, "embed");
+}
+// Token ids index device memory. 0, or -1 with a sentence.
+static int check_tokens(const int32_t *ids, size_t n, int V, bool none_allowed = false) {
+    for (size_t i = 0; i < n; i++)
+        if (ids[i] >= V || ids[i] < (none_allowed ? -1 : 0))
+            return gpu_fail("token id %d at position %zu is not in the vocabulary of %d", ids[i], i,
+                            V);
+    return 0;
 }
 
 // V neighbouring numbers that are read or written at once.
@@ -196,10 +209,12 @@ __device__ __forceinline__ Group<float, V> conv_sum(Group<float, V> sum, const G
 template <class T, int V>
 __global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, float *window,
                                    const float *__restrict__ conv_t, const float *__restrict__ bias,
-                                   int L, int E, int K, int steps) {
-    int e = (blockIdx.x * blockDim.x + threadIdx.x) * V, t0 = blockIdx.y * steps;
+                                   int L, int E, int K, int steps, int tiles) {
+    // x, which alone takes 2^31 blocks: tiles of time of all sequences; y: channels.
+    const int tile = blockIdx.x % tiles, e = (blockIdx.y * blockDim.x + threadIdx.x) * V,
+              t0 = tile * steps;
     if (e >= E) return;
-    size_t b = blockIdx.z;
+    size_t b = blockIdx.x / tiles;
     const T *x = xz + b * L * 2 * E + e;
     float *before = window ? window + b * (K - 1) * E + e : NULL;
     u += b * L * E + e;
@@ -272,8 +287,8 @@ __global__ void conv1d_silu_step_kernel(T *__restrict__ u, float *__restrict__ w
                                         const T *__restrict__ xz, const float *__restrict__ conv_t,
                                         const float *__restrict__ bias, int E, int K) {
     typedef Group<float, V> Floats;
-    int e = (blockIdx.x * blockDim.x + threadIdx.x) * V;
-    size_t s = blockIdx.y;
+    int e = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+    size_t s = blockIdx.x;
     if (e >= E) return;
     float *w = window + s * (K - 1) * E + e;
     const Group<T, V> *in = (const Group<T, V> *)(xz + s * 2 * E + e);
@@ -319,13 +334,13 @@ template <class T> static void conv1d_silu(Device *d, const ConvArgs<T> &p) {
     auto of_text = pair == 2 ? conv1d_silu_kernel<T, 2> : conv1d_silu_kernel<T, 1>;
     auto of_token = E % 4 == 0 ? conv1d_silu_step_kernel<T, 4> : conv1d_silu_step_kernel<T, 1>;
     if (p.L == 1 && p.window) {
-        dim3 grid(blocks_for((size_t)E / (E % 4 == 0 ? 4 : 1), 128), (unsigned)p.B);
+        dim3 grid((unsigned)p.B, blocks_for((size_t)E / (E % 4 == 0 ? 4 : 1), 128));
         launch_dependent(d, of_token, grid, 128, 0, p.u, p.window, p.xz, p.conv_t, p.bias, E, p.K);
     } else {
-        dim3 grid(blocks_for((size_t)E / pair, 128), blocks_for((size_t)p.L, (size_t)steps),
-                  (unsigned)p.B);
+        const unsigned tiles = blocks_for((size_t)p.L, (size_t)steps);
+        dim3 grid(tiles * (unsigned)p.B, blocks_for((size_t)E / pair, 128));
         launch_dependent(d, of_text, grid, 128, 0, p.u, p.xz, p.window, p.conv_t, p.bias, p.L, E,
-                         p.K, steps);
+                         p.K, steps, (int)tiles);
         if (p.L > 1 && p.window && p.K > CONV_TAPS)
             conv_window_kernel<<<blocks_for((size_t)E, 128), 128, 0, d->stream>>>(p.window, p.xz,
                                                                                   p.L, E, p.K);
@@ -442,10 +457,12 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
                                             const T *__restrict__ d_u, const T *__restrict__ xz,
                                             const float *__restrict__ conv_t,
                                             const float *__restrict__ bias, int L, int E, int K) {
-    int e = (blockIdx.x * blockDim.x + threadIdx.x) * V, t0 = blockIdx.y * CONV_BACK,
-        t1 = min(t0 + CONV_BACK, L);
+    // x: tiles of time of all sequences; y: channels, as in the forward.
+    const int tiles = (L + CONV_BACK - 1) / CONV_BACK, tile = blockIdx.x % tiles,
+              e = (blockIdx.y * blockDim.x + threadIdx.x) * V, t0 = tile * CONV_BACK,
+              t1 = min(t0 + CONV_BACK, L);
     if (e >= E) return;
-    size_t b = blockIdx.z;
+    const size_t b = blockIdx.x / tiles;
     const T *x = xz + b * L * 2 * E + e, *d = d_u + b * L * E + e;
     T *d_x = d_xz + b * L * 2 * E + e;
     Group<float, 1> tap[V][MAX_TAPS], past[V][MAX_TAPS], start[V];
@@ -501,7 +518,7 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
 #pragma unroll 4
     for (; t < t1; t++) step(t, true, true, true);
     for (; t < t1 + K - 1; t++) step(t, false, t < L, t - (K - 1) >= t0);
-    float *to = partial + (b * gridDim.y + blockIdx.y) * (K + 1) * E + e;
+    float *to = partial + (size_t)blockIdx.x * (K + 1) * E + e;
 #pragma unroll
     for (int v = 0; v < V; v++) {
 #pragma unroll

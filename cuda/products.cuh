@@ -89,8 +89,8 @@ static void gemm(Device *d, const ProductShape &s, const T *a, const T *b, Out *
         }
     }
     if (from)
-        cudaMemcpy2DAsync(c, s.ld_c * sizeof *c, from, s.ld_c * sizeof *c, (size_t)s.m * sizeof *c,
-                          (size_t)s.n, cudaMemcpyDeviceToDevice, d->stream);
+        copy_rows(d, c, s.ld_c * sizeof *c, from, s.ld_c * sizeof *c, (size_t)s.m * sizeof *c,
+                  (size_t)s.n, "matrix product");
     check_blas(d,
                cublasGemmEx(d->blas, s.op_a, s.op_b, s.m, s.n, s.k, &one, a, blas_type<T>(),
                             (int)s.ld_a, b, blas_type<T>(), (int)s.ld_b, &beta, c, blas_type<Out>(),

@@ -166,10 +166,8 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_tiles(ScanArgs<T>
         if (warp == 0) {
             auto before = Row<2 * C>();
             if (tile > 0) {
-                for (int polls = 0; !mail.all(tag); polls++) {
-                    mail.read(box);
-                    give_up_after(polls);
-                }
+                Patience wait;
+                while (!mail.all(tag) && !wait.gives_up(STUCK_SCAN, STUCK_TILES)) mail.read(box);
 #pragma unroll
                 for (int c = 0; c < C; c++)
                     before.v[C + c] = __uint_as_float((uint32_t)mail.word[c]);

@@ -659,9 +659,9 @@ static Wide *wide_new(Gpu *g, int S) {
     const Config *c = &g->config;
     Device *d = &g->device;
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R;
-    if (!d->hopper || !g->bf16_compute || c->flags & (FLAG_PROJ_BIAS | FLAG_MIXER_NORM) ||
-        S > WIDE_SEQUENCES || E != 2 * D || R % 8 || R > D / 16 || N % 4 || N > SOLO_STATES ||
-        K > SOLO_TAPS)
+    if (!d->hopper || !g->bf16_compute || g->unpacking.bits ||
+        c->flags & (FLAG_PROJ_BIAS | FLAG_MIXER_NORM) || S > WIDE_SEQUENCES || E != 2 * D ||
+        R % 8 || R > D / 16 || N % 4 || N > SOLO_STATES || K > SOLO_TAPS)
         return NULL;
     if (!code_has_wgmma()) return NULL;
     Wide q = {};
@@ -726,11 +726,11 @@ static Wide *wide_new(Gpu *g, int S) {
         a.take(p->flags, (size_t)CLUSTERS_MAX * CLUSTER_BLOCKS * FLAG_STRIDE), a.take(p->turn, 1);
         if (!measure) break;
         if (cudaMalloc(&q.memory, a.used) != cudaSuccess) return cudaGetLastError(), (Wide *)NULL;
-        cudaMemsetAsync(q.memory, 0, a.used, d->stream);
+        clear(d, q.memory, a.used, "weights");
     }
     std::vector<WideLayer> host(L);
     std::vector<const float *> host_norms(L);
-    bool good = tensor_map(&q.h, false, g->h, L * S * N, (size_t)E, N, p->sub);
+    bool good = tensor_map(&q.h, false, g->at->h, L * S * N, (size_t)E, N, p->sub);
     for (size_t layer = 0; layer < L; layer++) {
         const LayerWeights *w = &g->w.layer[layer];
         good =
@@ -747,11 +747,11 @@ static Wide *wide_new(Gpu *g, int S) {
             p->sub, E, N, K);
         check_launch(d, "weights");
     }
-    cudaMemcpyAsync(layers, host.data(), L * sizeof(WideLayer), cudaMemcpyHostToDevice, d->stream);
-    cudaMemcpyAsync(norms, host_norms.data(), L * sizeof *norms, cudaMemcpyHostToDevice, d->stream);
+    copy(d, layers, host.data(), L * sizeof(WideLayer), "weights");
+    copy(d, norms, host_norms.data(), L * sizeof *norms, "weights");
     check_cuda(d, cudaStreamSynchronize(d->stream), "weights"); // host goes
     p->layers = layers, p->conv = conv, p->scan = scan, p->norms = norms;
-    p->res = g->res, p->h = g->h, p->window = g->window;
+    p->res = g->res, p->h = g->at->h, p->window = g->at->window;
     if (!good) return cudaFree(q.memory), (Wide *)NULL;
     return new Wide(q);
 }

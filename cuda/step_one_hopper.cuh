@@ -593,7 +593,7 @@ __global__ void solo_state_kernel(SoloArgs p, float *h, float *window, bool back
     const SoloVectors at(p.channels, p.N, p.K, p.D);
     const int E = p.E, N = p.N, K = p.K, e = blockIdx.x * blockDim.x + threadIdx.x,
               layer = blockIdx.y, blocks = p.clusters * CLUSTER_BLOCKS;
-    if (e >= E) return;
+    if (e >= E || (back && stuck[STUCK_STEP])) return; // the state before the steps is kept
     int block = (int)(((int64_t)(e + 1) * blocks - 1) / E), c = e - solo_first(block, blocks, E);
     float *of_block = p.vectors + ((size_t)layer * blocks + block) * at.floats;
     for (int i = 0; i < N + K - 1; i++) {
@@ -606,7 +606,7 @@ __global__ void solo_state_kernel(SoloArgs p, float *h, float *window, bool back
 }
 static void solo_state(Gpu *g, const Solo *q, bool back) {
     dim3 grid(blocks_for((size_t)q->args.E, 128), (unsigned)q->args.n_layer);
-    solo_state_kernel<<<grid, 128, 0, g->device.stream>>>(q->args, g->h, g->window, back);
+    solo_state_kernel<<<grid, 128, 0, g->device.stream>>>(q->args, g->at->h, g->at->window, back);
     check_launch(&g->device, "state");
 }
 
@@ -640,8 +640,8 @@ static Solo *solo_new(Gpu *g) {
     const Config *c = &g->config;
     Device *d = &g->device;
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = (R + 2 * N + 15) / 16 * 16;
-    if (!d->hopper || !g->bf16_compute || c->flags & FLAG_PROJ_BIAS || D % 256 || R % 8 ||
-        N > SOLO_STATES || K > SOLO_TAPS)
+    if (!d->hopper || !g->bf16_compute || g->unpacking.bits || c->flags & FLAG_PROJ_BIAS ||
+        D % 256 || R % 8 || N > SOLO_STATES || K > SOLO_TAPS)
         return NULL;
     Solo q = {};
     SoloArgs *p = &q.args;
@@ -697,7 +697,7 @@ static Solo *solo_new(Gpu *g) {
         a.take(p->res_words, (size_t)D / 2 * CLUSTERS_MAX), a.take(p->turn, 1);
         if (!measure) break;
         if (cudaMalloc(&q.memory, a.used) != cudaSuccess) return cudaGetLastError(), (Solo *)NULL;
-        cudaMemsetAsync(q.memory, 0, a.used, d->stream);
+        clear(d, q.memory, a.used, "weights");
     }
     p->layers = layers, p->W_x = W_x, p->W_out = W_out;
     std::vector<SoloLayer> host(L);
@@ -713,12 +713,9 @@ static Solo *solo_new(Gpu *g) {
         solo_vectors_kernel<<<(unsigned)blocks, 64, 0, d->stream>>>(*p, *w, (int)layer, norm);
         check_launch(d, "weights");
     }
-    check_cuda(d,
-               cudaMemcpyAsync(layers, host.data(), L * sizeof(SoloLayer), cudaMemcpyHostToDevice,
-                               d->stream),
-               "weights");
+    copy(d, layers, host.data(), L * sizeof(SoloLayer), "weights");
     check_cuda(d, cudaStreamSynchronize(d->stream), "weights"); // host goes
-    p->res = g->res, p->norm = (const float *)g->w.layer[0].norm, p->logits = g->step_logits,
+    p->res = g->res, p->norm = (const float *)g->w.layer[0].norm, p->logits = g->at->logits,
     p->head = (const bf16 *)g->w.head;
     return new Solo(q);
 }

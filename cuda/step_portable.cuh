@@ -117,9 +117,10 @@ static size_t dt_step_shared(int R, int N) {
 }
 // Where it fits, and where channels are so few that launches cost more than bytes. It gains 5% of a
 // step of 130M with 64 sequences and 2% of 370M; 2.8B gained nothing, 256 sequences lost up to 10%.
-static bool dt_step_pays(int S, int E, int N, int R) {
+static bool dt_step_pays(const Device *d, int S, int E, int N, int R) {
     return (size_t)S * E < 1 << 18 && E % 8 == 0 && R % 8 == 0 && (R + 2 * N) % 8 == 0 &&
-           N <= DT_STEP_STATES && dt_step_shared(R, N) < 100000;
+           N <= DT_STEP_STATES &&
+           dt_step_shared(R, N) < std::min((size_t)100000, (size_t)d->shared_limit);
 }
 static void dt_step(Device *d, const DtStepArgs &p) {
     dim3 grid(blocks_for((size_t)p.E, DT_STEP_WIDTH), blocks_for((size_t)p.S, DT_STEP_ROWS));
@@ -415,6 +416,17 @@ static void thin_product(Device *d, Source source, Sink sink, const bf16 *W, int
     else thin_launch<1, 6>(d, source, sink, W, S, O, I, parts);
 }
 
+#include "step_packed.cuh"
+
+// W: bf16, or in tiles of `bits` bits.
+template <class Source, class Sink>
+static void thin_or_packed(Device *d, int bits, Source source, Sink sink, const void *W, int S,
+                           int O, int I, int parts) {
+    if (bits == 8) packed_bits<8>(d, source, sink, W, S, O, I, parts);
+    else if (bits == 4) packed_bits<4>(d, source, sink, W, S, O, I, parts);
+    else thin_product(d, source, sink, (const bf16 *)W, S, O, I, parts);
+}
+
 // Whether these kernels fit: 16-byte loads need rows of whole groups of 8 weights.
 static bool thin_fits(const Gpu *g, int S) {
     const Config *c = &g->config;
@@ -429,17 +441,18 @@ static void thin_step(Gpu *g, int S) {
     BlockActs<bf16> a = acts_of<bf16>(g);
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N;
     int parts = std::max(1, std::min((int)K_SPLIT_MAX, (E / 32 + THIN_WARPS - 1) / THIN_WARPS));
-    float *sums = g->generation->parts; // (K_SPLIT_MAX,S,P)
+    float *sums = x_proj_parts(g); // (K_SPLIT_MAX,S,P)
     float eps = c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0;
+    const int bits = g->unpacking.bits;
     dim3 scan_grid(blocks_for((size_t)E, 128), (unsigned)S);
     for (int layer = 0; layer < c->n_layer; layer++) {
         const LayerWeights *w = &g->w.layer[(size_t)layer];
         const float *conv_bias = (const float *)w->conv_bias;
         float *window = window_of(g, layer), *h = h_of(g, layer);
-        thin_product(d, NormSource{g->res, (const float *)w->norm, c->norm_eps}, StoreSink{a.xz},
-                     (const bf16 *)w->in_proj, S, 2 * E, D, 1);
-        thin_product(d, ConvSource{a.xz, window, w->conv_t, conv_bias, K}, PartSink{sums},
-                     (const bf16 *)w->x_proj, S, P, E, parts);
+        thin_or_packed(d, bits, NormSource{g->res, (const float *)w->norm, c->norm_eps},
+                       StoreSink{a.xz}, w->in_proj, S, 2 * E, D, 1);
+        thin_or_packed(d, bits, ConvSource{a.xz, window, w->conv_t, conv_bias, K}, PartSink{sums},
+                       w->x_proj, S, P, E, parts);
         ThinScanArgs scan = {a.g,
                              h,
                              window,
@@ -459,8 +472,8 @@ static void thin_step(Gpu *g, int S) {
                              eps};
         launch_dependent(d, R <= 64 ? thin_scan_kernel<16, 8> : thin_scan_kernel<16, 20>, scan_grid,
                          128, (size_t)P * sizeof(float), scan);
-        thin_product(d, PlainSource{a.g}, AddSink{g->res}, (const bf16 *)w->out_proj, S, D, E, 1);
+        thin_or_packed(d, bits, PlainSource{a.g}, AddSink{g->res}, w->out_proj, S, D, E, 1);
     }
-    thin_product(d, NormSource{g->res, (const float *)g->w.norm_f, c->norm_eps},
-                 LogitSink{g->step_logits}, (const bf16 *)g->w.head, S, c->V, D, 1);
+    thin_or_packed(d, bits, NormSource{g->res, (const float *)g->w.norm_f, c->norm_eps},
+                   LogitSink{g->at->logits}, g->w.head, S, c->V, D, 1);
 }

@@ -139,7 +139,8 @@ static size_t trainer_bytes(GpuTrainer *x) {
 
 // Passes from now on have B sequences of L tokens. 0, or -1 with a sentence.
 static int gpu_trainer_resize(GpuTrainer *x, int B, int L) {
-    cudaStreamSynchronize(x->device.stream);
+    device_use(&x->device);
+    if (finish(&x->device)) return -1;
     cudaFree(x->arena);
     x->arena = NULL;
     x->B = B, x->L = L;
@@ -151,6 +152,7 @@ static int gpu_trainer_resize(GpuTrainer *x, int B, int L) {
 
 static void gpu_trainer_close(GpuTrainer *x) {
     if (!x) return;
+    device_use(&x->device);
     if (x->device.stream) cudaStreamSynchronize(x->device.stream);
     for (void *p : x->memory) cudaFree(p);
     cudaFree(x->arena);
@@ -167,13 +169,14 @@ static void derive_all(GpuTrainer *x) {
 static int gpu_trainer_set(GpuTrainer *x, const float *weights, const float *moment,
                            const float *moment2) {
     size_t bytes = x->floats * sizeof(float);
-    cudaStream_t stream = x->device.stream;
-    cudaMemcpyAsync(x->weights, weights, bytes, cudaMemcpyHostToDevice, stream);
-    if (moment) cudaMemcpyAsync(x->moment, moment, bytes, cudaMemcpyHostToDevice, stream);
-    else cudaMemsetAsync(x->moment, 0, bytes, stream);
-    if (moment2) cudaMemcpyAsync(x->moment2, moment2, bytes, cudaMemcpyHostToDevice, stream);
-    else cudaMemsetAsync(x->moment2, 0, bytes, stream);
-    cudaMemsetAsync(x->gradient, 0, bytes, stream);
+    Device *d = &x->device;
+    device_use(d);
+    copy(d, x->weights, weights, bytes, "weights");
+    if (moment) copy(d, x->moment, moment, bytes, "moments");
+    else clear(d, x->moment, bytes, "moments");
+    if (moment2) copy(d, x->moment2, moment2, bytes, "moments");
+    else clear(d, x->moment2, bytes, "moments");
+    clear(d, x->gradient, bytes, "gradient");
     if (x->bf16_compute) convert(&x->device, (bf16 *)x->compute, x->weights, x->floats);
     derive_all(x);
     return finish(&x->device);
@@ -183,11 +186,12 @@ static int gpu_trainer_set(GpuTrainer *x, const float *weights, const float *mom
 static int gpu_trainer_get(GpuTrainer *x, float *weights, float *moment, float *moment2,
                            float *gradient) {
     size_t bytes = x->floats * sizeof(float);
-    cudaStream_t stream = x->device.stream;
-    if (weights) cudaMemcpyAsync(weights, x->weights, bytes, cudaMemcpyDeviceToHost, stream);
-    if (moment) cudaMemcpyAsync(moment, x->moment, bytes, cudaMemcpyDeviceToHost, stream);
-    if (moment2) cudaMemcpyAsync(moment2, x->moment2, bytes, cudaMemcpyDeviceToHost, stream);
-    if (gradient) cudaMemcpyAsync(gradient, x->gradient, bytes, cudaMemcpyDeviceToHost, stream);
+    Device *d = &x->device;
+    device_use(d);
+    if (weights) copy(d, weights, x->weights, bytes, "weights");
+    if (moment) copy(d, moment, x->moment, bytes, "moments");
+    if (moment2) copy(d, moment2, x->moment2, bytes, "moments");
+    if (gradient) copy(d, gradient, x->gradient, bytes, "gradient");
     return finish(&x->device);
 }
 
@@ -233,10 +237,7 @@ static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int float32) {
         w.A_neg = derived, w.conv_t = derived + (size_t)c->E * c->N;
         derived += (size_t)c->E * (size_t)(c->N + c->K);
     }
-    check_cuda(
-        &x->device,
-        cudaMemcpyAsync(x->decays, decays.data(), flags, cudaMemcpyHostToDevice, x->device.stream),
-        "weights");
+    copy(&x->device, x->decays, decays.data(), flags, "weights");
     if (gpu_trainer_resize(x, B, L) == 0 &&
         gpu_trainer_set(x, (const float *)m->weights, NULL, NULL) == 0)
         return x;
@@ -291,7 +292,7 @@ static void conv1d_silu_backward(GpuTrainer *x, T *d_xz, float *d_conv, float *d
     Device *d = &x->device;
     int E = x->config.E, K = x->config.K, tiles = x->B * ((x->L + CONV_BACK - 1) / CONV_BACK);
     int V = E % 2 == 0 && K <= 4 ? 2 : 1;
-    dim3 grid(blocks_for((size_t)E / V, 128), blocks_for((size_t)x->L, CONV_BACK), (unsigned)x->B);
+    dim3 grid((unsigned)tiles, blocks_for((size_t)E / V, 128));
     auto kernel = K > 4    ? conv1d_silu_backward_kernel<T, 16, 1>
                   : V == 2 ? conv1d_silu_backward_kernel<T, 4, 2>
                            : conv1d_silu_backward_kernel<T, 4, 1>;
@@ -384,8 +385,7 @@ static void embed_backward(GpuTrainer *x, const int32_t *ids) {
     auto upload =
         [&](int32_t *to,
             const std::vector<int32_t> &from) { // from pageable memory: copied before it returns
-            cudaMemcpyAsync(to, from.data(), from.size() * sizeof(int32_t), cudaMemcpyHostToDevice,
-                            d->stream);
+            copy(d, to, from.data(), from.size() * sizeof(int32_t), "embed_backward");
         };
     upload(x->order, order), upload(x->start, start), upload(x->token, token),
         upload(x->first, first);
@@ -403,12 +403,10 @@ static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets,
     const Config *c = &x->config;
     int rows = x->B * x->L, D = c->D, V = c->V;
     size_t lD = (size_t)D, lV = (size_t)V;
-    cudaMemcpyAsync(x->ids, ids, (size_t)rows * sizeof *ids, cudaMemcpyHostToDevice, d->stream);
-    cudaMemcpyAsync(x->targets, targets, (size_t)rows * sizeof *ids, cudaMemcpyHostToDevice,
-                    d->stream);
-    cudaMemsetAsync(x->sum, 0, sizeof *x->sum, d->stream);
-    embed_kernel<<<(unsigned)rows, 128, 0, d->stream>>>(x->res[0], x->ids,
-                                                        (const T *)x->w.embedding, D);
+    copy(d, x->ids, ids, (size_t)rows * sizeof *ids, "ids");
+    copy(d, x->targets, targets, (size_t)rows * sizeof *ids, "ids");
+    clear(d, x->sum, sizeof *x->sum, "losses");
+    embed(d, x->res[0], x->ids, EmbeddingOf<T>{x->w.embedding, D, 0}, rows);
     for (int layer = 0; layer < c->n_layer; layer++)
         block(d, c, &x->w.layer[(size_t)layer], trainer_acts<T>(x, layer),
               {x->res[(size_t)layer + 1], x->res[(size_t)layer], x->B, x->L, NULL, NULL});
@@ -442,14 +440,18 @@ static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets,
         for (int layer = c->n_layer - 1; layer >= 0; layer--) block_backward<T>(x, layer);
         embed_backward(x, ids);
     }
-    cudaMemcpyAsync(sum, x->sum, sizeof *sum, cudaMemcpyDeviceToHost, d->stream);
-    return finish(d);
+    copy(d, sum, x->sum, sizeof *sum, "losses");
+    return finish_scans(d);
 }
 
 // As mamba_train_pass: *sum gets the sum of the losses. 0, or -1 with a sentence.
 static int gpu_train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets, float weight,
                           int backward, double *sum) {
+    const size_t tokens = (size_t)x->B * x->L;
+    device_use(&x->device);
     if (!x->arena) return gpu_fail("the trainer has no memory for a pass");
+    if (check_tokens(ids, tokens, x->config.V) || check_tokens(targets, tokens, x->config.V, true))
+        return -1;
     return x->bf16_compute ? train_pass<bf16>(x, ids, targets, weight, backward != 0, sum)
                            : train_pass<float>(x, ids, targets, weight, backward != 0, sum);
 }
@@ -461,7 +463,7 @@ static int gradient_norm(GpuTrainer *x, const float *from, size_t n, float clip,
     squares_kernel<<<NORM_PARTS, 256, 0, d->stream>>>(x->norms + 2, from, n);
     norm_kernel<<<1, 1024, 0, d->stream>>>(x->norms, x->norms + 2, NORM_PARTS, clip);
     check_launch(d, "norm");
-    cudaMemcpyAsync(norm, x->norms, sizeof *norm, cudaMemcpyDeviceToHost, d->stream);
+    copy(d, norm, x->norms, sizeof *norm, "norm");
     return finish(d);
 }
 
@@ -470,6 +472,7 @@ static int gradient_norm(GpuTrainer *x, const float *from, size_t n, float clip,
 static int gpu_train_step(GpuTrainer *x, const AdamW *how, uint64_t step, double *norm) {
     Device *d = &x->device;
     float length = 0;
+    device_use(d);
     if (!x->arena) return gpu_fail("the trainer has no memory for a pass");
     if (gradient_norm(x, x->gradient, x->floats, how->clip, &length)) return -1;
     *norm = length;

@@ -83,7 +83,10 @@ Acts *mamba_acts_new(const Model *m, int threads) { return mamba_acts_pieces(m, 
 
 void mamba_acts_free(Acts *a) {
     if (!a) return;
-    if (a->gpu_state && a->gpu_state->newer_on == a) state_fetch(a->gpu_state);
+    if (a->gpu_state) state_fetch(a->gpu_state);
+    for (int b = 0; b < a->gpu_batch_n; b++)
+        if (a->gpu_batch[b]) state_fetch(a->gpu_batch[b]);
+    memory_free(a->gpu_batch);
     if (a->gpu) GPU->close(a->gpu);
     free_aligned(a->arena);
     memory_free(a);

@@ -313,3 +313,10 @@ static int possible_threads(int wanted) {
 #else
 static int possible_threads(int wanted) { return wanted; }
 #endif
+
+// The same for loops that do not say how many threads run them.
+static void fit_default_team(void) {
+#ifdef _OPENMP
+    possible_threads(omp_get_max_threads());
+#endif
+}

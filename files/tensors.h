@@ -159,6 +159,7 @@ static Model *blank_model(const Config *config) {
         mamba_free(m);
         return NULL;
     }
+    fit_default_team(); // that fills the weights
     Layout at = {.base = m->weights};
     each_tensor(m, layout_tensor, &at);
     m->n_params = at.n_params;

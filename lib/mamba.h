@@ -222,11 +222,14 @@ typedef struct mamba_adamw {
 MAMBA_API mamba_adamw mamba_adamw_defaults(void);
 
 /* Trains m (float32, in memory) in place, with passes of B sequences of L tokens; m outlives it.
-   Memory: three times the weights, and mamba_trainer_bytes. threads as in mamba_acts_new. */
-MAMBA_API mamba_trainer *mamba_trainer_new(mamba_model *m, int B, int L, int threads);
+   Memory: three times the weights, and mamba_trainer_bytes. chunk: so many tokens of each sequence
+   are in memory at a time, with the same gradient up to rounding; 0: all. mamba_trainer_chunk gives
+   the largest with which mamba_trainer_bytes is at most so many. threads as in mamba_acts_new. */
+MAMBA_API mamba_trainer *mamba_trainer_new(mamba_model *m, int B, int L, int chunk, int threads);
 MAMBA_API void mamba_trainer_free(mamba_trainer *x);                /* before its model */
 MAMBA_API int mamba_trainer_resize(mamba_trainer *x, int B, int L); /* of the passes from now on */
-MAMBA_API size_t mamba_trainer_bytes(mamba_model *m, int B, int L);
+MAMBA_API size_t mamba_trainer_bytes(mamba_model *m, int B, int L, int chunk);
+MAMBA_API int mamba_trainer_chunk(mamba_model *m, int B, int L, double bytes);
 MAMBA_API uint64_t mamba_trainer_steps(const mamba_trainer *x); /* taken */
 
 /* Adds to the gradient that of weight times the sum of -log p(targets). ids and targets are (B,L),

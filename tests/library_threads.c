@@ -99,7 +99,7 @@ static void training(const char *path) {
     check(!mamba_random_model(&bad, 1) && strstr(mamba_error(), "N is 5000"), "a size is checked");
     check(m && !mamba_set_tokenizer(m, NULL, 0), "a new model of bytes");
     check(m && !mamba_encode(m, rhyme, strlen(rhyme), &text, &n) && n == strlen(rhyme), "encode");
-    mamba_trainer *x = m ? mamba_trainer_new(m, B, L, 1) : NULL;
+    mamba_trainer *x = m ? mamba_trainer_new(m, B, L, 0, 1) : NULL;
     for (int step = 0; x && step < 30; step++) {
         for (int i = 0; i < B * L; i++) {
             ids[i] = text[((size_t)(i + 7 * step)) % n];

@@ -173,6 +173,7 @@ elif [ $status -gt 128 ] && ! grep -q tokens "$dir/err"; then
     skip "Ctrl-C saves the state" "this shell starts background jobs with SIGINT ignored"
 else bad "Ctrl-C saves the state" "status $status: $(cat "$dir/err")"; fi
 
+: > "$dir/int.out" # else the loop below may still see the text of the last run
 "$mamba" $model "$prompt" -n -1 --ignore-eos -s 1 --save-state "$dir/term" > "$dir/int.out" \
     2> "$dir/err" &
 pid=$!

@@ -1,0 +1,69 @@
+// quantized.cuh - matrices in 8 or 4 bits, as the file has them: in_proj, x_proj, out_proj, the
+// embedding and the head. Included by mamba_cuda.cu. dt_proj, a fiftieth of the weights, is
+// unpacked when it is loaded.
+//
+// A matrix (rows,cols) is cut into tiles of 32 x 32, mamba.c's TILE. A tile has 32 bf16 scales, one
+// a row, then words: word (g,r) has the codes of row r, columns 8g.. (4 bits) or 4g.. (8 bits).
+//   - A few tokens multiply with the codes: they are unpacked in registers into bf16, which is
+//   exact,
+//     on their way to the tensor cores, and each tile's sums are multiplied by the scales.
+//   - For more tokens a matrix is unpacked into scratch, one at a time.
+
+// A word's codes as numbers: 8 or 4.
+template <int BITS> __device__ inline void codes_of(uint32_t word, float *to) {
+    word ^= 0x80000000u;
+#pragma unroll
+    for (int i = 0; i < 32 / BITS; i++)
+        to[i] = (float)((int)(word >> (BITS * i) & ((1u << BITS) - 1)) - (1 << (BITS - 1)));
+}
+
+// out (rows,cols) from tiles. A block takes UNPACK_TILES tiles side by side, a thread a word of
+// each: of 8 rows and 4 words, so that both its reads and its writes fill sectors of 32 bytes.
+enum { UNPACK_TILES = 4 };
+template <class T, int BITS>
+__global__ void __launch_bounds__(BITS * 32)
+    unpack_kernel(T *__restrict__ out, const unsigned char *__restrict__ tiles, int rows,
+                  int cols) {
+    constexpr int CODES = 32 / BITS, BYTES = 2 * TILE + BITS * TILE * TILE / 8;
+    const int t = threadIdx.x, r = t / 32 % 4 * 8 + t % 8, group = t / 8 % 4 + t / 128 * 4,
+              row = blockIdx.y * TILE + r, across = (cols + TILE - 1) / TILE;
+#pragma unroll
+    for (int i = 0; i < UNPACK_TILES; i++) {
+        const int at = blockIdx.x * UNPACK_TILES + i, col = at * TILE + group * CODES;
+        if (at >= across || row >= rows) break;
+        const unsigned char *tile = tiles + ((size_t)blockIdx.y * across + at) * BYTES;
+        const float scale = __uint_as_float((uint32_t)((const uint16_t *)tile)[r] << 16);
+        float code[CODES];
+        codes_of<BITS>(((const uint32_t *)(tile + 2 * TILE))[group * TILE + r], code);
+        T *to = out + (size_t)row * cols + col;
+        if (cols % CODES == 0 && col < cols) {
+            Group<T, CODES> g;
+#pragma unroll
+            for (int k = 0; k < CODES; k++) put(&g.v[k], code[k] * scale);
+            *(Group<T, CODES> *)to = g;
+        } else
+            for (int k = 0; k < CODES && col + k < cols; k++) put(to + k, code[k] * scale);
+    }
+}
+template <class T>
+static void unpack(Device *d, T *out, const void *tiles, int bits, int rows, int cols) {
+    const dim3 grid(blocks_for((size_t)cols, TILE * UNPACK_TILES), blocks_for((size_t)rows, TILE));
+    auto kernel = bits == 8 ? unpack_kernel<T, 8> : unpack_kernel<T, 4>;
+    kernel<<<grid, bits * 32, 0, d->stream>>>(out, (const unsigned char *)tiles, rows, cols);
+    check_launch(d, "unpack");
+}
+
+// Where matrices are unpacked. bits 0: there is nothing to unpack.
+struct Unpacking {
+    int bits;
+    void *scratch; // (elements) T
+    size_t elements;
+};
+// Matrix W (rows,cols) as T: itself, or unpacked into the scratch, which holds one matrix at a
+// time.
+template <class T>
+static const T *dense(Device *d, const Unpacking &u, const void *W, int rows, int cols) {
+    if (!u.bits) return (const T *)W;
+    unpack(d, (T *)u.scratch, W, u.bits, rows, cols);
+    return (const T *)u.scratch;
+}
