@@ -2772,7 +2772,8 @@ def fetch(name):
 
 # files of a checkpoint: none of them may become the output, read or not
 CHECKPOINT_FILE = re.compile(r"(config|generation_config|tokenizer|tokenizer_config|"
-                             r"special_tokens_map|.*\.index)\.json$|chat_template\.jinja$|vocab\.txt$|"
+                             r"special_tokens_map|.*\.index)\.json$|"
+                             r"chat_template\.jinja$|vocab\.txt$|"
                              r".*\.safetensors$|pytorch_model.*\.bin$")
 
 

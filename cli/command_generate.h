@@ -21,7 +21,8 @@ static int generate_options(GenerateOptions *o, int argc, char **argv, const cha
     const Option options[] = {
         OPTION_SWITCH("--chat", &o->chats,
                       "the prompt is a message: write the reply, by the model's chat template"),
-        OPTION_TEXT("--system", "TEXT", &o->system, "with --chat: what the conversation begins with"),
+        OPTION_TEXT("--system", "TEXT", &o->system,
+                    "with --chat: what the conversation begins with"),
         OPTION_TEXT("-f", "FILE", &o->file,
                     "the prompt is in FILE; the newline at its end is left out"),
         RAW_OPTION(&o->form.raw),

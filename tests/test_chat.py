@@ -145,7 +145,8 @@ def main():
             with open(os.path.join(CHAT, name, "tokenizer_config.json"), encoding="utf-8") as f:
                 end = json.load(f)["eos_token"]
             plain, spoilt = chat_ids(blob, ["a"]), chat_ids(blob, ["a" + end])
-            marker = next(i for i in chat_ids(blob, ["a", "b", "c"])[::-1] if i in (0, 1, 2))
+            with open(os.path.join(CHAT, name, "tokenizer.json"), encoding="utf-8") as f:
+                marker = next(t["id"] for t in json.load(f)["added_tokens"] if t["content"] == end)
             check(spoilt.count(marker) == plain.count(marker) and len(spoilt) > len(plain),
                   f"{name}: {end} in a user's text is text", f"{plain} {spoilt}")
             session(folder, name, blob)
