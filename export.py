@@ -2289,6 +2289,10 @@ def gguf_checkpoint(path):
     if arch != "mamba":
         why = ELSEWHERE.get(str(arch).replace("-", "_"), "only mamba is")
         raise ExportError(f"{path}: architecture {json.dumps(arch)[:60]} is not supported: {why}")
+    parts = meta.get("split.count", 0)
+    if type(parts) is int and parts > 1:
+        raise ExportError(f"{path} is one of {parts} parts; join them with llama.cpp's "
+                          "llama-gguf-split --merge")
     own = {key[6:]: value for key, value in meta.items() if key.startswith("mamba.")}
     if GGUF_EPS not in own:
         raise ExportError(f"{path}: mamba.{GGUF_EPS} is missing")

@@ -9,7 +9,7 @@
 
      res (T,D) ----------------------------------------------------------------.
       |                                                                        |
-     rmsnorm                                                                   |
+     norm                                                                      |
       | xn (T,D)                                                               |
      in_proj                                                                   |
       |                                                                        |
@@ -70,7 +70,7 @@
 
    CONTENTS (at a first reading, skip what is marked *)
      1  Types: the config, the list of tensors, the model
-     2  Plain operations, each with its backward pass: rmsnorm, matmul, loss, conv1d, gate
+     2  Plain operations, each with its backward pass: norms, matmul, loss, conv1d, gate
      3  The scan: recurrence, parallel form, backward pass *
      4  The model: one layer (block), all layers (forward), prefill and step
      5  Learning *: initial weights, loss and backward pass, AdamW
@@ -119,6 +119,7 @@ enum { N_MAX = 1024 }; // the largest N
 enum { RECENT = 64 };  // tokens that the repeat penalty looks back over
 enum { PENDING = 4 };  // most bytes of an unfinished UTF-8 character
 enum { FLAG_TIED = 1, FLAG_PROJ_BIAS = 2, FLAG_CONV_BIAS = 4, FLAG_MIXER_NORM = 8 };
+enum { FLAG_LAYER_NORM = 16 }; // the norms take the mean away and have a bias
 enum { ARCH_MAMBA = 0, ARCH_FALCON_MAMBA = 1 };
 
 typedef struct {
@@ -147,6 +148,7 @@ typedef enum {
     X(embedding, c->V,          c->D,  c->type, INIT_NORMAL,  true,  true)
 #define TENSORS_LAYER(X) \
     X(norm,      c->D,          1,     F32,     INIT_ONES,    false, true) \
+    X(norm_bias, c->D,          1,     F32,     INIT_ZEROS,   false, c->flags & FLAG_LAYER_NORM) \
     X(in_proj,   2 * c->E,      c->D,  c->type, INIT_LINEAR,  true,  true) \
     X(in_bias,   2 * c->E,      1,     F32,     INIT_ZEROS,   false, c->flags & FLAG_PROJ_BIAS) \
     X(conv,      c->E,          c->K,  F32,     INIT_CONV,    true,  true) \
@@ -160,6 +162,7 @@ typedef enum {
     X(out_bias,  c->D,          1,     F32,     INIT_ZEROS,   false, c->flags & FLAG_PROJ_BIAS)
 #define TENSORS_LAST(X) \
     X(norm_f,    c->D,          1,     F32,     INIT_ONES,    false, true) \
+    X(norm_f_bias, c->D,        1,     F32,     INIT_ZEROS,   false, c->flags & FLAG_LAYER_NORM) \
     X(head,      c->V,          c->D,  c->type, INIT_LINEAR,  true,  !(c->flags & FLAG_TIED))
 
 // clang-format on
@@ -291,51 +294,68 @@ OPERATION float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 OPERATION float silu(float x) { return x * sigmoid(x); }
 OPERATION float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); } // expf overflows at 88
 
-// --- RMSNorm: xn = x r weight with r = 1 / sqrt(mean(x^2) + eps)
+// out (D) += the sum over t of x (T,D), rows ld apart: the gradient of what is added to every row.
+OPERATION void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
+#pragma omp for
+    for (int d = 0; d < D; d++)
+        for (int t = 0; t < T; t++) out[d] += x[t * ld + d];
+}
 
-OPERATION float rms_factor(const float *x, float eps, int D) {
-    float squares = 0;
-    for (int d = 0; d < D; d++) squares += x[d] * x[d];
+// --- Norms: xn = (x - m) r weight + bias with r = 1 / sqrt(mean((x - m)^2) + eps). LayerNorm takes
+// the mean of x as m; RMSNorm, which has no bias, takes 0.
+OPERATION float norm_factor(const float *x, const float *bias, float eps, int D, float *m) {
+    float sum = 0, squares = 0;
+    for (int d = 0; d < D && bias; d++) sum += x[d];
+    *m = sum / (float)D;
+    for (int d = 0; d < D; d++) squares += (x[d] - *m) * (x[d] - *m);
     return 1 / sqrtf(squares / (float)D + eps);
 }
 
-// xn, x (T,D), rows ld apart; they may be the same array. weight (D), or NULL: none.
-OPERATION void rmsnorm(float *xn, const float *x, const float *weight, float eps, int T, int D,
-                       size_t ld) {
+// xn, x (T,D), rows ld apart; they may be the same array. weight and bias (D), or NULL: none.
+OPERATION void norm_rows(float *xn, const float *x, const float *weight, const float *bias,
+                         float eps, int T, int D, size_t ld) {
 #pragma omp for
     for (int t = 0; t < T; t++) {
-        float r = rms_factor(x + t * ld, eps, D);
-        for (int d = 0; d < D; d++) xn[t * ld + d] = x[t * ld + d] * r * (weight ? weight[d] : 1);
+        float m, r = norm_factor(x + t * ld, bias, eps, D, &m);
+        for (int d = 0; d < D; d++)
+            xn[t * ld + d] =
+                (x[t * ld + d] - m) * r * (weight ? weight[d] : 1) + (bias ? bias[d] : 0);
     }
 }
 
-typedef struct {     // what rmsnorm_backward() writes
-    float *d_x;      // (T,D), rows as far apart as those of x
-    bool add;        // d_x += instead of =
-    float *d_weight; // (D) +=; not used where the norm has no weight
-    float *scale;    // (T) scratch
+typedef struct {              // what norm_rows_backward() writes
+    float *d_x;               // (T,D), rows as far apart as those of x
+    bool add;                 // d_x += instead of =
+    float *d_weight, *d_bias; // (D) +=; NULL: the norm has none
+    float *scale;             // (2,T) scratch: r, m
 } NormGrad;
 
-// xn = x r weight:  d_x = r (d_xn weight - x r^2 mean(d_xn weight x));  d_weight += d_xn x r,
-// summed over t. d_x and d_xn may be the same array unless d->add.
-OPERATION void rmsnorm_backward(const NormGrad *d, const float *d_xn, const float *x,
-                                const float *weight, float eps, int T, int D, size_t ld) {
+// With g = d_xn weight:  d_x = r (g - mean(g) - (x - m) r^2 mean(g (x - m))), where RMSNorm has no
+// mean(g);  d_weight += d_xn (x - m) r;  d_bias += d_xn. d_x may be d_xn unless d->add.
+OPERATION void norm_rows_backward(const NormGrad *d, const float *d_xn, const float *x,
+                                  const float *weight, float eps, int T, int D, size_t ld) {
+    float *scale = d->scale, *m = d->scale + T;
 #pragma omp for
-    for (int t = 0; t < T; t++) d->scale[t] = rms_factor(x + t * ld, eps, D);
+    for (int t = 0; t < T; t++) scale[t] = norm_factor(x + t * ld, d->d_bias, eps, D, &m[t]);
     if (weight) {
 #pragma omp for
         for (int i = 0; i < D; i++)
             for (int t = 0; t < T; t++)
-                d->d_weight[i] += d_xn[t * ld + i] * x[t * ld + i] * d->scale[t];
+                d->d_weight[i] += d_xn[t * ld + i] * (x[t * ld + i] - m[t]) * scale[t];
     }
+    if (d->d_bias) sum_rows(d->d_bias, d_xn, ld, T, D);
 #pragma omp for
     for (int t = 0; t < T; t++) {
-        float r = d->scale[t], mean = 0;
-        for (int i = 0; i < D; i++)
-            mean += d_xn[t * ld + i] * (weight ? weight[i] : 1) * x[t * ld + i] / (float)D;
+        float r = scale[t], mean = 0, mean_g = 0;
+        for (int i = 0; i < D; i++) {
+            float g = d_xn[t * ld + i] * (weight ? weight[i] : 1);
+            mean += g * (x[t * ld + i] - m[t]) / (float)D;
+            mean_g += d->d_bias ? g / (float)D : 0;
+        }
         for (int i = 0; i < D; i++) {
             size_t at = t * ld + i;
-            float d_x = r * (d_xn[at] * (weight ? weight[i] : 1) - x[at] * r * r * mean);
+            float g = d_xn[at] * (weight ? weight[i] : 1);
+            float d_x = r * (g - mean_g - (x[at] - m[t]) * r * r * mean);
             d->d_x[at] = d->add ? d->d_x[at] + d_x : d_x;
         }
     }
@@ -346,13 +366,6 @@ OPERATION void add_rows(float *out, const float *a, const float *b, int T, int D
 #pragma omp for
     for (int t = 0; t < T; t++)
         for (size_t i = (size_t)t * D, end = i + D; i < end; i++) out[i] = a[i] + b[i];
-}
-
-// out (D) += the sum over t of x (T,D), rows ld apart: the gradient of what is added to every row.
-OPERATION void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
-#pragma omp for
-    for (int d = 0; d < D; d++)
-        for (int t = 0; t < T; t++) out[d] += x[t * ld + d];
 }
 
 // By one thread: the square of the length of x (n).
@@ -1085,9 +1098,9 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
         x_proj.rows = R + N;
     }
 
-    // [x | z] = in_proj(rmsnorm(res))
+    // [x | z] = in_proj(norm(res))
     if (layer > 0 || !in_proj_of_ids(m, w, &in_proj, T, L)) {
-        rmsnorm(w->xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D);
+        norm_rows(w->xn, w->res, f32(&p->norm), f32(&p->norm_bias), c->norm_eps, T, D, (size_t)D);
         matmul(w->xz, 2 * (size_t)E, w->xn, (size_t)D, &in_proj, f32(&p->in_bias), rows);
     }
     // u = silu(conv(x))
@@ -1096,9 +1109,10 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
     // The selection: delta, B and C are functions of the token.
     matmul(w->raw, (size_t)P, w->u, (size_t)E, &x_proj, NULL, rows);
     if (c->flags & FLAG_MIXER_NORM) { // FalconMamba: without norms large models became unstable
-        rmsnorm(dt_low, w->raw, NULL, c->mixer_eps, T, R, (size_t)P);
-        rmsnorm(B_ssm, w->raw + R, NULL, c->mixer_eps, T, N, (size_t)P);
-        if (!state_only) rmsnorm(C_ssm, w->raw + R + N, NULL, c->mixer_eps, T, N, (size_t)P);
+        norm_rows(dt_low, w->raw, NULL, NULL, c->mixer_eps, T, R, (size_t)P);
+        norm_rows(B_ssm, w->raw + R, NULL, NULL, c->mixer_eps, T, N, (size_t)P);
+        if (!state_only)
+            norm_rows(C_ssm, w->raw + R + N, NULL, NULL, c->mixer_eps, T, N, (size_t)P);
     }
     matmul(w->delta, (size_t)E, dt_low, (size_t)P, &p->dt_proj, NULL, rows);
     softplus_bias(w->delta, f32(&p->dt_bias), rows, E);
@@ -1257,7 +1271,7 @@ static void visit_logits(const Model *m, Acts *a, State *s, const float *res, in
     const Config *c = &m->config;
     const size_t D = (size_t)c->D, V = (size_t)c->V;
     float *xn = a->work.xn;
-    rmsnorm(xn, res, f32(&m->norm_f), c->norm_eps, L, c->D, D);
+    norm_rows(xn, res, f32(&m->norm_f), f32(&m->norm_f_bias), c->norm_eps, L, c->D, D);
     for (int t = 0; t < L; t += LOGIT_ROWS) {
         int rows = L - t < LOGIT_ROWS ? L - t : LOGIT_ROWS;
         matmul(a->logits, V, xn + (size_t)t * D, D, &m->head, NULL,
@@ -1274,7 +1288,8 @@ static void last_logits(const Model *m, Acts *a, State *const *s, const float *r
     const Config *c = &m->config;
     const size_t D = (size_t)c->D, V = (size_t)c->V;
     float *logits = B == 1 ? s[0]->logits : a->logits;
-    rmsnorm(a->work.xn, res + (L - 1) * D, f32(&m->norm_f), c->norm_eps, B, c->D, L * D);
+    norm_rows(a->work.xn, res + (L - 1) * D, f32(&m->norm_f), f32(&m->norm_f_bias), c->norm_eps, B,
+              c->D, L * D);
     matmul(logits, V, a->work.xn, L * D, &m->head, NULL, (Rows){B, true, a->work.packed});
     if (B == 1) return;
 #pragma omp for
@@ -1390,11 +1405,6 @@ COLD_END
 // more forward pass of all chunks but the last. The memory is that of one chunk, and of the states
 // at every start: n_layer (N + K - 1) E floats a sequence, 3 MB for 130M parameters.
 
-typedef struct {
-    uint64_t seed;
-    const Config *config;
-} InitContext;
-
 static double random_normal(uint64_t *state) { // Box-Muller, one of the pair
     double r = sqrt(-2 * log(1 - random_unit(state)));
     return r * cos(6.283185307179586 * random_unit(state));
@@ -1417,41 +1427,9 @@ static float initial_value(Init init, int fan_in, int column, int n_layer, uint6
     return (float)(uniform * range); // INIT_LINEAR, INIT_CONV, INIT_DT
 }
 
-// Each row has a random stream of its own, so that threads can share rows. Streams of neighbouring
-// seeds are shifted copies of each other, so the seed is hashed once more.
-static void init_tensor(void *context, const TensorInfo *info, Tensor *w) {
-    InitContext *c = context;
-    const uint64_t seed = random_u64(&c->seed);
-    const int fan_in = info->init == INIT_CONV ? c->config->K : w->cols; // also of the conv's bias
-#pragma omp parallel for
-    for (int r0 = 0; r0 < w->rows; r0 += TILE) {
-        const int rows = w->rows - r0 < TILE ? w->rows - r0 : TILE;
-        uint64_t random[TILE];
-        for (int r = 0; r < rows; r++) {
-            uint64_t at = seed ^ (uint64_t)(r0 + r);
-            random[r] = random_u64(&at);
-        }
-        for (int k0 = 0; k0 < w->cols; k0 += TILE) {
-            const int columns = w->cols - k0 < TILE ? w->cols - k0 : TILE;
-            float value[TILE][TILE] = {{0}}; // value[k][r], as quantize_tile() takes it
-            for (int r = 0; r < rows; r++)
-                for (int k = 0; k < columns; k++)
-                    value[k][r] =
-                        initial_value(info->init, fan_in, k0 + k, c->config->n_layer, &random[r]);
-            store_tile(w, r0, k0, value);
-        }
-    }
-}
-
-Model *mamba_random_model(const Config *config, uint64_t seed) {
-    Model *m = blank_model(config);
-    if (!m) return NULL;
-    InitContext init = {seed, &m->config};
-    each_tensor(m, init_tensor, &init);
-    if (make_derived(m) == 0) return m;
-    mamba_free(m);
-    return NULL;
-}
+COLD
+#include "files/random_model.h"
+COLD_END
 
 // --- loss and backward
 
@@ -1558,8 +1536,8 @@ static void block_backward(Trainer *tr, int layer, int chunk) {
     matmul_backward(&d_dt, tr->d_delta, (size_t)E, w->xdb, (size_t)P, &p->dt_proj, rows);
     for (int part = 0; part < 3 && (c->flags & FLAG_MIXER_NORM); part++) {
         int at = part ? R + (part - 1) * N : 0, n = part ? N : R; // dt_low, B_ssm, C_ssm
-        rmsnorm_backward(&(NormGrad){.d_x = tr->d_xdb + at, .scale = tr->scale}, tr->d_xdb + at,
-                         w->raw + at, NULL, c->mixer_eps, T, n, (size_t)P);
+        norm_rows_backward(&(NormGrad){.d_x = tr->d_xdb + at, .scale = tr->scale}, tr->d_xdb + at,
+                           w->raw + at, NULL, c->mixer_eps, T, n, (size_t)P);
     }
     MatmulGrad d_x_proj = {.d_x = tr->d_u, .add = true, .d_W = grad(&d->x_proj)};
     matmul_backward(&d_x_proj, tr->d_xdb, (size_t)P, w->u, (size_t)E, &p->x_proj, rows);
@@ -1568,11 +1546,11 @@ static void block_backward(Trainer *tr, int layer, int chunk) {
     ConvGrad d_conv = {tr->d_xz, grad(&d->conv), grad(&d->conv_bias), d_window, tr->d_c};
     conv1d_silu_backward(&d_conv, tr->d_u, start.window, &conv);
 
-    rmsnorm(w->xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D); // again
+    norm_rows(w->xn, w->res, f32(&p->norm), f32(&p->norm_bias), c->norm_eps, T, D, (size_t)D);
     MatmulGrad d_in = {.d_x = tr->d_xn, .d_W = grad(&d->in_proj), .d_bias = grad(&d->in_bias)};
     matmul_backward(&d_in, tr->d_xz, 2 * (size_t)E, w->xn, (size_t)D, &p->in_proj, rows);
-    NormGrad d_norm = {tr->d_res, true, grad(&d->norm), tr->scale};
-    rmsnorm_backward(&d_norm, tr->d_xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D);
+    NormGrad d_norm = {tr->d_res, true, grad(&d->norm), grad(&d->norm_bias), tr->scale};
+    norm_rows_backward(&d_norm, tr->d_xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D);
 }
 
 // The head and the loss, LOSS_ROWS rows at a time, after the last layer's res (T,D): losses (T),
@@ -1583,7 +1561,7 @@ static void loss_pass(Trainer *tr, const float *res, const int32_t *targets, flo
     const int D = m->config.D, V = m->config.V, T = tr->B * tr->steps;
     const float eps = m->config.norm_eps;
     float *xn_of_all = tr->work->xn;
-    rmsnorm(xn_of_all, res, f32(&m->norm_f), eps, T, D, (size_t)D);
+    norm_rows(xn_of_all, res, f32(&m->norm_f), f32(&m->norm_f_bias), eps, T, D, (size_t)D);
     for (int t = 0; t < T; t += LOSS_ROWS) {
         const Rows rows = {T - t < LOSS_ROWS ? T - t : LOSS_ROWS, false, tr->work->packed};
         const float *xn = xn_of_all + (size_t)t * D;
@@ -1593,8 +1571,8 @@ static void loss_pass(Trainer *tr, const float *res, const int32_t *targets, flo
         if (backward)
             matmul_backward(&d_head, tr->logits, (size_t)V, xn, (size_t)D, &m->head, rows);
     }
-    NormGrad d_norm = {tr->d_res, false, grad(&d->norm_f), tr->scale};
-    if (backward) rmsnorm_backward(&d_norm, tr->d_xn, res, f32(&m->norm_f), eps, T, D, (size_t)D);
+    NormGrad d_norm = {tr->d_res, false, grad(&d->norm_f), grad(&d->norm_f_bias), tr->scale};
+    if (backward) norm_rows_backward(&d_norm, tr->d_xn, res, f32(&m->norm_f), eps, T, D, (size_t)D);
 }
 
 // One chunk of all sequences: forward only, to know the states at its end; forward and the loss; or

@@ -17,9 +17,10 @@ static void print_info(const Model *m, const char *path) {
     printf("sizes        d_model %d, n_layer %d, vocab_size %d, d_inner %d, d_state %d, d_conv %d, "
            "dt_rank %d\n",
            c->D, c->n_layer, c->V, c->E, c->N, c->K, c->R);
-    printf("options      %s head, %sprojection biases, %sconv bias, norm eps %g",
+    printf("options      %s head, %sprojection biases, %sconv bias, %snorm eps %g",
            c->flags & FLAG_TIED ? "tied" : "untied", c->flags & FLAG_PROJ_BIAS ? "" : "no ",
-           c->flags & FLAG_CONV_BIAS ? "" : "no ", c->norm_eps);
+           c->flags & FLAG_CONV_BIAS ? "" : "no ", c->flags & FLAG_LAYER_NORM ? "LayerNorm, " : "",
+           c->norm_eps);
     if (c->flags & FLAG_MIXER_NORM) printf(", norms on delta, B and C with eps %g", c->mixer_eps);
     printf("\n");
     if (m->tokenizer)

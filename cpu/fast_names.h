@@ -2,8 +2,8 @@
 // forms, which the rest of cpu/ defines.
 
 #undef tensor_widen
-#undef rmsnorm
-#undef rmsnorm_backward
+#undef norm_rows
+#undef norm_rows_backward
 #undef add_rows
 #undef sum_rows
 #undef sum_squares

@@ -16,7 +16,7 @@
 
 // clang-format off
 #define LEVEL_OPERATIONS(X) \
-    X(tensor_widen) X(rmsnorm) X(rmsnorm_backward) X(add_rows) X(sum_rows) X(sum_squares) \
+    X(tensor_widen) X(norm_rows) X(norm_rows_backward) X(add_rows) X(sum_rows) X(sum_squares) \
     X(matmul_floats) X(matmul) X(matmul_backward) X(log_sum_exp) X(cross_entropy) X(conv1d_silu) \
     X(conv1d_silu_backward) X(softplus_bias) X(softplus_backward) X(gate) X(gate_backward) \
     X(recurrence) X(recurrence_again) X(recurrence_backward) X(read_floats) X(multiply_adds)
@@ -80,8 +80,8 @@ __attribute__((constructor)) static void cpu_choose_best(void) { cpu_choose_leve
 #undef SCAN_WIDTH
 #define SCAN_WIDTH (cpu_level->scan_width)
 #define tensor_widen(...) cpu_level->tensor_widen(__VA_ARGS__)
-#define rmsnorm(...) cpu_level->rmsnorm(__VA_ARGS__)
-#define rmsnorm_backward(...) cpu_level->rmsnorm_backward(__VA_ARGS__)
+#define norm_rows(...) cpu_level->norm_rows(__VA_ARGS__)
+#define norm_rows_backward(...) cpu_level->norm_rows_backward(__VA_ARGS__)
 #define add_rows(...) cpu_level->add_rows(__VA_ARGS__)
 #define sum_rows(...) cpu_level->sum_rows(__VA_ARGS__)
 #define sum_squares(...) cpu_level->sum_squares(__VA_ARGS__)

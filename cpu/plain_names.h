@@ -4,8 +4,8 @@
 // A new fast form adds its name here, in cpu/fast_names.h and in tests/test_plain.h.
 
 #define tensor_widen tensor_widen_plain
-#define rmsnorm rmsnorm_plain
-#define rmsnorm_backward rmsnorm_backward_plain
+#define norm_rows norm_rows_plain
+#define norm_rows_backward norm_rows_backward_plain
 #define add_rows add_rows_plain
 #define sum_rows sum_rows_plain
 #define sum_squares sum_squares_plain

@@ -1,4 +1,4 @@
-// cpu/rows.h: the fast forms of the operations on rows: rmsnorm, add_rows, sum_rows, sum_squares,
+// cpu/rows.h: the fast forms of the operations on rows: norm_rows, add_rows, sum_rows, sum_squares,
 // log_sum_exp, cross_entropy, conv1d_silu, softplus_bias and gate, and of their backward passes.
 //
 // The idea is the same everywhere: the channels of a row are taken VL at a time, and the last
@@ -6,70 +6,119 @@
 // Sums over a row are made lane by lane, so their order depends on VL and not on the threads.
 // In this file n is the number of lanes of the vector in hand.
 
-// --- RMSNorm and sums
+// --- sums and norms
 
-static void rmsnorm(float *xn, const float *x, const float *weight, float eps, int T, int D,
-                    size_t ld) {
+static void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
 #pragma omp for
-    for (int t = 0; t < T; t++) {
-        const float *row = x + (size_t)t * ld;
-        vec squares = splat(0);
-        for (int d = 0; d < D; d += VL) {
-            vec v = load_n(row + d, lanes_left(d, D));
-            squares += v * v;
-        }
-        float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)D + eps);
-        for (int d = 0; d < D; d += VL) {
-            int n = lanes_left(d, D);
-            vec v = load_n(row + d, n) * scale;
-            store_n(xn + (size_t)t * ld + d, weight ? v * load_n(weight + d, n) : v, n);
-        }
+    for (int d = 0; d < D; d += VL) {
+        int n = lanes_left(d, D);
+        vec sum = load_n(out + d, n);
+        for (int t = 0; t < T; t++) sum += load_n(x + (size_t)t * ld + d, n);
+        store_n(out + d, sum, n);
     }
 }
 
-static void rmsnorm_backward(const NormGrad *d, const float *d_xn, const float *x,
-                             const float *weight, float eps, int T, int D, size_t ld) {
-    float *scale = d->scale;
+// One over the root of the mean square of a row; where it is centred, around its mean. The forms of
+// norms have `centred` as a constant: RMSNorm does not pay for what LayerNorm needs.
+INLINE float norm_scale(const float *row, float eps, int D, bool centred, float *mean) {
+    vec sum = splat(0), squares = splat(0);
+    for (int d = 0; d < D && centred; d += VL) sum += load_n(row + d, lanes_left(d, D));
+    *mean = centred ? sum_lanes(sum) / (float)D : 0;
+    for (int d = 0; d < D; d += VL) {
+        int n = lanes_left(d, D);
+        vec v = load_n(row + d, n);
+        if (centred) {
+            float lane[VL] = {0}; // the lanes beyond the end stay 0
+            store_n(lane, v - *mean, n);
+            v = load(lane);
+        }
+        squares += v * v;
+    }
+    return 1.0f / sqrtf(sum_lanes(squares) / (float)D + eps);
+}
+
+INLINE void norm_row(float *xn, const float *row, const float *weight, const float *bias, float eps,
+                     int D, bool centred) {
+    float mean, scale = norm_scale(row, eps, D, centred, &mean);
+    for (int d = 0; d < D; d += VL) {
+        int n = lanes_left(d, D);
+        vec v = load_n(row + d, n);
+        if (centred) v -= mean;
+        v *= scale;
+        if (weight) v = v * load_n(weight + d, n);
+        store_n(xn + d, centred ? v + load_n(bias + d, n) : v, n);
+    }
+}
+
+static void norm_rows(float *xn, const float *x, const float *weight, const float *bias, float eps,
+                      int T, int D, size_t ld) {
 #pragma omp for
     for (int t = 0; t < T; t++) {
-        vec squares = splat(0);
-        for (int i = 0; i < D; i += VL) {
-            vec v = load_n(x + (size_t)t * ld + i, lanes_left(i, D));
-            squares += v * v;
-        }
-        scale[t] = 1.0f / sqrtf(sum_lanes(squares) / (float)D + eps);
+        const size_t at = (size_t)t * ld;
+        if (bias) norm_row(xn + at, x + at, weight, bias, eps, D, true);
+        else norm_row(xn + at, x + at, weight, NULL, eps, D, false);
     }
+}
+
+INLINE void norm_rows_backward_of(const NormGrad *d, const float *d_xn, const float *x,
+                                  const float *weight, float eps, int T, int D, size_t ld,
+                                  bool centred) {
+    float *scale = d->scale, *means = d->scale + T;
+#pragma omp for
+    for (int t = 0; t < T; t++)
+        scale[t] = norm_scale(x + (size_t)t * ld, eps, D, centred, &means[t]);
     if (weight) {
 #pragma omp for
         for (int i = 0; i < D; i += VL) {
             int n = lanes_left(i, D);
             vec sum = load_n(d->d_weight + i, n);
-            for (int t = 0; t < T; t++)
-                sum += load_n(d_xn + (size_t)t * ld + i, n) * load_n(x + (size_t)t * ld + i, n) *
-                       scale[t];
+            for (int t = 0; t < T; t++) {
+                vec v = load_n(x + (size_t)t * ld + i, n);
+                if (centred) v -= means[t];
+                sum += load_n(d_xn + (size_t)t * ld + i, n) * v * scale[t];
+            }
             store_n(d->d_weight + i, sum, n);
         }
     }
+    if (centred) sum_rows(d->d_bias, d_xn, ld, T, D);
 #pragma omp for
     for (int t = 0; t < T; t++) {
         const float *dy = d_xn + (size_t)t * ld, *row = x + (size_t)t * ld;
         float *to = d->d_x + (size_t)t * ld;
-        vec dot = splat(0);
+        vec dot = splat(0), sum = splat(0);
         for (int i = 0; i < D; i += VL) {
             int n = lanes_left(i, D);
-            vec dv = load_n(dy + i, n) * load_n(row + i, n);
+            vec v = load_n(row + i, n);
+            if (centred) v -= means[t];
+            vec dv = load_n(dy + i, n) * v;
             dot += weight ? dv * load_n(weight + i, n) : dv;
+            if (centred) sum += load_n(dy + i, n) * (weight ? load_n(weight + i, n) : splat(1));
         }
         float r = scale[t], shared = sum_lanes(dot) / (float)D * r * r * r;
+        float level = centred ? sum_lanes(sum) / (float)D : 0;
         bool add = d->add;
         for (int i = 0; i < D; i += VL) {
             int n = lanes_left(i, D);
             vec dv = load_n(dy + i, n) * r;
             if (weight) dv = dv * load_n(weight + i, n);
-            dv -= load_n(row + i, n) * shared;
+            if (centred) {
+                vec g = weight ? load_n(dy + i, n) * load_n(weight + i, n) : load_n(dy + i, n);
+                dv = (g - level) * r - (load_n(row + i, n) - means[t]) * shared;
+            } else dv -= load_n(row + i, n) * shared;
             store_n(to + i, add ? load_n(to + i, n) + dv : dv, n);
         }
     }
+}
+
+NO_INLINE void layer_norm_backward(const NormGrad *d, const float *d_xn, const float *x,
+                                   const float *weight, float eps, int T, int D, size_t ld) {
+    norm_rows_backward_of(d, d_xn, x, weight, eps, T, D, ld, true);
+}
+
+static void norm_rows_backward(const NormGrad *d, const float *d_xn, const float *x,
+                               const float *weight, float eps, int T, int D, size_t ld) {
+    if (d->d_bias) layer_norm_backward(d, d_xn, x, weight, eps, T, D, ld);
+    else norm_rows_backward_of(d, d_xn, x, weight, eps, T, D, ld, false);
 }
 
 static void add_rows(float *out, const float *a, const float *b, int T, int D) {
@@ -80,16 +129,6 @@ static void add_rows(float *out, const float *a, const float *b, int T, int D) {
             int n = lanes_left(d, D);
             store_n(out + i, load_n(a + i, n) + load_n(b + i, n), n);
         }
-}
-
-static void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
-#pragma omp for
-    for (int d = 0; d < D; d += VL) {
-        int n = lanes_left(d, D);
-        vec sum = load_n(out + d, n);
-        for (int t = 0; t < T; t++) sum += load_n(x + (size_t)t * ld + d, n);
-        store_n(out + d, sum, n);
-    }
 }
 
 // Floats within 4096 numbers, doubles beyond.

@@ -10,7 +10,8 @@ static bool in_proj_of_ids(const Model *m, Work *w, const Tensor *in_proj, int T
     if (!w->ids || L == 1 || c->V < MATMUL_FEW || 2 * c->V > T) return false;
     size_t row = 2 * (size_t)c->E;
     embed(w->xn, NULL, &m->embedding, c->V);
-    rmsnorm(w->xn, w->xn, f32(&p->norm), c->norm_eps, c->V, c->D, (size_t)c->D);
+    norm_rows(w->xn, w->xn, f32(&p->norm), f32(&p->norm_bias), c->norm_eps, c->V, c->D,
+              (size_t)c->D);
     matmul(w->delta, row, w->xn, (size_t)c->D, in_proj, f32(&p->in_bias),
            (Rows){c->V, false, w->packed});
 #pragma omp for

@@ -1,4 +1,4 @@
-// layers.cuh - embedding, rmsnorm, convolution, bias, loss: forward, step and backward. Included by
+// layers.cuh - embedding, norms, convolution, bias, loss: forward, step and backward. Included by
 // mamba_cuda.cu.
 //
 // Each kernel passes over its data once. Neighbouring threads take neighbouring channels.
@@ -64,14 +64,15 @@ template <class T, int V> struct alignas(sizeof(T) * V) Group {
     T v[V];
 };
 
-// out = in / sqrt(mean(in^2) + eps) * weight, for rows of `cols` numbers, a multiple of V. weight
-// NULL: without; in may be out. TEAM threads share a row and keep it in PER groups of V each, or
-// read it twice (PER = 0). Where a block has one row, the weights are loaded before the sum is
-// known.
-template <class T, class In, int PER, int TEAM, int V>
+// out = (in - m) / sqrt(mean((in - m)^2) + eps) * weight + bias, for rows of `cols` numbers, a
+// multiple of V. CENTRED: LayerNorm, where m is the row's mean; else RMSNorm, m is 0 and there is
+// no bias. weight NULL: without; in may be out. TEAM threads share a row and keep it in PER groups
+// of V each, or read it again (PER = 0). Where a block has one row, the weights are loaded before
+// the sum is known.
+template <class T, class In, int PER, int TEAM, int V, bool CENTRED = false>
 __global__ void __launch_bounds__(256)
-    rmsnorm_kernel(T *out, size_t ld_out, const In *in, size_t ld_in,
-                   const float *__restrict__ weight, float eps, int rows, int cols) {
+    norm_kernel(T *out, size_t ld_out, const In *in, size_t ld_in, const float *__restrict__ weight,
+                const float *__restrict__ bias, float eps, int rows, int cols) {
     __shared__ float scratch[33];
     typedef Group<In, V> Read;
     typedef Group<float, V> Weights;
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(256)
     if (row >= (size_t)rows) return; // never part of a block of one row
     const In *x = in + row * ld_in;
     out += row * ld_out;
-    float squares = 0;
+    float squares = 0, mean = 0;
     Read kept[PER + 1];
     Weights early[PER + 1];
 #pragma unroll
@@ -91,9 +92,21 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int k = 0; k < PER; k++)
         if (first + step * k < cols) kept[k] = *(const Read *)(x + first + step * k);
+    if (CENTRED) {
+        auto add = [&](const Read &r) {
+#pragma unroll
+            for (int v = 0; v < V; v++) mean += value(r.v[v]);
+        };
+#pragma unroll
+        for (int k = 0; k < PER; k++)
+            if (first + step * k < cols) add(kept[k]);
+        for (int i = first + step * PER; i < cols; i += step) add(*(const Read *)(x + i));
+        mean = (TEAM > 32 ? block_sum(mean, scratch) : warp_sum(mean)) / (float)cols;
+    }
+    auto centred = [&](In x) { return CENTRED ? value(x) - mean : value(x); };
     auto add = [&](const Read &r) {
 #pragma unroll
-        for (int v = 0; v < V; v++) squares += value(r.v[v]) * value(r.v[v]);
+        for (int v = 0; v < V; v++) squares += centred(r.v[v]) * centred(r.v[v]);
     };
 #pragma unroll
     for (int k = 0; k < PER; k++)
@@ -104,7 +117,10 @@ __global__ void __launch_bounds__(256)
     auto store = [&](int i, const Read &r, const Weights &w) {
         Group<T, V> g;
 #pragma unroll
-        for (int v = 0; v < V; v++) put(&g.v[v], value(r.v[v]) * scale * (weight ? w.v[v] : 1.0f));
+        for (int v = 0; v < V; v++) {
+            float x = centred(r.v[v]) * scale * (weight ? w.v[v] : 1.0f);
+            put(&g.v[v], CENTRED ? x + bias[i + v] : x);
+        }
         *(Group<T, V> *)(out + i) = g;
     };
     Weights none = {};
@@ -125,32 +141,38 @@ enum { NORM_FEW = 2048 }; // rows: a warp a row would leave multiprocessors idle
 // The kernel of this shape. Rows that are not whole groups of 4, which no published model has, are
 // read twice by a warp each. Only the residual stream (In: float) has rows so long that a block
 // takes one.
-template <class T, class In> static auto rmsnorm_choice(bool fours, bool block, int cols) {
+template <class T, class In>
+static auto norm_choice(bool fours, bool block, int cols, bool centred) {
     int each = (cols + (block ? 255 : 31)) / (block ? 256 : 32); // numbers of a thread
-    if (!fours) return rmsnorm_kernel<T, In, 0, 32, 1>;
+    if (centred && block) return norm_kernel<T, In, 6, 256, 4, true>;
+    if (centred)
+        return fours ? norm_kernel<T, In, 6, 32, 4, true> : norm_kernel<T, In, 0, 32, 1, true>;
+    if (!fours) return norm_kernel<T, In, 0, 32, 1>;
     if constexpr (sizeof(In) == 4) {
         if (block)
-            return each <= 4    ? rmsnorm_kernel<T, In, 1, 256, 4>
-                   : each <= 12 ? rmsnorm_kernel<T, In, 3, 256, 4>
-                   : each <= 24 ? rmsnorm_kernel<T, In, 6, 256, 4>
-                                : rmsnorm_kernel<T, In, 0, 256, 4>;
+            return each <= 4    ? norm_kernel<T, In, 1, 256, 4>
+                   : each <= 12 ? norm_kernel<T, In, 3, 256, 4>
+                   : each <= 24 ? norm_kernel<T, In, 6, 256, 4>
+                                : norm_kernel<T, In, 0, 256, 4>;
         if (each > 12 && each <= 80)
-            return each <= 24 ? rmsnorm_kernel<T, In, 6, 32, 4> : rmsnorm_kernel<T, In, 20, 32, 4>;
+            return each <= 24 ? norm_kernel<T, In, 6, 32, 4> : norm_kernel<T, In, 20, 32, 4>;
     }
-    return each <= 12 ? rmsnorm_kernel<T, In, 3, 32, 4> : rmsnorm_kernel<T, In, 0, 32, 4>;
+    return each <= 12 ? norm_kernel<T, In, 3, 32, 4> : norm_kernel<T, In, 0, 32, 4>;
 }
+// bias NULL: RMSNorm, else LayerNorm.
 template <class T, class InRow>
-static void rmsnorm(Device *d, Rows<T> out, Rows<InRow> in, const float *weight, float eps,
-                    int rows, int cols) {
+static void norm_rows(Device *d, Rows<T> out, Rows<InRow> in, const void *weights,
+                      const void *biases, float eps, int rows, int cols) {
+    const float *weight = (const float *)weights, *bias = (const float *)biases;
     typedef std::remove_const_t<InRow> In;
     bool fours = (out.ld | in.ld | (size_t)cols) % 4 == 0 &&
                  (uintptr_t)in.p % (4 * sizeof(In)) == 0 && (uintptr_t)weight % 16 == 0 &&
                  (uintptr_t)out.p % (4 * sizeof(T)) == 0;
     bool block = fours && sizeof(In) == 4 && rows <= NORM_FEW && cols > 256;
-    launch_dependent(d, rmsnorm_choice<T, In>(fours, block, cols),
+    launch_dependent(d, norm_choice<T, In>(fours, block, cols, bias != NULL),
                      blocks_for((size_t)rows, block ? 1 : 8), 256, 0, out.p, out.ld, in.p, in.ld,
-                     weight, eps, rows, cols);
-    check_launch(d, "rmsnorm");
+                     weight, bias, eps, rows, cols);
+    check_launch(d, "norm_rows");
 }
 
 // FalconMamba scales dt_low (R), B_ssm (N) and C_ssm (N) of a row of xdb to a mean square of 1
@@ -165,7 +187,7 @@ template <class T> static void mixer_norms(Device *d, T *xdb, float eps, int row
     for (int part = 0; part < 3; part++) {
         MixerPart m = mixer_part(part, R, N);
         size_t ld = (size_t)(R + 2 * N);
-        rmsnorm(d, Rows(xdb + m.at, ld), Rows(xdb + m.at, ld), NULL, eps, rows, m.n);
+        norm_rows(d, Rows(xdb + m.at, ld), Rows(xdb + m.at, ld), NULL, NULL, eps, rows, m.n);
     }
 }
 __device__ inline void mixer_norm(float *row, MixerPart m, float eps) { // by a warp
@@ -381,19 +403,20 @@ static void sum_rows(Device *d, float *out, const T *x, size_t ld, int rows, int
 }
 
 // ------------------------------------------------------------------------------------------------
-// [train] Backward of rmsnorm: out_i = x_i s w_i with s = (mean(x^2) + eps)^-1/2, so
+// [train] Backward of norm_rows: out_i = x_i s w_i with s = (mean(x^2) + eps)^-1/2, so
 //     d_x_i = s (w_i d_out_i - x_i s^2 mean over j of w_j d_out_j x_j)
 //     d_w_i = sum over rows of d_out_i x_i s
-// A warp takes some of the rows. A lane keeps its numbers of a row and its share of d_w in PER
-// registers (PER = 0: in memory). With ADD the result is added to d_x, the gradient of the residual
-// stream. copy, if not NULL, gets d_x in T, which the layer before starts from.
+// With CENTRED, x is the row without its mean, and the mean of w_j d_out_j is taken from w_i
+// d_out_i. A warp takes some of the rows. A lane keeps its numbers of a row and its share of d_w in
+// PER registers (PER = 0: in memory). With ADD the result is added to d_x, the gradient of the
+// residual stream. copy, if not NULL, gets d_x in T, which the layer before starts from.
 enum { NORM_BLOCKS = 264, NORM_WARPS = 8 };
 
-template <class T, class In, class Out, bool ADD, int PER>
+template <class T, class In, class Out, bool ADD, int PER, bool CENTRED = false>
 __global__ void __launch_bounds__(32 * NORM_WARPS)
-    rmsnorm_backward_kernel(Out *d_x, T *copy, float *__restrict__ partial, const T *d_out,
-                            size_t ld_d, const In *in, size_t ld, const float *__restrict__ weight,
-                            float eps, int rows, int cols) {
+    norm_backward_kernel(Out *d_x, T *copy, float *__restrict__ partial, const T *d_out,
+                         size_t ld_d, const In *in, size_t ld, const float *__restrict__ weight,
+                         float eps, int rows, int cols) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float *mine = partial ? partial + ((size_t)blockIdx.x * NORM_WARPS + warp) * cols : NULL,
           d_w[PER + 1], w[PER + 1];
@@ -406,17 +429,23 @@ __global__ void __launch_bounds__(32 * NORM_WARPS)
         const In *x = in + row * ld;
         const T *d = d_out + row * ld_d;
         Out *to = d_x + row * (ADD ? (size_t)cols : ld_d);
-        float squares = 0, dot = 0, xs[PER + 1], ds[PER + 1], before[PER + 1];
+        float squares = 0, dot = 0, mean = 0, level = 0;
+        float xs[PER + 1], ds[PER + 1], before[PER + 1];
 #pragma unroll
         for (int k = 0; k < PER; k++) {
             int i = lane + 32 * k;
             xs[k] = i < cols ? value(x[i]) : 0, ds[k] = i < cols ? value(d[i]) : 0;
             before[k] = ADD && i < cols ? value(to[i]) : 0;
         }
+        if (CENTRED) { // PER is 0
+            for (int i = lane; i < cols; i += 32)
+                mean += value(x[i]), level += value(d[i]) * (weight ? weight[i] : 1.0f);
+            mean = warp_sum(mean) / (float)cols, level = warp_sum(level) / (float)cols;
+        }
 #pragma unroll
         for (int k = 0; k < PER; k++) squares += xs[k] * xs[k], dot += xs[k] * ds[k] * w[k];
         for (int i = lane + 32 * PER; i < cols; i += 32) {
-            float xi = value(x[i]);
+            float xi = CENTRED ? value(x[i]) - mean : value(x[i]);
             squares += xi * xi, dot += xi * value(d[i]) * (weight ? weight[i] : 1.0f);
         }
         float scale = rsqrtf(warp_sum(squares) / (float)cols + eps);
@@ -430,8 +459,9 @@ __global__ void __launch_bounds__(32 * NORM_WARPS)
             d_w[k] += ds[k] * xs[k] * scale;
         }
         for (int i = lane + 32 * PER; i < cols; i += 32) {
-            float xi = value(x[i]), di = value(d[i]),
-                  sum = scale * (di * (weight ? weight[i] : 1.0f) - xi * dot);
+            float xi = CENTRED ? value(x[i]) - mean : value(x[i]), di = value(d[i]);
+            float g = di * (weight ? weight[i] : 1.0f);
+            float sum = scale * ((CENTRED ? g - level : g) - xi * dot);
             if (ADD) sum += value(to[i]);
             put(to + i, sum);
             if (copy) put(copy + row * cols + i, sum);

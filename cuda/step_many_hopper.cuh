@@ -660,8 +660,8 @@ static Wide *wide_new(Gpu *g, int S) {
     Device *d = &g->device;
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R;
     if (!d->hopper || !g->bf16_compute || g->unpacking.bits ||
-        c->flags & (FLAG_PROJ_BIAS | FLAG_MIXER_NORM) || S > WIDE_SEQUENCES || E != 2 * D ||
-        R % 8 || R > D / 16 || N % 4 || N > SOLO_STATES || K > SOLO_TAPS)
+        c->flags & (FLAG_PROJ_BIAS | FLAG_MIXER_NORM | FLAG_LAYER_NORM) || S > WIDE_SEQUENCES ||
+        E != 2 * D || R % 8 || R > D / 16 || N % 4 || N > SOLO_STATES || K > SOLO_TAPS)
         return NULL;
     if (!code_has_wgmma()) return NULL;
     Wide q = {};
@@ -762,6 +762,6 @@ static void wide_step(Gpu *g, const Wide *q) {
     launch_cluster(&g->device, CLUSTER_BLOCKS, q->kernel,
                    (unsigned)(q->args.clusters * CLUSTER_BLOCKS), WIDE_THREADS + 32, q->shared,
                    q->args, q->h);
-    rmsnorm(&g->device, Rows(acts_of<bf16>(g).xn, c->D), Rows(g->res, c->D),
-            (const float *)g->w.norm_f, c->norm_eps, q->args.S, c->D);
+    norm_rows(&g->device, Rows(acts_of<bf16>(g).xn, c->D), Rows(g->res, c->D), g->w.norm_f, NULL,
+              c->norm_eps, q->args.S, c->D);
 }

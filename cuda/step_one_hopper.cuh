@@ -640,8 +640,9 @@ static Solo *solo_new(Gpu *g) {
     const Config *c = &g->config;
     Device *d = &g->device;
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = (R + 2 * N + 15) / 16 * 16;
-    if (!d->hopper || !g->bf16_compute || g->unpacking.bits || c->flags & FLAG_PROJ_BIAS ||
-        D % 256 || R % 8 || N > SOLO_STATES || K > SOLO_TAPS)
+    if (!d->hopper || !g->bf16_compute || g->unpacking.bits ||
+        c->flags & (FLAG_PROJ_BIAS | FLAG_LAYER_NORM) || D % 256 || R % 8 || N > SOLO_STATES ||
+        K > SOLO_TAPS)
         return NULL;
     Solo q = {};
     SoloArgs *p = &q.args;

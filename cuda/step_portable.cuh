@@ -427,11 +427,13 @@ static void thin_or_packed(Device *d, int bits, Source source, Sink sink, const 
     else thin_product(d, source, sink, (const bf16 *)W, S, O, I, parts);
 }
 
-// Whether these kernels fit: 16-byte loads need rows of whole groups of 8 weights.
+// Whether these kernels fit: 16-byte loads need rows of whole groups of 8 weights, and the norm
+// must be a factor of the sums.
 static bool thin_fits(const Gpu *g, int S) {
     const Config *c = &g->config;
     return g->bf16_compute && S <= THIN_MAX && c->D % 8 == 0 && c->E % 8 == 0 &&
-           !(c->flags & FLAG_PROJ_BIAS) && (c->R + 2 * c->N) * sizeof(float) < 48000;
+           !(c->flags & (FLAG_PROJ_BIAS | FLAG_LAYER_NORM)) &&
+           (c->R + 2 * c->N) * sizeof(float) < 48000;
 }
 
 // network() and the head for one token of each of S sequences; res has their embeddings.

@@ -111,7 +111,7 @@ template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
     size_t conv_tiles = (size_t)x->B * ((x->L + CONV_BACK - 1) / CONV_BACK),
            partial = conv_tiles * (size_t)(c->K + 1) * E;
     partial += sum_rows_floats(conv_tiles, (size_t)(c->K + 1) * E);
-    partial = std::max(partial, sum_rows_floats(M, 2 * E));
+    partial = std::max(partial, sum_rows_floats(M, std::max(2 * E, D)));
     partial = std::max(partial, (size_t)NORM_BLOCKS * NORM_WARPS * D +
                                     sum_rows_floats(NORM_BLOCKS * NORM_WARPS, D));
     size_t pieces = M / EMBED_PIECE + std::min(M, V) + 1;
@@ -248,13 +248,14 @@ static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int float32) {
 template <class T> static BlockActs<T> trainer_acts(const GpuTrainer *x, int layer) {
     const BlockActs<float> &a = x->acts[(size_t)layer];
     return {(T *)a.xn,    (T *)a.xz, (T *)a.u,   (T *)a.xdb, (T *)a.raw,
-            (T *)a.delta, (T *)a.g,  a.h_starts, a.mail};
+            (T *)a.delta, (T *)a.g,  a.h_starts, a.mail,     {}};
 }
 
 template <class T, class In, class Out> struct NormBack {
     Rows<Out> d_x;   // added to where ADD, whose rows have no gaps
     T *copy;         // (rows,cols) d_x in T, or NULL
     float *d_weight; // (cols), added to, or NULL
+    float *d_bias;   // the same; NULL: RMSNorm
     Rows<T> d_out;   // of d_x's stride where not ADD
     Rows<const In> in;
     const float *weight; // (cols) or NULL
@@ -263,19 +264,21 @@ template <class T, class In, class Out> struct NormBack {
     float *partial; // scratch
 };
 template <bool ADD, class T, class In, class Out>
-static void rmsnorm_backward(Device *d, const NormBack<T, In, Out> &p) {
+static void norm_rows_backward(Device *d, const NormBack<T, In, Out> &p) {
     unsigned blocks = std::min((unsigned)NORM_BLOCKS, blocks_for((size_t)p.rows, NORM_WARPS));
     size_t parts = (size_t)blocks * NORM_WARPS;
-    auto kernel = p.cols <= 256    ? rmsnorm_backward_kernel<T, In, Out, ADD, 8>
-                  : p.cols <= 768  ? rmsnorm_backward_kernel<T, In, Out, ADD, 24>
-                  : p.cols <= 1024 ? rmsnorm_backward_kernel<T, In, Out, ADD, 32>
-                                   : rmsnorm_backward_kernel<T, In, Out, ADD, 0>;
+    auto kernel = p.d_bias         ? norm_backward_kernel<T, In, Out, ADD, 0, true>
+                  : p.cols <= 256  ? norm_backward_kernel<T, In, Out, ADD, 8>
+                  : p.cols <= 768  ? norm_backward_kernel<T, In, Out, ADD, 24>
+                  : p.cols <= 1024 ? norm_backward_kernel<T, In, Out, ADD, 32>
+                                   : norm_backward_kernel<T, In, Out, ADD, 0>;
     kernel<<<blocks, 32 * NORM_WARPS, 0, d->stream>>>(
         p.d_x.p, p.copy, p.d_weight ? p.partial : NULL, p.d_out.p, p.d_out.ld, p.in.p, p.in.ld,
         p.weight, p.eps, p.rows, p.cols);
-    check_launch(d, "rmsnorm_backward");
+    check_launch(d, "norm_rows_backward");
     sum_rows(d, p.d_weight, p.partial, (size_t)p.cols, (int)parts, p.cols,
              p.partial + parts * (size_t)p.cols);
+    sum_rows(d, p.d_bias, p.d_out.p, p.d_out.ld, p.rows, p.cols, p.partial);
 }
 
 __global__ void add_conv_kernel(float *d_conv, float *d_bias, const float *sums, int E,
@@ -338,34 +341,36 @@ template <class T> static void block_backward(GpuTrainer *x, int layer) {
     if (c->flags & FLAG_MIXER_NORM)
         for (int part = 0; part < 3; part++) {
             MixerPart m = mixer_part(part, R, N);
-            rmsnorm_backward<false, T, T, T>(d, {{d_xdb + m.at, lP},
-                                                 NULL,
-                                                 NULL,
-                                                 {d_xdb + m.at, lP},
-                                                 {a.raw + m.at, lP},
-                                                 NULL,
-                                                 c->mixer_eps,
-                                                 rows,
-                                                 m.n,
-                                                 x->partial});
+            norm_rows_backward<false, T, T, T>(d, {{d_xdb + m.at, lP},
+                                                   NULL,
+                                                   NULL,
+                                                   NULL,
+                                                   {d_xdb + m.at, lP},
+                                                   {a.raw + m.at, lP},
+                                                   NULL,
+                                                   c->mixer_eps,
+                                                   rows,
+                                                   m.n,
+                                                   x->partial});
         }
     matmul_d_x(d, Rows(d_u, lE), Rows(d_xdb, lP), (const T *)w->x_proj, rows, P, E, true);
     matmul_d_W(d, (float *)dw->x_proj, Rows(d_xdb, lP), Rows(a.u, lE), rows, P, E);
     conv1d_silu_backward(x, d_xz, (float *)dw->conv, (float *)dw->conv_bias, d_u, a.xz, w);
     sum_rows(d, (float *)dw->in_bias, d_xz, 2 * lE, rows, 2 * E, x->partial);
-    rmsnorm(d, Rows(a.xn, lD), Rows(res, lD), (const float *)w->norm, c->norm_eps, rows, D);
+    norm_rows(d, Rows(a.xn, lD), Rows(res, lD), w->norm, w->norm_bias, c->norm_eps, rows, D);
     matmul_d_x(d, Rows(d_xn, lD), Rows(d_xz, 2 * lE), (const T *)w->in_proj, rows, 2 * E, D);
     matmul_d_W(d, (float *)dw->in_proj, Rows(d_xz, 2 * lE), Rows(a.xn, lD), rows, 2 * E, D);
-    rmsnorm_backward<true, T, float, float>(d, {{x->d_res, lD},
-                                                d_o,
-                                                (float *)dw->norm,
-                                                {d_xn, lD},
-                                                {res, lD},
-                                                (const float *)w->norm,
-                                                c->norm_eps,
-                                                rows,
-                                                D,
-                                                x->partial});
+    norm_rows_backward<true, T, float, float>(d, {{x->d_res, lD},
+                                                  d_o,
+                                                  (float *)dw->norm,
+                                                  (float *)dw->norm_bias,
+                                                  {d_xn, lD},
+                                                  {res, lD},
+                                                  (const float *)w->norm,
+                                                  c->norm_eps,
+                                                  rows,
+                                                  D,
+                                                  x->partial});
 }
 
 // Adds the gradient of the embedding. The host orders the rows by token; it has the ids.
@@ -412,7 +417,7 @@ static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets,
               {x->res[(size_t)layer + 1], x->res[(size_t)layer], x->B, x->L, NULL, NULL});
     const float *last = x->res[(size_t)c->n_layer];
     T *xn = trainer_acts<T>(x, 0).xn, *d_xn = (T *)x->d_xn, *d_logits = (T *)x->d_logits;
-    rmsnorm(d, Rows(xn, lD), Rows(last, lD), (const float *)x->w.norm_f, c->norm_eps, rows, D);
+    norm_rows(d, Rows(xn, lD), Rows(last, lD), x->w.norm_f, x->w.norm_f_bias, c->norm_eps, rows, D);
     for (int t = 0; t < rows; t += x->loss_rows) { // so many rows of logits exist at a time
         int n = std::min(x->loss_rows, rows - t);
         matmul(d, Rows(x->logits, lV), Rows(xn + (size_t)t * D, lD), (const T *)x->w.head, n, V, D);
@@ -427,16 +432,17 @@ static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets,
     sum_losses_kernel<<<1, 256, 0, d->stream>>>(x->sum, x->losses, rows);
     check_launch(d, "cross_entropy");
     if (backward) {
-        rmsnorm_backward<false, T, float, float>(d, {{x->d_res, lD},
-                                                     (T *)x->d_o,
-                                                     (float *)x->d.norm_f,
-                                                     {d_xn, lD},
-                                                     {last, lD},
-                                                     (const float *)x->w.norm_f,
-                                                     c->norm_eps,
-                                                     rows,
-                                                     D,
-                                                     x->partial});
+        norm_rows_backward<false, T, float, float>(d, {{x->d_res, lD},
+                                                       (T *)x->d_o,
+                                                       (float *)x->d.norm_f,
+                                                       (float *)x->d.norm_f_bias,
+                                                       {d_xn, lD},
+                                                       {last, lD},
+                                                       (const float *)x->w.norm_f,
+                                                       c->norm_eps,
+                                                       rows,
+                                                       D,
+                                                       x->partial});
         for (int layer = c->n_layer - 1; layer >= 0; layer--) block_backward<T>(x, layer);
         embed_backward(x, ids);
     }

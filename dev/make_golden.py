@@ -31,6 +31,7 @@ import shutil
 import struct
 import sys
 import tempfile
+import zlib
 
 import numpy as np
 import torch
@@ -51,6 +52,14 @@ def rms(x, eps):
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
 
 
+def norm(x, weight, bias, eps):
+    """RMSNorm, or with a bias LayerNorm."""
+    if bias is None:
+        return rms(x, eps) * weight
+    x = x - x.mean(-1, keepdim=True)
+    return rms(x, eps) * weight + bias
+
+
 def forward64(m, p, ids, start=None):
     """logits (L,V), and the stages by their names in the golden file. start: for each layer the last K - 1 inputs of the
     convolution (K-1,E) and the state h (E,N) that the text before has left; without it there was none."""
@@ -58,7 +67,7 @@ def forward64(m, p, ids, start=None):
     res = p["embedding"][ids]
     for i in range(m.n_layer):
         w = lambda name: p.get(f"layer{i}.{name}")
-        xn = rms(res, m.norm_eps) * w("norm")
+        xn = norm(res, w("norm"), w("norm_bias"), m.norm_eps)
         xz = F.linear(xn, w("in_proj"), w("in_bias"))
         x, z = xz.split(E, -1)
         window, h = start[i] if start else (x.new_zeros(K - 1, E), x.new_zeros(E, N))
@@ -79,7 +88,7 @@ def forward64(m, p, ids, start=None):
         res = res + out
         stages = dict(xn=xn, xz=xz, u=u, dt_BC=dt_BC, dt=dt, g=g, out=out, res=res, conv_window=padded[-K:].T, h=h)
         s.update({f"layer{i}.{name}": v for name, v in stages.items()})
-    s["xn_f"] = rms(res, m.norm_eps) * p["norm_f"]
+    s["xn_f"] = norm(res, p["norm_f"], p.get("norm_f_bias"), m.norm_eps)
     s["logits"] = F.linear(s["xn_f"], p["embedding"] if m.tied else p["head"])
     s["loss"] = F.cross_entropy(s["logits"][:-1], ids[1:]).reshape(1) if len(ids) > 1 else res.new_zeros(1)
     return s
@@ -92,7 +101,18 @@ def forward64(m, p, ids, start=None):
 def parameters(m, net):
     """transformers' parameters under model.bin's names."""
     by_source = dict(net.named_parameters())
-    return {t.name: by_source[export.with_backbone(t.source)] for t in export.tensor_list(m)}
+    found = {t.name: by_source[export.with_backbone(t.source)] for t in export.tensor_list(m)}
+    for name, source in norm_biases(m).items():
+        found[name] = by_source[source]
+    return found
+
+
+def norm_biases(m):
+    """{name in model.bin: name in the network} of a LayerNorm model."""
+    if not getattr(m, "layer_norm", False):
+        return {}
+    return {**{f"layer{i}.norm_bias": f"backbone.layers.{i}.norm.bias" for i in range(m.n_layer)},
+            "norm_f_bias": "backbone.norm_f.bias"}
 
 
 def watch(net, ids):
@@ -188,7 +208,8 @@ def draw(rng, name, shape, m):
         delta = np.exp(rng.uniform(np.log(0.003), np.log(0.5), shape))
         return delta + np.log(-np.expm1(-delta))                                     # the inverse of softplus
     return {"embedding": lambda: normal(0.4), "head": lambda: normal(1.5 / m.D ** 0.5), "norm": lambda: normal(0.2, 1.0),
-            "norm_f": lambda: normal(0.2, 1.0), "in_proj": lambda: normal(m.D ** -0.5), "in_bias": lambda: normal(0.2),
+            "norm_f": lambda: normal(0.2, 1.0), "norm_bias": lambda: normal(0.3), "norm_f_bias": lambda: normal(0.3),
+            "in_proj": lambda: normal(m.D ** -0.5), "in_bias": lambda: normal(0.2),
             "conv": lambda: normal(m.K ** -0.5), "conv_bias": lambda: normal(0.2), "x_proj": lambda: normal(1.5 * m.E ** -0.5),
             "dt_proj": lambda: normal(m.R ** -0.5), "D_skip": lambda: normal(0.5, 1.0),
             "out_proj": lambda: normal(0.8 * m.E ** -0.5), "out_bias": lambda: normal(0.2)}[part]()
@@ -202,9 +223,15 @@ def make_net(m, seed):
     kind = ("Mamba", "FalconMamba")[m.arch == "falcon_mamba"]
     net = getattr(transformers, kind + "ForCausalLM")(getattr(transformers, kind + "Config")(**config)).float().eval()
     rng = np.random.Generator(np.random.PCG64(seed))
+    if norm_biases(m):                                         # the reference's models of rms_norm: false
+        for layer in net.backbone.layers:
+            layer.norm = torch.nn.LayerNorm(m.D, eps=m.norm_eps)
+        net.backbone.norm_f = torch.nn.LayerNorm(m.D, eps=m.norm_eps)
     with torch.no_grad():
         for name, v in parameters(m, net).items():
             v.copy_(torch.from_numpy(draw(rng, name, tuple(v.shape), m)))
+        if norm_biases(m):
+            net.backbone.embeddings.weight += 0.5              # a mean that the norms have to take away
     return net, rng
 
 
@@ -215,10 +242,15 @@ def sizes(falcon=False, **changes):
     return m._replace(**changes)
 
 
+class LayerNormSizes(export.Model):
+    layer_norm = True
+
+
 FIXED = {"odd": (1, sizes(D=35, E=51, N=5, K=3, R=3, V=259, n_layer=3, tied=False, proj_bias=True, norm_eps=3e-5, bos=-1,
                           pad=-1, eos=[3, 255])),
          "falcon": (2, sizes(True, D=24, E=48, N=8, K=4, R=2, V=263, tied=False, mixer_eps=1e-4, bos=1, eos=[11], pad=11)),
-         "plain": (3, sizes(conv_bias=False))}
+         "plain": (3, sizes(conv_bias=False)),
+         "layernorm": (4, LayerNormSizes(*sizes(D=29, E=58, N=6, K=4, R=3, V=260, tied=False, bos=-1, pad=-1, eos=[7])))}
 
 
 def random_sizes(rng):
@@ -239,15 +271,38 @@ def write_gold(path, records):
     print(f"  wrote {path}, {os.path.getsize(path) / 1e3:.0f} kB, {len(records)} records")
 
 
+def write_layer_norm_model(path, m, net):
+    """model.bin in float32 with a tokenizer of bytes, by the table in doc/FORMAT.md: transformers has no such model."""
+    p = {name: v.detach().numpy().astype("<f4").tobytes() for name, v in parameters(m, net).items()}
+    order = [t.name for t in export.tensor_list(m)]
+    for name in [n for n in order if n.endswith("norm") or n == "norm_f"]:
+        order.insert(order.index(name) + 1, name + "_bias")
+    blob = b"mtok" + struct.pack("<7I", 1, 0, 0, 0, 256, 0, 0)
+    start, tensors = (256 + len(blob) + 63) // 64 * 64, b""
+    for name in order:
+        tensors += bytes(-len(tensors) % 64) + p[name]
+    flags = m.tied | m.proj_bias << 1 | m.conv_bias << 2 | m.mixer_norm << 3 | 16
+    eos = (m.eos + [-1] * 4)[:4]
+    head = b"mamba.c\n" + struct.pack("<12I2f6i4Q2I", 1, 256, 0, 0, flags, m.D, m.n_layer, m.V, m.E, m.N, m.K, m.R, m.norm_eps,
+                                      m.mixer_eps, m.bos, m.pad, *eos, 256, len(blob), start, len(tensors), zlib.crc32(blob),
+                                      zlib.crc32(tensors))
+    head += bytes(252 - len(head))
+    with export.atomic_file(path) as f:
+        f.write(head + struct.pack("<I", zlib.crc32(head)) + blob + bytes(start - 256 - len(blob)) + tensors)
+
+
 def golden(name, seed, m, out, hf, length, gradients):
     print(f"{name}: {export.summary(m, 'f32')}, seed {seed}")
     net, rng = make_net(m, seed)
     records = compute(m, net, rng.integers(0, m.V, length), gradients)
+    write_gold(os.path.join(out, name + ".gold"), records)
+    if norm_biases(m):
+        write_layer_norm_model(os.path.join(out, name + ".bin"), m, net)
+        return
     folder = os.path.join(hf, name)
     shutil.rmtree(folder, ignore_errors=True)
     net.save_pretrained(folder)
     export.run([folder, os.path.join(out, name + ".bin"), "--tokenizer", "bytes"])
-    write_gold(os.path.join(out, name + ".gold"), records)
 
 
 def golden_tales(source, out):

@@ -16,7 +16,7 @@ typedef struct { // what the header says
 static const Field MODEL_FIELDS[] = {
     {"arch", 16, FIELD_U32, 1, 0, 1, AT(config.arch)},
     {"type", 20, FIELD_U32, 1, ANY_U32, AT(type)},
-    {"flags", 24, FIELD_U32, 1, 0, 15, AT(config.flags)},
+    {"flags", 24, FIELD_U32, 1, 0, 31, AT(config.flags)},
     {"d_model", 28, FIELD_U32, 1, 1, 1 << 20, AT(config.D)},
     {"n_layer", 32, FIELD_U32, 1, 1, 1 << 16, AT(config.n_layer)},
     {"vocab_size", 36, FIELD_U32, 1, 1, 1 << 26, AT(config.V)},

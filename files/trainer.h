@@ -54,7 +54,7 @@ static void trainer_layout(Trainer *tr, Arena *from) {
     tr->d_y = take_floats(from, T * E);
     tr->d_xdb = take_floats(from, T * P);
     tr->d_c = take_floats(from, (size_t)steps * E);
-    tr->scale = take_floats(from, T);
+    tr->scale = take_floats(from, 2 * T);
     tr->losses = take_floats(from, T);
     tr->logits = take_floats(from, LOSS_ROWS * V);
     tr->scan = take_floats(from, scan_backward_floats(tr->B, steps, c->E, c->N));

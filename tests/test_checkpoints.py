@@ -7,10 +7,12 @@ hubs, and of damaged ones.
 Needs numpy, and ./mamba where it is built. The last line is "N passed, N failed, N skipped".
 
 Contents: 1 configs | 2 names of tensors | 3 adapters | 4 GGUF |
-5 public checkpoints
+5 public checkpoints | 6 damaged files
 """
+import copy
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -469,7 +471,7 @@ class Gguf(Checkpoint):
                   "context_length": 2048, "feed_forward_length": 0, "attention.head_count": 0}
         for key, value in {**values, **changes}.items():
             if value is not None:
-                writer.add_uint32("mamba." + key, value)
+                writer.add_uint32(key[3:] if key.startswith("../") else "mamba." + key, value)
         writer.add_layer_norm_rms_eps(1e-5)
         names = {"backbone." + short: name for name, short in export.GGUF_NAMES.items()}
         for i in range(2):
@@ -523,6 +525,8 @@ class Gguf(Checkpoint):
             self.bad(word, arguments=command)
         self.write_by_package(w, **{"ssm.state_size": None, "block_count": None})
         self.good(*command)
+        self.write_by_package(w, **{"../split.count": 2})
+        self.bad("one of 2 parts", arguments=command)
         self.write_by_package(w, **{"ssm.group_count": 1})
         self.assertIn("mamba.ssm.group_count", self.good(*command))
         self.write_by_package({**w, "backbone.layers.0.mixer.A_log":
@@ -590,6 +594,144 @@ class Families(Checkpoint):
             table = file.read()
         for family in FAMILIES:
             self.assertIn(family.names, table)
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Damaged files
+# Each one gives a sentence, or a model that ./mamba reads. A damaged number or name may still make
+# a model; what may not happen is a traceback, a second line, or a file that mamba refuses.
+
+STRANGE = (None, True, False, 0, 1, -1, 2, 3, 1 << 31, 1 << 63, 1 << 80, -(1 << 40), 0.5, 1.5, 1e-5,
+           1e400, -1e400, float("nan"), "", "a", "auto", "\ud800", "\x00\x1b", "1" * 50, [], [[]],
+           [1], ["a"], [None], {}, {"a": 1}, {"type": "BPE"}, [0, 1, 2, 3, 4, 5])
+
+
+def containers(value):
+    """Every object and list inside a JSON value."""
+    if isinstance(value, (dict, list)):
+        yield value
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from containers(inner)
+
+
+def spoil_json(rng, value):
+    """A copy with one to three places spoilt: removed, replaced, renamed, doubled or moved."""
+    value = json.loads(json.dumps(value))
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        places = [place for place in containers(value) if place]
+        # few places, so that the large lists of a tokenizer do not take all the damage
+        place = rng.choice(places[:60] if rng.random() < 0.7 else places) if places else None
+        if place is None:
+            return copy.deepcopy(rng.choice(STRANGE))
+        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        what = rng.randrange(5)
+        if what == 0:
+            del place[key]
+        elif what <= 2:
+            place[key] = copy.deepcopy(rng.choice(STRANGE))
+        elif isinstance(place, dict):
+            name = rng.choice(("x", "type", str(key) + "s", "\n", "hidden_size"))
+            place[name] = copy.deepcopy(place[key])
+        else:
+            place.append(copy.deepcopy(place[key]))
+    return value
+
+
+def spoil_bytes(rng, data, limit):
+    """A copy with some bytes changed below limit, cut off or put in."""
+    data, what = bytearray(data), rng.randrange(8)
+    if what == 0:
+        return bytes(data[:rng.randrange(len(data))])
+    if what == 1:
+        at = rng.randrange(limit)
+        data[at:at] = bytes(rng.randrange(256) for _ in range(rng.randint(1, 9)))
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(limit)
+        data[at] = rng.choice((0, 1, 127, 128, 255, data[at] ^ 1 << rng.randrange(8)))
+    return bytes(data)
+
+
+class Damaged(Checkpoint):
+    """MAMBA_FUZZ=2500 in the environment: so many of each kind instead of 150, 10,000 in all."""
+
+    def setUp(self):
+        super().setUp()
+        self.count, self.made = int(os.environ.get("MAMBA_FUZZ", 150)), 0
+
+    def one_sentence(self, *arguments, seed):
+        status, text = self.run_main(*arguments)
+        self.assertIn(status, (0, 1), f"seed {seed}: {text}")
+        lines = [line for line in text.strip().splitlines() if ": note: " not in line]
+        self.assertEqual(len(lines), 1, f"seed {seed}: {text}")
+        self.assertTrue(lines[0].isprintable() and len(lines[0]) < 2000, f"seed {seed}: {text}")
+        if status == 0:
+            self.made += 1
+            self.run_mamba("info", self.bin, "--verify")
+            os.unlink(self.bin)
+
+    def seeds(self):
+        for seed in range(self.count):
+            yield seed, random.Random(seed)
+        self.assertGreater(self.count, self.made, "no file was damaged enough")
+
+    def test_configs(self):
+        s = Sizes(E=12)
+        rename = {False: lambda w: w, True: reference_names}
+        for seed, rng in self.seeds():
+            reference = seed % 3 == 0
+            config = (reference_config(s) if reference else
+                      rng.choice([family.config for family in FAMILIES if not family.refused])
+                      if seed % 3 == 1 else hf_config(s))
+            self.checkpoint(s, spoil_json(rng, config), rename[reference](weights(s)))
+            if rng.random() < 0.3:
+                write(os.path.join(self.src, "generation_config.json"),
+                      spoil_json(rng, {"bos_token_id": 1, "eos_token_id": [2, 3]}))
+            self.one_sentence(self.src, self.bin, "--tokenizer", "bytes", seed=seed)
+
+    def test_tokenizers(self):
+        s = Sizes(E=12, V=300)
+        self.checkpoint(s)
+        table = test_export.tokenizer_json(test_export.MERGES)
+        path = os.path.join(self.src, "tokenizer.json")
+        for seed, rng in self.seeds():
+            if seed % 4:
+                write(path, spoil_json(rng, table))
+            else:
+                data = json.dumps(table).encode()
+                write(path, spoil_bytes(rng, data, len(data)))
+            self.one_sentence(self.src, self.bin, seed=seed)
+
+    def test_adapters(self):
+        s = Sizes()
+        self.checkpoint(s)
+        with np.load(os.path.join(test_export.HERE, "adapters.npz")) as file:
+            config = json.loads(file["patterns/config"].tobytes())
+            parts = {key[len("plain/lora/"):]: file[key] for key in file
+                     if key.startswith("plain/lora/")}
+        data, lora = test_export.safetensors(parts), os.path.join(self.dir, "lora")
+        limit = 8 + struct.unpack_from("<Q", data)[0]
+        config = {**config, "alpha_pattern": {"x_proj": 3}, "rank_pattern": {"x_proj": 2}}
+        for seed, rng in self.seeds():
+            write(os.path.join(lora, "adapter_config.json"),
+                  spoil_json(rng, config) if seed % 2 else config)
+            write(os.path.join(lora, "adapter_model.safetensors"),
+                  data if seed % 2 else spoil_bytes(rng, data, limit))
+            self.one_sentence(self.src, self.bin, "--tokenizer", "bytes", "--adapter", lora,
+                              seed=seed)
+
+    def test_gguf(self):
+        s, gguf = Sizes(E=12, V=264), os.path.join(self.dir, "model.gguf")
+        self.checkpoint(s)
+        write(os.path.join(self.src, "tokenizer.json"),
+              test_export.tokenizer_json(test_export.MERGES, nfc=False))
+        self.good(self.src, self.bin)
+        self.good("--to-gguf", self.bin, gguf)
+        os.unlink(self.bin)
+        data = open(gguf, "rb").read()
+        limit = data.index(b"blk.0.attn_norm.weight")
+        for seed, rng in self.seeds():
+            write(gguf, spoil_bytes(rng, data, rng.choice((len(data), limit, limit, 600))))
+            self.one_sentence(gguf, self.bin, seed=seed)
 
 
 if __name__ == "__main__":

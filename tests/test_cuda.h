@@ -605,7 +605,7 @@ static void test_cuda(void) {
         mamba_free(m);
     }
     const char *models[] = {"tests/odd.bin", "tests/falcon.bin", "tests/plain.bin",
-                            "models/tales.bin"};
+                            "tests/layernorm.bin", "models/tales.bin"};
     for (int i = 0; i < COUNT(models); i++) {
         Model *m = mamba_load(models[i]);
         int32_t *ids = random_ids(1100, m->config.V);

@@ -1,5 +1,5 @@
 // Gradients: of every parameter and of the initial states, against PyTorch in float64. Those of the
-// scan and of the convolution also against central differences.
+// scan, of the convolution and of the norms also against central differences.
 
 typedef struct {
     const char *model;
@@ -386,6 +386,71 @@ static double conv_loss(void *context) {
     return loss;
 }
 
+// The norms against central differences, in double precision, of the sum of d_xn xn.
+typedef struct {
+    int T, D, ld;
+    bool weighted, biased;
+    float *d_xn;
+    double *x, *weight, *bias;
+} NormPoint;
+
+static double norm_objective(const NormPoint *p) {
+    double sum = 0;
+    for (int t = 0; t < p->T; t++) {
+        const double *x = p->x + t * p->ld;
+        double mean = 0, squares = 0;
+        for (int d = 0; d < p->D && p->biased; d++) mean += x[d] / p->D;
+        for (int d = 0; d < p->D; d++) squares += (x[d] - mean) * (x[d] - mean);
+        for (int d = 0; d < p->D; d++) {
+            double xn =
+                (x[d] - mean) / sqrt(squares / p->D + 1e-3) * (p->weighted ? p->weight[d] : 1);
+            sum += (double)p->d_xn[t * p->ld + d] * (xn + (p->biased ? p->bias[d] : 0));
+        }
+    }
+    return sum;
+}
+
+static double norm_difference(const NormPoint *p, double *at) {
+    const double step = 1e-5, before = *at;
+    *at = before + step;
+    double above = norm_objective(p);
+    *at = before - step;
+    double below = norm_objective(p);
+    *at = before;
+    return (above - below) / (2 * step);
+}
+
+static void test_norm_backward(int T, int D, bool weighted, bool biased) {
+    const int ld = D + 2;
+    const size_t n = (size_t)T * ld;
+    float *x = random_floats(n, -1, 3), *w = random_floats((size_t)D, -2, 2),
+          *bias = random_floats((size_t)D, -1, 1), *d_xn = random_floats(n, -1, 1),
+          *d_x = random_floats(n, -1, 1), *d_w = random_floats((size_t)D, -1, 1),
+          *d_bias = random_floats((size_t)D, -1, 1), *scale = random_floats(2 * (size_t)T, 0, 1);
+    NormPoint p = {T,
+                   D,
+                   ld,
+                   weighted,
+                   biased,
+                   d_xn,
+                   doubles(x, n),
+                   doubles(w, (size_t)D),
+                   doubles(bias, (size_t)D)};
+    double *want_x = doubles(d_x, n), *want_w = doubles(d_w, (size_t)D),
+           *want_bias = doubles(d_bias, (size_t)D);
+    for (int t = 0; t < T; t++) // all are added to what is there
+        for (int d = 0; d < D; d++) want_x[t * ld + d] += norm_difference(&p, &p.x[t * ld + d]);
+    for (int d = 0; d < D && weighted; d++) want_w[d] += norm_difference(&p, &p.weight[d]);
+    for (int d = 0; d < D && biased; d++) want_bias[d] += norm_difference(&p, &p.bias[d]);
+    NormGrad grad = {d_x, true, d_w, biased ? d_bias : NULL, scale};
+    TEAM(norm_rows_backward(&grad, d_xn, x, weighted ? w : NULL, 1e-3f, T, D, (size_t)ld))
+    check(biased ? "LayerNorm backward, d_x" : "RMSNorm backward, d_x", d_x, want_x, n, 2e-6);
+    check("its d_weight", d_w, want_w, (size_t)D, 2e-6);
+    check("its d_bias", d_bias, want_bias, (size_t)D, 2e-6);
+    FREE_ALIGNED(x, w, bias, d_xn, d_x, d_w, d_bias, scale);
+    FREE(p.x, p.weight, p.bias, want_x, want_w, want_bias);
+}
+
 static void test_conv_backward(int L, int E, int K) {
     size_t LE = (size_t)L * E, KE = (size_t)K * E;
     float *xz = random_floats(2 * LE, -1, 1), *x = random_floats(LE, 0, 0),
@@ -559,15 +624,25 @@ static void test_gradients(void) {
     test_adamw("plain");
     test_adamw("odd");
     test_adamw("falcon");
+    test_adamw("layernorm");
     test_initialisation();
     test_masked_loss();
     test_model_gradients("plain");
     test_model_gradients("odd");
     test_model_gradients("falcon");
+    test_model_gradients("layernorm");
     test_chunks("plain");
     test_chunks("odd");
     test_chunks("falcon");
+    test_chunks("layernorm");
     test_passes("plain");
     test_passes("odd");
     test_passes("falcon");
+    test_passes("layernorm");
+    for (team = 3; team > 0; team -= 2)
+        for (int kind = 0; kind < 4; kind++) {
+            test_norm_backward(3, 2 * VL + 5, kind & 1, kind & 2);
+            test_norm_backward(1, VL, kind & 1, kind & 2);
+        }
+    team = 1;
 }

@@ -1,19 +1,22 @@
 // Operations of the forward pass, each against a reference in double precision, on teams of 1 and
 // 3 threads.
 
-static void test_rmsnorm(int L, int D, int ld, bool weighted) {
-    float *x = random_floats((size_t)L * ld, -3, 3), *w = random_floats((size_t)D, -2, 2),
-          *out = random_floats((size_t)L * ld, 0, 1);
+static void test_norm(int L, int D, int ld, bool weighted, bool biased) {
+    float *x = random_floats((size_t)L * ld, -1, 5), *w = random_floats((size_t)D, -2, 2),
+          *bias = random_floats((size_t)D, -2, 2), *out = random_floats((size_t)L * ld, 0, 1);
     double *want = doubles(out, (size_t)L * ld);
     for (int t = 0; t < L; t++) {
-        double squares = 0;
-        for (int d = 0; d < D; d++) squares += (double)x[t * ld + d] * x[t * ld + d];
+        double mean = 0, squares = 0;
+        for (int d = 0; d < D && biased; d++) mean += (double)x[t * ld + d] / D;
+        for (int d = 0; d < D; d++) squares += (x[t * ld + d] - mean) * (x[t * ld + d] - mean);
         for (int d = 0; d < D; d++)
-            want[t * ld + d] = x[t * ld + d] / sqrt(squares / D + 1e-5) * (weighted ? w[d] : 1);
+            want[t * ld + d] =
+                (x[t * ld + d] - mean) / sqrt(squares / D + 1e-5) * (weighted ? w[d] : 1) +
+                (biased ? bias[d] : 0);
     }
-    TEAM(rmsnorm(out, x, weighted ? w : NULL, 1e-5f, L, D, (size_t)ld))
-    check("rmsnorm", out, want, (size_t)L * ld, 1e-6);
-    FREE_ALIGNED(x, w, out);
+    TEAM(norm_rows(out, x, weighted ? w : NULL, biased ? bias : NULL, 1e-5f, L, D, (size_t)ld))
+    check(biased ? "LayerNorm" : "RMSNorm", out, want, (size_t)L * ld, 1e-6);
+    FREE_ALIGNED(x, w, bias, out);
     free(want);
 }
 
@@ -226,9 +229,12 @@ static void test_elementwise(int L, int E) {
 
 static void test_kernels(void) {
     for (team = 1; team <= MOST_THREADS; team += 2) {
-        test_rmsnorm(1, 1, 1, true);
-        test_rmsnorm(5, 37, 41, true);
-        test_rmsnorm(3, 16, 16, false);
+        test_norm(1, 1, 1, true, false);
+        test_norm(5, 37, 41, true, false);
+        test_norm(3, 16, 16, false, false);
+        test_norm(5, 37, 41, true, true);
+        test_norm(2, 16, 16, true, true);
+        test_norm(3, 50, 50, false, true);
         for (int type = 0; type < N_TYPES; type++) {
             test_matmul((Type)type, 1, 33, 7, 40, true);
             test_matmul((Type)type, 3, 16, 5, 16, false);

@@ -110,7 +110,7 @@ static bool same_files(const char *one, const char *other) {
 // Whatever is loaded is saved as it was, and a model in memory as it will be loaded.
 static void test_save(void) {
     const char *models[] = {"tests/odd.bin", "tests/plain.bin", "tests/falcon.bin",
-                            "models/tales.bin"};
+                            "tests/layernorm.bin", "models/tales.bin"};
     const char *path = scratch("saved.bin");
     char name[96];
     for (int i = 0; i < COUNT(models); i++) {
@@ -263,6 +263,8 @@ static void test_loader(void) {
     expect_refused(odd, 8, 2, "version");
     expect_refused(odd, 20, 9, "weight type");
     expect_refused(odd, 20, Q8, "truncated");
+    expect_refused(odd, 24, 32, "flags");
+    expect_refused(odd, 24, FLAG_LAYER_NORM, "truncated");
     expect_refused(odd, 28, 0, "d_model");
     expect_refused(odd, 32, 0, "n_layer");
     expect_refused(odd, 32, 60000, "truncated");
@@ -275,6 +277,7 @@ static void test_loader(void) {
     int count = test_everything ? 10000 : 300;
     test_damaged_models("tests/odd.bin", count);
     test_damaged_models("tests/falcon.bin", count);
+    test_damaged_models("tests/layernorm.bin", count / 3);
     test_damaged_models("models/tales.bin", test_everything ? 600 : 40);
     Config huge = {.type = F32,
                    .D = 1 << 20,

@@ -316,22 +316,26 @@ static void test_model(void) {
     test_batches("tests/odd.bin");
     test_batches("tests/falcon.bin");
     test_batches("tests/plain.bin");
+    test_batches("tests/layernorm.bin");
     if (LARGER_MODELS) test_batches("models/tales.bin");
     else skip("the tales model in pieces, batches, by threads, quantised", "-DSMALL");
     test_golden_model("odd", "tests/odd.bin");
     test_golden_model("falcon", "tests/falcon.bin");
     test_golden_model("plain", "tests/plain.bin");
+    test_golden_model("layernorm", "tests/layernorm.bin");
     test_golden_model("tales", "models/tales.bin");
     test_splits("tests/odd.bin");
     test_splits("tests/falcon.bin");
     test_splits("tests/plain.bin");
+    test_splits("tests/layernorm.bin");
     if (LARGER_MODELS) test_splits("models/tales.bin");
     test_threads("tests/odd.bin");
     test_threads("tests/falcon.bin");
+    test_threads("tests/layernorm.bin");
     if (LARGER_MODELS) test_threads("models/tales.bin");
     const char *files[] = {"tests/odd.bin", "tests/falcon.bin", "tests/plain.bin",
-                           "models/tales.bin"};
-    for (int i = 0; i < 3 + LARGER_MODELS; i++) {
+                           "tests/layernorm.bin", "models/tales.bin"};
+    for (int i = 0; i < 4 + LARGER_MODELS; i++) {
         Session x = test_session(files[i], 1);
         test_left_out(x.model, files[i]);
         session_close(&x);

@@ -16,8 +16,8 @@ static void check_two_forms(void) {
         Function fast, plain;
     } form[] = {
         FORMS(tensor_widen),
-        FORMS(rmsnorm),
-        FORMS(rmsnorm_backward),
+        FORMS(norm_rows),
+        FORMS(norm_rows_backward),
         FORMS(add_rows),
         FORMS(sum_rows),
         FORMS(sum_squares),
@@ -59,23 +59,27 @@ static void compare(const char *name, Both *b, double tolerance) {
     FREE_ALIGNED(b->plain, b->fast);
 }
 
-static void compare_norms(int T, int D, bool weighted) {
+static void compare_norms(int T, int D, bool weighted, bool biased) {
     size_t ld = (size_t)D + 3, n = (size_t)T * ld;
-    float *x = random_floats(n, -2, 2), *d_xn = random_floats(n, -1, 1),
-          *weight = random_floats((size_t)D, -2, 2), *w = weighted ? weight : NULL;
-    float *scale = random_floats((size_t)T, 7, 8);
-    Both xn = both(n, 7, 8), d_x = both(n, -1, 1), d_w = both((size_t)D, -1, 1);
-    TEAM(rmsnorm_plain(xn.plain, x, w, 1e-5f, T, D, ld))
-    TEAM(rmsnorm(xn.fast, x, w, 1e-5f, T, D, ld))
-    compare("rmsnorm, fast and plain", &xn, 1e-6);
+    float *x = random_floats(n, -1, 3), *d_xn = random_floats(n, -1, 1),
+          *weight = random_floats((size_t)D, -2, 2), *w = weighted ? weight : NULL,
+          *bias = random_floats((size_t)D, -2, 2), *with = biased ? bias : NULL;
+    float *scale = random_floats(2 * (size_t)T, 7, 8);
+    Both xn = both(n, 7, 8), d_x = both(n, -1, 1), d_w = both((size_t)D, -1, 1),
+         d_bias = both((size_t)D, -1, 1);
+    TEAM(norm_rows_plain(xn.plain, x, w, with, 1e-5f, T, D, ld))
+    TEAM(norm_rows(xn.fast, x, w, with, 1e-5f, T, D, ld))
+    compare("norm_rows, fast and plain", &xn, 1e-6);
     for (int add = 0; add < 2; add++) {
-        NormGrad plain = {d_x.plain, add, d_w.plain, scale},
-                 fast = {d_x.fast, add, d_w.fast, scale};
-        TEAM(rmsnorm_backward_plain(&plain, d_xn, x, w, 1e-5f, T, D, ld))
-        TEAM(rmsnorm_backward(&fast, d_xn, x, w, 1e-5f, T, D, ld))
+        NormGrad plain = {d_x.plain, add, d_w.plain, biased ? d_bias.plain : NULL, scale},
+                 fast = {d_x.fast, add, d_w.fast, biased ? d_bias.fast : NULL, scale};
+        TEAM(norm_rows_backward_plain(&plain, d_xn, x, w, 1e-5f, T, D, ld))
+        TEAM(norm_rows_backward(&fast, d_xn, x, w, 1e-5f, T, D, ld))
     }
-    compare("rmsnorm_backward, fast and plain: d_x", &d_x, 2e-6);
-    compare("rmsnorm_backward, fast and plain: d_weight", &d_w, 2e-6);
+    compare("norm_rows_backward, fast and plain: d_x", &d_x, 2e-6);
+    compare("norm_rows_backward, fast and plain: d_weight", &d_w, 2e-6);
+    compare("norm_rows_backward, fast and plain: d_bias", &d_bias, 2e-6);
+    FREE_ALIGNED(bias);
     FREE_ALIGNED(x, d_xn, weight, scale);
 }
 
@@ -277,9 +281,12 @@ static void compare_recurrence_backward(int width, int N) {
 static void test_plain(void) {
     check_two_forms();
     for (team = 1; team <= MOST_THREADS; team += 2) {
-        compare_norms(1, 1, true);
-        compare_norms(5, 2 * VL + 3, true);
-        compare_norms(3, VL, false);
+        compare_norms(1, 1, true, false);
+        compare_norms(1, 1, true, true);
+        compare_norms(5, 2 * VL + 3, true, false);
+        compare_norms(5, 2 * VL + 3, true, true);
+        compare_norms(3, VL, false, false);
+        compare_norms(3, VL, false, true);
         compare_rows(1, 1);
         compare_rows(4, 3 * VL + 1);
         for (int type = 0; type < N_TYPES; type++) {

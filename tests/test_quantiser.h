@@ -137,6 +137,7 @@ static void test_quantiser(void) {
     for (int four_bits = 0; four_bits < 2; four_bits++) {
         test_quantized_model("tests/odd.bin", four_bits);
         test_quantized_model("tests/falcon.bin", four_bits);
+        test_quantized_model("tests/layernorm.bin", four_bits);
         if (LARGER_MODELS) test_quantized_model("models/tales.bin", four_bits);
     }
     Config c;

@@ -35,6 +35,7 @@ static uint32_t u32_at(const unsigned char *p) {
     return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 #define UNUSED __attribute__((unused))
+#define SHARED UNUSED static
 #include "files/memory.h"
 #include "tokenizer.c"
 static bool get(void *p, size_t n) { return fread(p, 1, n, stdin) == n; }

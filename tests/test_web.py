@@ -332,6 +332,10 @@ def main():
     page = Mamba(program)
     with tempfile.TemporaryDirectory() as folder:
         try:
+            page.call("Page.navigate", url="file://" + os.path.join(SITE, "index.html"))
+            page.wait("document.getElementById('failed')?.textContent.includes('web server')")
+            check("opened as a file, it asks for a web server", True)
+            page.problems.clear()
             page.call("Page.navigate", url=browser.serve(SITE) + "?auto=0")
             page.wait("document.body && document.body.dataset.model === 'story.bin'")
             speed = test_text(page)

@@ -4,7 +4,9 @@
 'use strict';
 
 const $ = id => document.getElementById(id);
-const worker = new Worker('worker.js');
+const SERVE = 'The model could not be started. Serve the folder with a web server, for example '
+  + 'python3 -m http.server: opened as files, pages may not start workers.';
+const worker = startWorker();
 const ask = message => worker.postMessage(message);
 const settings = new URLSearchParams(location.search);  // ?auto=0: nothing is written by itself
 
@@ -166,7 +168,8 @@ function showLook() {
   $('rows').replaceChildren(...Array.from(r.before, (_, n) => {
     const row = document.createElement('tr');
     for (const value of [n, r.before[n], r.decay[n], r.inject[n], r.after[n]]) {
-      row.insertCell().textContent = value === n ? n : value.toPrecision(5);
+      const small = Math.abs(value) < 1e-4 && value !== 0;
+      row.insertCell().textContent = value === n ? n : small ? value.toExponential(2) : value.toPrecision(5);
     }
     return row;
   }));
@@ -267,7 +270,8 @@ function drawMap() {
 function setBusy(on) {
   busy = on;
   $('stop').disabled = !on;
-  for (const id of ['go', 'new', 'fork', 'save', 'load', 'drop', 'open', 'model']) $(id).disabled = on || !model;
+  for (const id of ['go', 'new', 'fork', 'save', 'load', 'drop']) $(id).disabled = on || !model;
+  for (const id of ['open', 'model']) $(id).disabled = on;
   document.body.dataset.busy = on ? 1 : 0;
 }
 
@@ -553,9 +557,17 @@ const answers = {
     else if (opening !== 'story.bin') open({url: 'story.bin'}, message.message);
   },
 };
-worker.onmessage = event => answers[event.data.is](event.data);
-worker.onerror = event => complain('The model could not be started: ' + (event.message || 'worker.js did not load')
-  + '. Serve the folder with any web server; a page opened as a file may not load a worker.');
+if (worker) worker.onmessage = event => answers[event.data.is](event.data);
+if (worker) worker.onerror = event => complain(event.message ? 'worker.js: ' + event.message : SERVE);
+
+function startWorker() {
+  try {
+    return new Worker('worker.js');
+  } catch (error) {
+    return null;
+  }
+}
 
 setBusy(true);
-open({url: $('model').value});
+if (worker) open({url: $('model').value});
+else complain(SERVE);
