@@ -36,7 +36,8 @@
 //   28  u32      n_added
 //   32  i32      version 2: the id that goes before a prompt, or -1
 //   36  i32      version 2: the id of what has no token, or -1
-//   40  u32      version 2: bytes at the end of the blob that only export.py reads
+//   40  u32      version 2: bytes at the end of the blob that are not the tokenizer: a chat
+//                template (doc/FORMAT.md), what only export.py reads
 //   44  20 zeros in version 2
 //   then n_ids tokens: u32 length, then the bytes of the token
 //         0xFFFFFFFF: a hole, the id has no token
@@ -138,6 +139,8 @@ typedef struct Tokenizer {
     int n_steps;
     unsigned char step[4], joins[256][256 / 8]; // see open_cuts()
     const unsigned char *blob;
+    const unsigned char *chat; // (chat_bytes) in the blob, for files/chat.h; NULL: none
+    uint32_t chat_bytes;
     uint32_t *token_at;          // (n_ids) offset of each token in the blob
     const unsigned char *merges; // (n_merges, 3) in the blob
     unsigned char byte[256];     // kind 0: the byte of each id
@@ -628,6 +631,13 @@ static int open_version_2(Tokenizer *t, size_t *bytes) {
         if (t->blob[i]) return fail("tokenizer: byte %d of its header is not zero", i);
     uint32_t unread = u32_at(t->blob + 40);
     if (unread > *bytes - 64) return fail("tokenizer: %u bytes at its end do not fit it", unread);
+    // A chat template (files/chat.h) is the last of what is not read here: it, its length, "chat".
+    const unsigned char *end = t->blob + *bytes;
+    if (unread >= 8 && !memcmp(end - 4, "chat", 4)) {
+        t->chat_bytes = u32_at(end - 8);
+        if (t->chat_bytes > unread - 8) return fail("tokenizer: its chat template does not fit it");
+        t->chat = end - 8 - t->chat_bytes;
+    }
     *bytes -= unread;
     return 0;
 }
