@@ -1858,6 +1858,8 @@ size_t mamba_decode(const Model *m, State *s, int32_t id, unsigned char *out) {
     return m->tokenizer ? tokenizer_decode(m->tokenizer, &s->pending, id, out) : 0;
 }
 
+#include "files/chat.h"
+
 // --- the loop that writes text
 
 // What mamba_generate() does with the text (n bytes) that token id adds: whole characters, maybe

@@ -105,21 +105,57 @@ static int print_ids(const Tokenizer *t, const char *text, size_t bytes) {
     return 0;
 }
 
+typedef struct {
+    bool decode, chats;
+    const char *system;
+} TokenizeOptions;
+
+// The ids of a conversation: the texts of the user and the model in turn, a NUL between them, up to
+// where the model writes on. 0, or -1 after fail().
+static int print_chat_ids(const Tokenizer *t, const char *system, const char *text, size_t bytes) {
+    const Model reader = {.tokenizer = (Tokenizer *)(uintptr_t)t}, *m = &reader;
+    Chat chat;
+    size_t n = 1, n_ids = 0;
+    int32_t *ids = NULL;
+    for (size_t i = 0; i < bytes; i++) n += text[i] == 0;
+    TextPiece *texts = calloc(n, sizeof *texts);
+    if (!texts) return fail("out of memory: %zu texts", n);
+    for (size_t i = 0; i < n; i++) {
+        texts[i] = (TextPiece){text, strlen(text), false};
+        text += texts[i].bytes + 1;
+    }
+    int result = mamba_chat(m, &chat);
+    if (result == 0) result = mamba_chat_encode(m, &chat, true, system, texts, n, &ids, &n_ids);
+    for (size_t i = 0; i < n_ids && result == 0; i++) printf("%d\n", (int)ids[i]);
+    free(ids);
+    free(texts);
+    return result;
+}
+
 // path: of the text, "-" for stdin. 0, or -1 after fail().
-static int tokenize_file(const Tokenizer *t, const char *path, bool decode) {
+static int tokenize_file(const Tokenizer *t, const TokenizeOptions *o, const char *path) {
     size_t bytes = 0;
     char *text = read_text(path, &bytes);
     if (!text) return -1;
-    int result = decode ? print_decoded(t, text, bytes) : print_ids(t, text, bytes);
+    int result = o->decode  ? print_decoded(t, text, bytes)
+                 : o->chats ? print_chat_ids(t, o->system, text, bytes)
+                            : print_ids(t, text, bytes);
     free(text);
     return result ? fail_in(path) : 0;
 }
 
 static int command_tokenize(int argc, char **argv) {
-    bool decode = false, mapped = false;
+    bool mapped = false;
+    TokenizeOptions o = {.system = NULL};
     const Option options[] = {
-        OPTION_SWITCH("--decode", &decode,
+        OPTION_SWITCH("--decode", &o.decode,
                       "token ids (between spaces, commas or line ends) to text"),
+        OPTION_SWITCH(
+            "--chat", &o.chats,
+            "FILE holds messages of the user and replies in turn, a NUL byte between them: "
+            "the ids up to the next reply"),
+        OPTION_TEXT("--system", "TEXT", &o.system,
+                    "with --chat: what the conversation begins with"),
     };
     const char *rest[2] = {NULL, "-"};
     if (wants_help(argc, argv, options, COUNT(options)))
@@ -127,19 +163,21 @@ static int command_tokenize(int argc, char **argv) {
     int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
     if (n < 0) return -1;
     if (n < 1) return fail("tokenize needs a model.bin or a tokenizer file");
+    if (o.system && !o.chats) return fail("--system goes with --chat");
+    if (o.decode && o.chats) return fail("--decode does not go with --chat");
     size_t bytes = 0;
     unsigned char *file = check_is_file(rest[0]) ? NULL : file_map(rest[0], &bytes, &mapped);
     if (!file) return -1;
     int result = -1;
     if (bytes >= 4 && !memcmp(file, "mtok", 4)) { // a tokenizer file
         Tokenizer *t = tokenizer_open(file, bytes);
-        if (t) result = tokenize_file(t, rest[1], decode);
+        if (t) result = tokenize_file(t, &o, rest[1]);
         else fail_in(rest[0]);
         if (t) tokenizer_close(t);
     } else {
         Model *m = load_model(rest[0]);
         if (m && !m->tokenizer) fail("%s has no tokenizer", rest[0]);
-        else if (m) result = tokenize_file(m->tokenizer, rest[1], decode);
+        else if (m) result = tokenize_file(m->tokenizer, &o, rest[1]);
         mamba_free(m);
     }
     file_unmap(file, bytes, mapped);

@@ -572,6 +572,38 @@ if [ "$everything" = all ]; then
     rm -f "$dir"/big*
 fi
 
+# --- a tokenizer of four words, made by hand, whose template puts <s> before a prompt
+u32() { for n in "$@"; do printf "\\$(printf %o "$n")\0\0\0"; done; }
+{
+    printf mtok && u32 2 3 && printf '\0\020\0\0' && u32 9 4 0 0 0 1 0 0 0 0 0 0
+    u32 3 && printf '<s>' && u32 5 && printf '<unk>' && u32 1 && printf a && u32 1 && printf b
+} > "$dir/words.bin"
+same "words become ids" "$(printf %s ' a b  x a' | "$mamba" tokenize "$dir/words.bin" | tr '\n' ' ')" \
+    "2 3 1 2 "
+same "and words again" "$(echo 2 3 1 2 | "$mamba" tokenize "$dir/words.bin" --decode)" "a b <unk> a"
+echo "a b b a b" > "$dir/text"
+"$mamba" train -o "$dir/m.bin" --tokenizer "$dir/words.bin" --data "$dir/text" --steps 1 --batch 1 \
+    --length 3 --d-model 8 --layers 1 > "$dir/out" 2>&1
+check "a model of words" "$dir/out"
+"$mamba" info "$dir/m.bin" | grep -q "words, 4 ids, 0 before a prompt"
+check "info tells what goes before a prompt"
+lines() { "$mamba" "$@" 2> "$dir/err" | wc -l | tr -d ' '; }
+same "a prompt begins with <s>" "$(lines logits "$dir/m.bin" "a b" --all)" 3
+same "--no-bos leaves it out" "$(lines logits "$dir/m.bin" "a b" --all --no-bos)" 2
+"$mamba" logits "$dir/m.bin" --tokens 0,2,3 > "$dir/a"
+"$mamba" logits "$dir/m.bin" "a b" > "$dir/b"
+same_file "it is the token that stands there" "$dir/a" "$dir/b"
+"$mamba" "$dir/m.bin" "a b" -n 3 -t 0 --ignore-eos > "$dir/a" 2> "$dir/err"
+grep -q "prefill 3 tokens" "$dir/err"
+check "and is read before a text" "$dir/err"
+grep -qE '^a b( [^ ]+){3}$' "$dir/a"
+check "a space before each word that follows" "$dir/a"
+"$mamba" "$dir/m.bin" "" -n 3 -t 0 --ignore-eos > "$dir/a" 2> "$dir/err"
+grep -qE '^[^ ]+( [^ ]+){2}$' "$dir/a"
+check "but none at the start of a text" "$dir/a"
+"$mamba" "$dir/m.bin" "a b" -n 0 --no-bos 2>&1 | grep -q "prefill 2 tokens"
+check "--no-bos for a text"
+
 # --- memory: a long prompt takes no more than a short one
 if [ "$everything" = all ]; then
     tokens=1048576
