@@ -105,6 +105,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -1146,6 +1147,12 @@ struct Places {
     struct Generation *generation; // or NULL
 };
 
+struct Converted {
+    void *to;
+    const void *from;
+    int rows, cols;
+    Type type;
+};
 struct PackedPlace {
     void **device; // its pointer in Weights
     int rows, cols;
@@ -1164,13 +1171,15 @@ struct Gpu {
     BlockActs<float> acts;      // its pointers are T's
     ScanMail mail;
     Unpacking unpacking;
-    std::vector<PackedPlace> packed; // the matrices that are quantised
-    int32_t *ids;                    // (piece)
-    Places one;                      // the sequence that reads prompts
-    Places many;                     // several texts
-    Places *at;                      // of these: what runs now
-    bool gathered;                   // many was filled by gpu_gather()
-    bool portable_only;              // the one-kernel steps got stuck: see gpu_generate()
+    char *raw;                        // the file's tensors
+    std::vector<PackedPlace> packed;  // the matrices that are quantised
+    std::vector<Converted> converted; // those that have a copy of another type
+    int32_t *ids;                     // (piece)
+    Places one;                       // the sequence that reads prompts
+    Places many;                      // several texts
+    Places *at;                       // of these: what runs now
+    bool gathered;                    // many was filled by gpu_gather()
+    bool portable_only;               // the one-kernel steps got stuck: see gpu_generate()
 };
 
 template <class T> static BlockActs<T> acts_of(const Gpu *g) {
@@ -1275,50 +1284,59 @@ static void *gpu_take(Gpu *g, size_t bytes) {
     return p;
 }
 
-template <class T> static int upload_weights(Gpu *g, const Model *m) {
+// What gpu_open() takes for the weights: the file's tensors, of matrices that need another type a
+// copy, what is derived, and scratch. base NULL: only counts.
+template <class T> static size_t lay_out_weights(Gpu *g, const Model *m, char *base) {
     const Config *c = &m->config;
-    Device *d = &g->device;
     const char *host = (const char *)m->embedding.data;
-    char *raw = (char *)gpu_take(g, m->tensors_bytes);
-    Type compute = sizeof(T) == 4 ? F32 : BF16;
+    const Type compute = sizeof(T) == 4 ? F32 : BF16;
     // Of the embedding and the head, a part at a time is unpacked: as much as of in_proj.
     const size_t largest = (size_t)2 * c->E * c->D + (size_t)TILE * c->D;
-    g->unpacking.bits = c->type == Q8 ? 8 : c->type == Q4 ? 4 : 0;
-    if (!raw) return -1;
-    // On the stream: a plain cudaMemcpy may return before its last bytes have arrived, and this
-    // stream does not wait for them.
-    copy(d, raw, host, m->tensors_bytes, "weights");
-    std::vector<TensorPlace> places = tensor_places(m, &g->w);
-    for (const TensorPlace &p : places) {
-        const void *from = raw + ((const char *)p.host->data - host);
-        size_t n = (size_t)p.host->rows * (size_t)p.host->cols;
+    Unpacking *u = &g->unpacking;
+    Arena a = {base, 0};
+    a.take(g->raw, m->tensors_bytes);
+    u->bits = c->type == Q8 ? 8 : c->type == Q4 ? 4 : 0;
+    u->elements = u->bits ? (size_t)TILE * c->D : 0;
+    g->packed.clear(), g->converted.clear();
+    for (const TensorPlace &p : tensor_places(m, &g->w)) {
+        const size_t n = (size_t)p.host->rows * (size_t)p.host->cols;
+        const char *from = g->raw + ((const char *)p.host->data - host);
         *p.device = (void *)from;
         if (!p.matrix || p.host->type == compute) continue;
-        if (g->unpacking.bits && strcmp(p.name, "dt_proj")) { // stays as it is
-            g->unpacking.elements = std::max(g->unpacking.elements, std::min(n, largest));
+        if (u->bits && strcmp(p.name, "dt_proj")) { // stays as it is
+            u->elements = std::max(u->elements, std::min(n, largest));
             g->packed.push_back({p.device, p.host->rows, p.host->cols});
             continue;
         }
-        T *to = (T *)gpu_take(g, n * sizeof(T));
-        if (!to) return -1;
-        if (p.host->type == F32) convert(d, to, (const float *)from, n);
-        else if (p.host->type == BF16) convert(d, to, (const bf16 *)from, n);
-        else if (p.host->type == F16) convert(d, to, (const uint16_t *)from, n);
-        else unpack(d, to, from, g->unpacking.bits, p.host->rows, p.host->cols);
+        T *to;
+        a.take(to, n);
+        g->converted.push_back({to, from, p.host->rows, p.host->cols, p.host->type});
         *p.device = to;
     }
     if (c->flags & FLAG_TIED) g->w.head = g->w.embedding;
-    Unpacking *u = &g->unpacking;
-    u->elements = std::max(u->elements, (size_t)TILE * c->D);
-    if (u->bits && !(u->scratch = gpu_take(g, u->elements * sizeof(T)))) return -1;
-    float *derived =
-        (float *)gpu_take(g, (size_t)c->n_layer * c->E * (size_t)(c->N + c->K) * sizeof(float));
-    if (!derived) return -1;
+    a.take(u->scratch, u->elements, sizeof(T));
+    float *derived;
+    const size_t each = (size_t)c->E * (size_t)(c->N + c->K);
+    a.take(derived, (size_t)c->n_layer * each);
     for (LayerWeights &w : g->w.layer) {
-        w.A_neg = derived, w.conv_t = derived + (size_t)c->E * c->N;
-        derived += (size_t)c->E * (size_t)(c->N + c->K);
-        derive(d, c, &w);
+        w.A_neg = derived, w.conv_t = derived ? derived + (size_t)c->E * c->N : NULL;
+        if (derived) derived += each;
     }
+    return a.used;
+}
+
+// After the file's tensors are there: the copies and what is derived.
+template <class T> static int convert_weights(Gpu *g) {
+    Device *d = &g->device;
+    for (const Converted &p : g->converted) {
+        const size_t n = (size_t)p.rows * p.cols;
+        T *to = (T *)p.to;
+        if (p.type == F32) convert(d, to, (const float *)p.from, n);
+        else if (p.type == BF16) convert(d, to, (const bf16 *)p.from, n);
+        else if (p.type == F16) convert(d, to, (const uint16_t *)p.from, n);
+        else unpack(d, to, p.from, g->unpacking.bits, p.rows, p.cols);
+    }
+    for (LayerWeights &w : g->w.layer) derive(d, &g->config, &w);
     return finish(d);
 }
 
@@ -1371,32 +1389,6 @@ template <class T> static size_t lay_out_acts(Gpu *g, char *base) {
     b->mail = &g->mail, g->mail = {};
     a.take(g->mail.words, g->mail.bytes = scan_forward_workspace(1, c->E, c->N), 1);
     return a.used;
-}
-
-// The model on the GPU; float32: compute so whatever the weights are stored as. Zero states. NULL
-// with a sentence.
-static Gpu *gpu_open(const Model *m, int float32) {
-    Gpu *g = new Gpu();
-    g->at = &g->one;
-    const Config *c = &m->config;
-    g->config = *c;
-    g->bf16_compute = (c->type == BF16 || c->type == Q8 || c->type == Q4) && !float32;
-    size_t row = (size_t)c->D * 8 + (size_t)c->E * 24,
-           budget = c->type >= Q8 ? (size_t)128 << 20 : (size_t)3 << 30,
-           most = budget / row; // activations take a budget at the most
-    g->piece = (int)std::min((size_t)GPU_PIECE, std::max((size_t)256, most / 64 * 64));
-    g->logit_rows = std::max(1, std::min(c->type >= Q8 ? 128 : 1024, GPU_LOGIT_FLOATS / c->V));
-    char *arena = NULL;
-    if (device_open(&g->device) == 0 &&
-        (g->bf16_compute ? upload_weights<bf16>(g, m) : upload_weights<float>(g, m)) == 0 &&
-        (arena = (char *)gpu_take(g, g->bf16_compute ? lay_out_acts<bf16>(g, NULL)
-                                                     : lay_out_acts<float>(g, NULL)))) {
-        if (g->bf16_compute) lay_out_acts<bf16>(g, arena);
-        else lay_out_acts<float>(g, arena);
-        if (places_open(g, &g->one, 1) == 0) return g;
-    }
-    gpu_close(g);
-    return NULL;
 }
 
 #include "cuda/places.cuh"
@@ -1476,6 +1468,8 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
     return g->bf16_compute ? prefill<bf16>(g, ids, n, visit, context)
                            : prefill<float>(g, ids, n, visit, context);
 }
+
+#include "cuda/open.cuh"
 
 // ------------------------------------------------------------------------------------------------
 // 7 Generation: a step, its graph

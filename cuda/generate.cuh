@@ -228,7 +228,7 @@ static int gpu_gather(Gpu *g, int s, int S) {
     if ((!g->gathered || g->many.S != S) && gpu_places(g, S, 0)) return -1;
     g->gathered = true;
     place_copy(g, &g->many, s, &g->one, 0);
-    place_copy(g, &g->one, 0, NULL, 0);
+    clear_place(g, &g->one, 0);
     return finish(&g->device);
 }
 
@@ -381,15 +381,17 @@ __global__ void busy_kernel(volatile int *leave) {
     if (threadIdx.x > 1024) nothing[0] = 0;
 }
 
-// A pretended property, from the next open on: "processors" and "shared" (bytes of a block), 0: the
-// true ones. "patience": milliseconds that a wait lasts. "busy": another program that holds so many
-// multiprocessors from now on; 0: no longer. 0, or -1 with a sentence.
+// A pretended property, from the next open on: "processors", "shared" (bytes of a block) and
+// "memory" (free, MB), 0: the true ones. "patience": milliseconds that a wait lasts. "busy":
+// another program that holds so many multiprocessors from now on; 0: no longer. 0, or -1 with a
+// sentence.
 static int gpu_pretend(const char *what, int value) {
     static cudaStream_t stream;
     static int *leave;
     cudaError_t error = cudaSuccess;
     if (!strcmp(what, "processors")) pretended_processors = value;
     else if (!strcmp(what, "shared")) pretended_shared = value;
+    else if (!strcmp(what, "memory")) pretended_memory = (size_t)value << 20;
     else if (!strcmp(what, "patience")) {
         const uint32_t limit = value ? (uint32_t)value : 20000;
         error = cudaMemcpyToSymbol(wait_limit, &limit, sizeof limit);

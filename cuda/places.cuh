@@ -54,6 +54,8 @@ static void place_copy(Gpu *g, Places *to, int to_s, const Places *from, int fro
     else clear(d, logits, n.logits, "state");
 }
 
+static void clear_place(Gpu *g, Places *p, int s) { place_copy(g, p, s, NULL, 0); }
+
 // place -1: the one sequence. NULL with a sentence.
 static Places *place_of(Gpu *g, int place) {
     if (place < 0) return &g->one;

@@ -248,7 +248,7 @@ static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int float32) {
 template <class T> static BlockActs<T> trainer_acts(const GpuTrainer *x, int layer) {
     const BlockActs<float> &a = x->acts[(size_t)layer];
     return {(T *)a.xn,    (T *)a.xz, (T *)a.u,   (T *)a.xdb, (T *)a.raw,
-            (T *)a.delta, (T *)a.g,  a.h_starts, a.mail};
+            (T *)a.delta, (T *)a.g,  a.h_starts, a.mail,     {}};
 }
 
 template <class T, class In, class Out> struct NormBack {

@@ -414,6 +414,24 @@ static void check_gpu_many_sequences(void) {
     mamba_free(m);
 }
 
+// Little memory: prompts are read in smaller pieces, with the same logits; with less, a sentence
+// says what would fit.
+static void check_gpu_memory(void) {
+    Model *m = mamba_load("models/tales.bin");
+    int32_t *ids = random_ids(2500, m->config.V);
+    GPU->pretend("memory", 48);
+    check_gpu_logits("48 MB of memory", m, ids, 2500, true, 5e-5);
+    GPU->pretend("memory", 5);
+    Acts *a = mamba_acts_new(m, 1);
+    report(mamba_acts_gpu(a, m, true) && strstr(error_text, "MB are needed") &&
+               strstr(error_text, "in 4 bits"),
+           "5 MB of memory", "%s", error_text);
+    GPU->pretend("memory", 0);
+    mamba_acts_free(a);
+    free(ids);
+    mamba_free(m);
+}
+
 // --- smaller GPUs
 
 // The choices of GPUs with fewer multiprocessors and with 100 kB of shared memory.
@@ -467,6 +485,7 @@ static void test_cuda_faults(void) {
     check_gpu_stuck(1);
     check_gpu_stuck(8);
     check_gpu_many_sequences();
+    check_gpu_memory();
 }
 
 static void test_cuda_small_cards(void) { check_gpu_small_cards(); }
