@@ -1346,11 +1346,13 @@ static void generation_free(Generation *n);
 
 // A batch of more than THIN_MAX sequences reads a dense copy of quantised matrices, where memory
 // holds it: there arithmetic counts, not bytes. The copy stays. Without the memory nothing changes.
-template <class T> static void unpack_for_batches(Gpu *g) {
+template <class T> static void unpack_for_batches(Gpu *g, int spare) {
     size_t bytes = 0, free_bytes = 0, total = 0;
     for (const PackedPlace &p : g->packed) bytes += ((size_t)p.rows * p.cols + 128) * sizeof(T);
-    if (!g->unpacking.bits || cudaMemGetInfo(&free_bytes, &total) != cudaSuccess) return;
-    if (free_bytes < bytes + bytes / 2 + ((size_t)1 << 30)) return; // states need memory, too
+    if (!g->unpacking.bits) return;
+    free_bytes = free_memory(&total);
+    // States need memory, too. spare: how many times the copy must be free.
+    if (free_bytes < spare * bytes + bytes / 2 + ((size_t)1 << 30)) return;
     T *to = (T *)gpu_take(g, bytes);
     if (!to) return;
     for (const PackedPlace &p : g->packed) {
