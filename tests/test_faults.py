@@ -30,7 +30,7 @@ FORMS = [
     ("generate --batch", ["m", "--batch", "text", "-n", "2", "-s", "1"], ""),
     ("generate --stop", ["m", "Once", "-n", "4", "-t", "0", "--stop", "zzz"], ""),
     ("--show-selection", ["m", "Once upon a time", "--show-selection"], ""),
-    ("a session", ["m", "-n", "2", "-t", "0"], "Once\n\n/undo\n/save out\n/load s\n/reset\n/quit\n"),
+    ("a session", ["m", "-n", "2", "-t", "0", "-s", "1"], "Once\n\n/undo\n/save out\n/load s\n/reset\n/quit\n"),
     ("info --verify", ["info", "m", "--verify"], ""),
     ("tokenize", ["tokenize", "m", "text"], ""),
     ("tokenize --decode", ["tokenize", "m", "ids", "--decode"], ""),

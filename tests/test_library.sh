@@ -48,6 +48,12 @@ part python > "$dir/story.py"
     cmp "$dir/got" "$dir/want"
 check "the Python program of README.md" "$dir/err"
 
+# --- and of a model whose tokens are bytes, as one that is trained on a text of one's own
+./mamba tests/odd.bin "Once upon a time" -s 1 --no-echo > "$dir/want" 2> "$dir/err"
+sed 's/models.story.bin/tests\/odd.bin/' "$dir/story.py" > "$dir/bytes.py"
+"$PYTHON" "$dir/bytes.py" > "$dir/got" 2> "$dir/err" && cmp "$dir/got" "$dir/want" 2>> "$dir/err"
+check "the Python program with a model of bytes" "$dir/err"
+
 # --- two source files, two models in two threads, in C and in C++
 strict="-Wall -Wextra -Wpedantic -Wstrict-prototypes -Werror"
 "$CC" $strict -std=c99 -c tests/library_threads.c -o "$dir/one.o" 2> "$dir/err" &&
