@@ -267,8 +267,9 @@ template <typename T, int CHANNELS, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS) scan_step(ScanArgs<T> p) {
     __shared__ float part[WARPS][32 * CHANNELS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, E = p.E, N = p.N,
-              e = (blockIdx.y * 32 + lane) * CHANNELS;
-    const size_t b = blockIdx.x;
+              chunks = (p.E + 32 * CHANNELS - 1) / (32 * CHANNELS),
+              e = (blockIdx.x % chunks * 32 + lane) * CHANNELS;
+    const size_t b = blockIdx.x / chunks;
     const bool live = e < E; // CHANNELS divides E
     float delta[CHANNELS], delta_u[CHANNELS], y[CHANNELS];
     if (live) {
@@ -311,7 +312,7 @@ __global__ void __launch_bounds__(32 * WARPS) scan_step(ScanArgs<T> p) {
 template <typename T, int CHANNELS, int WARPS>
 static cudaError_t scan_step_launch(Device *d, const ScanArgs<T> &p) {
     scan_step<T, CHANNELS, WARPS>
-        <<<dim3(p.B, (p.E + 32 * CHANNELS - 1) / (32 * CHANNELS)), 32 * WARPS, 0, d->stream>>>(p);
+        <<<p.B *((p.E + 32 * CHANNELS - 1) / (32 * CHANNELS)), 32 * WARPS, 0, d->stream>>>(p);
     return cudaGetLastError();
 }
 

@@ -64,14 +64,14 @@ __global__ void __launch_bounds__(32 * THIN_WARPS)
     int step = steps * part / parts;
     // Where the lane reads in a tile: words of row `row` on, scales of its columns of the product.
     const int row = NT == 4 ? 4 * s : o0 % TILE + s, column = NT == 4 ? 8 * j : o0 % TILE + 2 * j;
-    const unsigned char *tiles = W + (size_t)(o0 / TILE) * steps * BYTES;
+    const unsigned char *tiles = W + ((size_t)(o0 / TILE) * steps + step) * BYTES; // from `step` on
     float c[NT][4] = {}, square[2] = {};
     Codes<BITS> w[AHEAD][NT];
     uint32_t scale[AHEAD][NT];
-    auto load_tile = [&](int i, int at) { // tile `at` to place i
-        const unsigned char *tile = tiles + (size_t)at * BYTES;
+    auto load_tile = [&](int i, int ahead) { // tile step + ahead to place i
+        const unsigned char *tile = tiles + ahead * BYTES;
         const uint32_t *words = (const uint32_t *)(tile + 2 * TILE) + row;
-        const bool inside = at < end;
+        const bool inside = step + ahead < end;
         if constexpr (NT == 4) {
 #pragma unroll
             for (int k = 0; k < WORDS; k++) {
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(32 * THIN_WARPS)
         }
     };
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) load_tile(i, step + i);
+    for (int i = 0; i < AHEAD; i++) load_tile(i, i);
     wait_for_input();
     // The inputs of the block: of all its warps.
     const int begin = steps * (int)(blockIdx.y * THIN_WARPS) / parts * TILE,
@@ -138,12 +138,12 @@ __global__ void __launch_bounds__(32 * THIN_WARPS)
                 c[n][0] += s0 * sum[0], c[n][1] += s1 * sum[1];
                 if (!STAGED) c[n][2] += s0 * sum[2], c[n][3] += s1 * sum[3];
             }
-            if (ROTATES) load_tile(i, step + AHEAD + i); // AHEAD tiles are always on the way
+            if (ROTATES) load_tile(i, AHEAD + i); // AHEAD tiles are always on the way
         }
-        if (!ROTATES)
+        step += AHEAD, tiles += AHEAD * BYTES;
+        if (!ROTATES && step < end)
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++) load_tile(i, step + AHEAD + i);
-        step += AHEAD;
+            for (int i = 0; i < AHEAD; i++) load_tile(i, i);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
