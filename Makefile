@@ -145,6 +145,7 @@ test-export: all             ## tests of export.py, and of the tokenizer against
 	$(PYTHON) tests/test_export.py
 	$(PYTHON) tests/test_checkpoints.py
 	$(PYTHON) tests/test_tokenizer.py --command ./mamba
+	$(PYTHON) tests/test_chat.py ./mamba
 
 SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
 debug: $(SOURCES) $(TESTS)   ## mamba-debug, tests/test_all-debug: address, undefined sanitizers

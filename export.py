@@ -19,7 +19,7 @@ meets them again at every step.
 
 Contents: 1 errors, files | 2 the model: sizes and tensors | 3 config.json in | 4 number formats |
 5 stored tensors: safetensors, pickle | 6 matching names and shapes | 7 model.bin out | 8 the
-tokenizer | 9 model.bin in, transformers out | 10 adapters | 11 GGUF | 12
+tokenizer | 9 model.bin in, transformers out | 10 adapters | 11 GGUF | 12 chat | 13
 command line
 """
 import signal
@@ -1437,9 +1437,9 @@ def read_added(recipe, table, vocab, merges, notes):
     return list(added.values())
 
 
-def tokenizer_blob(path_or_dict, notes=None):
+def tokenizer_blob(path_or_dict, notes=None, source=b""):
     """tokenizer.json, as a path or already parsed, to the blob. notes: a list that gets a sentence
-    for each thing that was left out."""
+    for each thing that was left out. source: the bytes of the file, which --to-hf gives back."""
     data, notes = path_or_dict, [] if notes is None else notes
     if not isinstance(data, dict):
         try:
@@ -1467,10 +1467,10 @@ def tokenizer_blob(path_or_dict, notes=None):
     merges = read_merges(recipe, model, vocab)
     added = read_added(recipe, data.get("added_tokens"), vocab, merges, notes)
     read_post_processor(recipe, data.get("post_processor"), vocab)
-    return pack_tokenizer(recipe, vocab, merges, added)
+    return pack_tokenizer(recipe, vocab, merges, added, zlib.compress(source, 9) if source else b"")
 
 
-def pack_tokenizer(recipe, vocab, merges, added):
+def pack_tokenizer(recipe, vocab, merges, added, packed_source):
     token_of = {i: token for token, i in vocab.items()}
     token_of.update((i, normalized_token(recipe, content) if bits & ADDED_NORMALIZED else content)
                     for i, bits, content in added)
@@ -1482,10 +1482,11 @@ def pack_tokenizer(recipe, vocab, merges, added):
     old = {(GPT2,): 1, (PUNCT, GPT2, FALCON): 2}.get(tuple(recipe.steps))
     fields = recipe.kind, flags, cuts, n_ids, len(merges), len(added)
     if recipe.kind == BPE_BYTES and old and flags <= (3 if old == 1 else 1) and \
-            recipe.bos == recipe.unknown == -1:                 # what older programs read
+            recipe.bos == recipe.unknown == -1 and not packed_source:  # what older programs read
         out = [struct.pack("<4s7I", b"mtok", 1, *fields[:2], old, *fields[3:])]
     else:
-        out = [struct.pack("<4s7I2iI20x", b"mtok", 2, *fields, recipe.bos, recipe.unknown, 0)]
+        out = [struct.pack("<4s7I2iI20x", b"mtok", 2, *fields, recipe.bos, recipe.unknown,
+                           len(packed_source))]
     one_byte = {}
     for i in range(n_ids):
         if i not in token_of:
@@ -1506,7 +1507,18 @@ def pack_tokenizer(recipe, vocab, merges, added):
     for i, bits, content in added:
         raw = content.encode("utf-8")
         out.append(struct.pack("<3I", i, bits, len(raw)) + raw)
-    return b"".join(out)
+    return b"".join(out) + packed_source
+
+
+def tokenizer_source(blob):
+    """The tokenizer.json that a blob was made of, as bytes; None where it was not kept."""
+    n = struct.unpack_from("<I", blob, 40)[0] if struct.unpack_from("<I", blob, 4)[0] == 2 else 0
+    if n == 0:
+        return None
+    try:
+        return zlib.decompress(blob[len(blob) - n:])
+    except zlib.error as error:
+        refuse("blob", f"is damaged ({error})")
 
 
 def bytes_tokenizer_blob():
@@ -1582,8 +1594,14 @@ def find_tokenizer(choice, folder, notes=None):
                 "the tokenizer.json of GPT-NeoX-20B), --tokenizer bytes for a byte model, or "
                 "--tokenizer none for a model that reads and writes ids only")
         path = os.path.join(path, names[0] if names else TOKENIZER_FILES[0])
-    table = vocab_txt_table(path, notes) if path.endswith(".txt") else read_json(path)
-    blob = tokenizer_blob(table, notes)
+    source = b""
+    if path.endswith(".txt"):
+        table = vocab_txt_table(path, notes)
+    else:
+        table = read_json(path)
+        with open(path, "rb") as f:
+            source = f.read()
+    blob = tokenizer_blob(table, notes, source)
     ends = [token["id"] for token in table.get("added_tokens") or []
             if token["content"] == "<|endoftext|>"]
     return blob, ends[0] if ends else None
@@ -1805,15 +1823,17 @@ def tokenizer_files(m, blob):
     """tokenizer.json and what names its special tokens; nothing for bytes, which have none."""
     if not blob or struct.unpack_from("<I", blob, 8)[0] == 0:
         return {}
-    table = tokenizer_json(blob)
-    added = {token["id"]: token["content"] for token in table["added_tokens"]}
+    source = tokenizer_source(blob)
+    table = json.loads(source) if source else tokenizer_json(blob)
+    added = {token["id"]: token["content"] for token in table.get("added_tokens") or []}
     special = {
         "bos_token": added.get(m.bos), "eos_token": added.get((m.eos or [-1])[0]),
         "pad_token": added.get(m.pad)
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               **{key: content for key, content in special.items() if content is not None}}
-    return {"tokenizer.json": json_text(table), "tokenizer_config.json": json_text(config)}
+    return {"tokenizer.json": source.decode("utf-8") if source else json_text(table),
+            "tokenizer_config.json": json_text(config)}
 
 
 def stored_pieces(m, dtype, f, source, tensors_offset):
@@ -1863,7 +1883,7 @@ def write_safetensors(path, m, dtype, f, source, tensors_offset):
 
 
 HF_FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
-            "tokenizer_config.json")
+            "tokenizer_config.json", "chat_template.jinja")
 
 
 def to_transformers(source, folder, force):
@@ -1878,6 +1898,8 @@ def to_transformers(source, folder, force):
     with open(source, "rb") as f:
         m, dtype, blob, tensors_offset = read_header(f, source)
         texts = tokenizer_files(m, blob)
+        if stored_template(blob) is not None:
+            texts["chat_template.jinja"] = stored_template(blob)
         config, generation = config_json(m, "f32" if dtype.upper() in CODE_BITS else dtype)
         texts.update(
             {"generation_config.json": json_text(generation), "config.json": json_text(config)})
@@ -2542,7 +2564,190 @@ def gguf_data(m, dtype, f, source, tensors_offset):
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. Command line
+# 12. Chat
+# A chat template is a program of jinja2. It is run on conversations whose texts are known, and what
+# stands around the texts is stored after the tokenizer: files/chat.h puts it around other texts. A
+# template that does more than that is left out with the reason; the model is exported without.
+
+CHAT_TEXTS = "open_user open_system system_user user_reply reply_user template".split()
+CHAT_TRIMS = 1
+CHAT_FILES = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+
+
+class NoChat(Exception):
+    """Why a chat template is left out."""
+
+
+def chat_settings(folder):
+    """(template or None, the special tokens that it may name)"""
+    path = lambda name: os.path.join(folder, name)
+    tables = [read_json(path(name)) for name in CHAT_FILES[1::-1] if os.path.exists(path(name))]
+    settings = {key: value for table in tables if isinstance(table, dict)
+                for key, value in table.items()}
+    content = lambda token: token.get("content") if isinstance(token, dict) else token
+    special = {key: content(value) for key, value in settings.items() if key.endswith("_token")}
+    special = {key: value for key, value in special.items() if isinstance(value, str)}
+    template = settings.get("chat_template")
+    if isinstance(template, list):                  # several, by name
+        template = {entry.get("name"): entry.get("template") for entry in template
+                    if isinstance(entry, dict)}.get("default")
+    if os.path.exists(path(CHAT_FILES[2])):
+        with open(path(CHAT_FILES[2]), encoding="utf-8", errors="replace") as f:
+            template = f.read()
+    return template if isinstance(template, str) and template else None, special
+
+
+def chat_renderer(template, special):
+    """A function of a conversation, as transformers runs a template."""
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise NoChat("jinja2 is missing (pip install jinja2)")
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False)
+    environment.globals["raise_exception"] = raise_exception
+
+    def render(texts, system=None):
+        roles = itertools.cycle(("user", "assistant"))
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages += [{"role": role, "content": text} for role, text in zip(roles, texts)]
+        try:
+            return compiled.render(messages=messages, tools=None, documents=None,
+                                   add_generation_prompt=True, **special)
+        except Exception as e:                       # whatever a template does
+            raise NoChat(f"the template fails on a conversation: {first_line(e)}")
+
+    try:
+        compiled = environment.from_string(template)
+    except Exception as e:
+        raise NoChat(f"the template is not jinja2: {first_line(e)}")
+    return render
+
+
+def cut_out(text, content, what):
+    """What stands before and after a text that occurs once."""
+    parts = text.split(content)
+    if len(parts) != 2:
+        raise NoChat(f"{what} stands {len(parts) - 1} times in the conversation, not once")
+    return parts
+
+
+def chat_around(parts, trims, texts, system=None):
+    """The conversation as files/chat.h makes it."""
+    clean = lambda text: text.strip() if trims else text
+    out = [parts["open_user"]] if system is None else \
+          [parts["open_system"], clean(system), parts["system_user"]]
+    for i, text in enumerate(texts):
+        out += [clean(text), parts["reply_user" if i % 2 else "user_reply"]]
+    return "".join(out)
+
+
+def chat_parts(render):
+    """(what stands around the texts, whether texts are stripped), tried on more conversations."""
+    first, reply, second, system = "Zq1fu", "Zq2re", "Zq3su", "Zq4sy"
+    parts = dict.fromkeys(CHAT_TEXTS)
+    parts["open_user"], parts["user_reply"] = cut_out(render([first]), first, "a user's text")
+    before, rest = cut_out(render([first, reply, second]), reply, "a reply")
+    if before != parts["open_user"] + first + parts["user_reply"]:
+        raise NoChat("what stands before a reply is not what the model writes after")
+    parts["reply_user"], end = cut_out(rest, second, "a user's second text")
+    if end != parts["user_reply"]:
+        raise NoChat("a reply begins in another way after the second text of the user")
+    try:
+        before, rest = cut_out(render([first], system), system, "the system text")
+        parts["open_system"] = before
+        parts["system_user"], end = cut_out(rest, first, "a user's text")
+        if end != parts["user_reply"]:
+            raise NoChat("a reply begins in another way after a system text")
+    except NoChat:
+        parts["open_system"] = parts["system_user"] = None
+    contents = ["one", "two words", "a\nb\n\nc", "{{ 7 * 7 }} {% x %}", "\u00e9 \u65e5\u672c",
+                "'q' & <b>", "1", "x" * 300, "again"]
+    for trims, spaced in ((False, ["  before", "after \n"]), (True, ["  before", "after \n"])):
+        tries = [(contents[i:i + n], system if with_system else None)
+                 for n in (1, 3, 5) for i in range(len(contents) - n + 1)
+                 for with_system in ([False, True] if parts["open_system"] is not None else [False])
+                 for system in ["be brief\nand kind"]]
+        tries += [(spaced + spaced[:1], None)]
+        wrong = [texts for texts, system in tries
+                 if render(texts, system) != chat_around(parts, trims, texts, system)]
+        if not wrong:
+            return parts, trims
+    raise NoChat(f"the template does more than to put text around texts, as in {short(wrong[0])}")
+
+
+def chat_section(folder, blob):
+    """The bytes to store, or None where the folder has no chat template."""
+    template, special = chat_settings(folder)
+    if template is None:
+        return None
+    if struct.unpack_from("<I", blob, 8)[0] == 0:
+        raise NoChat("a tokenizer of bytes has no special tokens")
+    parts, trims = chat_parts(chat_renderer(template, special))
+    ends = [token for token in tokenizer_json(blob)["added_tokens"]
+            if parts["reply_user"].startswith(token["content"])]
+    if not ends:
+        raise NoChat("no special token ends a reply: "
+                     f"{short(parts['reply_user'])} stands after it")
+    if any(token["lstrip"] or token["single_word"] for token in ends):
+        raise NoChat(f"{short(ends[0]['content'])}, which ends a reply, takes in what is before it")
+    out = [struct.pack("<I", CHAT_TRIMS * trims)]
+    for name in CHAT_TEXTS:
+        raw = None if parts[name] is None else parts[name].encode("utf-8")
+        raw = template.encode("utf-8") if name == "template" else raw
+        out.append(struct.pack("<I", HOLE) if raw is None else struct.pack("<I", len(raw)) + raw)
+    return b"".join(out)
+
+
+def chat_folder(tokenizer, folder):
+    """Where the tokenizer's chat template is: beside the tokenizer."""
+    if tokenizer in (None, "", "bytes", "none"):
+        return folder
+    return tokenizer if os.path.isdir(tokenizer) else os.path.dirname(tokenizer) or "."
+
+
+def with_chat(blob, folder, notes):
+    """The blob with the folder's chat template at its end, where it has one that can be stored."""
+    try:
+        section = chat_section(folder, blob) if blob else None
+    except (NoChat, ExportError, UnicodeEncodeError, OSError) as why:
+        notes.append(f"chat: left out: {why}")
+        return blob
+    if section is None:
+        return blob
+    fields = list(struct.unpack_from("<7I", blob, 4))
+    if fields[0] == 1:                               # version 2 has room for more
+        steps = {1: [GPT2], 2: [PUNCT, GPT2, FALCON]}[fields[3]]
+        fields[0], fields[3] = 2, sum(step << 8 * i for i, step in enumerate(steps))
+        blob = struct.pack("<4s7I2iI20x", b"mtok", *fields, -1, -1, 0) + blob[32:]
+    unread, = struct.unpack_from("<I", blob, 40)
+    unread += len(section) + 8
+    return (blob[:40] + struct.pack("<I", unread) + blob[44:] + section +
+            struct.pack("<I4s", len(section), b"chat"))
+
+
+def stored_template(blob):
+    """The chat template that a blob was made with, or None."""
+    if len(blob) < 72 or struct.unpack_from("<I", blob, 4)[0] != 2 or blob[-4:] != b"chat" or \
+            struct.unpack_from("<I", blob, 40)[0] < 8:
+        return None
+    length, = struct.unpack_from("<I", blob, len(blob) - 8)
+    section, at = blob[len(blob) - 8 - length:len(blob) - 8], 4
+    for name in CHAT_TEXTS:
+        n, = struct.unpack_from("<I", section, at)
+        n = n if n != HOLE else 0
+        raw, at = section[at + 4:at + 4 + n], at + 4 + n
+    return raw.decode("utf-8")
+
+
+# --------------------------------------------------------------------------------------------------
+# 13. Command line
 
 EXAMPLES = """examples:
   python export.py mamba-130m-hf model.bin                  a directory in the transformers layout
@@ -2578,7 +2783,7 @@ def fetch(name):
             "or download its files by hand and give their directory")
     try:
         patterns = ["config.json", "generation_config.json", "tokenizer.json", "vocab.txt",
-                    "model.safetensors*", "model-*-of-*.safetensors"]
+                    *CHAT_FILES, "model.safetensors*", "model-*-of-*.safetensors"]
         folder = snapshot_download(name, allow_patterns=patterns)
         if not any("model.safetensors" in file for file in os.listdir(folder)):
             # older ones have pickles only
@@ -2590,7 +2795,9 @@ def fetch(name):
 
 
 # files of a checkpoint: none of them may become the output, read or not
-CHECKPOINT_FILE = re.compile(r"(config|generation_config|tokenizer|.*\.index)\.json$|vocab\.txt$|"
+CHECKPOINT_FILE = re.compile(r"(config|generation_config|tokenizer|tokenizer_config|"
+                             r"special_tokens_map|.*\.index)\.json$|"
+                             r"chat_template\.jinja$|vocab\.txt$|"
                              r".*\.safetensors$|pytorch_model.*\.bin$")
 
 
@@ -2626,6 +2833,7 @@ def to_bin(source, target, dtype, tokenizer, adapter):
     generation = Fields(
         read_json(generation_path) if os.path.exists(generation_path) else {}, generation_path)
     blob, end_of_text = find_tokenizer(tokenizer, folder, config.notes)
+    blob = with_chat(blob, chat_folder(tokenizer, folder), config.notes)
     m = model_from_config(config, generation, end_of_text)
     m = without_head(m, config, stored, left_out)
     finish(target, m, config, stored, blob, adapter, dtype, folder, "config.json")
@@ -2720,6 +2928,7 @@ def run(arguments):
         check_output(a.target, [a.source])
         notes = []
         blob, _ = find_tokenizer(a.source, a.source, notes)
+        blob = with_chat(blob, os.path.dirname(a.source) or ".", notes)
         with atomic_file(a.target) as f:
             f.write(blob)
         print(f"wrote {a.target}: {tokenizer_ids(blob)} ids, {len(blob)} bytes", file=sys.stderr)

@@ -91,7 +91,8 @@
      texts      mamba_encode  mamba_encode_pieces  mamba_prompt_bos  mamba_decode
      running    mamba_acts_new  mamba_acts_pieces  mamba_acts_gpu  mamba_acts_free
                 mamba_default_threads  mamba_has_gpu  mamba_gpu_memory
-                mamba_prefill  mamba_step  mamba_step_batch  mamba_selection  mamba_watch
+                mamba_prefill  mamba_prefill_rows  mamba_hidden  mamba_step  mamba_step_batch
+                mamba_selection  mamba_watch
      writing    mamba_sample  mamba_sample_batch  mamba_generate
      scoring    mamba_nll  mamba_evaluate
      states     mamba_state_new  mamba_state_free  mamba_state_copy  mamba_state_reset
@@ -1136,7 +1137,7 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
 // The model up to its last norm, for prefill (B = 1), step (L = 1) and training: B sequences of L
 // tokens w->ids (T), states seq (n_layer,B). Returns the residual stream after all layers (T,D).
 static const float *forward(const Model *m, Work *w, const LayerState *seq, int B, int L) {
-    embed(w->res, w->ids, &m->embedding, B * L);
+    if (w->ids) embed(w->res, w->ids, &m->embedding, B * L); // else res has rows of the caller
     for (int layer = 0; layer < m->config.n_layer; layer++) {
         block(m, layer, w, seq + (size_t)layer * B, B, L);
         if (w->for_each_layer) w++; // its res is this one's next
@@ -1384,6 +1385,7 @@ double mamba_nll(const Model *m, const float *logits, int32_t id) {
 }
 
 #include "files/evaluate.h"
+#include "files/prefill_rows.h"
 #include "files/quantizer.h"
 COLD
 #include "files/verify.h"
@@ -1855,6 +1857,8 @@ size_t mamba_decode(const Model *m, State *s, int32_t id, unsigned char *out) {
     if (id < 0) return utf8_flush(m->tokenizer, &s->pending, out);
     return m->tokenizer ? tokenizer_decode(m->tokenizer, &s->pending, id, out) : 0;
 }
+
+#include "files/chat.h"
 
 // --- the loop that writes text
 

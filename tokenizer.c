@@ -16,8 +16,8 @@
 //   4. The pre-tokenizer cuts it into words.
 //   5. Merges, in the order of their ranks, turn each word into ids.
 //
-// Contents: 1. UTF-8  2. Unicode tables  3. NFC, spaces  4. the blob, opened and checked
-//           5. merges  6. words  7. added tokens  8. encode  9. streaming decode
+// Contents: 1. memory  2. the blob, opened and checked  3. merges  4. words  5. added tokens
+//           6. encode  7. streaming decode. Characters and normalizers: files/text.h
 //
 // SentencePiece writes a space as U+2581. Its tokens are stored with spaces, and texts are encoded
 // with spaces: what the library turns into U+2581 stays a space here, and a U+2581 of the text
@@ -36,7 +36,8 @@
 //   28  u32      n_added
 //   32  i32      version 2: the id that goes before a prompt, or -1
 //   36  i32      version 2: the id of what has no token, or -1
-//   40  u32      version 2: bytes at the end of the blob that only export.py reads
+//   40  u32      version 2: bytes at the end of the blob that are not the tokenizer: a chat
+//                template (doc/FORMAT.md), what only export.py reads
 //   44  20 zeros in version 2
 //   then n_ids tokens: u32 length, then the bytes of the token
 //         0xFFFFFFFF: a hole, the id has no token
@@ -88,7 +89,7 @@ enum { // how a text is cut into words: steps, each of which cuts the pieces of 
     STEP_SPACES,  // before each space
     STEP_CHARS,   // each character
     N_STEPS,
-    STEP_SAFE = N_STEPS // chosen by open_cuts(), never stored
+    STEP_SAFE = N_STEPS // the last one, added by open_cuts()
 };
 enum {
     ADDED_SPECIAL = 1,
@@ -136,8 +137,10 @@ typedef struct Tokenizer {
     uint32_t version, kind, flags, cuts, n_ids, n_merges, n_added;
     int32_t bos, unknown; // -1: none
     int n_steps;
-    unsigned char step[4];
+    unsigned char step[4], joins[256][256 / 8]; // see open_cuts()
     const unsigned char *blob;
+    const unsigned char *chat; // (chat_bytes) in the blob, for files/chat.h; NULL: none
+    uint32_t chat_bytes;
     uint32_t *token_at;          // (n_ids) offset of each token in the blob
     const unsigned char *merges; // (n_merges, 3) in the blob
     unsigned char byte[256];     // kind 0: the byte of each id
@@ -158,212 +161,7 @@ typedef struct Tokenizer {
 } Tokenizer;
 
 // -------------------------------------------------------------------------------------------------
-// 1. UTF-8. Text is checked once, strictly: no surrogates, no overlong forms, nothing above
-// U+10FFFF. After this check, decoding needs no check of lengths.
-
-// Returns the length of the sequence that starts with this byte, or 0 if none does. low, high: the
-// range of its second byte.
-static int utf8_start(unsigned char first, unsigned char *low, unsigned char *high) {
-    *low = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;
-    *high = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
-    return first < 0x80   ? 1
-           : first < 0xC2 ? 0
-           : first < 0xE0 ? 2
-           : first < 0xF0 ? 3
-           : first < 0xF5 ? 4
-                          : 0;
-}
-
-// Returns the offset of the first sequence that is not UTF-8, or n if there is none.
-static size_t utf8_check(const unsigned char *s, size_t n) {
-    size_t i = 0;
-    while (i < n) {
-        if (s[i] < 0x80) {
-            i++;
-            continue;
-        }
-        unsigned char low, high;
-        size_t length = (size_t)utf8_start(s[i], &low, &high);
-        if (length == 0 || n - i < length || s[i + 1] < low || s[i + 1] > high) return i;
-        for (size_t k = 2; k < length; k++)
-            if ((s[i + k] & 0xC0) != 0x80) return i;
-        i += length;
-    }
-    return n;
-}
-
-// Decodes one character of checked text and advances *at.
-static inline uint32_t utf8_next(const unsigned char **at) {
-    const unsigned char *p = *at;
-    uint32_t c = p[0];
-    if (c < 0x80) {
-        *at = p + 1;
-        return c;
-    }
-    if (c < 0xE0) {
-        *at = p + 2;
-        return (c & 0x1F) << 6 | (p[1] & 0x3Fu);
-    }
-    if (c < 0xF0) {
-        *at = p + 3;
-        return (c & 0x0F) << 12 | (p[1] & 0x3Fu) << 6 | (p[2] & 0x3Fu);
-    }
-    *at = p + 4;
-    return (c & 0x07) << 18 | (p[1] & 0x3Fu) << 12 | (p[2] & 0x3Fu) << 6 | (p[3] & 0x3Fu);
-}
-
-// The start of the character before p.
-static const unsigned char *utf8_back(const unsigned char *p) {
-    do p--;
-    while ((*p & 0xC0) == 0x80);
-    return p;
-}
-
-// Encodes c in 1 to 4 bytes; returns how many.
-static size_t utf8_write(uint32_t c, unsigned char *out) {
-    if (c < 0x80) {
-        out[0] = (unsigned char)c;
-        return 1;
-    }
-    if (c < 0x800) {
-        out[0] = (unsigned char)(0xC0 | c >> 6);
-        out[1] = (unsigned char)(0x80 | (c & 0x3F));
-        return 2;
-    }
-    size_t n = 0;
-    if (c < 0x10000) out[n++] = (unsigned char)(0xE0 | c >> 12);
-    else {
-        out[n++] = (unsigned char)(0xF0 | c >> 18);
-        out[n++] = (unsigned char)(0x80 | (c >> 12 & 0x3F));
-    }
-    out[n++] = (unsigned char)(0x80 | (c >> 6 & 0x3F));
-    out[n++] = (unsigned char)(0x80 | (c & 0x3F));
-    return n;
-}
-
-// The byte that c stands for in the byte alphabet, or -1. Printable Latin-1 characters stand for
-// themselves; U+0100 to U+0143 stand for the other 68 bytes.
-static int alphabet_byte(uint32_t c) {
-    if ((c >= 33 && c <= 126) || (c >= 161 && c <= 172) || (c >= 174 && c <= 255)) return (int)c;
-    if (c < 256 || c > 323) return -1;
-    return c < 289 ? (int)c - 256 : c < 323 ? (int)c - 289 + 127 : 173;
-}
-
-// -------------------------------------------------------------------------------------------------
-// 2. Unicode tables. Whether a character is a letter depends on the version of Unicode. The tables
-// in files/unicode.h were read from the library itself. Opening a tokenizer expands them, in 0.3
-// ms, to one byte of class bits for each code point.
-
-enum { LETTER = 1, NUMBER = 2, SPACE = 4, IN_WORD = 8, PUNCT = 16, NFC_UNSAFE = 32 };
-
-#include "files/unicode.h"
-
-// One character is six bits: 0-9 A-Z a-z + -. A table is in pieces, with NULs between them.
-static uint32_t table_digit(const char **text) {
-    while (!**text) ++*text;
-    char c = *(*text)++;
-    return (uint32_t)(c == '+'   ? 62
-                      : c == '-' ? 63
-                      : c <= '9' ? c - '0'
-                      : c <= 'Z' ? c - 'A' + 10
-                                 : c - 'a' + 36);
-}
-
-// Five bits a character, the lowest first. Bit 32: another character follows.
-static uint32_t table_number(const char **text) {
-    uint32_t n = 0, digit;
-    int shift = 0;
-    do {
-        digit = table_digit(text);
-        n |= (digit & 31) << shift;
-        shift += 5;
-    } while (digit & 32);
-    return n;
-}
-
-// A signed difference from the value before: 2n for n, 2n - 1 for -n.
-static uint32_t table_step(const char **text, uint32_t from) {
-    uint32_t n = table_number(text);
-    return n & 1 ? from - (n + 1) / 2 : from + n / 2;
-}
-
-static int compare_pairs(const void *x, const void *y) {
-    uint64_t a = ((const UnicodePair *)x)->ab, b = ((const UnicodePair *)y)->ab;
-    return a < b ? -1 : a > b;
-}
-
-// Pages whose code points all have the same class share one copy: 1.1 million code points take 90
-// kB.
-static bool open_classes(Tokenizer *t) {
-    uint16_t uniform[64] = {0}; // 1 + the page that holds only this class
-    size_t n_pages = 0, capacity = 0;
-    const char *text = (const char *)unicode_classes;
-    uint32_t left = 0, value = 0;
-    for (uint32_t p = 0; p < 0x1100; p++) {
-        if (n_pages == capacity) {
-            capacity += 128;
-            unsigned char *grown = memory_grow(t->classes, capacity * 256);
-            if (grown == NULL) return false;
-            t->classes = grown;
-        }
-        unsigned char *page = t->classes + n_pages * 256;
-        bool same = left >= 256;
-        for (uint32_t i = 0, n; i < 256; i += n, left -= n) {
-            if (left == 0) {
-                left = table_number(&text);
-                value = table_digit(&text);
-                same = i == 0 && left >= 256;
-            }
-            n = left < 256 - i ? left : 256 - i;
-            memset(page + i, (int)value, n);
-        }
-        if (same && uniform[value]) {
-            t->page[p] = (uint16_t)(uniform[value] - 1);
-            continue;
-        }
-        if (same) uniform[value] = (uint16_t)(n_pages + 1);
-        t->page[p] = (uint16_t)n_pages++;
-    }
-    return true;
-}
-
-static bool open_normalizer(Tokenizer *t) {
-    t->order = memory_get(N_ORDERS * sizeof *t->order);
-    t->part = memory_get(N_PARTS * sizeof *t->part);
-    t->compose = memory_get(N_PAIRS * sizeof *t->compose);
-    if (!t->order || !t->part || !t->compose) return false;
-    uint32_t c = 0, a = 0, b = 0;
-    const char *text = (const char *)unicode_orders;
-    for (; t->n_order < N_ORDERS; t->n_order++) {
-        UnicodeOrder *o = &t->order[t->n_order];
-        o->first = c + table_number(&text);
-        o->end = c = o->first + table_number(&text);
-        o->order = table_digit(&text);
-    }
-    c = 0;
-    text = (const char *)unicode_parts;
-    for (; t->n_part < N_PARTS; t->n_part++) {
-        uint32_t step = table_number(&text), kind = step & 3;
-        c += step >> 2;
-        a = table_step(&text, a);
-        if (kind) b = table_step(&text, b);
-        t->part[t->n_part] = (UnicodePart){c, a, kind ? b : 0};
-        if (kind == 1) t->compose[t->n_compose++] = (UnicodePair){(uint64_t)a << 32 | b, c};
-    }
-    qsort(t->compose, t->n_compose, sizeof *t->compose, compare_pairs);
-    return true;
-}
-
-static inline unsigned class_of(const Tokenizer *t, uint32_t c) {
-    return t->classes[t->page[c >> 8] * 256u + (c & 255)];
-}
-
-static inline unsigned next_class(const Tokenizer *t, const unsigned char **at) {
-    if (**at < 0x80) return t->classes[*(*at)++]; // ASCII is in page 0, stored first
-    return class_of(t, utf8_next(at));
-}
-
-// The memory of one call of tokenizer_encode(). A text that is its own NFC is never copied.
+// 1. The memory of one call of tokenizer_encode(). A text that is its own NFC is never copied.
 
 // A text of at least CACHE_FROM bytes gets a cache of words. For shorter ones it does not pay.
 enum { CACHE_SLOTS = 4096, CACHE_BYTES = 22, CACHE_IDS = 6, CACHE_FROM = 4096 };
@@ -425,218 +223,10 @@ static void encoder_free(Encoder *e) {
     memory_free(e->long_word.data);
 }
 
-// -------------------------------------------------------------------------------------------------
-// 3. NFC, spaces. A character is safe if NFC does not change it and it does not combine with what
-// stands before it. A span from one safe character to the next is normalized alone: decompose, sort
-// each run of marks by combining order (stable), compose. An entry of a span is a code point, with
-// its combining order above bit 21. Marks are sorted by counting, so a megabyte of accents takes no
-// longer than a megabyte of letters.
-
-enum { HANGUL_S = 0xAC00, HANGUL_L = 0x1100, HANGUL_V = 0x1161, HANGUL_T = 0x11A7 };
-
-// The combining order of c; 0: a starter, not a mark.
-static unsigned order_of(const Tokenizer *t, uint32_t c) {
-    size_t low = 0, high = t->n_order;
-    while (low < high) {
-        size_t mid = (low + high) / 2;
-        if (c < t->order[mid].first) high = mid;
-        else if (c >= t->order[mid].end) low = mid + 1;
-        else return t->order[mid].order;
-    }
-    return 0;
-}
-
-// Writes the full decomposition of c, at most 4 entries; returns how many.
-static size_t decompose(const Tokenizer *t, uint32_t c, uint32_t *out) {
-    if (c >= HANGUL_S && c < HANGUL_S + 11172) {
-        uint32_t s = c - HANGUL_S;
-        out[0] = HANGUL_L + s / 588;
-        out[1] = HANGUL_V + s % 588 / 28;
-        out[2] = HANGUL_T + s % 28;
-        return s % 28 ? 3 : 2;
-    }
-    size_t low = 0, high = c < 0xC0 ? 0 : t->n_part;
-    while (low < high) {
-        size_t mid = (low + high) / 2;
-        const UnicodePart *part = &t->part[mid];
-        if (c < part->c) high = mid;
-        else if (c > part->c) low = mid + 1;
-        else {
-            size_t n = decompose(t, part->a, out);
-            if (part->b) out[n++] = part->b | (uint32_t)order_of(t, part->b) << 21;
-            return n;
-        }
-    }
-    out[0] = c | (uint32_t)order_of(t, c) << 21;
-    return 1;
-}
-
-// The character that a, b compose to, or 0.
-static uint32_t compose(const Tokenizer *t, uint32_t a, uint32_t b) {
-    if (a - HANGUL_L < 19 && b - HANGUL_V < 21)
-        return HANGUL_S + ((a - HANGUL_L) * 21 + (b - HANGUL_V)) * 28;
-    if (a - HANGUL_S < 11172 && (a - HANGUL_S) % 28 == 0 && b - HANGUL_T - 1 < 27)
-        return a + (b - HANGUL_T);
-    uint64_t ab = (uint64_t)a << 32 | b;
-    size_t low = 0, high = t->n_compose;
-    while (low < high) {
-        size_t mid = (low + high) / 2;
-        if (t->compose[mid].ab < ab) low = mid + 1;
-        else high = mid;
-    }
-    return low < t->n_compose && t->compose[low].ab == ab ? t->compose[low].c : 0;
-}
-
-// Sorts marks by their order, with a stable counting sort.
-static int sort_marks(Encoder *e, uint32_t *mark, size_t n) {
-    size_t place[65] = {0};
-    if (scratch_fit(&e->sorted, n * sizeof *mark) < 0) return -1;
-    uint32_t *sorted = e->sorted.data;
-    for (size_t i = 0; i < n; i++) place[(mark[i] >> 21) + 1]++;
-    for (int k = 1; k < 65; k++) place[k] += place[k - 1];
-    for (size_t i = 0; i < n; i++) sorted[place[mark[i] >> 21]++] = mark[i];
-    memcpy(mark, sorted, n * sizeof *mark);
-    return 0;
-}
-
-// Normalizes one span and writes it into e->normal at *n_out.
-static int nfc_span(Encoder *e, const unsigned char *s, const unsigned char *end, size_t *n_out) {
-    const Tokenizer *t = e->t;
-    size_t n = 0, n_after = 0, starter = SIZE_MAX;
-    unsigned last = 0;
-    while (s < end) {
-        if (scratch_fit(&e->span, (n + 4) * sizeof(uint32_t)) < 0) return -1;
-        n += decompose(t, utf8_next(&s), (uint32_t *)e->span.data + n);
-    }
-    uint32_t *span = e->span.data;
-    for (size_t i = 0, j; i < n; i = j + 1) {
-        j = i;
-        while (j < n && span[j] >> 21) j++;
-        if (j - i > 1 && sort_marks(e, span + i, j - i) < 0) return -1;
-    }
-    // A mark combines with the starter only if all marks between them have a lower order.
-    for (size_t i = 0; i < n; i++) {
-        uint32_t c = span[i] & 0x1FFFFF, joined = 0;
-        unsigned order = span[i] >> 21;
-        if (starter != SIZE_MAX && (n_after == starter + 1 || last < order))
-            joined = compose(t, span[starter], c);
-        if (joined) {
-            span[starter] = joined;
-            continue;
-        }
-        if (order == 0) starter = n_after;
-        span[n_after++] = c;
-        last = order;
-    }
-    if (scratch_fit(&e->normal, *n_out + 4 * n_after) < 0) return -1;
-    for (size_t i = 0; i < n_after; i++)
-        *n_out += utf8_write(span[i], (unsigned char *)e->normal.data + *n_out);
-    return 0;
-}
-
-// Marks bytes `from` to `to` of a changed text: copies the marks of user, or sets all to `all`.
-static int mark_user(Scratch *marks, size_t from, size_t to, const unsigned char *user, int all) {
-    if (scratch_fit(marks, to) < 0) return -1;
-    unsigned char *out = (unsigned char *)marks->data + from;
-    if (to > from && user) memcpy(out, user, to - from);
-    else if (to > from) memset(out, all, to - from);
-    return 0;
-}
-
-// Replaces *text by its NFC: the text itself if nothing changes, else a copy in e->normal. *user
-// (NULL: no marks) follows it.
-static int nfc(Encoder *e, const unsigned char **text, const unsigned char **user, size_t *n) {
-    const unsigned char *s = *text, *end = s + *n, *copied = s, *safe = NULL, *here;
-    size_t n_out = 0;
-    while (s < end) {
-        here = s;
-        if (!(next_class(e->t, &s) & NFC_UNSAFE)) {
-            safe = here;
-            continue;
-        }
-        const unsigned char *from =
-            safe ? safe : here; // the span starts at the last safe character
-        while (s < end) {
-            here = s;
-            if (!(next_class(e->t, &s) & NFC_UNSAFE)) {
-                s = here;
-                break;
-            }
-        }
-        size_t plain = (size_t)(from - copied), at = n_out;
-        if (scratch_fit(&e->normal, n_out + plain) < 0) return -1;
-        if (plain) memcpy((unsigned char *)e->normal.data + n_out, copied, plain);
-        n_out += plain;
-        if (nfc_span(e, from, s, &n_out) < 0) return -1;
-        if (*user) { // one byte of the user in a span makes all of it the user's
-            int any = memchr(*user + (from - *text), 1, (size_t)(s - from)) != NULL;
-            if (mark_user(&e->normal_user, at, at + plain, *user + (copied - *text), 0) < 0 ||
-                mark_user(&e->normal_user, at + plain, n_out, NULL, any) < 0)
-                return -1;
-        }
-        copied = s;
-    }
-    if (copied == *text) return 0;
-    size_t rest = (size_t)(end - copied);
-    if (scratch_fit(&e->normal, n_out + rest) < 0) return -1;
-    if (rest) memcpy((unsigned char *)e->normal.data + n_out, copied, rest);
-    if (*user) {
-        if (mark_user(&e->normal_user, n_out, n_out + rest, *user + (copied - *text), 0) < 0)
-            return -1;
-        *user = e->normal_user.data;
-    }
-    *text = e->normal.data;
-    *n = n_out + rest;
-    return 0;
-}
-
-static bool is_2581(const unsigned char *s, const unsigned char *end) {
-    return end - s >= 3 && s[0] == 0xE2 && s[1] == 0x96 && s[2] == 0x81;
-}
-
-// The first U+2581 from s on, or end.
-static const unsigned char *find_2581(const unsigned char *s, const unsigned char *end) {
-    while (end - s >= 3 && (s = memchr(s, 0xE2, (size_t)(end - s) - 2)) != NULL) {
-        if (is_2581(s, end)) return s;
-        s++;
-    }
-    return end;
-}
-
-// Puts a space before *text and turns each U+2581 into a space, as asked: the text itself if
-// nothing changes, else a copy in `to`.
-static int respace(Encoder *e, Scratch *to, bool prefix, bool all, const unsigned char **text,
-                   const unsigned char **user, size_t *n) {
-    const unsigned char *s = *text, *end = s + *n;
-    if (!prefix && (!all || find_2581(s, end) == end)) return 0;
-    if (scratch_fit(to, *n + 1) < 0 || (*user && scratch_fit(&e->spaced_user, *n + 1) < 0))
-        return -1;
-    unsigned char *out = to->data, *marks = *user ? e->spaced_user.data : NULL;
-    size_t n_out = 0;
-    if (prefix) {
-        if (marks) marks[0] = **user;
-        out[n_out++] = ' ';
-    }
-    while (s < end) {
-        const unsigned char *next = all ? find_2581(s, end) : end;
-        size_t plain = (size_t)(next - s);
-        memcpy(out + n_out, s, plain);
-        if (marks) memcpy(marks + n_out, *user + (s - *text), plain);
-        n_out += plain;
-        s = next;
-        if (s == end) break;
-        if (marks) marks[n_out] = (*user)[s - *text];
-        out[n_out++] = ' ';
-        s += 3;
-    }
-    if (marks) *user = marks;
-    *text = out;
-    *n = n_out;
-    return 0;
-}
+#include "files/text.h"
 
 // -------------------------------------------------------------------------------------------------
-// 4. The blob. Every length is compared with the bytes that are left, and every id with n_ids,
+// 2. The blob. Every length is compared with the bytes that are left, and every id with n_ids,
 // before it is used. More facts are checked because the encoder relies on them: a merge joins
 // exactly the bytes of its two parts (so an old entry of the merge heap is never taken for a new
 // one), byte symbols are single bytes, no two tokens that words can give are the same, and added
@@ -731,7 +321,7 @@ static int open_merges(Tokenizer *t, size_t bytes, size_t *at) {
     size_t slots = (size_t)1 << t->pair_bits;
     t->pair = memory_get(slots * sizeof *t->pair);
     if (t->pair == NULL) return fail("tokenizer: out of memory");
-    for (size_t i = 0; i < slots; i++) t->pair[i].rank = UINT32_MAX;
+    memset(t->pair, 0xFF, slots * sizeof *t->pair); // all ranks are UINT32_MAX
     t->merges = t->blob + *at;
     for (uint32_t rank = 0; rank < t->n_merges; rank++, *at += 12) {
         uint32_t id[3];
@@ -961,19 +551,25 @@ static int open_by_bytes(Tokenizer *t) {
     return status;
 }
 
-// Llama's whole text is one word. Where no merge joins anything to a space that follows it, cutting
-// there changes no id, and short words are faster.
+// Without a pre-tokenizer a whole text is one word. Where no merge joins what ends with one byte to
+// what begins with another, a cut between the two changes no id, and short words are faster: so
+// t->joins has a bit for each pair of bytes that no cut may part. After an unknown character there
+// is no cut either, because several of them may become one id.
 static void open_cuts(Tokenizer *t) {
-    if (t->kind != TOKENIZER_CHARS || t->n_steps > 0 || t->flags & IGNORE_MERGES) return;
-    if (t->ascii[' '] < 0) return;
+    const bool chars = t->kind == TOKENIZER_CHARS;
+    if (t->kind == TOKENIZER_WORDS || t->flags & IGNORE_MERGES || t->n_steps == 4) return;
+    if (!chars && t->n_steps > 0) return;
+    for (int a = 0; a < 256; a++)
+        if (chars ? a >= 128 || t->ascii[a] < 0 : t->byte_id[a] < 0)
+            memset(t->joins[a], 0xFF, sizeof t->joins[a]);
+        else if (chars) memset(t->joins[a] + 0x80 / 8, 0xFF, 0x40 / 8); // inside a character
     for (uint32_t rank = 0; rank < t->n_merges; rank++) {
+        const unsigned char *merge = t->merges + 12 * (size_t)rank;
         size_t n, m;
         uint32_t marks;
-        const unsigned char *left =
-            token_bytes(t, u32_at(t->merges + 12 * (size_t)rank), &n, &marks);
-        const unsigned char *right =
-            token_bytes(t, u32_at(t->merges + 12 * (size_t)rank + 4), &m, &marks);
-        if (left[n - 1] != ' ' && right[0] == ' ') return;
+        const unsigned char *left = token_bytes(t, u32_at(merge), &n, &marks);
+        const unsigned char *right = token_bytes(t, u32_at(merge + 4), &m, &marks);
+        t->joins[left[n - 1]][right[0] >> 3] |= (unsigned char)(1 << (right[0] & 7));
     }
     t->step[t->n_steps++] = STEP_SAFE;
 }
@@ -1035,6 +631,13 @@ static int open_version_2(Tokenizer *t, size_t *bytes) {
         if (t->blob[i]) return fail("tokenizer: byte %d of its header is not zero", i);
     uint32_t unread = u32_at(t->blob + 40);
     if (unread > *bytes - 64) return fail("tokenizer: %u bytes at its end do not fit it", unread);
+    // A chat template (files/chat.h) is the last of what is not read here: it, its length, "chat".
+    const unsigned char *end = t->blob + *bytes;
+    if (unread >= 8 && !memcmp(end - 4, "chat", 4)) {
+        t->chat_bytes = u32_at(end - 8);
+        if (t->chat_bytes > unread - 8) return fail("tokenizer: its chat template does not fit it");
+        t->chat = end - 8 - t->chat_bytes;
+    }
     *bytes -= unread;
     return 0;
 }
@@ -1077,7 +680,7 @@ static Tokenizer *tokenizer_open(const unsigned char *blob, size_t bytes) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 5. Merges. The pair of lowest rank is merged first; of equal ones, the leftmost. In a word of
+// 3. Merges. The pair of lowest rank is merged first; of equal ones, the leftmost. In a word of
 // usual length a loop finds it. A long word (a megabyte of one letter is one word) has a linked
 // list of ids and a heap of rank << 32 | position.
 
@@ -1126,24 +729,28 @@ static size_t word_symbols(const Tokenizer *t, const unsigned char *word, size_t
     return n;
 }
 
+// Of the merge of two ids: the rank above, the id that results below. Where there is none, the rank
+// is UINT32_MAX.
+static inline uint64_t merge_of(const Tokenizer *t, int32_t left, int32_t right) {
+    const MergePair *pair = find_pair(t, (uint32_t)left, (uint32_t)right);
+    return (uint64_t)pair->rank << 32 | pair->result;
+}
+
 // Merges n ids in place; returns how many are left.
 static size_t merge_short(const Tokenizer *t, int32_t *id, size_t n) {
-    uint32_t rank[SHORT_WORD];
-    for (size_t i = 0; i + 1 < n; i++)
-        rank[i] = find_pair(t, (uint32_t)id[i], (uint32_t)id[i + 1])->rank;
+    uint64_t merge[SHORT_WORD];
+    for (size_t i = 0; i + 1 < n; i++) merge[i] = merge_of(t, id[i], id[i + 1]);
     while (n > 1) {
         size_t best = 0;
         for (size_t i = 1; i + 1 < n; i++)
-            if (rank[i] < rank[best]) best = i;
-        if (rank[best] == UINT32_MAX) break;
-        id[best] = (int32_t)u32_at(t->merges + (size_t)rank[best] * 12 + 8);
+            if (merge[i] < merge[best]) best = i;
+        if (merge[best] >> 32 == UINT32_MAX) break;
+        id[best] = (int32_t)merge[best];
         n--;
         for (size_t i = best + 1; i < n; i++) id[i] = id[i + 1];
-        for (size_t i = best + 1; i + 1 < n; i++) rank[i] = rank[i + 1];
-        if (best > 0)
-            rank[best - 1] = find_pair(t, (uint32_t)id[best - 1], (uint32_t)id[best])->rank;
-        if (best + 1 < n)
-            rank[best] = find_pair(t, (uint32_t)id[best], (uint32_t)id[best + 1])->rank;
+        for (size_t i = best + 1; i + 1 < n; i++) merge[i] = merge[i + 1];
+        if (best > 0) merge[best - 1] = merge_of(t, id[best - 1], id[best]);
+        if (best + 1 < n) merge[best] = merge_of(t, id[best], id[best + 1]);
     }
     return n;
 }
@@ -1250,7 +857,7 @@ static int encode_word(Encoder *e, const unsigned char *word, size_t bytes) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 6. Words. The regular expressions that cut a text, written as code. That of GPT-2 has these
+// 4. Words. The regular expressions that cut a text, written as code. That of GPT-2 has these
 // alternatives, in this order:
 //   's|'t|'re|'ve|'m|'ll|'d | ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+ | \s+(?!\S) | \s+
 // That of GPT-4 and Llama 3:
@@ -1391,13 +998,17 @@ static const unsigned char *words_end(const Tokenizer *t, const unsigned char *p
     return end;
 }
 
-// The next space after p's first byte; with `runs`, after the spaces that it starts with.
-static const unsigned char *spaces_end(const unsigned char *p, const unsigned char *end,
-                                       bool runs) {
-    p++;
-    while (runs && p < end && p[-1] == ' ' && *p == ' ') p++;
-    const unsigned char *space = p < end ? memchr(p, ' ', (size_t)(end - p)) : NULL;
-    return space ? space : end;
+// The next space after p's first byte.
+static const unsigned char *spaces_end(const unsigned char *p, const unsigned char *end) {
+    for (p++; p < end && *p != ' ';) p++;
+    return p;
+}
+
+// The next place where no merge joins anything.
+static const unsigned char *safe_end(const Tokenizer *t, const unsigned char *p,
+                                     const unsigned char *end) {
+    for (p++; p < end && t->joins[p[-1]][*p >> 3] >> (*p & 7) & 1;) p++;
+    return p;
 }
 
 static const unsigned char *piece_end(const Tokenizer *t, int step, const unsigned char *p,
@@ -1422,9 +1033,9 @@ static const unsigned char *piece_end(const Tokenizer *t, int step, const unsign
     case STEP_BLANKS:
         return words_end(t, p, end, true, drop);
     case STEP_SPACES:
-        return spaces_end(p, end, false);
+        return spaces_end(p, end);
     case STEP_SAFE:
-        return spaces_end(p, end, true);
+        return safe_end(t, p, end);
     default:
         return utf8_next(&p), p; // STEP_CHARS
     }
@@ -1458,7 +1069,7 @@ static int encode_plain(Encoder *e, const unsigned char *s, size_t n) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 7. Added tokens. The leftmost match is taken; of several at one place, the longest. Tokens with
+// 5. Added tokens. The leftmost match is taken; of several at one place, the longest. Tokens with
 // the flag `normalized` are found in the text after NFC, the others in the raw text. lstrip and
 // rstrip extend a match over white space. As in the library, rstrip does not move the start of the
 // next search, so a token of spaces is found again inside the spaces that an rstrip took.
@@ -1572,7 +1183,7 @@ static int encode_section(Encoder *e, const unsigned char *s, const unsigned cha
 }
 
 // -------------------------------------------------------------------------------------------------
-// 8. Encode.
+// 6. Encode.
 
 // s: the text; user: its marks, or NULL. The caller frees *ids. 0, or -1 after fail(); for a text
 // that is not UTF-8 the message names the offset.
@@ -1649,7 +1260,7 @@ static int32_t tokenizer_bos(const Tokenizer *t) { return t->bos; }
 UNUSED static int32_t tokenizer_unknown(const Tokenizer *t) { return t->unknown; }
 
 // -------------------------------------------------------------------------------------------------
-// 9. Streaming decode. Ids stand for bytes, and a character may take several ids. Only whole
+// 7. Streaming decode. Ids stand for bytes, and a character may take several ids. Only whole
 // characters are written; the bytes of an unfinished one are kept. Bytes that cannot become a
 // character give U+FFFD, one for each longest prefix of a possible character. This is what
 // String::from_utf8_lossy of Rust does to the whole text.

@@ -8,7 +8,7 @@ static const char GENERATE_USAGE[] =
     "mamba model.bin \"prompt\" [options]   go on with a text; prompt - reads it from stdin,\n"
     "                                     \"\" starts a new text\n"
     "mamba model.bin [options]            interactive session, the state carries on from line\n"
-    "                                     to line\n"
+    "                                     to line; --chat: a conversation\n"
     "mamba help                           the other commands\n";
 // clang-format on
 
@@ -19,6 +19,10 @@ enum { HELPED = -2 };
 static int generate_options(GenerateOptions *o, int argc, char **argv, const char **rest) {
     // clang-format off
     const Option options[] = {
+        OPTION_SWITCH("--chat", &o->chats,
+                      "the prompt is a message: write the reply, by the model's chat template"),
+        OPTION_TEXT("--system", "TEXT", &o->system,
+                    "with --chat: what the conversation begins with"),
         OPTION_TEXT("-f", "FILE", &o->file,
                     "the prompt is in FILE; the newline at its end is left out"),
         RAW_OPTION(&o->form.raw),
@@ -106,6 +110,10 @@ static int check_generate(const GenerateOptions *o, const char *const *rest, int
     if (several && o->n == 0) return fail("-n 0 writes nothing: it does not go with %s", option);
     if (o->null && !several)
         return fail("--null ends each of several texts: it needs --samples or --batch");
+    if (o->system && !o->chats) return fail("--system goes with --chat");
+    if (o->chats && (o->show_selection || o->tokens || o->form.ids))
+        return fail(
+            "--chat is about texts: it does not go with --show-selection, --tokens or --ids");
     if (o->form.ids && o->stop.n) return fail("--stop is a text: it does not go with --ids");
     return 0;
 }
@@ -162,7 +170,8 @@ static int generate_run(GenerateOptions *o, const char *prompt, bool several, bo
     Session x;
     if (unescape_stops(o) || session_open(&x, o->model_path, o->threads)) return -1;
     if (!x.model->tokenizer) o->form.ids = true;
-    int result = generate_start(&x, o);
+    int result = o->chats ? mamba_chat(x.model, &o->chat) : 0;
+    if (result == 0) result = generate_start(&x, o);
     if (result == 0) result = talks ? interactive(&x, o) : generate_texts(&x, o, prompt, several);
     session_close(&x);
     return result;

@@ -47,3 +47,92 @@ static char *read_utf8(const char *path, size_t *bytes) {
     }
     return text;
 }
+
+// --- documents
+
+// Tokens of the document at the start of ids (n), with its end-of-text token.
+static size_t document_tokens(const Config *c, const int32_t *ids, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        for (int k = 0; k < 4; k++)
+            if (c->eos[k] >= 0 && ids[i] == c->eos[k]) return i + 1;
+    return n;
+}
+
+// A row of training: data[from .. from + n) and, one later, its targets. A document, or a piece of
+// one.
+typedef struct {
+    size_t from, document; // document: where its document begins
+    int n;
+} DataRow;
+
+typedef struct {
+    DataRow *row;
+    size_t n, room, documents, without; // without: documents in which mask_until does not occur
+    bool *counts;                       // of the data: whether a token is a target; NULL: each is
+} DataRows;
+
+static void rows_free(DataRows *rows) {
+    free(rows->row);
+    free(rows->counts);
+}
+
+// counts (n): whether a token begins after the first `until` in the text of the document.
+static int mark_after(bool *counts, const Tokenizer *t, const int32_t *ids, size_t n,
+                      const char *until, bool *found) {
+    Text text = {NULL, 0, 0};
+    const size_t length = strlen(until);
+    int result = 0;
+    for (size_t i = 0; i < n && result == 0; i++) {
+        size_t bytes = 0;
+        const unsigned char *token = tokenizer_token(t, ids[i], &bytes);
+        counts[i] = *found; // it begins where the text so far ends
+        result = text_add(&text, token, bytes);
+        for (size_t at = text.n > bytes + length ? text.n - bytes - length : 0;
+             !*found && result == 0 && at + length <= text.n; at++)
+            *found = !memcmp(text.bytes + at, until, length);
+    }
+    free(text.bytes);
+    return result;
+}
+
+// Adds the rows, of at most L tokens, of the documents of data[from .. end). A row without a target
+// that counts is left out. 0, or -1 after fail().
+static int add_rows_of(DataRows *rows, const Model *m, const int32_t *data, size_t from, size_t end,
+                       int L, const char *until) {
+    for (size_t n; from < end; from += n) {
+        bool found = false;
+        n = document_tokens(&m->config, data + from, end - from);
+        if (until && mark_after(rows->counts + from, m->tokenizer, data + from, n, until, &found))
+            return -1;
+        rows->documents++;
+        rows->without += until && !found;
+        for (size_t at = 0; at + 1 < n; at += (size_t)L) {
+            const size_t most = n - 1 - at;
+            DataRow row = {from + at, from, most < (size_t)L ? (int)most : L};
+            bool any = !until;
+            for (int i = 1; i <= row.n && !any; i++) any = rows->counts[row.from + (size_t)i];
+            if (!any) continue;
+            if (rows->n == rows->room) {
+                const size_t room = rows->room ? 2 * rows->room : 1024;
+                DataRow *larger = realloc(rows->row, room * sizeof *larger);
+                if (!larger) return fail("out of memory: %zu rows", room);
+                rows->row = larger;
+                rows->room = room;
+            }
+            rows->row[rows->n++] = row;
+        }
+    }
+    return 0;
+}
+
+// ids and targets (L): the row, then targets that do not count.
+static void fill_row(int32_t *ids, int32_t *targets, const int32_t *data, const DataRows *rows,
+                     size_t index, int L) {
+    const DataRow *row = &rows->row[index];
+    for (int i = 0; i < L; i++) {
+        const size_t at = row->from + (size_t)i;
+        const bool in = i < row->n;
+        ids[i] = in ? data[at] : 0;
+        targets[i] = in && (!rows->counts || rows->counts[at + 1]) ? data[at + 1] : -1;
+    }
+}

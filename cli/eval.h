@@ -4,7 +4,7 @@
 
 // clang-format off
 static const char EVAL_USAGE[] =
-    "mamba eval model.bin FILE|- [--each] [-T N]\n"
+    "mamba eval model.bin FILE|- [--each] [--split eot] [-T N]\n"
     "mamba eval model.bin --task induction|copying [--length L] [--samples S]\n"
     "\n"
     "How well the model predicts a text: every token but the first, each from all tokens before\n"
@@ -36,16 +36,24 @@ typedef struct {
     double sum;              // of -log p
 } Likelihood;
 
-// Reads ids (n) in pieces of `context` tokens, each from a new state; 0: in one piece. 0, or -1
-// after fail().
-static int text_likelihood(Likelihood *l, Session *x, const int32_t *ids, size_t n, size_t context,
-                           bool each) {
-    Evaluation ev = {.m = x->model, .each = each};
-    // A piece of one token, at the end, has nothing to predict.
-    for (size_t from = 0; n - from > 1; from += ev.n) {
+// How a text is cut into pieces, each of which is read from a new state.
+typedef struct {
+    size_t context; // tokens of a piece; 0: no limit
+    bool split;     // a document, up to its end-of-text token, begins a new piece
+    bool each;      // print the numbers of each token
+} Pieces;
+
+// Reads ids (n) in pieces. A piece of one token has nothing to predict. 0, or -1 after fail().
+static int text_likelihood(Likelihood *l, Session *x, const int32_t *ids, size_t n,
+                           const Pieces *how) {
+    Evaluation ev = {.m = x->model, .each = how->each};
+    const Config *c = &x->model->config;
+    for (size_t from = 0; from < n; from += ev.n) {
+        const size_t left = how->split ? document_tokens(c, ids + from, n - from) : n - from;
         ev.ids = ids + from;
         ev.t = 0;
-        ev.n = context && context < n - from ? context : n - from;
+        ev.n = how->context && how->context < left ? how->context : left;
+        if (ev.n < 2) continue;
         for (size_t i = 1; i < ev.n; i++) {
             size_t length = 0;
             const Tokenizer *t = x->model->tokenizer;
@@ -60,11 +68,15 @@ static int text_likelihood(Likelihood *l, Session *x, const int32_t *ids, size_t
     return 0;
 }
 
-static int evaluate_ids(Session *x, const int32_t *ids, size_t n, size_t context, bool each) {
+static int evaluate_ids(Session *x, const int32_t *ids, size_t n, const Pieces *how) {
     Likelihood l = {0};
+    const bool each = how->each;
+    if (how->split && x->model->config.eos[0] < 0)
+        return fail("--split eot: the model has no end-of-text token");
     if (n < 2) return fail("the text has %zu token(s); there is something to predict from 2 on", n);
     double start = seconds();
-    if (text_likelihood(&l, x, ids, n, context, each)) return -1;
+    if (text_likelihood(&l, x, ids, n, how)) return -1;
+    if (l.predicted == 0) return fail("no document has two tokens: there is nothing to predict");
     double nll = l.sum / (double)l.predicted;
     if (nll != nll)
         return fail("the likelihood is not a number: the weights are damaged (try info --verify)");
@@ -80,14 +92,14 @@ static int evaluate_ids(Session *x, const int32_t *ids, size_t n, size_t context
 }
 
 // path: "-" for stdin. 0, or -1 after fail().
-static int evaluate_file(Session *x, const PromptForm *how, const char *path, size_t context,
-                         bool each) {
+static int evaluate_file(Session *x, const PromptForm *how, const char *path,
+                         const Pieces *pieces) {
     size_t bytes = 0, n = 0;
     int32_t *ids = NULL;
     char *text = read_utf8(path, &bytes);
     if (!text) return -1;
     int result = encode_text(x->model, how, text, bytes, true, &ids, &n);
-    if (result == 0) result = evaluate_ids(x, ids, n, context, each);
+    if (result == 0) result = evaluate_ids(x, ids, n, pieces);
     free(text);
     free(ids);
     return result ? fail_in(path) : 0;
@@ -244,7 +256,7 @@ static int evaluate_task(Session *x, const TaskRun *run) {
 // --- the command
 
 typedef struct {
-    const char *task_name;
+    const char *task_name, *split;
     Task task;
     bool each, recurrent;
     long threads, length, samples, seed, context;
@@ -257,6 +269,8 @@ static int check_eval(const EvalOptions *o, int n) {
     if (o->context == 1) return fail("--context 1 leaves nothing to predict: at least 2");
     if (o->task && o->form.ids) return fail("--ids does not go with --task");
     if (o->task && o->context) return fail("--context does not go with --task");
+    if (o->split && strcmp(o->split, "eot")) return fail("--split needs eot, not '%s'", o->split);
+    if (o->task && o->split) return fail("--split does not go with --task");
     if (o->recurrent && !o->task) return fail("--recurrent goes with --task");
     if (o->task && o->length < task_shortest(o->task))
         return fail("--length %ld is too short for --task %s: at least %d", o->length, o->task_name,
@@ -291,6 +305,8 @@ static int command_eval(int argc, char **argv) {
         NO_SPECIAL_OPTION(&o.form.no_special),
         OPTION_INT("--context", "N", &o.context, 0, 1 << 30,
                    "cut the text into pieces of N tokens, each from a new state; 0: one piece"),
+        OPTION_TEXT("--split", "eot", &o.split,
+                    "begin each document, after an end-of-text token, from a new state"),
         NO_BOS_OPTION,
         BACKEND_OPTIONS,
         THREADS_OPTION(&o.threads),
@@ -304,10 +320,10 @@ static int command_eval(int argc, char **argv) {
     if (o.samples == 0) o.samples = default_samples(o.length);
     const TaskRun run = {o.task, (size_t)o.length, (size_t)o.samples, (uint64_t)o.seed,
                          o.recurrent};
+    const Pieces pieces = {(size_t)o.context, o.split != NULL, o.each};
     Session x;
     if (session_open(&x, rest[0], o.threads)) return -1;
-    int result = o.task ? evaluate_task(&x, &run)
-                        : evaluate_file(&x, &o.form, rest[1], (size_t)o.context, o.each);
+    int result = o.task ? evaluate_task(&x, &run) : evaluate_file(&x, &o.form, rest[1], &pieces);
     session_close(&x);
     return result;
 }

@@ -1,6 +1,7 @@
 // cli/generate.h - one text: the prompt is read, then tokens are drawn, printed and read.
 //
-// Depends on cli/options.h (Session), cli/prompt.h, cli/output.h and mamba_generate().
+// Depends on cli/options.h (Session), cli/prompt.h, cli/output.h, mamba_generate() and
+// files/chat.h.
 
 typedef struct {
     const char *model_path, *save, *load, *batch, *file, *tokens;
@@ -9,7 +10,9 @@ typedef struct {
     TextList stop;
     char *stop_copy[LIST_MAX]; // of -e; NULL: none
     PromptForm form;
-    bool ignore_eos, no_echo, show_selection, null, quiet;
+    const char *system; // --system
+    Chat chat;          // of the model, with --chat
+    bool chats, ignore_eos, no_echo, show_selection, null, quiet;
     bool clock_seed; // the clock gave the seed, not the user
 } GenerateOptions;
 
@@ -154,13 +157,15 @@ static int read_prompt(Session *x, const int32_t *ids, size_t n, bool quiet, Rep
 
 typedef struct { // what print_text() knows and tells
     Output out;
-    bool ids, stopped, failed;
+    int32_t end; // of a reply; -1: none
+    bool ids, stopped, failed, replied;
 } Printing;
 
 // For mamba_generate(): prints what a token adds, or its id. Returns true to end the text.
 static bool print_text(void *context, int32_t id, const unsigned char *text, size_t n) {
     Printing *p = context;
     char number[16];
+    if (id >= 0 && id == p->end) return p->replied = true;
     if (p->ids) n = id < 0 ? 0 : (size_t)snprintf(number, sizeof number, "%d\n", (int)id);
     int found = output_add(&p->out, p->ids ? (const unsigned char *)number : text, n);
     p->stopped |= found == 1;
@@ -174,7 +179,9 @@ static bool print_text(void *context, int32_t id, const unsigned char *text, siz
 static int write_tokens(Session *x, const GenerateOptions *o, bool goes_on, Report *report,
                         char *last) {
     static const char *const ended[] = {"length", "end of text", "interrupted"}; // as in Ended
-    Printing p = {.out = {.stop = &o->stop, .last = *last}, .ids = o->form.ids};
+    Printing p = {.out = {.stop = &o->stop, .last = *last},
+                  .ids = o->form.ids,
+                  .end = o->chats ? o->chat.end : -1};
     Writing w = {.sampling = sampling_of(o),
                  .most = interrupted ? 0 : o->n,
                  .ignore_eos = o->ignore_eos,
@@ -184,7 +191,10 @@ static int write_tokens(Session *x, const GenerateOptions *o, bool goes_on, Repo
     double start = seconds();
     long written = mamba_generate(x->model, x->acts, x->state, &w);
     bool failed = written < 0 || p.failed;
-    report->ended = p.stopped ? "stop string" : interrupted ? "interrupted" : ended[w.ended];
+    report->ended = p.stopped     ? "stop string"
+                    : p.replied   ? "end of text"
+                    : interrupted ? "interrupted"
+                                  : ended[w.ended];
     report->n_written = written > 0 ? (size_t)written : 0;
     if (p.stopped) x->state->pending.n = 0; // it belongs to what follows the stop string
     if (!failed && output_flush(&p.out)) failed = true;
@@ -205,11 +215,33 @@ typedef struct {
     bool silent; // the ids are not the user's: the token that an empty text starts from
 } Prompt;
 
+// The last token that a state has read; -1: none.
+static int32_t last_token(const State *s) {
+    return s->position ? s->recent[(s->position - 1) % RECENT] : -1;
+}
+
+// The ids of a user's turn, from the end of the reply before it to where the reply begins. An empty
+// one lets an unfinished reply go on. 0, or -1 after fail().
+static int encode_chat(const Session *x, const GenerateOptions *o, Prompt *p) {
+    const TextPiece text = {p->text, p->bytes, false};
+    const bool ended = last_token(x->state) == o->chat.end;
+    p->silent = true;
+    if (p->bytes == 0 && (p->opens || ended))
+        return fail("there is no reply to go on with: write something");
+    if (p->bytes == 0) return 0;
+    if (mamba_chat_encode(x->model, &o->chat, p->opens, o->system, &text, 1, &p->ids, &p->n))
+        return -1;
+    // The state may have read the token that ended the reply.
+    if (!p->opens && ended) memmove(p->ids, p->ids + 1, --p->n * sizeof *p->ids);
+    return 0;
+}
+
 // The ids of a prompt. 0, or -1 after fail().
 static int encode_prompt(const Session *x, const GenerateOptions *o, Prompt *p) {
     const Model *m = x->model;
     const int32_t start = start_token(&m->config);
     p->opens = x->state->position == 0;
+    if (o->chats) return encode_chat(x, o, p);
     if (o->tokens ? parse_ids(m, o->tokens, &p->ids, &p->n)
                   : encode_text(m, &o->form, p->text, p->bytes, p->opens, &p->ids, &p->n))
         return -1;

@@ -105,21 +105,57 @@ static int print_ids(const Tokenizer *t, const char *text, size_t bytes) {
     return 0;
 }
 
+typedef struct {
+    bool decode, chats;
+    const char *system;
+} TokenizeOptions;
+
+// The ids of a conversation: the texts of the user and the model in turn, a NUL between them, up to
+// where the model writes on. 0, or -1 after fail().
+static int print_chat_ids(const Tokenizer *t, const char *system, const char *text, size_t bytes) {
+    const Model reader = {.tokenizer = (Tokenizer *)(uintptr_t)t}, *m = &reader;
+    Chat chat;
+    size_t n = 1, n_ids = 0;
+    int32_t *ids = NULL;
+    for (size_t i = 0; i < bytes; i++) n += text[i] == 0;
+    TextPiece *texts = calloc(n, sizeof *texts);
+    if (!texts) return fail("out of memory: %zu texts", n);
+    for (size_t i = 0; i < n; i++) {
+        texts[i] = (TextPiece){text, strlen(text), false};
+        text += texts[i].bytes + 1;
+    }
+    int result = mamba_chat(m, &chat);
+    if (result == 0) result = mamba_chat_encode(m, &chat, true, system, texts, n, &ids, &n_ids);
+    for (size_t i = 0; i < n_ids && result == 0; i++) printf("%d\n", (int)ids[i]);
+    free(ids);
+    free(texts);
+    return result;
+}
+
 // path: of the text, "-" for stdin. 0, or -1 after fail().
-static int tokenize_file(const Tokenizer *t, const char *path, bool decode) {
+static int tokenize_file(const Tokenizer *t, const TokenizeOptions *o, const char *path) {
     size_t bytes = 0;
     char *text = read_text(path, &bytes);
     if (!text) return -1;
-    int result = decode ? print_decoded(t, text, bytes) : print_ids(t, text, bytes);
+    int result = o->decode  ? print_decoded(t, text, bytes)
+                 : o->chats ? print_chat_ids(t, o->system, text, bytes)
+                            : print_ids(t, text, bytes);
     free(text);
     return result ? fail_in(path) : 0;
 }
 
 static int command_tokenize(int argc, char **argv) {
-    bool decode = false, mapped = false;
+    bool mapped = false;
+    TokenizeOptions o = {.system = NULL};
     const Option options[] = {
-        OPTION_SWITCH("--decode", &decode,
+        OPTION_SWITCH("--decode", &o.decode,
                       "token ids (between spaces, commas or line ends) to text"),
+        OPTION_SWITCH(
+            "--chat", &o.chats,
+            "FILE holds messages of the user and replies in turn, a NUL byte between them: "
+            "the ids up to the next reply"),
+        OPTION_TEXT("--system", "TEXT", &o.system,
+                    "with --chat: what the conversation begins with"),
     };
     const char *rest[2] = {NULL, "-"};
     if (wants_help(argc, argv, options, COUNT(options)))
@@ -127,19 +163,21 @@ static int command_tokenize(int argc, char **argv) {
     int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
     if (n < 0) return -1;
     if (n < 1) return fail("tokenize needs a model.bin or a tokenizer file");
+    if (o.system && !o.chats) return fail("--system goes with --chat");
+    if (o.decode && o.chats) return fail("--decode does not go with --chat");
     size_t bytes = 0;
     unsigned char *file = check_is_file(rest[0]) ? NULL : file_map(rest[0], &bytes, &mapped);
     if (!file) return -1;
     int result = -1;
     if (bytes >= 4 && !memcmp(file, "mtok", 4)) { // a tokenizer file
         Tokenizer *t = tokenizer_open(file, bytes);
-        if (t) result = tokenize_file(t, rest[1], decode);
+        if (t) result = tokenize_file(t, &o, rest[1]);
         else fail_in(rest[0]);
         if (t) tokenizer_close(t);
     } else {
         Model *m = load_model(rest[0]);
         if (m && !m->tokenizer) fail("%s has no tokenizer", rest[0]);
-        else if (m) result = tokenize_file(m->tokenizer, rest[1], decode);
+        else if (m) result = tokenize_file(m->tokenizer, &o, rest[1]);
         mamba_free(m);
     }
     file_unmap(file, bytes, mapped);
@@ -152,23 +190,32 @@ static int command_tokenize(int argc, char **argv) {
 static const char LOGITS_USAGE[] =
     "mamba logits model.bin \"prompt\" [--all] [-o FILE]\n"
     "mamba logits model.bin --tokens 1,2,3 [--all] [-o FILE]\n"
+    "mamba logits model.bin \"prompt\" --hidden [--all | --pool mean|last] [-o FILE]\n"
+    "mamba logits model.bin --embeddings FILE [--hidden] [--all] [-o FILE]\n"
     "\n"
     "The logits after the last token, or after each: V numbers a line, or with -o raw\n"
-    "little-endian float32, (L,V).\n";
+    "little-endian float32, (L,V). --hidden: the states of the last norm instead, D numbers a\n"
+    "line, for searches and classifiers.\n";
 // clang-format on
 
 typedef struct {
-    FILE *raw; // NULL: text
-    int V;
-} LogitsWriter;
+    FILE *raw;       // NULL: text
+    int n;           // numbers of a row
+    double *sum;     // of rows, for their mean; NULL: rows are written
+    size_t rows, of; // seen, and how many there will be
+    bool last_only;
+} RowWriter;
 
-static void write_logits(void *context, const float *logits) {
-    const LogitsWriter *w = context;
-    for (int v = 0; v < w->V; v++) {
-        float value = logits[v];
+static void write_row(void *context, const float *row) {
+    RowWriter *w = context;
+    w->rows++;
+    for (int i = 0; w->sum && i < w->n; i++) w->sum[i] += (double)row[i];
+    if (w->sum || (w->last_only && w->rows < w->of)) return;
+    for (int i = 0; i < w->n; i++) {
+        float value = row[i];
         fix_endian(&value, sizeof value, sizeof value);
         if (w->raw) fwrite(&value, sizeof value, 1, w->raw);
-        else printf("%.9g%c", logits[v], v + 1 < w->V ? ' ' : '\n');
+        else printf("%.9g%c", row[i], i + 1 < w->n ? ' ' : '\n');
     }
 }
 
@@ -187,32 +234,85 @@ static int logits_ids(const Model *m, const PromptForm *how, const char *prompt,
     return result;
 }
 
-// Reads ids (n) and writes the logits to the file path, or to stdout where it is NULL. 0, or -1
-// after fail().
-static int write_all_logits(Session *x, const int32_t *ids, size_t n, bool all, const char *path) {
+typedef struct {
+    const int32_t *ids;
+    float *rows; // (n,D), where there are no ids
+    size_t n;
+    bool all, hidden, mean;
+    const char *path; // of the output; NULL: stdout
+} LogitsRun;
+
+static int write_rows(Session *x, const LogitsRun *run, RowWriter *w) {
+    const Model *m = x->model;
+    if (run->hidden)
+        return mamba_hidden(m, x->acts, x->state, run->ids, run->rows, run->n, write_row, w);
+    LogitsVisitor *visit = run->all ? write_row : NULL;
+    int result = run->rows ? mamba_prefill_rows(m, x->acts, x->state, run->rows, run->n, visit, w)
+                           : mamba_prefill(m, x->acts, x->state, run->ids, run->n, visit, w);
+    if (result == 0 && !run->all) write_row(w, x->state->logits);
+    return result;
+}
+
+// Reads ids or rows and writes what was asked for. 0, or -1 after fail().
+static int run_logits(Session *x, const LogitsRun *run) {
     NewFile file = {.f = NULL};
-    if (path && new_file_open(&file, path, true)) return -1;
-    LogitsWriter writer = {file.f, x->model->config.V};
-    int result =
-        mamba_prefill(x->model, x->acts, x->state, ids, n, all ? write_logits : NULL, &writer);
-    if (result == 0 && !all) write_logits(&writer, x->state->logits);
-    if (result == 0 && path) return new_file_commit(&file);
+    if (run->path && new_file_open(&file, run->path, true)) return -1;
+    RowWriter w = {.raw = file.f,
+                   .n = run->hidden ? x->model->config.D : x->model->config.V,
+                   .of = run->n,
+                   .last_only = run->hidden && !run->all && !run->mean};
+    float *mean = run->mean ? malloc((size_t)w.n * sizeof *mean) : NULL;
+    double *sum = run->mean ? calloc((size_t)w.n, sizeof *sum) : NULL;
+    int result = run->mean && !(mean && sum) ? fail("out of memory: %d numbers", w.n) : 0;
+    w.sum = sum;
+    if (result == 0) result = write_rows(x, run, &w);
+    for (int i = 0; i < w.n && result == 0 && run->mean; i++)
+        mean[i] = (float)(sum[i] / (double)run->n);
+    w.sum = NULL;
+    if (result == 0 && run->mean) write_row(&w, mean);
+    free(mean);
+    free(sum);
+    if (result == 0 && run->path) return new_file_commit(&file);
     new_file_discard(&file);
     return result;
 }
 
+// The rows (n,D) of a file of little-endian float32, malloc'd. NULL after fail().
+static float *read_rows_file(const char *path, int D, size_t *n) {
+    const size_t row = (size_t)D * sizeof(float);
+    size_t bytes = 0;
+    char *text = read_text(path, &bytes);
+    if (!text) return NULL;
+    *n = bytes / row;
+    if (bytes == 0 || bytes % row) {
+        free(text);
+        fail("%s: %zu bytes are not whole rows of %d float32 (%zu bytes each)", path, bytes, D,
+             row);
+        return NULL;
+    }
+    fix_endian(text, bytes, sizeof(float));
+    return (float *)(void *)text; // malloc'd, so aligned
+}
+
 static int command_logits(int argc, char **argv) {
-    bool all = false;
+    LogitsRun run = {.path = NULL};
     PromptForm how = {0};
     long threads = mamba_default_threads();
-    const char *tokens = NULL, *path = NULL, *rest[2] = {NULL, NULL};
+    const char *tokens = NULL, *pool = NULL, *embeddings = NULL, *rest[2] = {NULL, NULL};
     const Option options[] = {
         OPTION_TEXT("--tokens", "LIST", &tokens, "token ids between commas, instead of a prompt"),
         OPTION_SWITCH("--ids", &how.ids, "the prompt is token ids, for example from stdin"),
         RAW_OPTION(&how.raw),
         NO_SPECIAL_OPTION(&how.no_special),
-        OPTION_SWITCH("--all", &all, "after every token, not only the last"),
-        OPTION_TEXT("-o", "FILE", &path, "write raw float32 instead of text"),
+        OPTION_SWITCH("--all", &run.all, "after every token, not only the last"),
+        OPTION_SWITCH("--hidden", &run.hidden,
+                      "the states of the last norm instead of logits; on the processor"),
+        OPTION_TEXT("--pool", "P", &pool, "of --hidden: last, or mean, of all tokens"),
+        OPTION_TEXT(
+            "--embeddings", "FILE", &embeddings,
+            "little-endian float32 rows (L,D) in the place of a prompt's embeddings; on the "
+            "processor"),
+        OPTION_TEXT("-o", "FILE", &run.path, "write raw float32 instead of text"),
         NO_BOS_OPTION,
         BACKEND_OPTIONS,
         THREADS_OPTION(&threads),
@@ -221,23 +321,41 @@ static int command_logits(int argc, char **argv) {
         return print_help(LOGITS_USAGE, options, COUNT(options));
     int n_rest = parse_options(argc, argv, options, COUNT(options), rest, 2);
     if (n_rest < 0) return -1;
-    if (n_rest != (tokens ? 1 : 2))
-        return fail("logits needs a model.bin and either a prompt or --tokens");
+    if (n_rest != (tokens || embeddings ? 1 : 2) || (tokens && embeddings))
+        return fail("logits needs a model.bin and either a prompt, --tokens or --embeddings");
+    if (pool && strcmp(pool, "mean") && strcmp(pool, "last"))
+        return fail("--pool needs mean or last, not '%s'", pool);
+    if (pool && (!run.hidden || run.all))
+        return fail("--pool goes with --hidden, and not with --all");
+    const bool from_prompt = !tokens && !embeddings;
     const FileUse use[] = {
         {INPUT, "the model", rest[0], NULL},
-        {INPUT, "the standard input", !tokens && !strcmp(rest[1], "-") ? "-" : NULL, NULL},
-        {OUTPUT_IN_PLACE, "-o", path, NULL},
+        {INPUT, "the standard input", from_prompt && !strcmp(rest[1], "-") ? "-" : NULL, NULL},
+        {INPUT, "the rows of --embeddings", embeddings, NULL},
+        {OUTPUT_IN_PLACE, "-o", run.path, NULL},
     };
     if (check_files(use, COUNT(use))) return -1;
     Session x;
+    if (run.hidden || embeddings) backend.cpu = true;
     if (session_open(&x, rest[0], threads)) return -1;
     int32_t *ids = NULL, start = start_token(&x.model->config);
-    size_t n = 0;
-    int result = tokens ? parse_ids(x.model, tokens, &ids, &n)
-                        : logits_ids(x.model, &how, rest[1], &ids, &n);
-    if (result == 0 && n > 0) result = write_all_logits(&x, ids, n, all, path);
-    else if (result == 0 && start >= 0) result = write_all_logits(&x, &start, 1, all, path);
-    else if (result == 0) result = fail("an empty prompt, and no end-of-text token to start from");
+    run.mean = pool && !strcmp(pool, "mean");
+    int result = 0;
+    if (embeddings) {
+        run.rows = read_rows_file(embeddings, x.model->config.D, &run.n);
+        result = run.rows ? 0 : -1;
+    } else
+        result = tokens ? parse_ids(x.model, tokens, &ids, &run.n)
+                        : logits_ids(x.model, &how, rest[1], &ids, &run.n);
+    run.ids = ids;
+    if (result == 0 && run.n == 0) {
+        run.ids = &start;
+        run.n = 1;
+        if (start < 0) result = fail("an empty prompt, and no end-of-text token to start from");
+    }
+    if (result == 0) result = run_logits(&x, &run);
+    if (result && embeddings) fail_in(embeddings);
+    free(run.rows);
     free(ids);
     session_close(&x);
     return result;

@@ -136,6 +136,7 @@ static int several_accept(Several *all, Sequence *q, int32_t id) {
     const Model *m = all->x->model;
     if (interrupted) return INTERRUPTED;
     if (is_eos(&m->config, id) && !all->o->ignore_eos) return END_OF_TEXT;
+    if (all->o->chats && id == all->o->chat.end) return END_OF_TEXT;
     size_t n = token_text(m, q->state, id, all->o->form.ids, all->bytes);
     int stopped = output_add(&q->out, all->bytes, n);
     q->written++;

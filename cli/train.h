@@ -8,6 +8,8 @@ typedef struct { // of the command line; TRAIN_USAGE and the table of options sa
     long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, grow_from,
         chunk, warmup, seed, save_every, eval_every, threads;
     double rate, min_rate, decay, clip, beta2, held_out;
+    const char *mask_until;
+    bool documents;
     bool resume, force, log_given; // --log, or the name made from -o
     Text settings;                 // all options as words, each with a NUL after it
     long planned;                  // --steps as the run began with it
@@ -20,6 +22,9 @@ typedef struct {
     Trainer *trainer;
     int32_t *data; // all tokens; the last n_held are held out
     size_t n_data, n_held;
+    size_t file_end[LIST_MAX + 1]; // where the text of each file ends in data
+    DataRows rows;                 // of --documents: the last n_held_rows are held out
+    size_t n_held_rows;
     int32_t *ids, *targets; // (B,L) of a pass
     TrainRun run;           // what a checkpoint keeps of this run; seconds: those of earlier runs
     const char *checkpoint; // its path
@@ -31,6 +36,11 @@ static void draw_batch(Training *t, int32_t *ids, int32_t *targets, int B, int L
     for (int b = 0; b < B; b++, ids += L, targets += L) {
         if (t->task) {
             task_sequence(t->task, ids, targets, (size_t)L, &t->run.random);
+            continue;
+        }
+        if (t->o->documents) {
+            const size_t row = random_u64(&t->run.random) % (t->rows.n - t->n_held_rows);
+            fill_row(ids, targets, t->data, &t->rows, row, L);
             continue;
         }
         size_t start = random_u64(&t->run.random) % (t->n_data - t->n_held - (size_t)L);
@@ -52,6 +62,11 @@ static int stage_length(const TrainOptions *o, uint64_t step) {
 // are spread evenly over the text. A text that is shorter than a window does not fill it: the other
 // targets do not count.
 static void held_out_batch(Training *t, int pass, int passes, int B, int L) {
+    const size_t rows = t->n_held_rows;
+    for (int b = 0; b < B && rows; b++)
+        fill_row(t->ids + (size_t)b * L, t->targets + (size_t)b * L, t->data, &t->rows,
+                 t->rows.n - rows + rows * (size_t)(pass * B + b) / (size_t)(passes * B), L);
+    if (t->o->documents) return;
     const int32_t *text = t->data + t->n_data - t->n_held;
     const size_t n = t->n_held > (size_t)L ? (size_t)L : t->n_held - 1, last = t->n_held - n - 1;
     for (int b = 0; b < B; b++) {
@@ -73,7 +88,7 @@ static double held_out_loss(Training *t) {
     double sum = 0;
     Training other = *t;
     other.run.random = (uint64_t)t->o->seed ^ 0x68656C64206F7574u;
-    if (!t->task && t->n_held < 2) return NAN;
+    if (!t->task && (t->o->documents ? t->n_held_rows < 1 : t->n_held < 2)) return NAN;
     for (int pass = 0; pass < passes; pass++) {
         if (t->task) draw_batch(&other, t->ids, t->targets, B, L);
         else held_out_batch(t, pass, passes, B, L);
@@ -232,21 +247,53 @@ static int append_tokens(Training *t, const char *path) {
     return 0;
 }
 
+// The rows of --documents. A document that reaches into what is held out is trained on. 0, or -1
+// after fail().
+static int make_rows(Training *t) {
+    const TrainOptions *o = t->o;
+    const size_t learnt = t->n_data - t->n_held;
+    if (o->mask_until) {
+        t->rows.counts = calloc(t->n_data, sizeof *t->rows.counts);
+        if (!t->rows.counts) return fail("out of memory: %zu tokens", t->n_data);
+    }
+    t->file_end[o->data.n] = t->n_data; // of --held-out-data, or again of the last one
+    for (int i = 0; i <= o->data.n; i++)
+        if (add_rows_of(&t->rows, t->model, t->data, i ? t->file_end[i - 1] : 0, t->file_end[i],
+                        (int)o->length, o->mask_until))
+            return -1;
+    fprintf(stderr, "%zu documents, %zu rows of at most %ld tokens", t->rows.documents, t->rows.n,
+            o->length);
+    if (t->rows.without)
+        fprintf(stderr, "; --mask-until does not occur in %zu documents, which are left out",
+                t->rows.without);
+    fprintf(stderr, "\n");
+    size_t from = t->rows.n;
+    while (from > 0 && t->rows.row[from - 1].document >= learnt) from--;
+    t->n_held_rows = t->rows.n - from;
+    if (from > 0) return 0;
+    if (t->rows.n == 0 && t->rows.without)
+        return fail("--mask-until: '%.100s' occurs in no document, or at its end", o->mask_until);
+    return fail("the data has no document to train on: more --data, a smaller --held-out, or "
+                "--held-out-data");
+}
+
 // All --data files one after another, then what is held out: the end of that, or a file of its own.
 static int read_data(Training *t) {
     const TrainOptions *o = t->o;
     for (int i = 0; i < o->data.n; i++)
         if (append_tokens(t, o->data.item[i])) return -1;
+        else t->file_end[i] = t->n_data;
     t->n_held = (size_t)((double)t->n_data * o->held_out);
     if (o->held_out_data) {
         size_t before = t->n_data;
         if (append_tokens(t, o->held_out_data)) return -1;
         t->n_held = t->n_data - before;
-        if (t->n_held < (size_t)o->length + 1)
+        if (!o->documents && t->n_held < (size_t)o->length + 1)
             return fail("--held-out-data %s has %zu tokens, one window needs %ld: a longer file or "
                         "a smaller --length",
                         o->held_out_data, t->n_held, o->length + 1);
     }
+    if (o->documents) return make_rows(t);
     if (t->n_data - t->n_held < (size_t)o->length + 2)
         return fail("the data has %zu tokens to train on, one window needs %ld: more --data, a "
                     "smaller --length, or --held-out-data instead of a part of it",
@@ -372,6 +419,11 @@ static void describe_run(Training *t, long steps) {
              c->K, c->E, c->V, o->batch, o->accumulate, o->length, o->seed, o->rate, o->schedule,
              planned ? steps : 0L, o->warmup, o->min_rate, o->decay, o->clip, o->beta2,
              o->grow_from);
+    const size_t n = strlen(t->run.text);
+    if (o->documents)
+        snprintf(t->run.text + n, sizeof t->run.text - n, ", documents %zu in %zu rows (mask %08x)",
+                 t->rows.documents, t->rows.n,
+                 crc32_of(0, o->mask_until, o->mask_until ? strlen(o->mask_until) : 0));
 }
 
 // Bytes of memory that the machine has; 0: unknown.
@@ -454,7 +506,7 @@ static int train_stages(Training *t) {
     uint64_t seed = (uint64_t)o->seed;
     t->run.random = random_u64(&seed);
     t->run.held_loss = NAN;
-    if (!t->task && o->held_out > 0 && t->n_held < (size_t)o->length + 1)
+    if (!t->task && !o->documents && o->held_out > 0 && t->n_held < (size_t)o->length + 1)
         fprintf(stderr,
                 "%s: the held-out part has %zu tokens, a window %ld; a smaller --length or "
                 "--held-out-data FILE mends that\n",
@@ -475,6 +527,7 @@ static int train_run(const TrainOptions *o, const char *checkpoint) {
     mamba_trainer_free(t.trainer);
     mamba_free(t.model);
     free(t.data);
+    rows_free(&t.rows);
     free(t.ids);
     free(t.targets);
     return result;
@@ -540,6 +593,11 @@ static int check_train_options(const TrainOptions *o) {
         return fail("%s %ld is too short for --task %s: at least %d",
                     o->grow_from ? "--grow-from" : "--length", shortest, o->task_name,
                     task_shortest(task));
+    if (o->documents && (task || o->grow_from))
+        return fail("--documents does not go with %s", task ? "--task" : "--grow-from");
+    if (o->mask_until && (!o->documents || !*o->mask_until))
+        return fail(o->documents ? "--mask-until needs a text that is not empty"
+                                 : "--mask-until goes with --documents");
     if (task && o->from) return fail("--from does not go with --task");
     return check_more_steps(o);
 }
@@ -664,6 +722,11 @@ static int command_train(int argc, char **argv) {
                     "share of the data, at its end, that is never trained on"),
         OPTION_TEXT("--held-out-data", "FILE", &o.held_out_data,
                     "text to hold out instead: all of --data is trained on"),
+        OPTION_SWITCH("--documents", &o.documents,
+                      "a row is a document, or a piece of one, from a new state; they end with "
+                      "an end-of-text token or their file"),
+        OPTION_TEXT("--mask-until", "STRING", &o.mask_until,
+                    "with --documents: of each, learn only what follows the first STRING"),
         OPTION_INT("--eval-every", "N", &o.eval_every, 1, 1e9, "steps between held-out losses"),
         OPTION_INT("--save-every", "N", &o.save_every, 1, 1e9, "steps between checkpoints"),
         OPTION_TEXT("--log", "FILE", &o.log, "CSV log; by default out.bin.csv"),

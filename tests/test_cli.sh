@@ -283,6 +283,40 @@ list=$(tr '\n' ',' < "$dir/ids" | sed 's/,$//')
 same_file "logits of ids and of text" "$dir/l1" "$dir/l2"
 "$mamba" logits $model "$prompt" --all -o "$dir/l3"
 same "--all writes (L,V) float32" "$(wc -c < "$dir/l3" | tr -d ' ')" $((23 * 2048 * 4))
+# hidden states and rows: against each other (tests/test_model.h has transformers' numbers)
+"$mamba" logits $model "$prompt" --hidden --all > "$dir/h"
+"$mamba" logits $model "$prompt" --hidden > "$dir/h1"
+"$mamba" logits $model "$prompt" --hidden --pool last | cmp -s - "$dir/h1" \
+    && tail -n 1 "$dir/h" | cmp -s - "$dir/h1" && ok "--hidden, --pool last" \
+    || bad "--hidden, --pool last" "$(cut -c1-60 "$dir/h1")"
+"$mamba" logits $model "$prompt" --hidden --pool mean | tr ' ' '\n' > "$dir/h2"
+awk '{ for (i = 1; i <= NF; i++) s[i] += $i } END { for (i = 1; i <= NF; i++) print s[i] / NR }' \
+    "$dir/h" | paste - "$dir/h2" | awk '{ d = $1 - $2; if (d > 1e-5 || d < -1e-5) bad = 1 }
+    END { exit !(NR > 20 && !bad) }' && ok "--pool mean" || bad "--pool mean"
+"$mamba" logits $model "$prompt" --hidden --all -o "$dir/h3"
+same "--hidden as float32" "$(wc -c < "$dir/h3" | tr -d ' ')" \
+    "$(awk '{ n += 4 * NF } END { print n }' "$dir/h")"
+row() { # row ID: of tests/plain.bin's embedding, 32 float32 each from byte 320 on
+    tail -c +$((320 + 128 * $1 + 1)) tests/plain.bin | head -c 128
+}
+{ row 72; row 101; row 7; } > "$dir/rows"
+"$mamba" logits tests/plain.bin --tokens 72,101,7 --all -o "$dir/l4"
+"$mamba" logits tests/plain.bin --embeddings "$dir/rows" --all -o "$dir/l5"
+same_file "--embeddings: rows in the place of ids" "$dir/l5" "$dir/l4"
+fails "--embeddings that are no rows" "whole rows of 32 float32" logits tests/plain.bin \
+    --embeddings README.md
+head -c 128 /dev/zero | tr '\000' '\377' > "$dir/nan"
+fails "--embeddings that are not finite" "is not finite" logits tests/plain.bin --embeddings \
+    "$dir/nan"
+fails "--pool of what" "--pool needs" logits $model x --hidden --pool sum
+fails "--pool of logits" "--hidden" logits $model x --pool mean
+printf 'Once upon a time there was a king.<|endoftext|>' > "$dir/d1"
+printf 'The cat sat down. It slept.<|endoftext|>' > "$dir/d2"
+cat "$dir/d1" "$dir/d2" > "$dir/d12"
+for d in d1 d2; do "$mamba" eval models/tales.bin "$dir/$d" --each 2> /dev/null; done > "$dir/want"
+"$mamba" eval models/tales.bin "$dir/d12" --split eot --each > "$dir/got" 2> /dev/null
+same_file "eval --split eot scores each document alone" "$dir/got" "$dir/want"
+fails "--split of what" "--split needs eot" eval models/tales.bin "$dir/d12" --split line
 same "logits as text" \
     "$("$mamba" logits $model "$prompt" --all | awk '{ n += NF } END { print NR, n }')" \
     "23 $((23 * 2048))"
@@ -537,6 +571,38 @@ if [ "$everything" = all ]; then
         "1 1"
     rm -f "$dir"/big*
 fi
+
+# --- a tokenizer of four words, made by hand, whose template puts <s> before a prompt
+u32() { for n in "$@"; do printf "\\$(printf %o "$n")\0\0\0"; done; }
+{
+    printf mtok && u32 2 3 && printf '\0\020\0\0' && u32 9 4 0 0 0 1 0 0 0 0 0 0
+    u32 3 && printf '<s>' && u32 5 && printf '<unk>' && u32 1 && printf a && u32 1 && printf b
+} > "$dir/words.bin"
+same "words become ids" "$(printf %s ' a b  x a' | "$mamba" tokenize "$dir/words.bin" | tr '\n' ' ')" \
+    "2 3 1 2 "
+same "and words again" "$(echo 2 3 1 2 | "$mamba" tokenize "$dir/words.bin" --decode)" "a b <unk> a"
+echo "a b b a b" > "$dir/text"
+"$mamba" train -o "$dir/m.bin" --tokenizer "$dir/words.bin" --data "$dir/text" --steps 1 --batch 1 \
+    --length 3 --d-model 8 --layers 1 > "$dir/out" 2>&1
+check "a model of words" "$dir/out"
+"$mamba" info "$dir/m.bin" | grep -q "words, 4 ids, 0 before a prompt"
+check "info tells what goes before a prompt"
+lines() { "$mamba" "$@" 2> "$dir/err" | wc -l | tr -d ' '; }
+same "a prompt begins with <s>" "$(lines logits "$dir/m.bin" "a b" --all)" 3
+same "--no-bos leaves it out" "$(lines logits "$dir/m.bin" "a b" --all --no-bos)" 2
+"$mamba" logits "$dir/m.bin" --tokens 0,2,3 > "$dir/a"
+"$mamba" logits "$dir/m.bin" "a b" > "$dir/b"
+same_file "it is the token that stands there" "$dir/a" "$dir/b"
+"$mamba" "$dir/m.bin" "a b" -n 3 -t 0 --ignore-eos > "$dir/a" 2> "$dir/err"
+grep -q "prefill 3 tokens" "$dir/err"
+check "and is read before a text" "$dir/err"
+grep -qE '^a b( [^ ]+){3}$' "$dir/a"
+check "a space before each word that follows" "$dir/a"
+"$mamba" "$dir/m.bin" "" -n 3 -t 0 --ignore-eos > "$dir/a" 2> "$dir/err"
+grep -qE '^[^ ]+( [^ ]+){2}$' "$dir/a"
+check "but none at the start of a text" "$dir/a"
+"$mamba" "$dir/m.bin" "a b" -n 0 --no-bos 2>&1 | grep -q "prefill 2 tokens"
+check "--no-bos for a text"
 
 # --- memory: a long prompt takes no more than a short one
 if [ "$everything" = all ]; then

@@ -772,6 +772,64 @@ class Tokenizers(Case):
             json.load(open(os.path.join(back, "tokenizer_config.json")))["eos_token"],
             "<|endoftext|>")
 
+    def test_tokenizer_json_comes_back_byte_for_byte(self):
+        s = Sizes(V=264)
+        self.checkpoint(s, {**hf_config(s), "eos_token_id": 260})
+        table = tokenizer_json(MERGES)
+        table.update(truncation={"max_length": 9}, padding={"pad_id": 0})
+        table["added_tokens"].append(dict(table["added_tokens"][0], id=999))
+        text = json.dumps(table, indent=3, ensure_ascii=True) + " \n\n"
+        with open(os.path.join(self.src, "tokenizer.json"), "w") as f:
+            f.write(text)
+        status, said = self.run_main(self.src, self.bin)
+        self.assertEqual(status, 0)
+        for word in ("truncation", "padding", "keeps id 260"):
+            self.assertIn(word, said)
+        back = os.path.join(self.dir, "back")
+        self.good("--to-hf", self.bin, back)
+        self.assertEqual(open(os.path.join(back, "tokenizer.json")).read(), text)
+
+    def test_no_tokenizer(self):
+        s = Sizes(V=64)
+        self.checkpoint(s)
+        self.good(self.src, self.bin, "--tokenizer", "none")
+        self.assertEqual(read_model(self.bin, s)[1], b"")
+        back, again = os.path.join(self.dir, "back"), os.path.join(self.dir, "again.bin")
+        self.good("--to-hf", self.bin, back)
+        self.assertFalse(os.path.exists(os.path.join(back, "tokenizer.json")))
+        self.good(back, again, "--tokenizer", "none")
+        self.assertEqual(open(self.bin, "rb").read(), open(again, "rb").read())
+        mamba = os.path.join(HERE, "..", "mamba")
+        if not os.path.exists(mamba):
+            self.skipTest("./mamba is not built")
+        run = lambda *a: subprocess.run([mamba, *a], capture_output=True, text=True)
+        self.assertIn("none, ids only", run("info", self.bin, "--verify").stdout)
+        self.assertEqual(len(run("logits", self.bin, "--tokens", "5,6", "--all").stdout.split("\n")), 3)
+        self.assertIn("no tokenizer", run("logits", self.bin, "a").stderr)
+        self.assertIn("no tokenizer", run("tokenize", self.bin).stderr)
+
+    def test_vocab_txt(self):
+        s = Sizes(V=11)
+        self.checkpoint(s)
+        path = os.path.join(self.src, "vocab.txt")
+        with open(path, "w") as f:
+            f.write("\n".join("<unk> <pad> <mask> <cls> A T C G N <eos> <bos>".split()))
+        config = {"tokenizer_class": "EsmTokenizer", "cls_token": "<cls>", "eos_token": "<eos>"}
+        write(os.path.join(self.src, "tokenizer_config.json"), config)
+        status, said = self.run_main(self.src, self.bin)
+        self.assertEqual(status, 0)
+        self.assertIn("<eos> is not put after a prompt", said)
+        blob = read_model(self.bin, s)[1]
+        self.assertEqual(struct.unpack_from("<3I", blob, 4), (2, 3, 4096))
+        self.assertEqual(struct.unpack_from("<2i", blob, 32), (3, 0))
+        self.good(path, os.path.join(self.dir, "alone.bin"))
+        for change, word in (({"tokenizer_class": "BertTokenizer"}, "WordPiece"),
+                             ({"tokenizer_class": "SomeTokenizer"}, "SomeTokenizer")):
+            write(os.path.join(self.src, "tokenizer_config.json"), {**config, **change})
+            self.bad(word, arguments=(self.src, self.bin))
+        os.remove(os.path.join(self.src, "tokenizer_config.json"))
+        self.assertIn("longest token first", self.run_main(self.src, self.bin)[1])
+
     def test_end_of_text_of_the_reference_layout(self):
         s = Sizes(E=12, V=264)
         self.checkpoint(s, reference_config(s), reference_names(weights(s)))

@@ -312,6 +312,49 @@ static void test_batches(const char *file) {
     session_close(&x);
 }
 
+// The states of the last norm, from ids and from rows, against transformers; the logits of rows
+// that are the embeddings of ids against those of the ids.
+static void test_hidden(const char *model, const char *file) {
+    char path[96], name[96];
+    snprintf(path, sizeof path, "tests/%s.gold", model);
+    if (!golden_open(path)) return;
+    Session x = test_session(file, 2);
+    const Model *m = x.model;
+    int L;
+    int32_t *ids = golden_ids(&L);
+    const size_t D = (size_t)m->config.D, V = (size_t)m->config.V;
+    const Golden *want = golden_get("xn_f"), *logits = golden_get("logits");
+    float *rows = alloc_aligned((size_t)L * D * sizeof *rows);
+    TEAM(embed(rows, ids, &m->embedding, L))
+    for (int by_rows = 0; by_rows < 2; by_rows++) {
+        Collected all = {alloc_aligned((size_t)L * D * sizeof(float)), 0, D};
+        mamba_state_reset(m, x.state);
+        bool good = mamba_hidden(m, x.acts, x.state, by_rows ? NULL : ids, rows, (size_t)L, collect,
+                                 &all) == 0;
+        snprintf(name, sizeof name, "%s hidden states of %s", model, by_rows ? "rows" : "ids");
+        good = check_floats(name, all.all, want->data, want->n, 1e-5) && good;
+        check_floats("and the logits after them", x.state->logits, logits->data + (L - 1) * V, V,
+                     1e-5);
+        expect(good && all.n == (size_t)L && x.state->position == (uint64_t)L, "all are read");
+        free_aligned(all.all);
+    }
+    Collected all = {alloc_aligned(logits->n * sizeof(float)), 0, V};
+    mamba_state_reset(m, x.state);
+    mamba_prefill_rows(m, x.acts, x.state, rows, (size_t)L / 2, collect, &all);
+    mamba_prefill_rows(m, x.acts, x.state, rows + (size_t)L / 2 * D, (size_t)L - (size_t)L / 2,
+                       collect, &all);
+    snprintf(name, sizeof name, "%s logits of rows, in two parts", model);
+    check_floats(name, all.all, logits->data, logits->n, 1e-5);
+    rows[D] = NAN;
+    expect(mamba_prefill_rows(m, x.acts, x.state, rows, 2, NULL, NULL) == -1 &&
+               strstr(error_text, "number 0 of row 1") && x.state->position == (uint64_t)L,
+           "a row that is not finite is refused");
+    FREE_ALIGNED(all.all, rows);
+    free(ids);
+    session_close(&x);
+    golden_close();
+}
+
 static void test_model(void) {
     test_batches("tests/odd.bin");
     test_batches("tests/falcon.bin");
@@ -324,6 +367,9 @@ static void test_model(void) {
     test_golden_model("plain", "tests/plain.bin");
     test_golden_model("layernorm", "tests/layernorm.bin");
     test_golden_model("tales", "models/tales.bin");
+    test_hidden("odd", "tests/odd.bin");
+    test_hidden("falcon", "tests/falcon.bin");
+    test_hidden("layernorm", "tests/layernorm.bin");
     test_splits("tests/odd.bin");
     test_splits("tests/falcon.bin");
     test_splits("tests/plain.bin");

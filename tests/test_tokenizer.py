@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -23,6 +24,8 @@ DRIVER = r"""
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 static char message[512];
 static int fail(const char *format, ...) {
     va_list list;
@@ -540,7 +543,7 @@ def is_utf8(data):
 
 def decoded(library, data, ids):
     """The library's text of ids. In a run of <0xNN> that is not UTF-8 as a whole, tokenizer.c keeps
-    the characters that are (see its section 9): there, the run is cut, and the library decodes
+    the characters that are (see its section 7): there, the run is cut, and the library decodes
     each part after a letter, which keeps a part from being the start of a text."""
     byte_of = {i: int(token[3:5], 16) for token, i in data["model"]["vocab"].items()
                if len(token) == 6 and token.startswith("<0x") and "Fallback" in str(data["decoder"])}
@@ -628,7 +631,11 @@ def compare(name, data, args, rng, texts, program, export, count):
     back = export.tokenizer_json(blob)
     round_trip = Tokenizer.from_str(json.dumps(back))
     count.check(export.tokenizer_blob(back) == blob, "%s: blob -> tokenizer.json -> blob" % name)
-    driver = Driver(program, blob)
+    source = json.dumps(data, indent=1).encode("utf-8")
+    longer = export.tokenizer_blob(data, source=source)
+    count.check(export.tokenizer_source(longer) == source and export.tokenizer_source(blob) is None
+                and export.tokenizer_json(longer) == back, "%s: the file itself is kept" % name)
+    driver = Driver(program, rng.choice([blob, longer]))
     specials = [t["content"] for t in data["added_tokens"]]
     known = sorted(i for i in library.get_vocab().values())
     before = count.failed
@@ -821,6 +828,68 @@ def check_errors(program, export, count):
     refused("added_tokens[0].content", added_tokens=[added(256, "")])
 
 
+ODD_VALUES = [None, True, False, 0, 1, -1, 0.5, 1 << 40, "", "a", " ", "\u2581", "\ud800", "Sequence",
+              "ByteLevel", "Metaspace", [], {}, [[]], [None], {"type": "Sequence"}, {"type": 5},
+              {"String": " "}, {"Regex": ""}, ["a", "b"]]
+
+
+def damaged(data, rng):
+    """A copy of a tokenizer.json with one thing changed, removed, doubled or exchanged."""
+    data = json.loads(json.dumps(data))
+    places = []
+
+    def walk(node, depth):
+        items = list(node.items() if isinstance(node, dict) else enumerate(node))
+        if len(items) > 12:                              # the vocabulary, the merges
+            items = rng.sample(items, 12)
+        for key, child in items:
+            places.append((depth, node, key))
+            if isinstance(child, (dict, list)):
+                walk(child, depth + 1)
+
+    walk(data, 0)
+    _, node, key = rng.choice(places)
+    roll = rng.randrange(6)
+    if roll == 0:
+        del node[key]
+    elif roll == 1 and isinstance(node, list):
+        node.append(node[key])
+    elif roll == 2:
+        _, other, where = rng.choice(places)
+        node[key] = json.loads(json.dumps(other[where]))
+    elif roll == 3 and isinstance(node, dict):
+        node[rng.choice(["type", "id", "extra", "content"])] = node.pop(key)
+    else:
+        node[key] = rng.choice(ODD_VALUES)
+    return data
+
+
+def check_damaged(made, times, rng, program, export, count):
+    """Each damaged tokenizer.json gets a sentence, or a blob that tokenizer.c opens."""
+    refused = opened = 0
+    for _ in range(times):
+        name, data = rng.choice(made)
+        data = damaged(data, rng)
+        what = "a damaged %s: " % name
+        try:
+            blob = export.tokenizer_blob(data)
+        except export.ExportError as error:
+            refused += 1
+            count.check(len(str(error)) > 20 and "\n" not in str(error), what + str(error))
+            continue
+        except Exception as error:
+            count.check(False, what + repr(error), json.dumps(data)[:300])
+            continue
+        opened += 1
+        try:
+            export.tokenizer_json(blob)
+            Driver(program, blob).close()
+            count.check(True, what)
+        except (ValueError, RuntimeError, export.ExportError) as error:
+            count.check(False, what + str(error))
+    print("%d damaged tokenizer.json: %d refused, %d opened" % (times, refused, opened))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -831,11 +900,13 @@ def main():
                         help="tokenizer.json files (default: those of ../shared)")
     parser.add_argument("--count", type=int, default=100000,
                         help="random strings per tokenizer.json (default 100000)")
-    parser.add_argument("--made-count", type=int, default=None,
-                        help="and per made tokenizer (default: a fifth)")
+    parser.add_argument("--made-count", type=int, default=1000,
+                        help="and per made tokenizer (default 1000)")
+    parser.add_argument("--damaged", type=int, default=1000,
+                        help="damaged tokenizer.json files (default 1000)")
     parser.add_argument("--seed", type=int, default=1, help="default 1")
-    parser.add_argument("--only", metavar="TEXT", default="",
-                        help="only the made tokenizers whose name holds this text")
+    parser.add_argument("--only", metavar="REGEX", default="",
+                        help="only the made tokenizers in whose name this is found")
     parser.add_argument("--command", metavar="MAMBA",
                         help="also check this program's `tokenize` command, such as ./mamba")
     parser.add_argument("--cflags", default="",
@@ -869,11 +940,13 @@ def main():
             compare(name, data, args, rng, texts, program, export, count)
             if args.command:
                 check_command(args.command, name, data, rng, texts, export, count)
-        args.count = args.count // 5 if args.made_count is None else args.made_count
+        args.count = args.made_count
         made = made_tokenizers(rng) + [("plant-dnamamba, %d-mers" % k, kmers(export, k))
                                        for k in (1, 3, 6)]
+        if not args.only:
+            check_damaged(made, args.damaged, rng, program, export, count)
         for name, data in made:
-            if args.only not in name:
+            if not re.search(args.only, name):
                 continue
             compare("made: " + name, data, args, rng, texts, program, export, count)
     print("%d passed, %d failed, %d skipped" % (count.passed, count.failed, count.skipped))

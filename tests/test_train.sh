@@ -189,6 +189,66 @@ printf '\377\376\010\233\200\377\376\010\233' > sound # no text: any bytes can b
 "$mamba" train -o sound.bin --data sound --data text --steps 1 --length 20 --d-model 8 --layers 1 \
     2> err && ok "bytes that begin like UTF-16" || bad "bytes that begin like UTF-16" "$(cat err)"
 
+# --- documents: the loss and the gradient of a row are those of the document alone
+printf 'Once there was a cat. Q: what? A: a mouse.<|endoftext|>' > d1
+printf 'The dog ran home, Q: who? A: the dog did, and it slept.<|endoftext|>' > d2
+printf 'A bird. Q: where? A: in a tree.<|endoftext|>' > d3
+cat d1 d2 d3 > docs
+for d in 1 2 3; do # what the model of --from makes of each, by eval
+    "$mamba" eval tales.bin d$d 2> /dev/null | awk '/predicted/ { n = substr($3, 2) }
+        /mean_nll/ { printf "%.4f\n", $2; }'
+done | sort > by_eval
+one="--from tales.bin --documents --lr 0 --min-lr 0 --batch 1 --length 64 --held-out 0"
+"$mamba" train -o docs.bin --data docs $one --steps 40 2> err
+grep -q "3 documents, 3 rows" err && ok "documents end with their end-of-text token" \
+    || bad "documents" "$(cat err)"
+sed 1d docs.bin.csv | cut -d, -f4 | awk '{ printf "%.4f\n", $1 }' | sort -u > by_train
+same_file "--documents: the loss of a row is that of its document alone" by_train by_eval
+"$mamba" train -o files.bin --data d1 --data d2 --data d3 $one --steps 40 2> err
+sed 1d files.bin.csv | cut -d, -f4 | awk '{ printf "%.4f\n", $1 }' | sort -u > by_train
+same_file "documents end with their file" by_train by_eval
+for d in 1 2 3; do
+    "$mamba" train -o alone$d.bin --data d$d $one --steps 1 2> err
+    sed 1d alone$d.bin.csv | cut -d, -f4,7
+done | sort > alone
+sed 1d docs.bin.csv | cut -d, -f4,7 | sort -u > together
+same_file "its gradient has the length of that of the document alone" together alone
+"$mamba" train -o padded.bin --data d1 $one --steps 1 --length 200 2> err # more of it is masked
+awk -v a="$(sed -n 2p padded.bin.csv | cut -d, -f7)" -v b="$(sed -n 2p alone1.bin.csv |
+    cut -d, -f7)" 'BEGIN { d = a - b; exit !(a > 0 && d < 2e-4 * a && d > -2e-4 * a) }' \
+    && ok "what is masked adds nothing" || bad "what is masked" "$(cat padded.bin.csv)"
+"$mamba" train -o pieces.bin --data d2 $one --steps 30 --length 8 2> err
+grep -q "1 documents, 3 rows" err && ok "a long document is cut into pieces" \
+    || bad "a long document" "$(cat err)"
+for d in 1 2 3; do # the losses after "A:" alone, from those of each token
+    "$mamba" tokenize tales.bin d$d > ids
+    "$mamba" eval tales.bin d$d --each 2> /dev/null > nlls
+    k=0 text="" # the first token that begins after "A:"
+    while read -r id; do
+        case $text in *"A:"*) break ;; esac
+        text=$text$(echo "$id" | "$mamba" tokenize tales.bin --decode)
+        k=$((k + 1))
+    done < ids
+    tail -n +$k nlls | awk '{ s += $1 } END { printf "%.4f\n", s / NR }'
+done | sort > by_eval
+"$mamba" train -o mask.bin --data docs $one --steps 40 --mask-until "A:" 2> err
+sed 1d mask.bin.csv | cut -d, -f4 | awk '{ printf "%.4f\n", $1 }' | sort -u > by_train
+same_file "--mask-until: only what follows counts" by_train by_eval
+printf 'no answer here<|endoftext|>' > d4
+"$mamba" train -o mask4.bin --data docs --data d4 $one --steps 2 --mask-until "A:" 2> err
+grep -q "does not occur in 1 documents" err && ok "a document without it is left out, and counted" \
+    || bad "a document without it" "$(cat err)"
+fails "a mask that occurs nowhere" "occurs in no document" -o x.bin --data d4 $one --mask-until "A:"
+fails "a mask without documents" "--documents" -o x.bin --data docs --mask-until "A:"
+fails "documents of a task" "--task" -o x.bin --task copying --documents
+"$mamba" train -o heldd.bin --data docs ${one% --held-out 0} --held-out-data d1 --steps 3 2> err
+awk -v a="$(tail -n 1 heldd.bin.csv | cut -d, -f5)" -v b="$(sed -n 2p alone1.bin.csv |
+    cut -d, -f4)" 'BEGIN { d = a - b; exit !(a > 0 && d < 1e-4 && d > -1e-4) }' \
+    && ok "held-out documents" || bad "held-out documents" "$(cat heldd.bin.csv err)"
+"$mamba" train -o docs.bin --resume --steps 50 2> err
+grep -q "cosine" err && ok "documents and settings" || bad "documents and settings" "$(cat err)"
+fails "documents differ" "documents 3 in 3 rows" -o docs.bin --resume --mask-until "A:"
+
 # --- a held-out file: a run on the rest of the text is, to the bit, the run that holds out as much
 # at its end
 bytes=$(wc -c < text) held=$(($(wc -c < text) / 10))
