@@ -60,7 +60,8 @@ INLINE void dots_of(vec *sums, const void *const *rows, const float *x, int n,
                 a[r] = pair_of_weights(w[r] + (size_t)i * bytes, c, type);
             UNROLLED_FOR (int g = 0; g < G; g++) {
                 vec xg = G == 1 ? pair_of_inputs(x, c, type != F32) : load(x + (c * G + g) * VL);
-                UNROLLED_FOR (int r = 0; r < R; r++) sum[r * G + g] += a[r] * xg;
+                UNROLLED_FOR (int r = 0; r < R; r++)
+                    sum[r * G + g] = MULTIPLY_ADD(sum[r * G + g], a[r], xg);
             }
         }
     }

@@ -100,15 +100,16 @@ INLINE void tile_dots(float *out, const TileDots *d, int bits, const int panels,
                         UNROLLED_FOR (int v = 0; v < vectors; v++) {
                             vec code = LANES_OF(vec, (ivec)(word[v] & code_mask(j, bits)));
                             UNROLLED_FOR (int g = 0; g < G; g++)
-                                sum[p][v][g] = multiply_add(
+                                sum[p][v][g] = MULTIPLY_ADD(
                                     sum[p][v][g], code, xs[g * tiles * TILE + i * (32 / bits) + j]);
                         }
                 }
             UNROLLED_FOR (int p = 0; p < panels; p++)
                 UNROLLED_FOR (int v = 0; v < vectors; v++)
                     UNROLLED_FOR (int g = 0; g < G; g++)
-                        total[p][v0 + v][g] +=
-                            load_scales(tile + p * pair_bytes, (v0 + v) * VL) * sum[p][v][g];
+                        total[p][v0 + v][g] = MULTIPLY_ADD(
+                            total[p][v0 + v][g], load_scales(tile + p * pair_bytes, (v0 + v) * VL),
+                            sum[p][v][g]);
         }
     for (int p = 0; p < panels; p++)
         for (int v = 0; v < TILE / VL; v++)

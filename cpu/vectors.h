@@ -138,13 +138,11 @@ INLINE void store_n(float *p, vec v, int n) {
 // sum + a b, fused where a float has a fused multiply-add. `sum += a * b` on single floats is up to
 // the compiler: gcc fuses it in one form of a loop and not in another, where it vectorizes products
 // and then adds them one by one. Two forms that must have the same bits use this.
-INLINE vec multiply_add(vec sum, vec a, float b) {
 #if VL == 1 && defined(FP_FAST_FMAF)
-    return fmaf(a, b, sum);
+#define MULTIPLY_ADD(sum, a, b) fmaf(a, b, sum)
 #else
-    return sum + a * b;
+#define MULTIPLY_ADD(sum, a, b) ((sum) + (a) * (b))
 #endif
-}
 
 // How many lanes a vector that starts at element `at` of `count` has.
 INLINE int lanes_left(int at, int count) { return count - at < VL ? count - at : VL; }

@@ -42,10 +42,10 @@ def main():
             struct.unpack_from("<Q", file, 104)[0]
         blob = file[256:256 + blob_bytes]
         head = file[:256] + blob
-        for choices in (7, 7 + 8, 7 + 16, 3):
+        for choices in (7, 7 + 8, 7 + 48, 7 + 32, 3):
             if len(head) < 20000:
                 seed("model", bytes([choices]) + head)
-        if len(file) < 200000:
+        if len(file) < 20000:
             seed("model", b"\x01" + file)
         if len(blob) < 65536:
             for text in TEXTS:
