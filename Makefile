@@ -82,8 +82,10 @@ CUDA_ALL   = sm_80 sm_86 sm_89 sm_90 sm_120
 CUDA_LIST := $(if $(filter all,$(CUDA_ARCH)),$(filter $(shell $(NVCC) --list-gpu-code \
                2>/dev/null),$(CUDA_ALL)) compute_90,$(CUDA_ARCH))
 CUDA_CODE := $(CUDA_LIST:sm_90=sm_90a)
-CUDA_GENCODE = $(foreach a,$(CUDA_CODE),-gencode \
-               arch=compute_$(patsubst compute_%,%,$(patsubst sm_%,%,$a)),code=$a)
+# Code for each, and its PTX, but for all, where one PTX is enough.
+CUDA_PTX   = $(if $(filter all,$(CUDA_ARCH)),,$(CUDA_CODE:sm_%=compute_%))
+CUDA_GENCODE = $(foreach a,$(sort $(CUDA_CODE) $(CUDA_PTX)),\
+               -gencode arch=$(a:sm_%=compute_%),code=$a)
 # nvcc compiles on all cores where it can: --threads=0 --split-compile=0.
 NVCC_CORES := $(shell $(NVCC) --help 2>/dev/null | \
                 sed -nE 's/^(--threads|--split-compile) .*/\1=0/p')

@@ -267,8 +267,9 @@ template <typename T, int CHANNELS, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS) scan_step(ScanArgs<T> p) {
     __shared__ float part[WARPS][32 * CHANNELS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, E = p.E, N = p.N,
-              e = (blockIdx.y * 32 + lane) * CHANNELS;
-    const size_t b = blockIdx.x;
+              chunks = (p.E + 32 * CHANNELS - 1) / (32 * CHANNELS),
+              e = (blockIdx.x % chunks * 32 + lane) * CHANNELS;
+    const size_t b = blockIdx.x / chunks;
     const bool live = e < E; // CHANNELS divides E
     float delta[CHANNELS], delta_u[CHANNELS], y[CHANNELS];
     if (live) {
@@ -311,7 +312,7 @@ __global__ void __launch_bounds__(32 * WARPS) scan_step(ScanArgs<T> p) {
 template <typename T, int CHANNELS, int WARPS>
 static cudaError_t scan_step_launch(Device *d, const ScanArgs<T> &p) {
     scan_step<T, CHANNELS, WARPS>
-        <<<dim3(p.B, (p.E + 32 * CHANNELS - 1) / (32 * CHANNELS)), 32 * WARPS, 0, d->stream>>>(p);
+        <<<p.B *((p.E + 32 * CHANNELS - 1) / (32 * CHANNELS)), 32 * WARPS, 0, d->stream>>>(p);
     return cudaGetLastError();
 }
 
@@ -1346,11 +1347,13 @@ static void generation_free(Generation *n);
 
 // A batch of more than THIN_MAX sequences reads a dense copy of quantised matrices, where memory
 // holds it: there arithmetic counts, not bytes. The copy stays. Without the memory nothing changes.
-template <class T> static void unpack_for_batches(Gpu *g) {
+template <class T> static void unpack_for_batches(Gpu *g, int spare) {
     size_t bytes = 0, free_bytes = 0, total = 0;
     for (const PackedPlace &p : g->packed) bytes += ((size_t)p.rows * p.cols + 128) * sizeof(T);
-    if (!g->unpacking.bits || cudaMemGetInfo(&free_bytes, &total) != cudaSuccess) return;
-    if (free_bytes < bytes + bytes / 2 + ((size_t)1 << 30)) return; // states need memory, too
+    if (!g->unpacking.bits) return;
+    free_bytes = free_memory(&total);
+    // States need memory, too. spare: how many times the copy must be free.
+    if (free_bytes < spare * bytes + bytes / 2 + ((size_t)1 << 30)) return;
     T *to = (T *)gpu_take(g, bytes);
     if (!to) return;
     for (const PackedPlace &p : g->packed) {

@@ -10,6 +10,7 @@ typedef struct { // of the command line; TRAIN_USAGE and the table of options sa
     double rate, min_rate, decay, clip, beta2, held_out;
     const char *mask_until;
     bool documents;
+    bool ids;                      // --data is token ids
     bool resume, force, log_given; // --log, or the name made from -o
     Text settings;                 // all options as words, each with a NUL after it
     long planned;                  // --steps as the run began with it
@@ -232,7 +233,8 @@ static int append_tokens(Training *t, const char *path) {
     int32_t *ids = NULL;
     char *text = read_utf8(path, &bytes);
     if (!text) return -1;
-    int bad = mamba_encode(t->model, text, bytes, &ids, &n);
+    int bad = t->o->ids ? read_ids(t->model, text, bytes, &ids, &n)
+                        : mamba_encode(t->model, text, bytes, &ids, &n);
     free(text);
     if (bad) return fail_in(path);
     int32_t *all = realloc(t->data, (t->n_data + n + 1) * sizeof *all);
@@ -684,6 +686,8 @@ static int command_train(int argc, char **argv) {
     const Option options[] = {
         OPTION_TEXT("-o", "FILE", &o.out, "the model to write"),
         OPTION_LIST("--data", "FILE", &o.data, "text to learn; up to 16 files"),
+        OPTION_SWITCH("--ids", &o.ids,
+                      "--data and --held-out-data are token ids, between spaces, commas or lines"),
         OPTION_TEXT("--tokenizer", "T", &o.tokenizer,
                     "bytes, a model.bin whose vocabulary to use, or a tokenizer file"),
         OPTION_TEXT("--task", "T", &o.task_name, "induction or copying instead of data"),

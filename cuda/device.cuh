@@ -138,6 +138,13 @@ static void *device_alloc(size_t bytes) { // NULL with a sentence
     return NULL;
 }
 
+static size_t pretended_memory; // for tests: this much is free; 0: what is
+static size_t free_memory(size_t *total) {
+    size_t free_bytes = 0;
+    if (cudaMemGetInfo(&free_bytes, total) != cudaSuccess) cudaGetLastError();
+    return pretended_memory ? std::min(pretended_memory, free_bytes) : free_bytes;
+}
+
 // Lays arrays out one after the other: without a base it measures, with one it sets pointers.
 struct Arena {
     char *base;

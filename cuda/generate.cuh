@@ -73,9 +73,12 @@ static int generation_open(Gpu *g) {
     Device *d = &g->device;
     const int S = g->at->S;
     const size_t s = (size_t)S, V = (size_t)c->V, P = (size_t)(c->R + 2 * c->N);
-    if (S > THIN_MAX) {
-        if (g->bf16_compute) unpack_for_batches<bf16>(g);
-        else unpack_for_batches<float>(g);
+    if (S > THIN_MAX || g->unpacking.bits == 8) {
+        // In 8 bits a text is 5 to 10% faster from the copy, by solo_kernel: worth it only where
+        // memory is plenty.
+        const int spare = S > THIN_MAX ? 1 : 4;
+        if (g->bf16_compute) unpack_for_batches<bf16>(g, spare);
+        else unpack_for_batches<float>(g, spare);
     }
     Generation *n = new Generation();
     DrawArgs *a = &n->draw;

@@ -232,11 +232,11 @@ template <class T, int V>
 __global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, float *window,
                                    const float *__restrict__ conv_t, const float *__restrict__ bias,
                                    int L, int E, int K, int steps, int tiles) {
-    // x, which alone takes 2^31 blocks: tiles of time of all sequences; y: channels.
-    const int tile = blockIdx.x % tiles, e = (blockIdx.y * blockDim.x + threadIdx.x) * V,
-              t0 = tile * steps;
+    // Channels first: neighbouring blocks share rows. All in x, which alone takes 2^31 blocks.
+    const int chunks = (E / V + (int)blockDim.x - 1) / (int)blockDim.x, rest = blockIdx.x / chunks,
+              e = (blockIdx.x % chunks * blockDim.x + threadIdx.x) * V, t0 = rest % tiles * steps;
     if (e >= E) return;
-    size_t b = blockIdx.x / tiles;
+    size_t b = rest / tiles;
     const T *x = xz + b * L * 2 * E + e;
     float *before = window ? window + b * (K - 1) * E + e : NULL;
     u += b * L * E + e;
@@ -309,8 +309,8 @@ __global__ void conv1d_silu_step_kernel(T *__restrict__ u, float *__restrict__ w
                                         const T *__restrict__ xz, const float *__restrict__ conv_t,
                                         const float *__restrict__ bias, int E, int K) {
     typedef Group<float, V> Floats;
-    int e = (blockIdx.y * blockDim.x + threadIdx.x) * V;
-    size_t s = blockIdx.x;
+    int e = (blockIdx.x * blockDim.x + threadIdx.x) * V;
+    size_t s = blockIdx.y; // at most GPU_PIECE
     if (e >= E) return;
     float *w = window + s * (K - 1) * E + e;
     const Group<T, V> *in = (const Group<T, V> *)(xz + s * 2 * E + e);
@@ -356,11 +356,11 @@ template <class T> static void conv1d_silu(Device *d, const ConvArgs<T> &p) {
     auto of_text = pair == 2 ? conv1d_silu_kernel<T, 2> : conv1d_silu_kernel<T, 1>;
     auto of_token = E % 4 == 0 ? conv1d_silu_step_kernel<T, 4> : conv1d_silu_step_kernel<T, 1>;
     if (p.L == 1 && p.window) {
-        dim3 grid((unsigned)p.B, blocks_for((size_t)E / (E % 4 == 0 ? 4 : 1), 128));
+        dim3 grid(blocks_for((size_t)E / (E % 4 == 0 ? 4 : 1), 128), (unsigned)p.B);
         launch_dependent(d, of_token, grid, 128, 0, p.u, p.window, p.xz, p.conv_t, p.bias, E, p.K);
     } else {
         const unsigned tiles = blocks_for((size_t)p.L, (size_t)steps);
-        dim3 grid(tiles * (unsigned)p.B, blocks_for((size_t)E / pair, 128));
+        dim3 grid(tiles * (unsigned)p.B * blocks_for((size_t)E / pair, 128));
         launch_dependent(d, of_text, grid, 128, 0, p.u, p.xz, p.window, p.conv_t, p.bias, p.L, E,
                          p.K, steps, (int)tiles);
         if (p.L > 1 && p.window && p.K > CONV_TAPS)
@@ -487,12 +487,12 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
                                             const T *__restrict__ d_u, const T *__restrict__ xz,
                                             const float *__restrict__ conv_t,
                                             const float *__restrict__ bias, int L, int E, int K) {
-    // x: tiles of time of all sequences; y: channels, as in the forward.
-    const int tiles = (L + CONV_BACK - 1) / CONV_BACK, tile = blockIdx.x % tiles,
-              e = (blockIdx.y * blockDim.x + threadIdx.x) * V, t0 = tile * CONV_BACK,
-              t1 = min(t0 + CONV_BACK, L);
+    const int chunks = (E / V + (int)blockDim.x - 1) / (int)blockDim.x, // as in the forward
+        rest = blockIdx.x / chunks, tiles = (L + CONV_BACK - 1) / CONV_BACK,
+              e = (blockIdx.x % chunks * blockDim.x + threadIdx.x) * V,
+              t0 = rest % tiles * CONV_BACK, t1 = min(t0 + CONV_BACK, L);
     if (e >= E) return;
-    const size_t b = blockIdx.x / tiles;
+    const size_t b = rest / tiles;
     const T *x = xz + b * L * 2 * E + e, *d = d_u + b * L * E + e;
     T *d_x = d_xz + b * L * 2 * E + e;
     Group<float, 1> tap[V][MAX_TAPS], past[V][MAX_TAPS], start[V];
@@ -548,7 +548,7 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
 #pragma unroll 4
     for (; t < t1; t++) step(t, true, true, true);
     for (; t < t1 + K - 1; t++) step(t, false, t < L, t - (K - 1) >= t0);
-    float *to = partial + (size_t)blockIdx.x * (K + 1) * E + e;
+    float *to = partial + (size_t)rest * (K + 1) * E + e;
 #pragma unroll
     for (int v = 0; v < V; v++) {
 #pragma unroll

@@ -6,13 +6,6 @@
 
 enum { PIECE_LEAST = 256 }; // tokens
 
-static size_t pretended_memory; // for tests: this much is free; 0: what is
-static size_t free_memory(size_t *total) {
-    size_t free_bytes = 0;
-    if (cudaMemGetInfo(&free_bytes, total) != cudaSuccess) cudaGetLastError();
-    return pretended_memory ? std::min(pretended_memory, free_bytes) : free_bytes;
-}
-
 // The tokens of a piece and the rows of logits: those of a large GPU, or fewer. Quantised models
 // are for small ones. 0, or -1 with a sentence.
 template <class T> static int fit_pieces(Gpu *g, const Model *m) {

@@ -53,6 +53,8 @@ __global__ void __launch_bounds__(32 * THIN_WARPS)
                   int I) {
     constexpr int COLS = 8 * NT, PITCH = COLS + 1, WORDS = BITS / 4,
                   BYTES = 2 * TILE + BITS * TILE * TILE / 8;
+    // Which is faster: doc/SPEED.md.
+    constexpr bool ROTATES = !STAGED || BITS == 8;
     extern __shared__ float sums[]; // (THIN_WARPS, 16, PITCH), then the squares (THIN_WARPS, 16)
     float *squares = sums + THIN_WARPS * 16 * PITCH;
     uint4 *staged = (uint4 *)(squares + THIN_WARPS * 16); // (S, inputs of the block / 8)
@@ -62,35 +64,33 @@ __global__ void __launch_bounds__(32 * THIN_WARPS)
     int step = steps * part / parts;
     // Where the lane reads in a tile: words of row `row` on, scales of its columns of the product.
     const int row = NT == 4 ? 4 * s : o0 % TILE + s, column = NT == 4 ? 8 * j : o0 % TILE + 2 * j;
-    const unsigned char *tiles = W + ((size_t)(o0 / TILE) * steps + step) * BYTES;
+    const unsigned char *tiles = W + ((size_t)(o0 / TILE) * steps + step) * BYTES; // from `step` on
     float c[NT][4] = {}, square[2] = {};
     Codes<BITS> w[AHEAD][NT];
     uint32_t scale[AHEAD][NT];
-    auto load_weights = [&]() { // of the next AHEAD tiles
+    auto load_tile = [&](int i, int ahead) { // tile step + ahead to place i
+        const unsigned char *tile = tiles + ahead * BYTES;
+        const uint32_t *words = (const uint32_t *)(tile + 2 * TILE) + row;
+        const bool inside = step + ahead < end;
+        if constexpr (NT == 4) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const unsigned char *tile = tiles + (size_t)i * BYTES;
-            const uint32_t *words = (const uint32_t *)(tile + 2 * TILE) + row;
-            const bool inside = step + i < end;
-            if constexpr (NT == 4) {
-#pragma unroll
-                for (int k = 0; k < WORDS; k++) {
-                    uint4 v = inside ? __ldcs((const uint4 *)(words + (WORDS * j + k) * TILE))
-                                     : make_uint4(0, 0, 0, 0);
-                    w[i][0].word[k] = v.x, w[i][1].word[k] = v.y, w[i][2].word[k] = v.z,
-                    w[i][3].word[k] = v.w;
-                }
-                uint4 v = inside ? *(const uint4 *)(tile + 2 * column) : make_uint4(0, 0, 0, 0);
-                scale[i][0] = v.x, scale[i][1] = v.y, scale[i][2] = v.z, scale[i][3] = v.w;
-            } else {
-#pragma unroll
-                for (int k = 0; k < WORDS; k++)
-                    w[i][0].word[k] = inside ? __ldcs(words + (WORDS * j + k) * TILE) : 0;
-                scale[i][0] = inside ? *(const uint32_t *)(tile + 2 * column) : 0;
+            for (int k = 0; k < WORDS; k++) {
+                uint4 v = inside ? __ldcs((const uint4 *)(words + (WORDS * j + k) * TILE))
+                                 : make_uint4(0, 0, 0, 0);
+                w[i][0].word[k] = v.x, w[i][1].word[k] = v.y, w[i][2].word[k] = v.z,
+                w[i][3].word[k] = v.w;
             }
+            uint4 v = inside ? *(const uint4 *)(tile + 2 * column) : make_uint4(0, 0, 0, 0);
+            scale[i][0] = v.x, scale[i][1] = v.y, scale[i][2] = v.z, scale[i][3] = v.w;
+        } else {
+#pragma unroll
+            for (int k = 0; k < WORDS; k++)
+                w[i][0].word[k] = inside ? __ldcs(words + (WORDS * j + k) * TILE) : 0;
+            scale[i][0] = inside ? *(const uint32_t *)(tile + 2 * column) : 0;
         }
     };
-    load_weights();
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) load_tile(i, i);
     wait_for_input();
     // The inputs of the block: of all its warps.
     const int begin = steps * (int)(blockIdx.y * THIN_WARPS) / parts * TILE,
@@ -138,9 +138,12 @@ __global__ void __launch_bounds__(32 * THIN_WARPS)
                 c[n][0] += s0 * sum[0], c[n][1] += s1 * sum[1];
                 if (!STAGED) c[n][2] += s0 * sum[2], c[n][3] += s1 * sum[3];
             }
+            if (ROTATES) load_tile(i, AHEAD + i); // AHEAD tiles are always on the way
         }
-        step += AHEAD, tiles += (size_t)AHEAD * BYTES;
-        if (step < end) load_weights();
+        step += AHEAD, tiles += AHEAD * BYTES;
+        if (!ROTATES && step < end)
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) load_tile(i, i);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {

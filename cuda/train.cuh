@@ -295,7 +295,7 @@ static void conv1d_silu_backward(GpuTrainer *x, T *d_xz, float *d_conv, float *d
     Device *d = &x->device;
     int E = x->config.E, K = x->config.K, tiles = x->B * ((x->L + CONV_BACK - 1) / CONV_BACK);
     int V = E % 2 == 0 && K <= 4 ? 2 : 1;
-    dim3 grid((unsigned)tiles, blocks_for((size_t)E / V, 128));
+    dim3 grid((unsigned)tiles * blocks_for((size_t)E / V, 128));
     auto kernel = K > 4    ? conv1d_silu_backward_kernel<T, 16, 1>
                   : V == 2 ? conv1d_silu_backward_kernel<T, 4, 2>
                            : conv1d_silu_backward_kernel<T, 4, 1>;

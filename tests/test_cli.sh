@@ -243,6 +243,13 @@ same "--no-special: a special token is text" "$(for how in "" --no-special; do
     # shellcheck disable=SC2086
     "$mamba" $model "a<|endoftext|>b" -n 0 $how 2>&1 | sed 's/.*prefill \([0-9]*\).*/\1/'
 done | tr '\n' ' ')" "3 5 "
+"$mamba" tokenize $model README.md > "$dir/train.ids"
+train="train --from $model --steps 1 --batch 1 --length 16"
+# shellcheck disable=SC2086
+"$mamba" $train -o "$dir/by.text" --data README.md > /dev/null 2> "$dir/err" &&
+    "$mamba" $train -o "$dir/by.ids" --data "$dir/train.ids" --ids > /dev/null 2> "$dir/err"
+check "train on ids" "$dir/err"
+same_file "is train on their text" "$dir/by.ids" "$dir/by.text"
 fails "an id that the model does not know" "knows 0 to 2047" $model --tokens 1,9999
 fails "text where ids are wanted" "byte 2" $model "5 x" --ids
 fails "--ids with a stop string" "--stop" $model "5" --ids --stop x

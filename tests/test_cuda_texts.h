@@ -307,13 +307,18 @@ static void check_gpu_nll(bool four_bits) {
 
 static void test_cuda_packed(void) {
     static const int sequences[] = {1, 3, 16, 17, 40};
-    for (int k = 0; k < 9; k++)
-        for (int four_bits = 0; four_bits < 2; four_bits++)
-            check_gpu_packed(STEP_SHAPES[k].name, &STEP_SHAPES[k].config, four_bits,
-                             sequences[k % COUNT(sequences)]);
-    for (int k = 0; k < COUNT(sequences); k++)
-        for (int four_bits = 0; four_bits < 2; four_bits++)
-            check_gpu_packed(STEP_SHAPES[3].name, &STEP_SHAPES[3].config, four_bits, sequences[k]);
+    for (int little = 0; little < 2; little++) { // memory: no dense copy is made
+        GPU->pretend("memory", little ? 1000 : 0);
+        for (int k = 0; k < 9; k++)
+            for (int four_bits = 0; four_bits < 2; four_bits++)
+                check_gpu_packed(STEP_SHAPES[k].name, &STEP_SHAPES[k].config, four_bits,
+                                 sequences[k % COUNT(sequences)]);
+        for (int k = 0; k < COUNT(sequences); k++)
+            for (int four_bits = 0; four_bits < 2; four_bits++)
+                check_gpu_packed(STEP_SHAPES[3].name, &STEP_SHAPES[3].config, four_bits,
+                                 sequences[k]);
+    }
+    GPU->pretend("memory", 0);
     Config head = SHAPE(64, 1, 20011, 128, 16, 4, 4, FLAG_CONV_BIAS); // unpacked in parts
     check_gpu_packed("a large head", &head, true, 1);
     check_gpu_packed("a large head", &head, false, 20);

@@ -41,8 +41,8 @@ for level in base avx2 avx512; do
     check "the greedy story, $level" $?
 done
 
-"$native" models/story.bin "Grüße, 世界 🐍" -n 0 > "$work/want" 2> "$work/err"
-run models/story.bin "Grüße, 世界 🐍" -n 0 > "$work/got"
+"$native" models/story.bin "Grüße, 世界 🐍" -n 1 -t 0 > "$work/want" 2> "$work/err"
+run models/story.bin "Grüße, 世界 🐍" -n 1 -t 0 > "$work/got"
 same && grep -q "世界 🐍" "$work/got"
 check "arguments beyond ASCII" $?
 
