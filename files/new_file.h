@@ -191,7 +191,7 @@ static int write_pieces(const char *path, const Piece *piece, int n) {
     NewFile w;
     if (new_file_open(&w, path, false)) return -1;
     for (int i = 0; i < n; i++)
-        if (fwrite(piece[i].data, 1, piece[i].bytes, w.f) != piece[i].bytes) {
+        if (piece[i].bytes && fwrite(piece[i].data, 1, piece[i].bytes, w.f) != piece[i].bytes) {
             fail("cannot write %s: %s", path, strerror(errno));
             new_file_discard(&w);
             return -1;

@@ -289,9 +289,9 @@ shows "/read FILE" "> /read $dir/read
 $one
 >"
 keys C-l
-keys "/read $dir/none" Enter
-shows "/read of nothing" "> /read $dir/none
-mamba: $dir/none: No such file or directory
+keys "/read models/none" Enter
+shows "/read of nothing" "> /read models/none
+mamba: models/none: No such file or directory
 >"
 keys C-l
 keys "/set t hot" Enter "/set x 1" Enter "/seed 7" Enter "/seed" Enter "/quot" Enter
