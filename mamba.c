@@ -40,15 +40,15 @@
 
    GLOSSARY. A single capital letter is a size, its lower-case letter the index over it. Arrays are
    row-major, with the shape in parentheses. Whatever the weights are stored as, the model computes
-   in float32; only sums of losses and of squares over many numbers are double.
+   in float32. Some long sums are double: losses, the gradient's norm, the sampler's.
      B  sequences of a pass           index b      D  d_model, width of the residual stream     d
      L  tokens of a sequence                t      E  d_inner, channels of the SSM              e
-     T  rows of a pass, B L                 t      N  d_state, states of a channel              n
+     T  rows of a pass, B * L               t      N  d_state, states of a channel              n
      V  vocabulary, rows of the embedding   v      K  d_conv, taps of the convolution           k
      R  dt_rank, width of dt_low            r      P  = R + 2 N, the width of x_proj's output
      O, I  outputs and inputs of a matrix          n_layer  layers, index `layer`
      ld_x  distance between rows of x, where they are not side by side
-     res (T,D)     residual stream                 xn (T,D)  res after RMSNorm
+     res (T,D)     residual stream                 xn (T,D)  res after the norm
      xz (T,2E)     in_proj's output [x | z]        u (T,E)   silu(conv(x)), the scan's input
      xdb (T,P)     x_proj's output [dt_low (R) | B_ssm (N) | C_ssm (N)]
      delta (T,E)   softplus(dt_proj(dt_low) + dt_bias): the step size, how far a token is let in
@@ -59,19 +59,20 @@
                    and in files: channels side by side fill a vector register
      window (K-1,E)  the last inputs of the convolution
      y (T,E)       sum over n of C_ssm h, plus D_skip u        g (T,E)  y silu(z)
-     d_x           the gradient of the loss by x, d_h that by h. Gradients of weights are added to
+     d_x           the gradient of the loss with respect to x. Gradients of weights are added to
                    (+=). Those of activations are set (=), except d_res and d_u, which have two
                    sources
    Structs have short names where they are used: m a Model, c its Config, p the tensors of a Layer,
-   w one Tensor or the Work of a pass, a the Acts (all memory of a pass), s a State (in section 3 a
-   Scan), seq the LayerStates of the sequences, tr a Trainer, d what a backward pass writes.
+   w one Tensor or the Work of a pass, a the Acts (all memory of a pass), s a State, or a Scan
+   where the scan is called, seq the LayerStates of the sequences, tr a Trainer, d what a backward
+   pass writes.
    fail("...") keeps a sentence for mamba_error() and returns -1. An arena is one allocation that
-   holds many arrays. COLD ... COLD_END: runs once, so it is compiled for a short build.
+   holds many arrays. COLD ... COLD_END: runs once, so it is compiled at -O1: a short build.
 
    CONTENTS (at a first reading, skip what is marked *)
      1  Types: the config, the list of tensors, the model
      2  Plain operations, each with its backward pass: norms, matmul, loss, conv1d, gate
-     3  The scan: recurrence, parallel form, backward pass *
+     3  The scan: recurrence, parallel form *, backward pass *
      4  The model: one layer (block), all layers (forward), prefill and step
      5  Learning *: initial weights, loss and backward pass, AdamW
      6  Writing: sampling a token, the loop that writes text
@@ -111,7 +112,7 @@
 // 1 Types
 // The lists TENSORS_FIRST, _LAYER and _LAST say everything about a tensor. The struct Layer, the
 // layout of model.bin, the initial weights, the optimizer and the names in messages are made from
-// it. mamba_cuda.cu includes this section and nothing else of this file (MAMBA_TYPES_ONLY).
+// them. mamba_cuda.cu includes this section and nothing else of this file (MAMBA_TYPES_ONLY).
 
 typedef enum { F32, F16, BF16, Q8, Q4, N_TYPES } Type; // how matrices are stored
 enum { TILE = 32 };    // rows and columns of a tile of Q8 and Q4, see files/tensors.h
@@ -202,10 +203,10 @@ typedef struct {   // what one layer remembers of one sequence
 } LayerState;
 
 typedef struct {
-    float temperature;    // 0: the likeliest token
-    float top_p;          // keep the likeliest that together reach this probability; 1: all
-    int top_k;            // keep this many; 0: all
-    float min_p;          // drop what is less likely than this times the likeliest; 0: none
+    float temperature; // 0: the likeliest token
+    float top_p;       // of what top_k keeps, the likeliest that reach this part of its sum; 1: all
+    int top_k;         // keep this many; 0: all
+    float min_p;       // drop what is less likely than this times the likeliest; 0: none
     float repeat_penalty; // divides positive logits of the last RECENT tokens and multiplies
                           // negative ones; 1: none
 } Sampling;
@@ -482,7 +483,8 @@ OPERATION void matmul_backward(const MatmulGrad *d, const float *d_out, size_t l
 
 // --- cross-entropy
 
-// log(sum of exp(logits)), by one thread; the highest logit is taken out, so that exp stays finite.
+// log(sum of exp(logits)), by one thread; the highest logit is subtracted, so that exp stays
+// finite.
 OPERATION double log_sum_exp(const float *logits, int V) {
     float highest = logits[0];
     for (int v = 1; v < V; v++) highest = logits[v] > highest ? logits[v] : highest;
@@ -668,8 +670,8 @@ OPERATION void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g
 // block(). In older SSMs they are constants. delta near 0 skips the token: decay is 1 and inject
 // is 0. A large delta forgets the past and takes the token in. B_t says into which of the N states
 // a token is written, C_t from which ones it is read. delta has one value a channel, so its
-// projection would be a matrix (E,E). Its rank is limited to dt_rank R instead: the product of a
-// part of x_proj, (R,E), and of dt_proj, (E,R), has 2 E R numbers.
+// projection would be a matrix (E,E). It is factored instead: R rows of x_proj, (R,E), give dt_low,
+// and dt_proj, (E,R), gives delta. Together that is 2 E R numbers; dt_rank R is usually D / 16.
 //
 // The state is (N,E), channels inside, because cpu/ and GPUs handle neighbouring channels side by
 // side. It begins as zeros before the first token of a text, and so does the convolution's window.
@@ -709,15 +711,15 @@ OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int
 //
 //     d_h_t = C_t d_y_t + decay_{t+1} d_h_{t+1}
 //     d_C_t = sum over e of d_y_t h_t              d_B_t = sum over e of d_h_t delta_t u_t
-//     d_u_t = D d_y_t + sum over n of d_h_t delta_t B_t
+//     d_u_t = D_skip d_y_t + sum over n of d_h_t delta_t B_t
 //     d_delta_t = sum over n of d_h_t (decay_t A h_{t-1} + B_t u_t)
-//     d_A = sum over t of d_h_t decay_t delta_t h_{t-1}        d_D = sum over t of d_y_t u_t
+//     d_A = sum over t of d_h_t decay_t delta_t h_{t-1}   d_D_skip = sum over t of d_y_t u_t
 //
 // and d_A_log = d_A A, since A = -exp(A_log). All of this needs every h_t, and none was stored. So
-// walk forward once and keep the state at the start of every chunk of SCAN_CHUNK steps. Then, from
-// the last chunk to the first: walk the chunk forward again (recurrence_again), now keeping its few
-// states, and walk it backward (recurrence_backward). The price is two more walks forward.
-// scan_backward() does this below; here are its two steps.
+// walk forward once and keep the state at the start of every stretch of SCAN_STRETCH steps. Then,
+// from the last stretch to the first: walk the stretch forward again (recurrence_again), now
+// keeping its few states, and walk it backward (recurrence_backward). The price is two more walks
+// forward. scan_backward() does this below; here are its two steps.
 
 #ifdef PLAIN
 enum {
@@ -737,8 +739,8 @@ typedef struct {              // what scan_backward() writes
 
 typedef struct { // a task of scan_backward(): the channels e0 .. e0 + width, at most SCAN_WIDTH
     int e0, width;
-    float *starts;          // (chunks,N,SCAN_WIDTH) states at the start of each chunk
-    float *states, *decays; // (SCAN_CHUNK,N,SCAN_WIDTH) of the chunk in hand
+    float *starts;          // (stretches,N,SCAN_WIDTH) states at the start of each stretch
+    float *states, *decays; // (SCAN_STRETCH,N,SCAN_WIDTH) of the stretch in hand
     float *A, *d_A;         // (N,SCAN_WIDTH)
     float *d_h;             // (N,SCAN_WIDTH) gradient of the state
     float d_D[SCAN_WIDEST];
@@ -814,11 +816,11 @@ OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float 
 // The states of all tokens, (L,N,E), are never in memory: a task walks through time with its (N)
 // states of some channels in registers or in the first cache.
 
-// Time is cut only for one sequence with E <= 32 and L >= 256. Wider models have channels enough
-// for all threads: E / SCAN_LANES blocks for SCAN_TASKS threads. Cutting makes every piece but one
-// walk twice. The shapes alone decide, never the number of threads or the machine, so the bits stay
-// the same. With c pieces a thread walks 2/c of the time; 4 pieces gained only 1.2 times on 16
-// cores.
+// Time is cut only for one sequence with E <= 32 and L >= 256. Cutting makes every piece but one
+// walk twice, so with c pieces a thread walks 2/c of the time. From E = 256 on there are SCAN_TASKS
+// blocks of channels, enough for the threads. In between there would be too few pieces to pay: 4
+// were only 1.2 times as fast on 16 cores. The shapes alone decide, never the number of threads or
+// the machine, so the bits stay the same.
 enum { SCAN_TASKS = 16, SCAN_PIECE = 32 };
 static int scan_pieces(int L, int E) {
     int blocks = (E + SCAN_LANES - 1) / SCAN_LANES, pieces = SCAN_TASKS / blocks;
@@ -905,24 +907,26 @@ static void scan(float *y, const LayerState *seq, const Scan *s, float *carry) {
 // --- the backward pass as a whole; its equations stand above recurrence_again()
 //
 // A task is SCAN_WIDTH channels of all sequences. d_B and d_C sum over channels: each task leaves
-// its part, and the parts are added in a fixed order. Memory is E N L / SCAN_CHUNK floats for the
+// its part, and the parts are added in a fixed order. Memory is E N L / SCAN_STRETCH floats for the
 // starts of one sequence, and 2 E N B L / SCAN_WIDTH for the parts, instead of E N B L.
 
-enum { SCAN_CHUNK = 32 };
+enum { SCAN_STRETCH = 32 };
 
 static size_t scan_backward_floats(int B, int L, int E, int N) {
     size_t tasks = ((size_t)E + SCAN_WIDTH - 1) / SCAN_WIDTH;
-    size_t chunks = ((size_t)L + SCAN_CHUNK - 1) / SCAN_CHUNK;
-    return tasks * ((size_t)N * SCAN_WIDTH * (chunks + 2 * SCAN_CHUNK + 3) + (size_t)B * L * 2 * N);
+    size_t stretches = ((size_t)L + SCAN_STRETCH - 1) / SCAN_STRETCH;
+    return tasks *
+           ((size_t)N * SCAN_WIDTH * (stretches + 2 * SCAN_STRETCH + 3) + (size_t)B * L * 2 * N);
 }
 
 // The arrays of task number `task` in scratch.
 static ScanBlock scan_block(float *scratch, const Scan *s, int task) {
     const int tasks = (s->E + SCAN_WIDTH - 1) / SCAN_WIDTH, e0 = task * SCAN_WIDTH;
-    const size_t chunks = ((size_t)s->L + SCAN_CHUNK - 1) / SCAN_CHUNK;
-    const size_t step = (size_t)s->N * SCAN_WIDTH, per_task = step * (chunks + 2 * SCAN_CHUNK + 3);
-    float *starts = scratch + per_task * task, *states = starts + step * chunks;
-    float *decays = states + step * SCAN_CHUNK, *A = decays + step * SCAN_CHUNK;
+    const size_t stretches = ((size_t)s->L + SCAN_STRETCH - 1) / SCAN_STRETCH;
+    const size_t per_state = (size_t)s->N * SCAN_WIDTH,
+                 per_task = per_state * (stretches + 2 * SCAN_STRETCH + 3);
+    float *starts = scratch + per_task * task, *states = starts + per_state * stretches;
+    float *decays = states + per_state * SCAN_STRETCH, *A = decays + per_state * SCAN_STRETCH;
     float *parts = scratch + per_task * tasks + (size_t)task * s->B * s->L * 2 * s->N;
     int width = s->E - e0 < SCAN_WIDTH ? s->E - e0 : SCAN_WIDTH;
     return (ScanBlock){.e0 = e0,
@@ -931,8 +935,8 @@ static ScanBlock scan_block(float *scratch, const Scan *s, int task) {
                        .states = states,
                        .decays = decays,
                        .A = A,
-                       .d_A = A + step,
-                       .d_h = A + 2 * step,
+                       .d_A = A + per_state,
+                       .d_h = A + 2 * per_state,
                        .parts = parts};
 }
 
@@ -947,25 +951,26 @@ static void scan_gather(float *to, const float *from, const ScanBlock *k, int N,
 // Sequence b of one block: d_h (N,E) holds the gradient of the state at the end, then at the start.
 static void scan_backward_sequence(ScanBlock *k, const ScanGrad *d, const float *d_y, const Scan *s,
                                    const float *h0, int b) {
-    const int L = s->L, N = s->N, E = s->E, chunks = (L + SCAN_CHUNK - 1) / SCAN_CHUNK;
-    const size_t step = (size_t)N * SCAN_WIDTH, row = (size_t)b * L;
+    const int L = s->L, N = s->N, E = s->E, stretches = (L + SCAN_STRETCH - 1) / SCAN_STRETCH;
+    const size_t per_state = (size_t)N * SCAN_WIDTH, row = (size_t)b * L;
     float *d_h = d->d_h + (size_t)b * N * E;
     scan_gather(k->starts, h0 + (size_t)b * N * E, k, N, E);
     scan_gather(k->d_h, d_h, k, N, E);
-    for (int t = 0; t < (chunks - 1) * SCAN_CHUNK; t++) { // in place; copied where a chunk starts
-        float *at = k->starts + step * (t / SCAN_CHUNK + 1);
-        recurrence_again(at, NULL, t % SCAN_CHUNK ? at : at - step, k, s, row + t);
+    // In place; copied where a stretch starts.
+    for (int t = 0; t < (stretches - 1) * SCAN_STRETCH; t++) {
+        float *at = k->starts + per_state * (t / SCAN_STRETCH + 1);
+        recurrence_again(at, NULL, t % SCAN_STRETCH ? at : at - per_state, k, s, row + t);
     }
-    for (int chunk = chunks - 1; chunk >= 0; chunk--) {
-        int t0 = chunk * SCAN_CHUNK, steps = L - t0 < SCAN_CHUNK ? L - t0 : SCAN_CHUNK;
-        const float *start = k->starts + step * chunk;
+    for (int stretch = stretches - 1; stretch >= 0; stretch--) {
+        int t0 = stretch * SCAN_STRETCH, steps = L - t0 < SCAN_STRETCH ? L - t0 : SCAN_STRETCH;
+        const float *start = k->starts + per_state * stretch;
         for (int i = 0; i < steps; i++) {
-            float *h = k->states + step * i, *decay = k->decays + step * i;
-            recurrence_again(h, decay, i ? h - step : start, k, s, row + t0 + i);
+            float *h = k->states + per_state * i, *decay = k->decays + per_state * i;
+            recurrence_again(h, decay, i ? h - per_state : start, k, s, row + t0 + i);
         }
         for (int i = steps - 1; i >= 0; i--) {
-            const float *h = k->states + step * i, *decay = k->decays + step * i;
-            recurrence_backward(k, d, d_y, s, row + t0 + i, h, decay, i ? h - step : start);
+            const float *h = k->states + per_state * i, *decay = k->decays + per_state * i;
+            recurrence_backward(k, d, d_y, s, row + t0 + i, h, decay, i ? h - per_state : start);
         }
     }
     for (int n = 0; n < N; n++)
@@ -1020,7 +1025,7 @@ typedef void LayerWatcher(void *context, int layer, const LayerState *seq, const
 typedef struct Work {
     float *res;          // (T,D) residual stream before the layer
     float *next;         // (T,D) after it; may be res
-    float *xn;           // (T,D) res after RMSNorm; at the end of the layer out_proj's output
+    float *xn;           // (T,D) res after the norm; at the end of the layer out_proj's output
     float *xz;           // (T,2E) [x | z]
     float *u;            // (T,E)
     float *raw;          // (T,P) x_proj's output before FalconMamba's norms; without them, xdb
@@ -1129,7 +1134,7 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
     scan(state_only ? NULL : w->y, seq, &s, w->carry);
     if (state_only) return;
     gate(w->g, w->y, w->xz, rows, E);
-    // next = res + out_proj(g)
+    // next = res + out_proj(g); xn is free by now and takes out_proj's output
     matmul(w->xn, (size_t)D, w->g, (size_t)E, &p->out_proj, f32(&p->out_bias), rows);
     add_rows(w->next, w->res, w->xn, T, D);
 }
@@ -1398,9 +1403,9 @@ COLD_END
 // pass computes the rest again: norms, the convolution before SiLU, and all states of the scan.
 //
 // A sequence may be longer than the memory for Works allows: it is then cut into chunks. What comes
-// before a chunk reaches it only through the states, h and the window of each layer. So the loss
-// depends on an earlier chunk only through the states at the border, and the chain rule needs
-// nothing but the gradient of these states, d_h and d_window. First the chunks run forward in
+// before a chunk reaches it only through the states, h and the window of each layer. So the
+// losses of later chunks depend on it only through the states at the border, and the chain rule
+// needs nothing but the gradient of these states, d_h and d_window. First the chunks run forward in
 // order, and only the states at their starts are kept. Then, from the last chunk to the first, each
 // runs forward again from its start, now keeping its Works, and backward, from the d_h and d_window
 // that the chunk after it left. The gradient is exact, not cut off at the borders. The price is one
@@ -1442,7 +1447,7 @@ typedef struct Trainer {
     float *moment, *moment2; // AdamW's, in the same layout
     int B, L, threads;       // sequences of a pass, tokens of each
     int chunk;               // of these, so many at a time; 0: all
-    int steps;               // tokens of each sequence in the chunk in hand, which has T = B steps
+    int steps;               // tokens of each sequence in the chunk in hand: T = B * steps rows
     GpuTrainer *gpu;         // where everything below and the arenas live instead; NULL: here
     bool gpu_newer;          // weights and moments on the GPU are newer than those here
     uint64_t step;           // optimizer steps taken
@@ -1740,7 +1745,8 @@ static void penalise_recent(const State *s, float *logits, float penalty) {
 
 // What top-k, top-p and min-p keep of n candidates. On return they lie at the end of order: the
 // likeliest is order[n-1], the next order[n-2] ... Returns how many, and *kept_sum of their probs.
-// probs are after the temperature and need not add up to 1. top_p is a part of what top_k left.
+// probs are after the temperature and need not add up to 1. top_p is a part of their sum after
+// top_k.
 static int keep_likeliest(int32_t *order, int n, const float *probs, const Sampling *how,
                           double *kept_sum) {
     const int k = how->top_k > 0 && how->top_k < n ? how->top_k : n;
@@ -1784,7 +1790,7 @@ static int32_t draw(const Model *m, float *logits, int32_t *order, State *s, con
     }
     if (likeliest < 0 || highest > FLT_MAX) return -1;
     if (how->temperature == 0) return likeliest;
-    float *probs = logits; // times an unknown factor: the random number is multiplied by their sum
+    float *probs = logits; // not normalised: the random number is multiplied by their sum
     double sum = 0;
     for (int i = 0; i < n; i++) {
         probs[order[i]] = expf((logits[order[i]] - highest) / how->temperature);

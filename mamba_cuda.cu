@@ -8,12 +8,12 @@
 
    A LANE IS A CHANNEL (or 2 or 4 neighbours). The paper's kernel gives one channel of one sequence
    to a block, whose threads stand along time: each computes a few steps, and a parallel scan
-   joins their pairs, (d1,i1) then (d2,i2) = (d2 d1, d2 i1 + i2), for every state. Here a lane is a
+   joins their pairs, (a1,b1) then (a2,b2) = (a1 a2, a2 b1 + b2), for every state. Here a lane is a
    channel, and time runs in its registers: the recurrence is the plain loop, one multiply-add a
    step, no pair is joined across lanes, and 32 channels share each B_ssm and C_ssm that is loaded.
    The price is parallelism: it takes many channels to fill a GPU. Where there are few, scan_tiles
-   gives 16 steps to a warp and 64 to a block; warps, then blocks, hand the state on in order of
-   time. A tile is a stretch of time: 16 steps in scan_walk, 64 in scan_tiles and scan_back.
+   gives 16 steps to a warp and 64 to a block; warps join their pairs, blocks hand the state on. A
+   tile is a stretch of time: 16 steps in scan_walk, 32 in scan_relay, 64 in the other two.
 
    WHERE h GOES, in each form of the scan. An arrow is a load or a store; x2: two buffers, of this
    tile and of its neighbour. The states of all times, (B,L,N,E), never exist in any of them.
@@ -46,15 +46,15 @@
      h_final  <-----------------    h (N) of warp w  <-----------    h after 8 steps
      g  <--------------------------------------------------------    gate of 8 steps
    ---------------------------------------------------------------------------------------------
-   scan_tiles: few channels. A block is 32 or 64 channels and one tile of 64 steps, a warp 16 of
-   them. For each state, a warp runs its 16 steps from h = 0, joins the results of the warps before
-   it to get its true h, and runs the steps again. The true h passes from tile to tile through a
-   mailbox in device memory. Tiles take numbers as their blocks start, so a tile waits only for one
-   that already runs (exchange.cuh).
+   scan_tiles: few channels, or any other N. A block is 32 or 64 channels and one tile of 64 steps,
+   a warp 16 of them. For each state, a warp runs its 16 steps from h = 0, joins the results of the
+   warps before it to get its true h, and runs the steps again. The true h passes from tile to tile
+   through a mailbox in device memory. Tiles take numbers as their blocks start, so a tile waits
+   only for one that already runs (exchange.cuh).
      delta_raw, u  --------------------------------------------->    delta, delta u, y of 16 steps
      B_ssm, C_ssm, A_neg  ----->    16 states of a tile  ------->    one state at a time
-                                    (decay, end from 0)  <------     16 decays, kept for the walk
-     h0, mailbox of i - 1  ---->    h before the tile  --------->    h before the warp
+                                    (decay of 16, end)   <------     16 decays, kept for run two
+     h0, mail of tile i - 1  -->    h before the tile  --------->    h before the warp
      mailbox of tile i  <----------------------------------------    h after the last warp
      h_starts, h_final  <----------------------------------------    h at every 64th step
      z  ----------------------->    z  ------------------------->    gate
@@ -125,9 +125,9 @@ typedef __nv_bfloat16 bf16;
 //   - A_neg is scaled by log2(e) once. A decay is one multiplication and one ex2, computed once.
 //   - softplus is one ex2 and a polynomial; two gates share one reciprocal. That makes 18.5 special
 //     functions a token and channel instead of 20.
-//   - The address of a row is one multiply-add (row_at). 64-bit indices and clamps cost a third of
-//     the time (660 us, now 499).
-// A row's loads are contiguous whatever its stride and base, so all alignments take one path.
+//   - The address of a row is one multiply-add (row_at). 64-bit indices and clamps add a third
+//     to scan_walk's time (660 us instead of 499).
+// With one channel a lane a row's loads are contiguous, so all alignments take one path.
 
 enum { SCAN_SAVE = 64 }; // h_starts holds the state before each step t with t % SCAN_SAVE = 0
 
@@ -225,8 +225,9 @@ __device__ __forceinline__ void unpack(float *to, float4 v) {
 }
 
 // The reference, for any N: a thread is a channel and takes one step after the other. time_scan()
-// compares the fast forward forms with it: out, h_final, h_starts, within 1e-4 (bf16: 1e-2) of the
-// largest number. mamba.c's gradients check the backward. h_final, which holds h, must be given.
+// compares the form that runs for a shape with it: out, h_final, h_starts, within 1e-4 (bf16: 1e-2)
+// of the largest number. mamba.c's gradients check the backward. h_final, which holds h, must be
+// given.
 template <typename T> __global__ void scan_plain(ScanArgs<T> p) {
     const int e = blockIdx.y * blockDim.x + threadIdx.x, E = p.E, N = p.N;
     const size_t b = blockIdx.x, saves = (p.L + SCAN_SAVE - 1) / SCAN_SAVE;
@@ -519,15 +520,15 @@ cudaError_t scan_walk_launch(Device *d, const ScanArgs<T> &p) {
 #include "cuda/scan_relay.cuh"
 #include "cuda/scan_tiles.cuh"
 
-// Which form runs. A relay takes as long as the multiprocessor with most blocks: 88 us for 2,048
-// steps of one block, 134 of two, 187 of three. Tiles spread over all multiprocessors and take
-// 0.76 us a block of 32 channels. So tiles take few channels, and what is a little over one block a
-// multiprocessor, unless the text is too short to pay for their start. Everything else goes to the
-// relay for N = 8 and 16 (short texts to the walk), to the walk for N = 32 and 64, to tiles for any
-// other N. With two channels a lane the relay does a block of 64 channels in 0.9 of the time of two
-// blocks of 32, but its blocks spread less evenly: 192 blocks over 132 multiprocessors are two for
-// some. Tiles gain 4 to 8% by two channels a lane. Shape, alignment and machine alone decide, so
-// every run gives the same bits.
+// Which form runs for a text; times are an H100's. A relay takes as long as the multiprocessor with
+// most blocks: 88 us for 2,048 steps of one block, 134 of two, 187 of three. Tiles spread over all
+// multiprocessors and take 0.76 us a block of 32 channels. So tiles take few channels, and what is
+// a little over one block a multiprocessor, unless the text is too short to pay for their start.
+// Everything else goes to the relay for N = 8 and 16 (short texts to the walk), to the walk for N =
+// 32 and 64, to tiles for any other N. With two channels a lane the relay does a block of 64
+// channels in 0.9 of the time of two blocks of 32, but its blocks spread less evenly: 192 blocks
+// over 132 multiprocessors are two for some. Tiles gain 4 to 8% by two channels a lane. Shape,
+// alignment and machine alone decide, so every run gives the same bits.
 template <typename T> static cudaError_t scan_forward(Device *d, const ScanArgs<T> &p) {
     size_t blocks = (size_t)p.B * ((p.E + 31) / 32), pairs = (size_t)p.B * ((p.E + 63) / 64),
            processors = (size_t)d->processors;
@@ -617,10 +618,10 @@ __device__ __forceinline__ float softplus(float x, float &slope) {
 }
 
 // Sums over the 32 lanes of 16 values a lane, in two steps. First tensor cores add up lanes
-// 4g..4g+3: four values are the left matrix of a product whose right one has ones in the two
-// columns of slot j (ones[2j], ones[2j+1]). After slots 0..3, d in lane 4g+q holds values 4q..4q+3
-// of the lanes of group g. Values are cut to 11 bits (TF32), sums are float; with EXACT what was
-// cut off is added the same way. 18 instructions, where an exchange of all 16 takes 62.
+// 4g..4g+3 (group g). Left matrix: v0, v2 in row g, v1, v3 in row g + 8. The right one has ones
+// in rows 0..3 of column 2j (v0, v1) and 4..7 of column 2j+1 (v2, v3): ones[2j], ones[2j+1].
+// After slots j = 0..3, d in lane 4g+q holds the sums over group g of values 4q..4q+3. TF32 cuts
+// values to 11 bits; EXACT (float) adds the rest, cut to 11 bits again. 18 instructions, not 62.
 template <bool EXACT>
 __device__ __forceinline__ void lane_sums(float (&d)[4], float v0, float v1, float v2, float v3,
                                           const uint32_t *ones) {
@@ -639,8 +640,8 @@ __device__ __forceinline__ void lane_sums(float (&d)[4], float v0, float v1, flo
             : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(ones[0]), "r"(ones[1]));
     }
 }
-// Then the sum over the 8 groups, of value 4(lane%4) + 2(lane/16) + lane/8%2: each step of the
-// exchange halves the number of values.
+// Then the sum over the 8 groups, of value 4(lane%4) + 2(lane/16) + lane/8%2. The first two
+// exchanges halve the number of values, the third adds the last two parts.
 __device__ __forceinline__ float group_sums(const float (&d)[4], int lane) {
     const bool up = lane & 16, up2 = lane & 8;
     float k0 = up ? d[2] : d[0], g0 = up ? d[0] : d[2], k1 = up ? d[3] : d[1],
@@ -669,10 +670,10 @@ template <int WARPS> constexpr size_t scan_back_shared() {
 }
 
 // The workspace, in words:
-//   flags     tickets given; (blocks, B, tiles) groups of BACK_STATES states whose mail has come
+//   flags     tickets given; (blocks, B, tiles) how often BACK_STATES states of mail have come
 //   mail      (B, tiles, N, E) d_h that a tile leaves to the tile before it
 //   partial2  (B, tiles, N + 2, E) a tile's d_A_neg, d_D_skip, d_dt_bias
-//   partial   (blocks, B, tiles, N, WARPS, 2 BACK_STEPS) d_C_ssm, d_B_ssm summed over 32 channels
+//   partial   (blocks, B, tiles, N, WARPS, 2 BACK_STEPS) d_C in order of time, then d_B reversed
 template <typename T, int WARPS, int MIN_BLOCKS, int UNROLL>
 __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     scan_back(ScanBackArgs<T> p, ScanBackPlan q) {
@@ -684,9 +685,9 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     float *bc = (float *)shared; // [BACK_STATES] rows: B_ssm, C_ssm (STEPS)
     float *pieces = bc + BACK_STATES * BC_ROW;      // [BACK_STATES] rows, see below
     float *sums = pieces + BACK_STATES * PIECE_ROW; // [3][WARPS][32] delta, d_D_skip, d_dt_bias
-    float *kept = sums + 3 * LANES; // [3][BACK_STEPS][WARPS][32] u, slope of softplus, d_z / y
-    // A row of `pieces`: h of each piece (WARPS,32), its end, then its start, last its d_A; d_h of
-    // each piece (WARPS,32), its end, then its start; A_neg log2(e) (32).
+    float *kept = sums + 3 * LANES; // [3][BACK_STEPS][WARPS][32] u, slope of softplus, d_g silu'(z)
+    // A row of `pieces`: h of each piece (WARPS,32), first its end, then its start, last its d_A;
+    // d_h of each piece (WARPS,32), its end, then its start; A_neg log2(e) (32).
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, L = p.L, E = p.E, N = p.N;
     const int ld_delta = p.ld_delta * sizeof(T), ld_u = p.ld_u * (int)sizeof(T),
               ld_z = p.ld_z * sizeof(T), ld_d_g = p.ld_d_g * sizeof(T), ld_B = p.ld_B * sizeof(T),
@@ -752,8 +753,8 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
         }
         sums[tid] = sum;
 
-        // d_A_neg of the tile: the pieces' parts in order, after a barrier. A warp has STATES
-        // states.
+        // d_A_neg of the tile: the pieces' parts in order, after a barrier. A warp adds up
+        // STATES states.
         auto add_d_A = [&](int n0) {
             float *out =
                 (float *)p.workspace + q.partial2 + (bt * (N + 2) + n0 + warp * STATES) * E + e;
@@ -816,7 +817,7 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
             if (tid == 0) next = take(ticket);
             __syncthreads();
             // 2. Join the pieces: ends become starts. The decay of a piece is exp(A_neg sum delta).
-            // A warp has STATES states.
+            // A warp joins STATES states.
             if (tile + 1 < tiles) {
                 const int *later = flag + 1;
                 if (lane == 0) {
@@ -1224,7 +1225,7 @@ static ScanArgs<T> scan_args(const Config *c, const LayerWeights *w, BlockActs<T
     return p;
 }
 
-// What a block is applied to. window and h move on; with them B = 1 or L = 1.
+// What a block is applied to. window and h move on; where given, B = 1 or L = 1.
 struct BlockRun {
     float *out;       // (B*L,D) = res + block(res)
     const float *res; // (B*L,D), may be out
@@ -1285,8 +1286,8 @@ static void *gpu_take(Gpu *g, size_t bytes) {
     return p;
 }
 
-// What gpu_open() takes for the weights: the file's tensors, of matrices that need another type a
-// copy, what is derived, and scratch. base NULL: only counts.
+// What gpu_open() takes for the weights: the file's tensors, a copy of each matrix that needs
+// another type, what is derived, and scratch. base NULL: only counts.
 template <class T> static size_t lay_out_weights(Gpu *g, const Model *m, char *base) {
     const Config *c = &m->config;
     const char *host = (const char *)m->embedding.data;

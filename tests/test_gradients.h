@@ -614,9 +614,9 @@ static void test_masked_loss(void) {
 static void test_gradients(void) {
     for (team = 1; team <= MOST_THREADS; team += 2) {
         test_scan_backward(1, 1, 1, 1);
-        test_scan_backward(2, SCAN_CHUNK + 1, 5, 3);
-        test_scan_backward(1, 3 * SCAN_CHUNK, SCAN_WIDTH + 3, 4);
-        test_scan_backward(3, 2 * SCAN_CHUNK - 1, 2 * SCAN_WIDTH, 2);
+        test_scan_backward(2, SCAN_STRETCH + 1, 5, 3);
+        test_scan_backward(1, 3 * SCAN_STRETCH, SCAN_WIDTH + 3, 4);
+        test_scan_backward(3, 2 * SCAN_STRETCH - 1, 2 * SCAN_WIDTH, 2);
         test_conv_backward(1, 3, 4);
         test_conv_backward(2, VL + 1, 4);
         test_conv_backward(17, 2 * VL, 1);
