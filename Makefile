@@ -143,10 +143,11 @@ test-all: all tests/test_all debug ## all tests, damaged files also under the sa
 	./tests/test_all-debug all state
 
 PYTHON ?= python3
+STRINGS ?= 20000
 test-export: all             ## tests of export.py, and of the tokenizer against the library
 	$(PYTHON) tests/test_export.py
 	$(PYTHON) tests/test_checkpoints.py
-	$(PYTHON) tests/test_tokenizer.py --command ./mamba
+	$(PYTHON) tests/test_tokenizer.py --command ./mamba --count $(STRINGS)
 	$(PYTHON) tests/test_chat.py ./mamba
 
 SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all

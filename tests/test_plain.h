@@ -76,7 +76,9 @@ static void compare_norms(int T, int D, bool weighted, bool biased) {
         TEAM(norm_rows_backward_plain(&plain, d_xn, x, w, 1e-5f, T, D, ld))
         TEAM(norm_rows_backward(&fast, d_xn, x, w, 1e-5f, T, D, ld))
     }
-    compare("norm_rows_backward, fast and plain: d_x", &d_x, 2e-6);
+    // The gradient of a LayerNorm of one number is 0: what both forms have is rounding.
+    if (!biased || D > 1) compare("norm_rows_backward, fast and plain: d_x", &d_x, 2e-6);
+    else FREE_ALIGNED(d_x.plain, d_x.fast);
     compare("norm_rows_backward, fast and plain: d_weight", &d_w, 2e-6);
     compare("norm_rows_backward, fast and plain: d_bias", &d_bias, 2e-6);
     FREE_ALIGNED(bias);
