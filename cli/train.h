@@ -447,13 +447,12 @@ static int open_trainer(Training *t) {
     const double left = physical_memory() * 0.75 - 4e6 * weights;
     int chunk = (int)o->chunk;
     if (!chunk && !gpu && left > 0) chunk = mamba_trainer_chunk(t->model, B, L, left);
-    if (chunk >= L) chunk = 0;
     if (gpu && o->chunk) return fail("--chunk runs on the processor: add --cpu");
-    if (chunk)
+    if (chunk && chunk < o->length)
         fprintf(stderr,
                 "sequences of %d tokens in chunks of %d: exact gradients, one more pass "
                 "forward\n",
-                L, chunk);
+                (int)o->length, chunk);
     if (!gpu)
         fprintf(stderr,
                 "%zu parameters; memory: weights %.1f MB, gradients %.1f MB, optimizer %.1f MB, "
