@@ -142,6 +142,8 @@ int mamba_trainer_fetch(Trainer *tr, bool store) {
 // each sequence are in memory at a time, with the same gradient up to rounding; 0: all. NULL after
 // fail().
 Trainer *mamba_trainer_new(Model *m, int B, int L, int chunk, int threads) {
+    if (B < 1 || L < 1 || chunk < 0)
+        return fail("a pass of %d sequences of %d tokens in chunks of %d", B, L, chunk), NULL;
     Trainer *tr = memory_zeroed(1, sizeof *tr);
     if (!tr) return fail("out of memory"), NULL;
     threads = possible_threads(threads > 0 ? threads : mamba_default_threads());
