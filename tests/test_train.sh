@@ -47,7 +47,7 @@ awk -v a="$(loss acc.bin.csv)" -v b="$(loss whole.bin.csv)" \
     'BEGIN { d = a - b; exit !(d < 1e-3 && d > -1e-3) }' \
     && ok "accumulation gives the same losses" \
     || bad "accumulation gives the same losses" "$(loss acc.bin.csv) and $(loss whole.bin.csv)"
-"$mamba" train -o grown.bin $small --grow-from 10 --chunk 20 2> err
+"$mamba" train -o grownchunk.bin $small --grow-from 10 --chunk 20 2> err
 grep -q "40 tokens in chunks of 20" err && ok "chunks hold where the length grows" \
     || bad "chunks hold where the length grows" "$(cat err)"
 "$mamba" train -o chunk.bin $small --chunk 7 2> err
