@@ -101,9 +101,9 @@
                 mamba_state_read
      memory     mamba_arena  mamba_arena_used  mamba_release
      training   mamba_trainer_new  mamba_trainer_new_gpu  mamba_trainer_bytes  mamba_trainer_chunk
-                mamba_trainer_resize  mamba_trainer_fetch  mamba_trainer_free  mamba_train_pass
-                mamba_train_step  mamba_checkpoint_save  mamba_checkpoint_load
-                mamba_checkpoint_peek */
+                mamba_trainer_chunk_gpu  mamba_trainer_resize  mamba_trainer_fetch
+                mamba_trainer_free  mamba_train_pass  mamba_train_step  mamba_checkpoint_save
+                mamba_checkpoint_load  mamba_checkpoint_peek */
 // clang-format on
 
 #include "files/platform.h"
@@ -235,7 +235,7 @@ typedef struct GpuBackend {
                           const unsigned char *allowed);
     int (*generate)(Gpu *g, int32_t *ids, int steps);
     int generate_max; // steps of one call
-    GpuTrainer *(*trainer_open)(const Model *m, int B, int L, int float32);
+    GpuTrainer *(*trainer_open)(const Model *m, int B, int L, int chunk, int float32);
     void (*trainer_close)(GpuTrainer *x);
     int (*trainer_resize)(GpuTrainer *x, int B, int L);
     int (*trainer_set)(GpuTrainer *x, const float *weights, const float *moment,
@@ -256,6 +256,7 @@ typedef struct GpuBackend {
     int (*places_generate)(Gpu *g, int32_t *ids, int steps);
     int (*step)(Gpu *g, const int32_t *ids, int S);
     int (*pretend)(const char *what, int value);
+    int (*trainer_chunk)(const Model *m, int B, int L, int float32);
 } GpuBackend;
 
 #ifndef MAMBA_TYPES_ONLY

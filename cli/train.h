@@ -447,7 +447,7 @@ static int open_trainer(Training *t) {
     const double left = physical_memory() * 0.75 - 4e6 * weights;
     int chunk = (int)o->chunk;
     if (!chunk && !gpu && left > 0) chunk = mamba_trainer_chunk(t->model, B, L, left);
-    if (gpu && o->chunk) return fail("--chunk runs on the processor: add --cpu");
+    if (!chunk && gpu) chunk = mamba_trainer_chunk_gpu(t->model, B, L, backend.float32);
     if (chunk && chunk < o->length)
         fprintf(stderr,
                 "sequences of %d tokens in chunks of %d: exact gradients, one more pass "
@@ -459,7 +459,7 @@ static int open_trainer(Training *t) {
                 "activations of %d x %d tokens %.1f MB\n",
                 t->model->n_params, weights, weights, 2 * weights, B, L,
                 (double)mamba_trainer_bytes(t->model, B, L, chunk) / 1e6);
-    t->trainer = gpu ? mamba_trainer_new_gpu(t->model, B, L, backend.float32)
+    t->trainer = gpu ? mamba_trainer_new_gpu(t->model, B, L, chunk, backend.float32)
                      : mamba_trainer_new(t->model, B, L, chunk, (int)o->threads);
     if (!t->trainer) return -1;
     double used = 0;

@@ -107,17 +107,23 @@ int mamba_trainer_resize(Trainer *tr, int B, int L) {
     return 0;
 }
 
-// The same on the GPU, with bf16 products unless float32: m's weights and the moments here are then
-// old until mamba_trainer_fetch. NULL after fail().
-Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, bool float32) {
+// The largest chunk, a power of two, with which a trainer on the GPU fits into its free memory; 0
+// where whole sequences do.
+int mamba_trainer_chunk_gpu(const Model *m, int B, int L, bool float32) {
+    return GPU ? GPU->trainer_chunk(m, B, L, float32) : 0;
+}
+
+// As mamba_trainer_new, on the GPU, with bf16 products unless float32: m's weights and the moments
+// here are then old until mamba_trainer_fetch. NULL after fail().
+Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, int chunk, bool float32) {
     if (!GPU) return fail("this build has no GPU backend: make cuda"), NULL;
     Trainer *tr = memory_zeroed(1, sizeof *tr);
     if (!tr) return fail("out of memory"), NULL;
-    *tr = (Trainer){.model = m, .B = B, .L = L, .threads = 1};
+    *tr = (Trainer){.model = m, .B = B, .L = L, .chunk = chunk, .threads = 1};
     tr->moment = alloc_aligned(m->tensors_bytes);
     tr->moment2 = alloc_aligned(m->tensors_bytes);
     if (tr->moment && tr->moment2) {
-        tr->gpu = GPU->trainer_open(m, B, L, float32);
+        tr->gpu = GPU->trainer_open(m, B, L, chunk, float32);
         if (tr->gpu) return tr;
         gpu_failed();
     }

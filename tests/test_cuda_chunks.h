@@ -1,0 +1,93 @@
+// Training on the GPU in chunks of a sequence: loss and gradients beside those of whole sequences,
+// on the GPU and on the CPU.
+//
+// What each part would catch: chunks of 1 and 7 steps, fewer than K - 1 or not dividing a tile, a
+// convolution that does not read its window, forgets d_window or takes a wrong slot of either; K =
+// 9 the kernel that reads taps in a loop; B > 1 states of another sequence; lengths that no chunk
+// divides the shorter last chunk; a state of size N = 64 a second round of 16 states of mail.
+
+// Gradients of the chunked pass in `got`. Fails where its losses are not `want`.
+static void chunked_gradient(const char *name, Model *m, int B, int L, int chunk, bool float32,
+                             const int32_t *ids, const int32_t *targets, double want,
+                             double tolerance, float *got) {
+    const float weight = 1.0f / (float)(B * L);
+    Trainer *x = mamba_trainer_new_gpu(m, B, L, chunk, float32);
+    if (!x) give_up("trainer", error_text);
+    double only = mamba_train_pass(x, ids, targets, weight, false);
+    double loss = mamba_train_pass(x, ids, targets, weight, true);
+    GPU->trainer_get(x->gpu, NULL, NULL, NULL, got);
+    report(fabs(loss - want) <= tolerance * want && fabs(only - want) <= tolerance * want, name,
+           "losses %.6f and %.6f beside %.6f", loss, only, want);
+    mamba_trainer_free(x);
+}
+
+static void check_gpu_chunks(const char *model, Model *m, int B, int L, bool float32) {
+    const size_t rows = (size_t)B * L, floats = m->tensors_bytes / sizeof(float);
+    const int chunks[] = {0, 1, 7, 64, 1000};
+    const double tolerance = float32 ? 1e-4 : 5e-2;
+    int32_t *ids = random_ids(rows, m->config.V), *targets = random_ids(rows, m->config.V);
+    float *got = malloc(floats * sizeof *got), *whole = malloc(floats * sizeof *whole);
+    char name[160];
+    targets[rows / 2] = -1;
+    Trainer *cpu = mamba_trainer_new(m, B, L, 0, 1);
+    double want = mamba_train_pass(cpu, ids, targets, 1.0f / (float)rows, true);
+    for (int k = 0; k < COUNT(chunks) && chunks[k] < L; k++) {
+        snprintf(name, sizeof name, "%s, %d x %d in chunks of %d, %s", model, B, L, chunks[k],
+                 float32 ? "float32" : "bf16");
+        chunked_gradient(name, m, B, L, chunks[k], float32, ids, targets, want,
+                         float32 ? 1e-5 : 1e-2, got);
+        GpuGradient beside_cpu = {name, got, cpu->gradient->weights, m->weights, tolerance};
+        each_tensor(m, check_gpu_gradient, &beside_cpu);
+        if (k == 0) memcpy(whole, got, floats * sizeof *whole);
+        // Rounding to bf16 is the same in both, so they agree better with each other.
+        GpuGradient beside_whole = {name, got, whole, m->weights, float32 ? 1e-4 : 1e-2};
+        if (k > 0) each_tensor(m, check_gpu_gradient, &beside_whole);
+    }
+    mamba_trainer_free(cpu);
+    FREE(ids, targets, got, whole);
+}
+
+static void check_gpu_chunks_of(const char *path, int B, int L, bool float32) {
+    Model *stored = mamba_load(path), *m = mamba_float_copy(stored);
+    check_gpu_chunks(path, m, B, L, float32);
+    mamba_free(m);
+    mamba_free(stored);
+}
+
+// With little memory a chunk is chosen that fits.
+static void check_gpu_chosen_chunk(void) {
+    Config c;
+    parse_shape("64,2,300", "f32", &c);
+    Model *m = mamba_random_model(&c, 3);
+    GPU->pretend("memory", 3000);
+    const int some = mamba_trainer_chunk_gpu(m, 1, 1 << 20, false);
+    const int all = mamba_trainer_chunk_gpu(m, 1, 1000, false);
+    GPU->pretend("memory", 0);
+    report(some > 1000 && some < 1 << 20 && (some & (some - 1)) == 0 && all == 0,
+           "a chunk that fits", "of 2^20 tokens %d, of 1000 %d", some, all);
+    mamba_free(m);
+}
+
+static void test_cuda_chunks(void) {
+    check_gpu_chunks_of("tests/plain.bin", 2, 1100, true);
+    check_gpu_chunks_of("tests/odd.bin", 3, 131, true);
+    check_gpu_chunks_of("tests/falcon.bin", 2, 70, true);
+    check_gpu_chunks_of("tests/layernorm.bin", 1, 200, true);
+    check_gpu_chunks_of("tests/plain.bin", 2, 131, false);
+    const struct {
+        const char *name;
+        int K, N, E;
+    } shape[] = {{"K 2", 2, 16, 128}, {"K 9, 64 states", 9, 64, 100}, {"K 1", 1, 5, 75}};
+    for (int i = 0; i < COUNT(shape); i++) {
+        Config c;
+        parse_shape("48,2,70", "f32", &c);
+        c.K = shape[i].K;
+        c.N = shape[i].N;
+        c.E = shape[i].E;
+        Model *m = mamba_random_model(&c, 4);
+        check_gpu_chunks(shape[i].name, m, 2, 130, true);
+        check_gpu_chunks(shape[i].name, m, 1, 69, false);
+        mamba_free(m);
+    }
+    check_gpu_chosen_chunk();
+}
