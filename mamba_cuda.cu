@@ -1497,10 +1497,11 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
 #include "cuda/bench.cuh"
 
 extern "C" const GpuBackend mamba_gpu = {
-    gpu_error,           gpu_open,        gpu_close,        gpu_set_state,
-    gpu_get_state,       gpu_prefill,     gpu_gather,       gpu_generate_start,
-    gpu_generate,        GENERATE_MAX,    gpu_trainer_open, gpu_trainer_close,
-    gpu_trainer_resize,  gpu_trainer_set, gpu_trainer_get,  gpu_train_pass,
-    gpu_train_step,      gpu_measure,     gpu_time_scan,    gpu_step_form,
-    gpu_places,          gpu_place_begin, gpu_place_move,   gpu_places_sampling,
-    gpu_places_generate, gpu_step,        gpu_pretend,      gpu_trainer_chunk};
+    gpu_error,           gpu_open,          gpu_close,        gpu_set_state,
+    gpu_get_state,       gpu_prefill,       gpu_gather,       gpu_generate_start,
+    gpu_generate,        GENERATE_MAX,      gpu_trainer_open, gpu_trainer_close,
+    gpu_trainer_resize,  gpu_trainer_set,   gpu_trainer_get,  gpu_train_pass,
+    gpu_train_step,      gpu_measure,       gpu_time_scan,    gpu_step_form,
+    gpu_places,          gpu_place_begin,   gpu_place_move,   gpu_places_sampling,
+    gpu_places_generate, gpu_step,          gpu_pretend,      gpu_trainer_chunk,
+    gpu_trainer_carry,   gpu_trainer_states};

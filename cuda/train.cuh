@@ -34,6 +34,10 @@ struct GpuTrainer {
     // [turn], and at its start, [!turn]: the convolution cannot replace one by the other in place.
     float *h_start, *window_start, *h, *window, *d_h[2], *d_window[2];
     int turn;
+    // States that passes leave to later ones: h (carries,n_layer,B,N,E), then window. place: where
+    // this pass goes on from, -1: it begins.
+    float *carried;
+    int carries, place;
     float *d_res;                   // (B*L,D)
     void *d_o;                      // (B*L,D)  d_res in T
     void *d_xz, *d_u, *d_xdb;       // (B*L,2E), (B*L,E), (B*L,P) in T
@@ -104,6 +108,9 @@ static int chunk_steps(const GpuTrainer *x) {
 }
 static int chunks_of(const GpuTrainer *x) { return (x->L - 1) / chunk_steps(x) + 1; }
 
+// Whether passes have states at their ends, apart from those that begin and end with nothing.
+static bool has_states(const GpuTrainer *x) { return chunks_of(x) > 1 || x->carries; }
+
 // Floats of h and of window, of all sequences of the pass: of one layer, or of so many.
 static size_t h_floats(const GpuTrainer *x, int layers) {
     return (size_t)layers * x->B * x->config.N * x->config.E;
@@ -134,7 +141,7 @@ template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
         if (c->flags & FLAG_MIXER_NORM) a.take(b->raw, M * P, t);
         a.take(b->delta, M * E, t), a.take(b->g, M * E, t), a.take(b->h_starts, saves * N * E);
     }
-    if (chunks_of(x) > 1) {
+    if (has_states(x)) {
         const size_t h = h_floats(x, c->n_layer), window = window_floats(x, c->n_layer),
                      chunks = (size_t)chunks_of(x);
         a.take(x->h_start, chunks * h), a.take(x->window_start, chunks * window);
@@ -170,10 +177,12 @@ static size_t trainer_bytes(GpuTrainer *x) {
     return x->bf16_compute ? lay_out_trainer<bf16>(x, NULL) : lay_out_trainer<float>(x, NULL);
 }
 
-// Passes from now on have B sequences of L tokens. 0, or -1 with a sentence.
+// Passes from now on have B sequences of L tokens; with another B, nothing is carried on. 0, or -1
+// with a sentence.
 static int gpu_trainer_resize(GpuTrainer *x, int B, int L) {
     device_use(&x->device);
     if (finish(&x->device)) return -1;
+    if (B != x->B) cudaFree(x->carried), x->carried = NULL, x->carries = 0;
     cudaFree(x->arena);
     x->arena = NULL;
     x->B = B, x->L = L;
@@ -183,11 +192,41 @@ static int gpu_trainer_resize(GpuTrainer *x, int B, int L) {
     return 0;
 }
 
+static size_t carried_bytes(const GpuTrainer *x) {
+    const int states = x->carries * x->config.n_layer;
+    return (h_floats(x, states) + window_floats(x, states)) * sizeof(float);
+}
+
+// As mamba_trainer_carry: so many places, all at their beginning. 0, or -1 with a sentence.
+static int gpu_trainer_carry(GpuTrainer *x, int places) {
+    device_use(&x->device);
+    if (places != x->carries) {
+        if (finish(&x->device)) return -1;
+        cudaFree(x->carried);
+        x->carries = places;
+        x->carried = (float *)device_alloc(carried_bytes(x));
+        if (!x->carried) x->carries = 0;
+        if (!x->carried || gpu_trainer_resize(x, x->B, x->L)) return -1;
+    }
+    clear(&x->device, x->carried, carried_bytes(x), "states");
+    return finish(&x->device);
+}
+
+// The carried states, in the order of `carried`, to the host, or, store: from there. 0, or -1 with
+// a sentence.
+static int gpu_trainer_states(GpuTrainer *x, float *states, int store) {
+    device_use(&x->device);
+    copy(&x->device, store ? x->carried : states, store ? states : x->carried, carried_bytes(x),
+         "states");
+    return finish(&x->device);
+}
+
 static void gpu_trainer_close(GpuTrainer *x) {
     if (!x) return;
     device_use(&x->device);
     if (x->device.stream) cudaStreamSynchronize(x->device.stream);
     for (void *p : x->memory) cudaFree(p);
+    cudaFree(x->carried);
     cudaFree(x->arena);
     device_close(&x->device);
     delete x;
@@ -384,7 +423,7 @@ template <class T> static void block_backward(GpuTrainer *x, int layer, int chun
     int D = c->D, E = c->E, N = c->N, R = c->R, P = R + 2 * N, rows = x->B * x->steps;
     size_t lE = (size_t)E, lP = (size_t)P, lD = (size_t)D, at_h = h_floats(x, layer),
            at_window = window_floats(x, layer);
-    const bool in_chunks = chunks_of(x) > 1;
+    const bool states = has_states(x);
     T *d_o = (T *)x->d_o, *d_xz = (T *)x->d_xz, *d_u = (T *)x->d_u, *d_xdb = (T *)x->d_xdb,
       *d_delta = (T *)x->d_delta, *d_g = (T *)x->d_g, *d_xn = (T *)x->d_xn;
     sum_rows(d, (float *)dw->out_bias, x->d_res, lD, rows, D, x->partial);
@@ -397,7 +436,7 @@ template <class T> static void block_backward(GpuTrainer *x, int layer, int chun
     back.d_A_log = (float *)dw->A_log, back.d_D_skip = (float *)dw->D_skip,
     back.d_dt_bias = (float *)dw->dt_bias;
     back.ld_d_delta = E, back.ld_d_u = E, back.ld_d_z = 2 * E, back.ld_d_B = P, back.ld_d_C = P;
-    if (in_chunks) back.d_h_final = x->d_h[x->turn] + at_h, back.d_h0 = x->d_h[!x->turn] + at_h;
+    if (states) back.d_h_final = x->d_h[x->turn] + at_h, back.d_h0 = x->d_h[!x->turn] + at_h;
     check_cuda(d, scan_backward(d, back), "backward scan");
     matmul_d_x(d, Rows(d_xdb, lP), Rows(d_delta, lE), (const T *)w->dt_proj, rows, E, R);
     matmul_d_W(d, (float *)dw->dt_proj, Rows(d_delta, lE), Rows(a.xdb, lP), rows, E, R);
@@ -419,7 +458,7 @@ template <class T> static void block_backward(GpuTrainer *x, int layer, int chun
     matmul_d_x(d, Rows(d_u, lE), Rows(d_xdb, lP), (const T *)w->x_proj, rows, P, E, true);
     matmul_d_W(d, (float *)dw->x_proj, Rows(d_xdb, lP), Rows(a.u, lE), rows, P, E);
     ConvEnds ends = {};
-    if (in_chunks)
+    if (states)
         ends = {x->window_start + window_floats(x, chunk * c->n_layer) + at_window,
                 x->d_window[x->turn] + at_window, x->d_window[!x->turn] + at_window};
     conv1d_silu_backward(x, d_xz, (float *)dw->conv, (float *)dw->conv_bias, d_u, a.xz, w, ends);
@@ -468,23 +507,32 @@ static void embed_backward(GpuTrainer *x, const int32_t *ids) {
     check_launch(d, "embed_backward");
 }
 
+// Of the place that this pass goes on from.
+static float *carried_h(const GpuTrainer *x) {
+    return x->carried + h_floats(x, x->place * x->config.n_layer);
+}
+static float *carried_window(const GpuTrainer *x) {
+    const int layers = x->config.n_layer;
+    return x->carried + h_floats(x, x->carries * layers) + window_floats(x, x->place * layers);
+}
+
 // What a pass over a chunk is for: the states at its end; the loss and those; or loss and
 // gradients.
 enum ChunkPass { STATES, LOSS, BACKWARD };
 
 // The layers of a chunk, from the states at its start. Those at its end become the start of the
-// next.
+// next, or of a later pass.
 template <class T> static void chunk_forward(GpuTrainer *x, int chunk, ChunkPass kind) {
     Device *d = &x->device;
     const Config *c = &x->config;
-    const bool in_chunks = chunks_of(x) > 1;
+    const bool states = has_states(x), last = chunk + 1 == chunks_of(x);
     const size_t h = h_floats(x, c->n_layer), window = window_floats(x, c->n_layer);
     auto copy_states = [&](float *h_to, float *window_to, const float *h_from,
                            const float *window_from) {
         copy(d, h_to, h_from, h * sizeof(float), "states");
         copy(d, window_to, window_from, window * sizeof(float), "states");
     };
-    if (in_chunks)
+    if (states)
         copy_states(x->h, x->window, x->h_start + chunk * h, x->window_start + chunk * window);
     embed(d, x->res[0], x->ids, EmbeddingOf<T>{x->w.embedding, c->D, 0}, x->B * x->steps);
     for (int layer = 0; layer < c->n_layer; layer++) {
@@ -492,12 +540,13 @@ template <class T> static void chunk_forward(GpuTrainer *x, int chunk, ChunkPass
         if (kind != BACKWARD) acts.h_starts = NULL;
         block(d, c, &x->w.layer[(size_t)layer], acts,
               {x->res[(size_t)layer + 1], x->res[(size_t)layer], x->B, x->steps,
-               in_chunks ? x->window + window_floats(x, layer) : NULL,
-               in_chunks ? x->h + h_floats(x, layer) : NULL, true});
+               states ? x->window + window_floats(x, layer) : NULL,
+               states ? x->h + h_floats(x, layer) : NULL, true});
     }
     const size_t next = (size_t)chunk + 1;
-    if (kind != BACKWARD && next < (size_t)chunks_of(x))
+    if (kind != BACKWARD && !last)
         copy_states(x->h_start + next * h, x->window_start + next * window, x->h, x->window);
+    if (last && x->place >= 0) copy_states(carried_h(x), carried_window(x), x->h, x->window);
 }
 
 // The head and the loss after the last layer; where backward, d_res, d_o, and the gradients of head
@@ -565,13 +614,20 @@ template <class T>
 static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets, float weight,
                       bool backward, double *sum) {
     Device *d = &x->device;
-    const int chunks = chunks_of(x), layers = x->config.n_layer;
+    const int chunks = chunks_of(x);
+    const size_t h = h_floats(x, x->config.n_layer) * sizeof(float),
+                 window = window_floats(x, x->config.n_layer) * sizeof(float);
     clear(d, x->sum, sizeof *x->sum, "losses");
-    if (chunks > 1) { // the first chunk starts from nothing, after the last one nothing follows
-        clear(d, x->h_start, h_floats(x, layers) * sizeof(float), "states");
-        clear(d, x->window_start, window_floats(x, layers) * sizeof(float), "states");
-        clear(d, x->d_h[x->turn], h_floats(x, layers) * sizeof(float), "states");
-        clear(d, x->d_window[x->turn], window_floats(x, layers) * sizeof(float), "states");
+    if (x->place >= 0) {
+        copy(d, x->h_start, carried_h(x), h, "states");
+        copy(d, x->window_start, carried_window(x), window, "states");
+    } else if (has_states(x)) {
+        clear(d, x->h_start, h, "states");
+        clear(d, x->window_start, window, "states");
+    }
+    if (has_states(x)) { // nothing follows the last chunk
+        clear(d, x->d_h[x->turn], h, "states");
+        clear(d, x->d_window[x->turn], window, "states");
     }
     for (int chunk = 0; chunk < chunks - 1 && backward; chunk++)
         chunk_pass<T>(x, chunk, ids, targets, weight, STATES);
@@ -583,14 +639,15 @@ static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets,
     return finish_scans(d);
 }
 
-// As mamba_train_pass: *sum gets the sum of the losses. 0, or -1 with a sentence.
-static int gpu_train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets, float weight,
-                          int backward, double *sum) {
+// As mamba_train_pass_on: *sum gets the sum of the losses. 0, or -1 with a sentence.
+static int gpu_train_pass(GpuTrainer *x, int place, const int32_t *ids, const int32_t *targets,
+                          float weight, int backward, double *sum) {
     const size_t tokens = (size_t)x->B * x->L;
     device_use(&x->device);
     if (!x->arena) return gpu_fail("the trainer has no memory for a pass");
     if (check_tokens(ids, tokens, x->config.V) || check_tokens(targets, tokens, x->config.V, true))
         return -1;
+    x->place = place;
     return x->bf16_compute ? train_pass<bf16>(x, ids, targets, weight, backward != 0, sum)
                            : train_pass<float>(x, ids, targets, weight, backward != 0, sum);
 }

@@ -68,7 +68,65 @@ static void check_gpu_chosen_chunk(void) {
     mamba_free(m);
 }
 
+// Passes that go on from states of earlier ones, beside those of the CPU: losses, gradients, states
+// on their way to the host and back.
+static void check_gpu_carry(const char *path, int chunk, bool float32) {
+    enum { B = 2, L = 37, HALF = B * L };
+    Model *stored = mamba_load(path), *m = mamba_float_copy(stored),
+          *copy = mamba_float_copy(stored);
+    const Windows w = two_windows(B, L, m->config.V);
+    const int32_t *ids = w.ids + HALF, *targets = w.targets + HALF; // of the second window
+    Trainer *cpu = mamba_trainer_new(m, B, L, 0, 1),
+            *gpu = mamba_trainer_new_gpu(copy, B, L, chunk, float32);
+    const double tolerance = float32 ? 1e-4 : 5e-2, close = float32 ? 1e-5 : 1e-2;
+    float *got = malloc(m->tensors_bytes);
+    char name[160];
+    snprintf(name, sizeof name, "%s carried, chunk %d, %s", path, chunk,
+             float32 ? "float32" : "bf16");
+    if (!gpu || mamba_trainer_carry(cpu, 2) || mamba_trainer_carry(gpu, 2))
+        give_up("trainer", error_text);
+    const double want = mamba_train_pass_on(cpu, 0, w.ids, w.targets, 1, false);
+    const double begun = mamba_train_pass_on(gpu, 0, w.ids, w.targets, 1, true);
+    mamba_train_pass_on(cpu, 1, ids, targets, 1, false); // another place, and none
+    mamba_train_pass_on(gpu, 1, ids, targets, 1, false);
+    const double fresh = mamba_train_pass(gpu, ids, targets, 1, false);
+    mamba_trainer_fetch(gpu, false);
+    mamba_trainer_fetch(gpu, true); // clears the gradient
+    const double want_on = mamba_train_pass_on(cpu, 0, ids, targets, 1.0f / HALF, true);
+    const double on = mamba_train_pass_on(gpu, 0, ids, targets, 1.0f / HALF, true);
+    report(fabs(begun - want) <= close * want && fabs(on - want_on) <= close * want_on &&
+               fabs(fresh - want_on) > 1e-4 * want_on,
+           name, "losses %.6f and %.6f, want %.6f and %.6f, without states %.6f", begun, on, want,
+           want_on, fresh);
+    GPU->trainer_get(gpu->gpu, NULL, NULL, NULL, got);
+    GpuGradient g = {name, got, cpu->gradient->weights, m->weights, tolerance};
+    each_tensor(m, check_gpu_gradient, &g);
+    mamba_trainer_fetch(gpu, false);
+    const size_t h = 2 * pass_floats(cpu, m->config.N),
+                 window = 2 * pass_floats(cpu, m->config.K - 1);
+    check_floats("h of both places", gpu->carried.h, cpu->carried.h, h, float32 ? 5e-5 : 3e-2);
+    check_floats("their windows", gpu->carried.window, cpu->carried.window, window,
+                 float32 ? 5e-5 : 3e-2);
+    expect(mamba_trainer_carry(gpu, 2) == 0 &&
+               mamba_train_pass_on(gpu, 0, w.ids, w.targets, 1, false) == begun,
+           "and from the beginning, the same bits");
+    free(got);
+    FREE(w.ids, w.targets, w.whole, w.whole_targets, w.masked);
+    mamba_trainer_free(cpu);
+    mamba_trainer_free(gpu);
+    mamba_free(m);
+    mamba_free(copy);
+    mamba_free(stored);
+}
+
 static void test_cuda_chunks(void) {
+    const int chunks[] = {0, 1, 10};
+    for (int k = 0; k < COUNT(chunks); k++) {
+        check_gpu_carry("tests/plain.bin", chunks[k], true);
+        check_gpu_carry("tests/odd.bin", chunks[k], true);
+        check_gpu_carry("tests/falcon.bin", chunks[k], true);
+        check_gpu_carry("tests/plain.bin", chunks[k], false);
+    }
     check_gpu_chunks_of("tests/plain.bin", 2, 1100, true);
     check_gpu_chunks_of("tests/odd.bin", 3, 131, true);
     check_gpu_chunks_of("tests/falcon.bin", 2, 70, true);
