@@ -146,8 +146,8 @@ static void test_carried_checkpoint(void) {
     const char *path = scratch("carried.train"), *changed = scratch("changed.train");
     Trainer *x = small_trainer(1e-5f, 1), *y = small_trainer(1e-5f, 2);
     TrainRun run = {.text = "a run"};
-    int32_t ids[24];
-    for (int i = 0; i < 24; i++) ids[i] = i * i % 30;
+    int32_t ids[25];
+    for (int i = 0; i < 25; i++) ids[i] = i * i % 30;
     expect(mamba_trainer_carry(x, 2) == 0 && mamba_trainer_carry(y, 2) == 0, "room to carry");
     for (int place = 0; place < 2; place++)
         mamba_train_pass_on(x, place, ids + place, ids, 1, false);
