@@ -6,6 +6,11 @@
 // 9 the kernel that reads taps in a loop; B > 1 states of another sequence; lengths that no chunk
 // divides the shorter last chunk; a state of size N = 64 a second round of 16 states of mail.
 
+// falcon's gradients are ill-conditioned, as in test_chunks().
+static double gradient_tolerance(const char *model, bool float32) {
+    return !float32 ? 5e-2 : strstr(model, "falcon") ? 1e-3 : 2e-4;
+}
+
 // Gradients of the chunked pass in `got`. Fails where its losses are not `want`.
 static void chunked_gradient(const char *name, Model *m, int B, int L, int chunk, bool float32,
                              const int32_t *ids, const int32_t *targets, double want,
@@ -24,7 +29,7 @@ static void chunked_gradient(const char *name, Model *m, int B, int L, int chunk
 static void check_gpu_chunks(const char *model, Model *m, int B, int L, bool float32) {
     const size_t rows = (size_t)B * L, floats = m->tensors_bytes / sizeof(float);
     const int chunks[] = {0, 1, 7, 64, 1000};
-    const double tolerance = float32 ? 1e-4 : 5e-2;
+    const double tolerance = gradient_tolerance(model, float32);
     int32_t *ids = random_ids(rows, m->config.V), *targets = random_ids(rows, m->config.V);
     float *got = malloc(floats * sizeof *got), *whole = malloc(floats * sizeof *whole);
     char name[160];
@@ -35,12 +40,12 @@ static void check_gpu_chunks(const char *model, Model *m, int B, int L, bool flo
         snprintf(name, sizeof name, "%s, %d x %d in chunks of %d, %s", model, B, L, chunks[k],
                  float32 ? "float32" : "bf16");
         chunked_gradient(name, m, B, L, chunks[k], float32, ids, targets, want,
-                         float32 ? 1e-5 : 1e-2, got);
+                         float32 ? 5e-5 : 1e-2, got);
         GpuGradient beside_cpu = {name, got, cpu->gradient->weights, m->weights, tolerance};
         each_tensor(m, check_gpu_gradient, &beside_cpu);
         if (k == 0) memcpy(whole, got, floats * sizeof *whole);
-        // Rounding to bf16 is the same in both, so they agree better with each other.
-        GpuGradient beside_whole = {name, got, whole, m->weights, float32 ? 1e-4 : 1e-2};
+        // In float32 they agree better with each other.
+        GpuGradient beside_whole = {name, got, whole, m->weights, float32 ? tolerance / 2 : 5e-2};
         if (k > 0) each_tensor(m, check_gpu_gradient, &beside_whole);
     }
     mamba_trainer_free(cpu);
@@ -78,7 +83,7 @@ static void check_gpu_carry(const char *path, int chunk, bool float32) {
     const int32_t *ids = w.ids + HALF, *targets = w.targets + HALF; // of the second window
     Trainer *cpu = mamba_trainer_new(m, B, L, 0, 1),
             *gpu = mamba_trainer_new_gpu(copy, B, L, chunk, float32);
-    const double tolerance = float32 ? 1e-4 : 5e-2, close = float32 ? 1e-5 : 1e-2;
+    const double tolerance = gradient_tolerance(path, float32), close = float32 ? 5e-5 : 1e-2;
     float *got = malloc(m->tensors_bytes);
     char name[160];
     snprintf(name, sizeof name, "%s carried, chunk %d, %s", path, chunk,
@@ -107,9 +112,10 @@ static void check_gpu_carry(const char *path, int chunk, bool float32) {
     check_floats("h of both places", gpu->carried.h, cpu->carried.h, h, float32 ? 5e-5 : 3e-2);
     check_floats("their windows", gpu->carried.window, cpu->carried.window, window,
                  float32 ? 5e-5 : 3e-2);
-    expect(mamba_trainer_carry(gpu, 2) == 0 &&
-               mamba_train_pass_on(gpu, 0, w.ids, w.targets, 1, false) == begun,
-           "and from the beginning, the same bits");
+    if (mamba_trainer_carry(gpu, 2)) give_up("trainer", error_text);
+    const double again = mamba_train_pass_on(gpu, 0, w.ids, w.targets, 1, false);
+    report(fabs(again - begun) <= 1e-6 * begun, "and from the beginning", "%.7f beside %.7f", again,
+           begun);
     free(got);
     FREE(w.ids, w.targets, w.whole, w.whole_targets, w.masked);
     mamba_trainer_free(cpu);
