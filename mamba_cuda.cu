@@ -86,7 +86,7 @@
                                                      products.cuh    matrix products
                                                      step_portable.cuh    a token on any GPU
      6 the model on the device, its state, prefill
-     7 generation: a step, its graph                 sampling.cuh    the next token
+     7 generation: a step, its graph; texts          sampling.cuh    the next token
                                                      step_one_hopper.cuh  a step of 1 sequence
                                                      step_many_hopper.cuh a step of 2 to 64
      8 what mamba.c calls                            train.cuh       pass and AdamW
@@ -1057,6 +1057,7 @@ static ScanBackArgs<T> scan_back_args(const ScanArgs<T> &p, const float *h_start
 // The file's tensors are copied as they lie; matrices of another type than T are converted once.
 
 #include "cuda/layers.cuh"
+#include "cuda/padding.cuh"
 #include "cuda/products.cuh"
 #include "cuda/quantized.cuh"
 
@@ -1149,6 +1150,12 @@ struct Places {
     struct Generation *generation; // or NULL
 };
 
+struct Texts { // several texts from their start, see texts.cuh
+    int S;          // at the most; 0: no memory yet
+    ScanMail mail;  // its words are device memory
+    Places prompts; // states after the prompts that were read last
+};
+
 struct Converted {
     void *to;
     const void *from;
@@ -1176,7 +1183,10 @@ struct Gpu {
     char *raw;                        // the file's tensors
     std::vector<PackedPlace> packed;  // the matrices that are quantised
     std::vector<Converted> converted; // those that have a copy of another type
-    int32_t *ids;                     // (piece)
+    int32_t *ids, *targets;           // (piece)
+    float *losses;                    // (piece), of gpu_score()
+    int32_t *likeliest;               // (piece), the same
+    Texts texts;
     Places one;                       // the sequence that reads prompts
     Places many;                      // several texts
     Places *at;                       // of these: what runs now
@@ -1225,13 +1235,15 @@ static ScanArgs<T> scan_args(const Config *c, const LayerWeights *w, BlockActs<T
     return p;
 }
 
-// What a block is applied to. window and h move on; where given, B = 1 or L = 1.
+// What a block is applied to. window and h move on; where given, B = 1 or L = 1 or lengths.
 struct BlockRun {
     float *out;       // (B*L,D) = res + block(res)
     const float *res; // (B*L,D), may be out
     int B, L;         // sequences, tokens of each
     float *window;    // (B,K-1,E); NULL: zeros before the first token
     float *h;         // (B,N,E); NULL: from zero
+    // (B), on the device: tokens of each text, all from zero; the rest of L is padding. NULL: L.
+    const int32_t *lengths = NULL;
 };
 
 // The block of the paper, in its order: norm, in_proj, convolution, x_proj, dt_proj, scan,
@@ -1247,10 +1259,12 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
     matmul(d, Rows(a.xz, 2 * E), Rows(a.xn, D), dense<T>(d, a.unpacking, w->in_proj, 2 * E, D),
            rows, 2 * E, D);
     add_bias(d, a.xz, 2 * (size_t)E, (const float *)w->in_bias, rows, 2 * E);
-    conv1d_silu(d, ConvArgs<T>{a.u, a.xz, run.window, w->conv_t, conv_bias, B, L, E, K});
+    float *window = run.lengths ? NULL : run.window;
+    conv1d_silu(d, ConvArgs<T>{a.u, a.xz, window, w->conv_t, conv_bias, B, L, E, K});
+    if (run.lengths) text_windows(d, run.window, a.xz, run.lengths, B, L, E, K);
     matmul(d, Rows(a.xdb, P), Rows(a.u, E), dense<T>(d, a.unpacking, w->x_proj, P, E), rows, P, E);
     // One token in bf16: dt_proj, FalconMamba's norms and the scan are one kernel where that pays.
-    if (sizeof(T) == 2 && L == 1 && h && dt_step_pays(d, B, E, N, R)) {
+    if (sizeof(T) == 2 && L == 1 && h && !run.lengths && dt_step_pays(d, B, E, N, R)) {
         DtStepArgs step = {};
         step.out = (bf16 *)a.g, step.h = h, step.W_dt = (const bf16 *)w->dt_proj;
         step.xdb = (const bf16 *)a.xdb, step.u = (const bf16 *)a.u;
@@ -1265,9 +1279,12 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
             mixer_norms(d, a.xdb, c->mixer_eps, rows, R, N);
         }
         matmul(d, Rows(a.delta, E), Rows(a.xdb, P), (const T *)w->dt_proj, rows, E, R);
+        if (run.lengths) pad_delta(d, a.delta, run.lengths, B, L, E);
         ScanArgs<T> scan = scan_args(c, w, a, B, L);
-        scan.out = a.g, scan.h0 = h, scan.h_final = h, scan.h_starts = a.h_starts;
-        check_cuda(d, L == 1 && h ? scan_step_forward(d, scan) : scan_forward(d, scan), "scan");
+        scan.out = a.g, scan.h0 = run.lengths ? NULL : h, scan.h_final = h;
+        scan.h_starts = a.h_starts;
+        check_cuda(d, L == 1 && scan.h0 ? scan_step_forward(d, scan) : scan_forward(d, scan),
+                   "scan");
     }
     const T *out_proj = dense<T>(d, a.unpacking, w->out_proj, D, E);
     if (out == res) matmul(d, Rows(out, D), Rows(a.g, E), out_proj, rows, D, E, true);
@@ -1344,6 +1361,7 @@ template <class T> static int convert_weights(Gpu *g) {
 
 static int places_open(Gpu *g, Places *p, int S);
 static void places_free(Places *p);
+static void texts_free(Texts *x);
 static void generation_free(Generation *n);
 
 // A batch of more than THIN_MAX sequences reads a dense copy of quantised matrices, where memory
@@ -1374,7 +1392,7 @@ static void gpu_close(Gpu *g) {
     device_use(&g->device);
     if (g->device.stream) cudaStreamSynchronize(g->device.stream);
     for (void *p : g->memory) cudaFree(p);
-    places_free(&g->one), places_free(&g->many);
+    places_free(&g->one), places_free(&g->many), texts_free(&g->texts);
     device_close(&g->device);
     delete g;
 }
@@ -1386,6 +1404,7 @@ template <class T> static size_t lay_out_acts(Gpu *g, char *base) {
     Arena a = {base, 0};
     BlockActs<float> *b = &g->acts;
     a.take(g->res, M * D), a.take(g->logits, (size_t)g->logit_rows * V), a.take(g->ids, M);
+    a.take(g->targets, M), a.take(g->losses, M), a.take(g->likeliest, M);
     a.take(b->xn, M * D, sizeof(T)), a.take(b->xz, M * 2 * E, sizeof(T)),
         a.take(b->u, M * E, sizeof(T));
     a.take(b->xdb, M * P, sizeof(T)), a.take(b->delta, M * E, sizeof(T)),
@@ -1486,6 +1505,7 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
 #include "cuda/step_many_hopper.cuh"
 
 #include "cuda/generate.cuh"
+#include "cuda/texts.cuh"
 
 // ------------------------------------------------------------------------------------------------
 // 8 What mamba.c calls
@@ -1501,4 +1521,5 @@ extern "C" const GpuBackend mamba_gpu = {
     gpu_trainer_resize,  gpu_trainer_set, gpu_trainer_get,  gpu_train_pass,
     gpu_train_step,      gpu_measure,     gpu_time_scan,    gpu_step_form,
     gpu_places,          gpu_place_begin, gpu_place_move,   gpu_places_sampling,
-    gpu_places_generate, gpu_step,        gpu_pretend};
+    gpu_places_generate, gpu_step,        gpu_texts,       gpu_score,
+    gpu_read_prompts,    gpu_pretend};
