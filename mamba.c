@@ -1237,7 +1237,7 @@ static int state_fetch(const State *s) {
     return GPU->get_state(a->gpu, place, to->window, to->h, to->logits) ? gpu_failed() : 0;
 }
 
-// From now on the passes of a run on the GPU, float32: with float32 products for bf16 weights too.
+// From now on the passes of a run on the GPU, float32: with float32 products for all weights.
 // 0, or -1 after fail().
 int mamba_acts_gpu(Acts *a, const Model *m, bool float32) {
     if (!GPU) return fail("this build has no GPU backend: make cuda");

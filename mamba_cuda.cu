@@ -73,9 +73,10 @@
      parts of d_A, d_D, d_bias <-   d_A of each warp  <----------    sums over steps
    ---------------------------------------------------------------------------------------------
 
-   PRECISION. T is the type of matrices and of activations between kernels: float or __nv_bfloat16.
-   The residual stream, h, delta after softplus, A, every sum and the loss are float32 in both, and
-   so are the trainer's weights and moments.
+   PRECISION. T is the type of matrices and of activations between kernels: float, bf16, or, where
+   a file has such weights, f16. The residual stream, h, delta after softplus, A, every sum and the
+   loss are float32 in all, and so are the trainer's weights and moments. An activation beyond
+   65,504 is infinite in f16, and the logits are then no numbers, which ends a text with an error.
 
    CONTENTS. This file:                            What it includes from cuda/, where it is needed:
      1 the scan: arguments, arithmetic, definition   device.cuh      errors, memory, launches, sums
@@ -101,6 +102,7 @@
 #include <cuda.h>
 #include <cudaTypedefs.h>
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -110,6 +112,7 @@
 #include <vector>
 
 typedef __nv_bfloat16 bf16;
+typedef __half f16;
 
 #include "cuda/device.cuh"
 
@@ -148,6 +151,7 @@ template <typename T> struct ScanArgs {
 template <typename T> __device__ __forceinline__ T to(float x);
 template <> __device__ __forceinline__ float to<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 to<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ __forceinline__ f16 to<f16>(float x) { return __float2half_rn(x); }
 
 // 2^x, off by 2 units in the last place, in one instruction; 0 below 2^-126.
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -321,7 +325,7 @@ template <typename T> static cudaError_t scan_step_forward(Device *d, const Scan
     bool fours =
         p.E % 4 == 0 && ((uintptr_t)p.h0 | (uintptr_t)p.h_final | (uintptr_t)p.A_neg) % 16 == 0;
     if (!fours) return scan_step_launch<T, 1, 4>(d, p);
-    if ((size_t)p.B * p.E < 1 << 18) return scan_step_launch<T, 4, 4>(d, p); // more warps: latency
+    if ((size_t)p.B * p.E < as_on_h100(d, 1 << 18)) return scan_step_launch<T, 4, 4>(d, p); // more warps: latency
     return scan_step_launch<T, 4, 1>(d, p); // enough warps: fewer of everything else
 }
 
@@ -1019,7 +1023,9 @@ static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p) {
     if (error != cudaSuccess) return error;
     size_t items = (size_t)p.B * q.tiles * q.blocks,
            sums = (size_t)p.B * q.tiles * p.N * WARPS * 2 * BACK_STEPS;
-    unsigned grid = (unsigned)std::min(items, (size_t)d->processors * MIN_BLOCKS);
+    // More blocks than run at once would find no tickets left.
+    const int fit = std::min(MIN_BLOCKS, blocks_that_fit(d, scan_back_shared<WARPS>()));
+    unsigned grid = (unsigned)std::min(items, (size_t)d->processors * fit);
     kernel<<<grid, 32 * WARPS, scan_back_shared<WARPS>(), d->stream>>>(p, q);
     scan_back_sum_BC<<<blocks_for(sums, 256), 256, 0, d->stream>>>(p, words + q.partial, q.blocks,
                                                                    q.tiles, WARPS);
@@ -1028,7 +1034,8 @@ static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p) {
     return cudaGetLastError();
 }
 
-// One shape of block serves all sizes: 8 warps, 2 blocks a multiprocessor; phase 3 unrolled twice
+// One shape of block serves all sizes: 8 warps, 71 kB, 2 blocks a multiprocessor or, where it has
+// 100 kB, 1; phase 3 unrolled twice
 // for bf16. The workspace is aligned to 16 bytes, needs no initial value and may be used for
 // something else between calls.
 static size_t scan_backward_workspace(int B, int L, int E, int N) {
@@ -1170,7 +1177,8 @@ struct PackedPlace {
 struct Gpu {
     Device device;
     Config config;
-    bool bf16_compute; // T is bf16, else float
+    bool bf16_compute; // T is bf16
+    bool f16_compute;  // T is f16; else float
     Weights w;
     std::vector<void *> memory; // everything to free
     int piece;                  // rows that the activations have room for
@@ -1264,7 +1272,7 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
     if (run.lengths) text_windows(d, run.window, a.xz, run.lengths, B, L, E, K);
     matmul(d, Rows(a.xdb, P), Rows(a.u, E), dense<T>(d, a.unpacking, w->x_proj, P, E), rows, P, E);
     // One token in bf16: dt_proj, FalconMamba's norms and the scan are one kernel where that pays.
-    if (sizeof(T) == 2 && L == 1 && h && !run.lengths && dt_step_pays(d, B, E, N, R)) {
+    if (std::is_same<T, bf16>::value && L == 1 && h && !run.lengths && dt_step_pays(d, B, E, N, R)) {
         DtStepArgs step = {};
         step.out = (bf16 *)a.g, step.h = h, step.W_dt = (const bf16 *)w->dt_proj;
         step.xdb = (const bf16 *)a.xdb, step.u = (const bf16 *)a.u;
@@ -1308,7 +1316,7 @@ static void *gpu_take(Gpu *g, size_t bytes) {
 template <class T> static size_t lay_out_weights(Gpu *g, const Model *m, char *base) {
     const Config *c = &m->config;
     const char *host = (const char *)m->embedding.data;
-    const Type compute = sizeof(T) == 4 ? F32 : BF16;
+    const Type compute = sizeof(T) == 4 ? F32 : std::is_same<T, bf16>::value ? BF16 : F16;
     // Of the embedding and the head, a part at a time is unpacked: as much as of in_proj.
     const size_t largest = (size_t)2 * c->E * c->D + (size_t)TILE * c->D;
     Unpacking *u = &g->unpacking;
@@ -1425,7 +1433,7 @@ template <class T> static void head_product(Gpu *g, float *logits, const T *xn, 
     Device *d = &g->device;
     const int V = g->config.V, D = g->config.D;
     const Unpacking &u = g->unpacking;
-    if constexpr (sizeof(T) == 2)
+    if constexpr (std::is_same<T, bf16>::value)
         if (u.bits && rows <= THIN_MAX && D % 8 == 0) {
             thin_or_packed(d, u.bits, PlainSource{xn}, LogitSink{logits}, g->w.head, rows, V, D, 1);
             return check_launch(d, "head");
@@ -1488,8 +1496,9 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
     device_use(&g->device);
     if (check_tokens(ids, n, g->config.V)) return -1;
     g->at = &g->one;
-    return g->bf16_compute ? prefill<bf16>(g, ids, n, visit, context)
-                           : prefill<float>(g, ids, n, visit, context);
+    return g->bf16_compute  ? prefill<bf16>(g, ids, n, visit, context)
+           : g->f16_compute ? prefill<f16>(g, ids, n, visit, context)
+                            : prefill<float>(g, ids, n, visit, context);
 }
 
 #include "cuda/open.cuh"

@@ -35,7 +35,7 @@ template <class T> static void read_tokens(Gpu *g) {
     if (n->solo) {
         solo_step(g, n->solo);
     } else if (!n->wide && thin_fits(g, n->S)) {
-        thin_step(g, n->S);
+        if constexpr (sizeof(T) == 2) thin_step<T>(g, n->S);
     } else {
         if (n->wide) wide_step(g, n->wide);
         else network<T>(g, NULL, n->S, 1);
@@ -129,6 +129,7 @@ static int generation_capture(Gpu *g, Draw draw) {
     cudaError_t error = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
     if (error == cudaSuccess) {
         if (g->bf16_compute) queue_step<bf16>(g);
+        else if (g->f16_compute) queue_step<f16>(g);
         else queue_step<float>(g);
         error = cudaStreamEndCapture(d->stream, &graph);
     }
@@ -359,6 +360,9 @@ static void step_places(Gpu *g, int S) {
     if (g->bf16_compute) {
         embed(d, g->res, g->ids, embedding_of<bf16>(g), S);
         read_tokens<bf16>(g);
+    } else if (g->f16_compute) {
+        embed(d, g->res, g->ids, embedding_of<f16>(g), S);
+        read_tokens<f16>(g);
     } else {
         embed(d, g->res, g->ids, embedding_of<float>(g), S);
         read_tokens<float>(g);

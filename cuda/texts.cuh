@@ -174,7 +174,9 @@ static int gpu_score(Gpu *g, const ScoreRun *run) {
         check_tokens(run->targets, tokens, g->config.V, true))
         return -1;
     if (run->steps) return score_steps(g, *run);
-    return g->bf16_compute ? score<bf16>(g, *run) : score<float>(g, *run);
+    return g->bf16_compute  ? score<bf16>(g, *run)
+           : g->f16_compute ? score<f16>(g, *run)
+                            : score<float>(g, *run);
 }
 
 // --- prompts
@@ -210,8 +212,9 @@ static int gpu_read_prompts(Gpu *g, const int32_t *ids, const int32_t *lengths, 
         if (lengths[b] < 1 || lengths[b] > L)
             return gpu_fail("prompt %d has %d tokens: 1 to %d", b, lengths[b], L);
     if (check_tokens(ids, tokens, g->config.V)) return -1;
-    int result = g->bf16_compute ? read_prompts<bf16>(g, ids, lengths, B, L)
-                                 : read_prompts<float>(g, ids, lengths, B, L);
+    int result = g->bf16_compute  ? read_prompts<bf16>(g, ids, lengths, B, L)
+                 : g->f16_compute ? read_prompts<f16>(g, ids, lengths, B, L)
+                                  : read_prompts<float>(g, ids, lengths, B, L);
     g->at = before;
     return result;
 }
