@@ -117,7 +117,7 @@ static void test_cuda_f16(void) {
     static const int sequences[] = {1, 3, 16, 17, 40};
     static const size_t mixed[] = {70, 3, 129, 64, 2};
     const double tolerance = narrow_tolerance(F16);
-    char name[160];
+    char name[80];
     for (int i = 0; i < COUNT(GPU_SHAPES); i++) {
         Config c = GPU_SHAPES[i].config;
         if (c.D == 1) continue; // the norm of one number: only rounding
