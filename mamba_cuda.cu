@@ -325,8 +325,9 @@ template <typename T> static cudaError_t scan_step_forward(Device *d, const Scan
     bool fours =
         p.E % 4 == 0 && ((uintptr_t)p.h0 | (uintptr_t)p.h_final | (uintptr_t)p.A_neg) % 16 == 0;
     if (!fours) return scan_step_launch<T, 1, 4>(d, p);
-    if ((size_t)p.B * p.E < as_on_h100(d, 1 << 18)) return scan_step_launch<T, 4, 4>(d, p); // more warps: latency
-    return scan_step_launch<T, 4, 1>(d, p); // enough warps: fewer of everything else
+    if ((size_t)p.B * p.E < as_on_h100(d, 1 << 18))
+        return scan_step_launch<T, 4, 4>(d, p); // more warps: latency
+    return scan_step_launch<T, 4, 1>(d, p);     // enough warps: fewer of everything else
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1157,7 +1158,7 @@ struct Places {
     struct Generation *generation; // or NULL
 };
 
-struct Texts { // several texts from their start, see texts.cuh
+struct Texts {      // several texts from their start, see texts.cuh
     int S;          // at the most; 0: no memory yet
     ScanMail mail;  // its words are device memory
     Places prompts; // states after the prompts that were read last
@@ -1195,11 +1196,11 @@ struct Gpu {
     float *losses;                    // (piece), of gpu_score()
     int32_t *likeliest;               // (piece), the same
     Texts texts;
-    Places one;                       // the sequence that reads prompts
-    Places many;                      // several texts
-    Places *at;                       // of these: what runs now
-    bool gathered;                    // many was filled by gpu_gather()
-    bool portable_only;               // the one-kernel steps got stuck: see gpu_generate()
+    Places one;         // the sequence that reads prompts
+    Places many;        // several texts
+    Places *at;         // of these: what runs now
+    bool gathered;      // many was filled by gpu_gather()
+    bool portable_only; // the one-kernel steps got stuck: see gpu_generate()
 };
 
 template <class T> static BlockActs<T> acts_of(const Gpu *g) {
@@ -1272,7 +1273,8 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
     if (run.lengths) text_windows(d, run.window, a.xz, run.lengths, B, L, E, K);
     matmul(d, Rows(a.xdb, P), Rows(a.u, E), dense<T>(d, a.unpacking, w->x_proj, P, E), rows, P, E);
     // One token in bf16: dt_proj, FalconMamba's norms and the scan are one kernel where that pays.
-    if (std::is_same<T, bf16>::value && L == 1 && h && !run.lengths && dt_step_pays(d, B, E, N, R)) {
+    if (std::is_same<T, bf16>::value && L == 1 && h && !run.lengths &&
+        dt_step_pays(d, B, E, N, R)) {
         DtStepArgs step = {};
         step.out = (bf16 *)a.g, step.h = h, step.W_dt = (const bf16 *)w->dt_proj;
         step.xdb = (const bf16 *)a.xdb, step.u = (const bf16 *)a.u;
@@ -1530,5 +1532,5 @@ extern "C" const GpuBackend mamba_gpu = {
     gpu_trainer_resize,  gpu_trainer_set, gpu_trainer_get,  gpu_train_pass,
     gpu_train_step,      gpu_measure,     gpu_time_scan,    gpu_step_form,
     gpu_places,          gpu_place_begin, gpu_place_move,   gpu_places_sampling,
-    gpu_places_generate, gpu_step,        gpu_texts,       gpu_score,
+    gpu_places_generate, gpu_step,        gpu_texts,        gpu_score,
     gpu_read_prompts,    gpu_pretend};
