@@ -222,7 +222,7 @@ typedef struct {
 typedef struct Gpu Gpu;
 typedef struct GpuTrainer GpuTrainer;
 typedef enum { TEXTS_SCORED, TEXTS_STEPPED, TEXTS_PROMPTS } TextsUse;
-typedef struct { // B texts of L tokens, side by side, each from its start
+typedef struct {                  // B texts of L tokens, side by side, each from its start
     const int32_t *ids, *targets; // (B,L); target -1: no score
     int B, L, first;              // only from token `first` of each on there are targets
     bool steps;                   // token by token
