@@ -43,23 +43,37 @@ typedef struct {
     bool each;      // print the numbers of each token
 } Pieces;
 
+// The tokens of the piece that begins at ids, of which n are left.
+static size_t piece_tokens(const Config *c, const int32_t *ids, size_t n, const Pieces *how) {
+    const size_t left = how->split ? document_tokens(c, ids, n) : n;
+    return how->context && how->context < left ? how->context : left;
+}
+
+// The bytes of the text of all but the first of ids (n).
+static size_t predicted_bytes(const Model *m, const int32_t *ids, size_t n) {
+    const Tokenizer *t = m->tokenizer;
+    size_t bytes = 0;
+    for (size_t i = 1; i < n && t; i++) {
+        size_t length = 0;
+        if (tokenizer_has(t, ids[i])) tokenizer_token(t, ids[i], &length);
+        bytes += length;
+    }
+    return bytes;
+}
+
+#include "eval_gpu.h"
+
 // Reads ids (n) in pieces. A piece of one token has nothing to predict. 0, or -1 after fail().
 static int text_likelihood(Likelihood *l, Session *x, const int32_t *ids, size_t n,
                            const Pieces *how) {
     Evaluation ev = {.m = x->model, .each = how->each};
-    const Config *c = &x->model->config;
+    if (x->acts->gpu) return text_likelihood_gpu(l, x, ids, n, how);
     for (size_t from = 0; from < n; from += ev.n) {
-        const size_t left = how->split ? document_tokens(c, ids + from, n - from) : n - from;
         ev.ids = ids + from;
         ev.t = 0;
-        ev.n = how->context && how->context < left ? how->context : left;
+        ev.n = piece_tokens(&x->model->config, ev.ids, n - from, how);
         if (ev.n < 2) continue;
-        for (size_t i = 1; i < ev.n; i++) {
-            size_t length = 0;
-            const Tokenizer *t = x->model->tokenizer;
-            if (t && tokenizer_has(t, ev.ids[i])) tokenizer_token(t, ev.ids[i], &length);
-            l->bytes += length;
-        }
+        l->bytes += predicted_bytes(x->model, ev.ids, ev.n);
         if (from) mamba_state_reset(x->model, x->state);
         if (mamba_prefill(x->model, x->acts, x->state, ev.ids, ev.n, evaluate, &ev)) return -1;
         l->predicted += ev.n - 1;
@@ -132,6 +146,12 @@ typedef struct {
     bool recurrent; // token by token instead of by prefill
 } TaskRun;
 
+// Where the sequences of a seed start; training's start elsewhere.
+static uint64_t task_random(uint64_t seed) { return seed ^ 0x6576616C75617465u; }
+
+// The last tokens of a sequence, which have all targets.
+static size_t task_tail(Task task) { return task == TASK_COPYING ? COPY_TOKENS : 1; }
+
 // What the threads share. Each takes the next sequence and reads the whole of it.
 typedef struct {
     const Model *m;
@@ -174,8 +194,7 @@ static int read_tokens(const TaskQueue *q, TaskReader *r, const int32_t *ids, si
 }
 
 static void read_sequences(TaskQueue *q, TaskReader *r) {
-    const size_t tail = q->run->task == TASK_COPYING ? COPY_TOKENS : 1; // it has all targets
-    const size_t body = q->run->L - tail;
+    const size_t tail = task_tail(q->run->task), body = q->run->L - tail;
     while (next_sequence(q, r)) {
         mamba_state_reset(q->m, r->state);
         r->score.t = body;
@@ -219,18 +238,49 @@ static void print_accuracy(size_t L, size_t right, size_t wanted, double spent) 
            100 * fmin(1, middle + half_width), spent);
 }
 
+// On a GPU: as many sequences at once as fit. 0, or -1 after fail().
+static int evaluate_task_gpu(const Session *x, const TaskRun *run) {
+    const TextsUse use = run->recurrent ? TEXTS_STEPPED : TEXTS_SCORED;
+    const int most = run->samples < 4096 ? (int)run->samples : 4096;
+    const int B = mamba_texts_at_once(x->acts, most, run->L, use);
+    const size_t tail = task_tail(run->task);
+    TextScores t;
+    size_t right = 0, wanted = 0;
+    uint64_t random = task_random(run->seed);
+    double start = seconds();
+    int result = scores_open(&t, (size_t)B, run->L);
+    for (size_t left = run->samples; left && result == 0; left -= (size_t)t.run.B) {
+        t.run = (ScoreRun){t.ids,
+                           t.targets,
+                           left < (size_t)B ? (int)left : B,
+                           (int)run->L,
+                           (int)(run->L - tail),
+                           run->recurrent,
+                           t.losses,
+                           t.likeliest};
+        for (int b = 0; b < t.run.B; b++)
+            task_sequence(run->task, t.ids + (size_t)b * run->L, t.targets + (size_t)b * run->L,
+                          run->L, &random);
+        result = mamba_score_texts(x->acts, &t.run);
+        for (size_t i = 0; i < (size_t)t.run.B * run->L && result == 0; i++) {
+            wanted += t.targets[i] >= 0;
+            right += t.targets[i] >= 0 && t.likeliest[i] == t.targets[i];
+        }
+    }
+    scores_close(&t);
+    if (result == 0) print_accuracy(run->L, right, wanted, seconds() - start);
+    return result;
+}
+
 // Threads read whole sequences side by side, where there are enough for all: they wait at no
 // barrier. Otherwise one reader uses the whole team. 0, or -1 after fail().
 static int evaluate_task(Session *x, const TaskRun *run) {
     const Model *m = x->model;
     if (m->config.V < TASK_VOCAB)
         return fail("the model has %d ids, the tasks need %d", m->config.V, TASK_VOCAB);
-    const int threads = x->acts->threads;
-    const int team = x->acts->gpu || run->samples < (size_t)threads ? 1 : threads;
-    TaskQueue queue = {.m = m,
-                       .run = run,
-                       .left = run->samples,
-                       .random = run->seed ^ 0x6576616C75617465u}; // training's starts elsewhere
+    if (x->acts->gpu) return evaluate_task_gpu(x, run);
+    const int threads = x->acts->threads, team = run->samples < (size_t)threads ? 1 : threads;
+    TaskQueue queue = {.m = m, .run = run, .left = run->samples, .random = task_random(run->seed)};
     TaskReader *reader = calloc((size_t)team, sizeof *reader);
     size_t right = 0, wanted = 0;
     double start = seconds();

@@ -434,7 +434,7 @@ static struct {
     OPTION_SWITCH("--cpu", &backend.cpu, \
                   "run on the processor, also where the build has a GPU backend"), \
     OPTION_SWITCH("--float32", &backend.float32, \
-                  "on a GPU: float32 products also for bf16 weights and in training")
+                  "on a GPU: float32 products also for bf16 and f16 weights and in training")
 #define THREADS_OPTION(value) \
     OPTION_INT("-T", "N", value, 1, 1024, "threads; the result does not depend on it")
 // clang-format on

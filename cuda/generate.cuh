@@ -35,7 +35,7 @@ template <class T> static void read_tokens(Gpu *g) {
     if (n->solo) {
         solo_step(g, n->solo);
     } else if (!n->wide && thin_fits(g, n->S)) {
-        thin_step(g, n->S);
+        if constexpr (sizeof(T) == 2) thin_step<T>(g, n->S);
     } else {
         if (n->wide) wide_step(g, n->wide);
         else network<T>(g, NULL, n->S, 1);
@@ -129,6 +129,7 @@ static int generation_capture(Gpu *g, Draw draw) {
     cudaError_t error = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
     if (error == cudaSuccess) {
         if (g->bf16_compute) queue_step<bf16>(g);
+        else if (g->f16_compute) queue_step<f16>(g);
         else queue_step<float>(g);
         error = cudaStreamEndCapture(d->stream, &graph);
     }
@@ -189,15 +190,18 @@ static int gpu_places(Gpu *g, int S, int keep) {
     return result;
 }
 
-// A text begins at a place: with the numbers of the one sequence, and this sampler. recent: the
-// last n_recent tokens as a ring, by position modulo RECENT. 0, or -1 with a sentence.
-static int gpu_place_begin(Gpu *g, int place, uint64_t random, uint64_t position,
+// A text begins at a place: with the numbers of a prompt that gpu_read_prompts() read, or, -1, of
+// the one sequence, and this sampler. recent: the last n_recent tokens as a ring, by position
+// modulo RECENT. 0, or -1 with a sentence.
+static int gpu_place_begin(Gpu *g, int place, int prompt, uint64_t random, uint64_t position,
                            const int32_t *recent, int n_recent) {
     Device *d = &g->device;
     device_use(d);
     if (place < 0 || !place_of(g, place) || !g->many.generation) return -1;
+    if (prompt >= g->texts.prompts.S)
+        return gpu_fail("prompt %d of %d", prompt, g->texts.prompts.S);
     const Sequence q = sequence_of(random, position, recent, n_recent);
-    place_copy(g, &g->many, place, &g->one, 0);
+    place_copy(g, &g->many, place, prompt < 0 ? &g->one : &g->texts.prompts, std::max(prompt, 0));
     copy(d, g->many.generation->sequences + place, &q, sizeof q, "sequences");
     return finish(d);
 }
@@ -344,6 +348,28 @@ static int gpu_places_generate(Gpu *g, int32_t *ids, int steps) {
     return gpu_generate(g, ids, steps);
 }
 
+// Queues the portable step of the tokens in g->ids at the S places.
+static void step_places(Gpu *g, int S) {
+    Device *d = &g->device;
+    g->at = &g->many;
+    Generation *n = g->at->generation;
+    // Without a copy of the state a stuck kernel could not be replaced: the portable step it is.
+    Solo *solo = n->solo;
+    Wide *wide = n->wide;
+    n->solo = NULL, n->wide = NULL;
+    if (g->bf16_compute) {
+        embed(d, g->res, g->ids, embedding_of<bf16>(g), S);
+        read_tokens<bf16>(g);
+    } else if (g->f16_compute) {
+        embed(d, g->res, g->ids, embedding_of<f16>(g), S);
+        read_tokens<f16>(g);
+    } else {
+        embed(d, g->res, g->ids, embedding_of<float>(g), S);
+        read_tokens<float>(g);
+    }
+    n->solo = solo, n->wide = wide;
+}
+
 // Reads one token, ids (S), at each of the places; their logits follow. 0, or -1 with a sentence.
 static int gpu_step(Gpu *g, const int32_t *ids, int S) {
     Device *d = &g->device;
@@ -352,20 +378,8 @@ static int gpu_step(Gpu *g, const int32_t *ids, int S) {
     if (check_tokens(ids, (size_t)S, g->config.V)) return -1;
     g->at = &g->many;
     if (!g->at->generation && generation_open(g)) return -1;
-    Generation *n = g->at->generation;
-    // Without a copy of the state a stuck kernel could not be replaced: the portable step it is.
-    Solo *solo = n->solo;
-    Wide *wide = n->wide;
-    n->solo = NULL, n->wide = NULL;
     copy(d, g->ids, ids, (size_t)S * sizeof *ids, "ids");
-    if (g->bf16_compute) {
-        embed(d, g->res, g->ids, embedding_of<bf16>(g), S);
-        read_tokens<bf16>(g);
-    } else {
-        embed(d, g->res, g->ids, embedding_of<float>(g), S);
-        read_tokens<float>(g);
-    }
-    n->solo = solo, n->wide = wide;
+    step_places(g, S);
     return finish(d);
 }
 

@@ -397,7 +397,7 @@ static void check_gpu_bad_calls(void) {
            "GPU generate: too many steps at once");
     expect(GPU->places(gpu->gpu, 1 << 20, 0) == -1 && strstr(GPU->error(), "too many"),
            "GPU places: more than fit");
-    expect(GPU->place_begin(gpu->gpu, 5, 0, 1, recent, 0) == -1 && *GPU->error(),
+    expect(GPU->place_begin(gpu->gpu, 5, -1, 0, 1, recent, 0) == -1 && *GPU->error(),
            "GPU places: one that is not there");
     Trainer *x = mamba_trainer_new_gpu(m, 1, 3, 0, true);
     expect(x && GPU->train_pass(x->gpu, -1, ids, targets, 1, 1, &sum) == -1 &&
