@@ -57,6 +57,7 @@ int main(int argc, char **argv) {
         {"cuda", test_cuda},
         {"cuda texts", test_cuda_texts},
         {"cuda packed", test_cuda_packed},
+        {"cuda packed one", test_cuda_packed_one},
         {"cuda faults", test_cuda_faults},
         {"cuda small cards", test_cuda_small_cards},
 #endif
