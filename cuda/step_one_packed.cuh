@@ -15,10 +15,10 @@
 // puts what a lane needs side by side. In 4 bits a code is taken times 16, where it lies in its
 // byte. Lanes of j = 0 get the sums of digits 0 and 1, of j = 1 those of digit 2. The sums, exact,
 // become float32 and are multiplied by the row's scale. A warp takes every eighth tile of a panel
-// of in_proj, or every tile of its own eighth of out_proj's panels. 33 instructions a lane and tile
+// of in_proj, or every tile of its own eighth of out_proj's panels. 32 instructions a lane and tile
 // in 4 bits, 21 in 8: one a weight, and less.
 
-enum { PACKED_FLYING = 65536 }; // bytes on their way to a block
+enum { PACKED_FLYING = 81920 }; // bytes on their way to a block: fewer blocks, more each
 
 // How work is cut for a width of 256 WIDTH.
 template <int BITS, int WIDTH> struct PackedPlan {
