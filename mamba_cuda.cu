@@ -1357,13 +1357,18 @@ template <class T> static size_t lay_out_weights(Gpu *g, const Model *m, char *b
 // After the file's tensors are there: the copies and what is derived.
 template <class T> static int convert_weights(Gpu *g) {
     Device *d = &g->device;
+    const int bits = g->unpacking.bits;
+    for (const PackedPlace &p : g->packed) arrange(d, *p.device, bits, p.rows, p.cols);
     for (const Converted &p : g->converted) {
         const size_t n = (size_t)p.rows * p.cols;
         T *to = (T *)p.to;
         if (p.type == F32) convert(d, to, (const float *)p.from, n);
         else if (p.type == BF16) convert(d, to, (const bf16 *)p.from, n);
         else if (p.type == F16) convert(d, to, (const uint16_t *)p.from, n);
-        else unpack(d, to, p.from, g->unpacking.bits, p.rows, p.cols);
+        else {
+            arrange(d, (void *)p.from, bits, p.rows, p.cols);
+            unpack(d, to, p.from, bits, p.rows, p.cols);
+        }
     }
     for (LayerWeights &w : g->w.layer) derive(d, &g->config, &w);
     return finish(d);
@@ -1513,6 +1518,7 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
 
 #include "cuda/sampling.cuh"
 #include "cuda/step_one_hopper.cuh"
+#include "cuda/step_one_packed.cuh"
 #include "cuda/step_many_hopper.cuh"
 
 #include "cuda/generate.cuh"

@@ -170,6 +170,7 @@ enum { CUBLAS_WORKSPACE = 32 << 20 };
 // Tests pretend a smaller GPU: the choices that follow from its size are made for that one. 0: the
 // true number.
 static int pretended_processors, pretended_shared;
+static bool pretended_portable; // only portable steps
 static int pretended(int is, int pretend) { return pretend && pretend < is ? pretend : is; }
 
 __global__ void probe_kernel() {}
@@ -388,3 +389,19 @@ __device__ inline void tensor_product_of(float c[4], uint32_t a0, uint32_t a1, u
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+
+// c = a b^T of bytes with a sign, (16,32) times (8,32)
+__device__ inline void integer_product(int c[4], uint4 a, uint2 b) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%10,%10,%10,%10};"
+        : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "r"(0));
+}
+
+// Of a tile of Q8 or Q4 on the device (quantized.cuh): the place of word (g,r), and which bits of
+// it differ from code + 2^(bits - 1).
+__device__ inline int tile_word(int bits, int g, int r) {
+    if (bits == 4) return (r / 4 * 4 + g) * 4 + r % 4;
+    return (r / 2 % 2 * 32 + r / 4 * 4 + g / 2) * 4 + g % 2 * 2 + r % 2;
+}
+__device__ inline uint32_t tile_signs(int bits) { return bits == 4 ? 0x88888888u : 0x80808080u; }

@@ -73,9 +73,12 @@ static int generation_open(Gpu *g) {
     Device *d = &g->device;
     const int S = g->at->S;
     const size_t s = (size_t)S, V = (size_t)c->V, P = (size_t)(c->R + 2 * c->N);
-    if (S > THIN_MAX || g->unpacking.bits == 8) {
-        // In 8 bits a text is 5 to 10% faster from the copy, by solo_kernel: worth it only where
-        // memory is plenty.
+    // In 8 bits the portable step is 5 to 10% slower than the one-kernel steps of bf16, from a
+    // copy: worth it only where memory is plenty. One sequence has a kernel that needs no copy.
+    Solo plan;
+    const bool copies =
+        g->unpacking.bits == 8 && !g->portable_only && (S > 1 || !solo_packed_fits(g, &plan));
+    if (S > THIN_MAX || copies) {
         const int spare = S > THIN_MAX ? 1 : 4;
         if (g->bf16_compute) unpack_for_batches<bf16>(g, spare);
         else unpack_for_batches<float>(g, spare);
@@ -106,7 +109,9 @@ static int generation_open(Gpu *g) {
     clear(d, n->sequences, s * sizeof(Sequence), "sequences");
     a->how = n->how, a->sequences = n->sequences, a->logits = g->at->logits;
     a->allowed = n->allowed, a->res = g->res, a->S = S, a->V = c->V, a->D = c->D;
-    n->solo = S == 1 && !g->portable_only ? solo_new(g) : NULL;
+    n->solo = S > 1 || g->portable_only ? NULL
+              : g->unpacking.bits       ? solo_packed_new(g)
+                                        : solo_new(g);
     n->wide = S > 1 && !g->portable_only ? wide_new(g, S) : NULL;
     g->at->generation = n;
     if (!n->solo && !n->wide) return 0;
@@ -291,7 +296,9 @@ static std::mutex one_kernel_lock;
 static int run_burst(Gpu *g, int32_t *ids, int steps, uint32_t *in_vain) {
     Generation *n = g->at->generation;
     Device *d = &g->device;
-    d->running = n->solo ? "solo_kernel" : n->wide ? "wide_kernel" : "a step";
+    d->running = n->solo   ? n->solo->args.tiles_head ? "solo_packed_kernel" : "solo_kernel"
+                 : n->wide ? "wide_kernel"
+                           : "a step";
     check_cuda(d,
                cudaMemset2DAsync(&n->sequences->step, sizeof(Sequence), 0,
                                  sizeof n->sequences->step, (size_t)n->S, d->stream),
@@ -399,15 +406,16 @@ __global__ void busy_kernel(volatile int *leave) {
 }
 
 // A pretended property, from the next open on: "processors", "shared" (bytes of a block) and
-// "memory" (free, MB), 0: the true ones. "patience": milliseconds that a wait lasts. "busy":
-// another program that holds so many multiprocessors from now on; 0: no longer. 0, or -1 with a
-// sentence.
+// "memory" (free, MB), 0: the true ones; "portable": 1: no one-kernel steps. "patience":
+// milliseconds that a wait lasts. "busy": another program that holds so many multiprocessors from
+// now on; 0: no longer. 0, or -1 with a sentence.
 static int gpu_pretend(const char *what, int value) {
     static cudaStream_t stream;
     static int *leave;
     cudaError_t error = cudaSuccess;
     if (!strcmp(what, "processors")) pretended_processors = value;
     else if (!strcmp(what, "shared")) pretended_shared = value;
+    else if (!strcmp(what, "portable")) pretended_portable = value != 0;
     else if (!strcmp(what, "memory")) pretended_memory = (size_t)value << 20;
     else if (!strcmp(what, "patience")) {
         const uint32_t limit = value ? (uint32_t)value : 20000;

@@ -31,7 +31,8 @@ template <class T> struct EmbeddingOf {
             (const unsigned char *)rows +
             ((size_t)(v / TILE) * across + i / TILE) * (2 * TILE + bits * TILE * TILE / 8);
         const uint32_t word =
-            ((const uint32_t *)(tile + 2 * TILE))[i % TILE / codes * TILE + r] ^ 0x80000000u;
+            ((const uint32_t *)(tile + 2 * TILE))[tile_word(bits, i % TILE / codes, r)] ^
+            tile_signs(bits);
         const int code = (int)(word >> (bits * (i % codes)) & ((1u << bits) - 1));
         return (float)(code - (1 << (bits - 1))) *
                __uint_as_float((uint32_t)((const uint16_t *)tile)[r] << 16);

@@ -82,6 +82,7 @@ static Gpu *gpu_open(const Model *m, int float32) {
     const Config *c = &m->config;
     g->at = &g->one;
     g->config = *c;
+    g->portable_only = pretended_portable || getenv("MAMBA_PORTABLE");
     g->bf16_compute = (c->type == BF16 || c->type == Q8 || c->type == Q4) && !float32;
     g->f16_compute = c->type == F16 && !float32;
     if (device_open(&g->device) == 0) {
