@@ -143,7 +143,7 @@ static void test_damaged_checkpoints(Trainer *x, const char *path, int count) {
 
 // States that passes carry on are in the checkpoint.
 static void test_carried_checkpoint(void) {
-    const char *path = scratch("carried.train"), *changed = scratch("changed.train");
+    const char *path = scratch("run.train"), *changed = scratch("changed.bin");
     Trainer *x = small_trainer(1e-5f, 1), *y = small_trainer(1e-5f, 2);
     TrainRun run = {.text = "a run"};
     int32_t ids[25];
