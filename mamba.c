@@ -1635,6 +1635,7 @@ double mamba_train_pass_on(Trainer *tr, int place, const int32_t *ids, const int
     if (tr->gpu && GPU->train_pass(tr->gpu, place, ids, targets, weight, backward, &sum))
         return gpu_failed(), NAN;
     if (tr->gpu) return sum;
+    if (!tr->arena) return fail("the trainer has no memory for a pass"), NAN;
     memset(tr->d_h, 0, (size_t)c->n_layer * tr->B * c->N * c->E * sizeof(float));
     memset(tr->d_window, 0, (size_t)c->n_layer * tr->B * (c->K - 1) * c->E * sizeof(float));
     set_start(tr, place);
