@@ -53,8 +53,8 @@ static int text_likelihood(Likelihood *l, Session *x, int32_t *ids, size_t n, co
     for (size_t from = 0; from < n; from += ev.n) {
         const size_t bos = opens && how->bos >= 0; // tokens; an end-of-text may be the same id
         if (bos && from) ids[--from] = how->bos;
-        const size_t left = how->split ? bos + document_tokens(c, ids + from + bos, n - from - bos)
-                                       : n - from;
+        const size_t left =
+            how->split ? bos + document_tokens(c, ids + from + bos, n - from - bos) : n - from;
         ev.ids = ids + from;
         ev.t = 0;
         ev.n = how->context && how->context < left ? how->context : left;
@@ -98,8 +98,7 @@ static int evaluate_ids(Session *x, int32_t *ids, size_t n, const Pieces *how) {
 }
 
 // path: "-" for stdin. 0, or -1 after fail().
-static int evaluate_file(Session *x, const PromptForm *how, const char *path,
-                         Pieces *pieces) {
+static int evaluate_file(Session *x, const PromptForm *how, const char *path, Pieces *pieces) {
     size_t bytes = 0, n = 0;
     int32_t *ids = NULL;
     char *text = read_utf8(path, &bytes);
