@@ -48,10 +48,12 @@ static size_t *pieces_of(const Model *m, const int32_t *ids, size_t n, const Pie
     return at;
 }
 
-// Scores pieces of ids, of which piece b has the n[b] tokens from at[b] on, padded to L. Every
-// token but the first of a piece is predicted. 0, or -1 after fail().
+// Scores pieces of ids, of which piece b has the n[b] tokens from at[b] on, padded to L; with
+// bos[b] the first is the begin-of-text instead. Every other token is predicted. 0, or -1 after
+// fail().
 static int score_pieces(Likelihood *l, const Session *x, const int32_t *ids, const size_t *at,
-                        const size_t *n, size_t pieces, size_t L, bool each) {
+                        const size_t *n, const size_t *bos, size_t pieces, size_t L,
+                        const Pieces *how) {
     TextScores t = {0};
     if (L > INT_MAX) return fail("a text of %zu tokens: --context cuts it", L);
     int result = scores_open(&t, pieces, L);
