@@ -41,12 +41,26 @@ typedef struct {
     size_t context; // tokens of a piece; 0: no limit
     bool split;     // a document, up to its end-of-text token, begins a new piece
     bool each;      // print the numbers of each token
+    int32_t bos;    // the first of ids, which begins each document of a split text; -1: none does
 } Pieces;
 
-// The tokens of the piece that begins at ids, of which n are left.
-static size_t piece_tokens(const Config *c, const int32_t *ids, size_t n, const Pieces *how) {
-    const size_t left = how->split ? document_tokens(c, ids, n) : n;
-    return how->context && how->context < left ? how->context : left;
+typedef struct {
+    size_t at, n; // its tokens in the text
+    bool bos;     // the first of them is the begin-of-text instead, as a document begins
+    bool ends;    // a document ends with it, or the text
+} EvalPiece;
+
+// The piece from token `from` of ids (n) on. opens: a document begins there. Its begin-of-text
+// takes the place of the last token before; a text has its own already.
+static EvalPiece next_piece(const Config *c, const int32_t *ids, size_t n, const Pieces *how,
+                            size_t from, bool opens) {
+    const size_t bos = opens && how->bos >= 0; // tokens; an end-of-text may be the same id
+    EvalPiece p = {from, n - from, bos && from, true};
+    if (p.bos) p.at--;
+    if (how->split) p.n = bos + document_tokens(c, ids + p.at + bos, n - p.at - bos);
+    p.ends = !how->context || p.n <= how->context;
+    if (!p.ends) p.n = how->context;
+    return p;
 }
 
 // The bytes of the text of all but the first of ids (n).
@@ -63,15 +77,18 @@ static size_t predicted_bytes(const Model *m, const int32_t *ids, size_t n) {
 
 #include "eval_gpu.h"
 
-// Reads ids (n) in pieces. A piece of one token has nothing to predict. 0, or -1 after fail().
-static int text_likelihood(Likelihood *l, Session *x, const int32_t *ids, size_t n,
-                           const Pieces *how) {
+// Reads ids (n) in pieces. A piece of one token has nothing to predict. The begin-of-text of a
+// document overwrites the last token of the one before, which has been read. 0, or -1 after fail().
+static int text_likelihood(Likelihood *l, Session *x, int32_t *ids, size_t n, const Pieces *how) {
     Evaluation ev = {.m = x->model, .each = how->each};
+    EvalPiece p = {.ends = true};
     if (x->acts->gpu) return text_likelihood_gpu(l, x, ids, n, how);
-    for (size_t from = 0; from < n; from += ev.n) {
-        ev.ids = ids + from;
+    for (size_t from = 0; from < n; from = p.at + p.n) {
+        p = next_piece(&x->model->config, ids, n, how, from, p.ends);
+        if (p.bos) ids[p.at] = how->bos;
+        ev.ids = ids + p.at;
         ev.t = 0;
-        ev.n = piece_tokens(&x->model->config, ev.ids, n - from, how);
+        ev.n = p.n;
         if (ev.n < 2) continue;
         l->bytes += predicted_bytes(x->model, ev.ids, ev.n);
         if (from) mamba_state_reset(x->model, x->state);
@@ -82,7 +99,7 @@ static int text_likelihood(Likelihood *l, Session *x, const int32_t *ids, size_t
     return 0;
 }
 
-static int evaluate_ids(Session *x, const int32_t *ids, size_t n, const Pieces *how) {
+static int evaluate_ids(Session *x, int32_t *ids, size_t n, const Pieces *how) {
     Likelihood l = {0};
     const bool each = how->each;
     if (how->split && x->model->config.eos[0] < 0)
@@ -106,13 +123,13 @@ static int evaluate_ids(Session *x, const int32_t *ids, size_t n, const Pieces *
 }
 
 // path: "-" for stdin. 0, or -1 after fail().
-static int evaluate_file(Session *x, const PromptForm *how, const char *path,
-                         const Pieces *pieces) {
+static int evaluate_file(Session *x, const PromptForm *how, const char *path, Pieces *pieces) {
     size_t bytes = 0, n = 0;
     int32_t *ids = NULL;
     char *text = read_utf8(path, &bytes);
     if (!text) return -1;
     int result = encode_text(x->model, how, text, bytes, true, &ids, &n);
+    pieces->bos = pieces->split && !how->ids && !no_bos ? mamba_prompt_bos(x->model) : -1;
     if (result == 0) result = evaluate_ids(x, ids, n, pieces);
     free(text);
     free(ids);
@@ -370,7 +387,7 @@ static int command_eval(int argc, char **argv) {
     if (o.samples == 0) o.samples = default_samples(o.length);
     const TaskRun run = {o.task, (size_t)o.length, (size_t)o.samples, (uint64_t)o.seed,
                          o.recurrent};
-    const Pieces pieces = {(size_t)o.context, o.split != NULL, o.each};
+    Pieces pieces = {(size_t)o.context, o.split != NULL, o.each, -1};
     Session x;
     if (session_open(&x, rest[0], o.threads)) return -1;
     int result = o.task ? evaluate_task(&x, &run) : evaluate_file(&x, &o.form, rest[1], &pieces);
