@@ -1622,6 +1622,7 @@ double mamba_train_pass(Trainer *tr, const int32_t *ids, const int32_t *targets,
     if (tr->gpu)
         return GPU->train_pass(tr->gpu, ids, targets, weight, backward, &sum) ? (gpu_failed(), NAN)
                                                                               : sum;
+    if (!tr->arena) return fail("the trainer has no memory for a pass"), NAN;
     memset(tr->d_h, 0, (size_t)c->n_layer * tr->B * c->N * c->E * sizeof(float));
     memset(tr->d_window, 0, (size_t)c->n_layer * tr->B * (c->K - 1) * c->E * sizeof(float));
     for (int chunk = 0; chunk < chunks - 1 && backward; chunk++)
