@@ -150,7 +150,7 @@ static int train_some(Worker *w, const struct Job *job, uint64_t *result) {
     const size_t n = (size_t)job->n * L;
     const AdamW how = {1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 1};
     int32_t *ids = some_ids(n, m->config.V, 8), *targets = some_ids(n, m->config.V, 9);
-    Trainer *x = mamba_trainer_new_gpu(m, job->n, L, false);
+    Trainer *x = mamba_trainer_new_gpu(m, job->n, L, 0, false);
     int bad = !x;
     result[0] = HASH_START;
     for (int step = 0; step < STEPS && !bad; step++) {
