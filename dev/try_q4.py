@@ -212,7 +212,7 @@ both = lambda numbers: [sign * n for n in numbers for sign in (1, -1)]
 quarters, fine = both(np.arange(6, 8.6, 0.25)), both(np.arange(5, 10, 1 / 16))
 tries = {"divisors in steps of 1/16": {"divisors": fine}, "scales refitted twice": {"divisors": quarters, "refits": 2},
          "a scale of 8 bits for 16 weights": {"divisors": quarters, "group": 16, "store": eight_bits},
-         **{f"codes of {name}": {"divisors": both(1 / np.arange(0.7, 1.3, 0.04)), "table": table} for name, table in TABLES.items()}}
+         **{f"codes of {name}": {"divisors": both(np.arange(0.7, 1.3, 0.04)), "table": table} for name, table in TABLES.items()}}
 for label, how in tries.items():
     score(f"q4, {label}", lambda name: (searched(W[name], **how).astype(np.float32), 4.5))
 score("q4, an eighth of the inputs in q8", lambda name: mixed(name, True))
