@@ -123,6 +123,7 @@ static int generation_open(Gpu *g) {
 }
 
 // The graph of a step with this kind of draw. 0, or -1 with a sentence.
+enum { CAPTURE_TRIES = 16 };
 static int generation_capture(Gpu *g, Draw draw) {
     Device *d = &g->device;
     Generation *n = g->at->generation;
@@ -131,12 +132,19 @@ static int generation_capture(Gpu *g, Draw draw) {
     n->graph = NULL, n->draw.draw = draw, n->captured = draw;
     if (finish(d)) return -1;
     cudaGraph_t graph = NULL;
-    cudaError_t error = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
-    if (error == cudaSuccess) {
+    cudaError_t error = cudaSuccess;
+    // A capture can end early by what another thread does, such as loading kernels or freeing
+    // memory. It is queued again then.
+    for (int tries = 0; tries < CAPTURE_TRIES; tries++) {
+        graph = NULL, d->failed = NULL, d->error = cudaSuccess;
+        error = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
+        if (error != cudaSuccess) break;
         if (g->bf16_compute) queue_step<bf16>(g);
         else if (g->f16_compute) queue_step<f16>(g);
         else queue_step<float>(g);
         error = cudaStreamEndCapture(d->stream, &graph);
+        if (error != cudaErrorStreamCaptureInvalidated) break;
+        cudaGetLastError();
     }
     if (error == cudaSuccess) error = cudaGraphInstantiate(&n->graph, graph, 0);
     if (graph) cudaGraphDestroy(graph);
