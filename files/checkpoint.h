@@ -108,9 +108,16 @@ static int fail_other_run(const char *path, const char *stored, const char *here
     memcpy(now, here, RUN_TEXT);
     for (size_t i = 0; there[i] && there[i] == now[i]; i++)
         if (there[i] == ',') from = i + 1;
-    return fail("%s: the checkpoint is of another run: it has%.*s, this one has%.*s", path,
-                (int)strcspn(there + from, ","), there + from, (int)strcspn(now + from, ","),
-                now + from);
+    const char *const clause[] = {there + from, now + from};
+    size_t n[] = {strcspn(clause[0], ","), strcspn(clause[1], ",")};
+    for (int i = 0; i < 2; i++) { // of two schedules, the names, not their steps
+        const char *steps = strstr(clause[i], " over ");
+        const size_t name = steps ? (size_t)(steps - clause[i]) : n[i];
+        if (name < n[i] && memcmp(clause[0], clause[1], name + 1)) n[i] = name;
+    }
+    return fail("%s: the checkpoint is of another run: it has%.*s, this one has%.*s (a run keeps "
+                "its settings)",
+                path, (int)n[0], clause[0], (int)n[1], clause[1]);
 }
 
 // Whether the model.bin header `here` is that of m, with the weights of another moment.
