@@ -90,6 +90,7 @@
                 mamba_set_tokenizer
                 mamba_random_model  mamba_float_copy  mamba_quantize
      texts      mamba_encode  mamba_encode_pieces  mamba_prompt_bos  mamba_decode
+     chat       mamba_chat  mamba_chat_encode  mamba_chat_turn  mamba_chat_end
      running    mamba_acts_new  mamba_acts_pieces  mamba_acts_gpu  mamba_acts_free
                 mamba_default_threads  mamba_has_gpu  mamba_gpu_memory
                 mamba_prefill  mamba_prefill_rows  mamba_hidden  mamba_step  mamba_step_batch
@@ -1622,6 +1623,7 @@ double mamba_train_pass(Trainer *tr, const int32_t *ids, const int32_t *targets,
     if (tr->gpu)
         return GPU->train_pass(tr->gpu, ids, targets, weight, backward, &sum) ? (gpu_failed(), NAN)
                                                                               : sum;
+    if (!tr->arena) return fail("the trainer has no memory for a pass"), NAN;
     memset(tr->d_h, 0, (size_t)c->n_layer * tr->B * c->N * c->E * sizeof(float));
     memset(tr->d_window, 0, (size_t)c->n_layer * tr->B * (c->K - 1) * c->E * sizeof(float));
     for (int chunk = 0; chunk < chunks - 1 && backward; chunk++)

@@ -11,6 +11,11 @@ static void trainer_layout(Trainer *tr, Arena *from) {
     const bool normed = c->flags & FLAG_MIXER_NORM;
     size_t widest = 2 * E > D ? 2 * E : D, loss = V > D ? V : D, packed, packed_loss;
     if (widest < P) widest = P;
+    const double rows = (double)B * steps; // rows are counted in int, and no size below wraps
+    if (rows > INT_MAX || rows * (double)widest * 64 > (double)SIZE_MAX) {
+        from->used = SIZE_MAX;
+        return;
+    }
     packed = matmul_floats(T, widest);
     packed_loss = matmul_floats(LOSS_ROWS, loss);
 
@@ -94,6 +99,7 @@ void mamba_trainer_free(Trainer *tr) {
 
 // Passes from now on have B sequences of L tokens. 0, or -1 after fail().
 int mamba_trainer_resize(Trainer *tr, int B, int L) {
+    if (B < 1 || L < 1) return fail("a training pass of %d sequences of %d tokens", B, L);
     tr->B = B;
     tr->L = L;
     if (tr->gpu) return GPU->trainer_resize(tr->gpu, B, L) ? gpu_failed() : 0;
@@ -142,8 +148,7 @@ int mamba_trainer_fetch(Trainer *tr, bool store) {
 // each sequence are in memory at a time, with the same gradient up to rounding; 0: all. NULL after
 // fail().
 Trainer *mamba_trainer_new(Model *m, int B, int L, int chunk, int threads) {
-    if (B < 1 || L < 1 || chunk < 0)
-        return fail("a pass of %d sequences of %d tokens in chunks of %d", B, L, chunk), NULL;
+    if (chunk < 0) return fail("a training pass in chunks of %d tokens", chunk), NULL;
     Trainer *tr = memory_zeroed(1, sizeof *tr);
     if (!tr) return fail("out of memory"), NULL;
     threads = possible_threads(threads > 0 ? threads : mamba_default_threads());

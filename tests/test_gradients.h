@@ -615,6 +615,31 @@ static void test_masked_loss(void) {
     mamba_free(m);
 }
 
+// Sizes that no pass can have are refused, and a trainer without memory for a pass says so.
+static void test_trainer_sizes(void) {
+    Model *stored = mamba_load("tests/plain.bin"), *m = mamba_float_copy(stored);
+    const int32_t ids[] = {1, 2, 3}, next[] = {2, 3, 4};
+    expect(!mamba_trainer_new(m, 0, 3, 0, 1) && strstr(error_text, "0 sequences"),
+           "a trainer of no sequences is refused");
+    expect(!mamba_trainer_new(m, 1, 0, 0, 1) && strstr(error_text, "0 tokens"),
+           "a trainer of no tokens is refused");
+    expect(!mamba_trainer_new(m, 1, 3, -1, 1) && strstr(error_text, "chunks of -1"),
+           "chunks below 0 are refused");
+    Trainer *x = mamba_trainer_new(m, 1, 3, 0, 1);
+    const double loss = mamba_train_pass(x, ids, next, 1, false);
+    expect(mamba_trainer_resize(x, -1, 3) == -1 && mamba_trainer_resize(x, 1, 0) == -1 &&
+               mamba_train_pass(x, ids, next, 1, false) == loss,
+           "a resize to such sizes is refused and changes nothing");
+    expect(mamba_trainer_resize(x, 1 << 20, 1 << 30) == -1 &&
+               isnan(mamba_train_pass(x, ids, next, 1, false)) && strstr(error_text, "no memory"),
+           "a pass without memory is a sentence");
+    expect(mamba_trainer_resize(x, 1, 3) == 0 && mamba_train_pass(x, ids, next, 1, false) == loss,
+           "and a size that fits mends it");
+    mamba_trainer_free(x);
+    mamba_free(m);
+    mamba_free(stored);
+}
+
 static void test_gradients(void) {
     for (team = 1; team <= MOST_THREADS; team += 2) {
         test_scan_backward(1, 1, 1, 1);
@@ -633,6 +658,7 @@ static void test_gradients(void) {
     test_adamw("layernorm");
     test_initialisation();
     test_masked_loss();
+    test_trainer_sizes();
     test_model_gradients("plain");
     test_model_gradients("odd");
     test_model_gradients("falcon");
