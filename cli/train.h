@@ -591,8 +591,8 @@ static const char TRAIN_USAGE[] =
     "away. Ctrl-C saves and leaves.\n"
     "\n"
     "mamba train -o out.bin --resume                goes on: the settings are in out.bin.train\n"
-    "mamba train -o out.bin --resume --steps MORE   to MORE steps in all, more than planned, where\n"
-    "                                               --schedule is constant or wsd\n";
+    "mamba train -o out.bin --resume --steps MORE   to MORE steps in all, beyond those planned,\n"
+    "                                               where --schedule is constant or wsd\n";
 // clang-format on
 
 // Whether the run can have another last step than it began with. 0, or -1 after fail().
@@ -750,12 +750,13 @@ static int command_train(int argc, char **argv) {
                       "--data and --held-out-data are token ids, between spaces, commas or lines"),
         OPTION_TEXT("--tokenizer", "T", &o.tokenizer,
                     "bytes, a model.bin whose vocabulary to use, or a tokenizer file"),
-        OPTION_TEXT("--task", "induction|copying", &o.task_name, "one of the paper's tasks instead of data"),
+        OPTION_TEXT("--task", "induction|copying", &o.task_name,
+                    "one of the paper's tasks instead of data"),
         OPTION_TEXT("--from", "FILE", &o.from,
                     "start from this model (sizes and tokenizer are its own)"),
         OPTION_SWITCH("--resume", &o.resume,
-                      "go on from out.bin.train with its settings; of what shapes the run only --steps "
-                      "can be another"),
+                      "go on from out.bin.train with its settings; of what shapes the run only "
+                      "--steps can be another"),
         OPTION_SWITCH("--force", &o.force, "replace another model or run of this name"),
         OPTION_INT("--d-model", "N", &o.d_model, 1, 16384, "width"),
         OPTION_INT("--layers", "N", &o.layers, 1, 1024, "blocks"),
