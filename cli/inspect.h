@@ -198,9 +198,9 @@ static const char LOGITS_USAGE[] =
     "mamba logits model.bin --embeddings FILE [--hidden] [--all] [-o FILE]\n"
     "\n"
     "The logits after the last token, or after each: V numbers a line, or with -o raw\n"
-    "little-endian float32, (L,V). --top N: the N likeliest tokens instead, a line each: id, logit,\n"
-    "probability and text. --hidden: the states of the last norm instead, D numbers a line, for\n"
-    "searches and classifiers.\n";
+    "little-endian float32, (L,V). --top N: the N likeliest tokens instead, a line each: id,\n"
+    "logit, probability and text. --hidden: the states of the last norm instead, D numbers a\n"
+    "line, for searches and classifiers.\n";
 // clang-format on
 
 // Prints the `top` likeliest tokens after a text: id, logit, probability and text, between tabs.
