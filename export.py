@@ -45,7 +45,7 @@ from collections import namedtuple
 try:
     import numpy as np
 except ImportError:
-    sys.exit("export.py: numpy is missing (pip install numpy)")
+    np = None                                         # --help needs none
 
 # --------------------------------------------------------------------------------------------------
 # 1. Errors, files
@@ -1923,6 +1923,10 @@ def to_transformers(source, folder, force):
         with atomic_file(os.path.join(folder, name)) as out:
             out.write(text.encode("utf-8"))
     print(f"wrote {folder}: {summary(m, dtype)}", file=sys.stderr)
+    if "tokenizer.json" not in texts:                 # transformers has no file for bytes
+        kind = "bytes" if blob else "none"
+        print_notes([f"a folder says nothing of a tokenizer that is {kind}; the way back is "
+                     f"export.py {folder} model.bin --tokenizer {kind}"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2986,6 +2990,8 @@ def run(arguments):
         parser.error("--to-hf and --to-gguf take no --dtype, --tokenizer or --adapter")
     if a.force and not a.to_hf:
         parser.error("--force goes with --to-hf only")
+    if np is None:
+        raise ExportError("numpy is missing (pip install numpy)")
     if a.to_hf:
         to_transformers(a.source, a.target, a.force)
     elif a.to_gguf:

@@ -116,9 +116,9 @@ static int evaluate_ids(Session *x, int32_t *ids, size_t n, const Pieces *how) {
     fprintf(f, "mean_nll       %.6f nats/token\n", nll);
     fprintf(f, "perplexity     %.6g\n", exp(nll));
     fprintf(f, "bits_per_byte  %.6f\n", l.bytes ? l.sum / log(2) / (double)l.bytes : 0);
-    fprintf(stderr, "%.1f tokens/s", (double)n / (seconds() - start));
-    if (peak_megabytes() > 0) fprintf(stderr, " | peak memory %.1f MB", peak_megabytes());
-    fprintf(stderr, "\n");
+    note("%.1f tokens/s", (double)n / (seconds() - start));
+    if (peak_megabytes() > 0) note(" | peak memory %.1f MB", peak_megabytes());
+    note("\n");
     return 0;
 }
 
@@ -355,8 +355,8 @@ static int command_eval(int argc, char **argv) {
     EvalOptions o = {.threads = mamba_default_threads(), .length = 256, .seed = 1};
     // clang-format off
     const Option options[] = {
-        OPTION_TEXT("--task", "T", &o.task_name,
-                    "accuracy on induction or copying instead of a text"),
+        OPTION_TEXT("--task", "induction|copying", &o.task_name,
+                    "accuracy on one of the tasks instead of a text"),
         OPTION_INT("--length", "L", &o.length, 1, 1 << 30, "tokens a sequence of the task"),
         OPTION_INT("--samples", "S", &o.samples, 0, 1e9,
                    "sequences of the task; 0: 1024 up to 2^14 tokens, then fewer, 64 from 2^18 on"),
@@ -375,6 +375,7 @@ static int command_eval(int argc, char **argv) {
         OPTION_TEXT("--split", "eot", &o.split,
                     "begin each document, after an end-of-text token, from a new state"),
         NO_BOS_OPTION,
+        QUIET_OPTION,
         BACKEND_OPTIONS,
         THREADS_OPTION(&o.threads),
     };
@@ -384,6 +385,9 @@ static int command_eval(int argc, char **argv) {
         return print_help(EVAL_USAGE, options, COUNT(options));
     int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
     if (n < 0 || parse_task(o.task_name, &o.task) || check_eval(&o, n)) return -1;
+    if (!o.task && (check_model_first("eval ", rest[0], rest[1], false) ||
+                    check_text_path("eval", rest[0], rest[1])))
+        return -1;
     if (o.samples == 0) o.samples = default_samples(o.length);
     const TaskRun run = {o.task, (size_t)o.length, (size_t)o.samples, (uint64_t)o.seed,
                          o.recurrent};

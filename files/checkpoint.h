@@ -120,9 +120,16 @@ static int fail_other_run(const char *path, const char *stored, const char *here
         return fail("%s: the checkpoint is of another run: %s has%.*s, %s has not", path,
                     there[i] ? "it" : "this one", (int)strcspn(longer + 1, ","), longer + 1,
                     there[i] ? "this one" : "it");
-    return fail("%s: the checkpoint is of another run: it has%.*s, this one has%.*s", path,
-                (int)strcspn(there + from, ","), there + from, (int)strcspn(now + from, ","),
-                now + from);
+    const char *const clause[] = {there + from, now + from};
+    size_t n[] = {strcspn(clause[0], ","), strcspn(clause[1], ",")};
+    for (int k = 0; k < 2; k++) { // of two schedules, the names, not their steps
+        const char *steps = strstr(clause[k], " over ");
+        const size_t name = steps ? (size_t)(steps - clause[k]) : n[k];
+        if (name < n[k] && memcmp(clause[0], clause[1], name + 1)) n[k] = name;
+    }
+    return fail("%s: the checkpoint is of another run: it has%.*s, this one has%.*s (a run keeps "
+                "its settings)",
+                path, (int)n[0], clause[0], (int)n[1], clause[1]);
 }
 
 // Whether the model.bin header `here` is that of m, with the weights of another moment.
