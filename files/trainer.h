@@ -105,15 +105,18 @@ static LayerState carried_at(const Trainer *tr, int place) {
 // Passes of mamba_train_pass_on have so many places to go on from, each of B sequences; all are at
 // their beginning. 0, or -1 after fail().
 int mamba_trainer_carry(Trainer *tr, int places) {
+    if (places < 0) return fail("%d places to carry states", places);
     if (places != tr->places) {
         free_aligned(tr->carried.h);
         tr->places = places;
-        tr->carried.h = alloc_aligned(carried_floats(tr) * sizeof(float));
-        if (!tr->carried.h) tr->places = 0;
-        if (!tr->carried.h) return -1;
-        tr->carried.window = tr->carried.h + places * pass_floats(tr, tr->model->config.N);
+        tr->carried.h = places ? alloc_aligned(carried_floats(tr) * sizeof(float)) : NULL;
+        if (places && !tr->carried.h) tr->places = 0;
+        if (places && !tr->carried.h) return -1;
     }
-    memset(tr->carried.h, 0, carried_floats(tr) * sizeof(float));
+    if (places) {
+        tr->carried.window = tr->carried.h + places * pass_floats(tr, tr->model->config.N);
+        memset(tr->carried.h, 0, carried_floats(tr) * sizeof(float));
+    }
     return tr->gpu && GPU->trainer_carry(tr->gpu, places) ? gpu_failed() : 0;
 }
 
