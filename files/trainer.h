@@ -11,8 +11,9 @@ static void trainer_layout(Trainer *tr, Arena *from) {
     const bool normed = c->flags & FLAG_MIXER_NORM;
     size_t widest = 2 * E > D ? 2 * E : D, loss = V > D ? V : D, packed, packed_loss;
     if (widest < P) widest = P;
-    const double rows = (double)B * steps; // rows are counted in int, and no size below wraps
-    if (rows > INT_MAX || rows * (double)widest * 64 > (double)SIZE_MAX) {
+    // Rows are counted in int, and no size below wraps.
+    const double rows = (double)B * steps, states = (double)layers * B * (double)(NE + window);
+    if (rows > INT_MAX || fmax(rows * (double)widest, states) * 64 > (double)SIZE_MAX) {
         from->used = SIZE_MAX;
         return;
     }
@@ -94,7 +95,7 @@ static size_t pass_floats(const Trainer *tr, int n) {
 }
 static size_t carried_floats(const Trainer *tr) {
     const Config *c = &tr->model->config;
-    return tr->places * pass_floats(tr, c->N + c->K - 1);
+    return size_mul((size_t)tr->places, pass_floats(tr, c->N + c->K - 1));
 }
 static LayerState carried_at(const Trainer *tr, int place) {
     const Config *c = &tr->model->config;
@@ -109,7 +110,7 @@ int mamba_trainer_carry(Trainer *tr, int places) {
     if (places != tr->places) {
         free_aligned(tr->carried.h);
         tr->places = places;
-        tr->carried.h = places ? alloc_aligned(carried_floats(tr) * sizeof(float)) : NULL;
+        tr->carried.h = places ? alloc_aligned(size_mul(carried_floats(tr), sizeof(float))) : NULL;
         if (places && !tr->carried.h) tr->places = 0;
         if (places && !tr->carried.h) return -1;
     }
