@@ -48,7 +48,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (choices & MEND_LAYOUT && bytes >= CHECKPOINT_HEADER) {
         put_u64(file + 48, blob);
         put_u64(file + 56, tensors);
-        if (states) put_u32(file + 8, 3), put_u64(file + 88, states);
+        put_u32(file + 8, CHECKPOINT_VERSION);
+        put_u64(file + 88, states);
     }
     const size_t at = CHECKPOINT_HEADER + settings;
     if (choices & MEND_SUMS && settings <= SETTINGS_MOST &&
