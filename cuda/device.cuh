@@ -297,11 +297,18 @@ __device__ inline void wait_for_input() {
 #endif
 }
 
-// Shared memory beyond 48 kB must be asked for, kernel by kernel.
+// Shared memory beyond 48 kB must be asked for, kernel by kernel. What one thread asks for holds
+// for all threads. So it only grows: less would refuse a launch that another thread prepares.
+static std::mutex shared_mutex;
+
 template <class... Parameters>
 static cudaError_t allow_shared(void (*kernel)(Parameters...), size_t bytes) {
     if (bytes <= 48 << 10) return cudaSuccess;
     if (pretended_shared && bytes > (size_t)pretended_shared) return cudaErrorInvalidValue;
+    const std::lock_guard<std::mutex> lock(shared_mutex);
+    cudaFuncAttributes now;
+    cudaError_t error = cudaFuncGetAttributes(&now, kernel);
+    if (error != cudaSuccess || now.maxDynamicSharedSizeBytes >= (int)bytes) return error;
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
 }
 

@@ -636,8 +636,7 @@ static int clusters_at_once(void (*kernel)(Parameters...), int clusters, int thr
     config.gridDim = (unsigned)(clusters * CLUSTER_BLOCKS), config.blockDim = (unsigned)threads;
     config.dynamicSmemBytes = shared, config.attrs = &attribute, config.numAttrs = 1;
     int at_once = 0;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) ==
-            cudaSuccess &&
+    if (allow_shared(kernel, shared) == cudaSuccess &&
         cudaOccupancyMaxActiveClusters(&at_once, kernel, &config) == cudaSuccess)
         return at_once;
     return cudaGetLastError(), -1;
