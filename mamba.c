@@ -1927,7 +1927,7 @@ long mamba_generate(const Model *m, Acts *a, State *s, Writing *w) {
     const bool bursts = a->gpu && !w->goes_on;
     unsigned char *text = memory_get(m->text_room + 1); // a model without a tokenizer has no text
     if (!text) return fail("out of memory: a token of %zu bytes", m->text_room);
-    Burst burst = {.n = 0};
+    Burst burst = {.left = w->most};
     long written = 0;
     bool failed = false;
     w->ended = ENDED_BY_LENGTH;

@@ -110,6 +110,7 @@ static unsigned char *allowed_ids(const Model *m) {
 // On a GPU, tokens are drawn and read some at a time: a launch for each would take longer than a
 // step. Where the text ends within them, the state has read too far.
 typedef struct {
+    long left; // tokens that the text may still get; -1: no limit
     int32_t ids[64];
     int at, n;
 } Burst;
@@ -126,6 +127,8 @@ static int32_t burst_next(Burst *b, const Model *m, Acts *a, State *s, const Sam
         if (failed) return gpu_failed();
     }
     b->n = b->n == 0 ? 4 : b->n < 64 ? 4 * b->n : 64; // few at first, so that text appears soon
+    if (b->left >= 0 && b->n > b->left) b->n = (int)b->left;
+    if (b->left >= 0) b->left -= b->n;
     b->at = 0;
     if (GPU->generate(a->gpu, b->ids, b->n)) return gpu_failed();
     for (int i = 0; i < b->n; i++)
