@@ -468,9 +468,18 @@ static void on_lost_file(int number) {
 
 static volatile sig_atomic_t interrupted;
 
+static time_t interrupted_at;
+
+// A second Ctrl-C ends the program. `timeout -s INT` and those that start several processes send
+// one to the process and one to its group: what comes at the same time is one.
 static void on_interrupt(int number) {
+    if (!interrupted) interrupted_at = time(NULL);
+    else if (time(NULL) - interrupted_at >= 2) {
+        on_kill(number);
+        return;
+    }
     interrupted = 1;
-    signal(number, on_kill); // a second Ctrl-C ends the program at once
+    signal(number, on_interrupt); // some systems reset it
 }
 
 // From here on Ctrl-C sets `interrupted`.

@@ -132,8 +132,12 @@ pid=$!
 wait_for longer.bin.train
 i=0 # beyond the warm-up
 while [ "$(wc -l < longer.bin.csv)" -lt 12 ] && [ $i -lt 400 ]; do sleep 0.05; i=$((i + 1)); done
-kill -INT $pid
+kill -INT $pid # as timeout does: one to the process, one to its group
+sleep 0.01
+kill -INT $pid 2> /dev/null
 wait $pid
+status=$?
+[ $status -eq 0 ] && ok "two SIGINTs at once save, too" || bad "two SIGINTs at once save, too" "$status"
 steps=$(($(tail -n 1 longer.bin.csv | cut -d, -f1) * 5 / 4 + 1))
 "$mamba" train -o long.bin $small --schedule wsd --steps $steps --force 2> err
 "$mamba" train -o longer.bin --resume --steps $steps 2> err || bad "wsd" "$(cat err)"
