@@ -20,7 +20,7 @@
 // 24 with two, of which 13 are step 3's arithmetic and 4 step 2's. doc/SPEED.md counts them.
 // No sum depends on which block ran when.
 
-enum { BACK_WARPS = 4, BACK_STEPS = 8 }; // warps of a block, steps of a piece
+enum { BACK_STEPS = 8 }; // of a piece
 
 struct ScanBackPlan {
     int blocks, tiles, segments, segment_tiles; // blocks of 32 C channels; tiles of SCAN_SAVE steps
@@ -31,7 +31,7 @@ struct ScanBackPlan {
 // The workspace, in words:
 //   ends      (segments, B, N, E) d_h before a segment, from 0 behind it
 //   sums      (segments, B, E) its sum of delta
-//   slabs     (3, B*L, E) sums over the states of the launches before, where N is more than 16
+//   slabs     (3, B*L, E) sums over the states of the launches before, where there are any
 //   partial2  (B, segments, N + 2, E) a segment's d_A_neg, d_D_skip, d_dt_bias
 //   partial   (blocks, B, pieces, N, 16) d_C of a piece in order of time, then d_B reversed
 
@@ -90,21 +90,28 @@ template <typename T> struct alignas(4 * sizeof(T)) Quad {
     T v[4];
 };
 
-template <typename T, int STATES, int C> constexpr size_t scan_back_shared() {
-    constexpr int WARPS = BACK_WARPS, NP = WARPS * STATES, ROW = 32 * C;
+template <typename T, int WARPS, int STATES, int C> constexpr size_t scan_back_shared() {
+    constexpr int NP = WARPS * STATES, ROW = 32 * C;
     return 4 * (5 * SCAN_SAVE * ROW + SCAN_SAVE * 2 * NP + (SCAN_SAVE / BACK_STEPS - 1) * NP * ROW +
                 WARPS * 16 * 3 * ROW) +
            sizeof(T) * SCAN_SAVE * ROW;
 }
 
 // C: channels a lane. SLABS: there are more than 4 STATES states, done by several launches.
-template <typename T, int STATES, int C, bool SLABS, int MIN_BLOCKS>
-__global__ void __launch_bounds__(32 * BACK_WARPS, MIN_BLOCKS)
+template <typename T, int WARPS, int STATES, int C, bool SLABS, int MIN_BLOCKS>
+__global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     scan_back(ScanBackArgs<T> p, ScanBackPlan q) {
-    constexpr int WARPS = BACK_WARPS, K = BACK_STEPS, NP = WARPS * STATES, ROW = 32 * C,
-                  QUADS = SCAN_SAVE / 4, MINE = QUADS / WARPS, PIECES = SCAN_SAVE / K,
-                  SCRATCH = 36; // float4s of a state's sums over groups, and a gap
-    static_assert(QUADS % WARPS == 0 && PIECES % 2 == 0 && 2 * NP <= 32, "shape of a block");
+    constexpr int K = BACK_STEPS, NP = WARPS * STATES, ROW = 32 * C, QUADS = SCAN_SAVE / 4,
+                  MINE = (QUADS + WARPS - 1) / WARPS, PIECES = SCAN_SAVE / K,
+                  BC = (2 * NP + 31) / 32, // of B and C, a lane and quad
+        SCRATCH = 36;                      // float4s of a state's sums over groups, and a gap
+    static_assert(PIECES % 2 == 0 && WARPS % 4 == 0 && STATES <= 4, "shape of a block");
+// Whether there are registers for what is fetched while a tile is finished.
+#ifdef EARLY_AT
+    constexpr bool EARLY = EARLY_AT && MIN_BLOCKS * WARPS < 16;
+#else
+    constexpr bool EARLY = MIN_BLOCKS * WARPS < 16;
+#endif
     typedef Pack<T, C> Packed;
     extern __shared__ float4 shared[];
     float4 *deltas = shared, *dus = deltas + QUADS * ROW, *dys = dus + QUADS * ROW,
@@ -164,28 +171,38 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, MIN_BLOCKS)
                                row_of(p.d_z + e, row0, q.ld_d_z)};
     float4 *const my_sums = sums + warp * 4 * 3 * ROW + lane;
 
-    // 1. A warp prepares the quads that it will finish: warp, warp + 4, ... of the tile.
-    auto prepare = [&](int tile) {
-        const int t_tile = tile * SCAN_SAVE, n2 = min(lane, 2 * NP - 1);
+    // 1. A warp fetches and prepares the quads that it will finish: warp, warp + WARPS, ... of the
+    // tile. What is fetched waits in registers while the tile after it is finished.
+    struct Fetched {
+        Packed delta_raw[MINE][4], u[MINE][4], z[MINE][4], d_g[MINE][4];
+        T bc[MINE][BC][4];
+    };
+    auto fetch = [&](int tile, Fetched &to) {
+        const int t_tile = tile * SCAN_SAVE;
         const T *delta_raw = device_memory(in_rows[0]), *u = device_memory(in_rows[1]),
                 *z = device_memory(in_rows[2]), *d_g = device_memory(in_rows[3]);
-        const bool is_C = n2 >= NP, in = n_first - n_warp + n2 % NP < N;
-        const int ld_BC = is_C ? q.ld_C : q.ld_B;
-        const T *B_or_C = row_of(
-            (is_C ? p.C_ssm : p.B_ssm) + min(n_first - n_warp + n2 % NP, N - 1), row0, ld_BC);
-        Packed raw_[MINE][4], u_[MINE][4], z_[MINE][4], g_[MINE][4];
-        T bc_[MINE][4];
 #pragma unroll
         for (int j = 0; j < MINE; j++)
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 const int t = min(t_tile + 4 * (warp + j * WARPS) + k, L - 1);
-                raw_[j][k] = *(const Packed *)row_of(delta_raw, t, q.ld_delta);
-                u_[j][k] = *(const Packed *)row_of(u, t, q.ld_u);
-                z_[j][k] = *(const Packed *)row_of(z, t, q.ld_z);
-                g_[j][k] = *(const Packed *)row_of(d_g, t, q.ld_d_g);
-                bc_[j][k] = *row_of(B_or_C, t, ld_BC);
+                to.delta_raw[j][k] = *(const Packed *)row_of(delta_raw, t, q.ld_delta);
+                to.u[j][k] = *(const Packed *)row_of(u, t, q.ld_u);
+                to.z[j][k] = *(const Packed *)row_of(z, t, q.ld_z);
+                to.d_g[j][k] = *(const Packed *)row_of(d_g, t, q.ld_d_g);
             }
+#pragma unroll
+        for (int m = 0; m < BC; m++) {
+            const int n2 = min(lane + 32 * m, 2 * NP - 1),
+                      n = min(n_first - n_warp + n2 % NP, N - 1), ld = n2 < NP ? q.ld_B : q.ld_C;
+            const T *from = row_of((n2 < NP ? p.B_ssm : p.C_ssm) + n, row0, ld);
+#pragma unroll
+            for (int j = 0; j < MINE; j++)
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    to.bc[j][m][k] =
+                        *row_of(from, min(t_tile + 4 * (warp + j * WARPS) + k, L - 1), ld);
+        }
         const float *saved = p.h_starts + ((size_t)b * q.tiles + tile) * N * E;
 #pragma unroll
         for (int i = 0; i < STATES; i++) {
@@ -193,21 +210,35 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, MIN_BLOCKS)
 #pragma unroll
             for (int c = 0; c < C; c++) h_start[i][c] = live ? h.v[c] : 0.f;
         }
+        // The tile before, into L2: its states, and its rows, a tensor a warp.
+        if (tile == first) return;
+        if (lane < STATES * C)
+            prefetch_L2(saved - (size_t)N * E + (size_t)min(n_first + lane / C, N - 1) * E +
+                        min(group * ROW + lane % C * 32, E - 1));
+        if (warp >= 4) return;
+        const T *from = warp == 0 ? p.delta_raw : warp == 1 ? p.u : warp == 2 ? p.z : p.d_g;
+        const int ld = warp == 0 ? q.ld_delta : warp == 1 ? q.ld_u : warp == 2 ? q.ld_z : q.ld_d_g;
+#pragma unroll
+        for (int i = 0; i < SCAN_SAVE; i += 32)
+            if (lane < SCAN_SAVE)
+                prefetch_L2(row_of(from + group * ROW, row0 + t_tile - SCAN_SAVE + i + lane, ld));
+    };
+    auto prepare = [&](int tile, const Fetched &x) {
 #pragma unroll
         for (int j = 0; j < MINE; j++) {
-            const int Q = warp + j * WARPS, left = L - t_tile - 4 * Q;
-            float v[4];
+            const int Q = warp + j * WARPS, left = L - tile * SCAN_SAVE - 4 * Q;
+            if (QUADS % WARPS && Q >= QUADS) break;
 #pragma unroll
             for (int c = 0; c < C; c++) {
                 float delta[4], du[4], dy[4], slope[4], dg[4];
                 Quad<T> u_quad;
 #pragma unroll
                 for (int k = 0; k < 4; k++) { // past the end of time delta and d_y are 0
-                    const float ut = u_[j][k].get(c), zt = z_[j][k].get(c),
+                    const float ut = x.u[j][k].get(c), zt = x.z[j][k].get(c),
                                 s = rcp_fast(1.f + exp2_fast(-LOG2E * zt)),
-                                dg_s = k < left ? g_[j][k].get(c) * s : 0.f;
-                    delta[k] =
-                        softplus<T>(raw_[j][k].get(c) + (k < left ? bias[c] : -INFINITY), slope[k]);
+                                dg_s = k < left ? x.d_g[j][k].get(c) * s : 0.f;
+                    delta[k] = softplus<T>(
+                        x.delta_raw[j][k].get(c) + (k < left ? bias[c] : -INFINITY), slope[k]);
                     du[k] = delta[k] * ut, dy[k] = dg_s * zt;
                     dg[k] = fmaf(dy[k], 1.f - s, dg_s); // d_g silu'(z)
                     u_quad.v[k] = to<T>(ut);
@@ -221,20 +252,15 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, MIN_BLOCKS)
                 us[at] = u_quad;
             }
 #pragma unroll
-            for (int k = 0; k < 4; k++) v[k] = in ? value(bc_[j][k]) : 0.f;
-            if (lane < 2 * NP) bc[Q * 2 * NP + lane] = make_float4(v[0], v[1], v[2], v[3]);
-        }
-        // The tile before, into L2: its states, and its rows, a tensor a warp.
-        if (tile == first) return;
-        if (lane < STATES * C)
-            prefetch_L2(saved - (size_t)N * E + (size_t)min(n_first + lane / C, N - 1) * E +
-                        min(group * ROW + lane % C * 32, E - 1));
-        const T *from = warp == 0 ? p.delta_raw : warp == 1 ? p.u : warp == 2 ? p.z : p.d_g;
-        const int ld = warp == 0 ? q.ld_delta : warp == 1 ? q.ld_u : warp == 2 ? q.ld_z : q.ld_d_g;
+            for (int m = 0; m < BC; m++) {
+                const int n2 = lane + 32 * m;
+                const bool in = n_first - n_warp + n2 % NP < N;
+                float v[4];
 #pragma unroll
-        for (int i = 0; i < SCAN_SAVE; i += 32)
-            if (lane < SCAN_SAVE)
-                prefetch_L2(row_of(from + group * ROW, row0 + t_tile - SCAN_SAVE + i + lane, ld));
+                for (int k = 0; k < 4; k++) v[k] = in ? value(x.bc[j][m][k]) : 0.f;
+                if (n2 < 2 * NP) bc[Q * 2 * NP + n2] = make_float4(v[0], v[1], v[2], v[3]);
+            }
+        }
     };
     auto load = [&](float(&to)[K][C], const float4 *from, int piece) {
 #pragma unroll
@@ -324,8 +350,12 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, MIN_BLOCKS)
             }
     };
 
-    // 4. The gradients of the 4 steps of quad Q, from the sums over states of all warps.
+    // 4. The gradients of 4 steps, of one of the 4 quads from Q on, from the sums over states of
+    // all warps.
     auto finish = [&](int tile, int Q) {
+        const int mine = (warp - Q) & (WARPS - 1);
+        if (WARPS > 4 && mine >= 4) return;
+        Q += mine;
         const int t0 = tile * SCAN_SAVE + 4 * Q;
         float out[3][4][C];
 #pragma unroll
@@ -390,7 +420,10 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, MIN_BLOCKS)
                 if (t0 + k < L) store(k);
     };
 
-    prepare(last);
+    {
+        Fetched x;
+        fetch(last, x), prepare(last, x);
+    }
     __syncthreads();
     for (int tile = last; tile >= first; tile--) {
         // 2. The states at the starts of the pieces; those of the first are in h_start.
@@ -419,12 +452,17 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, MIN_BLOCKS)
 #pragma unroll 1
         for (int piece = PIECES - 1; piece >= 0; piece--) {
             walk(tile, piece);
-            if (piece % 2) continue;
+            if (piece % 2 || piece == 0) continue;
             __syncthreads();
-            finish(tile, 2 * piece + warp);
-            if (piece) __syncthreads();
+            finish(tile, 2 * piece);
+            __syncthreads();
         }
-        if (tile > first) prepare(tile - 1);
+        Fetched x;
+        if (EARLY && tile > first) fetch(tile - 1, x);
+        __syncthreads();
+        finish(tile, 0);
+        if (!EARLY && tile > first) fetch(tile - 1, x);
+        if (tile > first) prepare(tile - 1, x);
         __syncthreads();
     }
 
@@ -456,16 +494,16 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, MIN_BLOCKS)
 // d_h at the start of each segment but the first, from d_h = 0 behind it, and its sum of delta. A
 // lane is a channel, a tile 32 steps; while the warps walk one, the next is prepared.
 template <typename T, int STATES>
-__global__ void __launch_bounds__(32 * BACK_WARPS, 4)
-    scan_back_ends(ScanBackArgs<T> p, ScanBackPlan q) {
-    constexpr int WARPS = BACK_WARPS, NP = WARPS * STATES, STEPS = 8 * WARPS, QUADS = 2 * WARPS;
+__global__ void __launch_bounds__(128, 4) scan_back_ends(ScanBackArgs<T> p, ScanBackPlan q) {
+    constexpr int WARPS = 4, NP = WARPS * STATES, STEPS = 8 * WARPS, QUADS = 2 * WARPS;
     static_assert(2 * NP <= 32 && SCAN_SAVE % 4 == 0, "shape of a block");
     __shared__ float4 deltas[2][QUADS][32], dys[2][QUADS][32], Cs[2][QUADS][NP];
     __shared__ float total[WARPS][32];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, L = p.L, E = p.E, N = p.N;
     const int groups = (E + 31) / 32, group = blockIdx.x % groups, b = blockIdx.x / groups % p.B,
               segment = blockIdx.x / (groups * p.B) + 1, row0 = b * L;
-    const int e_true = group * 32 + lane, e = min(e_true, E - 1), n_first = q.n0 + warp * STATES;
+    const int e_true = group * 32 + lane, e = min(e_true, E - 1), n0 = q.n0 + blockIdx.y * NP,
+              n_first = n0 + warp * STATES;
     const bool live = e_true < E;
     const int t_first = segment * q.segment_tiles * SCAN_SAVE,
               t_end = min(t_first + q.segment_tiles * SCAN_SAVE, L),
@@ -473,7 +511,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, 4)
     float *words = (float *)p.workspace;
     const float bias = p.dt_bias[e];
     // The first half of the lanes loads C_ssm for quad `warp` of a tile, the second for the other.
-    const int C_quad = warp + lane / NP * WARPS, n_mine = min(q.n0 + lane % NP, N - 1);
+    const int C_quad = warp + lane / NP * WARPS, n_mine = min(n0 + lane % NP, N - 1);
     const T *delta_raw = row_of(p.delta_raw + e, row0, q.ld_delta),
             *z = row_of(p.z + e, row0, q.ld_z), *d_g = row_of(p.d_g + e, row0, q.ld_d_g),
             *C_ssm = row_of(p.C_ssm + n_mine, row0, q.ld_C);
@@ -605,33 +643,33 @@ static ScanBackPlan scan_back_plan(int B, int L, int E, int N, int C, int segmen
     q.segments = (q.tiles + q.segment_tiles - 1) / q.segment_tiles;
     const size_t sb = (size_t)q.segments * B;
     q.sums = q.ends + sb * N * E, q.slabs = q.sums + sb * E;
-    q.partial2 = q.slabs + (N > 16 ? 3 * (size_t)B * L * E : 0);
+    q.partial2 = q.slabs + (N > 32 ? 3 * (size_t)B * L * E : 0);
     q.partial = q.partial2 + sb * (N + 2) * E;
     q.partial = (q.partial + 31) / 32 * 32;
     q.bytes = 4 * (q.partial + (size_t)q.blocks * B * q.tiles * SCAN_SAVE * 2 * N);
     return q;
 }
 
-// Segments for so many channel blocks of all sequences, where `fit` run on a multiprocessor at
-// once: one where they fill most of it, else as many as fill it once. Not more than BACK_BLOCKS
-// blocks, for which there is room in the workspace.
+// Segments for so many channel blocks of all sequences, where `places` run at once: one where they
+// fill half of the GPU, else as many as fit. Not more than BACK_BLOCKS blocks, for which there is
+// room in the workspace.
 enum { BACK_BLOCKS = 1024 };
-static int scan_back_segments(const Device *d, size_t blocks, int fit) {
-    const size_t places = std::min((size_t)d->processors * fit, (size_t)BACK_BLOCKS);
-    return (int)std::max((size_t)1, places / blocks);
+static int scan_back_segments(size_t blocks, size_t places) {
+    return (int)std::max((size_t)1, std::min(places, (size_t)BACK_BLOCKS) / blocks);
 }
 // The workspace is aligned to 16 bytes, needs no initial value and may be used for something else
 // between calls.
 static size_t scan_backward_workspace(int B, int L, int E, int N) {
     const size_t blocks = (size_t)B * ((E + 63) / 64);
-    return scan_back_plan(B, L, E, N, 1, (int)std::max((size_t)1, BACK_BLOCKS / blocks)).bytes;
+    return scan_back_plan(B, L, E, N, 1, scan_back_segments(blocks, BACK_BLOCKS)).bytes;
 }
 
-template <typename T, int STATES, int C, bool SLABS, int MIN_BLOCKS>
-static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p, ScanBackPlan q) {
-    constexpr int size = sizeof(T), threads = 32 * BACK_WARPS;
-    constexpr size_t shared = scan_back_shared<T, STATES, C>();
-    auto kernel = scan_back<T, STATES, C, SLABS, MIN_BLOCKS>;
+template <typename T, int WARPS, int STATES, int C, bool SLABS, int MIN_BLOCKS>
+static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p, int segments) {
+    constexpr int size = sizeof(T), threads = 32 * WARPS;
+    constexpr size_t shared = scan_back_shared<T, WARPS, STATES, C>();
+    ScanBackPlan q = scan_back_plan(p.B, p.L, p.E, p.N, C, segments);
+    auto kernel = scan_back<T, WARPS, STATES, C, SLABS, MIN_BLOCKS>;
     const float *words = (const float *)p.workspace;
     const int pieces = q.tiles * SCAN_SAVE / BACK_STEPS;
     q.ld_delta = p.ld_delta * size, q.ld_u = p.ld_u * size, q.ld_z = p.ld_z * size;
@@ -639,10 +677,11 @@ static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p, ScanBac
     q.ld_d_delta = p.ld_d_delta * size, q.ld_d_u = p.ld_d_u * size, q.ld_d_z = p.ld_d_z * size;
     cudaError_t error = allow_shared(kernel, shared);
     if (error != cudaSuccess) return error;
-    for (q.n0 = 0; q.n0 < p.N; q.n0 += BACK_WARPS * STATES) {
+    for (q.n0 = 0; q.n0 < p.N; q.n0 += WARPS * STATES) {
         if (q.segments > 1)
             scan_back_ends<T, STATES>
-                <<<(q.segments - 1) * blocks_for(p.E, 32) * p.B, threads, 0, d->stream>>>(p, q);
+                <<<dim3((q.segments - 1) * blocks_for(p.E, 32) * p.B, WARPS / 4), 128, 0,
+                   d->stream>>>(p, q);
         kernel<<<q.segments * q.blocks * p.B, threads, shared, d->stream>>>(p, q);
     }
     scan_back_sum_BC<<<blocks_for((size_t)p.B * pieces * p.N * 4, 256), 256, 0, d->stream>>>(
@@ -652,22 +691,39 @@ static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p, ScanBac
     return cudaGetLastError();
 }
 
+// Which form runs. A multiprocessor that holds 3 or 4 blocks of one channel a lane, or 2 of two,
+// takes 10, 13.7 and 13 for a segment, whatever it is called: the form with the shortest sum of
+// such waves is taken. Where shared memory is short, blocks with 4 warps of one channel run on
+// anything.
 template <typename T> static cudaError_t scan_backward(Device *d, const ScanBackArgs<T> &p) {
     const size_t blocks = (size_t)p.B * ((p.E + 31) / 32), pairs = (size_t)p.B * ((p.E + 63) / 64);
-    auto plan = [&](int C, int fit) {
-        return scan_back_plan(p.B, p.L, p.E, p.N, C,
-                              scan_back_segments(d, C == 1 ? blocks : pairs, fit));
+    auto segments = [&](size_t n, size_t fit) { // of n blocks, fit on a multiprocessor
+        return scan_back_segments(n, fit * d->processors);
     };
-    if (p.N <= 8) return scan_back_launch<T, 2, 1, false, 4>(d, p, plan(1, 4));
-    if (p.N > 16) return scan_back_launch<T, 4, 1, true, 4>(d, p, plan(1, 4));
-    if constexpr (sizeof(T) == 2) {
+    auto cost = [&](size_t n, size_t fit, double wave) {
+        const size_t s = segments(n, fit), places = fit * d->processors;
+        return wave * (double)((n * s + places - 1) / places) / (double)s;
+    };
+    if (p.N <= 8) return scan_back_launch<T, 4, 2, 1, false, 4>(d, p, segments(blocks, 4));
+    if (p.N > 16) {
+        if (p.N > 32) {
+            if (scan_back_shared<T, 16, 4, 1>() <= (size_t)d->shared_limit)
+                return scan_back_launch<T, 16, 4, 1, true, 1>(d, p, segments(blocks, 1));
+            return scan_back_launch<T, 8, 4, 1, true, 2>(d, p, segments(blocks, 2));
+        }
+        return scan_back_launch<T, 8, 4, 1, false, 2>(d, p, segments(blocks, 2));
+    }
+    const double three = cost(blocks, 3, 10), four = cost(blocks, 4, 13.7);
+    if constexpr (sizeof(T) == 2) { // two channels are 4 bytes
         uintptr_t bases = (uintptr_t)p.delta_raw | (uintptr_t)p.u | (uintptr_t)p.z |
                           (uintptr_t)p.d_g | (uintptr_t)p.d_delta_raw | (uintptr_t)p.d_u |
                           (uintptr_t)p.d_z;
         size_t widths = p.ld_delta | p.ld_u | p.ld_z | p.ld_d_g | p.ld_d_delta | p.ld_d_u |
                         p.ld_d_z | (size_t)p.E;
-        if (bases % 4 == 0 && widths % 2 == 0 && 1)
-            return scan_back_launch<T, 4, 2, false, 2>(d, p, plan(2, 2));
+        if (bases % 4 == 0 && widths % 2 == 0 && cost(pairs, 2, 13) <= std::min(three, four) &&
+            scan_back_shared<T, 4, 4, 2>() <= (size_t)d->shared_limit)
+            return scan_back_launch<T, 4, 4, 2, false, 2>(d, p, segments(pairs, 2));
     }
-    return scan_back_launch<T, 4, 1, false, 4>(d, p, plan(1, 4));
+    if (three <= four) return scan_back_launch<T, 4, 4, 1, false, 3>(d, p, segments(blocks, 3));
+    return scan_back_launch<T, 4, 4, 1, false, 4>(d, p, segments(blocks, 4));
 }
