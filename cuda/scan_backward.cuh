@@ -106,12 +106,8 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
                   BC = (2 * NP + 31) / 32, // of B and C, a lane and quad
         SCRATCH = 36;                      // float4s of a state's sums over groups, and a gap
     static_assert(PIECES % 2 == 0 && WARPS % 4 == 0 && STATES <= 4, "shape of a block");
-// Whether there are registers for what is fetched while a tile is finished.
-#ifdef EARLY_AT
-    constexpr bool EARLY = EARLY_AT && MIN_BLOCKS * WARPS < 16;
-#else
+    // Whether there are registers for what is fetched while a tile is finished.
     constexpr bool EARLY = MIN_BLOCKS * WARPS < 16;
-#endif
     typedef Pack<T, C> Packed;
     extern __shared__ float4 shared[];
     float4 *deltas = shared, *dus = deltas + QUADS * ROW, *dys = dus + QUADS * ROW,
