@@ -42,7 +42,7 @@
      B_ssm, C_ssm  ------------>    B, C (N,8) of each warp  --->    4 steps at a time
                                     A_neg (N)  ----------------->    a quarter
      h0  ---------------------->    h (N) of warp w - 1  ------->    h (N/4)
-     h_starts  <-------------------------------------------------    h at every 64th step
+     h_starts  <-------------------------------------------------    h at every 32nd step
      h_final  <-----------------    h (N) of warp w  <-----------    h after 8 steps
      g  <--------------------------------------------------------    gate of 8 steps
    ---------------------------------------------------------------------------------------------
@@ -56,21 +56,20 @@
                                     (decay of 16, end)   <------     16 decays, kept for run two
      h0, mail of tile i - 1  -->    h before the tile  --------->    h before the warp
      mailbox of tile i  <----------------------------------------    h after the last warp
-     h_starts, h_final  <----------------------------------------    h at every 64th step
+     h_starts, h_final  <----------------------------------------    h at every 32nd step
      z  ----------------------->    z  ------------------------->    gate
      g  <--------------------------------------------------------    y
    ---------------------------------------------------------------------------------------------
-   scan_back: the backward. A block is 32 channels and one tile of 64 steps, a warp 8 of them. h is
-   computed again from the state that the forward saved every 64 steps; d_h comes from the tile
-   after it in time through a mailbox in device memory, so later tiles run first.
-     delta_raw, u, z, d_g  ------------------------------------->    delta, delta u, d_y of 8 steps
-     B_ssm, C_ssm, A_neg  ----->    16 states of a tile  ------->    one state at a time
-                                    ends of h and d_h  <---------    from h = 0 and d_h = 0
-     h_starts, mail of i + 1 -->    starts of h and d_h  ------->    8 h, d_h
-     mail of tile i  <-----------------------------------------      d_h before the tile
-     d_delta, d_u, d_z  <----------------------------------------    sums over states
-     parts of d_B, d_C  <----------------------------------------    sums over lanes (tensor cores)
-     parts of d_A, d_D, d_bias <-   d_A of each warp  <----------    sums over steps
+   scan_back: the backward. A block is 32 or 64 channels and walks backward through time in tiles of
+   32 steps, pieces of 8; its 4 warps share the states. h is computed again from the state that the
+   forward saved every 32 steps; d_h stays in registers.
+     delta_raw, u, z, d_g  ---->    delta, delta u, d_y (32)  -->    those of 8 steps
+     B_ssm, C_ssm  ------------>    B, C (N,32)  --------------->    8 steps of a state
+     h_starts  ---------------->    h before each piece (N)  <-->    8 h and 8 decays of a state
+     d_h_final, d_h0  <----------------------------------------->    d_h (N/4)
+     d_delta, d_u, d_z  <-------    of each warp (3,16)  <-------    sums over states
+     parts of d_B, d_C  <-------    of 8 groups of lanes  <------    sums over lanes (tensor cores)
+     parts of d_A, d_D, d_bias <-------------------------------      sums over steps
    ---------------------------------------------------------------------------------------------
 
    PRECISION. T is the type of matrices and of activations between kernels: float, bf16, or, where
@@ -82,7 +81,7 @@
      1 the scan: arguments, arithmetic, definition   device.cuh      errors, memory, launches, sums
      2 the scan of one token                         exchange.cuh    how blocks tell each other
      3 the scan of a text, and which form runs       scan_relay.cuh, scan_tiles.cuh
-     4 [train] the scan's backward
+     4 [train] the scan's backward                   scan_backward.cuh
      5 the model: weights, block                     layers.cuh      embedding, norm, conv, loss
                                                      products.cuh    matrix products
                                                      step_portable.cuh    a token on any GPU
@@ -132,7 +131,7 @@ typedef __half f16;
 //     to scan_walk's time (660 us instead of 499).
 // With one channel a lane a row's loads are contiguous, so all alignments take one path.
 
-enum { SCAN_SAVE = 64 }; // h_starts holds the state before each step t with t % SCAN_SAVE = 0
+enum { SCAN_SAVE = 32 }; // h_starts holds the state before each step t with t % SCAN_SAVE = 0
 
 template <typename T> struct ScanArgs {
     T *out;                    // (B*L,E)
@@ -580,25 +579,9 @@ template <typename T> static cudaError_t scan_forward(Device *d, const ScanArgs<
 //               d_delta = sum over n of d_log A_neg + u sum over n of d_h_t B_t
 //               d_u = delta sum over n of d_h_t B_t + D_skip d_y          d_z = d_g y silu'(z)
 //
-// A block takes one tile, 32 channels by 64 steps, cut into 8 pieces of 8 steps, a warp each, and
-// goes through it three times, a state after the other:
-//   1 each piece from h = 0 and d_h = 0; its ends go to shared memory: h after the last step, and
-//     decay_t d_h_t at the first step, which is what the step before receives;
-//   2 the ends are joined to starts. h starts from the state that the forward saved, d_h from the
-//     mail of the tile after, and the tile leaves its own d_h for the tile before;
-//   3 the pieces from their true starts: h forward into registers, d_h backward, all gradients.
-// A counter hands out the tiles in the order of reversed time. A tile waits only for one with a
-// smaller ticket. A block does its tickets in rising order, so the smallest unfinished one is
-// always being worked on and waits for nothing: the chain cannot stop.
-// Registers hold what all states of a step share: delta, delta*u, d_y, and the sums over states for
-// d_delta, d_u and y, 6 floats a step; and of one state 8 decays and 8 h. Shared memory holds
-// B_ssm, C_ssm and the starts (43 kB), and what the end needs again (24 kB).
-// Bytes a token and channel, bf16, N = 16: 8 read, 6 written; h_starts 1 and mail 2; the parts of
-// d_B_ssm and d_C_ssm 4 written, 4 read; d_A_neg of a tile 1.1 written and read. Instructions are
-// the limit, not those 27 bytes: about 37 a token, channel and state, of which 17 are the
-// algorithm's. doc/SPEED.md has what each trick gained: sums over lanes on the tensor cores, decays
-// computed twice instead of kept, strides in bytes, inputs kept in shared memory for the end, the
-// rows of the next tile prefetched into L2. No sum depends on which block ran when.
+// The plain form comes first; cuda/scan_backward.cuh has the one that runs. Neither keeps the
+// states of all times: each computes them again from those that the forward saved, the last stretch
+// first.
 
 #define LN2 0.693147181f
 
@@ -616,436 +599,74 @@ template <typename T> struct ScanBackArgs {
 };
 
 // softplus and its derivative from the same exponential.
-__device__ __forceinline__ float softplus(float x, float &slope) {
-    float e = exp2_fast(-LOG2E * fabsf(x)), r = rcp_fast(1.f + e);
+template <typename T = float> __device__ __forceinline__ float softplus(float x, float &slope) {
+    const float e = exp2_fast(-LOG2E * fabsf(x)), r = rcp_fast(1.f + e);
     slope = x < 0.f ? e * r : r;
-    return fmaf(e, log1p_ratio<float>(e), fmaxf(x, 0.f));
+    return fmaf(e, log1p_ratio<T>(e), fmaxf(x, 0.f));
 }
 
-// Sums over the 32 lanes of 16 values a lane, in two steps. First tensor cores add up lanes
-// 4g..4g+3 (group g). Left matrix: v0, v2 in row g, v1, v3 in row g + 8. The right one has ones
-// in rows 0..3 of column 2j (v0, v1) and 4..7 of column 2j+1 (v2, v3): ones[2j], ones[2j+1].
-// After slots j = 0..3, d in lane 4g+q holds the sums over group g of values 4q..4q+3. TF32 cuts
-// values to 11 bits; EXACT (float) adds the rest, cut to 11 bits again. 18 instructions, not 62.
-template <bool EXACT>
-__device__ __forceinline__ void lane_sums(float (&d)[4], float v0, float v1, float v2, float v3,
-                                          const uint32_t *ones) {
-    const float v[4] = {v0, v1, v2, v3};
-#pragma unroll
-    for (int rest = 0; rest <= EXACT; rest++) {
-        uint32_t x[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float high = __uint_as_float(__float_as_uint(v[i]) & 0xffffe000u);
-            x[i] = __float_as_uint(!EXACT ? v[i] : rest ? v[i] - high : high);
-        }
-        asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-            "{%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(d[0]), "+f"(d[2]), "+f"(d[1]), "+f"(d[3])
-            : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(ones[0]), "r"(ones[1]));
-    }
-}
-// Then the sum over the 8 groups, of value 4(lane%4) + 2(lane/16) + lane/8%2. The first two
-// exchanges halve the number of values, the third adds the last two parts.
-__device__ __forceinline__ float group_sums(const float (&d)[4], int lane) {
-    const bool up = lane & 16, up2 = lane & 8;
-    float k0 = up ? d[2] : d[0], g0 = up ? d[0] : d[2], k1 = up ? d[3] : d[1],
-          g1 = up ? d[1] : d[3];
-    k0 += __shfl_xor_sync(~0u, g0, 16), k1 += __shfl_xor_sync(~0u, g1, 16);
-    float k = up2 ? k1 : k0, give = up2 ? k0 : k1;
-    k += __shfl_xor_sync(~0u, give, 8);
-    return k + __shfl_xor_sync(~0u, k, 4);
-}
-
-__device__ __forceinline__ void prefetch_L2(const void *p) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
-enum { BACK_STATES = 16, BACK_STEPS = 8 }; // states at a time, steps of a piece
-
-struct ScanBackPlan {
-    int blocks, tiles;                            // blocks of 32 channels, tiles of time
-    size_t flags, mail, partial2, partial, bytes; // offsets in 4-byte words; the whole
-};
-
-template <int WARPS> constexpr size_t scan_back_shared() {
-    return sizeof(float) *
-           (BACK_STATES * (2 * WARPS * BACK_STEPS + 4) + BACK_STATES * (2 * WARPS * 32 + 32) +
-            3 * WARPS * 32 + 3 * BACK_STEPS * WARPS * 32);
-}
-
-// The workspace, in words:
-//   flags     tickets given; (blocks, B, tiles) how often BACK_STATES states of mail have come
-//   mail      (B, tiles, N, E) d_h that a tile leaves to the tile before it
-//   partial2  (B, tiles, N + 2, E) a tile's d_A_neg, d_D_skip, d_dt_bias
-//   partial   (blocks, B, tiles, N, WARPS, 2 BACK_STEPS) d_C in order of time, then d_B reversed
-template <typename T, int WARPS, int MIN_BLOCKS, int UNROLL>
-__global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-    scan_back(ScanBackArgs<T> p, ScanBackPlan q) {
-    constexpr int STEPS = WARPS * BACK_STEPS, THREADS = 32 * WARPS, STATES = BACK_STATES / WARPS,
-                  LANES = WARPS * 32, BC_ROW = 2 * STEPS + 4, PIECE_ROW = 2 * LANES + 32;
-    static_assert(STEPS % SCAN_SAVE == 0, "a tile starts at a saved state");
-    extern __shared__ float4 shared[];
-    __shared__ int4 next;        // group of 32 channels, b, tile; whether there is one
-    float *bc = (float *)shared; // [BACK_STATES] rows: B_ssm, C_ssm (STEPS)
-    float *pieces = bc + BACK_STATES * BC_ROW;      // [BACK_STATES] rows, see below
-    float *sums = pieces + BACK_STATES * PIECE_ROW; // [3][WARPS][32] delta, d_D_skip, d_dt_bias
-    float *kept = sums + 3 * LANES; // [3][BACK_STEPS][WARPS][32] u, slope of softplus, d_g silu'(z)
-    // A row of `pieces`: h of each piece (WARPS,32), first its end, then its start, last its d_A;
-    // d_h of each piece (WARPS,32), its end, then its start; A_neg log2(e) (32).
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, L = p.L, E = p.E, N = p.N;
-    const int ld_delta = p.ld_delta * sizeof(T), ld_u = p.ld_u * (int)sizeof(T),
-              ld_z = p.ld_z * sizeof(T), ld_d_g = p.ld_d_g * sizeof(T), ld_B = p.ld_B * sizeof(T),
-              ld_C = p.ld_C * sizeof(T), ld_d_delta = p.ld_d_delta * sizeof(T),
-              ld_d_u = p.ld_d_u * (int)sizeof(T),
-              ld_d_z = p.ld_d_z * sizeof(T); // all in bytes
-    const int tiles = q.tiles, items = q.blocks * p.B * tiles,
-              saves = (L + SCAN_SAVE - 1) / SCAN_SAVE;
-    int *flags = (int *)p.workspace + q.flags;
-    float *mail = (float *)p.workspace + q.mail, *partial = (float *)p.workspace + q.partial;
-
-    // Tickets are given in the order of reversed time.
-    auto take = [&](int i) {
-        return make_int4(i % q.blocks, i / q.blocks % p.B, tiles - 1 - i / (q.blocks * p.B),
-                         i < items);
+// The reference, for any N: a thread is a channel and takes one state after the other, one stretch
+// of SCAN_SAVE steps after the other, forward and then backward. p.d_h0, which holds d_h, must be
+// given; d_B, d_C (B*L,N) are added to. Sums over channels are atomic, so their last bits differ
+// from run to run. dev/scan_backward.cu compares it with float64, and the fast form with both.
+template <typename T> __global__ void scan_plain_back(ScanBackArgs<T> p, float *d_B, float *d_C) {
+    const int e = blockIdx.y * blockDim.x + threadIdx.x, L = p.L, E = p.E, N = p.N;
+    const size_t b = blockIdx.x, saves = (L + SCAN_SAVE - 1) / SCAN_SAVE;
+    if (e >= E) return;
+    float h[SCAN_SAVE + 1], sum_A[SCAN_SAVE], sum_B[SCAN_SAVE], y[SCAN_SAVE], slope;
+    auto delta_at = [&](size_t row, float &slope) {
+        return softplus(value(p.delta_raw[row * p.ld_delta + e]) + p.dt_bias[e], slope);
     };
-    uint32_t ones[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) ones[i] = lane >> 2 == i ? 0x3f800000u : 0;
-    if (tid == 0) next = take(atomicAdd(flags, 1));
-    __syncthreads();
-    for (int4 item = next; item.w;) {
-        const int group = item.x, b = item.y, tile = item.z;
-        const int e_true = group * 32 + lane, e = min(e_true, E - 1),
-                  t0 = tile * STEPS + warp * BACK_STEPS;
-        const bool live = e_true < E;
-        const size_t bt = (size_t)b * tiles + tile;
-        int *flag = flags + 1 + ((size_t)group * p.B + b) * tiles + tile;
-        const int left = L - 1 - t0; // steps after t0
-        const int row0 = b * L, r0 = row0 + min(t0, L - 1);
-        const T *delta_raw = row_at_bytes(p.delta_raw + e, r0, ld_delta),
-                *u = row_at_bytes(p.u + e, r0, ld_u);
-        const T *z = row_at_bytes(p.z + e, r0, ld_z), *d_g = row_at_bytes(p.d_g + e, r0, ld_d_g);
-        int ticket = 0;
-        if (tid == 0) ticket = atomicAdd(flags, 1);
-
-        // What all states share. Past the end delta is 0: such steps change nothing.
-        float delta[BACK_STEPS], delta_u[BACK_STEPS], dy[BACK_STEPS], sum_A[BACK_STEPS],
-            sum_B[BACK_STEPS], y[BACK_STEPS], sum = 0.f;
-        {
-            T raw_[BACK_STEPS], u_[BACK_STEPS], z_[BACK_STEPS], g_[BACK_STEPS];
-#pragma unroll
-            for (int k = 0; k < BACK_STEPS; k++) {
-                int i = max(0, min(k, left));
-                raw_[k] = *row_at_bytes(delta_raw, i, ld_delta), u_[k] = *row_at_bytes(u, i, ld_u);
-                z_[k] = *row_at_bytes(z, i, ld_z), g_[k] = *row_at_bytes(d_g, i, ld_d_g);
+    for (int save = (int)saves - 1; save >= 0; save--) {
+        const int first = save * SCAN_SAVE, steps = min(SCAN_SAVE, L - first);
+        const size_t row0 = b * L + first;
+        for (int k = 0; k < steps; k++) sum_A[k] = sum_B[k] = y[k] = 0.f;
+        for (int n = 0; n < N; n++) {
+            const size_t at = (b * N + n) * E + e;
+            const float A = p.A_neg[(size_t)n * E + e];
+            float d_A = 0.f, d_h = save + 1 < saves ? p.d_h0[at]
+                                   : p.d_h_final    ? p.d_h_final[at]
+                                                    : 0.f;
+            h[0] = p.h_starts[((b * saves + save) * N + n) * E + e];
+            for (int k = 0; k < steps; k++) {
+                const size_t row = row0 + k;
+                const float delta = delta_at(row, slope), u = value(p.u[row * p.ld_u + e]);
+                h[k + 1] = expf(delta * A) * h[k] + delta * value(p.B_ssm[row * p.ld_B + n]) * u;
             }
-            const float bias = p.dt_bias[e];
-#pragma unroll
-            for (int k = 0; k < BACK_STEPS; k++) {
-                bool in = k <= left && live;
-                float ut = value(u_[k]), zt = value(z_[k]), dgt = value(g_[k]), s = sigmoid(zt),
-                      slope;
-                float dt = softplus(value(raw_[k]) + bias, slope), dg_s = in ? dgt * s : 0.f;
-                delta[k] = in ? dt : 0.f;
-                delta_u[k] = delta[k] * ut, dy[k] = dg_s * zt;
-                kept[k * THREADS + tid] = ut;
-                kept[(BACK_STEPS + k) * THREADS + tid] = in ? slope : 0.f;
-                kept[(2 * BACK_STEPS + k) * THREADS + tid] = fmaf(dy[k], 1.f - s, dg_s);
-                sum_A[k] = 0.f, sum_B[k] = 0.f, y[k] = 0.f;
-                sum += delta[k];
+            for (int k = steps - 1; k >= 0; k--) {
+                const size_t row = row0 + k;
+                const float delta = delta_at(row, slope), u = value(p.u[row * p.ld_u + e]),
+                            B = value(p.B_ssm[row * p.ld_B + n]),
+                            C = value(p.C_ssm[row * p.ld_C + n]),
+                            d_y = value(p.d_g[row * p.ld_d_g + e]) *
+                                  silu(value(p.z[row * p.ld_z + e]));
+                d_h += d_y * C;
+                sum_B[k] += d_h * B, y[k] += C * h[k + 1];
+                atomicAdd(d_B + row * N + n, d_h * delta * u);
+                atomicAdd(d_C + row * N + n, d_y * h[k + 1]);
+                d_h *= expf(delta * A);
+                const float d_log = d_h * h[k];
+                sum_A[k] += d_log * A, d_A += d_log * delta;
             }
+            p.d_h0[at] = d_h;
+            atomicAdd(p.d_A_log + (size_t)e * N + n, d_A * A);
         }
-        sums[tid] = sum;
-
-        // d_A_neg of the tile: the pieces' parts in order, after a barrier. A warp adds up
-        // STATES states.
-        auto add_d_A = [&](int n0) {
-            float *out =
-                (float *)p.workspace + q.partial2 + (bt * (N + 2) + n0 + warp * STATES) * E + e;
-#pragma unroll
-            for (int i = 0; i < STATES; i++) {
-                float d_A = 0.f;
-#pragma unroll
-                for (int j = 0; j < WARPS; j++)
-                    d_A += pieces[(warp * STATES + i) * PIECE_ROW + j * 32 + lane];
-                if (n0 + warp * STATES + i < N && live) out[(size_t)i * E] = d_A;
-            }
-        };
-        for (int n0 = 0; n0 < N; n0 += BACK_STATES) {
-            const int count = min(BACK_STATES, N - n0);
-            const int n_mine = min(n0 + tid % BACK_STATES, N - 1), first = tile * STEPS;
-            const T *B_ssm = row_at_bytes(p.B_ssm + n_mine, row0, ld_B),
-                    *C_ssm = row_at_bytes(p.C_ssm + n_mine, row0, ld_C);
-#pragma unroll
-            for (int i = 0; i < BACK_STATES * STEPS; i += THREADS) {
-                int k = (i + tid) / BACK_STATES, t = min(first + k, L - 1);
-                bool in = n0 + tid % BACK_STATES < N && first + k < L;
-                float Bv = value(*row_at_bytes(B_ssm, t, ld_B)),
-                      Cv = value(*row_at_bytes(C_ssm, t, ld_C));
-                float *to = bc + tid % BACK_STATES * BC_ROW + k;
-                to[0] = in ? Bv : 0.f;
-                to[STEPS] = in ? Cv : 0.f;
-            }
-            float h_start[STATES], A_mine[STATES];
-            const float *starts =
-                p.h_starts + ((size_t)b * saves + tile * (STEPS / SCAN_SAVE)) * N * E + e;
-#pragma unroll
-            for (int i = 0; i < STATES; i++) {
-                size_t at = (size_t)min(n0 + warp * STATES + i, N - 1) * E;
-                A_mine[i] = LOG2E * p.A_neg[at + e], h_start[i] = starts[at];
-                pieces[(warp * STATES + i) * PIECE_ROW + 2 * LANES + lane] = A_mine[i];
-            }
-            __syncthreads();
-            // 1. The ends of each piece of 8 steps, from h = 0 and d_h = 0.
-            const float *row_bc = bc + warp * BACK_STEPS, *row_A = pieces + 2 * LANES + lane;
-            float *row_piece = pieces + tid;
-#pragma unroll 2
-            for (int n = 0; n < count;
-                 n++, row_bc += BC_ROW, row_A += PIECE_ROW, row_piece += PIECE_ROW) {
-                float A_scaled = *row_A, h = 0.f, d_h = 0.f, decay[BACK_STEPS], Bv[BACK_STEPS],
-                      Cv[BACK_STEPS];
-#pragma unroll
-                for (int k = 0; k < BACK_STEPS; k += 4) {
-                    *(float4 *)(Bv + k) = *(const float4 *)(row_bc + k);
-                    *(float4 *)(Cv + k) = *(const float4 *)(row_bc + STEPS + k);
-                }
-#pragma unroll
-                for (int k = 0; k < BACK_STEPS; k++) {
-                    decay[k] = exp2_fast(delta[k] * A_scaled);
-                    h = fmaf(decay[k], h, delta_u[k] * Bv[k]);
-                }
-#pragma unroll
-                for (int k = BACK_STEPS - 1; k >= 0; k--) d_h = fmaf(dy[k], Cv[k], d_h) * decay[k];
-                row_piece[0] = h, row_piece[LANES] = d_h;
-            }
-            if (tid == 0) next = take(ticket);
-            __syncthreads();
-            // 2. Join the pieces: ends become starts. The decay of a piece is exp(A_neg sum delta).
-            // A warp joins STATES states.
-            if (tile + 1 < tiles) {
-                const int *later = flag + 1;
-                if (lane == 0) {
-                    Patience wait;
-                    while (load_acquire(later) <= n0 / BACK_STATES &&
-                           !wait.gives_up(STUCK_SCAN, STUCK_BACK))
-                        __nanosleep(64);
-                }
-                __syncwarp();
-            }
-#pragma unroll
-            for (int i = 0; i < STATES; i++) {
-                const int n = n0 + warp * STATES + i;
-                if (n >= N) break;
-                float A_scaled = A_mine[i], h = h_start[i], decay[WARPS],
-                      *h_ends = pieces + (warp * STATES + i) * PIECE_ROW + lane,
-                      *d_h_ends = h_ends + LANES;
-                float d_h = tile + 1 < tiles ? __ldcg(mail + ((bt + 1) * N + n) * E + e)
-                            : p.d_h_final    ? p.d_h_final[((size_t)b * N + n) * E + e]
-                                             : 0.f;
-#pragma unroll
-                for (int j = 0; j < WARPS; j++) {
-                    decay[j] = exp2_fast(A_scaled * sums[j * 32 + lane]);
-                    float end = h_ends[j * 32];
-                    h_ends[j * 32] = h;
-                    h = fmaf(decay[j], h, end);
-                }
-#pragma unroll
-                for (int j = WARPS - 1; j >= 0; j--) {
-                    float end = d_h_ends[j * 32];
-                    d_h_ends[j * 32] = d_h;
-                    d_h = fmaf(decay[j], d_h, end);
-                }
-                if (live && tile) mail[(bt * N + n) * E + e] = d_h;
-                else if (live && p.d_h0) p.d_h0[((size_t)b * N + n) * E + e] = d_h;
-            }
-            __syncthreads();
-            if (tid == 0 && tile) store_release(flag, n0 / BACK_STATES + 1);
-            // The rows of the next tile into L2: 4 tensors of STEPS rows, a row a thread.
-            if (n0 == 0 && next.w) {
-                const int which = tid / STEPS,
-                          r = next.y * L + min(next.z * STEPS + tid % STEPS, L - 1);
-                const T *row = which == 0   ? p.delta_raw
-                               : which == 1 ? p.u
-                               : which == 2 ? p.z
-                                            : p.d_g;
-                prefetch_L2(row_at_bytes(row + next.x * 32, r,
-                                         which == 0   ? ld_delta
-                                         : which == 1 ? ld_u
-                                         : which == 2 ? ld_z
-                                                      : ld_d_g));
-            }
-            // 3. The pieces from their true starts, forward, then backward. The sums of d_B_ssm and
-            // d_C_ssm of a state are stored during the next, whose arithmetic hides their latency.
-            constexpr bool EXACT = sizeof(T) == 4;
-            float *part =
-                partial +
-                (((group * (size_t)p.B * tiles + bt) * N + n0) * WARPS + warp) * 2 * BACK_STEPS +
-                lane % 4 * 4 + lane / 16 * 2 + lane / 8 % 2;
-            float d_BC[4] = {};
-            row_bc = bc + warp * BACK_STEPS, row_A = pieces + 2 * LANES + lane,
-            row_piece = pieces + tid;
-#pragma unroll UNROLL
-            for (int n = 0; n < count;
-                 n++, row_bc += BC_ROW, row_A += PIECE_ROW, row_piece += PIECE_ROW) {
-                float A_scaled = *row_A, d_h = row_piece[LANES], d_A = 0.f, decay[BACK_STEPS],
-                      h[BACK_STEPS + 1], Bv[BACK_STEPS], Cv[BACK_STEPS], v[4];
-#pragma unroll
-                for (int k = 0; k < BACK_STEPS; k += 4) {
-                    *(float4 *)(Bv + k) = *(const float4 *)(row_bc + k);
-                    *(float4 *)(Cv + k) = *(const float4 *)(row_bc + STEPS + k);
-                }
-                float s = group_sums(d_BC, lane);
-                if (!(lane & 4)) *part = s; // at n = 0 nothing yet, soon overwritten
-                part += n ? 2 * BACK_STEPS * WARPS : 0;
-                h[0] = row_piece[0];
-#pragma unroll
-                for (int i = 0; i < 4; i++) d_BC[i] = 0.f;
-#pragma unroll
-                for (int k = 0; k < BACK_STEPS; k++) {
-                    decay[k] = exp2_fast(delta[k] * A_scaled);
-                    h[k + 1] = h[k];
-                    step_state(h[k + 1], y[k], decay[k], delta_u[k] * Bv[k], Cv[k]);
-                    v[k % 4] = dy[k] * h[k + 1];
-                    if (k % 4 == 3)
-                        lane_sums<EXACT>(d_BC, v[0], v[1], v[2], v[3], ones + k / 4 * 2);
-                }
-#pragma unroll
-                for (int k = BACK_STEPS - 1; k >= 0; k--) {
-                    d_h = fmaf(dy[k], Cv[k], d_h);
-                    sum_B[k] = fmaf(d_h, Bv[k], sum_B[k]);
-                    v[3 - k % 4] = d_h * delta_u[k];
-                    if (k % 4 == 0)
-                        lane_sums<EXACT>(d_BC, v[0], v[1], v[2], v[3], ones + (k ? 4 : 6));
-                    d_h *= decay[k];
-                    float d_log = d_h * h[k]; // gradient of delta A_neg
-                    sum_A[k] = fmaf(d_log, A_scaled, sum_A[k]);
-                    d_A = fmaf(d_log, delta[k], d_A);
-                }
-                row_piece[0] = d_A;
-            }
-            float s = group_sums(d_BC, lane);
-            if (!(lane & 4)) *part = s;
-            if (n0 + BACK_STATES < N) {
-                __syncthreads();
-                add_d_A(n0);
-            }
-        }
-        float d_bias = 0.f, d_skip = 0.f;
-        const float skip = p.D_skip[e];
-        T *d_delta_raw = row_at_bytes(p.d_delta_raw + e, r0, ld_d_delta),
-          *d_u = row_at_bytes(p.d_u + e, r0, ld_d_u), *d_z = row_at_bytes(p.d_z + e, r0, ld_d_z);
-        const int steps = live ? left : -1;
-#pragma unroll
-        for (int k = 0; k < BACK_STEPS; k++) {
-            float ut = kept[k * THREADS + tid], d_raw = fmaf(LN2, sum_A[k], ut * sum_B[k]) *
-                                                        kept[(BACK_STEPS + k) * THREADS + tid];
-            if (k <= steps) {
-                *row_at_bytes(d_delta_raw, k, ld_d_delta) = to<T>(d_raw);
-                *row_at_bytes(d_u, k, ld_d_u) = to<T>(fmaf(delta[k], sum_B[k], skip * dy[k]));
-                *row_at_bytes(d_z, k, ld_d_z) =
-                    to<T>(fmaf(skip, ut, y[k]) * kept[(2 * BACK_STEPS + k) * THREADS + tid]);
-            }
-            d_bias += d_raw;
-            d_skip = fmaf(dy[k], ut, d_skip);
-        }
-        sums[LANES + tid] = d_skip, sums[2 * LANES + tid] = d_bias;
-        __syncthreads();
-        item = next;
-        add_d_A((N - 1) / BACK_STATES * BACK_STATES);
-        if (warp < 2 && live) {
-            float s = 0.f;
-#pragma unroll
-            for (int j = 0; j < WARPS; j++) s += sums[(1 + warp) * LANES + j * 32 + lane];
-            ((float *)p.workspace)[q.partial2 + (bt * (N + 2) + N + warp) * E + e] = s;
+        for (int k = 0; k < steps; k++) {
+            const size_t row = row0 + k;
+            const float delta = delta_at(row, slope), u = value(p.u[row * p.ld_u + e]),
+                        z = value(p.z[row * p.ld_z + e]), d_g = value(p.d_g[row * p.ld_d_g + e]),
+                        s = sigmoid(z), d_y = d_g * z * s,
+                        d_raw = (sum_A[k] + u * sum_B[k]) * slope;
+            p.d_delta_raw[row * p.ld_d_delta + e] = to<T>(d_raw);
+            p.d_u[row * p.ld_d_u + e] = to<T>(delta * sum_B[k] + p.D_skip[e] * d_y);
+            p.d_z[row * p.ld_d_z + e] =
+                to<T>(d_g * (y[k] + p.D_skip[e] * u) * s * (1 + z * (1 - s)));
+            atomicAdd(p.d_dt_bias + e, d_raw), atomicAdd(p.d_D_skip + e, d_y * u);
         }
     }
 }
 
-// d_B_ssm and d_C_ssm: the channel blocks' parts in order. One thread an element.
-template <typename T>
-__global__ void scan_back_sum_BC(ScanBackArgs<T> p, const float *partial, int blocks, int tiles,
-                                 int WARPS) {
-    size_t count = (size_t)p.B * tiles * p.N * WARPS * 16,
-           i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    int v = i % 16, warp = i / 16 % WARPS, n = i / (16 * WARPS) % p.N,
-        k = v < BACK_STEPS ? v : 2 * BACK_STEPS - 1 - v; // d_C_ssm upwards, d_B_ssm downwards
-    size_t bt = i / ((size_t)16 * WARPS * p.N);
-    int t = (int)(bt % tiles) * WARPS * BACK_STEPS + warp * BACK_STEPS + k;
-    if (t >= p.L) return;
-    float s = 0.f;
-#pragma unroll 8
-    for (int c = 0; c < blocks; c++) s += partial[c * count + i];
-    size_t r = bt / tiles * p.L + t;
-    if (v < BACK_STEPS) p.d_C_ssm[r * p.ld_d_C + n] = to<T>(s);
-    else p.d_B_ssm[r * p.ld_d_B + n] = to<T>(s);
-}
-
-// d_A_log, d_D_skip, d_dt_bias += sums over sequences and tiles: 32 channels and 8 strands of a
-// fixed order a block.
-template <typename T>
-__global__ void scan_back_sum_A(ScanBackArgs<T> p, const float *partial2, int parts) {
-    __shared__ float strands[8][32];
-    int e = blockIdx.x * 32 + threadIdx.x, n = blockIdx.y, rows = p.N + 2;
-    float s = 0.f;
-    if (e < p.E)
-#pragma unroll 4
-        for (int i = threadIdx.y; i < parts; i += 8)
-            s += partial2[((size_t)i * rows + n) * p.E + e];
-    strands[threadIdx.y][threadIdx.x] = s;
-    __syncthreads();
-    if (threadIdx.y || e >= p.E) return;
-    for (int i = 1; i < 8; i++) s += strands[i][threadIdx.x];
-    if (n < p.N) p.d_A_log[(size_t)e * p.N + n] += s * p.A_neg[(size_t)n * p.E + e];
-    else if (n == p.N) p.d_D_skip[e] += s;
-    else p.d_dt_bias[e] += s;
-}
-
-template <int WARPS> static ScanBackPlan scan_back_plan(int B, int L, int E, int N) {
-    ScanBackPlan q = {};
-    q.blocks = (E + 31) / 32, q.tiles = (L + WARPS * BACK_STEPS - 1) / (WARPS * BACK_STEPS);
-    size_t bt = (size_t)B * q.tiles, items = bt * q.blocks;
-    q.mail = q.flags + (1 + items + 31) / 32 * 32;
-    q.partial2 = q.mail + bt * N * E;
-    q.partial = q.partial2 + (bt * (N + 2) * E + 31) / 32 * 32;
-    q.bytes = 4 * (q.partial + items * N * WARPS * 2 * BACK_STEPS);
-    return q;
-}
-
-template <typename T, int WARPS, int MIN_BLOCKS, int UNROLL>
-static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p) {
-    const ScanBackPlan q = scan_back_plan<WARPS>(p.B, p.L, p.E, p.N);
-    auto kernel = scan_back<T, WARPS, MIN_BLOCKS, UNROLL>;
-    float *words = (float *)p.workspace;
-    cudaError_t error = allow_shared(kernel, scan_back_shared<WARPS>());
-    if (error == cudaSuccess)
-        error = cudaMemsetAsync(words + q.flags, 0, (q.mail - q.flags) * 4, d->stream);
-    if (error != cudaSuccess) return error;
-    size_t items = (size_t)p.B * q.tiles * q.blocks,
-           sums = (size_t)p.B * q.tiles * p.N * WARPS * 2 * BACK_STEPS;
-    // More blocks than run at once would find no tickets left.
-    const int fit = std::min(MIN_BLOCKS, blocks_that_fit(d, scan_back_shared<WARPS>()));
-    unsigned grid = (unsigned)std::min(items, (size_t)d->processors * fit);
-    kernel<<<grid, 32 * WARPS, scan_back_shared<WARPS>(), d->stream>>>(p, q);
-    scan_back_sum_BC<<<blocks_for(sums, 256), 256, 0, d->stream>>>(p, words + q.partial, q.blocks,
-                                                                   q.tiles, WARPS);
-    scan_back_sum_A<<<dim3(blocks_for(p.E, 32), p.N + 2), dim3(32, 8), 0, d->stream>>>(
-        p, words + q.partial2, p.B * q.tiles);
-    return cudaGetLastError();
-}
-
-// One shape of block serves all sizes: 8 warps, 71 kB, 2 blocks a multiprocessor or, where it has
-// 100 kB, 1; phase 3 unrolled twice
-// for bf16. The workspace is aligned to 16 bytes, needs no initial value and may be used for
-// something else between calls.
-static size_t scan_backward_workspace(int B, int L, int E, int N) {
-    return scan_back_plan<8>(B, L, E, N).bytes;
-}
-template <typename T> static cudaError_t scan_backward(Device *d, const ScanBackArgs<T> &p) {
-    constexpr int UNROLL = sizeof(T) == 2 ? 2 : 1;
-    return scan_back_launch<T, 8, 2, UNROLL>(d, p);
-}
+#include "cuda/scan_backward.cuh"
 
 // The backward's inputs that are the forward's; outputs are the caller's to set.
 template <class T>

@@ -116,7 +116,7 @@ static int finish(Device *d) {
 
 // The same after scans: also -1 where one of their waits was in vain.
 static int finish_scans(Device *d) {
-    static const char *const name[] = {"", "scan_tiles", "scan_back"};
+    static const char *const name[] = {"", "scan_tiles"};
     uint32_t kernel = 0;
     copy(d, &kernel, d->stuck + STUCK_SCAN, sizeof kernel, "scan");
     if (finish(d)) return -1;

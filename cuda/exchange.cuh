@@ -3,11 +3,10 @@
 //
 //   1 turns of warps             scan_relay       named barriers of a block
 //   2 mail from tile to tile     scan_tiles       tagged words in device memory, tickets
-//   3 mail with a flag           scan_back        release and acquire, tickets
-//   4 a ring of slots            steps, Hopper    copy engine to warps, full and empty barriers
-//   5 numbers in a cluster       steps, Hopper    stores into another block's shared memory
-//   6 numbers of all clusters    steps, Hopper    tagged words in device memory
-//   7 all blocks meet            step of many     a flag of each block
+//   3 a ring of slots            steps, Hopper    copy engine to warps, full and empty barriers
+//   4 numbers in a cluster       steps, Hopper    stores into another block's shared memory
+//   5 numbers of all clusters    steps, Hopper    tagged words in device memory
+//   6 all blocks meet            step of many     a flag of each block
 // One more, a kernel that starts before the kernel ahead of it has ended, is wait_for_input().
 
 // HOW LONG A WAIT LASTS. Only a defect, or blocks of the same kernel that get no multiprocessor,
@@ -37,7 +36,7 @@ struct Patience {
         return true;
     }
 };
-enum { STUCK_TILES = 1, STUCK_BACK = 2, STUCK_IN_STEP = 3 }; // numbers of the kernels
+enum { STUCK_TILES = 1, STUCK_IN_STEP = 2 }; // numbers of the kernels
 
 // ------------------------------------------------------------------------------------------------
 // 1 Turns. Warp w writes a quarter of the states to its place in shared memory and arrives at the
@@ -101,22 +100,6 @@ template <> struct Mail<2> {
 };
 __device__ __forceinline__ void mail_write(uint64_t *p, uint64_t v) {
     asm volatile("red.relaxed.gpu.global.max.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
-}
-
-// ------------------------------------------------------------------------------------------------
-// 3 Mail with a flag, of scan_back: a tile leaves d_h of 16 states, then raises its flag.
-// Why it holds: a barrier of the block orders the stores of all its threads before the release by
-// one thread; a reader acquires the flag, then passes a barrier of its warp. The mail is read from
-// L2 (ld.cg), so no old line of the first-level cache is taken for it. A tile waits only
-// for an earlier ticket. A block does its tickets in rising order, so the smallest unfinished one
-// waits for nothing: the chain cannot stop. Flags are cleared before each launch.
-__device__ __forceinline__ int load_acquire(const int *p) {
-    int v;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-__device__ __forceinline__ void store_release(int *p, int v) {
-    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
 enum { CLUSTER_BLOCKS = 8, CLUSTERS_MAX = 16 }; // of the kernels for a whole step
@@ -185,7 +168,7 @@ template <int THREADS> __device__ inline void sync_workers() {
 }
 
 // ------------------------------------------------------------------------------------------------
-// 4 A ring of slots in shared memory. One warp feeds it: it waits until a slot is empty, announces
+// 3 A ring of slots in shared memory. One warp feeds it: it waits until a slot is empty, announces
 // how many bytes come, and lets the copy engine write them. The others wait until the slot is full,
 // read it, and release it, a lane a warp.
 // Why it holds: the copy engine's bytes end the phase of the full barrier, so who has waited sees
@@ -229,7 +212,7 @@ struct Ring {                  // a place in the ring, the same in all threads t
 };
 
 // ------------------------------------------------------------------------------------------------
-// 5 Numbers in a cluster: a store into the shared memory of another block, whose barrier counts the
+// 4 Numbers in a cluster: a store into the shared memory of another block, whose barrier counts the
 // bytes.
 // Why it holds: a store and its bytes at the barrier are one operation (st.async), so who has
 // waited for the bytes sees the numbers. One thread announces the bytes of the next phase after its
@@ -267,7 +250,7 @@ __device__ inline void arrive_at(uint32_t barrier) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// 6 Numbers of all clusters: pairs of words in device memory, each a number and a tag.
+// 5 Numbers of all clusters: pairs of words in device memory, each a number and a tag.
 // Why it holds: a word arrives whole, and the tag says of which layer and step it is, so who sees
 // the tag has the number. A block writes the words of a layer only after it has the numbers of an
 // exchange that every block entered after it had read the words of the layer before. That order
@@ -277,7 +260,7 @@ __device__ inline void arrive_at(uint32_t barrier) {
 // WHO RUNS. 6 and 7 need all blocks of the launch at once. As many are launched as the GPU holds
 // when nothing else runs (clusters_at_once), and one_kernel_lock lets one such kernel of the
 // process run at a time. Whatever else occupies multiprocessors ends without waiting for us:
-// kernels of other streams wait only for blocks that already run (2, 3), other processes take turns
+// kernels of other streams wait only for blocks that already run (2), other processes take turns
 // with ours. Where that does not hold, beside another client of an MPS server, say, the waits end
 // after wait_limit, and gpu_generate() repeats the tokens by the portable step.
 __device__ inline void put_tagged(void *to, uint32_t x, uint32_t y, uint32_t tag) {
@@ -349,7 +332,7 @@ __device__ inline void gather_pairs(float2 sum[ROUNDS], float2 *scratch, const u
 }
 
 // ------------------------------------------------------------------------------------------------
-// 7 All blocks meet. A block sets a flag of its own to the tag of the meeting, and waits until the
+// 6 All blocks meet. A block sets a flag of its own to the tag of the meeting, and waits until the
 // flags of all blocks have come so far. Flags are FLAG_STRIDE words apart, in separate lines.
 // Why it holds: a barrier of the block orders the stores of its threads before the release of its
 // flag. A thread that polls sees the flag by a relaxed load; the fence after its last poll makes

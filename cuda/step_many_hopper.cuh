@@ -5,7 +5,7 @@
 // reads parts of the matrices that no other block reads, but for x_proj and dt_proj:
 //   1 in_proj: a quarter of the inputs (block r: quarter r % 4) times some rows. The four sums of
 //   an
-//     output meet in one block of the cluster (exchange.cuh, 5), which writes xz to device memory
+//     output meet in one block of the cluster (exchange.cuh, 4), which writes xz to device memory
 //     as words with a tag (6); a block that needs some polls for them.
 //   2 From here on a cluster has sequences of its own, up to 5, and a block an eighth of the
 //     channels, the slice: convolution; x_proj, of whose outputs all blocks of the cluster send

@@ -11,7 +11,7 @@
 //            ----- sum over blocks: the residual stream to all -----
 //
 // Each sum goes the same way. A block sends its part to the 8 blocks of its cluster, an eighth of
-// the outputs each (exchange.cuh, 5). Each block adds up its eighth and writes it to device memory
+// the outputs each (exchange.cuh, 4). Each block adds up its eighth and writes it to device memory
 // with a tag (6), polls for the same eighth from all clusters, adds up, and sends the sum to the 8
 // blocks of its cluster (5).
 //

@@ -133,65 +133,6 @@ __global__ void make_starts(ScanBackArgs<T> p, float *starts, const float *h0) {
                  d * value(p.u[r * p.ld_u + e]) * value(p.B_ssm[r * p.ld_B + n]));
     }
 }
-// Rung 0: one thread a channel, N states in local arrays, the states of a chunk of SCAN_SAVE steps
-// in global memory (SCAN_SAVE,N,B*E), sums over channels by 5 shuffles each.
-template <typename T, int N>
-__global__ void naive_back(ScanBackArgs<T> p, float *H, float *part, float *dA_part) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x, e = i % p.E, b = i / p.E,
-        saves = (p.L + SCAN_SAVE - 1) / SCAN_SAVE;
-    if (i >= p.B * p.E) return;
-    float A[N], g[N], dA[N], h[N], dD = 0, dbias = 0;
-    for (int n = 0; n < N; n++)
-        A[n] = p.A_neg[(size_t)n * p.E + e],
-        g[n] = p.d_h_final ? p.d_h_final[((size_t)b * N + n) * p.E + e] : 0, dA[n] = 0;
-    size_t lanes = (size_t)p.B * p.E;
-    for (int c = saves - 1; c >= 0; c--) {
-        int t0 = c * SCAN_SAVE, t1 = min(p.L, t0 + SCAN_SAVE);
-        for (int n = 0; n < N; n++) h[n] = p.h_starts[(((size_t)b * saves + c) * N + n) * p.E + e];
-        for (int t = t0; t < t1; t++) {
-            size_t r = (size_t)b * p.L + t;
-            float slope, d = softplus(value(p.delta_raw[r * p.ld_delta + e]) + p.dt_bias[e], slope),
-                         u = value(p.u[r * p.ld_u + e]);
-            for (int n = 0; n < N; n++) {
-                H[((t - t0) * N + n) * lanes + i] = h[n];
-                h[n] = expf(d * A[n]) * h[n] + d * u * value(p.B_ssm[r * p.ld_B + n]);
-            }
-        }
-        for (int t = t1 - 1; t >= t0; t--) {
-            size_t r = (size_t)b * p.L + t;
-            float x = value(p.delta_raw[r * p.ld_delta + e]) + p.dt_bias[e], slope,
-                  d = softplus(x, slope), u = value(p.u[r * p.ld_u + e]);
-            float z = value(p.z[r * p.ld_z + e]), dg = value(p.d_g[r * p.ld_d_g + e]),
-                  s = sigmoid(z), dy = dg * z * s, sA = 0, sB = 0, y = p.D_skip[e] * u;
-            for (int n = 0; n < N; n++) {
-                float a = expf(d * A[n]), before = H[((t - t0) * N + n) * lanes + i],
-                      Bn = value(p.B_ssm[r * p.ld_B + n]), Cn = value(p.C_ssm[r * p.ld_C + n]);
-                float hn = a * before + d * u * Bn;
-                g[n] += dy * Cn, y += Cn * hn, sB += g[n] * Bn;
-                float v = g[n] * d * u, v2 = dy * hn;
-                for (int o = 16; o; o /= 2)
-                    v += __shfl_xor_sync(~0u, v, o), v2 += __shfl_xor_sync(~0u, v2, o);
-                if (threadIdx.x % 32 == 0)
-                    part[((size_t)(e / 32) * p.B * p.L + r) * 2 * N +
-                         n] = v,
-                         part[((size_t)(e / 32) * p.B * p.L + r) * 2 * N + N + n] = v2;
-                g[n] *= a;
-                sA += g[n] * before * A[n], dA[n] += g[n] * before * d;
-            }
-            float d_raw = (sA + u * sB) * slope;
-            p.d_delta_raw[r * p.ld_d_delta + e] = to<T>(d_raw),
-                                             p.d_u[r * p.ld_d_u + e] =
-                                                 to<T>(d * sB + p.D_skip[e] * dy);
-            p.d_z[r * p.ld_d_z + e] = to<T>(dg * y * s * (1 + z * (1 - s)));
-            dD += dy * u, dbias += d_raw;
-        }
-    }
-    for (int n = 0; n < N; n++) dA_part[((size_t)b * (N + 2) + n) * p.E + e] = dA[n];
-    dA_part[((size_t)b * (N + 2) + N) * p.E + e] = dD,
-                                              dA_part[((size_t)b * (N + 2) + N + 1) * p.E + e] =
-                                                  dbias;
-}
-
 template <typename T> struct Problem {
     ScanBackArgs<T> p = {};
     float *h0, *starts, *A_log_grad;
@@ -372,40 +313,60 @@ static int check_reference() {
     return worst < 1e-4 ? 0 : 1;
 }
 
-template <int W_, int MINB_, int U_> struct Shape {
-    static constexpr int W = W_, MINB = MINB_, U = U_;
+// What is checked and timed: C channels a lane, MINB blocks a multiprocessor, so many segments of
+// time at the most. C = 0: the form and the segments that scan_backward() chooses.
+template <int C_, int MINB_> struct Form {
+    static constexpr int C = C_, MINB = MINB_;
 };
-template <typename T, class S> static cudaError_t launch(const ScanBackArgs<T> &p) {
-    return scan_back_launch<T, S::W, S::MINB, S::U>(&device, p);
+typedef Form<0, 0> Chosen;
+typedef Form<1, 4> One;
+typedef Form<1, 3> One3; // more registers, fewer blocks
+typedef Form<2, 2> Two;
+template <typename T, class F> static size_t workspace_of(const ScanBackArgs<T> &p, int segments) {
+    return F::C ? scan_back_plan(p.B, p.L, p.E, p.N, F::C, segments).bytes
+                : scan_backward_workspace(p.B, p.L, p.E, p.N);
 }
-template <typename T, class S> struct Runner {
-    ScanBackPlan q;
-    Runner(Problem<T> &x) {
-        q = scan_back_plan<S::W>(x.p.B, x.p.L, x.p.E, x.p.N);
-        if (S::W == 8 && q.bytes != scan_backward_workspace(x.p.B, x.p.L, x.p.E, x.p.N))
-            printf("FAIL: workspace\n");
-        CHECK(cudaMalloc(&x.p.workspace, q.bytes));
-        workspace = x.p.workspace;
-    }
-    void *workspace;
-    ~Runner() { cudaFree(workspace); }
-};
+// Of a form that is named, up to 16 states.
+template <typename T, class F> static cudaError_t launch(const ScanBackArgs<T> &p, int segments) {
+    if constexpr (F::C == 0) return scan_backward(&device, p);
+    else
+        return p.N > 16  ? cudaErrorInvalidValue
+               : p.N > 8 ? scan_back_launch<T, 4, 4, F::C, false, F::MINB>(&device, p, segments)
+                         : scan_back_launch<T, 4, 2, F::C, false, F::MINB>(&device, p, segments);
+}
+template <typename T, class F> static void name_of(char *name, int segments) {
+    if (F::C == 0) snprintf(name, 60, "%s chosen", sizeof(T) == 4 ? "f32 " : "bf16");
+    else
+        snprintf(name, 60, "%s C%d M%d segments %d", sizeof(T) == 4 ? "f32 " : "bf16", F::C,
+                 F::MINB, segments);
+}
 
-template <typename T, class S>
-static int check_one(int B, int L, int E, int N, bool odd, bool with_h, bool loud) {
-    Problem<T> x(B, L, E, N, odd, with_h);
-    Runner<T, S> r(x);
-    auto want = x.reference();
-    std::vector<std::vector<double>> got, again;
-    for (int run = 0; run < 2; run++) {
-        CHECK(cudaMemset(r.workspace, 0xff, r.q.bytes));
-        x.poison();
-        CHECK((launch<T, S>(x.p)));
-        CHECK(cudaDeviceSynchronize());
-        (run ? again : got) = x.outputs();
-    }
+// The plain form against float64, once a type and shape: sums by atomics, so not to the bit.
+template <typename T> static std::vector<std::vector<double>> run_plain(Problem<T> &x) {
+    const size_t rows_N = (size_t)x.p.B * x.p.L * x.p.N, states = (size_t)x.p.B * x.p.N * x.p.E;
+    float *sums;
+    CHECK(cudaMalloc(&sums, (2 * rows_N + states) * 4));
+    CHECK(cudaMemset(sums, 0, (2 * rows_N + states) * 4));
+    x.poison();
+    ScanBackArgs<T> p = x.p;
+    if (!p.d_h0) p.d_h0 = sums + 2 * rows_N;
+    scan_plain_back<<<dim3(p.B, (p.E + 31) / 32), 32>>>(p, sums, sums + rows_N);
+    CHECK(cudaDeviceSynchronize());
+    auto all = x.outputs();
+    std::vector<float> raw(2 * rows_N);
+    CHECK(cudaMemcpy(raw.data(), sums, 2 * rows_N * 4, cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < 2 * rows_N; i++) all[3 + i / rows_N][i % rows_N] = raw[i];
+    cudaFree(sums);
+    return all;
+}
+
+// How many outputs are wrong. again: those of a second run, or NULL.
+static int compare(const std::vector<std::vector<double>> &want,
+                   const std::vector<std::vector<double>> &got,
+                   const std::vector<std::vector<double>> *again, bool is_float, const char *name,
+                   const char *shape, bool loud) {
     int bad = 0;
-    double tol = sizeof(T) == 4 ? 1e-5 : 1e-2;
+    double tol = is_float ? 1e-5 : 1e-2;
     char line[512] = "";
     for (size_t o = 0; o < want.size(); o++) {
         double num = 0, den = 0;
@@ -415,9 +376,9 @@ static int check_one(int B, int L, int E, int N, bool odd, bool with_h, bool lou
         double err = sqrt(num) / (sqrt(den) + 1e-30);
         // float outputs that were added to a random start keep only its rounding
         if (o >= 5 && o < 8)
-            err = sqrt(num) /
-                  (sqrt(den) + 1e-2 * sqrt((double)want[o].size()) * (sizeof(T) == 4 ? 10 : 1));
-        bool same = !memcmp(got[o].data(), again[o].data(), got[o].size() * 8);
+            err =
+                sqrt(num) / (sqrt(den) + 1e-2 * sqrt((double)want[o].size()) * (is_float ? 10 : 1));
+        bool same = !again || !memcmp(got[o].data(), (*again)[o].data(), got[o].size() * 8);
         if (!(err <= tol) || !same)
             bad++, snprintf(line + strlen(line), sizeof line - strlen(line), " %s=%.2g%s!",
                             out_names[o], err, same ? "" : " bits");
@@ -425,24 +386,53 @@ static int check_one(int B, int L, int E, int N, bool odd, bool with_h, bool lou
             snprintf(line + strlen(line), sizeof line - strlen(line), " %s=%.1e", out_names[o],
                      err);
     }
-    if (bad || loud)
-        printf("%s %s W%dU%d B%d L%d E%d N%d odd%d h%d:%s\n", bad ? "FAIL" : "ok",
-               sizeof(T) == 4 ? "f32 " : "bf16", S::W, S::U, B, L, E, N, odd, with_h, line);
+    if (bad || loud) printf("%s %s %s:%s\n", bad ? "FAIL" : "ok", name, shape, line);
     return bad;
 }
-template <typename T, class S> static void check_all() {
-    int Ls[] = {1, 2, 31, 33, 63, 65, 200, 1000}, Es[] = {1, 31, 33, 100, 130},
-        Ns[] = {1, 4, 8, 16, 17, 32, 64}, bad = 0, count = 0;
-    bad += check_one<T, S>(2, 300, 200, 16, false, true, true), count++;
-    for (int i = 0; i < 24; i++, count++)
-        bad += check_one<T, S>(1 + i % 3, Ls[i % 8], Es[i % 5], Ns[i % 7], i % 2, i / 2 % 2, false);
-    bad += check_one<T, S>(3, 1000, 1536, 16, false, true, true),
-        bad += check_one<T, S>(1, 2049, 64, 16, false, true, false),
-        bad += check_one<T, S>(2, 70, 1536, 16, false, false, false);
-    bad += check_one<T, S>(1, 130, 40, 256, true, true, false),
-        bad += check_one<T, S>(1, 66, 33, 100, true, true, false), count += 5;
-    printf("check %s W%dU%d: %d cases, %d wrong outputs\n", sizeof(T) == 4 ? "f32" : "bf16", S::W,
-           S::U, count, bad);
+
+template <typename T, class F>
+static int check_one(int B, int L, int E, int N, bool odd, bool with_h, int segments, bool loud) {
+    Problem<T> x(B, L, E, N, odd, with_h);
+    const size_t bytes = workspace_of<T, F>(x.p, segments);
+    CHECK(cudaMalloc(&x.p.workspace, bytes));
+    auto want = x.reference();
+    std::vector<std::vector<double>> got, again;
+    for (int run = 0; run < 2; run++) {
+        CHECK(cudaMemset(x.p.workspace, 0xff, bytes));
+        x.poison();
+        CHECK((launch<T, F>(x.p, segments)));
+        CHECK(cudaDeviceSynchronize());
+        (run ? again : got) = x.outputs();
+    }
+    cudaFree(x.p.workspace);
+    char name[60], shape[80];
+    name_of<T, F>(name, segments);
+    snprintf(shape, sizeof shape, "B%d L%d E%d N%d odd%d h%d", B, L, E, N, odd, with_h);
+    int bad = compare(want, got, &again, sizeof(T) == 4, name, shape, loud);
+    if (F::C == 0) bad += compare(want, run_plain(x), NULL, sizeof(T) == 4, "plain", shape, loud);
+    return bad;
+}
+// even: of a form that takes two channels a lane.
+template <typename T, class F> static void check_all() {
+    const bool even = F::C == 2, any_N = F::C == 0;
+    const int Ls[] = {1, 2, 31, 33, 63, 65, 200, 1000},
+              Es[2][5] = {{1, 31, 33, 100, 130}, {2, 34, 64, 100, 130}},
+              Ns[2][7] = {{1, 4, 8, 16, 17, 32, 64}, {1, 4, 8, 16, 7, 12, 15}};
+    int bad = 0, count = 0;
+    auto check = [&](int B, int L, int E, int N, bool odd, bool h, int segments, bool loud) {
+        bad += check_one<T, F>(B, L, E, N, odd, h, segments, loud), count++;
+    };
+    check(2, 300, 200, 16, false, true, 1, true);
+    for (int i = 0; i < 24; i++)
+        check(1 + i % 3, Ls[i % 8], Es[even][i % 5], Ns[!any_N][i % 7], !even && i % 2, i / 2 % 2,
+              1 + i % 4, false);
+    check(3, 1000, 1536, 16, false, true, 1, true), check(1, 2049, 64, 16, false, true, 11, false);
+    check(2, 70, 1536, 16, false, false, 2, false);
+    if (any_N)
+        check(1, 130, 40, 256, true, true, 3, false), check(1, 66, 33, 100, true, true, 1, false);
+    char name[60];
+    name_of<T, F>(name, 0);
+    printf("check %s: %d cases, %d wrong outputs\n", name, count, bad);
     fflush(stdout);
 }
 
@@ -463,39 +453,26 @@ template <class F> static double median_ms(F f, int reps) {
     cudaEventDestroy(a), cudaEventDestroy(b);
     return ms[reps / 2];
 }
-template <typename T, class S> static void time_one(Problem<T> &x) {
-    Runner<T, S> r(x);
+template <typename T, class F> static void time_one(Problem<T> &x, int segments) {
+    const size_t bytes = workspace_of<T, F>(x.p, segments);
+    CHECK(cudaMalloc(&x.p.workspace, bytes));
     x.poison();
-    double all = median_ms([&] { launch<T, S>(x.p); }, 21);
-    float *words = (float *)r.workspace;
-    size_t sums = (size_t)x.p.B * r.q.tiles * x.p.N * S::W * 2 * BACK_STEPS;
-    double sumBC = median_ms(
-        [&] {
-            scan_back_sum_BC<<<(unsigned)((sums + 255) / 256), 256>>>(x.p, words + r.q.partial,
-                                                                      r.q.blocks, r.q.tiles, S::W);
-        },
-        21);
-    double sumA = median_ms(
-        [&] {
-            scan_back_sum_A<<<dim3((x.p.E + 31) / 32, x.p.N + 2), dim3(32, 8)>>>(
-                x.p, words + r.q.partial2, x.p.B * r.q.tiles);
-        },
-        21);
-    CHECK(cudaDeviceSynchronize());
+    double all = median_ms([&] { CHECK((launch<T, F>(x.p, segments))); }, 21);
     double states = (double)x.p.B * x.p.L * x.p.E * x.p.N;
-    printf("%s %d,%d,%d N%d  W%dM%dU%d: %8.3f ms (sum_BC %.3f, sum_A %.3f)  %.2f ps/state-step, "
-           "workspace %.0f MB\n",
-           sizeof(T) == 4 ? "f32 " : "bf16", x.p.B, x.p.E, x.p.L, x.p.N, S::W, S::MINB, S::U, all,
-           sumBC, sumA, all * 1e9 / states, r.q.bytes * 1e-6);
+    char name[60];
+    name_of<T, F>(name, segments);
+    printf("%d,%d,%d N%d %s: %.3f ms, %.2f ps a state and step, workspace %.0f MB\n", x.p.B, x.p.E,
+           x.p.L, x.p.N, name, all, all * 1e9 / states, bytes * 1e-6);
     fflush(stdout);
+    cudaFree(x.p.workspace);
 }
-template <typename T, class S> static void same_bits(Problem<T> &x) {
-    Runner<T, S> r(x);
-    size_t rows = (size_t)x.p.B * x.p.L;
+template <typename T> static void same_bits(Problem<T> &x) {
+    const size_t rows = (size_t)x.p.B * x.p.L;
+    CHECK(cudaMalloc(&x.p.workspace, workspace_of<T, Chosen>(x.p, 0)));
     std::vector<char> first, again;
     for (int run = 0; run < 6; run++) {
         x.poison();
-        CHECK((launch<T, S>(x.p)));
+        CHECK((launch<T, Chosen>(x.p, 0)));
         again.clear();
         auto add = [&](const void *p, size_t bytes) {
             again.resize(again.size() + bytes);
@@ -511,20 +488,22 @@ template <typename T, class S> static void same_bits(Problem<T> &x) {
         else if (memcmp(first.data(), again.data(), first.size()))
             printf("FAIL: other bits in run %d\n", run);
     }
+    cudaFree(x.p.workspace);
     printf("six runs of %d,%d,%d compared bit by bit\n", x.p.B, x.p.E, x.p.L);
 }
-template <typename T> static void time_naive(Problem<T> &x) {
-    float *H, *part, *dA;
-    size_t lanes = (size_t)x.p.B * x.p.E;
-    CHECK(cudaMalloc(&H, lanes * SCAN_SAVE * 16 * 4));
-    CHECK(cudaMalloc(&part, (size_t)x.p.B * x.p.L * 32 * 4 * (x.p.E / 32)));
-    CHECK(cudaMalloc(&dA, lanes * 18 * 4));
+template <typename T> static void time_plain(Problem<T> &x) {
+    float *sums;
+    CHECK(cudaMalloc(&sums, (size_t)x.p.B * x.p.L * 2 * x.p.N * 4));
     double ms = median_ms(
-        [&] { naive_back<T, 16><<<(unsigned)(lanes / 128), 128>>>(x.p, H, part, dA); }, 3);
+        [&] {
+            scan_plain_back<<<dim3(x.p.B, (x.p.E + 31) / 32), 32>>>(
+                x.p, sums, sums + (size_t)x.p.B * x.p.L * x.p.N);
+        },
+        1);
     CHECK(cudaDeviceSynchronize());
-    printf("naive, a thread a channel, states of a chunk in global memory: %.3f ms\n", ms);
+    printf("plain: %.3f ms\n", ms);
     fflush(stdout);
-    cudaFree(H), cudaFree(part), cudaFree(dA);
+    cudaFree(sums);
 }
 template <typename T> static void time_copy(double bytes) {
     char *a, *b;
@@ -537,71 +516,50 @@ template <typename T> static void time_copy(double bytes) {
            bytes * 1e-6, ms, bytes / ms * 1e-9);
     cudaFree(a), cudaFree(b);
 }
-// W warps, MINB blocks a multiprocessor, phase 3 unrolled U times.
-typedef Shape<8, 2, 1> M;
-typedef Shape<8, 2, 2> M2;
-typedef Shape<8, 3, 1> M3;
-typedef Shape<16, 1, 1> M4;
-template <class... V> struct List {};
-typedef List<M, M2, M3, M4> ALL_;
-template <typename T, class... V> static void time_list(Problem<T> &x, List<V...>) {
-    (time_one<T, V>(x), ...);
-}
 int main(int argc, char **argv) {
     if (device_open(&device)) return printf("%s\n", gpu_error()), 1;
     device.stream = 0;
     const char *what = argc > 1 ? argv[1] : "check";
     if (!strcmp(what, "check")) {
         check_reference();
-        check_all<float, M>(), check_all<bf16, M>(), check_all<bf16, M2>();
-        check_one<bf16, M3>(2, 300, 200, 16, false, true, true),
-            check_one<bf16, M4>(2, 300, 200, 16, false, true, true);
+        check_all<float, Chosen>(), check_all<bf16, Chosen>();
+        check_all<float, One>(), check_all<bf16, One>(), check_all<bf16, One3>();
+        check_all<bf16, Two>();
     }
     if (!strcmp(what, "ladder")) {
-        {
-            Problem<bf16> x(8, 4096, 2048, 16, false, true);
-            time_list(x, ALL_());
-            if (argc > 2)
-                same_bits<bf16, M2>(x), time_naive(x),
-                    time_copy<bf16>(8. * 2048 * 4096 * 14 + 2 * 8. * 2048 * 4096 * 2);
-        }
-        {
-            Problem<bf16> x(1, 16384, 1536, 16, false, true);
-            time_list(x, ALL_());
-        }
-        {
-            Problem<bf16> x(8, 2048, 1536, 16, false, true);
-            time_list(x, ALL_());
-        }
-        {
-            Problem<bf16> x(64, 512, 1536, 16, false, true);
-            time_list(x, ALL_());
-        }
-        {
-            Problem<bf16> x(1, 131072, 1536, 16, false, true);
-            time_list(x, List<M, M2>());
-        }
-        {
-            Problem<bf16> x(1, 32768, 5120, 16, false, true);
-            time_list(x, List<M, M2>());
+        const struct {
+            int B, E, L, N;
+        } shapes[] = {{8, 2048, 4096, 16}, {8, 1536, 2048, 16},   {1, 1536, 16384, 16},
+                      {64, 1536, 512, 16}, {1, 1536, 131072, 16}, {1, 5120, 32768, 16},
+                      {1, 1536, 2048, 16}, {8, 1536, 2048, 8},    {8, 1536, 2048, 32},
+                      {8, 1536, 2048, 64}};
+        for (auto &s : shapes) {
+            Problem<bf16> x(s.B, s.L, s.E, s.N, false, true);
+            time_one<bf16, Chosen>(x, 0);
+            if (s.N > 16) continue;
+            for (int segments : {1, 2, 4, 11}) {
+                const int blocks = (s.E + 31) / 32 * s.B;
+                if (segments > 1 ? blocks * (segments - 1) > 1000 : blocks < 100) continue;
+                time_one<bf16, One>(x, segments), time_one<bf16, One3>(x, segments);
+                time_one<bf16, Two>(x, segments);
+            }
+            if (s.L == 4096) same_bits(x);
+            if (s.L == 4096 && argc > 2)
+                time_plain(x), time_copy<bf16>(8. * 2048 * 4096 * 14 + 2 * 8. * 2048 * 4096 * 2);
         }
         {
             Problem<float> x(8, 4096, 2048, 16, false, true);
-            time_list(x, List<M, M2>());
-        }
-        for (int N : {8, 32, 64}) {
-            Problem<bf16> x(8, 2048, 1536, N, false, true);
-            time_list(x, List<M, M2>());
+            time_one<float, Chosen>(x, 0), time_one<float, One>(x, 1), time_one<float, One3>(x, 1);
         }
         for (int E : {1535, 1100}) {
             Problem<bf16> x(8, 2048, E, 16, true, true);
-            time_list(x, List<M>());
+            time_one<bf16, Chosen>(x, 0);
         }
     }
     if (!strcmp(what, "one")) {
         Problem<bf16> x(8, 4096, 2048, 16, false, true);
-        Runner<bf16, M2> r(x);
-        launch<bf16, M2>(x.p);
+        CHECK(cudaMalloc(&x.p.workspace, workspace_of<bf16, Chosen>(x.p, 0)));
+        launch<bf16, Chosen>(x.p, 0);
         CHECK(cudaDeviceSynchronize());
     }
     return 0;
