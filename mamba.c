@@ -221,6 +221,7 @@ typedef struct {
 // does. -1 or NULL: error() knows why.
 typedef struct Gpu Gpu;
 typedef struct GpuTrainer GpuTrainer;
+#include "files/ranks.h"
 typedef struct GpuBackend {
     const char *(*error)(void);
     Gpu *(*open)(const Model *m, int float32);
@@ -256,6 +257,8 @@ typedef struct GpuBackend {
     int (*places_generate)(Gpu *g, int32_t *ids, int steps);
     int (*step)(Gpu *g, const int32_t *ids, int S);
     int (*pretend)(const char *what, int value);
+    int (*ranks)(Ranks *r); // NULL, as the next: a build without NCCL
+    void (*last_pass)(GpuTrainer *x);
 } GpuBackend;
 
 #ifndef MAMBA_TYPES_ONLY
@@ -1472,6 +1475,7 @@ typedef struct Trainer {
 } Trainer;                   // made by mamba_trainer_new(), see files/trainer.h
 
 COLD
+#include "files/ranks_tcp.h"
 #include "files/trainer.h"
 COLD_END
 

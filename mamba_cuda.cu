@@ -90,7 +90,8 @@
                                                      step_one_hopper.cuh  a step of 1 sequence
                                                      step_many_hopper.cuh a step of 2 to 64
      8 what mamba.c calls                            train.cuh       pass and AdamW
-                                                     bench.cuh       times, the scan's check    */
+                                                     ranks.cuh       several cards (NCCL=1)
+                                                   bench.cuh       times, the scan's check    */
 // clang-format on
 
 #define MAMBA_TYPES_ONLY
@@ -104,6 +105,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <chrono>
 #include <mutex>
 #include <thread>
 #include <type_traits>
@@ -1492,6 +1494,12 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
 // Training, measuring, and the table of GpuBackend.
 
 #include "cuda/train.cuh"
+#ifdef MAMBA_NCCL
+#include "cuda/ranks.cuh"
+#else
+static int (*const gpu_ranks)(Ranks *r) = NULL;
+static void (*const gpu_last_pass)(GpuTrainer *x) = NULL;
+#endif
 #include "cuda/bench.cuh"
 
 extern "C" const GpuBackend mamba_gpu = {
@@ -1501,4 +1509,5 @@ extern "C" const GpuBackend mamba_gpu = {
     gpu_trainer_resize,  gpu_trainer_set, gpu_trainer_get,  gpu_train_pass,
     gpu_train_step,      gpu_measure,     gpu_time_scan,    gpu_step_form,
     gpu_places,          gpu_place_begin, gpu_place_move,   gpu_places_sampling,
-    gpu_places_generate, gpu_step,        gpu_pretend};
+    gpu_places_generate, gpu_step,        gpu_pretend,      gpu_ranks,
+    gpu_last_pass};

@@ -4,8 +4,23 @@
 // Matrices are read through a copy in T, made again after every step. What the backward of a block
 // needs of its forward is kept; of h, the state before every SCAN_SAVE-th step.
 
+struct AdamStep;
+// Several cards that train one model: cuda/ranks.cuh, in builds that have it.
+struct Cards {
+    bool last_pass = false; // of a step: ready() adds up over all cards
+    virtual ~Cards() {}
+    virtual size_t own_floats() const = 0;     // of this card's part of the arenas that are split
+    virtual void *small_tensor(size_t i) = 0;  // place of tensor i, no matrix, bf16_compute
+    virtual void ready(int layer) = 0;         // gradients of this layer and after it are complete
+    virtual int norm(float clip, float *) = 0; // as gradient_norm(), of the sum over all cards
+    virtual int update(const AdamStep &how) = 0;
+    virtual int set(const float *weights, const float *moment, const float *moment2) = 0;
+    virtual int get(float *weights, float *moment, float *moment2) = 0;
+};
+
 struct GpuTrainer {
     Device device;
+    Cards *cards; // NULL: this card alone. Else weights (where T is bf16) and moments are a part
     Config config;
     bool bf16_compute;     // T is bf16, else float
     int B, L;              // sequences of a pass, tokens of each
@@ -38,6 +53,8 @@ struct GpuTrainer {
     int32_t *start, *token, *first; // see embed_backward
     char *scan;                     // workspace of the backward scan
 };
+
+static Cards *(*cards_open)(GpuTrainer *, const Model *); // NULL with a sentence; NULL: one card
 
 enum { NORM_PARTS = 1024 };
 
@@ -153,6 +170,7 @@ static int gpu_trainer_resize(GpuTrainer *x, int B, int L) {
 static void gpu_trainer_close(GpuTrainer *x) {
     if (!x) return;
     device_use(&x->device);
+    delete x->cards; // first: nothing here may wait for other cards
     if (x->device.stream) cudaStreamSynchronize(x->device.stream);
     for (void *p : x->memory) cudaFree(p);
     cudaFree(x->arena);
@@ -171,6 +189,7 @@ static int gpu_trainer_set(GpuTrainer *x, const float *weights, const float *mom
     size_t bytes = x->floats * sizeof(float);
     Device *d = &x->device;
     device_use(d);
+    if (x->cards) return x->cards->set(weights, moment, moment2);
     copy(d, x->weights, weights, bytes, "weights");
     if (moment) copy(d, x->moment, moment, bytes, "moments");
     else clear(d, x->moment, bytes, "moments");
@@ -188,6 +207,7 @@ static int gpu_trainer_get(GpuTrainer *x, float *weights, float *moment, float *
     size_t bytes = x->floats * sizeof(float);
     Device *d = &x->device;
     device_use(d);
+    if (x->cards) return x->cards->get(weights, moment, moment2);
     if (weights) copy(d, weights, x->weights, bytes, "weights");
     if (moment) copy(d, moment, x->moment, bytes, "moments");
     if (moment2) copy(d, moment2, x->moment2, bytes, "moments");
@@ -206,15 +226,17 @@ static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int float32) {
     bool good = c->K <= 16 && device_open(&x->device) == 0;
     if (c->K > 16)
         gpu_fail("training on the GPU needs d_conv of 16 or less, not %d: --cpu trains any", c->K);
+    if (good && cards_open) good = (x->cards = cards_open(x, m)) != NULL;
+    const size_t own = x->cards ? x->cards->own_floats() * sizeof(float) : bytes;
     auto take = [&](size_t n) -> void * {
         void *p = good ? device_alloc(n) : NULL;
         if (p) x->memory.push_back(p);
         else good = false;
         return p;
     };
-    x->weights = (float *)take(bytes), x->gradient = (float *)take(bytes),
-    x->moment = (float *)take(bytes);
-    x->moment2 = (float *)take(bytes), x->decays = (unsigned char *)take(flags);
+    x->weights = (float *)take(x->bf16_compute ? own : bytes), x->gradient = (float *)take(bytes),
+    x->moment = (float *)take(own);
+    x->moment2 = (float *)take(own), x->decays = (unsigned char *)take(flags);
     x->compute = x->bf16_compute ? take(bytes / 2) : x->weights;
     float *derived =
         (float *)take((size_t)c->n_layer * c->E * (size_t)(c->N + c->K) * sizeof(float));
@@ -228,8 +250,9 @@ static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int float32) {
         size_t at = (size_t)((const float *)p.host->data - host),
                n = (size_t)p.host->rows * (size_t)p.host->cols;
         *gradients[i].device = x->gradient + at;
-        *p.device = p.matrix && x->bf16_compute ? (void *)((bf16 *)x->compute + at)
-                                                : (void *)(x->weights + at);
+        *p.device = p.matrix && x->bf16_compute   ? (void *)((bf16 *)x->compute + at)
+                    : x->cards && x->bf16_compute ? x->cards->small_tensor(i)
+                                                  : (void *)(x->weights + at);
         for (size_t k = at / 16; k < (at + n + 15) / 16; k++) decays[k] = p.decays;
     }
     if (c->flags & FLAG_TIED) x->w.head = x->w.embedding, x->d.head = x->d.embedding;
@@ -443,7 +466,11 @@ static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets,
                                                        rows,
                                                        D,
                                                        x->partial});
-        for (int layer = c->n_layer - 1; layer >= 0; layer--) block_backward<T>(x, layer);
+        if (x->cards) x->cards->ready(c->n_layer);
+        for (int layer = c->n_layer - 1; layer >= 0; layer--) {
+            block_backward<T>(x, layer);
+            if (x->cards) x->cards->ready(layer);
+        }
         embed_backward(x, ids);
     }
     copy(d, sum, x->sum, sizeof *sum, "losses");
@@ -480,7 +507,9 @@ static int gpu_train_step(GpuTrainer *x, const AdamW *how, uint64_t step, double
     float length = 0;
     device_use(d);
     if (!x->arena) return gpu_fail("the trainer has no memory for a pass");
-    if (gradient_norm(x, x->gradient, x->floats, how->clip, &length)) return -1;
+    if (x->cards ? x->cards->norm(how->clip, &length)
+                 : gradient_norm(x, x->gradient, x->floats, how->clip, &length))
+        return -1;
     *norm = length;
     if (!(*norm - *norm == 0)) {
         const float *host = (const float *)x->places[0].host->data;
@@ -503,6 +532,7 @@ static int gpu_train_step(GpuTrainer *x, const AdamW *how, uint64_t step, double
           keep = 1 - how->rate * how->decay;
     unsigned blocks = (unsigned)d->processors * 8;
     const AdamStep step_now = {x->norms, rate, how->beta1, how->beta2, how->epsilon, keep, root};
+    if (x->cards) return x->cards->update(step_now);
     if (x->bf16_compute)
         adamw_kernel<<<blocks, 256, 0, d->stream>>>(x->weights, (bf16 *)x->compute, x->gradient,
                                                     x->moment, x->moment2, x->decays, x->floats,

@@ -100,17 +100,16 @@ int mamba_checkpoint_save(Trainer *x, const TrainRun *run, const char *path) {
     return result;
 }
 
-// Names the first part in which the text of the checkpoint's run differs from that of this run.
-static int fail_other_run(const char *path, const char *stored, const char *here) {
+// Names the first part in which the text of a run differs from that of this run, after `what`.
+static int fail_other_run(const char *what, const char *stored, const char *here) {
     char there[RUN_TEXT + 1] = {0}, now[RUN_TEXT + 1] = {0}; // either may fill its array
     size_t from = 0;
     memcpy(there, stored, RUN_TEXT);
     memcpy(now, here, RUN_TEXT);
     for (size_t i = 0; there[i] && there[i] == now[i]; i++)
         if (there[i] == ',') from = i + 1;
-    return fail("%s: the checkpoint is of another run: it has%.*s, this one has%.*s", path,
-                (int)strcspn(there + from, ","), there + from, (int)strcspn(now + from, ","),
-                now + from);
+    return fail("%s: it has%.*s, this one has%.*s", what, (int)strcspn(there + from, ","),
+                there + from, (int)strcspn(now + from, ","), now + from);
 }
 
 // Whether the model.bin header `here` is that of m, with the weights of another moment.
@@ -149,7 +148,10 @@ static int check_checkpoint(const Trainer *x, const TrainRun *run, const unsigne
     const unsigned char *model = file + CHECKPOINT_HEADER + h.settings_bytes;
     const unsigned char *weights = model + HEADER_BYTES + tokenizer_bytes;
     run_text(text, run);
-    if (memcmp(h.run.text, text, RUN_TEXT)) return fail_other_run(path, h.run.text, text);
+    if (memcmp(h.run.text, text, RUN_TEXT)) {
+        fail_other_run("the checkpoint is of another run", h.run.text, text);
+        return fail_in(path);
+    }
     if (h.tokenizer_bytes != tokenizer_bytes || h.tensors_bytes != bytes ||
         size != CHECKPOINT_HEADER + h.settings_bytes + HEADER_BYTES + tokenizer_bytes + 3 * bytes)
         return fail("%s: the checkpoint is truncated or of another model", path);
