@@ -136,8 +136,8 @@ static int ranks_environment(Ranks *r) {
     if (!hosts) hosts = getenv("SLURM_NODELIST");
     if (!hosts) hosts = getenv("SLURM_LAUNCH_NODE_IPADDR");
     const char *host = getenv("MASTER_ADDR");
-    if (host && *host) snprintf(r->host, sizeof r->host, "%s", host);
-    else if (on_host == r->size) strcpy(r->host, "127.0.0.1");
+    if (on_host == r->size) strcpy(r->host, "127.0.0.1");
+    else if (host && *host) snprintf(r->host, sizeof r->host, "%s", host);
     else if (i == 3 && hosts) ranks_first_host(r->host, sizeof r->host, hosts);
     if (r->size > 1 && !r->host[0])
         return ranks_fail(r, "%s does not say where rank 0 runs: set MASTER_ADDR to its host%s",

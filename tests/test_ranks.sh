@@ -3,6 +3,7 @@
 # exchange numbers, and end within seconds when one of them does. No GPU, no NCCL and none of these
 # programs is needed: only the variables that they set. all: 20 kills at random moments.
 # The last line is `N passed, N failed, N skipped`.
+[ "$(uname)" = Linux ] || { echo "0 passed, 0 failed, 1 skipped"; exit 0; } # as NCCL
 kills=4 first=0.3
 [ "$1" = all ] && kills=20 first=0
 dir=$(mktemp -d) || exit 1
