@@ -99,8 +99,9 @@ static void ranks_first_host(char *to, size_t room, const char *list) {
 // Fills in r from what has started this process. by stays NULL where nothing has. 0, or -1 after
 // fail().
 static int ranks_environment(Ranks *r) {
-    // Inside a job of Slurm mpirun's variables count. A batch script, which is no rank, has
-    // SLURM_PROCID too, but no SLURM_STEP_NUM_TASKS.
+    // Inside a job of Slurm mpirun's and mpiexec's variables count; srun may set PMI_RANK, but not
+    // MPI_LOCALRANKID. A batch script, which is no rank, has SLURM_PROCID, but no
+    // SLURM_STEP_NUM_TASKS.
     static const struct {
         const char *by, *rank, *size, *local, *local_size;
     } launcher[] = {
@@ -113,7 +114,9 @@ static int ranks_environment(Ranks *r) {
     int on_host = -1, nodes, port, job, i = 0;
     *r = (Ranks){.size = 1, .local = -1, .err = STDERR_FILENO};
     for (; i < 4; i++)
-        if (getenv(launcher[i].rank) && getenv(launcher[i].size)) break;
+        if (getenv(launcher[i].rank) && getenv(launcher[i].size) &&
+            (i != 2 || getenv(launcher[i].local) || !getenv(launcher[3].size)))
+            break;
     if (i == 4) return 0;
     if (ranks_number(launcher[i].rank, &r->rank) || ranks_number(launcher[i].size, &r->size) ||
         ranks_number(launcher[i].local, &r->local) ||

@@ -33,7 +33,7 @@ begin() {
         mpiexec) set -- PMI_RANK=$rank PMI_SIZE=$size MPI_LOCALRANKID=$rank \
             MPI_LOCALNRANKS=$size MASTER_PORT=$port ;;
         srun) set -- SLURM_PROCID=$rank SLURM_STEP_NUM_TASKS=$size SLURM_LOCALID=$rank \
-            SLURM_STEP_NUM_NODES=1 SLURM_JOB_ID=123$((port % 10000)) ;;
+            SLURM_STEP_NUM_NODES=1 SLURM_JOB_ID=123$((port % 10000)) PMI_RANK=$rank PMI_SIZE=$size ;;
         srun-hosts) set -- SLURM_PROCID=$rank SLURM_STEP_NUM_TASKS=$size SLURM_LOCALID=0 \
             SLURM_STEP_NUM_NODES=$size "SLURM_STEP_NODELIST=local[host-zz,1],other" \
             MASTER_PORT=$port ;;
