@@ -98,11 +98,12 @@ static void held_out_batch(Training *t, int pass, int passes, int B, int L) {
 }
 
 // The mean loss over windows of the held-out text, or over a task's sequences from a generator of
-// their own. Ranks take turns at the passes. NAN: nothing is held out, or, after fail(), a rank has
-// ended.
+// their own. Ranks take turns at the passes, which are those of one rank. NAN: nothing is held out,
+// or, after fail(), a rank has ended.
 static double held_out_loss(Training *t) {
     Trainer *x = t->trainer;
-    int L = x->L, B = x->B, passes = (32 + B - 1) / B;
+    const int L = x->L, B = x->B, all = B * t->ranks.size; // sequences of a pass of all ranks
+    const int passes = (32 + all - 1) / all * t->ranks.size;
     size_t counted = 0;
     double sum = 0;
     Training other = *t;
