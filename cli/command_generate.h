@@ -51,7 +51,8 @@ static int generate_options(GenerateOptions *o, int argc, char **argv, const cha
         OPTION_TEXT("--batch", "FILE", &o->batch,
                     "write a text from each line of FILE, - for stdin, 32 at "
                     "once, on a GPU 256"),
-        OPTION_SWITCH("--quiet", &o->quiet, "write errors alone to stderr: no timing, no progress"),
+        OPTION_SWITCH("--quiet", &o->quiet,
+                      "or -q: write errors alone to stderr, no timing, no progress"),
         OPTION_SWITCH("--null", &o->null,
                       "no headings between several texts: a NUL byte after each"),
         NO_BOS_OPTION,

@@ -135,9 +135,16 @@ static void clear_progress(double next) {
     (void)next;
 }
 
-// Reads ids piece by piece, so that Ctrl-C takes effect after a piece. 0, or -1 after fail().
+// Weights times tokens of a piece on a processor, at the most: a few seconds. Models below 800 M
+// never come there.
+#define PIECE_PRODUCTS 4e11
+
+// Reads ids piece by piece, so that progress shows, and Ctrl-C takes effect, after a piece. 0, or
+// -1 after fail().
 static int read_prompt(Session *x, const int32_t *ids, size_t n, bool quiet, Report *report) {
-    const size_t most = x->acts->gpu ? 1 << 16 : (size_t)x->acts->piece;
+    const double few = 1 + PIECE_PRODUCTS / (double)x->model->n_params;
+    size_t most = x->acts->gpu ? 1 << 16 : (size_t)x->acts->piece;
+    if (!x->acts->gpu && few < (double)most) most = (size_t)few;
     double start = seconds(), next = 2;
     size_t done = 0;
     while (done < n && !interrupted) {

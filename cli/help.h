@@ -66,6 +66,7 @@ static int parse_value(const Option *o, const char *text) {
 }
 
 static const Option *find_option(const char *name, const Option *options, int n_options) {
+    if (!strcmp(name, "-q")) name = "--quiet"; // as other programs have it
     for (int i = 0; i < n_options; i++)
         if (!strcmp(name, options[i].name)) return &options[i];
     return NULL;

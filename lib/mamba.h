@@ -1,12 +1,13 @@
 /* mamba.h - mamba.c as a library, for C and C++: run a model, save states, train. `make lib` makes
-   libmamba.a and libmamba.so; link with -lmamba -lm (and -fopenmp with libmamba.a).
+   libmamba.a and libmamba.so; link with -lmamba -lm (and -fopenmp with libmamba.a). Where the
+   loader does not find libmamba.so: -Wl,-rpath,FOLDER, or link with libmamba.a.
 
    Failure. A function that returns an int returns 0, or -1 where it fails. One that returns a
    pointer returns NULL where it fails. mamba_error() then says why, for the thread that called.
    Functions without a word about failure cannot fail. Free functions take NULL and do nothing.
 
-   Threads. A model may be used by many threads at once, as long as none changes it. An Acts and a
-   state serve one thread at a time. Each thread makes its own.
+   Threads. A model may be used by many threads at once, as long as none changes it. A mamba_acts and
+   a mamba_state serve one thread at a time. Each thread makes its own.
 
    Memory. All pointers that come from this library are freed by the function named beside them.
    Arguments are never kept, except where a comment says so.

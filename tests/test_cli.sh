@@ -257,6 +257,8 @@ fails "--ids with a stop string" "--stop" $model "5" --ids --stop x
 # --- what stands beside the text
 "$mamba" $model "$prompt" -t 0 -n 9 --quiet > "$dir/b" 2> "$dir/err"
 same "--quiet" "$(cat "$dir/err")" ""
+"$mamba" $model "$prompt" -t 0 -n 9 -q > "$dir/short" 2> "$dir/err" || echo "status" >> "$dir/err"
+same "-q is --quiet" "$(cat "$dir/short" "$dir/err")" "$(cat "$dir/b")"
 "$mamba" $model "$prompt" -t 0 -n 9 > "$dir/both" 2>&1
 same "the timing has a line of its own" "$(grep -c '^load' "$dir/both")" 1
 
