@@ -1227,13 +1227,14 @@ static ScanArgs<T> scan_args(const Config *c, const LayerWeights *w, BlockActs<T
     return p;
 }
 
-// What a block is applied to. window and h move on; where given, B = 1 or L = 1.
+// What a block is applied to. window and h move on.
 struct BlockRun {
     float *out;       // (B*L,D) = res + block(res)
     const float *res; // (B*L,D), may be out
     int B, L;         // sequences, tokens of each
     float *window;    // (B,K-1,E); NULL: zeros before the first token
     float *h;         // (B,N,E); NULL: from zero
+    bool text;        // training: one token is a text, too, not a step
 };
 
 // The block of the paper, in its order: norm, in_proj, convolution, x_proj, dt_proj, scan,
@@ -1245,22 +1246,23 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
     const int B = run.B, L = run.L, rows = B * L;
     const float *conv_bias = (const float *)w->conv_bias, *res = run.res;
     float *out = run.out, *h = run.h;
+    const bool step = L == 1 && h && !run.text;
     norm_rows(d, Rows(a.xn, D), Rows(res, D), w->norm, w->norm_bias, c->norm_eps, rows, D);
     matmul(d, Rows(a.xz, 2 * E), Rows(a.xn, D), dense<T>(d, a.unpacking, w->in_proj, 2 * E, D),
            rows, 2 * E, D);
     add_bias(d, a.xz, 2 * (size_t)E, (const float *)w->in_bias, rows, 2 * E);
-    conv1d_silu(d, ConvArgs<T>{a.u, a.xz, run.window, w->conv_t, conv_bias, B, L, E, K});
+    conv1d_silu(d, ConvArgs<T>{a.u, a.xz, run.window, w->conv_t, conv_bias, B, L, E, K, run.text});
     matmul(d, Rows(a.xdb, P), Rows(a.u, E), dense<T>(d, a.unpacking, w->x_proj, P, E), rows, P, E);
     // One token in bf16: dt_proj, FalconMamba's norms and the scan are one kernel where that pays.
-    if (sizeof(T) == 2 && L == 1 && h && dt_step_pays(d, B, E, N, R)) {
-        DtStepArgs step = {};
-        step.out = (bf16 *)a.g, step.h = h, step.W_dt = (const bf16 *)w->dt_proj;
-        step.xdb = (const bf16 *)a.xdb, step.u = (const bf16 *)a.u;
-        step.z = (const bf16 *)a.xz + E, step.A_neg = w->A_neg;
-        step.dt_bias = (const float *)w->dt_bias, step.D_skip = (const float *)w->D_skip;
-        step.S = B, step.E = E, step.N = N, step.R = R;
-        step.norm_eps = c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0;
-        dt_step(d, step);
+    if (sizeof(T) == 2 && step && dt_step_pays(d, B, E, N, R)) {
+        DtStepArgs dt = {};
+        dt.out = (bf16 *)a.g, dt.h = h, dt.W_dt = (const bf16 *)w->dt_proj;
+        dt.xdb = (const bf16 *)a.xdb, dt.u = (const bf16 *)a.u;
+        dt.z = (const bf16 *)a.xz + E, dt.A_neg = w->A_neg;
+        dt.dt_bias = (const float *)w->dt_bias, dt.D_skip = (const float *)w->D_skip;
+        dt.S = B, dt.E = E, dt.N = N, dt.R = R;
+        dt.norm_eps = c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0;
+        dt_step(d, dt);
     } else {
         if (c->flags & FLAG_MIXER_NORM) {
             if (a.raw) copy(d, a.raw, a.xdb, (size_t)rows * P * sizeof(T), "xdb");
@@ -1269,7 +1271,7 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
         matmul(d, Rows(a.delta, E), Rows(a.xdb, P), (const T *)w->dt_proj, rows, E, R);
         ScanArgs<T> scan = scan_args(c, w, a, B, L);
         scan.out = a.g, scan.h0 = h, scan.h_final = h, scan.h_starts = a.h_starts;
-        check_cuda(d, L == 1 && h ? scan_step_forward(d, scan) : scan_forward(d, scan), "scan");
+        check_cuda(d, step ? scan_step_forward(d, scan) : scan_forward(d, scan), "scan");
     }
     const T *out_proj = dense<T>(d, a.unpacking, w->out_proj, D, E);
     if (out == res) matmul(d, Rows(out, D), Rows(a.g, E), out_proj, rows, D, E, true);
@@ -1434,7 +1436,7 @@ template <class T> static void network(Gpu *g, const int32_t *ids, int B, int L)
     if (ids) embed(d, g->res, ids, embedding_of<T>(g), B * L);
     for (int layer = 0; layer < c->n_layer; layer++)
         block(d, c, &g->w.layer[(size_t)layer], a,
-              {g->res, g->res, B, L, window_of(g, layer), h_of(g, layer)});
+              {g->res, g->res, B, L, window_of(g, layer), h_of(g, layer), false});
     norm_rows(d, Rows(a.xn, c->D), Rows(g->res, c->D), g->w.norm_f, g->w.norm_f_bias, c->norm_eps,
               B * L, c->D);
 }
@@ -1503,11 +1505,11 @@ static void (*const gpu_last_pass)(GpuTrainer *x) = NULL;
 #include "cuda/bench.cuh"
 
 extern "C" const GpuBackend mamba_gpu = {
-    gpu_error,           gpu_open,        gpu_close,        gpu_set_state,
-    gpu_get_state,       gpu_prefill,     gpu_gather,       gpu_generate_start,
-    gpu_generate,        GENERATE_MAX,    gpu_trainer_open, gpu_trainer_close,
-    gpu_trainer_resize,  gpu_trainer_set, gpu_trainer_get,  gpu_train_pass,
-    gpu_train_step,      gpu_measure,     gpu_time_scan,    gpu_step_form,
-    gpu_places,          gpu_place_begin, gpu_place_move,   gpu_places_sampling,
-    gpu_places_generate, gpu_step,        gpu_pretend,      gpu_ranks,
-    gpu_last_pass};
+    gpu_error,           gpu_open,           gpu_close,        gpu_set_state,
+    gpu_get_state,       gpu_prefill,        gpu_gather,       gpu_generate_start,
+    gpu_generate,        GENERATE_MAX,       gpu_trainer_open, gpu_trainer_close,
+    gpu_trainer_resize,  gpu_trainer_set,    gpu_trainer_get,  gpu_train_pass,
+    gpu_train_step,      gpu_measure,        gpu_time_scan,    gpu_step_form,
+    gpu_places,          gpu_place_begin,    gpu_place_move,   gpu_places_sampling,
+    gpu_places_generate, gpu_step,           gpu_pretend,      gpu_trainer_chunk,
+    gpu_trainer_carry,   gpu_trainer_states, gpu_ranks,        gpu_last_pass};

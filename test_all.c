@@ -33,6 +33,7 @@
 #ifdef MAMBA_CUDA
 #include "tests/test_cuda.h"
 #include "tests/test_cuda_texts.h"
+#include "tests/test_cuda_chunks.h"
 #endif
 
 int main(int argc, char **argv) {
@@ -55,6 +56,7 @@ int main(int argc, char **argv) {
         {"command line", test_command_line},
 #ifdef MAMBA_CUDA
         {"cuda", test_cuda},
+        {"cuda chunks", test_cuda_chunks},
         {"cuda texts", test_cuda_texts},
         {"cuda packed", test_cuda_packed},
         {"cuda faults", test_cuda_faults},

@@ -483,13 +483,14 @@ static int bench_gpu_dialogues(const GpuBench *g, int S, int L, int steps, int r
     return 0;
 }
 
-static int bench_gpu_train(const GpuBench *g, int B, int L, int repeats) {
+// chunk: so many tokens of each sequence at a time; 0: all.
+static int bench_gpu_train(const GpuBench *g, int B, int L, int chunk, int repeats) {
     const AdamW how = {1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, 1};
     const int T = B * L;
     Config c = g->m->config;
     c.type = F32;
     Model *m = mamba_random_model(&c, 42);
-    Trainer *x = m ? mamba_trainer_new_gpu(m, B, L, backend.float32) : NULL;
+    Trainer *x = m ? mamba_trainer_new_gpu(m, B, L, chunk, backend.float32) : NULL;
     int32_t *ids = malloc((size_t)T * sizeof *ids), *targets = malloc((size_t)T * sizeof *ids);
     double time[BENCH_MAX], norm = 0, sum = 0, used = 0;
     char name[256];
@@ -500,7 +501,7 @@ static int bench_gpu_train(const GpuBench *g, int B, int L, int repeats) {
         ids[i] = (int32_t)(random_u64(&seed) % (uint64_t)c.V);
         targets[i] = (int32_t)(random_u64(&seed) % (uint64_t)c.V);
     }
-    for (int round = -2; round < repeats && result == 0; round++) {
+    for (int round = chunk ? -1 : -2; round < repeats && result == 0; round++) {
         double start = seconds();
         sum = mamba_train_pass(x, ids, targets, 1.0f / (float)T, true);
         result = mamba_train_step(x, &how, &norm);
@@ -543,7 +544,7 @@ static int bench_gpu(const Model *m, int repeats, const char *only) {
     const Config *c = &m->config;
     const bool quantized = is_quantized(c->type);
     const bool bf16 = (c->type == BF16 || quantized) && !backend.float32;
-    const int train[][2] = {{8, 2048}, {1, 16384}};
+    const int train[][2] = {{8, 2048}, {1, 16384}}, very_long = 1 << 20, chunk = 1 << 14;
     char name[256];
     double used = 0;
     GpuBench g = {.m = m, .repeats = repeats, .bytes = (double)step_bytes(m)};
@@ -562,8 +563,11 @@ static int bench_gpu(const Model *m, int repeats, const char *only) {
     mamba_state_free(g.s); // training needs the memory
     mamba_acts_free(g.a);
     for (int i = 0; i < COUNT(train) && result == 0 && strchr(only, 't'); i++)
-        if (bench_gpu_train(&g, train[i][0], train[i][1], repeats < 5 ? repeats : 5))
+        if (bench_gpu_train(&g, train[i][0], train[i][1], 0, repeats < 5 ? repeats : 5))
             printf("train %dx%-7d %s\n", train[i][0], train[i][1], mamba_error());
+    if (result == 0 && strchr(only, 'c') &&
+        bench_gpu_train(&g, 1, very_long, chunk, repeats < 3 ? repeats : 3))
+        printf("train 1x%d in chunks of %d: %s\n", very_long, chunk, mamba_error());
     return result;
 }
 
@@ -597,8 +601,8 @@ static int command_bench(int argc, char **argv) {
         OPTION_TEXT("--dtype", "T", &dtype, "their storage type"),
         OPTION_TEXT("--scan", "B,E,L", &scan, "time the scan alone: sequences, channels, length"),
         OPTION_TEXT("--only", "LETTERS", &only,
-                    "on a GPU: p prefill, g generation, t training, d 1, 8, 64 prompts of 2048 "
-                    "and 128 more"),
+                    "on a GPU: p prefill, g generation, t training, c training on a sequence of "
+                    "2^20 tokens in chunks, d 1, 8, 64 prompts of 2048 and 128 more"),
         OPTION_INT("-r", "N", &repeats, 1, BENCH_MAX, "repeats, of which the median is shown"),
         BACKEND_OPTIONS,
         OPTION_INT("-T", "N", &threads, 1, 1024, "threads"),

@@ -289,16 +289,19 @@ __global__ void conv1d_silu_kernel(T *__restrict__ u, const T *__restrict__ xz, 
     }
 }
 
-// The window after L tokens: their last K-1 inputs, older ones where L is short. In place: slot j
-// reads slots from j + L on.
+// The window of each sequence after L tokens: their last K-1 inputs, older ones where L is short.
+// In place: slot j reads slots from j + L on.
 template <class T>
 __global__ void conv_window_kernel(float *window, const T *xz, int L, int E, int K) {
-    int e = blockIdx.x * blockDim.x + threadIdx.x;
+    const int across = (E + (int)blockDim.x - 1) / (int)blockDim.x,
+              e = blockIdx.x % across * blockDim.x + threadIdx.x;
+    const size_t b = blockIdx.x / across;
     if (e >= E) return;
+    window += b * (K - 1) * E + e;
+    xz += b * L * 2 * E + e;
     for (int j = 0; j < K - 1; j++) {
         int t = L - (K - 1) + j;
-        window[(size_t)j * E + e] =
-            t >= 0 ? value(xz[(size_t)t * 2 * E + e]) : window[(size_t)(j + L) * E + e];
+        window[(size_t)j * E] = t >= 0 ? value(xz[(size_t)t * 2 * E]) : window[(size_t)(j + L) * E];
     }
 }
 
@@ -348,14 +351,15 @@ template <class T> struct ConvArgs {
     const T *xz;                // (B*L,2E), of which x is the first half
     float *window;              // (B,K-1,E), moves on; NULL: zeros before the first token
     const float *conv_t, *bias; // (K,E), (E) or NULL
-    int B, L, E, K;             // B > 1 and L > 1: no window
+    int B, L, E, K;
+    bool text; // one token is a text, too, not a step
 };
 template <class T> static void conv1d_silu(Device *d, const ConvArgs<T> &p) {
     const int E = p.E, pair = E % 2 == 0 ? 2 : 1,
               steps = p.L > 4096 ? 32 : 16; // 16: more blocks, each reads 3 inputs more
     auto of_text = pair == 2 ? conv1d_silu_kernel<T, 2> : conv1d_silu_kernel<T, 1>;
     auto of_token = E % 4 == 0 ? conv1d_silu_step_kernel<T, 4> : conv1d_silu_step_kernel<T, 1>;
-    if (p.L == 1 && p.window) {
+    if (p.L == 1 && p.window && !p.text) {
         dim3 grid(blocks_for((size_t)E / (E % 4 == 0 ? 4 : 1), 128), (unsigned)p.B);
         launch_dependent(d, of_token, grid, 128, 0, p.u, p.window, p.xz, p.conv_t, p.bias, E, p.K);
     } else {
@@ -363,9 +367,9 @@ template <class T> static void conv1d_silu(Device *d, const ConvArgs<T> &p) {
         dim3 grid(tiles * (unsigned)p.B * blocks_for((size_t)E / pair, 128));
         launch_dependent(d, of_text, grid, 128, 0, p.u, p.xz, p.window, p.conv_t, p.bias, p.L, E,
                          p.K, steps, (int)tiles);
-        if (p.L > 1 && p.window && p.K > CONV_TAPS)
-            conv_window_kernel<<<blocks_for((size_t)E, 128), 128, 0, d->stream>>>(p.window, p.xz,
-                                                                                  p.L, E, p.K);
+        if (p.window && p.K > CONV_TAPS)
+            conv_window_kernel<<<(unsigned)p.B * blocks_for((size_t)E, 128), 128, 0, d->stream>>>(
+                p.window, p.xz, p.L, E, p.K);
     }
     check_launch(d, "conv1d_silu");
 }
@@ -480,13 +484,25 @@ __global__ void __launch_bounds__(32 * NORM_WARPS)
 // A thread takes V channels for CONV_BACK steps. It also computes d_c of the next K-1 steps, for
 // its own d_x only. The last MAX_TAPS values of x and d_c are registers. Its sums go to partial
 // (tiles, K+1, E), that of the bias last.
+//
+// At the ends of a chunk: x before t = 0 is the window. Steps t >= L belong to the next chunk,
+// whose d_c reach this chunk's last K-1 inputs as d_after, the gradient of the window that it
+// starts from. d_x of t = -K+1 .. -1, of inputs that the chunk before has read, becomes d_before,
+// for that chunk. Slot j of a window is t = j - (K-1) of the chunk that starts from it.
 enum { CONV_BACK = 64 };
+
+struct ConvEnds {         // (B,K-1,E) each; NULL: the sequence begins or ends here
+    const float *window;  // before the first step
+    const float *d_after; // gradient of the window after the last step
+    float *d_before;      // gradient of `window`: is set
+};
 
 template <class T, int MAX_TAPS, int V>
 __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restrict__ partial,
                                             const T *__restrict__ d_u, const T *__restrict__ xz,
                                             const float *__restrict__ conv_t,
-                                            const float *__restrict__ bias, int L, int E, int K) {
+                                            const float *__restrict__ bias, ConvEnds ends, int L,
+                                            int E, int K) {
     const int chunks = (E / V + (int)blockDim.x - 1) / (int)blockDim.x, // as in the forward
         rest = blockIdx.x / chunks, tiles = (L + CONV_BACK - 1) / CONV_BACK,
               e = (blockIdx.x % chunks * blockDim.x + threadIdx.x) * V,
@@ -495,6 +511,15 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
     const size_t b = rest / tiles;
     const T *x = xz + b * L * 2 * E + e, *d = d_u + b * L * E + e;
     T *d_x = d_xz + b * L * 2 * E + e;
+    const size_t of_window = b * (K - 1) * E + e;
+    const float *before = ends.window ? ends.window + of_window : NULL,
+                *d_after = ends.d_after ? ends.d_after + of_window : NULL;
+    float *d_before = ends.d_before && t0 == 0 ? ends.d_before + of_window : NULL;
+    auto input = [&](int t, int v) { // x_t of channel e + v
+        return t >= 0                ? value(x[(size_t)t * 2 * E + v])
+               : before && t + K > 0 ? before[(size_t)(t + K - 1) * E + v]
+                                     : 0.0f;
+    };
     Group<float, 1> tap[V][MAX_TAPS], past[V][MAX_TAPS], start[V];
     float d_c[MAX_TAPS][V], d_tap[MAX_TAPS][V], d_bias[V];
 #pragma unroll
@@ -506,9 +531,7 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
              k++) { // tap[0] belongs to x_t, tap[k] to x_{t-k}; d_c[k] to t-k
             tap[v][k].v[0] = k < K ? conv_t[(size_t)(K - 1 - k) * E + e + v] : 0;
             d_tap[k][v] = 0, d_c[k][v] = 0;
-            past[v][k].v[0] = k < MAX_TAPS - 1 && t0 - 1 - k >= 0
-                                  ? value(x[(size_t)(t0 - 1 - k) * 2 * E + v])
-                                  : 0;
+            past[v][k].v[0] = k < MAX_TAPS - 1 ? input(t0 - 1 - k, v) : 0;
         }
     }
     auto step =
@@ -532,14 +555,16 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
                     for (int k = 0; k < MAX_TAPS; k++) d_tap[k][v] += d_c[0][v] * past[v][k].v[0];
                     d_bias[v] += d_c[0][v];
                 }
-                float sum =
-                    0; // d_x_{t-K+1}: tap[k] meets d_c of k steps later, which is d_c[K-1-k]
+                // d_x_{t-K+1}: tap[k] meets d_c of k steps later, which is d_c[K-1-k]; after the
+                // last step also what the next chunk adds to it
+                float sum = inside || !d_after ? 0 : d_after[(size_t)(t - L) * E + v];
 #pragma unroll
                 for (int k = 0; k < MAX_TAPS; k++)
 #pragma unroll
                     for (int j = 0; j < MAX_TAPS; j++)
                         if (j == K - 1 - k) sum += tap[v][k].v[0] * d_c[j][v];
                 put(&out.v[v], sum);
+                if (!write && d_before) d_before[(size_t)t * E + v] = sum; // t < K-1
             }
             if (write) *(Group<T, V> *)(d_x + (size_t)(t - (K - 1)) * 2 * E) = out;
         };

@@ -390,7 +390,7 @@ static int gpu_ranks(Ranks *r) {
     if ((error = cudaSetDevice(device)) != cudaSuccess)
         return gpu_fail("rank %d of %d: GPU %d: %s", r->rank, r->size, device,
                         cudaGetErrorString(error));
-    run_ranks = r, cards_open = nccl_cards_open;
+    run_ranks = r, cards_open = nccl_cards_open, cards_number = r->size;
     return 0;
 }
 

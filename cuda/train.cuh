@@ -3,6 +3,10 @@
 // Weights, gradients and the two moments are four arenas of float, laid out as the file is.
 // Matrices are read through a copy in T, made again after every step. What the backward of a block
 // needs of its forward is kept; of h, the state before every SCAN_SAVE-th step.
+//
+// A long sequence is cut into chunks, all sequences of the pass at the same steps. mamba.c, section
+// 5, says why the gradient stays exact. Everything kept is that of one chunk, but for the states at
+// the starts of all chunks.
 
 struct AdamStep;
 // Several cards that train one model: cuda/ranks.cuh, in builds that have it.
@@ -24,6 +28,8 @@ struct GpuTrainer {
     Config config;
     bool bf16_compute;     // T is bf16, else float
     int B, L;              // sequences of a pass, tokens of each
+    int chunk;             // of these, so many at a time; 0: all
+    int steps;             // tokens of each sequence in the chunk in hand
     size_t floats;         // of an arena
     float *weights;        // (floats)
     float *gradient;       // (floats)
@@ -34,10 +40,19 @@ struct GpuTrainer {
     Weights w, d;          // pointers into compute or weights, into gradient
     std::vector<TensorPlace> places;
     std::vector<void *> memory;         // all but the arena
-    char *arena;                        // what follows, for passes of B sequences of L tokens
+    char *arena;                        // what follows; L in a shape: the steps of a chunk
     std::vector<float *> res;           // n_layer + 1 of (B*L,D)
     std::vector<BlockActs<float>> acts; // n_layer; their pointers are T's
     ScanMail mail;
+    // States of sequences in chunks, h (n_layer,B,N,E) and window (n_layer,B,K-1,E): at the start
+    // of each chunk; as the chunk in hand moves them on; and their gradients after that chunk,
+    // [turn], and at its start, [!turn]: the convolution cannot replace one by the other in place.
+    float *h_start, *window_start, *h, *window, *d_h[2], *d_window[2];
+    int turn;
+    // States that passes leave to later ones: h (carries,n_layer,B,N,E), then window. place: where
+    // this pass goes on from, -1: it begins.
+    float *carried;
+    int carries, place;
     float *d_res;                   // (B*L,D)
     void *d_o;                      // (B*L,D)  d_res in T
     void *d_xz, *d_u, *d_xdb;       // (B*L,2E), (B*L,E), (B*L,P) in T
@@ -55,6 +70,7 @@ struct GpuTrainer {
 };
 
 static Cards *(*cards_open)(GpuTrainer *, const Model *); // NULL with a sentence; NULL: one card
+static int cards_number = 1;
 
 enum { NORM_PARTS = 1024 };
 
@@ -104,11 +120,29 @@ __global__ void adamw_kernel(float *weights, T *compute, float *__restrict__ gra
     }
 }
 
+// Steps of a chunk, the last may be shorter; chunks of a pass.
+static int chunk_steps(const GpuTrainer *x) {
+    return x->chunk && x->chunk < x->L ? x->chunk : x->L;
+}
+static int chunks_of(const GpuTrainer *x) { return (x->L - 1) / chunk_steps(x) + 1; }
+
+// Whether passes have states at their ends, apart from those that begin and end with nothing.
+static bool has_states(const GpuTrainer *x) { return chunks_of(x) > 1 || x->carries; }
+
+// Floats of h and of window, of all sequences of the pass: of one layer, or of so many.
+static size_t h_floats(const GpuTrainer *x, int layers) {
+    return (size_t)layers * x->B * x->config.N * x->config.E;
+}
+static size_t window_floats(const GpuTrainer *x, int layers) {
+    return (size_t)layers * x->B * (x->config.K - 1) * x->config.E;
+}
+
 template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
     const Config *c = &x->config;
-    size_t M = (size_t)x->B * x->L, D = (size_t)c->D, E = (size_t)c->E,
-           P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V, N = (size_t)c->N, t = sizeof(T),
-           chunks = (size_t)x->B * ((x->L + SCAN_SAVE - 1) / SCAN_SAVE);
+    const int L = chunk_steps(x);
+    size_t M = (size_t)x->B * L, D = (size_t)c->D, E = (size_t)c->E, P = (size_t)(c->R + 2 * c->N),
+           V = (size_t)c->V, N = (size_t)c->N, t = sizeof(T),
+           saves = (size_t)x->B * ((L + SCAN_SAVE - 1) / SCAN_SAVE);
     Arena a = {base, 0};
     BlockActs<float> shared;
     x->res.resize((size_t)c->n_layer + 1), x->acts.resize((size_t)c->n_layer);
@@ -123,9 +157,16 @@ template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
         a.take(b->xz, M * 2 * E, t), a.take(b->u, M * E, t), a.take(b->xdb, M * P, t);
         b->raw = NULL;
         if (c->flags & FLAG_MIXER_NORM) a.take(b->raw, M * P, t);
-        a.take(b->delta, M * E, t), a.take(b->g, M * E, t), a.take(b->h_starts, chunks * N * E);
+        a.take(b->delta, M * E, t), a.take(b->g, M * E, t), a.take(b->h_starts, saves * N * E);
     }
-    size_t conv_tiles = (size_t)x->B * ((x->L + CONV_BACK - 1) / CONV_BACK),
+    if (has_states(x)) {
+        const size_t h = h_floats(x, c->n_layer), window = window_floats(x, c->n_layer),
+                     chunks = (size_t)chunks_of(x);
+        a.take(x->h_start, chunks * h), a.take(x->window_start, chunks * window);
+        a.take(x->h, h), a.take(x->window, window);
+        for (int i = 0; i < 2; i++) a.take(x->d_h[i], h), a.take(x->d_window[i], window);
+    }
+    size_t conv_tiles = (size_t)x->B * ((L + CONV_BACK - 1) / CONV_BACK),
            partial = conv_tiles * (size_t)(c->K + 1) * E;
     partial += sum_rows_floats(conv_tiles, (size_t)(c->K + 1) * E);
     partial = std::max(partial, sum_rows_floats(M, std::max(2 * E, D)));
@@ -146,7 +187,7 @@ template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
         loss.take(x->d_logits, (size_t)x->loss_rows * V, t);
     a.take(x->d_xz, M * 2 * E, t), a.take(x->d_u, M * E, t), a.take(x->d_xdb, M * P, t);
     a.take(x->d_delta, M * E, t), a.take(x->d_g, M * E, t);
-    a.take(x->scan, scan_backward_workspace(x->B, x->L, c->E, c->N), 1);
+    a.take(x->scan, scan_backward_workspace(x->B, L, c->E, c->N), 1);
     return std::max(a.used, loss.used);
 }
 
@@ -154,10 +195,12 @@ static size_t trainer_bytes(GpuTrainer *x) {
     return x->bf16_compute ? lay_out_trainer<bf16>(x, NULL) : lay_out_trainer<float>(x, NULL);
 }
 
-// Passes from now on have B sequences of L tokens. 0, or -1 with a sentence.
+// Passes from now on have B sequences of L tokens; with another B, nothing is carried on. 0, or -1
+// with a sentence.
 static int gpu_trainer_resize(GpuTrainer *x, int B, int L) {
     device_use(&x->device);
     if (finish(&x->device)) return -1;
+    if (B != x->B) cudaFree(x->carried), x->carried = NULL, x->carries = 0;
     cudaFree(x->arena);
     x->arena = NULL;
     x->B = B, x->L = L;
@@ -167,12 +210,42 @@ static int gpu_trainer_resize(GpuTrainer *x, int B, int L) {
     return 0;
 }
 
+static size_t carried_bytes(const GpuTrainer *x) {
+    const int states = x->carries * x->config.n_layer;
+    return (h_floats(x, states) + window_floats(x, states)) * sizeof(float);
+}
+
+// As mamba_trainer_carry: so many places, all at their beginning. 0, or -1 with a sentence.
+static int gpu_trainer_carry(GpuTrainer *x, int places) {
+    device_use(&x->device);
+    if (places != x->carries) {
+        if (finish(&x->device)) return -1;
+        cudaFree(x->carried);
+        x->carries = places;
+        x->carried = (float *)device_alloc(carried_bytes(x));
+        if (!x->carried) x->carries = 0;
+        if (!x->carried || gpu_trainer_resize(x, x->B, x->L)) return -1;
+    }
+    clear(&x->device, x->carried, carried_bytes(x), "states");
+    return finish(&x->device);
+}
+
+// The carried states, in the order of `carried`, to the host, or, store: from there. 0, or -1 with
+// a sentence.
+static int gpu_trainer_states(GpuTrainer *x, float *states, int store) {
+    device_use(&x->device);
+    copy(&x->device, store ? x->carried : states, store ? states : x->carried, carried_bytes(x),
+         "states");
+    return finish(&x->device);
+}
+
 static void gpu_trainer_close(GpuTrainer *x) {
     if (!x) return;
     device_use(&x->device);
     delete x->cards; // first: nothing here may wait for other cards
     if (x->device.stream) cudaStreamSynchronize(x->device.stream);
     for (void *p : x->memory) cudaFree(p);
+    cudaFree(x->carried);
     cudaFree(x->arena);
     device_close(&x->device);
     delete x;
@@ -215,12 +288,38 @@ static int gpu_trainer_get(GpuTrainer *x, float *weights, float *moment, float *
     return finish(&x->device);
 }
 
+// The largest chunk, a power of two, with which a trainer fits into the free memory of the GPU; 0
+// where whole sequences do. Where none fits: the one that needs least.
+static int gpu_trainer_chunk(const Model *m, int B, int L, int float32) {
+    GpuTrainer x = {};
+    const Config *c = &m->config;
+    size_t total = 0, free_bytes = free_memory(&total);
+    x.config = *c, x.bf16_compute = !float32, x.B = B, x.L = L;
+    // Weights, gradient and moments; the copy in bf16; what is derived; and what cuBLAS and the
+    // kernels take for themselves.
+    const size_t all = m->tensors_bytes, part = all / (size_t)cards_number,
+                 fixed = all + (float32 ? all + 2 * part : all / 2 + 3 * part) + all / 64 +
+                         (size_t)c->n_layer * c->E * (size_t)(c->N + c->K) * sizeof(float) +
+                         CUBLAS_WORKSPACE + total / 32;
+    auto bytes = [&](int chunk) {
+        x.chunk = chunk;
+        return trainer_bytes(&x);
+    };
+    const size_t room = free_bytes > fixed ? free_bytes - fixed : 0;
+    if (bytes(0) <= room) return 0;
+    int chunk = 1;
+    while (chunk < L / 2) chunk *= 2;
+    while (chunk > 1 && bytes(chunk) > room && bytes(chunk / 2) < bytes(chunk)) chunk /= 2;
+    return chunk;
+}
+
 // A trainer of m's shape (its weights must be float32 and of one arena), B sequences of L tokens a
-// pass; float32: products in float32 instead of bf16. NULL with a sentence.
-static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int float32) {
+// pass, of each so many at a time (0: all); float32: products in float32 instead of bf16. NULL with
+// a sentence.
+static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int chunk, int float32) {
     GpuTrainer *x = new GpuTrainer();
     const Config *c = &m->config;
-    x->config = *c, x->bf16_compute = !float32;
+    x->config = *c, x->bf16_compute = !float32, x->chunk = chunk;
     x->floats = m->tensors_bytes / sizeof(float);
     size_t bytes = m->tensors_bytes, flags = x->floats / 16 + 1;
     bool good = c->K <= 16 && device_open(&x->device) == 0;
@@ -314,16 +413,16 @@ __global__ void add_conv_kernel(float *d_conv, float *d_bias, const float *sums,
 
 template <class T>
 static void conv1d_silu_backward(GpuTrainer *x, T *d_xz, float *d_conv, float *d_bias, const T *d_u,
-                                 const T *xz, const LayerWeights *w) {
+                                 const T *xz, const LayerWeights *w, const ConvEnds &ends) {
     Device *d = &x->device;
-    int E = x->config.E, K = x->config.K, tiles = x->B * ((x->L + CONV_BACK - 1) / CONV_BACK);
+    int E = x->config.E, K = x->config.K, tiles = x->B * ((x->steps + CONV_BACK - 1) / CONV_BACK);
     int V = E % 2 == 0 && K <= 4 ? 2 : 1;
     dim3 grid((unsigned)tiles * blocks_for((size_t)E / V, 128));
     auto kernel = K > 4    ? conv1d_silu_backward_kernel<T, 16, 1>
                   : V == 2 ? conv1d_silu_backward_kernel<T, 4, 2>
                            : conv1d_silu_backward_kernel<T, 4, 1>;
     kernel<<<grid, 128, 0, d->stream>>>(d_xz, x->partial, d_u, xz, w->conv_t,
-                                        (const float *)w->conv_bias, x->L, E, K);
+                                        (const float *)w->conv_bias, ends, x->steps, E, K);
     size_t cols = (size_t)(K + 1) * E;
     float *sums = x->partial + (size_t)tiles * cols; // of chunks, then, in the first row, of all
     unsigned wide = blocks_for(cols, 128), chunks = blocks_for((size_t)tiles, SUM_CHUNK);
@@ -337,27 +436,31 @@ static void conv1d_silu_backward(GpuTrainer *x, T *d_xz, float *d_conv, float *d
 }
 
 // Turns d_res, the gradient after the layer, and d_o, the same in T, into those before it, and adds
-// to the gradients of the weights. The order is that of block(), backwards.
-template <class T> static void block_backward(GpuTrainer *x, int layer) {
+// to the gradients of the weights. The order is that of block(), backwards. Of sequences in chunks,
+// the layer's d_h and d_window after the chunk become those at its start.
+template <class T> static void block_backward(GpuTrainer *x, int layer, int chunk) {
     Device *d = &x->device;
     const Config *c = &x->config;
     const LayerWeights *w = &x->w.layer[(size_t)layer], *dw = &x->d.layer[(size_t)layer];
     BlockActs<T> a = trainer_acts<T>(x, layer);
     const float *res = x->res[(size_t)layer];
-    int D = c->D, E = c->E, N = c->N, R = c->R, P = R + 2 * N, rows = x->B * x->L;
-    size_t lE = (size_t)E, lP = (size_t)P, lD = (size_t)D;
+    int D = c->D, E = c->E, N = c->N, R = c->R, P = R + 2 * N, rows = x->B * x->steps;
+    size_t lE = (size_t)E, lP = (size_t)P, lD = (size_t)D, at_h = h_floats(x, layer),
+           at_window = window_floats(x, layer);
+    const bool states = has_states(x);
     T *d_o = (T *)x->d_o, *d_xz = (T *)x->d_xz, *d_u = (T *)x->d_u, *d_xdb = (T *)x->d_xdb,
       *d_delta = (T *)x->d_delta, *d_g = (T *)x->d_g, *d_xn = (T *)x->d_xn;
     sum_rows(d, (float *)dw->out_bias, x->d_res, lD, rows, D, x->partial);
     matmul_d_x(d, Rows(d_g, lE), Rows(d_o, lD), (const T *)w->out_proj, rows, D, E);
     matmul_d_W(d, (float *)dw->out_proj, Rows(d_o, lD), Rows(a.g, lE), rows, D, E);
-    ScanArgs<T> scan = scan_args(c, w, a, x->B, x->L);
+    ScanArgs<T> scan = scan_args(c, w, a, x->B, x->steps);
     ScanBackArgs<T> back = scan_back_args(scan, a.h_starts, (const T *)d_g, E, x->scan);
     back.d_delta_raw = d_delta, back.d_u = d_u, back.d_z = d_xz + E, back.d_B_ssm = d_xdb + R,
     back.d_C_ssm = d_xdb + R + N;
     back.d_A_log = (float *)dw->A_log, back.d_D_skip = (float *)dw->D_skip,
     back.d_dt_bias = (float *)dw->dt_bias;
     back.ld_d_delta = E, back.ld_d_u = E, back.ld_d_z = 2 * E, back.ld_d_B = P, back.ld_d_C = P;
+    if (states) back.d_h_final = x->d_h[x->turn] + at_h, back.d_h0 = x->d_h[!x->turn] + at_h;
     check_cuda(d, scan_backward(d, back), "backward scan");
     matmul_d_x(d, Rows(d_xdb, lP), Rows(d_delta, lE), (const T *)w->dt_proj, rows, E, R);
     matmul_d_W(d, (float *)dw->dt_proj, Rows(d_delta, lE), Rows(a.xdb, lP), rows, E, R);
@@ -378,7 +481,11 @@ template <class T> static void block_backward(GpuTrainer *x, int layer) {
         }
     matmul_d_x(d, Rows(d_u, lE), Rows(d_xdb, lP), (const T *)w->x_proj, rows, P, E, true);
     matmul_d_W(d, (float *)dw->x_proj, Rows(d_xdb, lP), Rows(a.u, lE), rows, P, E);
-    conv1d_silu_backward(x, d_xz, (float *)dw->conv, (float *)dw->conv_bias, d_u, a.xz, w);
+    ConvEnds ends = {};
+    if (states)
+        ends = {x->window_start + window_floats(x, chunk * c->n_layer) + at_window,
+                x->d_window[x->turn] + at_window, x->d_window[!x->turn] + at_window};
+    conv1d_silu_backward(x, d_xz, (float *)dw->conv, (float *)dw->conv_bias, d_u, a.xz, w, ends);
     sum_rows(d, (float *)dw->in_bias, d_xz, 2 * lE, rows, 2 * E, x->partial);
     norm_rows(d, Rows(a.xn, lD), Rows(res, lD), w->norm, w->norm_bias, c->norm_eps, rows, D);
     matmul_d_x(d, Rows(d_xn, lD), Rows(d_xz, 2 * lE), (const T *)w->in_proj, rows, 2 * E, D);
@@ -399,7 +506,7 @@ template <class T> static void block_backward(GpuTrainer *x, int layer) {
 // Adds the gradient of the embedding. The host orders the rows by token; it has the ids.
 static void embed_backward(GpuTrainer *x, const int32_t *ids) {
     Device *d = &x->device;
-    int rows = x->B * x->L, V = x->config.V, D = x->config.D;
+    int rows = x->B * x->steps, V = x->config.V, D = x->config.D;
     std::vector<int32_t> count((size_t)V + 1, 0), order((size_t)rows), start, token, first;
     for (int r = 0; r < rows; r++) count[(size_t)ids[r] + 1]++;
     for (int v = 0; v < V; v++) {
@@ -424,20 +531,55 @@ static void embed_backward(GpuTrainer *x, const int32_t *ids) {
     check_launch(d, "embed_backward");
 }
 
-template <class T>
-static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets, float weight,
-                      bool backward, double *sum) {
+// Of the place that this pass goes on from.
+static float *carried_h(const GpuTrainer *x) {
+    return x->carried + h_floats(x, x->place * x->config.n_layer);
+}
+static float *carried_window(const GpuTrainer *x) {
+    const int layers = x->config.n_layer;
+    return x->carried + h_floats(x, x->carries * layers) + window_floats(x, x->place * layers);
+}
+
+// What a pass over a chunk is for: the states at its end; the loss and those; or loss and
+// gradients.
+enum ChunkPass { STATES, LOSS, BACKWARD };
+
+// The layers of a chunk, from the states at its start. Those at its end become the start of the
+// next, or of a later pass.
+template <class T> static void chunk_forward(GpuTrainer *x, int chunk, ChunkPass kind) {
     Device *d = &x->device;
     const Config *c = &x->config;
-    int rows = x->B * x->L, D = c->D, V = c->V;
+    const bool states = has_states(x), last = chunk + 1 == chunks_of(x);
+    const size_t h = h_floats(x, c->n_layer), window = window_floats(x, c->n_layer);
+    auto copy_states = [&](float *h_to, float *window_to, const float *h_from,
+                           const float *window_from) {
+        copy(d, h_to, h_from, h * sizeof(float), "states");
+        copy(d, window_to, window_from, window * sizeof(float), "states");
+    };
+    if (states)
+        copy_states(x->h, x->window, x->h_start + chunk * h, x->window_start + chunk * window);
+    embed(d, x->res[0], x->ids, EmbeddingOf<T>{x->w.embedding, c->D, 0}, x->B * x->steps);
+    for (int layer = 0; layer < c->n_layer; layer++) {
+        BlockActs<T> acts = trainer_acts<T>(x, layer);
+        if (kind != BACKWARD) acts.h_starts = NULL;
+        block(d, c, &x->w.layer[(size_t)layer], acts,
+              {x->res[(size_t)layer + 1], x->res[(size_t)layer], x->B, x->steps,
+               states ? x->window + window_floats(x, layer) : NULL,
+               states ? x->h + h_floats(x, layer) : NULL, true});
+    }
+    const size_t next = (size_t)chunk + 1;
+    if (kind != BACKWARD && !last)
+        copy_states(x->h_start + next * h, x->window_start + next * window, x->h, x->window);
+    if (last && x->place >= 0) copy_states(carried_h(x), carried_window(x), x->h, x->window);
+}
+
+// The head and the loss after the last layer; where backward, d_res, d_o, and the gradients of head
+// and norm_f.
+template <class T> static void chunk_loss(GpuTrainer *x, float weight, bool backward) {
+    Device *d = &x->device;
+    const Config *c = &x->config;
+    int rows = x->B * x->steps, D = c->D, V = c->V;
     size_t lD = (size_t)D, lV = (size_t)V;
-    copy(d, x->ids, ids, (size_t)rows * sizeof *ids, "ids");
-    copy(d, x->targets, targets, (size_t)rows * sizeof *ids, "ids");
-    clear(d, x->sum, sizeof *x->sum, "losses");
-    embed(d, x->res[0], x->ids, EmbeddingOf<T>{x->w.embedding, D, 0}, rows);
-    for (int layer = 0; layer < c->n_layer; layer++)
-        block(d, c, &x->w.layer[(size_t)layer], trainer_acts<T>(x, layer),
-              {x->res[(size_t)layer + 1], x->res[(size_t)layer], x->B, x->L, NULL, NULL});
     const float *last = x->res[(size_t)c->n_layer];
     T *xn = trainer_acts<T>(x, 0).xn, *d_xn = (T *)x->d_xn, *d_logits = (T *)x->d_logits;
     norm_rows(d, Rows(xn, lD), Rows(last, lD), x->w.norm_f, x->w.norm_f_bias, c->norm_eps, rows, D);
@@ -454,7 +596,7 @@ static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets,
     }
     sum_losses_kernel<<<1, 256, 0, d->stream>>>(x->sum, x->losses, rows);
     check_launch(d, "cross_entropy");
-    if (backward) {
+    if (backward)
         norm_rows_backward<false, T, float, float>(d, {{x->d_res, lD},
                                                        (T *)x->d_o,
                                                        (float *)x->d.norm_f,
@@ -466,25 +608,75 @@ static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets,
                                                        rows,
                                                        D,
                                                        x->partial});
-        if (x->cards) x->cards->ready(c->n_layer);
-        for (int layer = c->n_layer - 1; layer >= 0; layer--) {
-            block_backward<T>(x, layer);
-            if (x->cards) x->cards->ready(layer);
-        }
-        embed_backward(x, ids);
+}
+
+// One chunk of all sequences, as chunk_pass() of mamba.c.
+template <class T>
+static void chunk_pass(GpuTrainer *x, int chunk, const int32_t *ids, const int32_t *targets,
+                       float weight, ChunkPass kind) {
+    Device *d = &x->device;
+    const size_t t0 = (size_t)chunk * chunk_steps(x), L = (size_t)x->L;
+    x->steps = (int)std::min((size_t)chunk_steps(x), L - t0);
+    const size_t steps = (size_t)x->steps, rows = x->B * steps, bytes = rows * sizeof *ids;
+    std::vector<int32_t> chunk_ids(rows), chunk_targets(rows);
+    for (size_t b = 0; b < (size_t)x->B; b++) {
+        memcpy(&chunk_ids[b * steps], ids + b * L + t0, steps * sizeof *ids);
+        memcpy(&chunk_targets[b * steps], targets + b * L + t0, steps * sizeof *ids);
     }
+    copy(d, x->ids, chunk_ids.data(), bytes, "ids"); // pageable: copied before it returns
+    copy(d, x->targets, chunk_targets.data(), bytes, "ids");
+    chunk_forward<T>(x, chunk, kind);
+    if (kind == STATES) return;
+    chunk_loss<T>(x, weight, kind == BACKWARD);
+    if (kind == LOSS) return;
+    Cards *cards = chunk == 0 ? x->cards : NULL; // the first chunk is the last to add to a gradient
+    if (cards) cards->ready(x->config.n_layer);
+    for (int layer = x->config.n_layer - 1; layer >= 0; layer--) {
+        block_backward<T>(x, layer, chunk);
+        if (cards) cards->ready(layer);
+    }
+    embed_backward(x, chunk_ids.data());
+    x->turn = !x->turn;
+}
+
+template <class T>
+static int train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets, float weight,
+                      bool backward, double *sum) {
+    Device *d = &x->device;
+    const int chunks = chunks_of(x);
+    const size_t h = h_floats(x, x->config.n_layer) * sizeof(float),
+                 window = window_floats(x, x->config.n_layer) * sizeof(float);
+    clear(d, x->sum, sizeof *x->sum, "losses");
+    if (x->place >= 0) {
+        copy(d, x->h_start, carried_h(x), h, "states");
+        copy(d, x->window_start, carried_window(x), window, "states");
+    } else if (has_states(x)) {
+        clear(d, x->h_start, h, "states");
+        clear(d, x->window_start, window, "states");
+    }
+    if (has_states(x)) { // nothing follows the last chunk
+        clear(d, x->d_h[x->turn], h, "states");
+        clear(d, x->d_window[x->turn], window, "states");
+    }
+    for (int chunk = 0; chunk < chunks - 1 && backward; chunk++)
+        chunk_pass<T>(x, chunk, ids, targets, weight, STATES);
+    for (int chunk = chunks - 1; chunk >= 0 && backward; chunk--)
+        chunk_pass<T>(x, chunk, ids, targets, weight, BACKWARD);
+    for (int chunk = 0; chunk < chunks && !backward; chunk++)
+        chunk_pass<T>(x, chunk, ids, targets, weight, LOSS);
     copy(d, sum, x->sum, sizeof *sum, "losses");
     return finish_scans(d);
 }
 
-// As mamba_train_pass: *sum gets the sum of the losses. 0, or -1 with a sentence.
-static int gpu_train_pass(GpuTrainer *x, const int32_t *ids, const int32_t *targets, float weight,
-                          int backward, double *sum) {
+// As mamba_train_pass_on: *sum gets the sum of the losses. 0, or -1 with a sentence.
+static int gpu_train_pass(GpuTrainer *x, int place, const int32_t *ids, const int32_t *targets,
+                          float weight, int backward, double *sum) {
     const size_t tokens = (size_t)x->B * x->L;
     device_use(&x->device);
     if (!x->arena) return gpu_fail("the trainer has no memory for a pass");
     if (check_tokens(ids, tokens, x->config.V) || check_tokens(targets, tokens, x->config.V, true))
         return -1;
+    x->place = place;
     return x->bf16_compute ? train_pass<bf16>(x, ids, targets, weight, backward != 0, sum)
                            : train_pass<float>(x, ids, targets, weight, backward != 0, sum);
 }

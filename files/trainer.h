@@ -11,6 +11,11 @@ static void trainer_layout(Trainer *tr, Arena *from) {
     const bool normed = c->flags & FLAG_MIXER_NORM;
     size_t widest = 2 * E > D ? 2 * E : D, loss = V > D ? V : D, packed, packed_loss;
     if (widest < P) widest = P;
+    const double rows = (double)B * steps; // rows are counted in int, and no size below wraps
+    if (rows > INT_MAX || rows * (double)widest * 64 > (double)SIZE_MAX) {
+        from->used = SIZE_MAX;
+        return;
+    }
     packed = matmul_floats(T, widest);
     packed_loss = matmul_floats(LOSS_ROWS, loss);
 
@@ -82,8 +87,51 @@ int mamba_trainer_chunk(Model *m, int B, int L, double bytes) {
     return chunk;
 }
 
+// Floats of the states of all layers and sequences, of a state of n rows of E: N of h, K-1 of the
+// window.
+static size_t pass_floats(const Trainer *tr, int n) {
+    return (size_t)tr->model->config.n_layer * tr->B * n * tr->model->config.E;
+}
+static size_t carried_floats(const Trainer *tr) {
+    const Config *c = &tr->model->config;
+    return tr->places * pass_floats(tr, c->N + c->K - 1);
+}
+static LayerState carried_at(const Trainer *tr, int place) {
+    const Config *c = &tr->model->config;
+    return (LayerState){tr->carried.window + place * pass_floats(tr, c->K - 1),
+                        tr->carried.h + place * pass_floats(tr, c->N)};
+}
+
+// Passes of mamba_train_pass_on have so many places to go on from, each of B sequences; all are at
+// their beginning. 0, or -1 after fail().
+int mamba_trainer_carry(Trainer *tr, int places) {
+    if (places != tr->places) {
+        free_aligned(tr->carried.h);
+        tr->places = places;
+        tr->carried.h = alloc_aligned(carried_floats(tr) * sizeof(float));
+        if (!tr->carried.h) tr->places = 0;
+        if (!tr->carried.h) return -1;
+        tr->carried.window = tr->carried.h + places * pass_floats(tr, tr->model->config.N);
+    }
+    memset(tr->carried.h, 0, carried_floats(tr) * sizeof(float));
+    return tr->gpu && GPU->trainer_carry(tr->gpu, places) ? gpu_failed() : 0;
+}
+
+// The first chunk starts from the states at this place; below 0: from zeros.
+static void set_start(Trainer *tr, int place) {
+    const size_t h = pass_floats(tr, tr->model->config.N),
+                 window = pass_floats(tr, tr->model->config.K - 1);
+    const LayerState none = {NULL, NULL}, from = place < 0 ? none : carried_at(tr, place);
+    if (from.h) memcpy(tr->h0, from.h, h * sizeof(float));
+    else memset(tr->h0, 0, h * sizeof(float));
+    if (from.h) memcpy(tr->window0, from.window, window * sizeof(float));
+    else memset(tr->window0, 0, window * sizeof(float));
+    tr->end = from;
+}
+
 void mamba_trainer_free(Trainer *tr) {
     if (!tr) return;
+    free_aligned(tr->carried.h);
     if (tr->gpu) GPU->trainer_close(tr->gpu);
     mamba_free(tr->gradient);
     free_aligned(tr->moment);
@@ -92,8 +140,11 @@ void mamba_trainer_free(Trainer *tr) {
     memory_free(tr);
 }
 
-// Passes from now on have B sequences of L tokens. 0, or -1 after fail().
+// Passes from now on have B sequences of L tokens. With another B, nothing is carried from those
+// before. 0, or -1 after fail().
 int mamba_trainer_resize(Trainer *tr, int B, int L) {
+    if (B < 1 || L < 1) return fail("a training pass of %d sequences of %d tokens", B, L);
+    if (B != tr->B) tr->places = 0;
     tr->B = B;
     tr->L = L;
     if (tr->gpu) return GPU->trainer_resize(tr->gpu, B, L) ? gpu_failed() : 0;
@@ -107,17 +158,23 @@ int mamba_trainer_resize(Trainer *tr, int B, int L) {
     return 0;
 }
 
-// The same on the GPU, with bf16 products unless float32: m's weights and the moments here are then
-// old until mamba_trainer_fetch. NULL after fail().
-Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, bool float32) {
+// The largest chunk, a power of two, with which a trainer on the GPU fits into its free memory; 0
+// where whole sequences do.
+int mamba_trainer_chunk_gpu(const Model *m, int B, int L, bool float32) {
+    return GPU ? GPU->trainer_chunk(m, B, L, float32) : 0;
+}
+
+// As mamba_trainer_new, on the GPU, with bf16 products unless float32: m's weights and the moments
+// here are then old until mamba_trainer_fetch. NULL after fail().
+Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, int chunk, bool float32) {
     if (!GPU) return fail("this build has no GPU backend: make cuda"), NULL;
     Trainer *tr = memory_zeroed(1, sizeof *tr);
     if (!tr) return fail("out of memory"), NULL;
-    *tr = (Trainer){.model = m, .B = B, .L = L, .threads = 1};
+    *tr = (Trainer){.model = m, .B = B, .L = L, .chunk = chunk, .threads = 1};
     tr->moment = alloc_aligned(m->tensors_bytes);
     tr->moment2 = alloc_aligned(m->tensors_bytes);
     if (tr->moment && tr->moment2) {
-        tr->gpu = GPU->trainer_open(m, B, L, float32);
+        tr->gpu = GPU->trainer_open(m, B, L, chunk, float32);
         if (tr->gpu) return tr;
         gpu_failed();
     }
@@ -125,14 +182,15 @@ Trainer *mamba_trainer_new_gpu(Model *m, int B, int L, bool float32) {
     return NULL;
 }
 
-// Weights and moments from the GPU to the host, or, store: the other way. Nothing to do without
-// one. 0, or -1 after fail().
+// Weights, moments and carried states from the GPU to the host, or, store: the other way. Nothing
+// to do without one. 0, or -1 after fail().
 int mamba_trainer_fetch(Trainer *tr, bool store) {
     if (!tr->gpu || (!store && !tr->gpu_newer)) return 0;
     float *weights = tr->model->weights;
     int bad = store ? GPU->trainer_set(tr->gpu, weights, tr->moment, tr->moment2)
                     : GPU->trainer_get(tr->gpu, weights, tr->moment, tr->moment2, NULL);
-    if (bad) return gpu_failed();
+    if (bad || (tr->places && GPU->trainer_states(tr->gpu, tr->carried.h, store)))
+        return gpu_failed();
     tr->gpu_newer = false;
     if (!store) refresh_derived(tr->model);
     return 0;
@@ -142,8 +200,7 @@ int mamba_trainer_fetch(Trainer *tr, bool store) {
 // each sequence are in memory at a time, with the same gradient up to rounding; 0: all. NULL after
 // fail().
 Trainer *mamba_trainer_new(Model *m, int B, int L, int chunk, int threads) {
-    if (B < 1 || L < 1 || chunk < 0)
-        return fail("a pass of %d sequences of %d tokens in chunks of %d", B, L, chunk), NULL;
+    if (chunk < 0) return fail("a training pass in chunks of %d tokens", chunk), NULL;
     Trainer *tr = memory_zeroed(1, sizeof *tr);
     if (!tr) return fail("out of memory"), NULL;
     threads = possible_threads(threads > 0 ? threads : mamba_default_threads());

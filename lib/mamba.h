@@ -6,8 +6,8 @@
    pointer returns NULL where it fails. mamba_error() then says why, for the thread that called.
    Functions without a word about failure cannot fail. Free functions take NULL and do nothing.
 
-   Threads. A model may be used by many threads at once, as long as none changes it. A mamba_acts and
-   a mamba_state serve one thread at a time. Each thread makes its own.
+   Threads. A model may be used by many threads at once, as long as none changes it. A mamba_acts
+   and a mamba_state serve one thread at a time. Each thread makes its own.
 
    Memory. All pointers that come from this library are freed by the function named beside them.
    Arguments are never kept, except where a comment says so.

@@ -131,7 +131,8 @@ static void check_gpu_gradients(const char *label, Model *m, int B, int L, bool 
     size_t rows = (size_t)B * (size_t)L, floats = m->tensors_bytes / sizeof(float);
     int32_t *ids = random_ids(rows, m->config.V), *targets = random_ids(rows, m->config.V);
     if (rows > 2) targets[rows / 2] = -1;
-    Trainer *cpu = mamba_trainer_new(m, B, L, 0, 1), *gpu = mamba_trainer_new_gpu(m, B, L, float32);
+    Trainer *cpu = mamba_trainer_new(m, B, L, 0, 1),
+            *gpu = mamba_trainer_new_gpu(m, B, L, 0, float32);
     float *got = malloc(floats * sizeof(float)), *again = malloc(floats * sizeof(float));
     char name[160];
     if (!gpu) give_up("trainer", error_text);
@@ -159,7 +160,7 @@ static void check_gpu_training(const Config *c, bool float32, double tolerance) 
     enum { STEPS = 20, B = 3, L = 70 };
     Model *m = mamba_random_model(c, 5), *other = mamba_random_model(c, 5);
     Trainer *cpu = mamba_trainer_new(m, B, L, 0, 1),
-            *gpu = mamba_trainer_new_gpu(other, B, L, float32);
+            *gpu = mamba_trainer_new_gpu(other, B, L, 0, float32);
     double want[STEPS], norm, want_norm;
     float got[STEPS], worst_norm = 0;
     int32_t *pattern = random_ids(B * L + 1, c->V);

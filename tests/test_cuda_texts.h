@@ -399,8 +399,8 @@ static void check_gpu_bad_calls(void) {
            "GPU places: more than fit");
     expect(GPU->place_begin(gpu->gpu, 5, 0, 1, recent, 0) == -1 && *GPU->error(),
            "GPU places: one that is not there");
-    Trainer *x = mamba_trainer_new_gpu(m, 1, 3, true);
-    expect(x && GPU->train_pass(x->gpu, ids, targets, 1, 1, &sum) == -1 &&
+    Trainer *x = mamba_trainer_new_gpu(m, 1, 3, 0, true);
+    expect(x && GPU->train_pass(x->gpu, -1, ids, targets, 1, 1, &sum) == -1 &&
                strstr(GPU->error(), "token id -2"),
            "GPU training: a target outside the vocabulary");
     mamba_trainer_free(x);
