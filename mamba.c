@@ -90,6 +90,7 @@
                 mamba_set_tokenizer
                 mamba_random_model  mamba_float_copy  mamba_quantize
      texts      mamba_encode  mamba_encode_pieces  mamba_prompt_bos  mamba_decode
+     chat       mamba_chat  mamba_chat_encode  mamba_chat_turn  mamba_chat_end
      running    mamba_acts_new  mamba_acts_pieces  mamba_acts_gpu  mamba_acts_free
                 mamba_default_threads  mamba_has_gpu  mamba_gpu_memory
                 mamba_prefill  mamba_prefill_rows  mamba_hidden  mamba_step  mamba_step_batch
@@ -101,9 +102,9 @@
                 mamba_state_read
      memory     mamba_arena  mamba_arena_used  mamba_release
      training   mamba_trainer_new  mamba_trainer_new_gpu  mamba_trainer_bytes  mamba_trainer_chunk
-                mamba_trainer_resize  mamba_trainer_fetch  mamba_trainer_free  mamba_train_pass
-                mamba_train_step  mamba_checkpoint_save  mamba_checkpoint_load
-                mamba_checkpoint_peek */
+                mamba_trainer_resize  mamba_trainer_carry  mamba_trainer_fetch
+                mamba_trainer_free  mamba_train_pass  mamba_train_pass_on  mamba_train_step
+                mamba_checkpoint_save  mamba_checkpoint_load  mamba_checkpoint_peek */
 // clang-format on
 
 #include "files/platform.h"
@@ -1458,9 +1459,12 @@ typedef struct Trainer {
     int32_t *ids, *targets;  // (T) of the chunk in hand
     LayerState *seq;         // (n_layer,B) states of a pass
     float *h0, *window0;     // (chunks,n_layer,B,N,E), (chunks,n_layer,B,K-1,E): the states at the
-                             // start of each chunk; those of the first are zeros
+                             // start of each chunk
     float *h, *window;       // (n_layer,B,N,E), (n_layer,B,K-1,E): where seq points
     float *d_h, *d_window;   // the same shapes: gradients of the states after the chunk in hand
+    LayerState carried;      // (places,n_layer,B,..): states that a pass leaves to a later one
+    int places;              // of carried, see mamba_trainer_carry(); 0: none
+    LayerState end;          // where the states after this pass go; NULL: nowhere
     float *d_res, *d_xn;     // (T,D)
     float *d_xz;             // (T,2E)
     float *d_u, *d_delta;    // (T,E)
@@ -1497,7 +1501,8 @@ static void copy_state(float *to, const float *from, size_t n) {
     for (size_t i = 0; i < n; i++) to[i] = from[i];
 }
 
-// One chunk forward, from the states at its start. Those at its end become the start of the next.
+// One chunk forward, from the states at its start. Those at its end become the start of the next,
+// or of a later pass.
 static const float *chunk_forward(Trainer *tr, int chunk) {
     const Config *c = &tr->model->config;
     const size_t floats = (size_t)c->n_layer * tr->B * c->E, NE = c->N * floats;
@@ -1506,8 +1511,9 @@ static const float *chunk_forward(Trainer *tr, int chunk) {
     copy_state(tr->h, start.h, NE);
     copy_state(tr->window, start.window, windows);
     const float *res = forward(tr->model, tr->work, tr->seq, tr->B, tr->steps);
-    if (chunk + 1 < chunks_of(tr)) {
-        const LayerState next = start_of(tr, chunk + 1, 0);
+    const bool last = chunk + 1 == chunks_of(tr);
+    const LayerState next = last ? tr->end : start_of(tr, chunk + 1, 0);
+    if (next.h) {
         copy_state(next.h, tr->h, NE);
         copy_state(next.window, tr->window, windows);
     }
@@ -1617,17 +1623,22 @@ static double chunk_pass(Trainer *tr, int chunk, const int32_t *ids, const int32
 
 // Adds to the gradient that of weight * the sum of -log p(targets), for B L rows of ids; targets
 // of -1 do not count. Returns the sum of the losses (without weight); NaN where a GPU failed, after
-// fail(). backward false: the loss only. ids and targets must be below V.
-double mamba_train_pass(Trainer *tr, const int32_t *ids, const int32_t *targets, float weight,
-                        bool backward) {
+// fail(). backward false: the loss only. ids and targets must be below V. The sequences go on from
+// the states at a place of mamba_trainer_carry(), which move on to their ends: the gradient is cut
+// off at their start. Place -1: they begin.
+double mamba_train_pass_on(Trainer *tr, int place, const int32_t *ids, const int32_t *targets,
+                           float weight, bool backward) {
     const Config *c = &tr->model->config;
     const int chunks = chunks_of(tr);
     double sum = 0;
+    if (place >= tr->places) return fail("place %d of %d carried", place, tr->places), NAN;
     if (tr->gpu)
         return GPU->train_pass(tr->gpu, ids, targets, weight, backward, &sum) ? (gpu_failed(), NAN)
                                                                               : sum;
+    if (!tr->arena) return fail("the trainer has no memory for a pass"), NAN;
     memset(tr->d_h, 0, (size_t)c->n_layer * tr->B * c->N * c->E * sizeof(float));
     memset(tr->d_window, 0, (size_t)c->n_layer * tr->B * (c->K - 1) * c->E * sizeof(float));
+    set_start(tr, place);
     for (int chunk = 0; chunk < chunks - 1 && backward; chunk++)
         chunk_pass(tr, chunk, ids, targets, weight, STATES);
     for (int chunk = chunks - 1; chunk >= 0 && backward; chunk--)
@@ -1635,6 +1646,10 @@ double mamba_train_pass(Trainer *tr, const int32_t *ids, const int32_t *targets,
     for (int chunk = 0; chunk < chunks && !backward; chunk++)
         sum += chunk_pass(tr, chunk, ids, targets, weight, LOSS);
     return sum;
+}
+double mamba_train_pass(Trainer *tr, const int32_t *ids, const int32_t *targets, float weight,
+                        bool backward) {
+    return mamba_train_pass_on(tr, -1, ids, targets, weight, backward);
 }
 
 // --- AdamW (Loshchilov & Hutter 2019)

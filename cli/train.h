@@ -9,7 +9,7 @@ typedef struct { // of the command line; TRAIN_USAGE and the table of options sa
         chunk, warmup, seed, save_every, eval_every, threads;
     double rate, min_rate, decay, clip, beta2, held_out;
     const char *mask_until;
-    bool documents;
+    bool documents, carry;
     bool ids;                      // --data is token ids
     bool resume, force, log_given; // --log, or the name made from -o
     Text settings;                 // all options as words, each with a NUL after it
@@ -64,6 +64,43 @@ static size_t draw_batch(Training *t, int B, int L) {
         draw_rows(t, ids, targets, B, L);
         for (size_t i = 0; i < rows; i++) counted += targets[i] >= 0;
     }
+    return counted;
+}
+
+// --carry: the text is cut into equal stretches, one for each sequence of a step. Each sequence
+// walks along its own, a window a step, and begins again at its end. This is how many targets a
+// stretch has, and how many windows: of the last one, what lies beyond the stretch does not count.
+static size_t stretch_tokens(const Training *t) {
+    return (t->n_data - t->n_held - 1) / (size_t)t->o->batch;
+}
+static uint64_t stretch_windows(const Training *t) {
+    return (stretch_tokens(t) - 1) / (size_t)t->o->length + 1;
+}
+
+// ids and targets of pass number `pass` of the next step, which goes on from place `pass`. Where
+// the walk is depends on the number of the step alone, so a resumed run knows it.
+static void carried_batch(Training *t, int pass) {
+    const int B = t->trainer->B, L = t->trainer->L;
+    const size_t stretch = stretch_tokens(t),
+                 at = (size_t)(t->trainer->step % stretch_windows(t)) * (size_t)L;
+    const size_t n = stretch - at < (size_t)L ? stretch - at : (size_t)L;
+    for (int b = 0; b < B; b++) {
+        const int32_t *window = t->data + stretch * (size_t)(pass * B + b) + at;
+        int32_t *ids = t->ids + (size_t)b * L, *targets = t->targets + (size_t)b * L;
+        memcpy(ids, window, n * sizeof *ids);
+        memcpy(targets, window + 1, n * sizeof *targets);
+        for (size_t i = n; i < (size_t)L; i++) ids[i] = 0;
+        for (size_t i = n; i < (size_t)L; i++) targets[i] = -1;
+    }
+}
+
+// Pass number `pass` of the next step. Returns how many targets count, of all ranks.
+static size_t next_batch(Training *t, int pass) {
+    const int B = t->trainer->B, L = t->trainer->L;
+    if (!t->o->carry) return draw_batch(t, B, L);
+    carried_batch(t, pass);
+    size_t counted = 0;
+    for (int i = 0; i < B * L; i++) counted += t->targets[i] >= 0;
     return counted;
 }
 
@@ -154,7 +191,8 @@ typedef struct { // what is told about a step
 } Step;
 
 // One optimizer step. A weight of 1 / counted for each target makes the loss a mean. How many
-// targets count is known once all passes are drawn, so all are drawn twice. 0, or -1 after fail().
+// targets count is known once all passes are drawn, so all are drawn twice. With --carry each pass
+// has states of its own, which start from zeros with the stretches. 0, or -1 after fail().
 static int train_step(Training *t, Step *step) {
     const TrainOptions *o = t->o;
     Trainer *x = t->trainer;
@@ -163,12 +201,15 @@ static int train_step(Training *t, Step *step) {
     size_t counted = 0;
     double sum = 0;
     if (L != x->L && mamba_trainer_resize(x, rows / L, L)) return -1;
-    for (int pass = 0; pass < o->accumulate; pass++) counted += draw_batch(t, x->B, x->L);
+    if (o->carry && x->step % stretch_windows(t) == 0 && mamba_trainer_carry(x, (int)o->accumulate))
+        return -1;
+    for (int pass = 0; pass < o->accumulate; pass++) counted += next_batch(t, pass);
     t->run.random = before;
     for (int pass = 0; pass < o->accumulate; pass++) {
-        draw_batch(t, x->B, x->L);
+        next_batch(t, pass);
         if (pass == o->accumulate - 1) mamba_trainer_last_pass(x);
-        sum += mamba_train_pass(x, t->ids, t->targets, 1.0f / (float)counted, true);
+        sum += mamba_train_pass_on(x, o->carry ? pass : -1, t->ids, t->targets,
+                                   1.0f / (float)counted, true);
     }
     const AdamW how = {.rate = (float)learning_rate(o, x->step + 1),
                        .beta1 = 0.9f,
@@ -344,6 +385,14 @@ static int read_data(Training *t) {
         return fail("the data has %zu tokens to train on, one window needs %ld: more --data, a "
                     "smaller --length, or --held-out-data instead of a part of it",
                     t->n_data - t->n_held, o->length + 2);
+    if (o->carry && stretch_tokens(t) < (size_t)o->length)
+        return fail(
+            "--carry: of %zu tokens to train on, each of %ld sequences gets %zu, fewer than "
+            "--length %ld: more --data, a smaller --batch or --length",
+            t->n_data - t->n_held, o->batch, stretch_tokens(t), o->length);
+    if (o->carry)
+        fprintf(stderr, "each of %ld sequences walks along %zu tokens in %llu steps\n", o->batch,
+                stretch_tokens(t), (unsigned long long)stretch_windows(t));
     return 0;
 }
 
@@ -470,6 +519,7 @@ static void describe_run(Training *t, long steps) {
         snprintf(t->run.text + n, sizeof t->run.text - n, ", documents %zu in %zu rows (mask %08x)",
                  t->rows.documents, t->rows.n,
                  crc32_of(0, o->mask_until, o->mask_until ? strlen(o->mask_until) : 0));
+    if (o->carry) snprintf(t->run.text + n, sizeof t->run.text - n, ", carry");
 }
 
 // Bytes of memory that the machine has; 0: unknown.
@@ -515,6 +565,7 @@ static int open_trainer(Training *t) {
     if (t->ranks.by)
         fprintf(stderr, "%d ranks by %s, each with %d of the %d sequences of a pass\n",
                 t->ranks.size, t->ranks.by, B, B * t->ranks.size);
+    if (o->carry && mamba_trainer_carry(t->trainer, (int)o->accumulate)) return -1;
     t->ids = malloc((size_t)B * (size_t)L * sizeof *t->ids);
     t->targets = malloc((size_t)B * (size_t)L * sizeof *t->targets);
     t->other = malloc(2 * (size_t)B * (size_t)L * sizeof *t->other);
@@ -566,6 +617,8 @@ static int train_stages(Training *t) {
     if (o->batch % (o->accumulate * t->ranks.size))
         return fail("--batch %ld is not a multiple of %d ranks times --accumulate %ld", o->batch,
                     t->ranks.size, o->accumulate);
+    if (o->carry && t->ranks.size > 1)
+        return fail("--carry runs on one GPU: its states would be those of %d", t->ranks.size);
     if (parse_task(o->task_name, &t->task) || check_written_files(t) || open_train_model(t) ||
         (!t->task && read_data(t)))
         return -1;
@@ -695,6 +748,10 @@ static int check_train_options(const TrainOptions *o) {
                     task_shortest(task));
     if (o->documents && (task || o->grow_from))
         return fail("--documents does not go with %s", task ? "--task" : "--grow-from");
+    if (o->carry && (task || o->documents || o->grow_from))
+        return fail("--carry does not go with %s", task           ? "--task"
+                                                   : o->documents ? "--documents"
+                                                                  : "--grow-from");
     if (o->mask_until && (!o->documents || !*o->mask_until))
         return fail(o->documents ? "--mask-until needs a text that is not empty"
                                  : "--mask-until goes with --documents");
@@ -808,6 +865,9 @@ static int command_train(int argc, char **argv) {
         OPTION_INT("--chunk", "N", &o.chunk, 0, 1 << 24,
                    "tokens of a sequence in memory at a time; gradients stay exact, at the "
                    "price of one more pass forward; 0: as many as the memory holds"),
+        OPTION_SWITCH("--carry", &o.carry,
+                      "walk through the text window by window: the state goes on, the gradient "
+                      "is cut off at the borders; instead of random windows"),
         OPTION_INT("--grow-from", "N", &o.grow_from, 0, 1 << 24,
                    "start with sequences of N tokens, --length / N times as many, and double "
                    "them on the way; 0: off"),

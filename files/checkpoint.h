@@ -1,9 +1,10 @@
 // --- checkpoints: a training run at one moment, from which it goes on bit for bit
 // One file, so that everything in it is of one moment: the checkpoint's header, the settings of the
-// program that trains, model.bin's header, the tokenizer's blob, the weights, and the two moments
-// of AdamW, all float32. Version 1 has no settings.
+// program that trains, model.bin's header, the tokenizer's blob, the weights, the two moments of
+// AdamW, and the states that passes carry on, all float32. Version 2 has no states, version 1 no
+// settings either.
 
-enum { CHECKPOINT_HEADER = 1024, CHECKPOINT_VERSION = 2 };
+enum { CHECKPOINT_HEADER = 1024, CHECKPOINT_VERSION = 3 };
 enum { RUN_TEXT = 768 };          // bytes
 enum { SETTINGS_MOST = 1 << 20 }; // bytes
 
@@ -19,8 +20,8 @@ typedef struct {
 
 typedef struct { // what the header says
     TrainRun run;
-    uint64_t step, tokenizer_bytes, tensors_bytes;
-    uint32_t model_crc, moment_crc, moment2_crc, settings_bytes, settings_crc;
+    uint64_t step, tokenizer_bytes, tensors_bytes, states_bytes;
+    uint32_t model_crc, moment_crc, moment2_crc, settings_bytes, settings_crc, states_crc;
 } CheckpointHeader;
 
 #define AT(member) offsetof(CheckpointHeader, member)
@@ -36,6 +37,8 @@ static const Field CHECKPOINT_FIELDS[] = {
     {"second moment checksum", 72, FIELD_U32, 1, ANY_U32, AT(moment2_crc)},
     {"settings bytes", 76, FIELD_U32, 1, 0, SETTINGS_MOST, AT(settings_bytes)},
     {"settings checksum", 80, FIELD_U32, 1, ANY_U32, AT(settings_crc)},
+    {"states checksum", 84, FIELD_U32, 1, ANY_U32, AT(states_crc)},
+    {"states bytes", 88, FIELD_U64, 1, ANY_U64, AT(states_bytes)},
     {"run", 128, FIELD_TEXT, RUN_TEXT, ANY_TEXT, AT(run.text)},
 };
 #undef AT
@@ -46,18 +49,19 @@ static const HeaderFormat CHECKPOINT_FORMAT = {{'m', 'a', 'm', 'b', 'a', '.', 't
                                                CHECKPOINT_FIELDS,
                                                NUMBER_OF(CHECKPOINT_FIELDS)};
 
-static HeaderFormat checkpoint_format(bool settings) {
+static HeaderFormat checkpoint_format(bool settings, bool states) {
     HeaderFormat format = CHECKPOINT_FORMAT;
-    if (!settings) format.version = 1;
+    format.version = states ? CHECKPOINT_VERSION : settings ? 2 : 1;
     return format;
 }
 
-// Weights and moments to the order of bytes in files, or back.
+// Weights, moments and states to the order of bytes in files, or back.
 static void swap_training(const Trainer *x) {
     const size_t bytes = x->model->tensors_bytes;
     fix_endian(x->model->weights, bytes, sizeof(float));
     fix_endian(x->moment, bytes, sizeof(float));
     fix_endian(x->moment2, bytes, sizeof(float));
+    fix_endian(x->carried.h, carried_floats(x) * sizeof(float), sizeof(float));
 }
 
 // The text of run with zeros after it.
@@ -66,13 +70,14 @@ static void run_text(char text[RUN_TEXT], const TrainRun *run) {
     for (int i = 0; i < RUN_TEXT && run->text[i]; i++) text[i] = run->text[i];
 }
 
-// Writes weights, moments and step of the trainer, and what `run` says. Brings the numbers back
-// from a GPU first. 0, or -1 after fail(), an older file untouched.
+// Writes weights, moments, states and step of the trainer, and what `run` says. Brings the numbers
+// back from a GPU first. 0, or -1 after fail(), an older file untouched.
 int mamba_checkpoint_save(Trainer *x, const TrainRun *run, const char *path) {
     const Model *m = x->model;
     const size_t bytes = m->tensors_bytes;
     unsigned char header[CHECKPOINT_HEADER], model[HEADER_BYTES];
-    const HeaderFormat format = checkpoint_format(run->settings_bytes > 0);
+    const size_t states = carried_floats(x) * sizeof(float);
+    const HeaderFormat format = checkpoint_format(run->settings_bytes > 0, states > 0);
     if (run->settings_bytes > SETTINGS_MOST)
         return fail("%s: the settings of the run are longer than %d bytes", path, SETTINGS_MOST);
     if (mamba_trainer_fetch(x, false)) return -1;
@@ -83,18 +88,20 @@ int mamba_checkpoint_save(Trainer *x, const TrainRun *run, const char *path) {
         .step = x->step,
         .tokenizer_bytes = m->tokenizer_bytes,
         .tensors_bytes = bytes,
+        .states_bytes = states,
         .model_crc = crc32_of(0, model, HEADER_BYTES),
         .moment_crc = crc32_of(0, x->moment, bytes),
         .moment2_crc = crc32_of(0, x->moment2, bytes),
         .settings_bytes = (uint32_t)run->settings_bytes,
         .settings_crc = crc32_of(0, run->settings, run->settings_bytes),
+        .states_crc = crc32_of(0, x->carried.h, states),
     };
     run_text(h.run.text, run);
     header_write(header, &format, &h);
     const Piece piece[] = {{header, sizeof header}, {run->settings, run->settings_bytes},
                            {model, sizeof model},   {m->tokenizer_blob, m->tokenizer_bytes},
                            {m->weights, bytes},     {x->moment, bytes},
-                           {x->moment2, bytes}};
+                           {x->moment2, bytes},     {x->carried.h, states}};
     int result = write_pieces(path, piece, NUMBER_OF(piece));
     swap_training(x);
     return result;
@@ -103,11 +110,15 @@ int mamba_checkpoint_save(Trainer *x, const TrainRun *run, const char *path) {
 // Names the first part in which the text of a run differs from that of this run, after `what`.
 static int fail_other_run(const char *what, const char *stored, const char *here) {
     char there[RUN_TEXT + 1] = {0}, now[RUN_TEXT + 1] = {0}; // either may fill its array
-    size_t from = 0;
+    size_t from = 0, i = 0;
     memcpy(there, stored, RUN_TEXT);
     memcpy(now, here, RUN_TEXT);
-    for (size_t i = 0; there[i] && there[i] == now[i]; i++)
+    for (; there[i] && there[i] == now[i]; i++)
         if (there[i] == ',') from = i + 1;
+    const char *longer = there[i] ? there + i : now + i; // one may end with a part, the other go on
+    if (there[i] + now[i] == ',')
+        return fail("%s: %s has%.*s, %s has not", what, there[i] ? "it" : "this one",
+                    (int)strcspn(longer + 1, ","), longer + 1, there[i] ? "this one" : "it");
     return fail("%s: it has%.*s, this one has%.*s", what, (int)strcspn(there + from, ","),
                 there + from, (int)strcspn(now + from, ","), now + from);
 }
@@ -123,9 +134,11 @@ static bool same_model(const unsigned char *here, const ModelHeader *stored, con
 // The header h of a checkpoint file, and its settings. 0, or -1 after fail().
 static int read_checkpoint_header(CheckpointHeader *h, const unsigned char *file, size_t size,
                                   const char *path) {
-    const HeaderFormat old = checkpoint_format(false);
+    const HeaderFormat old = checkpoint_format(false, false),
+                       usual = checkpoint_format(true, false);
     if (!header_is(file, size, &CHECKPOINT_FORMAT) ||
-        (!header_version_fits(file, &CHECKPOINT_FORMAT) && !header_version_fits(file, &old)))
+        !(header_version_fits(file, &CHECKPOINT_FORMAT) || header_version_fits(file, &usual) ||
+          header_version_fits(file, &old)))
         return fail("%s: not a training checkpoint of this version", path);
     if (!header_is_whole(file, &CHECKPOINT_FORMAT))
         return fail("%s: the checkpoint is damaged", path);
@@ -140,7 +153,8 @@ static int read_checkpoint_header(CheckpointHeader *h, const unsigned char *file
 
 static int check_checkpoint(const Trainer *x, const TrainRun *run, const unsigned char *file,
                             size_t size, const char *path) {
-    const size_t bytes = x->model->tensors_bytes, tokenizer_bytes = x->model->tokenizer_bytes;
+    const size_t bytes = x->model->tensors_bytes, tokenizer_bytes = x->model->tokenizer_bytes,
+                 states = carried_floats(x) * sizeof(float);
     CheckpointHeader h;
     ModelHeader stored;
     char text[RUN_TEXT];
@@ -153,13 +167,16 @@ static int check_checkpoint(const Trainer *x, const TrainRun *run, const unsigne
         return fail_in(path);
     }
     if (h.tokenizer_bytes != tokenizer_bytes || h.tensors_bytes != bytes ||
-        size != CHECKPOINT_HEADER + h.settings_bytes + HEADER_BYTES + tokenizer_bytes + 3 * bytes)
+        h.states_bytes != states ||
+        size != CHECKPOINT_HEADER + h.settings_bytes + HEADER_BYTES + tokenizer_bytes + 3 * bytes +
+                    states)
         return fail("%s: the checkpoint is truncated or of another model", path);
     header_read(&stored, &MODEL_FORMAT, model);
     if (crc32_of(0, model, HEADER_BYTES) != h.model_crc ||
         crc32_of(0, weights, bytes) != stored.tensors_crc ||
         crc32_of(0, weights + bytes, bytes) != h.moment_crc ||
-        crc32_of(0, weights + 2 * bytes, bytes) != h.moment2_crc)
+        crc32_of(0, weights + 2 * bytes, bytes) != h.moment2_crc ||
+        crc32_of(0, weights + 3 * bytes, states) != h.states_crc)
         return fail("%s: the checkpoint is damaged", path);
     if (!same_model(model, &stored, x->model))
         return fail("%s: the checkpoint is of another model: sizes, options or tokenizer differ",
@@ -169,11 +186,11 @@ static int check_checkpoint(const Trainer *x, const TrainRun *run, const unsigne
     return 0;
 }
 
-// Takes weights, moments and step from a checkpoint of the same run, and fills in the rest of run.
-// run->text must be as it was saved, and the model of the same shape and tokenizer. 0, or -1 after
-// fail(): then trainer and run are untouched, unless a GPU failed.
+// Takes weights, moments, states and step from a checkpoint of the same run, and fills in the rest
+// of run. run->text must be as it was saved, and the model of the same shape and tokenizer. 0, or
+// -1 after fail(): then trainer and run are untouched, unless a GPU failed.
 int mamba_checkpoint_load(Trainer *x, TrainRun *run, const char *path) {
-    const size_t bytes = x->model->tensors_bytes;
+    const size_t bytes = x->model->tensors_bytes, states = carried_floats(x) * sizeof(float);
     size_t size = 0;
     bool mapped;
     CheckpointHeader h;
@@ -182,7 +199,7 @@ int mamba_checkpoint_load(Trainer *x, TrainRun *run, const char *path) {
     int result = check_checkpoint(x, run, file, size, path);
     if (result == 0) result = read_checkpoint_header(&h, file, size, path);
     if (result == 0) {
-        const unsigned char *weights = file + size - 3 * bytes;
+        const unsigned char *weights = file + size - 3 * bytes - states;
         h.run.settings = run->settings; // those of this program go on
         h.run.settings_bytes = run->settings_bytes;
         *run = h.run;
@@ -190,6 +207,7 @@ int mamba_checkpoint_load(Trainer *x, TrainRun *run, const char *path) {
         memcpy(x->model->weights, weights, bytes);
         memcpy(x->moment, weights + bytes, bytes);
         memcpy(x->moment2, weights + 2 * bytes, bytes);
+        if (states) memcpy(x->carried.h, weights + 3 * bytes, states);
         swap_training(x);
         refresh_derived(x->model);
         result = mamba_trainer_fetch(x, true);

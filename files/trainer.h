@@ -11,6 +11,11 @@ static void trainer_layout(Trainer *tr, Arena *from) {
     const bool normed = c->flags & FLAG_MIXER_NORM;
     size_t widest = 2 * E > D ? 2 * E : D, loss = V > D ? V : D, packed, packed_loss;
     if (widest < P) widest = P;
+    const double rows = (double)B * steps; // rows are counted in int, and no size below wraps
+    if (rows > INT_MAX || rows * (double)widest * 64 > (double)SIZE_MAX) {
+        from->used = SIZE_MAX;
+        return;
+    }
     packed = matmul_floats(T, widest);
     packed_loss = matmul_floats(LOSS_ROWS, loss);
 
@@ -82,8 +87,52 @@ int mamba_trainer_chunk(Model *m, int B, int L, double bytes) {
     return chunk;
 }
 
+// Floats of the states of all layers and sequences, of a state of n rows of E: N of h, K-1 of the
+// window.
+static size_t pass_floats(const Trainer *tr, int n) {
+    return (size_t)tr->model->config.n_layer * tr->B * n * tr->model->config.E;
+}
+static size_t carried_floats(const Trainer *tr) {
+    const Config *c = &tr->model->config;
+    return tr->places * pass_floats(tr, c->N + c->K - 1);
+}
+static LayerState carried_at(const Trainer *tr, int place) {
+    const Config *c = &tr->model->config;
+    return (LayerState){tr->carried.window + place * pass_floats(tr, c->K - 1),
+                        tr->carried.h + place * pass_floats(tr, c->N)};
+}
+
+// Passes of mamba_train_pass_on have so many places to go on from, each of B sequences; all are at
+// their beginning. 0, or -1 after fail().
+int mamba_trainer_carry(Trainer *tr, int places) {
+    if (tr->gpu) return fail("states are carried on the processor only: add --cpu");
+    if (places != tr->places) {
+        free_aligned(tr->carried.h);
+        tr->places = places;
+        tr->carried.h = alloc_aligned(carried_floats(tr) * sizeof(float));
+        if (!tr->carried.h) tr->places = 0;
+        if (!tr->carried.h) return -1;
+        tr->carried.window = tr->carried.h + places * pass_floats(tr, tr->model->config.N);
+    }
+    memset(tr->carried.h, 0, carried_floats(tr) * sizeof(float));
+    return 0;
+}
+
+// The first chunk starts from the states at this place; below 0: from zeros.
+static void set_start(Trainer *tr, int place) {
+    const size_t h = pass_floats(tr, tr->model->config.N),
+                 window = pass_floats(tr, tr->model->config.K - 1);
+    const LayerState none = {NULL, NULL}, from = place < 0 ? none : carried_at(tr, place);
+    if (from.h) memcpy(tr->h0, from.h, h * sizeof(float));
+    else memset(tr->h0, 0, h * sizeof(float));
+    if (from.h) memcpy(tr->window0, from.window, window * sizeof(float));
+    else memset(tr->window0, 0, window * sizeof(float));
+    tr->end = from;
+}
+
 void mamba_trainer_free(Trainer *tr) {
     if (!tr) return;
+    free_aligned(tr->carried.h);
     if (tr->gpu) GPU->trainer_close(tr->gpu);
     mamba_free(tr->gradient);
     free_aligned(tr->moment);
@@ -92,8 +141,11 @@ void mamba_trainer_free(Trainer *tr) {
     memory_free(tr);
 }
 
-// Passes from now on have B sequences of L tokens. 0, or -1 after fail().
+// Passes from now on have B sequences of L tokens. With another B, nothing is carried from those
+// before. 0, or -1 after fail().
 int mamba_trainer_resize(Trainer *tr, int B, int L) {
+    if (B < 1 || L < 1) return fail("a training pass of %d sequences of %d tokens", B, L);
+    if (B != tr->B) tr->places = 0;
     tr->B = B;
     tr->L = L;
     if (tr->gpu) return GPU->trainer_resize(tr->gpu, B, L) ? gpu_failed() : 0;
@@ -142,8 +194,7 @@ int mamba_trainer_fetch(Trainer *tr, bool store) {
 // each sequence are in memory at a time, with the same gradient up to rounding; 0: all. NULL after
 // fail().
 Trainer *mamba_trainer_new(Model *m, int B, int L, int chunk, int threads) {
-    if (B < 1 || L < 1 || chunk < 0)
-        return fail("a pass of %d sequences of %d tokens in chunks of %d", B, L, chunk), NULL;
+    if (chunk < 0) return fail("a training pass in chunks of %d tokens", chunk), NULL;
     Trainer *tr = memory_zeroed(1, sizeof *tr);
     if (!tr) return fail("out of memory"), NULL;
     threads = possible_threads(threads > 0 ? threads : mamba_default_threads());

@@ -6,8 +6,8 @@
    pointer returns NULL where it fails. mamba_error() then says why, for the thread that called.
    Functions without a word about failure cannot fail. Free functions take NULL and do nothing.
 
-   Threads. A model may be used by many threads at once, as long as none changes it. A mamba_acts and
-   a mamba_state serve one thread at a time. Each thread makes its own.
+   Threads. A model may be used by many threads at once, as long as none changes it. A mamba_acts
+   and a mamba_state serve one thread at a time. Each thread makes its own.
 
    Memory. All pointers that come from this library are freed by the function named beside them.
    Arguments are never kept, except where a comment says so.
@@ -104,6 +104,20 @@ MAMBA_API void mamba_release(void *ids);
    not finished wait in s; bytes that cannot become one turn into U+FFFD. id -1: the end, what still
    waits. out has room for mamba_token_room(m) bytes. Returns how many it got, maybe 0; no NUL. */
 MAMBA_API size_t mamba_decode(const mamba_model *m, mamba_state *s, int32_t id, unsigned char *out);
+
+/* ---- chat, of a model with a chat template: what it puts around the texts of a conversation */
+
+/* The token that ends a reply: stop writing there, whether it is read or not. -1: fails, the model
+   has no template. */
+MAMBA_API int32_t mamba_chat_end(const mamba_model *m);
+
+/* Token ids of what a user says next, (*n), freed by mamba_release: read them by mamba_prefill, and
+   write the reply. s: what has read the conversation so far, replies included. Where it has read
+   nothing the conversation opens, with the text system (a NUL at its end; NULL: none), which later
+   turns do not look at. text (bytes) is never parsed for special tokens. Fails as mamba_encode and
+   where the model has no template, or none with a system text. */
+MAMBA_API int mamba_chat_turn(const mamba_model *m, const mamba_state *s, const char *system,
+                              const char *text, size_t bytes, int32_t **ids, size_t *n);
 
 /* ---- running */
 

@@ -269,6 +269,92 @@ static void test_chunks(const char *model) {
     free(ids);
 }
 
+// Passes that go on from the states of earlier ones: ids (B,2 L) in two windows of L.
+typedef struct {
+    int B, L;
+    int32_t *ids, *targets;         // (2,B,L): window by window
+    int32_t *whole, *whole_targets; // (B,2 L)
+    int32_t *masked;                // (B,2 L): whole_targets of the second window alone
+} Windows;
+
+static Windows two_windows(int B, int L, int V) {
+    const size_t n = 2 * (size_t)B * L;
+    Windows w = {B, L, NULL, NULL, NULL, NULL, NULL};
+    for (int32_t **p = &w.ids; p <= &w.masked; p++) *p = malloc(n * sizeof **p);
+    for (size_t i = 0; i < n; i++) {
+        const size_t b = i / (2 * L), t = i % (2 * L), at = (t / L * B + b) * L + t % L;
+        w.whole[i] = w.ids[at] = (int32_t)(random_u64(&test_random) % (uint64_t)V);
+        w.whole_targets[i] = w.targets[at] = (int32_t)(random_u64(&test_random) % (uint64_t)V);
+        w.masked[i] = t < (size_t)L ? -1 : w.whole_targets[i];
+    }
+    return w;
+}
+
+// What the loss of the second window is made of, of whole sequences: the gradient without what goes
+// back over the border. Of two chunks, that is the second one's backward pass alone.
+static double cut_gradient(Trainer *x, const Windows *w, float weight) {
+    set_start(x, -1);
+    memset(x->d_h, 0, pass_floats(x, x->model->config.N) * sizeof(float));
+    memset(x->d_window, 0, pass_floats(x, x->model->config.K - 1) * sizeof(float));
+    chunk_pass(x, 0, w->whole, w->masked, weight, STATES);
+    return chunk_pass(x, 1, w->whole, w->masked, weight, BACKWARD);
+}
+
+static void test_carry(const char *model) {
+    enum { B = 2, L = 37 };
+    char path[64];
+    snprintf(path, sizeof path, "tests/%s.bin", model);
+    Model *stored = mamba_load(path), *m = mamba_float_copy(stored);
+    const size_t bytes = m->tensors_bytes;
+    const Windows w = two_windows(B, L, m->config.V);
+    const float weight = 1.0f / (B * L);
+    Trainer *plain = mamba_trainer_new(m, B, L, 0, 2), *cut = mamba_trainer_new(m, B, 2 * L, L, 2);
+    const double first = mamba_train_pass(plain, w.ids, w.targets, weight, true);
+    const double second = cut_gradient(cut, &w, weight);
+    const double joined = mamba_train_pass(cut, w.whole, w.whole_targets, weight, false);
+    const int chunks[] = {0, 1, 10};
+    for (int k = 0; k < COUNT(chunks); k++) {
+        Trainer *x = mamba_trainer_new(m, B, L, chunks[k], 2);
+        // The second place reads the windows in the other order, between those of the first.
+        expect(mamba_trainer_carry(x, 2) == 0, "room to carry");
+        double one = mamba_train_pass_on(x, 0, w.ids, w.targets, weight, true);
+        ChunkCheck begin = {.whole = plain->gradient->weights, .base = x->gradient->weights};
+        each_tensor(x->gradient, compare_chunked, &begin);
+        bool same = chunks[k] || !memcmp(x->gradient->weights, plain->gradient->weights, bytes);
+        mamba_train_pass_on(x, 1, w.ids + B * L, w.targets + B * L, weight, false);
+        memset(x->gradient->weights, 0, bytes);
+        double two = mamba_train_pass_on(x, 0, w.ids + B * L, w.targets + B * L, weight, true);
+        ChunkCheck on = {.whole = cut->gradient->weights, .base = x->gradient->weights};
+        each_tensor(x->gradient, compare_chunked, &on);
+        const double most = strcmp(model, "falcon") ? 3e-5 : 1e-4;
+        report(same && begin.worst <= most && on.worst <= most && fabs(one - first) <= 1e-6 * first,
+               "a carried pass, its gradient cut at the border",
+               "%s, chunk %d: begins %.1e in %s, goes on %.1e in %s", model, chunks[k], begin.worst,
+               begin.where, on.worst, on.where);
+        report(fabs(two - second) <= 1e-6 * second && fabs(one + two - joined) <= 1e-6 * joined,
+               "its loss is that of the joined text",
+               "%s: %.6f and %.6f, want %.6f and %.6f in all", model, one, two, second, joined);
+        // Back to the beginning; a pass at no place neither reads nor writes the states.
+        expect(mamba_trainer_carry(x, 2) == 0 &&
+                   mamba_train_pass_on(x, 0, w.ids, w.targets, weight, false) == one,
+               "carried states begin again");
+        const double other = mamba_train_pass(x, w.ids + B * L, w.targets + B * L, weight, false);
+        const double again =
+            mamba_train_pass_on(x, 0, w.ids + B * L, w.targets + B * L, weight, false);
+        report(again == two && other != two, "other passes leave them alone", "%.6f, %.6f, %.6f",
+               again, two, other);
+        expect(isnan(mamba_train_pass_on(x, 2, w.ids, w.targets, weight, false)) &&
+                   strstr(error_text, "place 2 of 2"),
+               "a place that does not exist");
+        mamba_trainer_free(x);
+    }
+    mamba_trainer_free(plain);
+    mamba_trainer_free(cut);
+    FREE(w.ids, w.targets, w.whole, w.whole_targets, w.masked);
+    mamba_free(m);
+    mamba_free(stored);
+}
+
 // Central differences. d: the gradient under test; x: the variables, which loss(context) reads. A
 // sample of elements is compared. Errors are relative to the largest gradient in the sample.
 static void check_differences(const char *name, const float *d, double *x, size_t n,
@@ -615,6 +701,31 @@ static void test_masked_loss(void) {
     mamba_free(m);
 }
 
+// Sizes that no pass can have are refused, and a trainer without memory for a pass says so.
+static void test_trainer_sizes(void) {
+    Model *stored = mamba_load("tests/plain.bin"), *m = mamba_float_copy(stored);
+    const int32_t ids[] = {1, 2, 3}, next[] = {2, 3, 4};
+    expect(!mamba_trainer_new(m, 0, 3, 0, 1) && strstr(error_text, "0 sequences"),
+           "a trainer of no sequences is refused");
+    expect(!mamba_trainer_new(m, 1, 0, 0, 1) && strstr(error_text, "0 tokens"),
+           "a trainer of no tokens is refused");
+    expect(!mamba_trainer_new(m, 1, 3, -1, 1) && strstr(error_text, "chunks of -1"),
+           "chunks below 0 are refused");
+    Trainer *x = mamba_trainer_new(m, 1, 3, 0, 1);
+    const double loss = mamba_train_pass(x, ids, next, 1, false);
+    expect(mamba_trainer_resize(x, -1, 3) == -1 && mamba_trainer_resize(x, 1, 0) == -1 &&
+               mamba_train_pass(x, ids, next, 1, false) == loss,
+           "a resize to such sizes is refused and changes nothing");
+    expect(mamba_trainer_resize(x, 1 << 20, 1 << 30) == -1 &&
+               isnan(mamba_train_pass(x, ids, next, 1, false)) && strstr(error_text, "no memory"),
+           "a pass without memory is a sentence");
+    expect(mamba_trainer_resize(x, 1, 3) == 0 && mamba_train_pass(x, ids, next, 1, false) == loss,
+           "and a size that fits mends it");
+    mamba_trainer_free(x);
+    mamba_free(m);
+    mamba_free(stored);
+}
+
 static void test_gradients(void) {
     for (team = 1; team <= MOST_THREADS; team += 2) {
         test_scan_backward(1, 1, 1, 1);
@@ -633,6 +744,7 @@ static void test_gradients(void) {
     test_adamw("layernorm");
     test_initialisation();
     test_masked_loss();
+    test_trainer_sizes();
     test_model_gradients("plain");
     test_model_gradients("odd");
     test_model_gradients("falcon");
@@ -641,6 +753,10 @@ static void test_gradients(void) {
     test_chunks("odd");
     test_chunks("falcon");
     test_chunks("layernorm");
+    test_carry("plain");
+    test_carry("odd");
+    test_carry("falcon");
+    test_carry("layernorm");
     test_passes("plain");
     test_passes("odd");
     test_passes("falcon");

@@ -141,7 +141,41 @@ static void test_damaged_checkpoints(Trainer *x, const char *path, int count) {
     small_trainer_free(fresh);
 }
 
+// States that passes carry on are in the checkpoint.
+static void test_carried_checkpoint(void) {
+    const char *path = scratch("run.train"), *changed = scratch("changed.bin");
+    Trainer *x = small_trainer(1e-5f, 1), *y = small_trainer(1e-5f, 2);
+    TrainRun run = {.text = "a run"};
+    int32_t ids[25];
+    for (int i = 0; i < 25; i++) ids[i] = i * i % 30;
+    expect(mamba_trainer_carry(x, 2) == 0 && mamba_trainer_carry(y, 2) == 0, "room to carry");
+    for (int place = 0; place < 2; place++)
+        mamba_train_pass_on(x, place, ids + place, ids, 1, false);
+    expect(mamba_checkpoint_save(x, &run, path) == 0 && mamba_checkpoint_load(y, &run, path) == 0 &&
+               same_training(x, y),
+           "a checkpoint of carried states");
+    for (int place = 0; place < 2; place++)
+        expect(mamba_train_pass_on(x, place, ids, ids, 1, false) ==
+                   mamba_train_pass_on(y, place, ids, ids, 1, false),
+               "and passes go on from them");
+    size_t bytes;
+    unsigned char *file = (unsigned char *)read_text(path, &bytes);
+    file[bytes - 5] ^= 16; // in a state
+    write_file(changed, file, bytes);
+    expect(mamba_checkpoint_load(y, &run, changed) == -1 && strstr(error_text, "damaged"),
+           "damaged carried states");
+    mamba_trainer_carry(y, 1);
+    expect(mamba_checkpoint_load(y, &run, path) == -1 && strstr(error_text, "of another model"),
+           "a checkpoint of other places");
+    free(file);
+    remove(path);
+    remove(changed);
+    small_trainer_free(x);
+    small_trainer_free(y);
+}
+
 static void test_checkpoints(void) {
+    test_carried_checkpoint();
     const char *path = scratch("run.train");
     Trainer *x = small_trainer(1e-5f, 1), *y = small_trainer(1e-5f, 2);
     Trainer *other = small_trainer(1e-4f, 1);

@@ -157,8 +157,14 @@ fails "or a resumed one" "process $pid" -o shared.bin --resume
 kill -KILL $pid
 wait $pid 2> /dev/null
 [ -e shared.bin.lock ] && ok "a killed run leaves its lock file" || bad "the lock file"
+touch stamp
 "$mamba" train -o shared.bin --resume 2> err &
 pid=$!
+i=0 # SIGINT is ignored until the run has begun and writes its log
+while [ -z "$(find shared.bin.csv -newer stamp)" ] && [ $i -lt 400 ]; do
+    sleep 0.02
+    i=$((i + 1))
+done
 sleep 0.3
 kill -INT $pid
 wait $pid && ok "and nobody waits for it" || bad "and nobody waits for it" "$(cat err)"
@@ -251,6 +257,46 @@ awk -v a="$(tail -n 1 heldd.bin.csv | cut -d, -f5)" -v b="$(sed -n 2p alone1.bin
 "$mamba" train -o docs.bin --resume --steps 50 2> err
 grep -q "cosine" err && ok "documents and settings" || bad "documents and settings" "$(cat err)"
 fails "documents differ" "documents 3 in 3 rows" -o docs.bin --resume --mask-until "A:"
+
+# --- carry: windows one after another
+head -c 301 text > walk # one stretch of three windows
+walk="--data walk --carry --held-out 0 --batch 1 --length 100 --d-model 16 --layers 2"
+"$mamba" train -o walk0.bin $walk --steps 1 2> err
+"$mamba" train -o walk.bin $walk --from walk0.bin --lr 0 --min-lr 0 --steps 5 2> err \
+    || bad "carry" "$(cat err)"
+grep -q "300 tokens in 3 steps" err && ok "carry says what a stretch is" || bad "carry" "$(cat err)"
+want=$("$mamba" eval walk0.bin walk 2> /dev/null | awk '/mean_nll/ { print $2 }')
+awk -F, -v want="$want" 'NR > 1 { loss[NR - 1] = $4 }
+    END { d = (loss[1] + loss[2] + loss[3]) / 3 - want
+          exit !(want > 1 && d < 2e-5 && d > -2e-5 && loss[4] == loss[1] && loss[5] == loss[2]) }' \
+    walk.bin.csv && ok "carry: the windows have the losses of eval over the text, lap after lap" \
+    || bad "carry: losses" "$(cut -d, -f4 walk.bin.csv | tr '\n' ' '), eval $want"
+head -c 281 text > short # the last window has 80 targets; the rest of it does not count
+"$mamba" train -o short.bin ${walk#--data walk} --data short --from walk0.bin --lr 0 --min-lr 0 \
+    --steps 3 2> err
+want=$("$mamba" eval walk0.bin short 2> /dev/null | awk '/mean_nll/ { print $2 }')
+awk -F, -v want="$want" 'NR > 1 { loss[NR - 1] = $4 }
+    END { d = (100 * loss[1] + 100 * loss[2] + 80 * loss[3]) / 280 - want
+          exit !(want > 1 && d < 2e-5 && d > -2e-5) }' short.bin.csv \
+    && ok "carry: the end of a stretch" || bad "carry: the end" "$(cat short.bin.csv), eval $want"
+carry="$small --carry --accumulate 2 --chunk 16"
+"$mamba" train -o carry.bin $carry 2> err || bad "carry" "$(cat err)"
+"$mamba" train -o carried.bin $carry 2> err &
+pid=$!
+wait_for carried.bin.train
+kill -INT $pid
+wait $pid
+"$mamba" train -o carried.bin --resume 2> err || bad "carry, resumed" "$(cat err)"
+same_file "carry, interrupted and resumed" carried.bin carry.bin
+cut -d, -f1,4,5 carried.bin.csv > a.csv; cut -d, -f1,4,5 carry.bin.csv > c.csv
+same_file "its log is that of the whole run" a.csv c.csv
+fails "a run without carry does not go on with it" "this one has carry, it has not" -o whole.bin \
+    $small --resume --carry
+fails "carry of a task" "--task" -o x.bin --task copying --carry
+fails "carry of documents" "--documents" -o x.bin --data text --carry --documents
+fails "carry of a growing length" "--grow-from" -o x.bin --data text --carry --grow-from 32
+fails "stretches shorter than a window" "fewer than --length 100" -o x.bin ${walk% --length*} \
+    --length 100 --batch 4
 
 # --- a held-out file: a run on the rest of the text is, to the bit, the run that holds out as much
 # at its end
