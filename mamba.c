@@ -90,6 +90,7 @@
                 mamba_set_tokenizer
                 mamba_random_model  mamba_float_copy  mamba_quantize
      texts      mamba_encode  mamba_encode_pieces  mamba_prompt_bos  mamba_decode
+     chat       mamba_chat  mamba_chat_encode  mamba_chat_turn  mamba_chat_end
      running    mamba_acts_new  mamba_acts_pieces  mamba_acts_gpu  mamba_acts_free
                 mamba_default_threads  mamba_has_gpu  mamba_gpu_memory
                 mamba_prefill  mamba_prefill_rows  mamba_hidden  mamba_step  mamba_step_batch

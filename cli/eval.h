@@ -41,18 +41,24 @@ typedef struct {
     size_t context; // tokens of a piece; 0: no limit
     bool split;     // a document, up to its end-of-text token, begins a new piece
     bool each;      // print the numbers of each token
+    int32_t bos;    // the first of ids, which begins each document of a split text; -1: none does
 } Pieces;
 
-// Reads ids (n) in pieces. A piece of one token has nothing to predict. 0, or -1 after fail().
-static int text_likelihood(Likelihood *l, Session *x, const int32_t *ids, size_t n,
-                           const Pieces *how) {
+// Reads ids (n) in pieces. A piece of one token has nothing to predict. The begin-of-text of a
+// document overwrites the last token of the one before, which has been read. 0, or -1 after fail().
+static int text_likelihood(Likelihood *l, Session *x, int32_t *ids, size_t n, const Pieces *how) {
     Evaluation ev = {.m = x->model, .each = how->each};
     const Config *c = &x->model->config;
+    bool opens = true; // a document begins here
     for (size_t from = 0; from < n; from += ev.n) {
-        const size_t left = how->split ? document_tokens(c, ids + from, n - from) : n - from;
+        const size_t bos = opens && how->bos >= 0; // tokens; an end-of-text may be the same id
+        if (bos && from) ids[--from] = how->bos;
+        const size_t left =
+            how->split ? bos + document_tokens(c, ids + from + bos, n - from - bos) : n - from;
         ev.ids = ids + from;
         ev.t = 0;
         ev.n = how->context && how->context < left ? how->context : left;
+        opens = ev.n == left;
         if (ev.n < 2) continue;
         for (size_t i = 1; i < ev.n; i++) {
             size_t length = 0;
@@ -68,7 +74,7 @@ static int text_likelihood(Likelihood *l, Session *x, const int32_t *ids, size_t
     return 0;
 }
 
-static int evaluate_ids(Session *x, const int32_t *ids, size_t n, const Pieces *how) {
+static int evaluate_ids(Session *x, int32_t *ids, size_t n, const Pieces *how) {
     Likelihood l = {0};
     const bool each = how->each;
     if (how->split && x->model->config.eos[0] < 0)
@@ -92,13 +98,13 @@ static int evaluate_ids(Session *x, const int32_t *ids, size_t n, const Pieces *
 }
 
 // path: "-" for stdin. 0, or -1 after fail().
-static int evaluate_file(Session *x, const PromptForm *how, const char *path,
-                         const Pieces *pieces) {
+static int evaluate_file(Session *x, const PromptForm *how, const char *path, Pieces *pieces) {
     size_t bytes = 0, n = 0;
     int32_t *ids = NULL;
     char *text = read_utf8(path, &bytes);
     if (!text) return -1;
     int result = encode_text(x->model, how, text, bytes, true, &ids, &n);
+    pieces->bos = pieces->split && !how->ids && !no_bos ? mamba_prompt_bos(x->model) : -1;
     if (result == 0) result = evaluate_ids(x, ids, n, pieces);
     free(text);
     free(ids);
@@ -320,7 +326,7 @@ static int command_eval(int argc, char **argv) {
     if (o.samples == 0) o.samples = default_samples(o.length);
     const TaskRun run = {o.task, (size_t)o.length, (size_t)o.samples, (uint64_t)o.seed,
                          o.recurrent};
-    const Pieces pieces = {(size_t)o.context, o.split != NULL, o.each};
+    Pieces pieces = {(size_t)o.context, o.split != NULL, o.each, -1};
     Session x;
     if (session_open(&x, rest[0], o.threads)) return -1;
     int result = o.task ? evaluate_task(&x, &run) : evaluate_file(&x, &o.form, rest[1], &pieces);

@@ -222,25 +222,15 @@ typedef struct {
     bool silent; // the ids are not the user's: the token that an empty text starts from
 } Prompt;
 
-// The last token that a state has read; -1: none.
-static int32_t last_token(const State *s) {
-    return s->position ? s->recent[(s->position - 1) % RECENT] : -1;
-}
-
 // The ids of a user's turn, from the end of the reply before it to where the reply begins. An empty
 // one lets an unfinished reply go on. 0, or -1 after fail().
 static int encode_chat(const Session *x, const GenerateOptions *o, Prompt *p) {
-    const TextPiece text = {p->text, p->bytes, false};
     const bool ended = last_token(x->state) == o->chat.end;
     p->silent = true;
     if (p->bytes == 0 && (p->opens || ended))
         return fail("there is no reply to go on with: write something");
     if (p->bytes == 0) return 0;
-    if (mamba_chat_encode(x->model, &o->chat, p->opens, o->system, &text, 1, &p->ids, &p->n))
-        return -1;
-    // The state may have read the token that ended the reply.
-    if (!p->opens && ended) memmove(p->ids, p->ids + 1, --p->n * sizeof *p->ids);
-    return 0;
+    return mamba_chat_turn(x->model, x->state, o->system, p->text, p->bytes, &p->ids, &p->n);
 }
 
 // The ids of a prompt. 0, or -1 after fail().

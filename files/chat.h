@@ -88,3 +88,28 @@ int mamba_chat_encode(const Model *m, const Chat *c, bool first, const char *sys
     memory_free(piece);
     return result;
 }
+
+// The last token that a state has read; -1: none.
+static int32_t last_token(const State *s) {
+    return s->position ? s->recent[(s->position - 1) % RECENT] : -1;
+}
+
+// The token that ends a reply of model m. -1 after fail(): m has no chat template.
+int32_t mamba_chat_end(const Model *m) {
+    Chat c;
+    return mamba_chat(m, &c) ? -1 : c.end;
+}
+
+// The ids of what a user says next, from the end of the reply before it to where the reply begins.
+// s has read the conversation so far, maybe the token that ended the reply too. Where it has read
+// nothing, the conversation opens, with the text system; NULL: without one. The caller frees *ids.
+// 0, or -1 after fail().
+int mamba_chat_turn(const Model *m, const State *s, const char *system, const char *text,
+                    size_t bytes, int32_t **ids, size_t *n) {
+    Chat c;
+    const TextPiece said = {text, bytes, false};
+    const bool opens = s->position == 0;
+    if (mamba_chat(m, &c) || mamba_chat_encode(m, &c, opens, system, &said, 1, ids, n)) return -1;
+    if (!opens && last_token(s) == c.end) memmove(*ids, *ids + 1, --*n * sizeof **ids);
+    return 0;
+}

@@ -105,6 +105,20 @@ MAMBA_API void mamba_release(void *ids);
    waits. out has room for mamba_token_room(m) bytes. Returns how many it got, maybe 0; no NUL. */
 MAMBA_API size_t mamba_decode(const mamba_model *m, mamba_state *s, int32_t id, unsigned char *out);
 
+/* ---- chat, of a model with a chat template: what it puts around the texts of a conversation */
+
+/* The token that ends a reply: stop writing there, whether it is read or not. -1: fails, the model
+   has no template. */
+MAMBA_API int32_t mamba_chat_end(const mamba_model *m);
+
+/* Token ids of what a user says next, (*n), freed by mamba_release: read them by mamba_prefill, and
+   write the reply. s: what has read the conversation so far, replies included. Where it has read
+   nothing the conversation opens, with the text system (a NUL at its end; NULL: none), which later
+   turns do not look at. text (bytes) is never parsed for special tokens. Fails as mamba_encode and
+   where the model has no template, or none with a system text. */
+MAMBA_API int mamba_chat_turn(const mamba_model *m, const mamba_state *s, const char *system,
+                              const char *text, size_t bytes, int32_t **ids, size_t *n);
+
 /* ---- running */
 
 /* Scratch memory for one pass at a time over one model, about 10 to 150 MB. threads 0: the default,

@@ -126,7 +126,84 @@ static void training(const char *path) {
     mamba_free(m);
 }
 
+/* A tokenizer of seven words by hand, the first one special, with a chat template. */
+typedef struct {
+    unsigned char bytes[512];
+    size_t n;
+} Blob;
+static void add_u32(Blob *b, uint32_t value) {
+    for (int i = 0; i < 4; i++) b->bytes[b->n++] = (unsigned char)(value >> 8 * i);
+}
+static void add_text(Blob *b, const char *text) {
+    add_u32(b, (uint32_t)strlen(text));
+    memcpy(b->bytes + b->n, text, strlen(text));
+    b->n += strlen(text);
+}
+enum { END, UNKNOWN, SYSTEM, USER, BOT, HI, YES, WORDS };
+
+static void chat_blob(Blob *b) {
+    static const char *const words[WORDS] = {"<end>", "<unk>", "sys", "user", "bot", "hi", "yes"};
+    static const char *const around[] = {"user ", "sys ", " user ", " bot ", "<end> user ", "-"};
+    const uint32_t header[] = {2, 3, 0x1000, 9, WORDS, 0, 1, 0xFFFFFFFF, UNKNOWN, 0, 0, 0, 0, 0, 0};
+    memcpy(b->bytes, "mtok", 4);
+    b->n = 4;
+    for (int i = 0; i < 15; i++) add_u32(b, header[i]);
+    for (int i = 0; i < WORDS; i++) add_text(b, words[i]);
+    add_u32(b, END);
+    add_u32(b, 1); /* special */
+    add_text(b, words[END]);
+    size_t start = b->n;
+    add_u32(b, 0);
+    for (int i = 0; i < 6; i++) add_text(b, around[i]);
+    add_u32(b, (uint32_t)(b->n - start));
+    memcpy(b->bytes + b->n, "chat", 4);
+    b->n += 4;
+    b->bytes[40] = (unsigned char)(b->n - start); /* bytes at the end that only chat reads */
+}
+
+/* The user says text; the ids are then read. */
+static void turn(const mamba_model *m, mamba_acts *a, mamba_state *s, const char *system,
+                 const char *text, const int32_t *want, size_t n_want, const char *what) {
+    int32_t *ids = NULL;
+    size_t n = 0;
+    check(!mamba_chat_turn(m, s, system, text, strlen(text), &ids, &n) && n == n_want &&
+              !memcmp(ids, want, n * sizeof *ids) && !mamba_prefill(m, a, s, ids, n, NULL, NULL),
+          what);
+    mamba_release(ids);
+}
+
+static void chat(void) {
+    static const int32_t first[] = {SYSTEM, YES, USER, HI, BOT}, next[] = {END, USER, YES, BOT},
+                         plain[] = {USER, HI, BOT};
+    const mamba_config shape = mamba_config_defaults(16, 1, WORDS);
+    mamba_model *m = mamba_random_model(&shape, 1);
+    mamba_acts *a = m ? mamba_acts_new(m, 1) : NULL;
+    mamba_state *s = a ? mamba_state_new(m) : NULL;
+    int32_t *ids = NULL;
+    size_t n = 0;
+    Blob blob;
+    chat_blob(&blob);
+    check(s && mamba_chat_end(m) == -1 && strstr(mamba_error(), "no chat template"),
+          "no chat template: no end of a reply");
+    check(s && mamba_chat_turn(m, s, NULL, "hi", 2, &ids, &n), "no turn either");
+    check(s && !mamba_set_tokenizer(m, blob.bytes, blob.n) && mamba_chat_end(m) == END,
+          "a chat template");
+    if (s) {
+        turn(m, a, s, "yes", "hi", first, 5, "a conversation opens");
+        check(!mamba_step(m, a, s, HI), "a reply, cut short");
+        turn(m, a, s, "yes", "yes", next, 4, "its end comes before the next turn");
+        check(!mamba_step(m, a, s, HI) && !mamba_step(m, a, s, END), "a reply with its end");
+        turn(m, a, s, NULL, "yes", next + 1, 3, "which is not read twice");
+        mamba_state_reset(m, s);
+        turn(m, a, s, NULL, "hi", plain, 3, "without a system text");
+    }
+    mamba_state_free(s);
+    mamba_acts_free(a);
+    mamba_free(m);
+}
+
 int main(int argc, char **argv) {
+    chat();
     threads();
     training(argc > 1 ? argv[1] : "library_threads.bin");
     printf("%d passed, %d failed, 0 skipped\n", n_passed, n_failed);

@@ -612,6 +612,25 @@ grep -qE '^[^ ]+( [^ ]+){2}$' "$dir/a"
 check "but none at the start of a text" "$dir/a"
 "$mamba" "$dir/m.bin" "a b" -n 0 --no-bos 2>&1 | grep -q "prefill 2 tokens"
 check "--no-bos for a text"
+# A document of a split text begins as a text of its own: with <s>, also where <s> ends documents.
+for bos in 0 4; do
+    {
+        printf mtok && u32 2 3 && printf '\0\020\0\0' && u32 9 5 0 0 $bos 1 0 0 0 0 0 0
+        u32 3 && printf '<s>' && u32 5 && printf '<unk>' && u32 1 && printf a && u32 1 && printf b
+        u32 13 && printf '<|endoftext|>'
+    } > "$dir/words.bin"
+    "$mamba" train -o "$dir/m.bin" --tokenizer "$dir/words.bin" --data "$dir/text" --steps 1 \
+        --batch 1 --length 3 --d-model 8 --layers 1 --force > "$dir/out" 2>&1
+    for d in "b b a <|endoftext|>" "a <|endoftext|>" "a"; do
+        printf %s "$d" > "$dir/d1" && printf '%s ' "$d" >> "$dir/d$bos"
+        "$mamba" eval "$dir/m.bin" "$dir/d1" --each 2> /dev/null
+    done > "$dir/want"
+    "$mamba" eval "$dir/m.bin" "$dir/d$bos" --split eot --each > "$dir/got" 2> /dev/null
+    same "a number for each token" "$(wc -l < "$dir/got" | tr -d ' ')" 7
+    same_file "eval --split eot begins each document with token $bos" "$dir/got" "$dir/want"
+    "$mamba" eval "$dir/m.bin" "$dir/d$bos" --split eot --each --no-bos > "$dir/got" 2> /dev/null
+    same "without it the first token of a document is not predicted" "$(wc -l < "$dir/got" | tr -d ' ')" 4
+done
 
 # --- memory: a long prompt takes no more than a short one
 if [ "$everything" = all ]; then

@@ -92,12 +92,12 @@ while [ $i -lt "$kills" ]; do
     sleep "$(awk -v s="$$$i" 'BEGIN { srand(s); printf "%.2f", 2 + rand() * 6 }')"
     signal=KILL
     [ $((i % 3)) = 2 ] && signal=STOP
-    pid=$(echo $pids | cut -d' ' -f$((victim + 1)))
-    kill -s $signal "$pid"
-    [ $signal = STOP ] && pids=$(for p in $pids; do [ "$p" = "$pid" ] || echo "$p"; done)
+    struck=$(echo $pids | cut -d' ' -f$((victim + 1)))
+    kill -s $signal "$struck"
+    [ $signal = STOP ] && pids=$(for p in $pids; do [ "$p" = "$struck" ] || echo "$p"; done)
     finish
-    kill -s KILL "$pid" 2> /dev/null
-    wait "$pid" 2> /dev/null
+    kill -s KILL "$struck" 2> /dev/null
+    wait "$struck" 2> /dev/null
     lost=0
     [ -e k.bin.train ] && lost=$(($(tail -n 1 k.bin.csv | cut -d, -f1) -
         $(od -An -tu8 -j16 -N8 k.bin.train)))
