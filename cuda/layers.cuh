@@ -491,13 +491,14 @@ __global__ void __launch_bounds__(32 * NORM_WARPS)
 // for that chunk. Slot j of a window is t = j - (K-1) of the chunk that starts from it.
 enum { CONV_BACK = 64 };
 
-struct ConvEnds {         // (B,K-1,E) each; NULL: the sequence begins or ends here
+struct ConvEnds {         // (B,K-1,E) each; all NULL: the sequence begins and ends here
     const float *window;  // before the first step
     const float *d_after; // gradient of the window after the last step
     float *d_before;      // gradient of `window`: is set
 };
 
-template <class T, int MAX_TAPS, int V>
+// ENDS: there is a chunk before or after; without, the kernel needs 8 registers less.
+template <class T, int MAX_TAPS, int V, bool ENDS>
 __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restrict__ partial,
                                             const T *__restrict__ d_u, const T *__restrict__ xz,
                                             const float *__restrict__ conv_t,
@@ -512,9 +513,9 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
     const T *x = xz + b * L * 2 * E + e, *d = d_u + b * L * E + e;
     T *d_x = d_xz + b * L * 2 * E + e;
     const size_t of_window = b * (K - 1) * E + e;
-    const float *before = ends.window ? ends.window + of_window : NULL,
-                *d_after = ends.d_after ? ends.d_after + of_window : NULL;
-    float *d_before = ends.d_before && t0 == 0 ? ends.d_before + of_window : NULL;
+    const float *before = ENDS ? ends.window + of_window : NULL,
+                *d_after = ENDS ? ends.d_after + of_window : NULL;
+    float *d_before = ENDS && t0 == 0 ? ends.d_before + of_window : NULL;
     auto input = [&](int t, int v) { // x_t of channel e + v
         return t >= 0                ? value(x[(size_t)t * 2 * E + v])
                : before && t + K > 0 ? before[(size_t)(t + K - 1) * E + v]

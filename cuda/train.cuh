@@ -418,9 +418,13 @@ static void conv1d_silu_backward(GpuTrainer *x, T *d_xz, float *d_conv, float *d
     int E = x->config.E, K = x->config.K, tiles = x->B * ((x->steps + CONV_BACK - 1) / CONV_BACK);
     int V = E % 2 == 0 && K <= 4 ? 2 : 1;
     dim3 grid((unsigned)tiles * blocks_for((size_t)E / V, 128));
-    auto kernel = K > 4    ? conv1d_silu_backward_kernel<T, 16, 1>
-                  : V == 2 ? conv1d_silu_backward_kernel<T, 4, 2>
-                           : conv1d_silu_backward_kernel<T, 4, 1>;
+    auto kernel = K > 4    ? conv1d_silu_backward_kernel<T, 16, 1, false>
+                  : V == 2 ? conv1d_silu_backward_kernel<T, 4, 2, false>
+                           : conv1d_silu_backward_kernel<T, 4, 1, false>;
+    if (ends.d_before)
+        kernel = K > 4    ? conv1d_silu_backward_kernel<T, 16, 1, true>
+                 : V == 2 ? conv1d_silu_backward_kernel<T, 4, 2, true>
+                          : conv1d_silu_backward_kernel<T, 4, 1, true>;
     kernel<<<grid, 128, 0, d->stream>>>(d_xz, x->partial, d_u, xz, w->conv_t,
                                         (const float *)w->conv_bias, ends, x->steps, E, K);
     size_t cols = (size_t)(K + 1) * E;
