@@ -122,6 +122,10 @@ mamba: $(SOURCES) .flags $(GPU_OBJECT)
 tests/test_all: $(TESTS) $(SOURCES) .flags $(GPU_OBJECT)
 	$(CC) $(FLAGS) $(GPU_FLAGS) $(TEST_FLAGS) test_all.c -o $@ $(GPU_LIBS) -lm
 
+# Several threads and processes on one GPU, for minutes: sh tests/soak_gpu.sh
+tests/soak_gpu: tests/soak_gpu.c $(SOURCES) .flags $(GPU_OBJECT)
+	$(CC) $(FLAGS) $(GPU_FLAGS) -pthread $< -o $@ $(GPU_LIBS) -lm
+
 mamba_cuda.o: mamba_cuda.cu $(wildcard cuda/*) $(SOURCES) .flags
 	$(NVCC) -O3 -std=c++17 $(CUDA_GENCODE) $(NVCC_CORES) -Xcompiler -Wall,-Wextra $(NCCL_FLAGS) \
 	    $(NVCCFLAGS) \
@@ -289,7 +293,7 @@ clean:                       ## remove what was built
 	rm -f mamba mamba-debug mamba-plain mamba_single.c mamba_cuda.o .flags \
 	    mamba-dist mamba.exe dist-*.o $(FUZZ_TARGETS:%=tests/fuzz/fuzz_%) \
 	    lib/library.o libmamba.a libmamba.so \
-	    tests/test_all tests/test_all-debug tests/test_all-plain
+	    tests/test_all tests/test_all-debug tests/test_all-plain tests/soak_gpu
 	rm -rf web/site
 
 help:                        ## this list

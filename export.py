@@ -45,7 +45,7 @@ from collections import namedtuple
 try:
     import numpy as np
 except ImportError:
-    sys.exit("export.py: numpy is missing (pip install numpy)")
+    np = None                                         # --help needs none
 
 # --------------------------------------------------------------------------------------------------
 # 1. Errors, files
@@ -1923,6 +1923,10 @@ def to_transformers(source, folder, force):
         with atomic_file(os.path.join(folder, name)) as out:
             out.write(text.encode("utf-8"))
     print(f"wrote {folder}: {summary(m, dtype)}", file=sys.stderr)
+    if "tokenizer.json" not in texts:                 # transformers has no file for bytes
+        kind = "bytes" if blob else "none"
+        print_notes([f"a folder says nothing of a tokenizer that is {kind}; the way back is "
+                     f"export.py {folder} model.bin --tokenizer {kind}"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2090,9 +2094,12 @@ class Adapter:
                                   "the model")
             by_name[name] = tensor
         for name, (module, matrices, embedding) in thin.items():
-            base = by_name.get(name)
+            base, tensor = by_name.get(name), next(iter(matrices.values()))
+            if name.endswith(".conv1d.weight"):
+                raise ExportError(f"{tensor.path}: tensor {tensor.name} mixes channels before "
+                                  "the convolution, where each is by itself: it cannot be "
+                                  "merged (peft refuses, too)")
             if base is None or len(base.shape) != 2:
-                tensor = next(iter(matrices.values()))
                 raise ExportError(f"{tensor.path}: tensor {tensor.name} belongs to no matrix of "
                                   "the model")
             by_name[name] = self.merged(base, module, matrices, embedding)
@@ -2123,8 +2130,15 @@ GGUF_SIZES = {"embedding_length": "hidden_size", "block_count": "num_hidden_laye
 GGUF_EPS = "attention.layer_norm_rms_epsilon"
 GGUF_IDLE = {"context_length", "feed_forward_length", "attention.head_count", "ssm.dt_b_c_rms",
              "attention.head_count_kv", GGUF_EPS, *GGUF_SIZES}  # that llama.cpp reads or ignores
-GPT2_SPLITS = ("gpt-2", "mpt", "olmo", "jais", "phi-2")  # names of one and the same splitting
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5       # types of tokens
+# How llama.cpp names a way to split text: (its step here, whether ignore_merges and bos are on)
+GGUF_SPLITS = {**dict.fromkeys(("gpt-2", "", "default", "mpt", "olmo", "jais", "phi-2"),
+                               (GPT2, False)),
+               **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1",
+                                "pixtral", "midm-2.0", "lfm2"), (GPT4, True)),
+               **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"),
+                               (QWEN2, False)),
+               "falcon": (FALCON, False)}
+NORMAL, UNKNOWN_TOKEN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 
 
 class GgufTensor:
@@ -2367,12 +2381,12 @@ def gguf_tokenizer(meta, path):
     get = lambda key, kind: meta.get("tokenizer.ggml." + key, kind())
     model, tokens, types, merges = (get("model", str), get("tokens", list), get("token_type", list),
                                     get("merges", list))
-    if model != "gpt2":
+    if model not in ("gpt2", "llama"):
         raise ExportError(f"{path}: its tokenizer is {json.dumps(model)[:60]}, only gpt2 "
-                          "(byte-level BPE) can be taken over; pass --tokenizer FILE, or "
-                          "--tokenizer bytes")
-    split = get("pre", str)
-    if split not in ("", "default", "falcon", *GPT2_SPLITS):
+                          "(byte-level BPE) and llama (SentencePiece BPE) can be taken over; pass "
+                          "--tokenizer FILE, or --tokenizer bytes")
+    split = get("pre", str) if model == "gpt2" else "gpt-2"
+    if not isinstance(split, str) or split not in GGUF_SPLITS:
         raise ExportError(f"{path}: its tokenizer splits text as {json.dumps(split)[:60]} does, "
                           "which is not supported; pass --tokenizer FILE")
     if not (isinstance(tokens, list) and isinstance(types, list) and isinstance(merges, list)
@@ -2388,31 +2402,74 @@ def gguf_tokenizer(meta, path):
             raise ExportError(f"{path}: token {json.dumps(token)[:60]} has two ids, "
                               f"{vocab[token]} and {i}")
         vocab[token] = i
-        if kind in (CONTROL, USER_DEFINED):
-            flags = {name: name == "special" and kind == CONTROL for name in ADDED_FLAGS}
+        if kind in (CONTROL, USER_DEFINED) or kind == UNKNOWN_TOKEN and model == "llama":
+            flags = {name: name == "special" and kind != USER_DEFINED for name in ADDED_FLAGS}
             added.append({"id": i, "content": token, **flags})
+    if model == "llama":
+        return sentencepiece_table(meta, path, vocab, types, added)
     inside = len(vocab) - len(added)  # added tokens behind a vocabulary without holes are no part
     if [token["id"] for token in added] == list(range(inside, len(vocab))):
         vocab = {token: i for token, i in vocab.items() if i < inside}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": True}
-    pre_tokenizer = byte_level
-    if split == "falcon":
+    pre_tokenizer, (step, llama) = byte_level, GGUF_SPLITS[split]
+    if step in (GPT4, QWEN2):
+        regex = next(regex for regex, code in REGEXES.items() if code == step)
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
+            {**byte_level, "use_regex": False}]}
+    if step == FALCON:
         steps = [{"type": name, **options} for name, options in FALCON_SEQUENCE]
         steps[1]["trim_offsets"] = True
         pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
             "normalizer": None, "pre_tokenizer": pre_tokenizer,
-            "post_processor": gguf_post_processor(meta, tokens), "decoder": byte_level,
+            "post_processor": gguf_post_processor(meta, tokens, llama), "decoder": byte_level,
             "model": {"type": "BPE", "dropout": None, "unk_token": None,
                       "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": llama,
                       "vocab": vocab, "merges": merges}}
 
 
-def gguf_post_processor(meta, tokens):
+def sentencepiece_table(meta, path, vocab, types, added):
+    """tokenizer.json of a SentencePiece BPE, whose merges are hidden in the scores: two symbols are
+    merged to the token of the highest score."""
+    scores = meta.get("tokenizer.ggml.scores")
+    unknown = meta.get("tokenizer.ggml.unknown_token_id", 0)
+    prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
+    merged = [(token, i) for token, i in vocab.items() if types[i] == NORMAL and len(token) > 1]
+    if not (isinstance(scores, list) and len(scores) == len(types) and type(unknown) is int
+            and type(prefix) is bool and all(type(score) is float for score in scores)):
+        raise ExportError(f"{path}: its tokenizer's scores do not fit its tokens")
+    if meta.get("tokenizer.ggml.remove_extra_whitespaces"):
+        raise ExportError(f"{path}: its tokenizer removes spaces; pass --tokenizer FILE")
+    if len({scores[i] for _, i in merged}) != len(merged):
+        raise ExportError(f"{path}: two tokens of its tokenizer have one score, so that their "
+                          "order is not known; pass --tokenizer FILE")
+    merged.sort(key=lambda entry: -scores[entry[1]])
+    merges = [[token[:k], token[k:]] for token, _ in merged for k in range(1, len(token))
+              if token[:k] in vocab and token[k:] in vocab]
+    replace = lambda old, new: {"type": "Replace", "pattern": {"String": old}, "content": new}
+    prepend = [{"type": "Prepend", "prepend": SPACE_SYMBOL}] if prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    token_of = {i: token for token, i in vocab.items()}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": {"type": "Sequence",
+                           "normalizers": prepend + [replace(" ", SPACE_SYMBOL)]},
+            "pre_tokenizer": None,
+            "post_processor": gguf_post_processor(meta, meta["tokenizer.ggml.tokens"], True),
+            "decoder": {"type": "Sequence", "decoders": [
+                replace(SPACE_SYMBOL, " "), {"type": "ByteFallback"}, {"type": "Fuse"}] + strip},
+            "model": {"type": "BPE", "dropout": None, "unk_token": token_of.get(unknown),
+                      "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": True, "byte_fallback": BYTE in types, "ignore_merges": False,
+                      "vocab": vocab, "merges": merges}}
+
+
+def gguf_post_processor(meta, tokens, adds_bos):
     bos = meta.get("tokenizer.ggml.bos_token_id")
-    if not meta.get("tokenizer.ggml.add_bos_token") or type(bos) is not int or bos >= len(tokens):
+    adds_bos = meta.get("tokenizer.ggml.add_bos_token", adds_bos)
+    if not adds_bos or type(bos) is not int or bos >= len(tokens):
         return None
     text, special = tokens[bos], {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
     sequence = lambda name, kind: {"Sequence": {"id": name, "type_id": kind}}
@@ -2428,7 +2485,8 @@ def gguf_to_bin(source, target, dtype, tokenizer, adapter):
     if tokenizer:
         blob, _ = find_tokenizer(tokenizer, os.path.dirname(source))
     else:
-        if meta.get("tokenizer.ggml.pre", "default") == "default":
+        if meta.get("tokenizer.ggml.model") == "gpt2" and \
+                meta.get("tokenizer.ggml.pre", "default") == "default":
             config.note("the file does not say how its tokenizer splits text; as GPT-2 does, "
                         "is assumed")
         blob = tokenizer_blob(gguf_tokenizer(meta, source))
@@ -2456,8 +2514,11 @@ def gguf_metadata(m, blob, dtype, source):
     if not blob:
         raise ExportError(f"{source}: it has no tokenizer, which a GGUF file needs")
     recipe, notes = unpack_header(blob)[0], []
-    if recipe.kind > BPE_BYTES or recipe.steps not in ([GPT2], [PUNCT, GPT2, FALCON]) or \
-            recipe.flags - {"nfc", "prefix_space"} or recipe.unknown != -1:
+    way = recipe.steps[-1:] if recipe.steps == [PUNCT, GPT2, FALCON] else recipe.steps
+    way = tuple(way) + ("ignore_merges" in recipe.flags,)
+    splits = [name for name, other in GGUF_SPLITS.items() if other == way]  # the usual name first
+    if recipe.kind > BPE_BYTES or not splits or recipe.unknown != -1 or \
+            recipe.flags - {"nfc", "prefix_space", "ignore_merges"}:
         raise ExportError(f"{source}: its tokenizer is of a kind that has no place in a GGUF file")
     table = tokenizer_json(blob)
     model, split = table["model"], table["pre_tokenizer"]
@@ -2481,10 +2542,11 @@ def gguf_metadata(m, blob, dtype, source):
     return {"general.architecture": "mamba", "general.file_type": file_type,
             **{"mamba." + key: value for key, value in sizes.items()},
             "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": "gpt-2" if split["type"] == "ByteLevel" else "falcon",
+            "tokenizer.ggml.pre": splits[0],
             "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
             "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
-            **({"tokenizer.ggml.add_bos_token": True} if recipe.bos != -1 else {}),
+            **({"tokenizer.ggml.add_bos_token": recipe.bos != -1}
+               if recipe.bos != -1 or GGUF_SPLITS[splits[0]][1] else {}),
             **{f"tokenizer.ggml.{key}_token_id": i for key, i in ids.items() if i >= 0}}, notes
 
 
@@ -2928,6 +2990,8 @@ def run(arguments):
         parser.error("--to-hf and --to-gguf take no --dtype, --tokenizer or --adapter")
     if a.force and not a.to_hf:
         parser.error("--force goes with --to-hf only")
+    if np is None:
+        raise ExportError("numpy is missing (pip install numpy)")
     if a.to_hf:
         to_transformers(a.source, a.target, a.force)
     elif a.to_gguf:

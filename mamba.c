@@ -224,6 +224,14 @@ typedef struct {
 typedef struct Gpu Gpu;
 typedef struct GpuTrainer GpuTrainer;
 #include "files/ranks.h"
+typedef enum { TEXTS_SCORED, TEXTS_STEPPED, TEXTS_PROMPTS } TextsUse;
+typedef struct {                  // B texts of L tokens, side by side, each from its start
+    const int32_t *ids, *targets; // (B,L); target -1: no score
+    int B, L, first;              // only from token `first` of each on there are targets
+    bool steps;                   // token by token
+    float *losses;                // (B,L) -log p(target); anything where there is none
+    int32_t *likeliest;           // (B,L) the id of the highest logit; the same
+} ScoreRun;
 typedef struct GpuBackend {
     const char *(*error)(void);
     Gpu *(*open)(const Model *m, int float32);
@@ -252,12 +260,15 @@ typedef struct GpuBackend {
     int (*time_scan)(int B, int E, int L, int N, int float32, int repeats, double seconds[4]);
     const char *(*step_form)(const Gpu *g);
     int (*places)(Gpu *g, int S, int keep);
-    int (*place_begin)(Gpu *g, int place, uint64_t random, uint64_t position, const int32_t *recent,
-                       int n_recent);
+    int (*place_begin)(Gpu *g, int place, int prompt, uint64_t random, uint64_t position,
+                       const int32_t *recent, int n_recent);
     int (*place_move)(Gpu *g, int to, int from);
     int (*places_sampling)(Gpu *g, const Sampling *how, const unsigned char *allowed);
     int (*places_generate)(Gpu *g, int32_t *ids, int steps);
     int (*step)(Gpu *g, const int32_t *ids, int S);
+    int (*texts)(Gpu *g, int S, int L, TextsUse use);
+    int (*score)(Gpu *g, const ScoreRun *run);
+    int (*read_prompts)(Gpu *g, const int32_t *ids, const int32_t *lengths, int B, int L);
     int (*pretend)(const char *what, int value);
     int (*trainer_chunk)(const Model *m, int B, int L, int float32);
     int (*trainer_carry)(GpuTrainer *x, int places);
@@ -1234,7 +1245,7 @@ static int state_fetch(const State *s) {
     return GPU->get_state(a->gpu, place, to->window, to->h, to->logits) ? gpu_failed() : 0;
 }
 
-// From now on the passes of a run on the GPU, float32: with float32 products for bf16 weights too.
+// From now on the passes of a run on the GPU, float32: with float32 products for all weights.
 // 0, or -1 after fail().
 int mamba_acts_gpu(Acts *a, const Model *m, bool float32) {
     if (!GPU) return fail("this build has no GPU backend: make cuda");

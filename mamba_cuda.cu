@@ -73,9 +73,10 @@
      parts of d_A, d_D, d_bias <-   d_A of each warp  <----------    sums over steps
    ---------------------------------------------------------------------------------------------
 
-   PRECISION. T is the type of matrices and of activations between kernels: float or __nv_bfloat16.
-   The residual stream, h, delta after softplus, A, every sum and the loss are float32 in both, and
-   so are the trainer's weights and moments.
+   PRECISION. T is the type of matrices and of activations between kernels: float, bf16, or, where
+   a file has such weights, f16. The residual stream, h, delta after softplus, A, every sum and the
+   loss are float32 in all, and so are the trainer's weights and moments. An activation beyond
+   65,504 is infinite in f16, and the logits are then no numbers, which ends a text with an error.
 
    CONTENTS. This file:                            What it includes from cuda/, where it is needed:
      1 the scan: arguments, arithmetic, definition   device.cuh      errors, memory, launches, sums
@@ -86,7 +87,7 @@
                                                      products.cuh    matrix products
                                                      step_portable.cuh    a token on any GPU
      6 the model on the device, its state, prefill
-     7 generation: a step, its graph                 sampling.cuh    the next token
+     7 generation: a step, its graph; texts          sampling.cuh    the next token
                                                      step_one_hopper.cuh  a step of 1 sequence
                                                      step_many_hopper.cuh a step of 2 to 64
      8 what mamba.c calls                            train.cuh       pass and AdamW
@@ -102,6 +103,7 @@
 #include <cuda.h>
 #include <cudaTypedefs.h>
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -112,6 +114,7 @@
 #include <vector>
 
 typedef __nv_bfloat16 bf16;
+typedef __half f16;
 
 #include "cuda/device.cuh"
 
@@ -150,6 +153,7 @@ template <typename T> struct ScanArgs {
 template <typename T> __device__ __forceinline__ T to(float x);
 template <> __device__ __forceinline__ float to<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 to<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ __forceinline__ f16 to<f16>(float x) { return __float2half_rn(x); }
 
 // 2^x, off by 2 units in the last place, in one instruction; 0 below 2^-126.
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -323,8 +327,9 @@ template <typename T> static cudaError_t scan_step_forward(Device *d, const Scan
     bool fours =
         p.E % 4 == 0 && ((uintptr_t)p.h0 | (uintptr_t)p.h_final | (uintptr_t)p.A_neg) % 16 == 0;
     if (!fours) return scan_step_launch<T, 1, 4>(d, p);
-    if ((size_t)p.B * p.E < 1 << 18) return scan_step_launch<T, 4, 4>(d, p); // more warps: latency
-    return scan_step_launch<T, 4, 1>(d, p); // enough warps: fewer of everything else
+    if ((size_t)p.B * p.E < as_on_h100(d, 1 << 18))
+        return scan_step_launch<T, 4, 4>(d, p); // more warps: latency
+    return scan_step_launch<T, 4, 1>(d, p);     // enough warps: fewer of everything else
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1021,7 +1026,9 @@ static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p) {
     if (error != cudaSuccess) return error;
     size_t items = (size_t)p.B * q.tiles * q.blocks,
            sums = (size_t)p.B * q.tiles * p.N * WARPS * 2 * BACK_STEPS;
-    unsigned grid = (unsigned)std::min(items, (size_t)d->processors * MIN_BLOCKS);
+    // More blocks than run at once would find no tickets left.
+    const int fit = std::min(MIN_BLOCKS, blocks_that_fit(d, scan_back_shared<WARPS>()));
+    unsigned grid = (unsigned)std::min(items, (size_t)d->processors * fit);
     kernel<<<grid, 32 * WARPS, scan_back_shared<WARPS>(), d->stream>>>(p, q);
     scan_back_sum_BC<<<blocks_for(sums, 256), 256, 0, d->stream>>>(p, words + q.partial, q.blocks,
                                                                    q.tiles, WARPS);
@@ -1030,7 +1037,8 @@ static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p) {
     return cudaGetLastError();
 }
 
-// One shape of block serves all sizes: 8 warps, 2 blocks a multiprocessor; phase 3 unrolled twice
+// One shape of block serves all sizes: 8 warps, 71 kB, 2 blocks a multiprocessor or, where it has
+// 100 kB, 1; phase 3 unrolled twice
 // for bf16. The workspace is aligned to 16 bytes, needs no initial value and may be used for
 // something else between calls.
 static size_t scan_backward_workspace(int B, int L, int E, int N) {
@@ -1059,6 +1067,7 @@ static ScanBackArgs<T> scan_back_args(const ScanArgs<T> &p, const float *h_start
 // The file's tensors are copied as they lie; matrices of another type than T are converted once.
 
 #include "cuda/layers.cuh"
+#include "cuda/padding.cuh"
 #include "cuda/products.cuh"
 #include "cuda/quantized.cuh"
 
@@ -1151,6 +1160,12 @@ struct Places {
     struct Generation *generation; // or NULL
 };
 
+struct Texts {      // several texts from their start, see texts.cuh
+    int S;          // at the most; 0: no memory yet
+    ScanMail mail;  // its words are device memory
+    Places prompts; // states after the prompts that were read last
+};
+
 struct Converted {
     void *to;
     const void *from;
@@ -1165,7 +1180,8 @@ struct PackedPlace {
 struct Gpu {
     Device device;
     Config config;
-    bool bf16_compute; // T is bf16, else float
+    bool bf16_compute; // T is bf16
+    bool f16_compute;  // T is f16; else float
     Weights w;
     std::vector<void *> memory; // everything to free
     int piece;                  // rows that the activations have room for
@@ -1178,12 +1194,15 @@ struct Gpu {
     char *raw;                        // the file's tensors
     std::vector<PackedPlace> packed;  // the matrices that are quantised
     std::vector<Converted> converted; // those that have a copy of another type
-    int32_t *ids;                     // (piece)
-    Places one;                       // the sequence that reads prompts
-    Places many;                      // several texts
-    Places *at;                       // of these: what runs now
-    bool gathered;                    // many was filled by gpu_gather()
-    bool portable_only;               // the one-kernel steps got stuck: see gpu_generate()
+    int32_t *ids, *targets;           // (piece)
+    float *losses;                    // (piece), of gpu_score()
+    int32_t *likeliest;               // (piece), the same
+    Texts texts;
+    Places one;         // the sequence that reads prompts
+    Places many;        // several texts
+    Places *at;         // of these: what runs now
+    bool gathered;      // many was filled by gpu_gather()
+    bool portable_only; // the one-kernel steps got stuck: see gpu_generate()
 };
 
 template <class T> static BlockActs<T> acts_of(const Gpu *g) {
@@ -1227,14 +1246,16 @@ static ScanArgs<T> scan_args(const Config *c, const LayerWeights *w, BlockActs<T
     return p;
 }
 
-// What a block is applied to. window and h move on.
+// What a block is applied to. window and h move on; where given: B = 1, L = 1, text or lengths.
 struct BlockRun {
     float *out;       // (B*L,D) = res + block(res)
     const float *res; // (B*L,D), may be out
     int B, L;         // sequences, tokens of each
     float *window;    // (B,K-1,E); NULL: zeros before the first token
     float *h;         // (B,N,E); NULL: from zero
-    bool text;        // training: one token is a text, too, not a step
+    bool text;        // training: B texts of L tokens from such states; L = 1 is no step
+    // (B), on the device: tokens of each text, all from zero; the rest of L is padding. NULL: L.
+    const int32_t *lengths = NULL;
 };
 
 // The block of the paper, in its order: norm, in_proj, convolution, x_proj, dt_proj, scan,
@@ -1246,15 +1267,17 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
     const int B = run.B, L = run.L, rows = B * L;
     const float *conv_bias = (const float *)w->conv_bias, *res = run.res;
     float *out = run.out, *h = run.h;
-    const bool step = L == 1 && h && !run.text;
+    const bool step = L == 1 && h && !run.text && !run.lengths; // of a text, not a text
     norm_rows(d, Rows(a.xn, D), Rows(res, D), w->norm, w->norm_bias, c->norm_eps, rows, D);
     matmul(d, Rows(a.xz, 2 * E), Rows(a.xn, D), dense<T>(d, a.unpacking, w->in_proj, 2 * E, D),
            rows, 2 * E, D);
     add_bias(d, a.xz, 2 * (size_t)E, (const float *)w->in_bias, rows, 2 * E);
-    conv1d_silu(d, ConvArgs<T>{a.u, a.xz, run.window, w->conv_t, conv_bias, B, L, E, K, run.text});
+    float *window = run.lengths ? NULL : run.window;
+    conv1d_silu(d, ConvArgs<T>{a.u, a.xz, window, w->conv_t, conv_bias, B, L, E, K, run.text});
+    if (run.lengths) text_windows(d, run.window, a.xz, run.lengths, B, L, E, K);
     matmul(d, Rows(a.xdb, P), Rows(a.u, E), dense<T>(d, a.unpacking, w->x_proj, P, E), rows, P, E);
     // One token in bf16: dt_proj, FalconMamba's norms and the scan are one kernel where that pays.
-    if (sizeof(T) == 2 && step && dt_step_pays(d, B, E, N, R)) {
+    if (std::is_same<T, bf16>::value && step && dt_step_pays(d, B, E, N, R)) {
         DtStepArgs dt = {};
         dt.out = (bf16 *)a.g, dt.h = h, dt.W_dt = (const bf16 *)w->dt_proj;
         dt.xdb = (const bf16 *)a.xdb, dt.u = (const bf16 *)a.u;
@@ -1269,8 +1292,10 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
             mixer_norms(d, a.xdb, c->mixer_eps, rows, R, N);
         }
         matmul(d, Rows(a.delta, E), Rows(a.xdb, P), (const T *)w->dt_proj, rows, E, R);
+        if (run.lengths) pad_delta(d, a.delta, run.lengths, B, L, E);
         ScanArgs<T> scan = scan_args(c, w, a, B, L);
-        scan.out = a.g, scan.h0 = h, scan.h_final = h, scan.h_starts = a.h_starts;
+        scan.out = a.g, scan.h0 = run.lengths ? NULL : h, scan.h_final = h;
+        scan.h_starts = a.h_starts;
         check_cuda(d, step ? scan_step_forward(d, scan) : scan_forward(d, scan), "scan");
     }
     const T *out_proj = dense<T>(d, a.unpacking, w->out_proj, D, E);
@@ -1295,7 +1320,7 @@ static void *gpu_take(Gpu *g, size_t bytes) {
 template <class T> static size_t lay_out_weights(Gpu *g, const Model *m, char *base) {
     const Config *c = &m->config;
     const char *host = (const char *)m->embedding.data;
-    const Type compute = sizeof(T) == 4 ? F32 : BF16;
+    const Type compute = sizeof(T) == 4 ? F32 : std::is_same<T, bf16>::value ? BF16 : F16;
     // Of the embedding and the head, a part at a time is unpacked: as much as of in_proj.
     const size_t largest = (size_t)2 * c->E * c->D + (size_t)TILE * c->D;
     Unpacking *u = &g->unpacking;
@@ -1334,13 +1359,18 @@ template <class T> static size_t lay_out_weights(Gpu *g, const Model *m, char *b
 // After the file's tensors are there: the copies and what is derived.
 template <class T> static int convert_weights(Gpu *g) {
     Device *d = &g->device;
+    const int bits = g->unpacking.bits;
+    for (const PackedPlace &p : g->packed) arrange(d, *p.device, bits, p.rows, p.cols);
     for (const Converted &p : g->converted) {
         const size_t n = (size_t)p.rows * p.cols;
         T *to = (T *)p.to;
         if (p.type == F32) convert(d, to, (const float *)p.from, n);
         else if (p.type == BF16) convert(d, to, (const bf16 *)p.from, n);
         else if (p.type == F16) convert(d, to, (const uint16_t *)p.from, n);
-        else unpack(d, to, p.from, g->unpacking.bits, p.rows, p.cols);
+        else {
+            arrange(d, (void *)p.from, bits, p.rows, p.cols);
+            unpack(d, to, p.from, bits, p.rows, p.cols);
+        }
     }
     for (LayerWeights &w : g->w.layer) derive(d, &g->config, &w);
     return finish(d);
@@ -1348,6 +1378,7 @@ template <class T> static int convert_weights(Gpu *g) {
 
 static int places_open(Gpu *g, Places *p, int S);
 static void places_free(Places *p);
+static void texts_free(Texts *x);
 static void generation_free(Generation *n);
 
 // A batch of more than THIN_MAX sequences reads a dense copy of quantised matrices, where memory
@@ -1378,7 +1409,7 @@ static void gpu_close(Gpu *g) {
     device_use(&g->device);
     if (g->device.stream) cudaStreamSynchronize(g->device.stream);
     for (void *p : g->memory) cudaFree(p);
-    places_free(&g->one), places_free(&g->many);
+    places_free(&g->one), places_free(&g->many), texts_free(&g->texts);
     device_close(&g->device);
     delete g;
 }
@@ -1390,6 +1421,7 @@ template <class T> static size_t lay_out_acts(Gpu *g, char *base) {
     Arena a = {base, 0};
     BlockActs<float> *b = &g->acts;
     a.take(g->res, M * D), a.take(g->logits, (size_t)g->logit_rows * V), a.take(g->ids, M);
+    a.take(g->targets, M), a.take(g->losses, M), a.take(g->likeliest, M);
     a.take(b->xn, M * D, sizeof(T)), a.take(b->xz, M * 2 * E, sizeof(T)),
         a.take(b->u, M * E, sizeof(T));
     a.take(b->xdb, M * P, sizeof(T)), a.take(b->delta, M * E, sizeof(T)),
@@ -1410,7 +1442,7 @@ template <class T> static void head_product(Gpu *g, float *logits, const T *xn, 
     Device *d = &g->device;
     const int V = g->config.V, D = g->config.D;
     const Unpacking &u = g->unpacking;
-    if constexpr (sizeof(T) == 2)
+    if constexpr (std::is_same<T, bf16>::value)
         if (u.bits && rows <= THIN_MAX && D % 8 == 0) {
             thin_or_packed(d, u.bits, PlainSource{xn}, LogitSink{logits}, g->w.head, rows, V, D, 1);
             return check_launch(d, "head");
@@ -1473,8 +1505,9 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
     device_use(&g->device);
     if (check_tokens(ids, n, g->config.V)) return -1;
     g->at = &g->one;
-    return g->bf16_compute ? prefill<bf16>(g, ids, n, visit, context)
-                           : prefill<float>(g, ids, n, visit, context);
+    return g->bf16_compute  ? prefill<bf16>(g, ids, n, visit, context)
+           : g->f16_compute ? prefill<f16>(g, ids, n, visit, context)
+                            : prefill<float>(g, ids, n, visit, context);
 }
 
 #include "cuda/open.cuh"
@@ -1487,9 +1520,11 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
 
 #include "cuda/sampling.cuh"
 #include "cuda/step_one_hopper.cuh"
+#include "cuda/step_one_packed.cuh"
 #include "cuda/step_many_hopper.cuh"
 
 #include "cuda/generate.cuh"
+#include "cuda/texts.cuh"
 
 // ------------------------------------------------------------------------------------------------
 // 8 What mamba.c calls
@@ -1505,11 +1540,12 @@ static void (*const gpu_last_pass)(GpuTrainer *x) = NULL;
 #include "cuda/bench.cuh"
 
 extern "C" const GpuBackend mamba_gpu = {
-    gpu_error,           gpu_open,           gpu_close,        gpu_set_state,
-    gpu_get_state,       gpu_prefill,        gpu_gather,       gpu_generate_start,
-    gpu_generate,        GENERATE_MAX,       gpu_trainer_open, gpu_trainer_close,
-    gpu_trainer_resize,  gpu_trainer_set,    gpu_trainer_get,  gpu_train_pass,
-    gpu_train_step,      gpu_measure,        gpu_time_scan,    gpu_step_form,
-    gpu_places,          gpu_place_begin,    gpu_place_move,   gpu_places_sampling,
-    gpu_places_generate, gpu_step,           gpu_pretend,      gpu_trainer_chunk,
-    gpu_trainer_carry,   gpu_trainer_states, gpu_ranks,        gpu_last_pass};
+    gpu_error,           gpu_open,        gpu_close,         gpu_set_state,
+    gpu_get_state,       gpu_prefill,     gpu_gather,        gpu_generate_start,
+    gpu_generate,        GENERATE_MAX,    gpu_trainer_open,  gpu_trainer_close,
+    gpu_trainer_resize,  gpu_trainer_set, gpu_trainer_get,   gpu_train_pass,
+    gpu_train_step,      gpu_measure,     gpu_time_scan,     gpu_step_form,
+    gpu_places,          gpu_place_begin, gpu_place_move,    gpu_places_sampling,
+    gpu_places_generate, gpu_step,        gpu_texts,         gpu_score,
+    gpu_read_prompts,    gpu_pretend,     gpu_trainer_chunk, gpu_trainer_carry,
+    gpu_trainer_states,  gpu_ranks,       gpu_last_pass};

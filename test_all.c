@@ -34,6 +34,7 @@
 #include "tests/test_cuda.h"
 #include "tests/test_cuda_texts.h"
 #include "tests/test_cuda_chunks.h"
+#include "tests/test_cuda_eval.h"
 #endif
 
 int main(int argc, char **argv) {
@@ -58,7 +59,10 @@ int main(int argc, char **argv) {
         {"cuda", test_cuda},
         {"cuda chunks", test_cuda_chunks},
         {"cuda texts", test_cuda_texts},
+        {"cuda eval", test_cuda_eval},
+        {"cuda f16", test_cuda_f16},
         {"cuda packed", test_cuda_packed},
+        {"cuda packed one", test_cuda_packed_one},
         {"cuda faults", test_cuda_faults},
         {"cuda small cards", test_cuda_small_cards},
 #endif

@@ -598,7 +598,7 @@ static int command_bench(int argc, char **argv) {
     // clang-format off
     const Option options[] = {
         OPTION_TEXT("--shape", "S", &shape, "random weights of this shape instead of a model"),
-        OPTION_TEXT("--dtype", "T", &dtype, "their storage type"),
+        OPTION_TEXT("--dtype", "f32|f16|bf16|q8|q4", &dtype, "their storage type"),
         OPTION_TEXT("--scan", "B,E,L", &scan, "time the scan alone: sequences, channels, length"),
         OPTION_TEXT("--only", "LETTERS", &only,
                     "on a GPU: p prefill, g generation, t training, c training on a sequence of "

@@ -80,9 +80,8 @@ static bool can_read(const char *path) {
 // 0, or -1 after fail().
 static int check_first(const char *const *rest, int n) {
     const char *first = n ? rest[0] : NULL;
+    if (n == 2 && check_model_first("", first, rest[1], true)) return -1;
     if (!first || can_read(first)) return 0;
-    if (n == 2 && can_read(rest[1]))
-        return fail("the model comes before the prompt: mamba %s \"%s\"", rest[1], first);
     if (!*first || strchr(first, ' ') || strchr(first, '\n'))
         return fail("the model comes before the prompt: mamba models/story.bin \"%s\"", first);
     return 0;
@@ -202,7 +201,7 @@ static int command_generate(int argc, char **argv) {
         {INPUT, "the prompt of -f", o.file, NULL},
         {INPUT, "the standard input", talks || (n == 2 && !strcmp(rest[1], "-")) ? "-" : NULL,
          NULL},
-        {OUTPUT, "--save-state", o.save, "the state of --load-state"},
+        {OUTPUT_STATE, "--save-state", o.save, "the state of --load-state"},
     };
     if (check_files(use, COUNT(use))) return -1;
     int result = generate_run(&o, rest[1], several, talks);

@@ -73,7 +73,7 @@ static int print_man_page(void) {
 static int print_completion(void) {
     help_form = AS_COMPLETION;
     printf("# Completion for bash, written by `mamba help --bash`.\n_mamba() {\n"
-           "    local word=${COMP_WORDS[COMP_CWORD]} options commands=\"help");
+           "    local word=${COMP_WORDS[COMP_CWORD]} options values commands=\"help");
     for (int i = 0; i < COUNT(COMMANDS); i++) printf(" %s", COMMANDS[i].name);
     printf("\"\n    case ${COMP_WORDS[1]} in\n    help) options=\"--man --bash\" ;;\n");
     for (int i = 1; i <= COUNT(COMMANDS); i++) { // generate last: it has no name
@@ -82,9 +82,15 @@ static int print_completion(void) {
         if (show_help(command)) return -1;
         printf("--help\" ;;\n");
     }
+    printf("    esac\n    case ${COMP_WORDS[COMP_CWORD - 1]} in\n");
+    help_form = AS_VALUES;
+    for (int i = 0; i < COUNT(COMMANDS); i++)
+        if (show_help(&COMMANDS[i])) return -1;
     printf(
         "    esac\n    COMPREPLY=()\n"
-        "    if [[ $word == -* ]]; then COMPREPLY=($(compgen -W \"$options\" -- \"$word\"))\n"
+        "    [[ ${COMP_WORDS[1]} == quantize && $COMP_CWORD == 4 ]] && values=\"q8 q4\"\n"
+        "    if [[ -n $values ]]; then COMPREPLY=($(compgen -W \"$values\" -- \"$word\"))\n"
+        "    elif [[ $word == -* ]]; then COMPREPLY=($(compgen -W \"$options\" -- \"$word\"))\n"
         "    elif [[ $COMP_CWORD == 1 || ($COMP_CWORD == 2 && ${COMP_WORDS[1]} == help) ]]; then\n"
         "        COMPREPLY=($(compgen -W \"$commands\" -- \"$word\"))\n"
         "    fi\n}\ncomplete -o bashdefault -o default -F _mamba mamba\n");

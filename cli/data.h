@@ -38,10 +38,9 @@ static char *read_utf8(const char *path, size_t *bytes) {
         return NULL;
     }
     if (has_alternate_zeros((unsigned char *)text, *bytes))
-        fprintf(stderr, "%s: every second byte is zero: if this is text in UTF-16, convert it\n",
-                path);
+        note("%s: every second byte is zero: if this is text in UTF-16, convert it\n", path);
     if (*bytes >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) {
-        fprintf(stderr, "%s: its byte-order mark is left out\n", path);
+        note("%s: its byte-order mark is left out\n", path);
         *bytes -= 3;
         memmove(text, text + 3, *bytes + 1); // with the NUL
     }

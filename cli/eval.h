@@ -44,28 +44,53 @@ typedef struct {
     int32_t bos;    // the first of ids, which begins each document of a split text; -1: none does
 } Pieces;
 
+typedef struct {
+    size_t at, n; // its tokens in the text
+    bool bos;     // the first of them is the begin-of-text instead, as a document begins
+    bool ends;    // a document ends with it, or the text
+} EvalPiece;
+
+// The piece from token `from` of ids (n) on. opens: a document begins there. Its begin-of-text
+// takes the place of the last token before; a text has its own already.
+static EvalPiece next_piece(const Config *c, const int32_t *ids, size_t n, const Pieces *how,
+                            size_t from, bool opens) {
+    const size_t bos = opens && how->bos >= 0; // tokens; an end-of-text may be the same id
+    EvalPiece p = {from, n - from, bos && from, true};
+    if (p.bos) p.at--;
+    if (how->split) p.n = bos + document_tokens(c, ids + p.at + bos, n - p.at - bos);
+    p.ends = !how->context || p.n <= how->context;
+    if (!p.ends) p.n = how->context;
+    return p;
+}
+
+// The bytes of the text of all but the first of ids (n).
+static size_t predicted_bytes(const Model *m, const int32_t *ids, size_t n) {
+    const Tokenizer *t = m->tokenizer;
+    size_t bytes = 0;
+    for (size_t i = 1; i < n && t; i++) {
+        size_t length = 0;
+        if (tokenizer_has(t, ids[i])) tokenizer_token(t, ids[i], &length);
+        bytes += length;
+    }
+    return bytes;
+}
+
+#include "eval_gpu.h"
+
 // Reads ids (n) in pieces. A piece of one token has nothing to predict. The begin-of-text of a
 // document overwrites the last token of the one before, which has been read. 0, or -1 after fail().
 static int text_likelihood(Likelihood *l, Session *x, int32_t *ids, size_t n, const Pieces *how) {
     Evaluation ev = {.m = x->model, .each = how->each};
-    const Config *c = &x->model->config;
-    bool opens = true; // a document begins here
-    for (size_t from = 0; from < n; from += ev.n) {
-        const size_t bos = opens && how->bos >= 0; // tokens; an end-of-text may be the same id
-        if (bos && from) ids[--from] = how->bos;
-        const size_t left =
-            how->split ? bos + document_tokens(c, ids + from + bos, n - from - bos) : n - from;
-        ev.ids = ids + from;
+    EvalPiece p = {.ends = true};
+    if (x->acts->gpu) return text_likelihood_gpu(l, x, ids, n, how);
+    for (size_t from = 0; from < n; from = p.at + p.n) {
+        p = next_piece(&x->model->config, ids, n, how, from, p.ends);
+        if (p.bos) ids[p.at] = how->bos;
+        ev.ids = ids + p.at;
         ev.t = 0;
-        ev.n = how->context && how->context < left ? how->context : left;
-        opens = ev.n == left;
+        ev.n = p.n;
         if (ev.n < 2) continue;
-        for (size_t i = 1; i < ev.n; i++) {
-            size_t length = 0;
-            const Tokenizer *t = x->model->tokenizer;
-            if (t && tokenizer_has(t, ev.ids[i])) tokenizer_token(t, ev.ids[i], &length);
-            l->bytes += length;
-        }
+        l->bytes += predicted_bytes(x->model, ev.ids, ev.n);
         if (from) mamba_state_reset(x->model, x->state);
         if (mamba_prefill(x->model, x->acts, x->state, ev.ids, ev.n, evaluate, &ev)) return -1;
         l->predicted += ev.n - 1;
@@ -91,9 +116,9 @@ static int evaluate_ids(Session *x, int32_t *ids, size_t n, const Pieces *how) {
     fprintf(f, "mean_nll       %.6f nats/token\n", nll);
     fprintf(f, "perplexity     %.6g\n", exp(nll));
     fprintf(f, "bits_per_byte  %.6f\n", l.bytes ? l.sum / log(2) / (double)l.bytes : 0);
-    fprintf(stderr, "%.1f tokens/s", (double)n / (seconds() - start));
-    if (peak_megabytes() > 0) fprintf(stderr, " | peak memory %.1f MB", peak_megabytes());
-    fprintf(stderr, "\n");
+    note("%.1f tokens/s", (double)n / (seconds() - start));
+    if (peak_megabytes() > 0) note(" | peak memory %.1f MB", peak_megabytes());
+    note("\n");
     return 0;
 }
 
@@ -138,6 +163,12 @@ typedef struct {
     bool recurrent; // token by token instead of by prefill
 } TaskRun;
 
+// Where the sequences of a seed start; training's start elsewhere.
+static uint64_t task_random(uint64_t seed) { return seed ^ 0x6576616C75617465u; }
+
+// The last tokens of a sequence, which have all targets.
+static size_t task_tail(Task task) { return task == TASK_COPYING ? COPY_TOKENS : 1; }
+
 // What the threads share. Each takes the next sequence and reads the whole of it.
 typedef struct {
     const Model *m;
@@ -180,8 +211,7 @@ static int read_tokens(const TaskQueue *q, TaskReader *r, const int32_t *ids, si
 }
 
 static void read_sequences(TaskQueue *q, TaskReader *r) {
-    const size_t tail = q->run->task == TASK_COPYING ? COPY_TOKENS : 1; // it has all targets
-    const size_t body = q->run->L - tail;
+    const size_t tail = task_tail(q->run->task), body = q->run->L - tail;
     while (next_sequence(q, r)) {
         mamba_state_reset(q->m, r->state);
         r->score.t = body;
@@ -225,18 +255,49 @@ static void print_accuracy(size_t L, size_t right, size_t wanted, double spent) 
            100 * fmin(1, middle + half_width), spent);
 }
 
+// On a GPU: as many sequences at once as fit. 0, or -1 after fail().
+static int evaluate_task_gpu(const Session *x, const TaskRun *run) {
+    const TextsUse use = run->recurrent ? TEXTS_STEPPED : TEXTS_SCORED;
+    const int most = run->samples < 4096 ? (int)run->samples : 4096;
+    const int B = mamba_texts_at_once(x->acts, most, run->L, use);
+    const size_t tail = task_tail(run->task);
+    TextScores t;
+    size_t right = 0, wanted = 0;
+    uint64_t random = task_random(run->seed);
+    double start = seconds();
+    int result = scores_open(&t, (size_t)B, run->L);
+    for (size_t left = run->samples; left && result == 0; left -= (size_t)t.run.B) {
+        t.run = (ScoreRun){t.ids,
+                           t.targets,
+                           left < (size_t)B ? (int)left : B,
+                           (int)run->L,
+                           (int)(run->L - tail),
+                           run->recurrent,
+                           t.losses,
+                           t.likeliest};
+        for (int b = 0; b < t.run.B; b++)
+            task_sequence(run->task, t.ids + (size_t)b * run->L, t.targets + (size_t)b * run->L,
+                          run->L, &random);
+        result = mamba_score_texts(x->acts, &t.run);
+        for (size_t i = 0; i < (size_t)t.run.B * run->L && result == 0; i++) {
+            wanted += t.targets[i] >= 0;
+            right += t.targets[i] >= 0 && t.likeliest[i] == t.targets[i];
+        }
+    }
+    scores_close(&t);
+    if (result == 0) print_accuracy(run->L, right, wanted, seconds() - start);
+    return result;
+}
+
 // Threads read whole sequences side by side, where there are enough for all: they wait at no
 // barrier. Otherwise one reader uses the whole team. 0, or -1 after fail().
 static int evaluate_task(Session *x, const TaskRun *run) {
     const Model *m = x->model;
     if (m->config.V < TASK_VOCAB)
         return fail("the model has %d ids, the tasks need %d", m->config.V, TASK_VOCAB);
-    const int threads = x->acts->threads;
-    const int team = x->acts->gpu || run->samples < (size_t)threads ? 1 : threads;
-    TaskQueue queue = {.m = m,
-                       .run = run,
-                       .left = run->samples,
-                       .random = run->seed ^ 0x6576616C75617465u}; // training's starts elsewhere
+    if (x->acts->gpu) return evaluate_task_gpu(x, run);
+    const int threads = x->acts->threads, team = run->samples < (size_t)threads ? 1 : threads;
+    TaskQueue queue = {.m = m, .run = run, .left = run->samples, .random = task_random(run->seed)};
     TaskReader *reader = calloc((size_t)team, sizeof *reader);
     size_t right = 0, wanted = 0;
     double start = seconds();
@@ -294,8 +355,8 @@ static int command_eval(int argc, char **argv) {
     EvalOptions o = {.threads = mamba_default_threads(), .length = 256, .seed = 1};
     // clang-format off
     const Option options[] = {
-        OPTION_TEXT("--task", "T", &o.task_name,
-                    "accuracy on induction or copying instead of a text"),
+        OPTION_TEXT("--task", "induction|copying", &o.task_name,
+                    "accuracy on one of the tasks instead of a text"),
         OPTION_INT("--length", "L", &o.length, 1, 1 << 30, "tokens a sequence of the task"),
         OPTION_INT("--samples", "S", &o.samples, 0, 1e9,
                    "sequences of the task; 0: 1024 up to 2^14 tokens, then fewer, 64 from 2^18 on"),
@@ -314,6 +375,7 @@ static int command_eval(int argc, char **argv) {
         OPTION_TEXT("--split", "eot", &o.split,
                     "begin each document, after an end-of-text token, from a new state"),
         NO_BOS_OPTION,
+        QUIET_OPTION,
         BACKEND_OPTIONS,
         THREADS_OPTION(&o.threads),
     };
@@ -323,6 +385,9 @@ static int command_eval(int argc, char **argv) {
         return print_help(EVAL_USAGE, options, COUNT(options));
     int n = parse_options(argc, argv, options, COUNT(options), rest, 2);
     if (n < 0 || parse_task(o.task_name, &o.task) || check_eval(&o, n)) return -1;
+    if (!o.task && (check_model_first("eval ", rest[0], rest[1], false) ||
+                    check_text_path("eval", rest[0], rest[1])))
+        return -1;
     if (o.samples == 0) o.samples = default_samples(o.length);
     const TaskRun run = {o.task, (size_t)o.length, (size_t)o.samples, (uint64_t)o.seed,
                          o.recurrent};

@@ -36,7 +36,8 @@ static int parse_number(const Option *o, const char *text) {
     errno = 0;
     double x = whole ? (double)strtoll(text, &end, 10) : strtod(text, &end);
     if (end == text || *end || errno == ERANGE || x != x)
-        return fail("%s needs %s, not '%s'", o->name, whole ? "a whole number" : "a number", text);
+        return fail("%s needs %s, not '%s'%s", o->name, whole ? "a whole number" : "a number", text,
+                    !whole && *end == ',' ? ": a point stands before decimals" : "");
     double highest = whole ? fmin(o->highest, (double)LONG_MAX) : o->highest; // long of 32 bits
     if (!(x >= o->lowest && x <= highest))
         return fail("%s %s is out of range: %.10g to %.10g", o->name, text, o->lowest, highest);
@@ -54,8 +55,7 @@ static int parse_list_item(const Option *o, const char *text) {
 }
 
 static int parse_value(const Option *o, const char *text) {
-    char *end;
-    bool number = (strtod(text, &end), end != text && !*end);
+    const bool number = !text[strspn(text, "0123456789.,eE+-")]; // maybe a wrong one, such as 0,9
     if (o->kind == OPT_REAL && !strcmp(o->name, "-p") && !number)
         return fail(
             "-p is top-p, a number: the prompt '%s' goes without an option, after the model", text);
@@ -180,20 +180,14 @@ static const struct {
     {"version", "mamba --version"},
 };
 
-// The option that arg names in another way, or NULL. word: arg without dashes, in lower case, with
-// - for _.
-static const Option *renamed_option(const char *arg, const char *word, const Option *options,
-                                    int n_options) {
+// The option that word names in another way, or NULL. word: an argument without dashes, in lower
+// case, with - for _.
+static const Option *renamed_option(const char *word, const Option *options, int n_options) {
     for (int i = 0; i < n_options; i++)
         if (!strcmp(word, options[i].name + strspn(options[i].name, "-"))) return &options[i];
     for (int i = 0; i < COUNT(OTHER_NAMES); i++) {
         const Option *o = find_option(OTHER_NAMES[i].ours, options, n_options);
         if (o && !strcmp(word, OTHER_NAMES[i].theirs)) return o;
-    }
-    for (int i = 0; i < n_options; i++) { // -n200
-        size_t n = strlen(options[i].name);
-        bool joined = n == 2 && !strncmp(arg, options[i].name, 2) && strchr("0123456789.", arg[2]);
-        if (joined && arg[2] && options[i].kind != OPT_SWITCH) return &options[i];
     }
     return NULL;
 }
@@ -208,12 +202,15 @@ static int unknown_option(const char *arg, const Option *options, int n_options)
         word[n] = c == '_' ? '-' : c >= 'A' && c <= 'Z' ? (char)(c - 'A' + 'a') : c;
     }
     word[n] = 0;
-    const Option *o = renamed_option(arg, word, options, n_options);
+    const Option *o = renamed_option(word, options, n_options);
     for (int i = 0; i < COUNT(NOT_OPTIONS) && !o; i++)
         if (!strcmp(word, NOT_OPTIONS[i].theirs))
             return fail("unknown option '%s': %s", arg, NOT_OPTIONS[i].answer);
     for (int i = 0; i < n_options && !o; i++)
         if (is_near(word, options[i].name + strspn(options[i].name, "-"))) o = &options[i];
+    for (int i = 0; i < COUNT(OTHER_NAMES) && !o && n > 4; i++)
+        if (is_near(word, OTHER_NAMES[i].theirs))
+            o = find_option(OTHER_NAMES[i].ours, options, n_options);
     for (int i = 0; i < COUNT(NOT_OPTIONS) && !o; i++)
         if (n > 4 && is_near(word, NOT_OPTIONS[i].theirs))
             return fail("unknown option '%s': %s", arg, NOT_OPTIONS[i].answer);
@@ -234,17 +231,21 @@ static bool is_text(const char *arg) {
            strchr(arg, '\n');
 }
 
-// The option that arg names, or NULL. *value: what stands after = in "--name=value", or NULL.
+// The option that arg names, or NULL. *value: what stands after = in "--name=value", the number of
+// "-n5", or NULL.
 static const Option *option_of(const char *arg, const char **value, const Option *options,
                                int n_options) {
     const Option *o = find_option(arg, options, n_options);
     *value = NULL;
     for (int i = 0; i < n_options && !o; i++) {
+        const OptionKind kind = options[i].kind;
         size_t n = strlen(options[i].name);
-        if (strncmp(arg, options[i].name, n) || arg[n] != '=') continue;
-        if (options[i].kind == OPT_SWITCH) break;
+        bool joined = n == 2 && (kind == OPT_INT || kind == OPT_REAL) && arg[1] && arg[2] &&
+                      !arg[2 + strspn(arg + 2, "0123456789.,-")];
+        if (strncmp(arg, options[i].name, n) || (arg[n] != '=' && !joined)) continue;
+        if (kind == OPT_SWITCH) break;
         o = &options[i];
-        *value = arg + n + 1;
+        *value = arg + n + !joined;
     }
     return o;
 }
@@ -263,10 +264,13 @@ static int parse_options(int argc, char **argv, const Option *options, int n_opt
         } else if (!o && !only_rest && !is_text(arg)) {
             return unknown_option(arg, options, n_options);
         } else if (!o && n_rest == max) {
+            FILE *f = fopen(arg, "rb"); // then its spaces are not the matter
             const char *hint = find_option("--data", options, n_options)
-                                   ? "a text to learn needs --data before it"
-                                   : "what has spaces needs quotes";
-            return fail("one argument too many: '%s' (%s)", arg, hint);
+                                   ? " (a text to learn needs --data before it)"
+                               : f ? ""
+                                   : " (what has spaces needs quotes)";
+            if (f) fclose(f);
+            return fail("one argument too many: '%s'%s", arg, hint);
         } else if (!o) {
             rest[n_rest++] = arg;
         } else if (o->kind == OPT_SWITCH) {
@@ -294,7 +298,7 @@ static bool wants_help(int argc, char **argv, const Option *options, int n_optio
 // --- help
 
 // What print_help() makes of a command's usage and options.
-static enum { AS_TEXT, AS_MAN_PAGE, AS_COMPLETION } help_form;
+static enum { AS_TEXT, AS_MAN_PAGE, AS_COMPLETION, AS_VALUES } help_form;
 
 enum { HELP_COLUMN = 22, HELP_WIDTH = 100 };
 
@@ -349,16 +353,16 @@ static void print_roff(const char *text, size_t n) {
     }
 }
 
-// A usage text begins with the forms of the command, up to an empty line.
+// A usage text has paragraphs between empty lines. Those of forms of the command keep their lines.
 static void print_man_help(const char *usage, const Option *options, int n_options) {
-    const char *empty = strstr(usage, "\n\n");
-    size_t forms = empty ? (size_t)(empty + 1 - usage) : strlen(usage);
-    printf(".nf\n");
-    print_roff(usage, forms);
-    printf(".fi\n");
-    if (empty) {
-        printf(".PP\n");
-        print_roff(empty + 2, strlen(empty + 2));
+    for (const char *text = usage; *text; text += strspn(text, "\n")) {
+        const char *empty = strstr(text, "\n\n");
+        const size_t n = empty ? (size_t)(empty + 1 - text) : strlen(text);
+        const bool forms = !strncmp(text, "mamba ", 6);
+        printf(text == usage ? ".nf\n" : forms ? ".PP\n.nf\n" : ".PP\n");
+        print_roff(text, n);
+        if (forms) printf(".fi\n");
+        text += n;
     }
     for (int i = 0; i < n_options; i++) {
         const Option *o = &options[i];
@@ -378,7 +382,13 @@ static void print_man_help(const char *usage, const Option *options, int n_optio
 static int print_help(const char *usage, const Option *options, int n_options) {
     if (help_form == AS_TEXT) print_text_help(usage, options, n_options);
     if (help_form == AS_MAN_PAGE) print_man_help(usage, options, n_options);
-    for (int i = 0; i < n_options && help_form == AS_COMPLETION; i++)
-        printf("%s ", options[i].name);
+    for (int i = 0; i < n_options; i++) {
+        if (help_form == AS_COMPLETION) printf("%s ", options[i].name);
+        const char *word = options[i].argument; // "mean|last"
+        if (help_form != AS_VALUES || !strchr(word, '|')) continue;
+        printf("    %s) values=\"", options[i].name);
+        for (; *word; word++) putchar(*word == '|' ? ' ' : *word);
+        printf("\" ;;\n");
+    }
     return 0;
 }

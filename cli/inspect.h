@@ -165,6 +165,9 @@ static int command_tokenize(int argc, char **argv) {
     if (n < 1) return fail("tokenize needs a model.bin or a tokenizer file");
     if (o.system && !o.chats) return fail("--system goes with --chat");
     if (o.decode && o.chats) return fail("--decode does not go with --chat");
+    if (check_model_first("tokenize ", rest[0], n == 2 ? rest[1] : NULL, false) ||
+        check_text_path("tokenize", rest[0], rest[1]))
+        return -1;
     size_t bytes = 0;
     unsigned char *file = check_is_file(rest[0]) ? NULL : file_map(rest[0], &bytes, &mapped);
     if (!file) return -1;
@@ -189,17 +192,45 @@ static int command_tokenize(int argc, char **argv) {
 // clang-format off
 static const char LOGITS_USAGE[] =
     "mamba logits model.bin \"prompt\" [--all] [-o FILE]\n"
+    "mamba logits model.bin \"prompt\" --top N [--all]\n"
     "mamba logits model.bin --tokens 1,2,3 [--all] [-o FILE]\n"
     "mamba logits model.bin \"prompt\" --hidden [--all | --pool mean|last] [-o FILE]\n"
     "mamba logits model.bin --embeddings FILE [--hidden] [--all] [-o FILE]\n"
     "\n"
     "The logits after the last token, or after each: V numbers a line, or with -o raw\n"
-    "little-endian float32, (L,V). --hidden: the states of the last norm instead, D numbers a\n"
+    "little-endian float32, (L,V). --top N: the N likeliest tokens instead, a line each: id,\n"
+    "logit, probability and text. --hidden: the states of the last norm instead, D numbers a\n"
     "line, for searches and classifiers.\n";
 // clang-format on
 
+// Prints the `top` likeliest tokens after a text: id, logit, probability and text, between tabs.
+static void print_top(const Model *m, const float *logits, int top) {
+    float before = INFINITY; // the logit of the last one that was printed, and its id
+    int id = -1;
+    for (int rank = 0; rank < top && rank < m->config.V; rank++) {
+        int best = -1;
+        for (int v = 0; v < m->config.V; v++) // of equals, the lower id first
+            if ((logits[v] < before || (logits[v] == before && v > id)) &&
+                (best < 0 || logits[v] > logits[best]))
+                best = v;
+        if (best < 0) return; // not numbers
+        before = logits[best];
+        id = best;
+        size_t n = 0;
+        const bool known = m->tokenizer && tokenizer_has(m->tokenizer, id);
+        const unsigned char *text = known ? tokenizer_token(m->tokenizer, id, &n) : NULL;
+        printf("%d\t%.4f\t%.6f\t", id, (double)logits[id], exp(-mamba_nll(m, logits, id)));
+        if (utf8_check(text, n) == n) print_visible(text, n, true);
+        else // a part of a character
+            for (size_t i = 0; i < n; i++) printf("\\x%02x", text[i]);
+        printf("\n");
+    }
+}
+
 typedef struct {
-    FILE *raw;       // NULL: text
+    FILE *raw; // NULL: text
+    const Model *m;
+    int top;         // tokens a row that are shown instead of its numbers; 0: numbers
     int n;           // numbers of a row
     double *sum;     // of rows, for their mean; NULL: rows are written
     size_t rows, of; // seen, and how many there will be
@@ -211,6 +242,11 @@ static void write_row(void *context, const float *row) {
     w->rows++;
     for (int i = 0; w->sum && i < w->n; i++) w->sum[i] += (double)row[i];
     if (w->sum || (w->last_only && w->rows < w->of)) return;
+    if (w->top) {
+        if (w->rows > 1) printf("\n"); // of --all
+        print_top(w->m, row, w->top);
+        return;
+    }
     for (int i = 0; i < w->n; i++) {
         float value = row[i];
         fix_endian(&value, sizeof value, sizeof value);
@@ -239,6 +275,7 @@ typedef struct {
     float *rows; // (n,D), where there are no ids
     size_t n;
     bool all, hidden, mean;
+    long top;         // 0: all logits
     const char *path; // of the output; NULL: stdout
 } LogitsRun;
 
@@ -258,6 +295,8 @@ static int run_logits(Session *x, const LogitsRun *run) {
     NewFile file = {.f = NULL};
     if (run->path && new_file_open(&file, run->path, true)) return -1;
     RowWriter w = {.raw = file.f,
+                   .m = x->model,
+                   .top = (int)run->top,
                    .n = run->hidden ? x->model->config.D : x->model->config.V,
                    .of = run->n,
                    .last_only = run->hidden && !run->all && !run->mean};
@@ -305,9 +344,11 @@ static int command_logits(int argc, char **argv) {
         RAW_OPTION(&how.raw),
         NO_SPECIAL_OPTION(&how.no_special),
         OPTION_SWITCH("--all", &run.all, "after every token, not only the last"),
+        OPTION_INT("--top", "N", &run.top, 0, 1 << 26,
+                   "show the N likeliest tokens; 0: all logits"),
         OPTION_SWITCH("--hidden", &run.hidden,
                       "the states of the last norm instead of logits; on the processor"),
-        OPTION_TEXT("--pool", "P", &pool, "of --hidden: last, or mean, of all tokens"),
+        OPTION_TEXT("--pool", "mean|last", &pool, "with --hidden: one row, their mean or the last"),
         OPTION_TEXT(
             "--embeddings", "FILE", &embeddings,
             "little-endian float32 rows (L,D) in the place of a prompt's embeddings; on the "
@@ -323,16 +364,19 @@ static int command_logits(int argc, char **argv) {
     if (n_rest < 0) return -1;
     if (n_rest != (tokens || embeddings ? 1 : 2) || (tokens && embeddings))
         return fail("logits needs a model.bin and either a prompt, --tokens or --embeddings");
+    if (n_rest == 2 && check_model_first("logits ", rest[0], rest[1], true)) return -1;
     if (pool && strcmp(pool, "mean") && strcmp(pool, "last"))
         return fail("--pool needs mean or last, not '%s'", pool);
     if (pool && (!run.hidden || run.all))
         return fail("--pool goes with --hidden, and not with --all");
+    if (run.top && (run.hidden || run.path))
+        return fail("--top is a text about logits: it does not go with --hidden or -o");
     const bool from_prompt = !tokens && !embeddings;
     const FileUse use[] = {
         {INPUT, "the model", rest[0], NULL},
         {INPUT, "the standard input", from_prompt && !strcmp(rest[1], "-") ? "-" : NULL, NULL},
         {INPUT, "the rows of --embeddings", embeddings, NULL},
-        {OUTPUT_IN_PLACE, "-o", run.path, NULL},
+        {OUTPUT_PLAIN, "-o", run.path, NULL},
     };
     if (check_files(use, COUNT(use))) return -1;
     Session x;

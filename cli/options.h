@@ -76,10 +76,51 @@ static bool same_file(const char *a, const char *b) {
            same_name;
 }
 
-typedef enum { INPUT, OUTPUT, OUTPUT_IN_PLACE } FileKind; // in place: a device or pipe is allowed
+// What a file holds, by its first bytes. An empty one holds nothing.
+typedef enum {
+    NOTHING,
+    A_MODEL,
+    A_STATE,
+    A_CHECKPOINT,
+    A_LOG,
+    A_TOKENIZER,
+    SOMETHING,
+    UNREADABLE
+} Holds;
+static const char *const HOLDS_NAME[] = {
+    "nothing",        "a model",     "a state",       "a training checkpoint",
+    "a training log", "a tokenizer", "something else"};
+
+// UNREADABLE: errno says why.
+static Holds file_holds(const char *path) {
+    static const char *const magic[] = {MODEL_FORMAT.magic, STATE_FORMAT.magic,
+                                        CHECKPOINT_FORMAT.magic, "step,tok", "mtok"};
+    char h[8] = {0};
+    FileInfo info; // a pipe is not read: its bytes would be lost
+    if (file_info(path, &info) && !info.regular) return SOMETHING;
+    FILE *f = fopen(path, "rb");
+    if (!f) return errno == ENOENT ? NOTHING : UNREADABLE;
+    size_t n = fread(h, 1, sizeof h, f);
+    const int error = ferror(f) ? errno : 0;
+    fclose(f);
+    errno = error;
+    for (int i = 0; i < COUNT(magic); i++)
+        if (!memcmp(h, magic[i], i + A_MODEL == A_TOKENIZER ? 4 : sizeof h))
+            return (Holds)(A_MODEL + i);
+    return error ? UNREADABLE : n ? SOMETHING : NOTHING;
+}
+
+typedef enum {
+    INPUT,
+    OUTPUT,       // the command itself says what may be replaced
+    OUTPUT_MODEL, // replaces a model
+    OUTPUT_STATE, // replaces a state
+    OUTPUT_LOG,   // replaces a log of training; a device or pipe is allowed
+    OUTPUT_PLAIN, // has no header: replaces what has none of ours; a device or pipe is allowed
+} FileKind;
 typedef struct {
     FileKind kind;
-    const char *role;     // as an error names it: "the model", "-o"
+    const char *role;     // as an error names it: "the model", "-o"; "": by its path
     const char *path;     // NULL: not given
     const char *replaces; // an output: the role of the input that it may be
 } FileUse;
@@ -98,31 +139,57 @@ static int check_writable(const char *path, bool in_place) {
     return 0;
 }
 
+// The names of checkpoint and log are made from -o, so -o must change.
+static const char *other_name(const FileUse *out) {
+    return strncmp(out->role, "the ", 4) ? "" : " for -o";
+}
+
 // Output use[i] is neither an input nor an output before it. 0, or -1 after fail().
 static int check_output(const FileUse *use, int n, int i) {
     const FileUse *out = &use[i];
-    // The names of checkpoint and log are made from -o, so -o must change.
-    const char *what = strncmp(out->role, "the ", 4) ? "" : " for -o";
-    if (!*out->path) return fail("%s needs a file name, not an empty text", out->role);
+    const char *what = other_name(out);
+    const char *role = out->role, *space = *role ? " " : "";
+    if (!*out->path)
+        return fail("%s needs a file name, not an empty text", *role ? role : "the output");
     for (int j = 0; j < n; j++) {
         const FileUse *other = &use[j];
         bool allowed = out->replaces && !strcmp(out->replaces, other->role);
         if (!other->path || allowed || (other->kind != INPUT && j >= i)) continue;
         if (!same_file(out->path, other->path)) continue;
-        return fail("%s %s: that is %s%s; choose another name%s", out->role, out->path,
+        return fail("%s%s%s: that is %s%s; choose another name%s", role, space, out->path,
                     other->kind == INPUT ? "" : "also ", other->role, what);
     }
     return 0;
 }
 
-// Every output of a command can be written and is neither an input nor another output. Called
-// before the work begins. 0, or -1 after fail().
+// An output that exists is of the kind that replaces it. 0, or -1 after fail().
+static int check_replaced(const FileUse *out) {
+    if (out->kind == OUTPUT || !is_replaceable(out->path)) return 0;
+    const Holds old = file_holds(out->path);
+    const Holds wanted = out->kind == OUTPUT_MODEL   ? A_MODEL
+                         : out->kind == OUTPUT_STATE ? A_STATE
+                         : out->kind == OUTPUT_LOG   ? A_LOG
+                                                     : SOMETHING;
+    if (old == NOTHING || old == wanted) return 0;
+    if (old == UNREADABLE)
+        return fail("cannot write %s: what it holds cannot be read: %s", out->path,
+                    strerror(errno));
+    return fail("%s%s%s: that holds %s%s%s; choose another name%s, or remove it", out->role,
+                *out->role ? " " : "", out->path, HOLDS_NAME[old],
+                wanted == SOMETHING ? "" : ", not ", wanted == SOMETHING ? "" : HOLDS_NAME[wanted],
+                other_name(out));
+}
+
+// Every output of a command can be written, is neither an input nor another output, and replaces
+// nothing of another kind. Called before the work begins. 0, or -1 after fail().
 static int check_files(const FileUse *use, int n) {
     for (int i = 0; i < n; i++)
         if (use[i].kind != INPUT && use[i].path && check_output(use, n, i)) return -1;
     for (int i = 0; i < n; i++) {
-        bool in_place = use[i].kind == OUTPUT_IN_PLACE;
-        if (use[i].kind != INPUT && use[i].path && check_writable(use[i].path, in_place)) return -1;
+        bool in_place = use[i].kind >= OUTPUT_LOG;
+        if (use[i].kind != INPUT && use[i].path &&
+            (check_writable(use[i].path, in_place) || check_replaced(&use[i])))
+            return -1;
     }
     return 0;
 }
@@ -178,7 +245,7 @@ static int explain_folder(const char *path) {
     return fail("%s is a folder; a model is a file such as models/story.bin", path);
 }
 
-// Finds the name that is nearest to path in its folder. Whether there is one.
+// Finds the model or tokenizer whose name is nearest to path in its folder. Whether there is one.
 static bool find_near(char found[256], const char *path) {
     const char *slash = strrchr(path, '/'), *base = slash ? slash + 1 : path;
     const size_t start = (size_t)(base - path);
@@ -187,10 +254,14 @@ static bool find_near(char found[256], const char *path) {
     snprintf(found, 256, "%.*s", slash ? (int)start : 2, slash ? path : "./");
     Folder folder = folder_open(found);
     for (const char *name; (name = folder_next(folder)) != NULL;) {
+        char near[256];
         int n = edits(base, name);
         if (n >= best || name[0] == '.') continue;
+        snprintf(near, sizeof near, "%.*s%.40s", (int)start, path, name);
+        const Holds holds = file_holds(near);
+        if (holds != A_MODEL && holds != A_TOKENIZER) continue;
         best = n;
-        snprintf(found, 256, "%.*s%.40s", (int)start, path, name);
+        memcpy(found, near, sizeof near);
     }
     return best < 3;
 }
@@ -247,9 +318,9 @@ static int check_model_path(const char *path) {
                     "`python export.py FOLDER model.bin`",
                     path);
     if (!memcmp(h, "GGUF", 4))
-        return fail("%s is a GGUF file: `python export.py` makes a model.bin from the checkpoint "
-                    "that it was made of",
-                    path);
+        return fail("%s is a GGUF file: make a model.bin of it with `python export.py %s "
+                    "model.bin`",
+                    path, path);
     if (!memcmp(h, "mtok", 4)) return fail("%s is a tokenizer, not a model.bin", path);
     if (!memcmp(h, STATE_FORMAT.magic, sizeof STATE_FORMAT.magic))
         return fail("%s is a saved state, not a model.bin: give it after --load-state", path);
@@ -258,6 +329,27 @@ static int check_model_path(const char *path) {
                     "without .train",
                     path);
     return 0;
+}
+
+// Whether the first of two arguments can be the model and not the second. prompt: the second is a
+// text, not a file. 0, or -1 after fail().
+static int check_model_first(const char *command, const char *first, const char *second,
+                             bool prompt) {
+    const Holds holds = second && *first ? file_holds(first) : NOTHING;
+    if (!second || (holds != NOTHING && holds != SOMETHING) || file_holds(second) != A_MODEL)
+        return 0;
+    const char *quote = prompt ? "\"" : "";
+    return fail("the model comes first: mamba %s%s %s%s%s", command, second, quote, first, quote);
+}
+
+// Whether path can be a text to read. 0, or -1 after fail(), which says how to give a text itself.
+static int check_text_path(const char *command, const char *model, const char *path) {
+    FileInfo info;
+    if (!CAN_TELL_FILES || !strcmp(path, "-") || file_info(path, &info) || errno != ENOENT)
+        return 0;
+    return fail("%s: no such file; %s reads a file, or a text from stdin: echo \"...\" | mamba %s "
+                "%s -",
+                path, command, command, model);
 }
 
 static const char *volatile running_model; // its path, for on_lost_file()
@@ -398,6 +490,18 @@ static void open_standard_streams(void) {
 #endif
 }
 
+static bool quiet; // --quiet of eval and train: errors alone go to stderr
+#define QUIET_OPTION \
+    OPTION_SWITCH("--quiet", &quiet, "or -q: write errors alone to stderr, no progress")
+
+// printf to stderr, unless quiet.
+static void note(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    if (!quiet) vfprintf(stderr, format, args);
+    va_end(args);
+}
+
 // At the start of main. Signals that end the process remove its temporaries first, and the standard
 // streams carry bytes.
 static UNUSED void prepare_process(void) {
@@ -434,7 +538,7 @@ static struct {
     OPTION_SWITCH("--cpu", &backend.cpu, \
                   "run on the processor, also where the build has a GPU backend"), \
     OPTION_SWITCH("--float32", &backend.float32, \
-                  "on a GPU: float32 products also for bf16 weights and in training")
+                  "on a GPU: float32 products also for bf16 and f16 weights and in training")
 #define THREADS_OPTION(value) \
     OPTION_INT("-T", "N", value, 1, 1024, "threads; the result does not depend on it")
 // clang-format on

@@ -66,14 +66,15 @@ static int read_ids(const Model *m, const char *text, size_t bytes, int32_t **id
     return -1;
 }
 
-// The value of --tokens, "1,2,3". 0, or -1 after fail().
+// The value of --tokens, "1,2,3" or "1, 2, 3". 0, or -1 after fail().
 static int parse_ids(const Model *m, const char *text, int32_t **ids, size_t *n) {
     for (const char *p = text; *p || p == text; p++) {
-        size_t digits = strspn(p, "0123456789");
-        bool last = !p[digits];
-        if (digits == 0 || (!last && (p[digits] != ',' || !p[digits + 1])))
+        p += strspn(p, " ");
+        size_t digits = strspn(p, "0123456789"), n = digits + strspn(p + digits, " ");
+        bool last = !p[n];
+        if (digits == 0 || (!last && (p[n] != ',' || !p[n + 1])))
             return fail("--tokens needs ids between commas, such as 1,2,3, not '%s'", text);
-        p += digits;
+        p += n;
         if (last) break;
     }
     return read_ids(m, text, strlen(text), ids, n) ? fail_in("--tokens") : 0;

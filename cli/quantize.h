@@ -17,7 +17,7 @@ static int command_quantize(int argc, char **argv) {
     bool four_bits = !strcmp(rest[2], "q4");
     if (!four_bits && strcmp(rest[2], "q8"))
         return fail("quantize needs q8 or q4 at the end, not '%s'", rest[2]);
-    const FileUse use[] = {{INPUT, "the model", rest[0], NULL}, {OUTPUT, "out.bin", rest[1], NULL}};
+    const FileUse use[] = {{INPUT, "the model", rest[0], NULL}, {OUTPUT_MODEL, "", rest[1], NULL}};
     if (check_files(use, COUNT(use))) return -1;
     Model *m = load_model(rest[0]), *quantized = NULL;
     int result = m ? 0 : -1;

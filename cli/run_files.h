@@ -86,6 +86,31 @@ static bool holds_something(const char *path) {
     return some;
 }
 
+// The value of an option in a run's settings, or NULL.
+static const char *setting_of(const TrainRun *run, const char *name) {
+    for (size_t i = 0; i < run->settings_bytes; i += strlen(run->settings + i) + 1)
+        if (!strcmp(run->settings + i, name)) return run->settings + i + strlen(name) + 1;
+    return NULL; // a NUL follows the last one
+}
+
+// Why a new run may not take the name of this one, after `step` steps, and what to type. Returns
+// -1.
+static int explain_run(const TrainRun *run, uint64_t step, const char *out, const char *path) {
+    const char *steps = setting_of(run, "--steps"), *schedule = setting_of(run, "--schedule");
+    const char *grows = setting_of(run, "--grow-from"), *keep = "another -o keeps it, --force "
+                                                                "replaces it";
+    const unsigned long long done = step;
+    if (!steps || !schedule || strtoull(steps, NULL, 10) > step)
+        return fail("%s holds a run of %llu%s%s steps: --resume goes on with it, %s", path, done,
+                    steps ? " of " : "", steps ? steps : "", keep);
+    if (!strcmp(schedule, "cosine") || (grows && strcmp(grows, "0")))
+        return fail("%s holds a finished run of %llu steps: --from %s -o NEW trains its model on, "
+                    "%s",
+                    path, done, out, keep);
+    return fail("%s holds a finished run of %llu steps: --resume --steps MORE makes it longer, %s",
+                path, done, keep);
+}
+
 // A new run may write `out` and its checkpoint where they are not there yet, or where the run
 // starts `from` that model. 0, or -1 after fail().
 static int check_new_run(const char *out, const char *checkpoint, const char *from) {
@@ -96,12 +121,13 @@ static int check_new_run(const char *out, const char *checkpoint, const char *fr
             return fail("%s is in the way, and is no checkpoint: choose another -o, or --force "
                         "replaces it",
                         checkpoint);
+        int result = explain_run(&run, step, out, checkpoint);
         free((char *)(uintptr_t)run.settings);
-        return fail("%s holds a run of %llu steps: --resume goes on with it (--steps MORE if it "
-                    "is finished), another -o keeps it, --force replaces it",
-                    checkpoint, (unsigned long long)step);
+        return result;
     }
     if ((from && same_file(out, from)) || !holds_something(out)) return 0;
+    if (file_holds(out) != A_MODEL)
+        return fail("%s exists and is no model: another -o keeps it, --force replaces it", out);
     return fail("%s exists: --from %s -o NEW trains it on, another -o keeps it, --force replaces "
                 "it",
                 out, out);

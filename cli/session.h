@@ -12,14 +12,14 @@
 static const char SESSION_HELP[] =
     "A line is read as it stands, and the model goes on from there; an empty line lets it write "
     "more.\n"
-    "  /undo        take the last turn back (up to 32)\n"
+    "  /undo [N]    take the last turn back, or the last N (up to 32)\n"
     "  /reset       forget everything\n"
     "  /read FILE   the text of a file as the next turn\n"
-    "  /set NAME X  change a setting, such as /set t 0.7; /set alone shows them\n"
+    "  /set NAME X  change a setting, such as /set t 0.7; /set shows all, /set t one\n"
     "  /seed N      begin the random numbers again from N\n"
     "  /status      what was read, the settings\n"
     "  /save FILE   save the state      /load FILE   load one\n"
-    "  /help        this text           /quit        leave (so does end of input)\n"
+    "  /help        this text           /quit, /exit leave (so does end of input)\n"
     "Ctrl-J or Alt-Enter begins a new line in a turn; a paste is one turn. Ctrl-C stops the\n"
     "writing, not the session. A line that begins with // is text that begins with /.\n";
 // clang-format on
@@ -95,6 +95,17 @@ static int session_turn(Talk *talk, const char *text, size_t bytes) {
 
 // --- commands: 0, or -1 after fail()
 
+// text: how many turns; "": one.
+static int session_undo(Talk *talk, const char *text) {
+    UndoStack *undo = &talk->undo;
+    long n = 1;
+    const Option option = OPTION_INT("/undo", "N", &n, 1, UNDO_MAX, "");
+    if (*text && parse_value(&option, text)) return -1;
+    while (n-- > 1 && undo->n > 1) mamba_state_free(undo->before[--undo->n]);
+    undo_pop(undo, talk->x->model, talk->x->state);
+    return 0;
+}
+
 static int session_reset(Talk *talk) {
     if (undo_push(&talk->undo, talk->x->model, talk->x->state)) return -1;
     mamba_state_reset(talk->x->model, talk->x->state);
@@ -104,7 +115,8 @@ static int session_reset(Talk *talk) {
 
 static int session_save(const Talk *talk, const char *path) {
     const FileUse use[] = {{INPUT, "the model", talk->o.model_path, NULL},
-                           {OUTPUT, "/save", path, NULL}};
+                           {OUTPUT_STATE, "/save", path, NULL}};
+    if (!*path) return fail("/save needs a file name");
     if (check_files(use, COUNT(use))) return -1;
     if (mamba_state_save(talk->x->model, talk->x->state, path)) return -1;
     fprintf(stderr, "saved\n");
@@ -113,6 +125,7 @@ static int session_save(const Talk *talk, const char *path) {
 
 static int session_load(Talk *talk, const char *path) {
     Session *x = talk->x;
+    if (!*path) return fail("/load needs a file name");
     State *before = mamba_state_new(x->model); // becomes a turn to undo only if the load succeeds
     if (!before) return -1;
     mamba_state_copy(x->model, before, x->state);
@@ -151,9 +164,11 @@ static int session_set(GenerateOptions *o, const char *text) {
     for (int i = 0; i < COUNT(options); i++) {
         const char *name = options[i].name + strspn(options[i].name, "-");
         if (strlen(name) != length || strncmp(name, text, length)) continue;
-        if (!*value) return fail("/set %s needs a value: %s", name, options[i].argument);
-        if (parse_value(&options[i], value)) return -1;
-        print_settings(o);
+        if (*value && parse_value(&options[i], value)) return -1;
+        if (*value) print_settings(o);
+        else if (options[i].kind == OPT_INT)
+            fprintf(stderr, "%s %ld\n", name, *(long *)options[i].value);
+        else fprintf(stderr, "%s %g\n", name, *(double *)options[i].value);
         return 0;
     }
     return fail("/set knows n, t, p, k, min-p and repeat-penalty, not '%.*s'", (int)length, text);
@@ -179,8 +194,9 @@ static int session_status(Talk *talk) {
     const State *s = talk->x->state;
     fprintf(stderr, "model     %s, %zu parameters in %s\n", talk->o.model_path, m->n_params,
             type_name(m->config.type));
-    fprintf(stderr, "state     %llu tokens read, %zu bytes; %d turns can be undone\n",
-            (unsigned long long)s->position, mamba_state_bytes(m), talk->undo.n);
+    fprintf(stderr, "state     %llu tokens read, %zu bytes; %d turn%s can be undone\n",
+            (unsigned long long)s->position, mamba_state_bytes(m), talk->undo.n,
+            talk->undo.n == 1 ? "" : "s");
     print_settings(&talk->o);
     if (talk->o.save) fprintf(stderr, "at end    the state is saved to %s\n", talk->o.save);
     return session_seed(talk, "");
@@ -199,7 +215,7 @@ static bool session_command(Talk *talk, const char *line, int *result) {
     while (which < COUNT(names) &&
            (strlen(names[which]) != length || strncmp(line, names[which], length)))
         which++;
-    if (which == UNDO) undo_pop(&talk->undo, talk->x->model, talk->x->state);
+    if (which == UNDO) status = session_undo(talk, value);
     else if (which == RESET) status = session_reset(talk);
     else if (which == READ) status = session_read(talk, value, &ends);
     else if (which == SET) status = session_set(&talk->o, value);

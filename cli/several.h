@@ -5,7 +5,8 @@
 //
 // Depends on cli/generate.h (options, prompts, Report) and cli/output.h.
 
-enum { TEXTS_MAX = 1024 }; // texts that have begun and are not printed yet
+enum { TEXTS_MAX = 1024 };    // texts that have begun and are not printed yet
+enum { PROMPTS_AHEAD = 256 }; // prompts that a GPU reads at once, at the most
 
 typedef enum { GOES_ON, LENGTH, END_OF_TEXT, STOP_STRING, INTERRUPTED, N_ENDINGS } Ending;
 static const char *const ENDING_NAME[N_ENDINGS] = {
@@ -31,12 +32,14 @@ typedef struct {
     size_t n_prompts, samples, total; // total: of all texts
     State *start;                     // where every prompt begins: zeros or a loaded state
     uint64_t seed;
-    Sequence *sequence;         // (slots) the first `running` are being written
-    int running, slots, opened; // opened: sequences that are allocated
-    size_t begun, printed;      // texts
-    Text text[TEXTS_MAX];       // of text k at k % TEXTS_MAX
-    bool whole[TEXTS_MAX];      // it has ended
-    unsigned char *bytes;       // room for one token's text
+    State *ahead[PROMPTS_AHEAD]; // GPU: of the prompts that were read at once, see prompts_gpu.h
+    size_t first_ahead, n_ahead; // their numbers: first_ahead on
+    Sequence *sequence;          // (slots) the first `running` are being written
+    int running, slots, opened;  // opened: sequences that are allocated
+    size_t begun, printed;       // texts
+    Text text[TEXTS_MAX];        // of text k at k % TEXTS_MAX
+    bool whole[TEXTS_MAX];       // it has ended
+    unsigned char *bytes;        // room for one token's text
     size_t ended[N_ENDINGS];
 } Several;
 
@@ -99,29 +102,36 @@ static int several_prompts(Several *all, const char *text, char *file, size_t by
 
 // --- one text from its begin to its end
 
+// Reads a prompt into the session's state. 0, or -1 after fail().
+static int several_read(Several *all, const Prompt *p, Report *report) {
+    Report one = {0};
+    mamba_state_copy(all->x->model, all->x->state, all->start);
+    if (read_prompt(all->x, p->ids, p->n, all->o->quiet, &one)) return -1;
+    report->n_read += one.n_read;
+    report->read_seconds += one.read_seconds;
+    return 0;
+}
+
+#include "prompts_gpu.h"
+
 // Begins the next text in a free slot. The session's state holds what follows the prompt: it is
 // read for the prompt's first sample and copied for each. 0, or -1 after fail().
 static int several_begin(Several *all, Report *report) {
     const Model *m = all->x->model;
     const Prompt *p = &all->prompt[all->begun / all->samples];
     const size_t sample = all->begun % all->samples;
-    State *read = all->x->state;
+    const bool gpu = all->x->acts->gpu;
     if (sample == 0) {
-        Report one = {0};
-        mamba_state_copy(m, read, all->start);
-        if (read_prompt(all->x, p->ids, p->n, all->o->quiet, &one)) return -1;
-        report->n_read += one.n_read;
-        report->read_seconds += one.read_seconds;
+        if (gpu ? several_read_gpu(all, report) : several_read(all, p, report)) return -1;
         if (interrupted) return 0;
     }
     Sequence *q = &all->sequence[all->running++];
     Text *text = &all->text[all->begun % TEXTS_MAX];
     const uint64_t seed = sample_seed(all->seed, sample);
-    if (all->x->acts->gpu) {
-        if (mamba_place_begin(all->x->acts, all->running - 1, read, seed)) return -1;
-        q->state->pending = read->pending;
+    if (gpu) {
+        if (several_place_gpu(all, q, seed)) return -1;
     } else {
-        mamba_state_copy(m, q->state, read);
+        mamba_state_copy(m, q->state, all->x->state);
         q->state->random = seed;
     }
     q->number = all->begun++;
@@ -247,6 +257,7 @@ static void several_close(Several *all) {
         free(all->sequence[i].out.held.bytes);
     }
     free(all->sequence);
+    for (int i = 0; i < PROMPTS_AHEAD; i++) mamba_state_free(all->ahead[i]);
     for (int i = 0; i < TEXTS_MAX; i++) free(all->text[i].bytes);
     mamba_state_free(all->start);
     for (size_t i = 0; i < all->n_prompts; i++) free(all->prompt[i].ids);

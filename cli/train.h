@@ -246,10 +246,9 @@ static void log_step(TrainLog *log, const Training *t, const Step *step) {
 static void show_step(const Training *t, const Step *step) {
     const uint64_t now = t->trainer->step;
     const double left = (double)((uint64_t)t->o->steps - now) * tokens_a_step(t) / step->speed;
-    fprintf(stderr, "step %llu/%ld  loss %.4f", (unsigned long long)now, t->o->steps, step->loss);
-    if (!isnan(t->run.held_loss)) fprintf(stderr, "  held-out %.4f", t->run.held_loss);
-    fprintf(stderr, "  %.0f tokens/s  %.0f s left%s", step->speed, left,
-            step->evaluated ? "\n" : "   \r");
+    note("step %llu/%ld  loss %.4f", (unsigned long long)now, t->o->steps, step->loss);
+    if (step->evaluated && !isnan(t->run.held_loss)) note("  held-out %.4f", t->run.held_loss);
+    note("  %.0f tokens/s  %.0f s left%s", step->speed, left, step->evaluated ? "\n" : "   \r");
 }
 
 #ifdef MAMBA_NCCL
@@ -301,9 +300,8 @@ static int train_loop(Training *t) {
     log_close(&log);
     if (result == 0) result = save_all(t, seconds() - begun);
     if (result == 0 && is_stopped(t))
-        fprintf(stderr,
-                "\ninterrupted after step %llu and saved: `mamba train -o %s --resume` goes on\n",
-                (unsigned long long)x->step, o->out);
+        note("\ninterrupted after step %llu and saved: `mamba train -o %s --resume` goes on\n",
+             (unsigned long long)x->step, o->out);
     if (result == 0 && log.error)
         result = fail("%s: %s: the log is not complete; %s and %s are saved and whole", o->log,
                       strerror(log.error), o->out, t->checkpoint);
@@ -348,12 +346,10 @@ static int make_rows(Training *t) {
         if (add_rows_of(&t->rows, t->model, t->data, i ? t->file_end[i - 1] : 0, t->file_end[i],
                         (int)o->length, o->mask_until))
             return -1;
-    fprintf(stderr, "%zu documents, %zu rows of at most %ld tokens", t->rows.documents, t->rows.n,
-            o->length);
+    note("%zu documents, %zu rows of at most %ld tokens", t->rows.documents, t->rows.n, o->length);
     if (t->rows.without)
-        fprintf(stderr, "; --mask-until does not occur in %zu documents, which are left out",
-                t->rows.without);
-    fprintf(stderr, "\n");
+        note("; --mask-until does not occur in %zu documents, which are left out", t->rows.without);
+    note("\n");
     size_t from = t->rows.n;
     while (from > 0 && t->rows.row[from - 1].document >= learnt) from--;
     t->n_held_rows = t->rows.n - from;
@@ -391,8 +387,8 @@ static int read_data(Training *t) {
             "--length %ld: more --data, a smaller --batch or --length",
             t->n_data - t->n_held, o->batch, stretch_tokens(t), o->length);
     if (o->carry)
-        fprintf(stderr, "each of %ld sequences walks along %zu tokens in %llu steps\n", o->batch,
-                stretch_tokens(t), (unsigned long long)stretch_windows(t));
+        note("each of %ld sequences walks along %zu tokens in %llu steps\n", o->batch,
+             stretch_tokens(t), (unsigned long long)stretch_windows(t));
     return 0;
 }
 
@@ -489,9 +485,9 @@ static int check_train_files(const TrainOptions *o, const char *checkpoint) {
         {INPUT, "the model of --from", o->from, NULL},
         {INPUT, "the file of --tokenizer", strcmp(o->tokenizer, "bytes") ? o->tokenizer : NULL,
          NULL},
-        {OUTPUT, "-o", o->out, "the model of --from"},
+        {o->resume ? OUTPUT_MODEL : OUTPUT, "-o", o->out, "the model of --from"},
         {OUTPUT, "the checkpoint", checkpoint, NULL},
-        {OUTPUT_IN_PLACE, o->log_given ? "--log" : "the log", o->log, NULL},
+        {OUTPUT_LOG, o->log_given ? "--log" : "the log", o->log, NULL},
     };
     for (int i = 0; i < o->data.n; i++)
         use[6 + i] = (FileUse){INPUT, "the text of --data", o->data.item[i], NULL};
@@ -544,32 +540,35 @@ static int open_trainer(Training *t) {
     if (!chunk && !gpu && left > 0) chunk = mamba_trainer_chunk(t->model, B, L, left);
     if (!chunk && gpu) chunk = mamba_trainer_chunk_gpu(t->model, B, L, backend.float32);
     if (chunk && chunk < o->length)
-        fprintf(stderr,
-                "sequences of %d tokens in chunks of %d: exact gradients, one more pass "
-                "forward\n",
-                (int)o->length, chunk);
+        note("sequences of %d tokens in chunks of %d: exact gradients, one more pass "
+             "forward\n",
+             (int)o->length, chunk);
     if (!gpu)
-        fprintf(stderr,
-                "%zu parameters; memory: weights %.1f MB, gradients %.1f MB, optimizer %.1f MB, "
-                "activations of %d x %d tokens %.1f MB\n",
-                t->model->n_params, weights, weights, 2 * weights, B, L,
-                (double)mamba_trainer_bytes(t->model, B, L, chunk) / 1e6);
+        note("%zu parameters; memory: weights %.1f MB, gradients %.1f MB, optimizer %.1f MB, "
+             "activations of %d x %d tokens %.1f MB\n",
+             t->model->n_params, weights, weights, 2 * weights, B, L,
+             (double)mamba_trainer_bytes(t->model, B, L, chunk) / 1e6);
     t->trainer = gpu ? mamba_trainer_new_gpu(t->model, B, L, chunk, backend.float32)
                      : mamba_trainer_new(t->model, B, L, chunk, (int)o->threads);
     if (!t->trainer) return -1;
     double used = 0;
     char name[256];
     if (gpu && mamba_gpu_memory(name, &used) == 0)
-        fprintf(stderr, "%zu parameters; %s, %.2f GB in use, %s products\n", t->model->n_params,
-                name, used / 1e9, backend.float32 ? "float32" : "bf16");
+        note("%zu parameters; %s, %.2f GB in use, %s products\n", t->model->n_params, name,
+             used / 1e9, backend.float32 ? "float32" : "bf16");
     if (t->ranks.by)
-        fprintf(stderr, "%d ranks by %s, each with %d of the %d sequences of a pass\n",
-                t->ranks.size, t->ranks.by, B, B * t->ranks.size);
+        note("%d ranks by %s, each with %d of the %d sequences of a pass\n", t->ranks.size,
+             t->ranks.by, B, B * t->ranks.size);
     if (o->carry && mamba_trainer_carry(t->trainer, (int)o->accumulate)) return -1;
     t->ids = malloc((size_t)B * (size_t)L * sizeof *t->ids);
     t->targets = malloc((size_t)B * (size_t)L * sizeof *t->targets);
     t->other = malloc(2 * (size_t)B * (size_t)L * sizeof *t->other);
     return t->ids && t->targets && t->other ? 0 : fail("out of memory: a batch");
+}
+
+// Whether the last step of the run can be another one: nothing that came before depends on it.
+static bool can_go_on(const TrainOptions *o) {
+    return !o->grow_from && strcmp(o->schedule, "cosine");
 }
 
 // Goes on from the checkpoint, maybe to another last step than the run began with. 0, or -1 after
@@ -582,14 +581,15 @@ static int resume_run(Training *t) {
     if ((uint64_t)o->steps < step)
         return fail("%s has taken %llu steps: --steps %ld is less", t->checkpoint, done, o->steps);
     if ((uint64_t)o->steps == step)
-        fprintf(stderr, "the run is finished, after %llu steps; --steps MORE makes it longer\n",
-                done);
+        note("the run is finished, after %llu steps; %s%s%s\n", done,
+             can_go_on(o) ? "--steps MORE makes it longer" : "--from ", can_go_on(o) ? "" : o->out,
+             can_go_on(o) ? "" : " -o NEW trains its model on");
     if (o->steps == o->planned) return 0;
     TrainOptions before = *o;
     before.steps = o->planned;
     if (!strcmp(o->schedule, "wsd") && learning_rate(&before, step) < learning_rate(o, step + 1))
-        fprintf(stderr, "the learning rate, %.3g after step %llu, goes back up to %.3g\n",
-                learning_rate(&before, step), done, learning_rate(o, step + 1));
+        note("the learning rate, %.3g after step %llu, goes back up to %.3g\n",
+             learning_rate(&before, step), done, learning_rate(o, step + 1));
     describe_run(t, o->steps);
     return 0;
 }
@@ -630,16 +630,15 @@ static int train_stages(Training *t) {
     t->run.random = random_u64(&seed);
     t->run.held_loss = NAN;
     if (!t->task && !o->documents && o->held_out > 0 && t->n_held < (size_t)o->length + 1)
-        fprintf(stderr,
-                "%s: the held-out part has %zu tokens, a window %ld; a smaller --length or "
-                "--held-out-data FILE mends that\n",
-                t->n_held < 2 ? "no held-out losses" : "held-out losses of few tokens", t->n_held,
-                o->length);
+        note("%s: the held-out part has %zu tokens, a window %ld; a smaller --length or "
+             "--held-out-data FILE mends that\n",
+             t->n_held < 2 ? "no held-out losses" : "held-out losses of few tokens", t->n_held,
+             o->length);
     t->run.settings = o->settings.bytes;
     t->run.settings_bytes = o->settings.n;
     if (o->resume && resume_run(t)) return -1;
     if (train_loop(t)) return -1;
-    fprintf(stderr, "wrote %s and %s\n", o->out, t->checkpoint);
+    note("wrote %s, %s and %s\n", o->out, t->checkpoint, o->log);
     return 0;
 }
 
@@ -694,11 +693,12 @@ static const char TRAIN_USAGE[] =
     "\n"
     "Trains a model on text of your own, on one of the paper's synthetic tasks, or fine-tunes\n"
     "one. Writes out.bin, a model like any other (float32), out.bin.train, from which --resume\n"
-    "goes on bit for bit, and a CSV log. Ctrl-C saves and leaves.\n"
+    "goes on bit for bit, and the log out.bin.csv. While it runs, out.bin.lock keeps other runs\n"
+    "away. Ctrl-C saves and leaves.\n"
     "\n"
     "mamba train -o out.bin --resume                goes on: the settings are in out.bin.train\n"
-    "mamba train -o out.bin --resume --steps MORE   and further than planned, where the schedule\n"
-    "                                               is constant or wsd\n";
+    "mamba train -o out.bin --resume --steps MORE   to MORE steps in all, beyond those planned,\n"
+    "                                               where --schedule is constant or wsd\n";
 // clang-format on
 
 // Whether the run can have another last step than it began with. 0, or -1 after fail().
@@ -763,7 +763,7 @@ static int check_train_options(const TrainOptions *o) {
 
 // Options that are of one process, not of the run.
 static bool is_kept(const Option *o) {
-    static const char *const not_kept[] = {"-o", "--resume", "--force", "-T"};
+    static const char *const not_kept[] = {"-o", "--resume", "--force", "-T", "--quiet"};
     for (int i = 0; i < COUNT(not_kept); i++)
         if (!strcmp(o->name, not_kept[i])) return false;
     return true;
@@ -814,6 +814,17 @@ static char *name_beside(const char *path, const char *ending) {
     return name;
 }
 
+// Whether -o names a model, and with --resume one whose run there is. 0, or -1 after fail().
+static int check_run_name(const TrainOptions *o, const char *checkpoint) {
+    const size_t n = strlen(o->out), end = sizeof ".train" - 1;
+    if (n > end && !strcmp(o->out + n - end, ".train") && file_holds(o->out) == A_CHECKPOINT)
+        return fail("-o %s is the checkpoint; the model's name has no .train: -o %.*s%s", o->out,
+                    (int)(n - end), o->out, o->resume ? " --resume" : "");
+    if (o->resume && file_holds(checkpoint) == NOTHING)
+        return fail("there is no run to resume: %s does not exist, or is empty", checkpoint);
+    return 0;
+}
+
 static int command_train(int argc, char **argv) {
     TrainOptions o = {.tokenizer = "bytes",
                       .schedule = "cosine",
@@ -845,11 +856,13 @@ static int command_train(int argc, char **argv) {
                       "--data and --held-out-data are token ids, between spaces, commas or lines"),
         OPTION_TEXT("--tokenizer", "T", &o.tokenizer,
                     "bytes, a model.bin whose vocabulary to use, or a tokenizer file"),
-        OPTION_TEXT("--task", "T", &o.task_name, "induction or copying instead of data"),
+        OPTION_TEXT("--task", "induction|copying", &o.task_name,
+                    "one of the paper's tasks instead of data"),
         OPTION_TEXT("--from", "FILE", &o.from,
                     "start from this model (sizes and tokenizer are its own)"),
         OPTION_SWITCH("--resume", &o.resume,
-                      "go on from out.bin.train, whose settings hold unless given anew"),
+                      "go on from out.bin.train with its settings; of what shapes the run only "
+                      "--steps can be another"),
         OPTION_SWITCH("--force", &o.force, "replace another model or run of this name"),
         OPTION_INT("--d-model", "N", &o.d_model, 1, 16384, "width"),
         OPTION_INT("--layers", "N", &o.layers, 1, 1024, "blocks"),
@@ -857,7 +870,7 @@ static int command_train(int argc, char **argv) {
         OPTION_INT("--d-conv", "N", &o.d_conv, 1, 64, "taps of the convolution"),
         OPTION_INT("--expand", "N", &o.expand, 1, 16,
                    "channels of the SSM, in multiples of the width"),
-        OPTION_INT("--steps", "N", &o.steps, 1, 1e9, "optimizer steps"),
+        OPTION_INT("--steps", "N", &o.steps, 1, 1e9, "optimizer steps in all"),
         OPTION_INT("--batch", "N", &o.batch, 1, 65536, "sequences a step"),
         OPTION_INT("--accumulate", "N", &o.accumulate, 1, 65536,
                    "passes that a step is divided into, for less memory"),
@@ -873,9 +886,8 @@ static int command_train(int argc, char **argv) {
                    "them on the way; 0: off"),
         OPTION_REAL("--lr", "X", &o.rate, 0, 10, "peak learning rate"),
         OPTION_REAL("--min-lr", "X", &o.min_rate, 0, 10, "learning rate at the end"),
-        OPTION_TEXT("--schedule", "S", &o.schedule,
-                    "after the warm-up: cosine, constant, or wsd, constant and in the last fifth "
-                    "a line down"),
+        OPTION_TEXT("--schedule", "cosine|constant|wsd", &o.schedule,
+                    "after the warm-up; wsd: constant and in the last fifth a line down"),
         OPTION_INT("--warmup", "N", &o.warmup, 0, 1e9, "steps of linear warm-up"),
         OPTION_REAL("--decay", "X", &o.decay, 0, 10, "weight decay of matrices"),
         OPTION_REAL("--clip", "X", &o.clip, 0, 1e9, "largest norm of the gradient; 0: off"),
@@ -893,6 +905,7 @@ static int command_train(int argc, char **argv) {
         OPTION_INT("--save-every", "N", &o.save_every, 1, 1e9, "steps between checkpoints"),
         OPTION_TEXT("--log", "FILE", &o.log, "CSV log; by default out.bin.csv"),
         OPTION_INT("-s", "SEED", &o.seed, 0, 9e15, "fixes everything"),
+        QUIET_OPTION,
         BACKEND_OPTIONS,
         THREADS_OPTION(&o.threads),
     };
@@ -907,6 +920,7 @@ static int command_train(int argc, char **argv) {
     char *log = o.out ? name_beside(o.out, ".csv") : NULL;
     int result = !o.out ? fail("train needs -o FILE, the model to write") : -!(checkpoint && log);
     o.planned = o.steps;
+    if (result == 0) result = check_run_name(&o, checkpoint);
     if (result == 0 && o.resume) {
         const TextList data = o.data;
         uint64_t step;

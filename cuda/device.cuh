@@ -54,6 +54,16 @@ struct Device { // what every kernel launch needs
     std::vector<Product> *products;
 };
 
+// Blocks or rows that fill this GPU, where so many fill an H100 of 132 multiprocessors, on which
+// the numbers were found.
+static size_t as_on_h100(const Device *d, size_t n) { return n * (size_t)d->processors / 132; }
+
+// How many blocks of so much shared memory a multiprocessor holds: it has 1 kB more than a block
+// may take, and keeps 1 kB for itself for each block.
+static int blocks_that_fit(const Device *d, size_t shared) {
+    return std::max(1, (int)(((size_t)d->shared_limit + 1024) / (shared + 1024)));
+}
+
 // A kernel whose blocks waited too long for each other: of the scans [0], of the one-kernel steps
 // [1]; 0: none. wait_limit: milliseconds. See exchange.cuh.
 enum { STUCK_SCAN, STUCK_STEP };
@@ -160,6 +170,7 @@ enum { CUBLAS_WORKSPACE = 32 << 20 };
 // Tests pretend a smaller GPU: the choices that follow from its size are made for that one. 0: the
 // true number.
 static int pretended_processors, pretended_shared;
+static bool pretended_portable; // only portable steps
 static int pretended(int is, int pretend) { return pretend && pretend < is ? pretend : is; }
 
 __global__ void probe_kernel() {}
@@ -228,11 +239,13 @@ static void device_close(Device *d) {
 
 __device__ inline float value(float x) { return x; }
 __device__ inline float value(bf16 x) { return __bfloat162float(x); }
+__device__ inline float value(f16 x) { return __half2float(x); }
 __device__ inline float value(uint16_t half_bits) {
     return __half2float(__ushort_as_half(half_bits));
 }
 __device__ inline void put(float *p, float x) { *p = x; }
 __device__ inline void put(bf16 *p, float x) { *p = __float2bfloat16_rn(x); }
+__device__ inline void put(f16 *p, float x) { *p = __float2half_rn(x); }
 
 __device__ inline float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }
 __device__ inline float sigmoid(float x) { return __fdividef(1, 1 + __expf(-x)); }
@@ -334,6 +347,24 @@ __device__ inline uint32_t pack(float low, float high) {
 __device__ inline float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
+// The same of two numbers of type T.
+template <class T> __device__ inline uint32_t pack_of(float low, float high) {
+    if constexpr (std::is_same<T, bf16>::value) {
+        return pack(low, high);
+    } else {
+        __half2 both = __floats2half2_rn(low, high);
+        return *(uint32_t *)&both;
+    }
+}
+template <class T> __device__ inline float low_of(uint32_t pair) {
+    if constexpr (std::is_same<T, bf16>::value) return low_half(pair);
+    else return __low2float(*(__half2 *)&pair);
+}
+template <class T> __device__ inline float high_of(uint32_t pair) {
+    if constexpr (std::is_same<T, bf16>::value) return high_half(pair);
+    else return __high2float(*(__half2 *)&pair);
+}
+
 __device__ inline uint32_t shared_address(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
@@ -348,3 +379,29 @@ __device__ inline void tensor_product(float c[4], uint32_t a0, uint32_t a1, uint
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+template <class T>
+__device__ inline void tensor_product_of(float c[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                         uint32_t a3, uint32_t b0, uint32_t b1) {
+    if constexpr (std::is_same<T, bf16>::value) tensor_product(c, a0, a1, a2, a3, b0, b1);
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+            "{%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// c = a b^T of bytes with a sign, (16,32) times (8,32)
+__device__ inline void integer_product(int c[4], uint4 a, uint2 b) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%10,%10,%10,%10};"
+        : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "r"(0));
+}
+
+// Of a tile of Q8 or Q4 on the device (quantized.cuh): the place of word (g,r), and which bits of
+// it differ from code + 2^(bits - 1).
+__device__ inline int tile_word(int bits, int g, int r) {
+    if (bits == 4) return (r / 4 * 4 + g) * 4 + r % 4;
+    return (r / 2 % 2 * 32 + r / 4 * 4 + g / 2) * 4 + g % 2 * 2 + r % 2;
+}
+__device__ inline uint32_t tile_signs(int bits) { return bits == 4 ? 0x88888888u : 0x80808080u; }

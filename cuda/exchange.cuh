@@ -131,6 +131,9 @@ __device__ inline void barrier_init(uint64_t *barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
                  : "memory");
 }
+__device__ inline void barriers_begin() { // after barrier_init(), for the others to see
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ inline void barrier_arrive(uint64_t *barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -167,6 +170,14 @@ __device__ inline void barrier_watch(uint64_t *barrier, int phase) {
         if (wait.over(STUCK_STEP, 4)) __trap();
     }
 }
+
+// All threads of a cluster.
+__device__ inline void cluster_meets() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// wait_for_input() without the start of the next kernel.
+__device__ inline void step_before_ended() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // All warps of a block but the one that feeds the ring.
 template <int THREADS> __device__ inline void sync_workers() {

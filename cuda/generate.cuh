@@ -35,7 +35,7 @@ template <class T> static void read_tokens(Gpu *g) {
     if (n->solo) {
         solo_step(g, n->solo);
     } else if (!n->wide && thin_fits(g, n->S)) {
-        thin_step(g, n->S);
+        if constexpr (sizeof(T) == 2) thin_step<T>(g, n->S);
     } else {
         if (n->wide) wide_step(g, n->wide);
         else network<T>(g, NULL, n->S, 1);
@@ -73,9 +73,12 @@ static int generation_open(Gpu *g) {
     Device *d = &g->device;
     const int S = g->at->S;
     const size_t s = (size_t)S, V = (size_t)c->V, P = (size_t)(c->R + 2 * c->N);
-    if (S > THIN_MAX || g->unpacking.bits == 8) {
-        // In 8 bits a text is 5 to 10% faster from the copy, by solo_kernel: worth it only where
-        // memory is plenty.
+    // In 8 bits the portable step is 5 to 10% slower than the one-kernel steps of bf16, from a
+    // copy: worth it only where memory is plenty. One sequence has a kernel that needs no copy.
+    Solo plan;
+    const bool copies =
+        g->unpacking.bits == 8 && !g->portable_only && (S > 1 || !solo_packed_fits(g, &plan));
+    if (S > THIN_MAX || copies) {
         const int spare = S > THIN_MAX ? 1 : 4;
         if (g->bf16_compute) unpack_for_batches<bf16>(g, spare);
         else unpack_for_batches<float>(g, spare);
@@ -106,7 +109,9 @@ static int generation_open(Gpu *g) {
     clear(d, n->sequences, s * sizeof(Sequence), "sequences");
     a->how = n->how, a->sequences = n->sequences, a->logits = g->at->logits;
     a->allowed = n->allowed, a->res = g->res, a->S = S, a->V = c->V, a->D = c->D;
-    n->solo = S == 1 && !g->portable_only ? solo_new(g) : NULL;
+    n->solo = S > 1 || g->portable_only ? NULL
+              : g->unpacking.bits       ? solo_packed_new(g)
+                                        : solo_new(g);
     n->wide = S > 1 && !g->portable_only ? wide_new(g, S) : NULL;
     g->at->generation = n;
     if (!n->solo && !n->wide) return 0;
@@ -118,6 +123,7 @@ static int generation_open(Gpu *g) {
 }
 
 // The graph of a step with this kind of draw. 0, or -1 with a sentence.
+enum { CAPTURE_TRIES = 16 };
 static int generation_capture(Gpu *g, Draw draw) {
     Device *d = &g->device;
     Generation *n = g->at->generation;
@@ -126,11 +132,19 @@ static int generation_capture(Gpu *g, Draw draw) {
     n->graph = NULL, n->draw.draw = draw, n->captured = draw;
     if (finish(d)) return -1;
     cudaGraph_t graph = NULL;
-    cudaError_t error = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
-    if (error == cudaSuccess) {
+    cudaError_t error = cudaSuccess;
+    // A capture can end early by what another thread does, such as loading kernels or freeing
+    // memory. It is queued again then.
+    for (int tries = 0; tries < CAPTURE_TRIES; tries++) {
+        graph = NULL, d->failed = NULL, d->error = cudaSuccess;
+        error = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
+        if (error != cudaSuccess) break;
         if (g->bf16_compute) queue_step<bf16>(g);
+        else if (g->f16_compute) queue_step<f16>(g);
         else queue_step<float>(g);
         error = cudaStreamEndCapture(d->stream, &graph);
+        if (error != cudaErrorStreamCaptureInvalidated) break;
+        cudaGetLastError();
     }
     if (error == cudaSuccess) error = cudaGraphInstantiate(&n->graph, graph, 0);
     if (graph) cudaGraphDestroy(graph);
@@ -189,15 +203,18 @@ static int gpu_places(Gpu *g, int S, int keep) {
     return result;
 }
 
-// A text begins at a place: with the numbers of the one sequence, and this sampler. recent: the
-// last n_recent tokens as a ring, by position modulo RECENT. 0, or -1 with a sentence.
-static int gpu_place_begin(Gpu *g, int place, uint64_t random, uint64_t position,
+// A text begins at a place: with the numbers of a prompt that gpu_read_prompts() read, or, -1, of
+// the one sequence, and this sampler. recent: the last n_recent tokens as a ring, by position
+// modulo RECENT. 0, or -1 with a sentence.
+static int gpu_place_begin(Gpu *g, int place, int prompt, uint64_t random, uint64_t position,
                            const int32_t *recent, int n_recent) {
     Device *d = &g->device;
     device_use(d);
     if (place < 0 || !place_of(g, place) || !g->many.generation) return -1;
+    if (prompt >= g->texts.prompts.S)
+        return gpu_fail("prompt %d of %d", prompt, g->texts.prompts.S);
     const Sequence q = sequence_of(random, position, recent, n_recent);
-    place_copy(g, &g->many, place, &g->one, 0);
+    place_copy(g, &g->many, place, prompt < 0 ? &g->one : &g->texts.prompts, std::max(prompt, 0));
     copy(d, g->many.generation->sequences + place, &q, sizeof q, "sequences");
     return finish(d);
 }
@@ -287,7 +304,9 @@ static std::mutex one_kernel_lock;
 static int run_burst(Gpu *g, int32_t *ids, int steps, uint32_t *in_vain) {
     Generation *n = g->at->generation;
     Device *d = &g->device;
-    d->running = n->solo ? "solo_kernel" : n->wide ? "wide_kernel" : "a step";
+    d->running = n->solo   ? n->solo->args.tiles_head ? "solo_packed_kernel" : "solo_kernel"
+                 : n->wide ? "wide_kernel"
+                           : "a step";
     check_cuda(d,
                cudaMemset2DAsync(&n->sequences->step, sizeof(Sequence), 0,
                                  sizeof n->sequences->step, (size_t)n->S, d->stream),
@@ -344,6 +363,28 @@ static int gpu_places_generate(Gpu *g, int32_t *ids, int steps) {
     return gpu_generate(g, ids, steps);
 }
 
+// Queues the portable step of the tokens in g->ids at the S places.
+static void step_places(Gpu *g, int S) {
+    Device *d = &g->device;
+    g->at = &g->many;
+    Generation *n = g->at->generation;
+    // Without a copy of the state a stuck kernel could not be replaced: the portable step it is.
+    Solo *solo = n->solo;
+    Wide *wide = n->wide;
+    n->solo = NULL, n->wide = NULL;
+    if (g->bf16_compute) {
+        embed(d, g->res, g->ids, embedding_of<bf16>(g), S);
+        read_tokens<bf16>(g);
+    } else if (g->f16_compute) {
+        embed(d, g->res, g->ids, embedding_of<f16>(g), S);
+        read_tokens<f16>(g);
+    } else {
+        embed(d, g->res, g->ids, embedding_of<float>(g), S);
+        read_tokens<float>(g);
+    }
+    n->solo = solo, n->wide = wide;
+}
+
 // Reads one token, ids (S), at each of the places; their logits follow. 0, or -1 with a sentence.
 static int gpu_step(Gpu *g, const int32_t *ids, int S) {
     Device *d = &g->device;
@@ -352,20 +393,8 @@ static int gpu_step(Gpu *g, const int32_t *ids, int S) {
     if (check_tokens(ids, (size_t)S, g->config.V)) return -1;
     g->at = &g->many;
     if (!g->at->generation && generation_open(g)) return -1;
-    Generation *n = g->at->generation;
-    // Without a copy of the state a stuck kernel could not be replaced: the portable step it is.
-    Solo *solo = n->solo;
-    Wide *wide = n->wide;
-    n->solo = NULL, n->wide = NULL;
     copy(d, g->ids, ids, (size_t)S * sizeof *ids, "ids");
-    if (g->bf16_compute) {
-        embed(d, g->res, g->ids, embedding_of<bf16>(g), S);
-        read_tokens<bf16>(g);
-    } else {
-        embed(d, g->res, g->ids, embedding_of<float>(g), S);
-        read_tokens<float>(g);
-    }
-    n->solo = solo, n->wide = wide;
+    step_places(g, S);
     return finish(d);
 }
 
@@ -385,15 +414,16 @@ __global__ void busy_kernel(volatile int *leave) {
 }
 
 // A pretended property, from the next open on: "processors", "shared" (bytes of a block) and
-// "memory" (free, MB), 0: the true ones. "patience": milliseconds that a wait lasts. "busy":
-// another program that holds so many multiprocessors from now on; 0: no longer. 0, or -1 with a
-// sentence.
+// "memory" (free, MB), 0: the true ones; "portable": 1: no one-kernel steps. "patience":
+// milliseconds that a wait lasts. "busy": another program that holds so many multiprocessors from
+// now on; 0: no longer. 0, or -1 with a sentence.
 static int gpu_pretend(const char *what, int value) {
     static cudaStream_t stream;
     static int *leave;
     cudaError_t error = cudaSuccess;
     if (!strcmp(what, "processors")) pretended_processors = value;
     else if (!strcmp(what, "shared")) pretended_shared = value;
+    else if (!strcmp(what, "portable")) pretended_portable = value != 0;
     else if (!strcmp(what, "memory")) pretended_memory = (size_t)value << 20;
     else if (!strcmp(what, "patience")) {
         const uint32_t limit = value ? (uint32_t)value : 20000;

@@ -31,7 +31,8 @@ template <class T> struct EmbeddingOf {
             (const unsigned char *)rows +
             ((size_t)(v / TILE) * across + i / TILE) * (2 * TILE + bits * TILE * TILE / 8);
         const uint32_t word =
-            ((const uint32_t *)(tile + 2 * TILE))[i % TILE / codes * TILE + r] ^ 0x80000000u;
+            ((const uint32_t *)(tile + 2 * TILE))[tile_word(bits, i % TILE / codes, r)] ^
+            tile_signs(bits);
         const int code = (int)(word >> (bits * (i % codes)) & ((1u << bits) - 1));
         return (float)(code - (1 << (bits - 1))) *
                __uint_as_float((uint32_t)((const uint16_t *)tile)[r] << 16);
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(256)
     for (int i = first + step * PER; i < cols; i += step)
         store(i, *(const Read *)(x + i), weight ? *(const Weights *)(weight + i) : none);
 }
-enum { NORM_FEW = 2048 }; // rows: a warp a row would leave multiprocessors idle
+enum { NORM_FEW = 2048 }; // rows, on an H100: a warp a row would leave multiprocessors idle
 
 // The kernel of this shape. Rows that are not whole groups of 4, which no published model has, are
 // read twice by a warp each. Only the residual stream (In: float) has rows so long that a block
@@ -168,7 +169,7 @@ static void norm_rows(Device *d, Rows<T> out, Rows<InRow> in, const void *weight
     bool fours = (out.ld | in.ld | (size_t)cols) % 4 == 0 &&
                  (uintptr_t)in.p % (4 * sizeof(In)) == 0 && (uintptr_t)weight % 16 == 0 &&
                  (uintptr_t)out.p % (4 * sizeof(T)) == 0;
-    bool block = fours && sizeof(In) == 4 && rows <= NORM_FEW && cols > 256;
+    bool block = fours && sizeof(In) == 4 && (size_t)rows <= as_on_h100(d, NORM_FEW) && cols > 256;
     launch_dependent(d, norm_choice<T, In>(fours, block, cols, bias != NULL),
                      blocks_for((size_t)rows, block ? 1 : 8), 256, 0, out.p, out.ld, in.p, in.ld,
                      weight, bias, eps, rows, cols);
@@ -414,7 +415,8 @@ static void sum_rows(Device *d, float *out, const T *x, size_t ld, int rows, int
 // d_out_i. A warp takes some of the rows. A lane keeps its numbers of a row and its share of d_w in
 // PER registers (PER = 0: in memory). With ADD the result is added to d_x, the gradient of the
 // residual stream. copy, if not NULL, gets d_x in T, which the layer before starts from.
-enum { NORM_BLOCKS = 264, NORM_WARPS = 8 };
+enum { NORM_WARPS = 8 };
+static unsigned norm_blocks(const Device *d) { return 2 * (unsigned)d->processors; }
 
 template <class T, class In, class Out, bool ADD, int PER, bool CENTRED = false>
 __global__ void __launch_bounds__(32 * NORM_WARPS)

@@ -82,10 +82,21 @@ static Gpu *gpu_open(const Model *m, int float32) {
     const Config *c = &m->config;
     g->at = &g->one;
     g->config = *c;
+    g->portable_only = pretended_portable || getenv("MAMBA_PORTABLE");
     g->bf16_compute = (c->type == BF16 || c->type == Q8 || c->type == Q4) && !float32;
-    if (device_open(&g->device) == 0 &&
-        (g->bf16_compute ? open_model<bf16>(g, m) : open_model<float>(g, m)) == 0)
-        return g;
+    g->f16_compute = c->type == F16 && !float32;
+    if (device_open(&g->device) == 0) {
+        // Parts of a sum must not be added in float16.
+        if (g->f16_compute)
+            check_blas(
+                &g->device,
+                cublasSetMathMode(g->device.blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION),
+                "cuBLAS");
+        if ((g->bf16_compute  ? open_model<bf16>(g, m)
+             : g->f16_compute ? open_model<f16>(g, m)
+                              : open_model<float>(g, m)) == 0)
+            return g;
+    }
     gpu_close(g);
     return NULL;
 }

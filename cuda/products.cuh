@@ -1,10 +1,10 @@
 // products.cuh - matrix products by cuBLAS. Included by mamba_cuda.cu.
 //
 // Our matrices are row-major. cuBLAS, which is column-major, sees them transposed, so the outputs
-// come first. float: plain float32 multiply-adds. bf16: tensor cores, summed in float32.
+// come first. float: plain float32 multiply-adds. bf16, f16: tensor cores, summed in float32.
 
 template <class T> static cudaDataType_t blas_type() {
-    return sizeof(T) == 4 ? CUDA_R_32F : CUDA_R_16BF;
+    return sizeof(T) == 4 ? CUDA_R_32F : std::is_same<T, bf16>::value ? CUDA_R_16BF : CUDA_R_16F;
 }
 
 enum { LONG_ROWS = 8192 };  // rows from which on the algorithm is chosen
@@ -56,7 +56,7 @@ static Product *product_of(Device *d, const ProductShape &s, cudaDataType_t in,
                !cublasLtMatmulAlgoGetHeuristic((cublasLtHandle_t)d->blas, p->product, p->a, p->b,
                                                p->c, p->c, limits, 8, found, &count) &&
                count > 0 && found[0].state == CUBLAS_STATUS_SUCCESS;
-    bool wide = s.n >= LONG_ROWS && p->in == CUDA_R_16BF && !flip_b && s.m >= 512 && s.k >= 512 &&
+    bool wide = s.n >= LONG_ROWS && p->in != CUDA_R_32F && !flip_b && s.m >= 512 && s.k >= 512 &&
                 s.k <= 2 * s.m && (size_t)s.m * s.k <= 1 << 22;
     for (auto wanted : {CUBLASLT_MATMUL_TILE_128x160, CUBLASLT_MATMUL_TILE_128x128})
         for (int i = count - 1; i >= 0 && wide; i--) {

@@ -4,6 +4,10 @@
 //
 // A matrix (rows,cols) is cut into tiles of 32 x 32, mamba.c's TILE. A tile has 32 bf16 scales, one
 // a row, then words: word (g,r) has the codes of row r, columns 8g.. (4 bits) or 4g.. (8 bits).
+// On the device all codes are in two's complement, and the words of a tile have another order than
+// in the file: lane 4 m + j of a warp finds the codes of rows 4 m..4 m + 3, columns 8 j..8 j + 7,
+// in 16 bytes beside those of its neighbours, or in 8 bits in two times 16, two rows each. So a
+// warp reads a tile from shared memory without conflicts.
 //   - A few tokens multiply with the codes: they are unpacked in registers into bf16, which is
 //   exact,
 //     on their way to the tensor cores, and each tile's sums are multiplied by the scales.
@@ -11,7 +15,7 @@
 
 // A word's codes as numbers: 8 or 4.
 template <int BITS> __device__ inline void codes_of(uint32_t word, float *to) {
-    word ^= 0x80000000u;
+    word ^= tile_signs(BITS);
 #pragma unroll
     for (int i = 0; i < 32 / BITS; i++)
         to[i] = (float)((int)(word >> (BITS * i) & ((1u << BITS) - 1)) - (1 << (BITS - 1)));
@@ -34,7 +38,7 @@ __global__ void __launch_bounds__(BITS * 32)
         const unsigned char *tile = tiles + ((size_t)blockIdx.y * across + at) * BYTES;
         const float scale = __uint_as_float((uint32_t)((const uint16_t *)tile)[r] << 16);
         float code[CODES];
-        codes_of<BITS>(((const uint32_t *)(tile + 2 * TILE))[group * TILE + r], code);
+        codes_of<BITS>(((const uint32_t *)(tile + 2 * TILE))[tile_word(BITS, group, r)], code);
         T *to = out + (size_t)row * cols + col;
         if (cols % CODES == 0 && col < cols) {
             Group<T, CODES> g;
@@ -51,6 +55,26 @@ static void unpack(Device *d, T *out, const void *tiles, int bits, int rows, int
     auto kernel = bits == 8 ? unpack_kernel<T, 8> : unpack_kernel<T, 4>;
     kernel<<<grid, bits * 32, 0, d->stream>>>(out, (const unsigned char *)tiles, rows, cols);
     check_launch(d, "unpack");
+}
+
+// Tiles from the file's form to the device's, in place. A thread a word.
+template <int BITS>
+__global__ void __launch_bounds__(BITS * 32) arrange_kernel(unsigned char *tiles, size_t count) {
+    constexpr int BYTES = 2 * TILE + BITS * TILE * TILE / 8;
+    const int g = threadIdx.x / TILE, r = threadIdx.x % TILE, place = tile_word(BITS, g, r);
+    for (size_t i = blockIdx.x; i < count; i += gridDim.x) {
+        uint32_t *words = (uint32_t *)(tiles + i * BYTES + 2 * TILE);
+        const uint32_t word = words[threadIdx.x] ^ (tile_signs(BITS) & 0x7fffffffu);
+        __syncthreads();
+        words[place] = word;
+    }
+}
+static void arrange(Device *d, void *tiles, int bits, int rows, int cols) {
+    const size_t count = (size_t)((rows + TILE - 1) / TILE) * ((cols + TILE - 1) / TILE);
+    auto kernel = bits == 8 ? arrange_kernel<8> : arrange_kernel<4>;
+    kernel<<<(unsigned)std::min(count, (size_t)8192), bits * 32, 0, d->stream>>>(
+        (unsigned char *)tiles, count);
+    check_launch(d, "weights");
 }
 
 // Where matrices are unpacked. bits 0: there is nothing to unpack.

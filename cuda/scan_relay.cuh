@@ -31,6 +31,15 @@ template <> struct Pack<bf16, 2> {
     }
 };
 
+template <> struct Pack<f16, 2> {
+    uint32_t v;
+    __device__ __forceinline__ void zero() { v = 0; }
+    __device__ __forceinline__ float get(int c) const {
+        return c ? high_of<f16>(v) : low_of<f16>(v);
+    }
+    __device__ __forceinline__ void set(const float *x) { v = pack_of<f16>(x[0], x[1]); }
+};
+
 // STATES: of a quarter. UNROLL: of the loop over quarters.
 template <typename T, int STATES, int C, int UNROLL, int MIN_BLOCKS>
 __global__ void __launch_bounds__(128, MIN_BLOCKS) scan_relay(ScanArgs<T> p) {

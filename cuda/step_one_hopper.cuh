@@ -33,7 +33,8 @@ enum { SOLO_FLYING = 49152 }; // bytes on their way to a block. More do not come
 enum { SOLO_BARRIERS = 2 * RING_SLOTS + 4 };
 
 struct SoloLayer {
-    const bf16 *W_in, *W_dt; // (2E,D), (E,R)
+    const bf16 *W_in, *W_dt;                             // (2E,D), (E,R)
+    const unsigned char *tiles_in, *tiles_x, *tiles_out; // of step_one_packed.cuh
 };
 struct SoloArgs {
     const SoloLayer *layers; // (n_layer)
@@ -55,7 +56,11 @@ struct SoloArgs {
     int P; // R + 2 N, rounded up to a multiple of 16
     int V;
     float eps;
-    float mixer_eps; // of FalconMamba's norms, or 0
+    float mixer_eps;                 // of FalconMamba's norms, or 0
+    int unit;                        // channels of a block are a multiple of it
+    int pair;                        // outputs are handled by pairs i, i + pair of each 2 pair
+    const unsigned char *tiles_head; // of step_one_packed.cuh, and the bytes of its small place
+    int small_bytes;
 };
 
 // Offsets in the vectors of a block and a layer: A and h (channels,N), conv and window
@@ -569,8 +574,9 @@ static void transpose(Device *d, bf16 *to, int pitch, const bf16 *from, int rows
 // A layer's vectors as blocks read them; norm: the next layer's.
 __global__ void solo_vectors_kernel(SoloArgs p, LayerWeights w, int layer, const float *norm) {
     const SoloVectors at(p.channels, p.N, p.K, p.D);
-    const int E = p.E, N = p.N, K = p.K, first = solo_first(blockIdx.x, gridDim.x, E),
-              n = solo_first(blockIdx.x + 1, gridDim.x, E) - first,
+    const int E = p.E, N = p.N, K = p.K,
+              first = solo_first(blockIdx.x, gridDim.x, E / p.unit) * p.unit,
+              n = solo_first(blockIdx.x + 1, gridDim.x, E / p.unit) * p.unit - first,
               pairs = p.D / (2 * CLUSTER_BLOCKS);
     float *to = p.vectors + ((size_t)layer * gridDim.x + blockIdx.x) * at.floats;
     const float *conv_bias = (const float *)w.conv_bias;
@@ -582,9 +588,10 @@ __global__ void solo_vectors_kernel(SoloArgs p, LayerWeights w, int layer, const
         to[at.D_skip + c] = ((const float *)w.D_skip)[e];
     }
     for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
-        int q = blockIdx.x % CLUSTER_BLOCKS * pairs + i, column = q / 8 * 16 + q % 8;
+        int q = blockIdx.x % CLUSTER_BLOCKS * pairs + i,
+            column = q / p.pair * 2 * p.pair + q % p.pair;
         to[at.norm + 2 * i] = norm[column];
-        to[at.norm + 2 * i + 1] = norm[column + 8];
+        to[at.norm + 2 * i + 1] = norm[column + p.pair];
     }
 }
 
@@ -594,7 +601,9 @@ __global__ void solo_state_kernel(SoloArgs p, float *h, float *window, bool back
     const int E = p.E, N = p.N, K = p.K, e = blockIdx.x * blockDim.x + threadIdx.x,
               layer = blockIdx.y, blocks = p.clusters * CLUSTER_BLOCKS;
     if (e >= E || (back && stuck[STUCK_STEP])) return; // the state before the steps is kept
-    int block = (int)(((int64_t)(e + 1) * blocks - 1) / E), c = e - solo_first(block, blocks, E);
+    const int units = E / p.unit;
+    int block = (int)(((int64_t)(e / p.unit + 1) * blocks - 1) / units),
+        c = e - solo_first(block, blocks, units) * p.unit;
     float *of_block = p.vectors + ((size_t)layer * blocks + block) * at.floats;
     for (int i = 0; i < N + K - 1; i++) {
         float *here = i < N ? h + ((size_t)layer * N + i) * E + e
@@ -647,7 +656,7 @@ static Solo *solo_new(Gpu *g) {
     Solo q = {};
     SoloArgs *p = &q.args;
     p->D = D, p->E = E, p->N = N, p->K = K, p->R = R, p->P = P, p->V = c->V,
-    p->n_layer = c->n_layer, p->eps = c->norm_eps;
+    p->n_layer = c->n_layer, p->eps = c->norm_eps, p->unit = 1, p->pair = 8;
     p->mixer_eps = c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0;
     for (int clusters = CLUSTERS_MAX;; clusters--) { // as many as run at once
         p->channels =
@@ -704,7 +713,7 @@ static Solo *solo_new(Gpu *g) {
     std::vector<SoloLayer> host(L);
     for (size_t layer = 0; layer < L; layer++) {
         const LayerWeights *w = &g->w.layer[layer];
-        host[layer] = {(const bf16 *)w->in_proj, (const bf16 *)w->dt_proj};
+        host[layer] = {(const bf16 *)w->in_proj, (const bf16 *)w->dt_proj, NULL, NULL, NULL};
         transpose(d, W_x + layer * E * (P + SOLO_PAD), P + SOLO_PAD, (const bf16 *)w->x_proj,
                   R + 2 * N, E);
         transpose(d, W_out + layer * E * (D + SOLO_PAD), D + SOLO_PAD, (const bf16 *)w->out_proj, D,

@@ -15,7 +15,7 @@ template <int BITS> struct Codes { // of one row
 };
 template <int BITS> __device__ inline uint4 operand_weights(Codes<BITS> c) {
     if constexpr (BITS == 4) { // code + 128 is bf16 0x4300 + code, exact
-        const uint32_t w = c.word[0] ^ 0x80000000u;
+        const uint32_t w = c.word[0] ^ tile_signs(4);
         uint32_t out[4];
         const __nv_bfloat162 zero =
             __halves2bfloat162(__float2bfloat16_rn(136.f), __float2bfloat16_rn(136.f));
@@ -31,7 +31,7 @@ template <int BITS> __device__ inline uint4 operand_weights(Codes<BITS> c) {
 #pragma unroll
         for (int i = 0; i < 8; i++)
             x[i] = __uint_as_float(
-                       __byte_perm(c.word[i / 4] ^ 0x80000000u, 0x4b000000u, 0x7440 + i % 4)) -
+                       __byte_perm(c.word[i / 4] ^ tile_signs(8), 0x4b000000u, 0x7440 + i % 4)) -
                    8388736.f;
         return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
     }
@@ -63,29 +63,33 @@ __global__ void __launch_bounds__(32 * THIN_WARPS)
               part = blockIdx.y * THIN_WARPS + warp, end = steps * (part + 1) / parts;
     int step = steps * part / parts;
     // Where the lane reads in a tile: words of row `row` on, scales of its columns of the product.
-    const int row = NT == 4 ? 4 * s : o0 % TILE + s, column = NT == 4 ? 8 * j : o0 % TILE + 2 * j;
+    const int row = NT == 4 ? 4 * s : o0 % TILE + s, column = NT == 4 ? 8 * j : o0 % TILE + 2 * j,
+              place = tile_word(BITS, WORDS * j, row);
     const unsigned char *tiles = W + ((size_t)(o0 / TILE) * steps + step) * BYTES; // from `step` on
     float c[NT][4] = {}, square[2] = {};
     Codes<BITS> w[AHEAD][NT];
     uint32_t scale[AHEAD][NT];
     auto load_tile = [&](int i, int ahead) { // tile step + ahead to place i
         const unsigned char *tile = tiles + ahead * BYTES;
-        const uint32_t *words = (const uint32_t *)(tile + 2 * TILE) + row;
+        const uint32_t *words = (const uint32_t *)(tile + 2 * TILE) + place;
         const bool inside = step + ahead < end;
         if constexpr (NT == 4) {
 #pragma unroll
             for (int k = 0; k < WORDS; k++) {
-                uint4 v = inside ? __ldcs((const uint4 *)(words + (WORDS * j + k) * TILE))
-                                 : make_uint4(0, 0, 0, 0);
-                w[i][0].word[k] = v.x, w[i][1].word[k] = v.y, w[i][2].word[k] = v.z,
-                w[i][3].word[k] = v.w;
+                uint4 v =
+                    inside ? __ldcs((const uint4 *)(words + 128 * k)) : make_uint4(0, 0, 0, 0);
+                if constexpr (BITS == 4)
+                    w[i][0].word[0] = v.x, w[i][1].word[0] = v.y, w[i][2].word[0] = v.z,
+                    w[i][3].word[0] = v.w;
+                else // two words of two rows
+                    w[i][2 * k].word[0] = v.x, w[i][2 * k + 1].word[0] = v.y,
+                             w[i][2 * k].word[1] = v.z, w[i][2 * k + 1].word[1] = v.w;
             }
             uint4 v = inside ? *(const uint4 *)(tile + 2 * column) : make_uint4(0, 0, 0, 0);
             scale[i][0] = v.x, scale[i][1] = v.y, scale[i][2] = v.z, scale[i][3] = v.w;
         } else {
 #pragma unroll
-            for (int k = 0; k < WORDS; k++)
-                w[i][0].word[k] = inside ? __ldcs(words + (WORDS * j + k) * TILE) : 0;
+            for (int k = 0; k < WORDS; k++) w[i][0].word[k] = inside ? __ldcs(words + 2 * k) : 0;
             scale[i][0] = inside ? *(const uint32_t *)(tile + 2 * column) : 0;
         }
     };

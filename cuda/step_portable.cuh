@@ -1,5 +1,5 @@
-// step_portable.cuh - one token in bf16 on any GPU. Included by mamba_cuda.cu.
-//   1 dt_proj, FalconMamba's norms and the step of the scan in one kernel
+// step_portable.cuh - one token in bf16 or f16 on any GPU. Included by mamba_cuda.cu.
+//   1 bf16: dt_proj, FalconMamba's norms and the step of the scan in one kernel
 //   2 up to 16 sequences: four kernels a layer
 // More sequences take block(), whose products are cuBLAS's.
 
@@ -118,8 +118,8 @@ static size_t dt_step_shared(int R, int N) {
 // Where it fits, and where channels are so few that launches cost more than bytes. It gains 5% of a
 // step of 130M with 64 sequences and 2% of 370M; 2.8B gained nothing, 256 sequences lost up to 10%.
 static bool dt_step_pays(const Device *d, int S, int E, int N, int R) {
-    return (size_t)S * E < 1 << 18 && E % 8 == 0 && R % 8 == 0 && (R + 2 * N) % 8 == 0 &&
-           N <= DT_STEP_STATES &&
+    return (size_t)S * E < as_on_h100(d, 1 << 18) && E % 8 == 0 && R % 8 == 0 &&
+           (R + 2 * N) % 8 == 0 && N <= DT_STEP_STATES &&
            dt_step_shared(R, N) < std::min((size_t)100000, (size_t)d->shared_limit);
 }
 static void dt_step(Device *d, const DtStepArgs &p) {
@@ -134,7 +134,7 @@ static void dt_step(Device *d, const DtStepArgs &p) {
 // they start while the kernel ahead still runs, and load their first weights before they wait for
 // it.
 //   1 in_proj    of the residual stream. The norm's weight is applied to the inputs, its factor to
-//                the sums
+//                the sums (f16: the norm is a kernel of its own)
 //   2 x_proj     of silu(conv(x)), computed as it is read; sums of n_parts parts of the channels
 //   3 dt_proj, the step of the scan, the gate. Moves the window on, which kernel 2 has read
 //   4 out_proj   added to the residual stream
@@ -145,15 +145,15 @@ static void dt_step(Device *d, const DtStepArgs &p) {
 
 enum { THIN_MAX = 16, THIN_WARPS = 8, K_SPLIT_MAX = 16 };
 
-struct PlainSource { // rows of bf16
-    const bf16 *x;
+template <class T> struct PlainSourceOf { // rows of T
+    const T *x;
     static constexpr bool norm = false;
     __device__ uint4 eight(int s, int k, int I, float *) const {
         return *(const uint4 *)(x + (size_t)s * I + k);
     }
 };
 // Rows of the residual stream times the norm's weight. Their squares are summed for its factor.
-struct NormSource {
+template <class T> struct NormSourceOf {
     const float *res, *weight;
     float eps;
     static constexpr bool norm = true;
@@ -163,19 +163,19 @@ struct NormSource {
         float4 a = x[0], b = x[1], c = w[0], d = w[1];
         *squares += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w + b.x * b.x + b.y * b.y +
                     b.z * b.z + b.w * b.w;
-        return make_uint4(pack(a.x * c.x, a.y * c.y), pack(a.z * c.z, a.w * c.w),
-                          pack(b.x * d.x, b.y * d.y), pack(b.z * d.z, b.w * d.w));
+        return make_uint4(pack_of<T>(a.x * c.x, a.y * c.y), pack_of<T>(a.z * c.z, a.w * c.w),
+                          pack_of<T>(b.x * d.x, b.y * d.y), pack_of<T>(b.z * d.z, b.w * d.w));
     }
 };
-struct ConvSource { // u = silu(conv(x)) of the x half of xz and the window
-    const bf16 *xz;
+template <class T> struct ConvSourceOf { // u = silu(conv(x)) of the x half of xz and the window
+    const T *xz;
     const float *window, *conv_t, *bias;
     int K;
     static constexpr bool norm = false;
     __device__ uint4 eight(int s, int k, int E, float *) const {
         uint4 x = *(const uint4 *)(xz + (size_t)s * 2 * E + k);
-        Group<float, 4> v[2] = {{low_half(x.x), high_half(x.x), low_half(x.y), high_half(x.y)},
-                                {low_half(x.z), high_half(x.z), low_half(x.w), high_half(x.w)}};
+        Group<float, 4> v[2] = {{low_of<T>(x.x), high_of<T>(x.x), low_of<T>(x.y), high_of<T>(x.y)},
+                                {low_of<T>(x.z), high_of<T>(x.z), low_of<T>(x.w), high_of<T>(x.w)}};
         typedef const Group<float, 4> *Four;
         Group<float, 4> sum[2] = {};
         float out[8];
@@ -196,17 +196,21 @@ struct ConvSource { // u = silu(conv(x)) of the x half of xz and the window
         }
 #pragma unroll
         for (int i = 0; i < 8; i++) out[i] = silu(sum[i / 4].v[i % 4]);
-        return make_uint4(pack(out[0], out[1]), pack(out[2], out[3]), pack(out[4], out[5]),
-                          pack(out[6], out[7]));
+        return make_uint4(pack_of<T>(out[0], out[1]), pack_of<T>(out[2], out[3]),
+                          pack_of<T>(out[4], out[5]), pack_of<T>(out[6], out[7]));
     }
 };
 
-struct StoreSink { // out (S,O) = sums, in bf16
-    bf16 *out;
+template <class T> struct StoreSinkOf { // out (S,O) = sums, as T
+    T *out;
     __device__ void take(int s, int o, int, int O, float x) const {
-        out[(size_t)s * O + o] = __float2bfloat16_rn(x);
+        put(out + (size_t)s * O + o, x);
     }
 };
+typedef PlainSourceOf<bf16> PlainSource;
+typedef NormSourceOf<bf16> NormSource;
+typedef ConvSourceOf<bf16> ConvSource;
+typedef StoreSinkOf<bf16> StoreSink;
 struct AddSink { // out (S,O) += sums
     float *out;
     __device__ void take(int s, int o, int, int O, float x) const { out[(size_t)s * O + o] += x; }
@@ -222,9 +226,9 @@ struct PartSink { // out (parts,S,O) = sums
     }
 };
 
-template <int NT, int AHEAD, class Source, class Sink>
+template <class T, int NT, int AHEAD, class Source, class Sink>
 __global__ void __launch_bounds__(32 * THIN_WARPS)
-    thin_kernel(Source source, Sink sink, const bf16 *__restrict__ W, int S, int O, int I) {
+    thin_kernel(Source source, Sink sink, const T *__restrict__ W, int S, int O, int I) {
     constexpr int COLS = 8 * NT, PITCH = COLS + 1;
     extern __shared__ float sums[]; // (THIN_WARPS, 16, PITCH), then the squares (THIN_WARPS, 16)
     float *squares = sums + THIN_WARPS * 16 * PITCH;
@@ -257,8 +261,8 @@ __global__ void __launch_bounds__(32 * THIN_WARPS)
                                           : make_uint4(0, 0, 0, 0);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
-                tensor_product(c[n], a.x, b.x, a.y, b.y, w[i][n].x, w[i][n].y);
-                tensor_product(c[n], a.z, b.z, a.w, b.w, w[i][n].z, w[i][n].w);
+                tensor_product_of<T>(c[n], a.x, b.x, a.y, b.y, w[i][n].x, w[i][n].y);
+                tensor_product_of<T>(c[n], a.z, b.z, a.w, b.w, w[i][n].z, w[i][n].w);
             }
         }
         step += AHEAD, k += 32 * AHEAD;
@@ -296,23 +300,24 @@ __global__ void __launch_bounds__(32 * THIN_WARPS)
 // Kernel 3. A thread is a channel, a block 128 channels of one sequence. It adds up the parts of
 // xdb, applies FalconMamba's norms, then delta = softplus(W_dt dt_low + bias), the step of the
 // recurrence and the gate.
-struct ThinScanArgs {
-    bf16 *g;                               // (S,E)
+template <class T> struct ThinScanArgs {
+    T *g;                                  // (S,E)
     float *h, *window;                     // (S,N,E), (S,K-1,E)
     const float *parts;                    // (n_parts,S,P): sums of parts of x_proj
-    const bf16 *xz, *W_dt;                 // (S,2E), (E,R)
+    const T *xz, *W_dt;                    // (S,2E), (E,R)
     const float *conv_t, *conv_bias;       // (K,E), (E) or NULL
     const float *dt_bias, *A_neg, *D_skip; // (E), (N,E), (E)
     int n_parts, E, N, K, R;
     float norm_eps; // of FalconMamba's norms, or 0
 };
 // Loaded before the input is there: NS states, RV groups of 8 weights of dt_proj.
-template <int NS, int RV> __global__ void __launch_bounds__(128) thin_scan_kernel(ThinScanArgs p) {
+template <class T, int NS, int RV>
+__global__ void __launch_bounds__(128) thin_scan_kernel(ThinScanArgs<T> p) {
     const int E = p.E, N = p.N, K = p.K, R = p.R, n_parts = p.n_parts;
     const float norm_eps = p.norm_eps;
-    bf16 *__restrict__ g = p.g;
+    T *__restrict__ g = p.g;
     float *__restrict__ h = p.h, *__restrict__ window = p.window;
-    const bf16 *__restrict__ xz = p.xz, *__restrict__ W_dt = p.W_dt;
+    const T *__restrict__ xz = p.xz, *__restrict__ W_dt = p.W_dt;
     const float *__restrict__ parts = p.parts, *__restrict__ conv_t = p.conv_t,
                               *__restrict__ conv_bias = p.conv_bias,
                               *__restrict__ dt_bias = p.dt_bias, *__restrict__ A_neg = p.A_neg,
@@ -325,7 +330,7 @@ template <int NS, int RV> __global__ void __launch_bounds__(128) thin_scan_kerne
 #pragma unroll
     for (int n = 0; n < NS; n++) A[n] = n < N ? A_neg[(size_t)n * E + at] : 0;
     uint4 weights[RV];
-    const bf16 *row = W_dt + at * R;
+    const T *row = W_dt + at * R;
 #pragma unroll
     for (int i = 0; i < RV; i++)
         weights[i] = R % 8 == 0 && 8 * i < R ? ((const uint4 *)row)[i] : make_uint4(0, 0, 0, 0);
@@ -362,11 +367,11 @@ template <int NS, int RV> __global__ void __launch_bounds__(128) thin_scan_kerne
         if (K <= 4 && k < K - 1) inputs[(size_t)k * E] = k + 2 < K ? past[k < 2 ? k + 1 : 2] : x;
     for (int k = 0; k < K - 1 && K > 4; k++)
         inputs[(size_t)k * E] = k + 2 < K ? inputs[(size_t)(k + 1) * E] : x;
-    float u = value(__float2bfloat16_rn(silu(conv + last_tap * x)));
+    float u = value(to<T>(silu(conv + last_tap * x)));
     auto eight = [&](uint4 w, const float *in) {
-        return low_half(w.x) * in[0] + high_half(w.x) * in[1] + low_half(w.y) * in[2] +
-               high_half(w.y) * in[3] + low_half(w.z) * in[4] + high_half(w.z) * in[5] +
-               low_half(w.w) * in[6] + high_half(w.w) * in[7];
+        return low_of<T>(w.x) * in[0] + high_of<T>(w.x) * in[1] + low_of<T>(w.y) * in[2] +
+               high_of<T>(w.y) * in[3] + low_of<T>(w.z) * in[4] + high_of<T>(w.z) * in[5] +
+               low_of<T>(w.w) * in[6] + high_of<T>(w.w) * in[7];
     };
     int ready = R % 8 == 0 ? min(R, 8 * RV) : 0;
     float dt = dt_start;
@@ -395,20 +400,21 @@ template <int NS, int RV> __global__ void __launch_bounds__(128) thin_scan_kerne
 
 // Few outputs a block, so that every multiprocessor has blocks. A warp loads as many groups of
 // weights ahead as it has.
-template <int NT, int AHEAD, class Source, class Sink>
-static void thin_launch(Device *d, Source source, Sink sink, const bf16 *W, int S, int O, int I,
+template <int NT, int AHEAD, class T, class Source, class Sink>
+static void thin_launch(Device *d, Source source, Sink sink, const T *W, int S, int O, int I,
                         int parts) {
     size_t shared = (size_t)THIN_WARPS * 16 * (8 * NT + 2) * sizeof(float);
-    launch_dependent(d, thin_kernel<NT, AHEAD, Source, Sink>,
+    launch_dependent(d, thin_kernel<T, NT, AHEAD, Source, Sink>,
                      dim3(blocks_for((size_t)O, 8 * NT), (unsigned)parts),
                      32 * (unsigned)THIN_WARPS, shared, source, sink, W, S, O, I);
 }
-template <class Source, class Sink>
-static void thin_product(Device *d, Source source, Sink sink, const bf16 *W, int S, int O, int I,
+template <class T, class Source, class Sink>
+static void thin_product(Device *d, Source source, Sink sink, const T *W, int S, int O, int I,
                          int parts) {
     int steps = (I + 31) / 32 / (THIN_WARPS * parts); // of a warp
-    if (O >= 16384) thin_launch<4, 3>(d, source, sink, W, S, O, I, parts);
-    else if (O >= 8192) thin_launch<2, 5>(d, source, sink, W, S, O, I, parts);
+    const size_t rows = (size_t)O;
+    if (rows >= as_on_h100(d, 16384)) thin_launch<4, 3>(d, source, sink, W, S, O, I, parts);
+    else if (rows >= as_on_h100(d, 8192)) thin_launch<2, 5>(d, source, sink, W, S, O, I, parts);
     else if (steps <= 1) thin_launch<1, 1>(d, source, sink, W, S, O, I, parts);
     else if (steps <= 3) thin_launch<1, 3>(d, source, sink, W, S, O, I, parts);
     else if (steps <= 4) thin_launch<1, 4>(d, source, sink, W, S, O, I, parts);
@@ -418,64 +424,74 @@ static void thin_product(Device *d, Source source, Sink sink, const bf16 *W, int
 
 #include "step_packed.cuh"
 
-// W: bf16, or in tiles of `bits` bits.
-template <class Source, class Sink>
+// W: of type T, or with bf16 sources in tiles of `bits` bits.
+template <class T = bf16, class Source, class Sink>
 static void thin_or_packed(Device *d, int bits, Source source, Sink sink, const void *W, int S,
                            int O, int I, int parts) {
-    if (bits == 8) packed_bits<8>(d, source, sink, W, S, O, I, parts);
-    else if (bits == 4) packed_bits<4>(d, source, sink, W, S, O, I, parts);
-    else thin_product(d, source, sink, (const bf16 *)W, S, O, I, parts);
+    if constexpr (std::is_same<T, bf16>::value) {
+        if (bits == 8) return packed_bits<8>(d, source, sink, W, S, O, I, parts);
+        if (bits == 4) return packed_bits<4>(d, source, sink, W, S, O, I, parts);
+    }
+    thin_product(d, source, sink, (const T *)W, S, O, I, parts);
 }
 
 // Whether these kernels fit: 16-byte loads need rows of whole groups of 8 weights, and the norm
 // must be a factor of the sums.
 static bool thin_fits(const Gpu *g, int S) {
     const Config *c = &g->config;
-    return g->bf16_compute && S <= THIN_MAX && c->D % 8 == 0 && c->E % 8 == 0 &&
+    return (g->bf16_compute || g->f16_compute) && S <= THIN_MAX && c->D % 8 == 0 && c->E % 8 == 0 &&
            !(c->flags & (FLAG_PROJ_BIAS | FLAG_LAYER_NORM)) &&
            (c->R + 2 * c->N) * sizeof(float) < 48000;
 }
 
 // network() and the head for one token of each of S sequences; res has their embeddings.
-static void thin_step(Gpu *g, int S) {
+template <class T> static void thin_step(Gpu *g, int S) {
     Device *d = &g->device;
     const Config *c = &g->config;
-    BlockActs<bf16> a = acts_of<bf16>(g);
+    BlockActs<T> a = acts_of<T>(g);
     int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N;
     int parts = std::max(1, std::min((int)K_SPLIT_MAX, (E / 32 + THIN_WARPS - 1) / THIN_WARPS));
     float *sums = x_proj_parts(g); // (K_SPLIT_MAX,S,P)
     float eps = c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0;
     const int bits = g->unpacking.bits;
     dim3 scan_grid(blocks_for((size_t)E, 128), (unsigned)S);
+    // The product of W (O,D) and the norm of the residual stream.
+    auto normed = [&](const void *weight, auto sink, const void *W, int O) {
+        if constexpr (std::is_same<T, bf16>::value) {
+            NormSource source{g->res, (const float *)weight, c->norm_eps};
+            thin_or_packed<T>(d, bits, source, sink, W, S, O, D, 1);
+        } else { // float16 may not reach to numbers before their norm
+            norm_rows(d, Rows(a.xn, D), Rows(g->res, D), weight, NULL, c->norm_eps, S, D);
+            thin_or_packed<T>(d, bits, PlainSourceOf<T>{a.xn}, sink, W, S, O, D, 1);
+        }
+    };
     for (int layer = 0; layer < c->n_layer; layer++) {
         const LayerWeights *w = &g->w.layer[(size_t)layer];
         const float *conv_bias = (const float *)w->conv_bias;
         float *window = window_of(g, layer), *h = h_of(g, layer);
-        thin_or_packed(d, bits, NormSource{g->res, (const float *)w->norm, c->norm_eps},
-                       StoreSink{a.xz}, w->in_proj, S, 2 * E, D, 1);
-        thin_or_packed(d, bits, ConvSource{a.xz, window, w->conv_t, conv_bias, K}, PartSink{sums},
-                       w->x_proj, S, P, E, parts);
-        ThinScanArgs scan = {a.g,
-                             h,
-                             window,
-                             sums,
-                             a.xz,
-                             (const bf16 *)w->dt_proj,
-                             w->conv_t,
-                             conv_bias,
-                             (const float *)w->dt_bias,
-                             w->A_neg,
-                             (const float *)w->D_skip,
-                             parts,
-                             E,
-                             N,
-                             K,
-                             R,
-                             eps};
-        launch_dependent(d, R <= 64 ? thin_scan_kernel<16, 8> : thin_scan_kernel<16, 20>, scan_grid,
-                         128, (size_t)P * sizeof(float), scan);
-        thin_or_packed(d, bits, PlainSource{a.g}, AddSink{g->res}, w->out_proj, S, D, E, 1);
+        normed(w->norm, StoreSinkOf<T>{a.xz}, w->in_proj, 2 * E);
+        thin_or_packed<T>(d, bits, ConvSourceOf<T>{a.xz, window, w->conv_t, conv_bias, K},
+                          PartSink{sums}, w->x_proj, S, P, E, parts);
+        ThinScanArgs<T> scan = {a.g,
+                                h,
+                                window,
+                                sums,
+                                a.xz,
+                                (const T *)w->dt_proj,
+                                w->conv_t,
+                                conv_bias,
+                                (const float *)w->dt_bias,
+                                w->A_neg,
+                                (const float *)w->D_skip,
+                                parts,
+                                E,
+                                N,
+                                K,
+                                R,
+                                eps};
+        launch_dependent(d, R <= 64 ? thin_scan_kernel<T, 16, 8> : thin_scan_kernel<T, 16, 20>,
+                         scan_grid, 128, (size_t)P * sizeof(float), scan);
+        thin_or_packed<T>(d, bits, PlainSourceOf<T>{a.g}, AddSink{g->res}, w->out_proj, S, D, E, 1);
     }
-    thin_or_packed(d, bits, NormSource{g->res, (const float *)g->w.norm_f, c->norm_eps},
-                   LogitSink{g->at->logits}, g->w.head, S, c->V, D, 1);
+    normed(g->w.norm_f, LogitSink{g->at->logits}, g->w.head, c->V);
 }

@@ -170,8 +170,8 @@ template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
            partial = conv_tiles * (size_t)(c->K + 1) * E;
     partial += sum_rows_floats(conv_tiles, (size_t)(c->K + 1) * E);
     partial = std::max(partial, sum_rows_floats(M, std::max(2 * E, D)));
-    partial = std::max(partial, (size_t)NORM_BLOCKS * NORM_WARPS * D +
-                                    sum_rows_floats(NORM_BLOCKS * NORM_WARPS, D));
+    const size_t norm_rows = (size_t)norm_blocks(&x->device) * NORM_WARPS;
+    partial = std::max(partial, norm_rows * D + sum_rows_floats(norm_rows, D));
     size_t pieces = M / EMBED_PIECE + std::min(M, V) + 1;
     partial = std::max(partial, pieces * D);
     x->loss_rows = (int)std::max(
@@ -387,7 +387,7 @@ template <class T, class In, class Out> struct NormBack {
 };
 template <bool ADD, class T, class In, class Out>
 static void norm_rows_backward(Device *d, const NormBack<T, In, Out> &p) {
-    unsigned blocks = std::min((unsigned)NORM_BLOCKS, blocks_for((size_t)p.rows, NORM_WARPS));
+    unsigned blocks = std::min(norm_blocks(d), blocks_for((size_t)p.rows, NORM_WARPS));
     size_t parts = (size_t)blocks * NORM_WARPS;
     auto kernel = p.d_bias         ? norm_backward_kernel<T, In, Out, ADD, 0, true>
                   : p.cols <= 256  ? norm_backward_kernel<T, In, Out, ADD, 8>

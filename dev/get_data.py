@@ -10,7 +10,7 @@
 A download that was cut goes on where it stopped when the command is run again. What arrives is compared with a
 checksum where we have one; a file that differs is not kept under its name.
 
-TESTED says what could be tried when this was written, on a machine without access to most addresses. An address that
+TRIED says what could be tried when this was written, on a machine without access to most addresses. An address that
 could not be tried is one that other programs use or that its index names; none is guessed.
 """
 import argparse
@@ -37,7 +37,7 @@ SOURCES = {
             "address": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
             "bytes": 1115394,
             "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-            "tested": "the address is that of nanoGPT; not tried. The checksum is that of our file",
+            "tried": "no; the address is that of nanoGPT. The checksum is that of our file",
         }],
     },
     "genomes": {
@@ -48,13 +48,13 @@ SOURCES = {
             "address": "http://deb.debian.org/debian/pool/main/r/ragout/ragout-examples_2.3-4_all.deb",
             "bytes": 18434168,
             "sha256": "cbe6d0dd8b0e36ef2c93c9b9655955f42019dcd9e9b77388ee58ee54d50bd140",
-            "tested": "the file came through apt from this address, and holds our genomes",
+            "tried": "yes; the file came through apt from this address, and holds our genomes",
         }, {
             "name": "bowtie2-examples_2.5.0-3_all.deb",
             "address": "http://deb.debian.org/debian/pool/main/b/bowtie2/bowtie2-examples_2.5.0-3_all.deb",
             "bytes": 9720024,
             "sha256": "9f9f580954187e501102b13484bdecdc2725155e0b8020e7a056a48a06642118",
-            "tested": "the file came through apt from this address, and holds our phage lambda",
+            "tried": "yes; the file came through apt from this address, and holds our phage lambda",
         }],
     },
     "digits": {
@@ -63,7 +63,7 @@ SOURCES = {
         "downloads": [{
             "name": "fsdd.tar.gz",
             "address": "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz",
-            "tested": "the address is that of SpeechBrain's recipes; not tried. The recordings are compared with ours",
+            "tried": "no; the address is that of SpeechBrain's recipes. The recordings are compared with ours",
         }],
     },
     "tales": {
@@ -72,7 +72,7 @@ SOURCES = {
         "downloads": [{
             "name": "classic-books-markdown.tar.gz",
             "address": f"https://github.com/mlschmitt/classic-books-markdown/archive/{BOOKS_COMMIT}.tar.gz",
-            "tested": "not tried; the commit is known from an index. The text that trained the models (sha256 29288d5c...) was "
+            "tried": "no; the commit is known from an index. The text that trained the models (sha256 29288d5c...) was "
                       "made from it by another script: line ends within paragraphs may differ",
         }],
     },
@@ -313,7 +313,7 @@ def print_list():
         print(f"{name}: {source['what']}\n  licence {source['licence']}")
         for item in source["downloads"]:
             size = f"{item['bytes']:,} bytes" if "bytes" in item else "size not known"
-            print(f"  {item['address']}\n    {size}, sha256 {item.get('sha256', 'not known')}\n    TESTED: {item['tested']}")
+            print(f"  {item['address']}\n    {size}, sha256 {item.get('sha256', 'not known')}\n    TRIED: {item['tried']}")
 
 
 def main(arguments=None):
@@ -321,7 +321,7 @@ def main(arguments=None):
     parser.add_argument("name", nargs="?", metavar="NAME", help=", ".join(SOURCES))
     parser.add_argument("-o", "--output", default=".", metavar="DIR", help="where the files go (default: here)")
     parser.add_argument("--mirror", metavar="URL", help="take the files from this folder of a web server instead")
-    parser.add_argument("--list", action="store_true", help="addresses, sizes, licences, and what was tested")
+    parser.add_argument("--list", action="store_true", help="addresses, sizes, licences, and whether each was tried")
     args = parser.parse_args(arguments)
     if args.list:
         print_list()

@@ -74,6 +74,45 @@ def scales(w, weight, bits):
     return scale
 
 
+TABLES = {"NF4": [-1, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.09105, 0, 0.0795803, 0.1609302, 0.2461123,
+                  0.3379152, 0.4407098, 0.562617, 0.7229568, 1],
+          "IQ4_NL": [n / 127 for n in (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)]}
+
+
+def eight_bits(x):
+    """A scale of 5 bits of exponent and 3 of mantissa."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.rint(mantissa * 16) / 16, exponent).astype(np.float32)
+
+
+def searched(w, group=32, divisors=(), refits=0, table=None, store=bf16):
+    """Of all divisors of the largest weight the best one, each followed by refits by least squares."""
+    out = np.empty_like(w)
+    table = None if table is None else np.array(table)
+
+    def values(part, scale):
+        if table is None:
+            return codes(part, scale, 4)
+        scale = np.where(scale == 0, 1e-30, scale)
+        return table[np.searchsorted((table[1:] + table[:-1]) / 2, part / scale)] * scale
+
+    for k in range(0, w.shape[1], group):
+        part = w[:, k:k + group]
+        peak = np.take_along_axis(part, np.abs(part).argmax(1)[:, None], 1)
+        best = np.full(len(part), np.inf)
+        for divisor in divisors:
+            scale = store(peak / np.float32(divisor))
+            for refit in range(refits + 1):
+                tried = values(part, scale)
+                error = ((part - tried).astype("f8")**2).sum(1)
+                better = error < best
+                out[better, k:k + group], best = tried[better], np.minimum(best, error)
+                code = tried / np.where(scale == 0, 1, scale)
+                squares = (code**2).sum(1, keepdims=True)
+                scale = store(((part * code).sum(1, keepdims=True) / np.where(squares == 0, 1, squares)).astype(np.float32))
+    return out
+
+
 def rounded(w, bits, group=32, weight=None):
     out = np.empty_like(w)
     for k in range(0, w.shape[1], group):
@@ -169,6 +208,13 @@ score("q4, x_proj and dt_proj in q8", lambda name: q8(name) if kind(name) in sma
 for part in ("in_proj", "out_proj"):
     for i in range(LAYERS):
         score(f"q4, {part} of layer {i} in q8", lambda name: q8(name) if name == f"{i}.{part}" else q4(name))
+both = lambda numbers: [sign * n for n in numbers for sign in (1, -1)]
+quarters, fine = both(np.arange(6, 8.6, 0.25)), both(np.arange(5, 10, 1 / 16))
+tries = {"divisors in steps of 1/16": {"divisors": fine}, "scales refitted twice": {"divisors": quarters, "refits": 2},
+         "a scale of 8 bits for 16 weights": {"divisors": quarters, "group": 16, "store": eight_bits},
+         **{f"codes of {name}": {"divisors": both(np.arange(0.7, 1.3, 0.04)), "table": table} for name, table in TABLES.items()}}
+for label, how in tries.items():
+    score(f"q4, {label}", lambda name: (searched(W[name], **how).astype(np.float32), 4.5))
 score("q4, an eighth of the inputs in q8", lambda name: mixed(name, True))
 score("q4, an eighth of the rows in q8", lambda name: mixed(name, False))
 score("q4, two scales a group", lambda name: (rounded(W[name], 4, 16), 5.0))

@@ -43,8 +43,7 @@ int mamba_chat(const Model *m, Chat *c) {
     const Tokenizer *t = m->tokenizer;
     int32_t *ids = NULL;
     size_t n = 0;
-    if (!t || !t->chat)
-        return fail("this model has no chat template: it goes on with a text (export.py says why)");
+    if (!t || !t->chat) return fail("this model has no chat template: it goes on with a text");
     if (!chat_read(c, t->chat, t->chat_bytes)) return fail("the chat template is damaged");
     if (mamba_encode_pieces(m, &c->text[REPLY_USER], 1, &ids, &n)) return -1;
     c->end = n ? ids[0] : -1;

@@ -1,8 +1,7 @@
 // --- checkpoints: a training run at one moment, from which it goes on bit for bit
 // One file, so that everything in it is of one moment: the checkpoint's header, the settings of the
 // program that trains, model.bin's header, the tokenizer's blob, the weights, the two moments of
-// AdamW, and the states that passes carry on, all float32. Version 2 has no states, version 1 no
-// settings either.
+// AdamW, and the states that passes carry on, all float32. Settings and states may have no bytes.
 
 enum { CHECKPOINT_HEADER = 1024, CHECKPOINT_VERSION = 3 };
 enum { RUN_TEXT = 768 };          // bytes
@@ -49,12 +48,6 @@ static const HeaderFormat CHECKPOINT_FORMAT = {{'m', 'a', 'm', 'b', 'a', '.', 't
                                                CHECKPOINT_FIELDS,
                                                NUMBER_OF(CHECKPOINT_FIELDS)};
 
-static HeaderFormat checkpoint_format(bool settings, bool states) {
-    HeaderFormat format = CHECKPOINT_FORMAT;
-    format.version = states ? CHECKPOINT_VERSION : settings ? 2 : 1;
-    return format;
-}
-
 // Weights, moments and states to the order of bytes in files, or back.
 static void swap_training(const Trainer *x) {
     const size_t bytes = x->model->tensors_bytes;
@@ -74,10 +67,8 @@ static void run_text(char text[RUN_TEXT], const TrainRun *run) {
 // back from a GPU first. 0, or -1 after fail(), an older file untouched.
 int mamba_checkpoint_save(Trainer *x, const TrainRun *run, const char *path) {
     const Model *m = x->model;
-    const size_t bytes = m->tensors_bytes;
+    const size_t bytes = m->tensors_bytes, states = carried_floats(x) * sizeof(float);
     unsigned char header[CHECKPOINT_HEADER], model[HEADER_BYTES];
-    const size_t states = carried_floats(x) * sizeof(float);
-    const HeaderFormat format = checkpoint_format(run->settings_bytes > 0, states > 0);
     if (run->settings_bytes > SETTINGS_MOST)
         return fail("%s: the settings of the run are longer than %d bytes", path, SETTINGS_MOST);
     if (mamba_trainer_fetch(x, false)) return -1;
@@ -97,7 +88,7 @@ int mamba_checkpoint_save(Trainer *x, const TrainRun *run, const char *path) {
         .states_crc = crc32_of(0, x->carried.h, states),
     };
     run_text(h.run.text, run);
-    header_write(header, &format, &h);
+    header_write(header, &CHECKPOINT_FORMAT, &h);
     const Piece piece[] = {{header, sizeof header}, {run->settings, run->settings_bytes},
                            {model, sizeof model},   {m->tokenizer_blob, m->tokenizer_bytes},
                            {m->weights, bytes},     {x->moment, bytes},
@@ -119,8 +110,15 @@ static int fail_other_run(const char *what, const char *stored, const char *here
     if (there[i] + now[i] == ',')
         return fail("%s: %s has%.*s, %s has not", what, there[i] ? "it" : "this one",
                     (int)strcspn(longer + 1, ","), longer + 1, there[i] ? "this one" : "it");
-    return fail("%s: it has%.*s, this one has%.*s", what, (int)strcspn(there + from, ","),
-                there + from, (int)strcspn(now + from, ","), now + from);
+    const char *const clause[] = {there + from, now + from};
+    size_t n[] = {strcspn(clause[0], ","), strcspn(clause[1], ",")};
+    for (int k = 0; k < 2; k++) { // of two schedules, the names, not their steps
+        const char *steps = strstr(clause[k], " over ");
+        const size_t name = steps ? (size_t)(steps - clause[k]) : n[k];
+        if (name < n[k] && memcmp(clause[0], clause[1], name + 1)) n[k] = name;
+    }
+    return fail("%s: it has%.*s, this one has%.*s (a run keeps its settings)", what, (int)n[0],
+                clause[0], (int)n[1], clause[1]);
 }
 
 // Whether the model.bin header `here` is that of m, with the weights of another moment.
@@ -134,11 +132,8 @@ static bool same_model(const unsigned char *here, const ModelHeader *stored, con
 // The header h of a checkpoint file, and its settings. 0, or -1 after fail().
 static int read_checkpoint_header(CheckpointHeader *h, const unsigned char *file, size_t size,
                                   const char *path) {
-    const HeaderFormat old = checkpoint_format(false, false),
-                       usual = checkpoint_format(true, false);
     if (!header_is(file, size, &CHECKPOINT_FORMAT) ||
-        !(header_version_fits(file, &CHECKPOINT_FORMAT) || header_version_fits(file, &usual) ||
-          header_version_fits(file, &old)))
+        !header_version_fits(file, &CHECKPOINT_FORMAT))
         return fail("%s: not a training checkpoint of this version", path);
     if (!header_is_whole(file, &CHECKPOINT_FORMAT))
         return fail("%s: the checkpoint is damaged", path);

@@ -80,7 +80,15 @@ int mamba_places(Acts *a, int S, int keep) {
 // generator. 0, or -1 after fail().
 int mamba_place_begin(Acts *a, int place, State *s, uint64_t random) {
     if (state_to_gpu(a, s)) return -1;
-    return GPU->place_begin(a->gpu, place, random, s->position, s->recent, s->n_recent)
+    return GPU->place_begin(a->gpu, place, -1, random, s->position, s->recent, s->n_recent)
+               ? gpu_failed()
+               : 0;
+}
+
+// The same from prompt number `prompt` of mamba_prompts_read(), of which s is the state of the
+// text.
+int mamba_place_begin_prompt(Acts *a, int place, int prompt, const State *s, uint64_t random) {
+    return GPU->place_begin(a->gpu, place, prompt, random, s->position, s->recent, s->n_recent)
                ? gpu_failed()
                : 0;
 }
@@ -140,6 +148,64 @@ int mamba_places_write(Acts *a, int32_t *ids, int steps) {
     return GPU->places_generate(a->gpu, ids, steps) ? gpu_failed() : 0;
 }
 int mamba_places_steps(void) { return GPU->generate_max; }
+
+// --- texts that are read side by side, each from its start
+
+// How many texts of up to L tokens, at most S, can be read at once for this use; memory for them is
+// taken. At least 1.
+int mamba_texts_at_once(Acts *a, int S, size_t L, TextsUse use) {
+    if (use == TEXTS_STEPPED && batch_leave(a)) return 1;
+    return GPU->texts(a->gpu, S, L < INT_MAX ? (int)L : INT_MAX, use);
+}
+
+// How many of the next texts, which have n (count) tokens, are read at once, the shorter ones
+// padded to *L. As many as fit; of more than 2,048 tokens at most half is padding. At least 1.
+size_t mamba_texts_fit(Acts *a, const size_t *n, size_t count, size_t *L, TextsUse use) {
+    const int most = count < 4096 ? (int)count : 4096;
+    size_t texts = 1, tokens = n[0], room = (size_t)mamba_texts_at_once(a, most, n[0], use);
+    *L = n[0];
+    for (; texts < room; texts++) {
+        const size_t longest = n[texts] > *L ? n[texts] : *L, rows = (texts + 1) * longest;
+        if (longest > *L) room = (size_t)mamba_texts_at_once(a, most, longest, use);
+        tokens += n[texts];
+        if (texts >= room || n[texts] == 0 || (rows > 2048 && rows > 2 * tokens)) break;
+        *L = longest;
+    }
+    return texts;
+}
+
+// Scores texts, at most as many as mamba_texts_at_once() says, each from its start. 0, or -1 after
+// fail().
+int mamba_score_texts(Acts *a, const ScoreRun *run) {
+    if (a->gpu_state && state_fetch(a->gpu_state)) return -1; // its place is needed
+    if (run->steps && batch_leave(a)) return -1;
+    return GPU->score(a->gpu, run) ? gpu_failed() : 0;
+}
+
+// Reads B prompts, prompt b of ids[b] (n[b]), n[b] > 0, from their start, at most as many as
+// mamba_texts_at_once() says. Their numbers stay on the GPU until others are read. s[b], a
+// mamba_state_of_text(), gets the rest. 0, or -1 after fail().
+int mamba_prompts_read(Acts *a, State *const *s, const int32_t *const *ids, const size_t *n,
+                       int B) {
+    size_t L = 0;
+    for (int b = 0; b < B; b++)
+        if (n[b] > L) L = n[b];
+    int32_t *rows = memory_zeroed(size_mul((size_t)B, L), sizeof *rows);
+    int32_t *lengths = memory_zeroed((size_t)B, sizeof *lengths);
+    int result = rows && lengths ? 0 : fail("out of memory: %d prompts", B);
+    for (int b = 0; b < B && result == 0; b++) {
+        memcpy(rows + (size_t)b * L, ids[b], n[b] * sizeof *rows);
+        lengths[b] = (int32_t)n[b];
+    }
+    if (result == 0 && GPU->read_prompts(a->gpu, rows, lengths, B, (int)L)) result = gpu_failed();
+    for (int b = 0; b < B && result == 0; b++) {
+        *s[b] = (State){0};
+        state_read(s[b], ids[b], n[b]);
+    }
+    memory_free(rows);
+    memory_free(lengths);
+    return result;
+}
 
 // A state without numbers: mamba_decode() keeps an unfinished character in it. NULL after fail().
 State *mamba_state_of_text(void) { return alloc_aligned(sizeof(State)); }

@@ -11,8 +11,9 @@ static void trainer_layout(Trainer *tr, Arena *from) {
     const bool normed = c->flags & FLAG_MIXER_NORM;
     size_t widest = 2 * E > D ? 2 * E : D, loss = V > D ? V : D, packed, packed_loss;
     if (widest < P) widest = P;
-    const double rows = (double)B * steps; // rows are counted in int, and no size below wraps
-    if (rows > INT_MAX || rows * (double)widest * 64 > (double)SIZE_MAX) {
+    // Rows are counted in int, and no size below wraps.
+    const double rows = (double)B * steps, states = (double)layers * B * (double)(NE + window);
+    if (rows > INT_MAX || fmax(rows * (double)widest, states) * 64 > (double)SIZE_MAX) {
         from->used = SIZE_MAX;
         return;
     }
@@ -94,7 +95,7 @@ static size_t pass_floats(const Trainer *tr, int n) {
 }
 static size_t carried_floats(const Trainer *tr) {
     const Config *c = &tr->model->config;
-    return tr->places * pass_floats(tr, c->N + c->K - 1);
+    return size_mul((size_t)tr->places, pass_floats(tr, c->N + c->K - 1));
 }
 static LayerState carried_at(const Trainer *tr, int place) {
     const Config *c = &tr->model->config;
@@ -105,15 +106,18 @@ static LayerState carried_at(const Trainer *tr, int place) {
 // Passes of mamba_train_pass_on have so many places to go on from, each of B sequences; all are at
 // their beginning. 0, or -1 after fail().
 int mamba_trainer_carry(Trainer *tr, int places) {
+    if (places < 0) return fail("%d places to carry states", places);
     if (places != tr->places) {
         free_aligned(tr->carried.h);
         tr->places = places;
-        tr->carried.h = alloc_aligned(carried_floats(tr) * sizeof(float));
-        if (!tr->carried.h) tr->places = 0;
-        if (!tr->carried.h) return -1;
-        tr->carried.window = tr->carried.h + places * pass_floats(tr, tr->model->config.N);
+        tr->carried.h = places ? alloc_aligned(size_mul(carried_floats(tr), sizeof(float))) : NULL;
+        if (places && !tr->carried.h) tr->places = 0;
+        if (places && !tr->carried.h) return -1;
     }
-    memset(tr->carried.h, 0, carried_floats(tr) * sizeof(float));
+    if (places) {
+        tr->carried.window = tr->carried.h + places * pass_floats(tr, tr->model->config.N);
+        memset(tr->carried.h, 0, carried_floats(tr) * sizeof(float));
+    }
     return tr->gpu && GPU->trainer_carry(tr->gpu, places) ? gpu_failed() : 0;
 }
 

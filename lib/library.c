@@ -18,6 +18,7 @@
 #define mamba_generate mamba_core_generate
 #define mamba_random_model mamba_core_random_model
 #define mamba_train_pass mamba_core_train_pass
+#define mamba_train_pass_on mamba_core_train_pass_on
 #define mamba_train_step mamba_core_train_step
 #define mamba_checkpoint_save mamba_core_checkpoint_save
 #define mamba_checkpoint_load mamba_core_checkpoint_load
@@ -27,6 +28,7 @@
 #undef mamba_generate
 #undef mamba_random_model
 #undef mamba_train_pass
+#undef mamba_train_pass_on
 #undef mamba_train_step
 #undef mamba_checkpoint_save
 #undef mamba_checkpoint_load
@@ -182,13 +184,17 @@ mamba_adamw mamba_adamw_defaults(void) {
 
 uint64_t mamba_trainer_steps(const mamba_trainer *x) { return x->step; }
 
-double mamba_train_pass(mamba_trainer *x, const int32_t *ids, const int32_t *targets, float weight,
-                        bool backward) {
+double mamba_train_pass_on(mamba_trainer *x, int place, const int32_t *ids, const int32_t *targets,
+                           float weight, bool backward) {
     const size_t n = (size_t)x->B * (size_t)x->L;
     if (check_ids(x->model, ids, n)) return NAN;
     for (size_t i = 0; i < n; i++)
         if (targets[i] != -1 && check_ids(x->model, targets + i, 1)) return NAN;
-    return mamba_core_train_pass(x, ids, targets, weight, backward);
+    return mamba_core_train_pass_on(x, place, ids, targets, weight, backward);
+}
+double mamba_train_pass(mamba_trainer *x, const int32_t *ids, const int32_t *targets, float weight,
+                        bool backward) {
+    return mamba_train_pass_on(x, -1, ids, targets, weight, backward);
 }
 
 int mamba_train_step(mamba_trainer *x, const mamba_adamw *from, double *norm) {

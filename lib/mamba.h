@@ -255,6 +255,15 @@ MAMBA_API uint64_t mamba_trainer_steps(const mamba_trainer *x); /* taken */
 MAMBA_API double mamba_train_pass(mamba_trainer *x, const int32_t *ids, const int32_t *targets,
                                   float weight, bool backward);
 
+/* For a text that never ends: the trainer keeps the states of B sequences at each of so many places
+   (0: none; 0 at first), all empty now. A pass on a place goes on from the states there and leaves
+   those at its end; the gradient is cut off at its start. place -1: as mamba_train_pass. A resize
+   to another B forgets the places. They fail for want of memory and for a place that is not there.
+ */
+MAMBA_API int mamba_trainer_carry(mamba_trainer *x, int places);
+MAMBA_API double mamba_train_pass_on(mamba_trainer *x, int place, const int32_t *ids,
+                                     const int32_t *targets, float weight, bool backward);
+
 /* One step of AdamW against the gradient, which is cleared. *norm gets its length before clipping.
    norm may be NULL. Fails, with the weights untouched, where the gradient is not finite. how NULL:
    the defaults. */

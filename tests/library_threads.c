@@ -110,6 +110,14 @@ static void training(const char *path) {
         if (mamba_train_step(x, NULL, &norm)) break;
     }
     check(x && mamba_trainer_steps(x) == 30 && last < first - 0.5 && norm > 0, "the loss falls");
+    const double whole = x ? mamba_train_pass(x, ids, targets, 1, false) : 0;
+    const bool carries = x && !mamba_trainer_carry(x, 1) &&
+                         mamba_train_pass_on(x, 0, ids, targets, 1, false) == whole &&
+                         mamba_train_pass_on(x, 0, ids, targets, 1, false) != whole;
+    check(carries, "a pass goes on from the states before it");
+    check(x && isnan(mamba_train_pass_on(x, 1, ids, targets, 1, false)) &&
+              strstr(mamba_error(), "place 1"),
+          "a place that is not there");
     ids[3] = 256;
     check(x && isnan(mamba_train_pass(x, ids, targets, 1, false)), "an id out of range");
     check(m && !mamba_save(m, path), "save");

@@ -355,7 +355,7 @@ class Adapters(Checkpoint):
         for change, word in (({name: ...}, "no twin"), ({name: parts[name][:1]}, "expected (2, 6)"),
                              ({name: parts[name] * np.nan}, "nan"),
                              ({"base_model.model.backbone.layers.0.mixer.conv1d.lora_A.weight":
-                               np.zeros((2, 6), "f4")}, "no matrix"),
+                               np.zeros((2, 6), "f4")}, "mixes channels"),
                              ({"base_model.model.backbone.layers.9.mixer.in_proj.lora_A.weight":
                                np.zeros((2, 6), "f4")}, "no matrix"),
                              ({"strange": np.zeros(3, "f4")}, "strange")):
@@ -461,6 +461,79 @@ class Gguf(Checkpoint):
             write(os.path.join(self.dir, "text"), text)
             ids = self.run_mamba("tokenize", self.back, os.path.join(self.dir, "text")).split()
             self.assertEqual(list(map(int, ids)), want.tolist())
+
+    def test_ways_to_split(self):
+        s = Sizes(E=12, V=264)
+        for name, code, bos in (("llama-bpe", export.GPT4, True), ("llama-bpe", export.GPT4, False),
+                                ("qwen2", export.QWEN2, False)):
+            table = test_export.tokenizer_json(test_export.MERGES, nfc=False)
+            regex = next(regex for regex, other in export.REGEXES.items() if other == code)
+            table["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
+                 "invert": False}, {**table["pre_tokenizer"], "use_regex": False}]}
+            table["model"]["ignore_merges"] = name == "llama-bpe"
+            meta = {"tokenizer.ggml.bos_token_id": 260, "tokenizer.ggml.add_bos_token": bos}
+            tokens = ["<|endoftext|>"] * 261
+            table["post_processor"] = export.gguf_post_processor(meta, tokens, False)
+            self.checkpoint(s, {**hf_config(s), "bos_token_id": 260})
+            write(os.path.join(self.src, "tokenizer.json"), table)
+            self.good(self.src, self.bin)
+            self.good("--to-gguf", self.bin, self.gguf)
+            meta = export.open_gguf(self.gguf)[0]
+            self.assertEqual(meta["tokenizer.ggml.pre"], name)
+            self.assertEqual(meta.get("tokenizer.ggml.add_bos_token", False), bos)
+            self.good(self.gguf, self.back)
+            one, two = (export.tokenizer_json(read_model(path, s)[1])
+                        for path in (self.bin, self.back))
+            self.assertEqual(one, two)
+
+    def sentencepiece(self, seed):
+        """The metadata of a small vocabulary: letters, then tokens that join two earlier ones."""
+        rng = random.Random(seed)
+        words = ["\u2581", *"abcd\u00e9"]
+        while len(words) < 40:
+            word = rng.choice(words) + rng.choice(words)
+            words += [] if word in words or len(word) > 8 else [word]
+        tokens = ["<unk>", "<s>", "</s>", *map("<0x%02X>".__mod__, range(256)), *words]
+        scores = [0.0] * 259 + [-float(i) for i in rng.sample(range(1, 99), len(words))]
+        return {"model": "llama", "tokens": tokens, "scores": scores, "bos_token_id": 1,
+                "token_type": [2, 3, 3] + [6] * 256 + [1] * len(words), "unknown_token_id": 0}
+
+    @staticmethod
+    def sentencepiece_ids(meta, text):
+        """The two neighbours whose joined token has the highest score are joined, the first of
+        equal ones; what is no token is bytes."""
+        score = {t: s for t, s, kind in zip(meta["tokens"], meta["scores"], meta["token_type"])
+                 if kind == 1}
+        word = list("\u2581" + text.replace(" ", "\u2581"))
+        while True:
+            pairs = [(-score[a + b], i) for i, (a, b) in enumerate(zip(word, word[1:]))
+                     if a + b in score]
+            if not pairs:
+                break
+            i = min(pairs)[1]
+            word[i:i + 2] = [word[i] + word[i + 1]]
+        return [i for part in word for i in ([meta["tokens"].index(part)] if part in score else
+                                             [3 + byte for byte in part.encode("utf-8")])]
+
+    def test_sentencepiece(self):
+        long = lambda meta: {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
+        for seed in range(6):
+            rng, meta = random.Random(seed), self.sentencepiece(seed)
+            table = export.gguf_tokenizer(long(meta), "x")
+            write(self.bin, export.tokenizer_blob(table))
+            for _ in range(20):
+                text = "".join(rng.choice("aabbccdd\u00e9  xy\u65e5") for _ in range(60))
+                write(self.back, text.encode("utf-8"))
+                ids = self.run_mamba("tokenize", self.bin, self.back).split()
+                self.assertEqual(list(map(int, ids)), self.sentencepiece_ids(meta, text), text)
+            self.assertEqual(table["post_processor"]["single"][0]["SpecialToken"]["id"], "<s>")
+        for change, word in (({"scores": meta["scores"][1:]}, "scores"), ({"scores": 3}, "scores"),
+                             ({"scores": [0.0] * len(meta["tokens"])}, "one score"),
+                             ({"unknown_token_id": "a"}, "scores"),
+                             ({"remove_extra_whitespaces": True}, "removes spaces")):
+            with self.assertRaisesRegex(export.ExportError, word):
+                export.gguf_tokenizer(long({**meta, **change}), "x")
 
     def write_by_package(self, tensors, kinds=None, **changes):
         """The same model by the gguf package's writer."""

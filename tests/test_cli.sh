@@ -250,6 +250,11 @@ train="train --from $model --steps 1 --batch 1 --length 16"
     "$mamba" $train -o "$dir/by.ids" --data "$dir/train.ids" --ids > /dev/null 2> "$dir/err"
 check "train on ids" "$dir/err"
 same_file "is train on their text" "$dir/by.ids" "$dir/by.text"
+"$mamba" $model --tokens " $(printf %s "$list" | sed 's/,/ , /g') " -t 0 -n 9 > "$dir/b" 2> /dev/null
+same_file "--tokens with spaces" "$dir/b" "$dir/a"
+"$mamba" $model --tokens "$list" -t0 -n9 > "$dir/b" 2> /dev/null
+same_file "-n9 is -n 9" "$dir/b" "$dir/a"
+fails "--tokens without commas" "between commas" $model --tokens "1 2"
 fails "an id that the model does not know" "knows 0 to 2047" $model --tokens 1,9999
 fails "text where ids are wanted" "byte 2" $model "5 x" --ids
 fails "--ids with a stop string" "--stop" $model "5" --ids --stop x
@@ -411,7 +416,7 @@ kill -9 $pid 2> /dev/null && bad "a pipe named .tmp does not hang" \
 wait $pid 2> /dev/null
 rm "$files"/*
 "$mamba" $model "x" -n 2 -t 0 -s 1 --save-state "$dir/plain" > /dev/null 2>&1
-echo old > "$files/s"
+cp "$dir/odd" "$files/s" # an older state
 chmod 640 "$files/s"
 mkdir "$files/sub"
 ln -s ../s "$files/sub/link"
@@ -436,11 +441,11 @@ for i in 1 2 3 4 5 6; do # two programs, one target
 done
 same "two writers of one file" "$torn $(ls "$files")" "0 q"
 rm "$files"/*
-printf 'old' > "$files/q"
+cp tests/odd.bin "$files/q"
 (ulimit -f 100; "$mamba" quantize $model "$files/q" q8 2> "$dir/err")
 status=$?
 same "a file that becomes too large: the old one stays" \
-    "$status $(cat "$files/q") $(ls "$files")" "1 old q"
+    "$status $(cksum < "$files/q") $(ls "$files")" "1 $(cksum < tests/odd.bin) q"
 grep -q "cannot write $files/q: File too large" "$dir/err"
 check "and a sentence says so" "$dir/err"
 yes "one more day " | tr -d '\n' | head -c 40000 > "$dir/long"
@@ -504,6 +509,62 @@ ln -s /dev/full "$files/full"
 "$mamba" logits $model x -o "$files/full" 2> "$dir/err"
 same "logits to a full disk" "$? $(cat "$dir/err")" \
     "1 mamba: cannot write $files/full: No space left on device"
+
+# An output replaces a file of its own kind, or an empty one, and no other.
+kept() { # kept NAME WORD FILE ARGUMENTS: refused with WORD, FILE stays
+    name=$1 word=$2 file=$3
+    shift 3
+    cp "$file" "$dir/before"
+    fails "$name" "$word" "$@"
+    same_file "$name: it stays" "$file" "$dir/before"
+}
+cp "$dir/text" "$files/t"
+cp tests/odd.bin "$files/other"
+printf 'mtok and more' > "$files/tok"
+kept "a state onto another model" "--save-state $files/other: that holds a model, not a state; choose \
+another name, or remove it" "$files/other" $model x -n 2 --save-state "$files/other"
+kept "a state onto a text" "that holds something else, not a state" "$files/t" $model x -n 2 \
+    --save-state "$files/t"
+kept "a quantized model onto a text" "$files/t: that holds something else, not a model" "$files/t" \
+    quantize $model "$files/t" q8
+kept "a quantized model onto a state" "$files/s: that holds a state, not a model" "$files/s" \
+    quantize $model "$files/s" q8
+for held in m s tok; do
+    kept "logits onto $held" "-o $files/$held: that holds a" "$files/$held" logits $model x -o \
+        "$files/$held"
+    kept "hidden states onto $held" "that holds a" "$files/$held" logits $model x --hidden -o \
+        "$files/$held"
+done
+printf 'x\n/save %s\n/save %s\n/save\n/load\n' "$files/other" "$files/t" | "$mamba" $model -n 2 > \
+    /dev/null 2> "$dir/err"
+cmp -s "$files/other" tests/odd.bin && cmp -s "$files/t" "$dir/text" &&
+    [ "$(grep -c "not a state" "$dir/err")" -eq 2 ] && grep -q "/load needs a file name" "$dir/err"
+check "interactive: /save onto another model and onto a text" "$dir/err"
+: > "$files/empty"
+"$mamba" $model x -n 2 --save-state "$files/empty" > /dev/null 2> "$dir/err" &&
+    "$mamba" $model "" -n 1 --load-state "$files/empty" > /dev/null 2>> "$dir/err"
+check "a state onto an empty file" "$dir/err"
+"$mamba" $model y -n 2 --save-state "$files/empty" > /dev/null 2> "$dir/err" &&
+    "$mamba" logits $model x -o "$files/raw"
+check "a state onto another, logits onto others" "$dir/err"
+
+# --- the likeliest tokens
+"$mamba" logits $model "$prompt" | tr ' ' '\n' | awk '{ print NR - 1, $1 }' | sort -k2,2gr -k1,1n |
+    head -n 7 | awk '{ printf "%d %.4f\n", $1, $2 }' > "$dir/a"
+"$mamba" logits $model "$prompt" --top 7 > "$dir/b"
+cut -f1,2 "$dir/b" | tr '\t' ' ' > "$dir/c"
+same_file "logits --top: ids and logits" "$dir/c" "$dir/a"
+"$mamba" logits $model "$prompt" | tr ' ' '\n' | awk -v top="$(head -n 1 "$dir/b" | cut -f3)" '
+    { x[NR] = $1; if (NR == 1 || $1 > best) best = $1 }
+    END { for (i = 1; i <= NR; i++) sum += exp(x[i] - best)
+          d = 1 / sum - top; exit !(NR > 1 && d < 1e-5 && d > -1e-5) }'
+check "and the probability" "$dir/b"
+same "and the text" "$(head -n 1 "$dir/b" | cut -f4)" "$("$mamba" $model "$prompt" -t 0 -n 1 \
+    --no-echo 2> /dev/null)"
+same "--top of all tokens" "$("$mamba" logits $model --tokens 1,2,3 --top 5 --all | grep -c .)" 15
+same "--top of more than there are" "$("$mamba" logits tests/odd.bin x --top 9999 | cut -f1 |
+    sort -nu | wc -l | tr -d ' ')" "$("$mamba" logits tests/odd.bin x | wc -w | tr -d ' ')"
+fails "--top with -o" "--top" logits $model x --top 3 -o "$files/raw"
 
 # --- show-selection: a line a token; all layers' mean is the mean of each layer's
 text="One day a small dog

@@ -266,6 +266,90 @@ static void check_gpu_packed(const char *label, const Config *shape, bool four_b
     mamba_free(from);
 }
 
+// One sequence by the one kernel of step_one_packed.cuh, twice, then by the portable step: from the
+// processor's state each, so that only the steps differ.
+static void check_gpu_packed_one(const char *label, const Config *shape, bool four_bits) {
+    enum { STEPS = 6, PROMPT = 5 };
+    Config c = *shape;
+    c.type = BF16;
+    Model *from = mamba_random_model(&c, 32), *m = mamba_quantize(from, four_bits);
+    Acts *cpu = mamba_acts_new(m, 1);
+    State *s = mamba_state_new(m), *got[3];
+    const Sampling greedy = {.temperature = 0, .top_p = 1, .repeat_penalty = 1};
+    const size_t V = (size_t)c.V, h = (size_t)c.n_layer * (size_t)c.E * (size_t)c.N,
+                 window = (size_t)c.n_layer * (size_t)c.E * (size_t)(c.K - 1);
+    int32_t *prompt = random_ids(PROMPT, c.V), ids[3][STEPS] = {{0}}, recent[RECENT] = {0};
+    uint64_t random[1] = {0};
+    unsigned char *allowed = malloc(V);
+    char name[160];
+    memset(allowed, 1, V);
+    for (int form = 0; form < 3; form++) {
+        const bool portable = form == 2;
+        GPU->pretend("portable", portable);
+        Acts *gpu = gpu_acts(m, false);
+        GPU->pretend("portable", 0);
+        got[form] = mamba_state_new(m);
+        State *x = got[form];
+        mamba_state_reset(m, s);
+        mamba_prefill(m, cpu, s, prompt, PROMPT, NULL, NULL);
+        if (GPU->set_state(gpu->gpu, -1, s->window, s->h, s->logits) ||
+            GPU->generate_start(gpu->gpu, 1, &greedy, random, PROMPT, recent, 0, allowed) ||
+            GPU->generate(gpu->gpu, ids[form], STEPS) ||
+            GPU->get_state(gpu->gpu, -1, x->window, x->h, x->logits))
+            report(false, label, "%s", GPU->error());
+        const char *one = "one kernel for one sequence",
+                   *want = !portable && strstr(GPU->step_form(NULL), one) ? one
+                                                                          : "four kernels a layer",
+                   *is = GPU->step_form(gpu->gpu);
+        snprintf(name, sizeof name, "%s, %d bits: by %s", label, four_bits ? 4 : 8, want);
+        report(!strcmp(is, want), name, "%s", is);
+        mamba_acts_free(gpu);
+        if (form == 1) {
+            snprintf(name, sizeof name, "%s, %d bits: the same bits twice", label,
+                     four_bits ? 4 : 8);
+            expect(!memcmp(ids[0], ids[1], sizeof ids[0]) &&
+                       !memcmp(got[0]->h, x->h, h * sizeof(float)) &&
+                       !memcmp(got[0]->logits, x->logits, V * sizeof(float)),
+                   name);
+            continue;
+        }
+        for (int i = 0; i < STEPS; i++) mamba_step(m, cpu, s, ids[form][i]);
+        // Of the one kernel's numbers only dt_proj's weights are rounded to bf16.
+        const double tolerance = strcmp(is, one) ? 3e-2 : 1e-2;
+        snprintf(name, sizeof name, "%s, %d bits, %s: logits", label, four_bits ? 4 : 8, is);
+        check_floats(name, x->logits, s->logits, V, tolerance);
+        snprintf(name, sizeof name, "%s, %d bits, %s: h", label, four_bits ? 4 : 8, is);
+        check_floats(name, x->h, s->h, h, tolerance);
+        snprintf(name, sizeof name, "%s, %d bits, %s: window", label, four_bits ? 4 : 8, is);
+        check_floats(name, x->window, s->window, window, tolerance);
+    }
+    for (int form = 0; form < 3; form++) mamba_state_free(got[form]);
+    FREE(prompt, allowed);
+    mamba_state_free(s);
+    mamba_acts_free(cpu);
+    mamba_free(m);
+    mamba_free(from);
+}
+
+static void test_cuda_packed_one(void) {
+    static const struct {
+        const char *name;
+        Config config;
+    } shape[] = {
+        {"width 768", SHAPE(768, 3, 1003, 1536, 16, 4, 48, FLAG_TIED | FLAG_CONV_BIAS)},
+        {"width 768, falcon", SHAPE(768, 2, 320, 1568, 16, 4, 64, FLAG_MIXER_NORM)},
+        {"width 1024, 8 states, two taps", SHAPE(1024, 2, 211, 2048, 8, 2, 40, FLAG_TIED)},
+        {"width 1536, no convolution", SHAPE(1536, 2, 99, 3072, 12, 1, 96, FLAG_CONV_BIAS)},
+        {"width 2048, three taps", SHAPE(2048, 2, 130, 4096, 4, 3, 128, 0)},
+        {"width 2560", SHAPE(2560, 2, 5001, 5120, 16, 4, 160, FLAG_CONV_BIAS)},
+        {"width 4096, falcon",
+         SHAPE(4096, 1, 640, 8192, 16, 4, 256, FLAG_CONV_BIAS | FLAG_MIXER_NORM)},
+    };
+    for (int i = 0; i < COUNT(shape); i++)
+        for (int four_bits = 0; four_bits < 2; four_bits++)
+            check_gpu_packed_one(shape[i].name, &shape[i].config, four_bits);
+}
+
 typedef struct {
     const Model *m;
     const int32_t *ids;
@@ -397,7 +481,7 @@ static void check_gpu_bad_calls(void) {
            "GPU generate: too many steps at once");
     expect(GPU->places(gpu->gpu, 1 << 20, 0) == -1 && strstr(GPU->error(), "too many"),
            "GPU places: more than fit");
-    expect(GPU->place_begin(gpu->gpu, 5, 0, 1, recent, 0) == -1 && *GPU->error(),
+    expect(GPU->place_begin(gpu->gpu, 5, -1, 0, 1, recent, 0) == -1 && *GPU->error(),
            "GPU places: one that is not there");
     Trainer *x = mamba_trainer_new_gpu(m, 1, 3, 0, true);
     expect(x && GPU->train_pass(x->gpu, -1, ids, targets, 1, 1, &sum) == -1 &&

@@ -302,7 +302,8 @@ class Layout(Case):
                     self.good()
                     back, again = os.path.join(self.dir, "back-" + name +
                                                dtype), os.path.join(self.dir, "again.bin")
-                    self.good("--to-hf", self.bin, back)
+                    said = self.good("--to-hf", self.bin, back)
+                    self.assertIn(f"export.py {back} model.bin --tokenizer bytes", said)
                     got = read_safetensors(os.path.join(back, "model.safetensors"))
                     kind = {source: kinds.get(source, "F32") for source in w}
                     want = {
@@ -316,6 +317,16 @@ class Layout(Case):
                     self.assertNotIn("tokenizer.json", os.listdir(back))
                     self.good(back, again, "--tokenizer", "bytes")
                     self.assertEqual(open(self.bin, "rb").read(), open(again, "rb").read())
+
+    def test_help_without_numpy(self):
+        for arguments, status, words in ((["--help"], 0, "SRC DST"),
+                                         (["a", "b"], 1, "numpy is missing (pip install numpy)")):
+            code = ("import runpy, sys; sys.modules['numpy'] = None; "
+                    f"sys.argv = ['export.py', *{arguments}]; "
+                    f"runpy.run_path({export.__file__!r}, run_name='__main__')")
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            self.assertEqual((done.returncode, words in done.stdout + done.stderr), (status, True),
+                             done.stderr)
 
     def test_committed_models_follow_the_layout(self):
         odd = Sizes(D=35, E=51, N=5, K=3, R=3, V=259, n_layer=3, tied=False, proj_bias=True)
@@ -1102,7 +1113,9 @@ class Damaged(Case):
                 status, text = self.run_main("--to-hf", broken, os.path.join(self.dir, "out"),
                                              "--force")
                 self.assertIn(status, (0, 1))
-                self.assertEqual(len(text.strip().splitlines()), 1, text)
+                lines = text.strip().splitlines()
+                notes = [line for line in lines if status == 0 and "export.py: note: " in line]
+                self.assertEqual(len(lines) - len(notes), 1, text)
 
 
 # --------------------------------------------------------------------------------------------------

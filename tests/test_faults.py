@@ -24,13 +24,13 @@ TINY = "--steps 2 --d-model 16 --layers 1 --batch 1 --length 16 --save-every 1".
 FORMS = [
     ("generate", ["m", "Once", "-n", "3", "-t", "0"], ""),
     ("generate from stdin", ["m", "-", "-n", "3", "-t", "0"], "Once upon"),
-    ("generate --save-state", ["m", "Once", "-n", "2", "-s", "1", "--save-state", "out"], ""),
+    ("generate --save-state", ["m", "Once", "-n", "2", "-s", "1", "--save-state", "state"], ""),
     ("generate --load-state", ["m", "", "-n", "2", "-t", "0", "--load-state", "s"], ""),
     ("generate --samples", ["m", "Once", "-n", "2", "-s", "1", "--samples", "3"], ""),
     ("generate --batch", ["m", "--batch", "text", "-n", "2", "-s", "1"], ""),
     ("generate --stop", ["m", "Once", "-n", "4", "-t", "0", "--stop", "zzz"], ""),
     ("--show-selection", ["m", "Once upon a time", "--show-selection"], ""),
-    ("a session", ["m", "-n", "2", "-t", "0", "-s", "1"], "Once\n\n/undo\n/save out\n/load s\n/reset\n/quit\n"),
+    ("a session", ["m", "-n", "2", "-t", "0", "-s", "1"], "Once\n\n/undo\n/save state\n/load s\n/reset\n/quit\n"),
     ("info --verify", ["info", "m", "--verify"], ""),
     ("tokenize", ["tokenize", "m", "text"], ""),
     ("tokenize --decode", ["tokenize", "m", "ids", "--decode"], ""),
@@ -39,7 +39,7 @@ FORMS = [
     ("eval --task", ["eval", "m", "--task", "induction", "--length", "8", "--samples", "2"], ""),
     ("logits", ["logits", "m", "Once"], ""),
     ("logits --all -o", ["logits", "m", "Once", "--all", "-o", "out"], ""),
-    ("quantize q4", ["quantize", "m", "out", "q4"], ""),
+    ("quantize q4", ["quantize", "m", "model", "q4"], ""),
     ("train", ["train", "-o", "out", "--force", "--data", "text"] + TINY, ""),
     ("train --resume", ["train", "-o", "c", "--data", "text", "--resume"] + TINY, ""),
     ("train --from", ["train", "-o", "out", "--force", "--from", "m", "--data", "text"] + TINY, ""),
@@ -140,6 +140,8 @@ def main():
             f.write(run(program, start, ["tokenize", "m", "text"], "")[1])
         with open(os.path.join(start, "out"), "wb") as f:
             f.write(b"an old file")
+        shutil.copy(os.path.join(start, "s"), os.path.join(start, "state"))  # outputs replace their own kind alone
+        shutil.copy(os.path.join(start, "m"), os.path.join(start, "model"))
         for form in FORMS:
             shutil.copytree(start, folder)
             status, out, said, calls = run(program, folder, form[1], form[2])

@@ -183,8 +183,8 @@ def test_command():
     check(run("genome")[1].count("did you mean genomes?") == 1, "a near miss")
     check(run()[0] == 1 and "one of shakespeare" in run()[1], "no name")
     said = run("--list")[1]
-    check(all(item["address"] in said and item["tested"] in said for source in get_data.SOURCES.values() for item in source["downloads"]),
-          "--list has every address and what was tested", said)
+    check(all(item["address"] in said and item["tried"] in said for source in get_data.SOURCES.values() for item in source["downloads"]),
+          "--list has every address and whether it was tried", said)
 
 
 def test_real(address, folder, files):

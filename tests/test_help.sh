@@ -41,6 +41,13 @@ answers 'mamba models/story.bin "Once upon a time"' "Once upon a time"
 answers "mamba $m \"Once upon\"" "Once upon" $m
 answers "mamba $m \"Once\"" Once $m
 answers 'example models/copying.bin' models
+cp README.md "$dir/de.txt"
+answers "my.txt: No such file" "$dir/my.txt" "Once" # de.txt is no model
+answers "the model comes first: mamba eval $m README.md" eval README.md $m
+answers "the model comes first: mamba tokenize $m README.md" tokenize README.md $m
+answers "the model comes first: mamba logits $m \"Once\"" logits Once $m
+answers "Once upon: no such file; tokenize reads a file, or a text from stdin" tokenize $m "Once upon"
+answers "| mamba eval $m -" eval $m "Once upon"
 answers "did you mean models/tales.bin?" tales.bin "Once"
 answers "did you mean models/tales.bin?" tales
 answers "did you mean models/tales.bin?" info models/tale.bin
@@ -53,7 +60,7 @@ printf 'PK\003\004\000\000\000\000\000\000\000\000\000\000\000\000' > "$dir/pyto
 "$mamba" $m x -n 1 --save-state "$dir/state" > "$dir/out" 2>&1
 answers "python export.py $dir/hub model.bin" "$dir/hub"
 answers "safetensors file: make a model.bin" "$dir/hub/model.safetensors"
-answers "GGUF file" info "$dir/model.gguf"
+answers "python export.py $dir/model.gguf model.bin" info "$dir/model.gguf"
 answers "PyTorch file" "$dir/pytorch_model.bin" "Hi"
 answers "--load-state" "$dir/state" "Hi"
 answers "not a model.bin" README.md "Hi"
@@ -72,7 +79,9 @@ answers "without a prompt it is a session" $m -i
 answers "the prompt 'Once upon' goes without an option" $m -p "Once upon"
 answers "did you mean -t X?" $m "Once" --temp 0.7
 answers "did you mean -s SEED?" $m "Once" --seed=3
-answers "did you mean -n N?" $m "Once" -n200
+answers "did you mean -t X?" $m "Once" --temprature 0.7
+answers "-p needs a number, not '0,9'" $m "Once" -p 0,9
+answers "-t needs a number, not '0,7': a point" $m "Once" -t0,7
 answers "did you mean -n N?" $m "Once" --max_new_tokens 200
 answers "did you mean -T N?" $m "Once" --threads 2
 answers "did you mean --no-echo?" $m "Once" --no_echo
@@ -85,6 +94,9 @@ answers "(make cuda)" $m "Once" --gpu
 answers "there is no context size" $m "Once" --ctx-size 2048
 answers "put -- before a prompt" $m "---She"
 answers "'upon' (what has spaces needs quotes)" $m Once upon a time
+answers "one argument too many: '$m'" info $m $m
+if grep -q needs "$dir/err"; then bad "and no word of quotes"; else ok "and no word of quotes"; fi
+answers "no chat template: it goes on with a text" $m "Once" --chat
 answers "-n needs a value" $m "Once" -n
 answers "-n needs a whole number, not '1e3'" $m "Once" -n 1e3
 
@@ -126,6 +138,10 @@ answers "one too many" help train eval
     [ "$(grep -c '^\.SS' "$dir/mamba.1")" -eq "$(grep -c '^  mamba [a-z]*  *[a-z]' "$dir/help")" ] &&
     grep -qF 'B \-\-held\-out' "$dir/mamba.1"
 check "the man page has all commands"
+grep -qx 'mamba train \\-o out.bin \\-\\-resume .*' "$dir/mamba.1" &&
+    awk '/^\.nf/ { keeps = 1 } /^\.fi/ { keeps = 0 } /^mamba train/ && !keeps { bad = 1 }
+        END { exit bad }' "$dir/mamba.1"
+check "each form of a command has its line"
 if command -v groff > /dev/null; then
     groff -man -Tutf8 -ww "$dir/mamba.1" > "$dir/out" 2> "$dir/err" && [ ! -s "$dir/err" ]
     check "the man page without a warning" "$dir/err"
@@ -146,6 +162,11 @@ if command -v bash > /dev/null; then
     completes quantize mamba help q
     completes --held-out-data mamba train --held
     completes --verify mamba info $m --v
+    completes wsd mamba train --schedule ""
+    completes induction mamba eval $m --task i
+    completes mean mamba logits $m x --pool m
+    completes bf16 mamba bench --dtype b
+    completes q4 mamba quantize $m out.bin q
     completes --show-selection mamba $m --sho
 else skip "completion" "no bash"; fi
 

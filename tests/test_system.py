@@ -37,7 +37,7 @@ FORMS = [
     ("samples", [PLAIN, "Once", "--samples", "3", "-n", "4", "-s", "1"], "", [], True),
     ("selection", [PLAIN, "Once", "--show-selection"], "", [], True),
     ("quantising", ["quantize", PLAIN, "{}/model", "q4"], "", ["model"], False),
-    ("logits", ["logits", PLAIN, "Once upon", "--all", "-o", "{}/model"], "", ["model"], False),
+    ("logits", ["logits", PLAIN, "Once upon", "--all", "-o", "{}/text"], "", ["text"], False),
     ("evaluation", ["eval", PLAIN, "{}/text"], "", [], False),
     ("tokenize", ["tokenize", PLAIN, "{}/text"], "", [], True),
     ("info", ["info", PLAIN, "--verify"], "", [], True),

@@ -114,6 +114,10 @@ same "--resume of a finished run: status 0, it stays" "$? $(cksum < alone.bin)" 
 grep -q "finished, after 24 steps" err && ok "and a line says so" || bad "and a line says so" \
     "$(cat err)"
 fails "settings hold, or are named" "decay 0.2" -o alone.bin --resume --decay 0.2
+fails "a finished cosine run: what can be done" "finished run of 24 steps: --from alone.bin -o NEW" \
+    -o alone.bin --from alone.bin --data text --steps 3
+fails "another schedule is named by its name" "has schedule cosine, this one has schedule constant (" \
+    -o alone.bin --resume --schedule constant --steps 1000
 fails "a cosine run is not made longer" "--from alone.bin -o NEW" -o alone.bin --resume --steps 48
 fails "nor shorter than it is" "schedule" -o alone.bin --resume --steps 12
 "$mamba" train -o long.bin $small --schedule constant --steps 30 2> err
@@ -126,6 +130,8 @@ rm longer.bin*
 "$mamba" train -o longer.bin $small --schedule wsd --steps 100000 2> err & # its rate never falls
 pid=$!
 wait_for longer.bin.train
+i=0 # beyond the warm-up
+while [ "$(wc -l < longer.bin.csv)" -lt 12 ] && [ $i -lt 400 ]; do sleep 0.05; i=$((i + 1)); done
 kill -INT $pid
 wait $pid
 steps=$(($(tail -n 1 longer.bin.csv | cut -d, -f1) * 5 / 4 + 1))
@@ -139,6 +145,11 @@ grep -q "goes back up" err && ok "a finished wsd run can go on, and says how" \
 
 # --- a name that holds something
 fails "a finished run is not replaced" "--force" -o whole.bin $small
+fails "one that can go on" "finished run of $((steps + 20)) steps: --resume --steps MORE" -o \
+    longer.bin $small
+fails "the checkpoint's name for the model's" "has no .train: -o whole.bin --resume" -o \
+    whole.bin.train --resume
+fails "no run" "there is no run to resume: none.bin.train" -o none.bin --resume
 cp tales.bin taken.bin
 fails "another model is not replaced" "taken.bin exists" -o taken.bin $small
 same_file "it stays" taken.bin tales.bin
@@ -441,6 +452,23 @@ same "nothing was written by them" "$(ls x.* .train .csv *.tmp 2> /dev/null)" ""
 "$mamba" train -o m.bin --from m.bin --data text $tiny 2> err \
     && "$mamba" info m.bin | grep -q "in f32" && ok "fine-tuning in place" \
     || bad "fine-tuning in place" "$(cat err)"
+printf 'day,sum\n1,2\n' > sales.csv
+unharmed "the log onto a table" "the log sales.csv: that holds something else, not a training log; \
+choose another name for -o" sales.csv -o sales --data text $tiny
+cp tales.bin k.bin
+unharmed "the log onto a model" "--log k.bin: that holds a model, not a training log" k.bin -o x.bin \
+    --data text --log k.bin $tiny
+cp text k.txt
+unharmed "the model onto a text" "k.txt exists and is no model: another -o" k.txt -o k.txt --data \
+    text $tiny
+"$mamba" train -o said.bin --data text $tiny --steps 5 --eval-every 3 2> err
+same "wrote" "$(tail -n 1 err)" "wrote said.bin, said.bin.train and said.bin.csv"
+same "the held-out loss stands where it is new" "$(tr '\r' '\n' < err | grep "held-out" |
+    cut -d' ' -f2 | tr '\n' ' ')" "3/5 5/5 "
+"$mamba" train -o silent.bin --data text $tiny --quiet > out 2> err
+same "train --quiet" "$? $(cat out err)" "0 "
+"$mamba" eval silent.bin text --quiet > out 2> err
+same "eval --quiet" "$? $(cat err) $(grep -c . out)" "0  4"
 cp tales.bin i.bin.tmp
 "$mamba" train -o i.bin --from i.bin.tmp --data text $tiny 2> err
 same_file "--from out.bin.tmp stays" i.bin.tmp tales.bin

@@ -51,11 +51,12 @@ model="$work/Märchen 世界/größe.bin"
 cp tests/plain.bin "$model"
 run info "$model" > "$work/got"
 check "a path beyond ASCII is read" $?
+rm -f "$work/want"
 "$native" quantize tests/plain.bin "$work/want" q8 > /dev/null 2>&1
 run quantize "$model" "$work/Märchen 世界/q8.bin" q8 > /dev/null
 cmp -s "$work/want" "$work/Märchen 世界/q8.bin"
 check "a path beyond ASCII is written" $?
-echo old > "$work/q8.bin"
+cp tests/odd.bin "$work/q8.bin"
 run quantize "$model" "$work/q8.bin" q8 > /dev/null
 cmp -s "$work/want" "$work/q8.bin"
 check "an older file is replaced" $?

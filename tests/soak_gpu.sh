@@ -1,0 +1,18 @@
+#!/bin/sh
+# Two processes of two threads each use one GPU: prompts, batches, scores and training, mixed. Every
+# text must be the one that was made alone.
+#   sh tests/soak_gpu.sh [SECONDS]       300 are the default; after: make tests/soak_gpu CUDA=1
+cd "$(dirname "$0")/.." || exit 2
+seconds=${1:-300}
+program=${SOAK:-tests/soak_gpu}
+dir=$(mktemp -d) || exit 2
+trap 'rm -rf "$dir"' EXIT
+"$program" "$dir/alone" || { echo "soak: the work alone failed"; exit 1; }
+"$program" "$dir/alone" "$seconds" 2 > "$dir/first" & first=$!
+"$program" "$dir/alone" "$seconds" 2 > "$dir/second" & second=$!
+wait $first; a=$?
+wait $second; b=$?
+cat "$dir/first" "$dir/second"
+[ $a = 0 ] && [ $b = 0 ] && echo "soak: $seconds s, all as alone" && exit 0
+echo "soak: exit status $a and $b"
+exit 1
