@@ -273,8 +273,7 @@ typedef struct GpuBackend {
     int (*trainer_chunk)(const Model *m, int B, int L, int float32);
     int (*trainer_carry)(GpuTrainer *x, int places);
     int (*trainer_states)(GpuTrainer *x, float *states, int store);
-    int (*ranks)(Ranks *r); // NULL, as the next: a build without NCCL
-    void (*last_pass)(GpuTrainer *x);
+    int (*ranks)(Ranks *r); // NULL: a build without NCCL
 } GpuBackend;
 
 #ifndef MAMBA_TYPES_ONLY

@@ -1535,7 +1535,6 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
 #include "cuda/ranks.cuh"
 #else
 static int (*const gpu_ranks)(Ranks *r) = NULL;
-static void (*const gpu_last_pass)(GpuTrainer *x) = NULL;
 #endif
 #include "cuda/bench.cuh"
 
@@ -1548,4 +1547,4 @@ extern "C" const GpuBackend mamba_gpu = {
     gpu_places,          gpu_place_begin, gpu_place_move,    gpu_places_sampling,
     gpu_places_generate, gpu_step,        gpu_texts,         gpu_score,
     gpu_read_prompts,    gpu_pretend,     gpu_trainer_chunk, gpu_trainer_carry,
-    gpu_trainer_states,  gpu_ranks,       gpu_last_pass};
+    gpu_trainer_states,  gpu_ranks};

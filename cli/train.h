@@ -207,7 +207,6 @@ static int train_step(Training *t, Step *step) {
     t->run.random = before;
     for (int pass = 0; pass < o->accumulate; pass++) {
         next_batch(t, pass);
-        if (pass == o->accumulate - 1) mamba_trainer_last_pass(x);
         sum += mamba_train_pass_on(x, o->carry ? pass : -1, t->ids, t->targets,
                                    1.0f / (float)counted, true);
     }

@@ -2,31 +2,37 @@
 // it (make cuda NCCL=1).
 //
 // One process a card (files/ranks.h). Every card holds the whole model in the type of its products
-// and a whole gradient in float32, and computes its rows of the batch. The float32 weights and the
-// moments of AdamW are split: each card keeps and updates 1 / size of them (ZeRO stage 1). Bytes a
-// weight, bf16 products: 2 + 4 + 12 / size, on one card 18.
+// and computes its rows of the batch. The rest is split, each card keeps and updates 1 / size of
+// it: the float32 weights, the moments of AdamW, and the gradient (ZeRO stage 2). Bytes a weight,
+// bf16 products: 2 + 16 / size, on one card 18.
 //
 // The arena is cut into buckets, from its end to its start, which is the order in which backward
 // completes the gradients. A bucket is divided among the ranks; the last one also takes what does
 // not divide.
-//   backward     as soon as a bucket is complete, reduce-scatter on a stream of its own: each rank
+//   backward     adds the gradients of a bucket to one of two buffers, in turn; those of the
+//                embedding, which may be the head too and so come first and last, to a third one.
+//                As soon as a bucket is complete, reduce-scatter on a stream of its own: each rank
 //                gets the sum of its part, while the layers below are still computed
 //   norm         squares of the own parts; the ranks' sums are added in the order of ranks
 //   AdamW        on the own parts, bucket by bucket, each followed by an
 //   all-gather   of the weights in the type of the products
 // Norms, biases, A_log, D_skip and the convolution are float32 in a pass: these "small" tensors lie
 // in an arena of their own, each rank writes its parts of them among zeros, and the bits are added.
+//
+// A collective waits for the other ranks, and one of them may have ended. So this process never
+// waits for the device with such a wait in it, but polls, and looks at the ranks.
 
 #include <nccl.h>
 
-enum { BUCKET_LEAST = 1 << 21 }; // floats
+enum { BUCKET_LEAST = 1 << 21, BUFFERS = 3 }; // floats
 
 struct Bucket {
-    size_t from, to; // in the arena, floats
-    size_t each;     // a rank's part; the last rank's also has the rest
-    size_t own, n;   // this rank's part: from `own`, n floats
-    size_t at;       // of it in the arenas that are split
-    cudaEvent_t updated;
+    size_t from, to;             // in the arena, floats
+    size_t each;                 // a rank's part; the last rank's also has the rest
+    size_t own, n;               // this rank's part: from `own`, n floats
+    size_t at;                   // of it in the arenas that are split
+    int buffer;                  // where backward adds its gradients
+    cudaEvent_t complete, added; // here; over all ranks, and the buffer is clear again
 };
 
 struct Move { // of n floats
@@ -39,16 +45,10 @@ __global__ void move_kernel(float *to, const float *from,
          i += (size_t)gridDim.x * blockDim.x)
         to[m.to + i] = from[m.from + i];
 }
-// As squares_kernel, of the parts that n moves name.
-__global__ void own_squares_kernel(float *parts, const float *x, const Move *own, int n) {
-    __shared__ float scratch[33];
-    float sum = 0;
-    for (int k = 0; k < n; k++)
-        for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < own[k].n;
-             i += (size_t)gridDim.x * blockDim.x)
-            sum += x[own[k].from + i] * x[own[k].from + i];
-    sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+__global__ void add_kernel(float *to, const float *from, size_t n) {
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x)
+        to[i] += from[i];
 }
 
 static Ranks *run_ranks; // of gpu_ranks()
@@ -67,6 +67,7 @@ static std::vector<Bucket> cut_buckets(size_t floats, const std::vector<size_t> 
         b.from = from, b.to = to, b.each = (to - from) / (size_t)size / 16 * 16;
         b.own = from + (size_t)rank * b.each, b.at = at;
         b.n = rank == size - 1 ? to - b.own : b.each;
+        b.buffer = i ? (int)(all.size() % 2) : 2;
         at += b.n, to = from;
         all.push_back(b);
     }
@@ -94,11 +95,14 @@ struct NcclCards : Cards {
     std::vector<Bucket> buckets; // from the arena's end to its start
     std::vector<size_t> small;   // where each tensor lies in small_arena; none of a matrix
     size_t small_floats = 0, own = 0;
-    size_t next = 0; // bucket to be added up next
-    float *small_arena = NULL;
-    Move *moves = NULL, *own_parts = NULL; // device
+    size_t next = 0;   // bucket of this pass to be added up next
+    size_t seen = 0;   // so many of this pass, or of the last one, have been
+    bool more = false; // the step has had a pass before this one
+    float *buffer[BUFFERS] = {}, *small_arena = NULL;
+    Move *moves = NULL; // device
     int n_moves = 0;
     ncclResult_t failed = ncclSuccess;
+    bool broken = false; // NCCL is of no more use
 
     explicit NcclCards(GpuTrainer *trainer) : x(trainer), d(&trainer->device) {}
 
@@ -113,30 +117,47 @@ struct NcclCards : Cards {
         check_cuda(d, cudaStreamWaitEvent(to, event, 0), "ranks");
     }
 
-    // Waits for both streams, as finish(), but not for ever: other ranks may have ended.
-    int wait() {
-        bool good = true;
-        mamba_ranks_waiting(ranks, true);
-        follow(d->stream, stream, there);
-        for (int turn = 0; good && cudaStreamQuery(d->stream) == cudaErrorNotReady; turn++) {
+    bool well() { return !broken && failed == ncclSuccess && mamba_ranks_check(ranks) == 0; }
+
+    // Returns when `pending` says no, or the run is broken: then NCCL's kernels end too.
+    template <class Pending> void poll(Pending pending) {
+        for (int turn = 0; well() && pending(); turn++) {
             ncclResult_t state = ncclSuccess;
-            if (failed == ncclSuccess && ncclCommGetAsyncError(comm, &state) == ncclSuccess)
-                check(state);
-            good = failed == ncclSuccess && mamba_ranks_check(ranks) == 0;
+            if (ncclCommGetAsyncError(comm, &state) == ncclSuccess) check(state);
             if (turn < 2000) std::this_thread::yield();
             else std::this_thread::sleep_for(std::chrono::microseconds(100));
         }
+        if (broken || well()) return;
         for (int i = 0; failed != ncclSuccess && i < 30 && mamba_ranks_check(ranks) == 0; i++)
             std::this_thread::sleep_for(std::chrono::milliseconds(100)); // it knows who has ended
-        if (mamba_ranks_check(ranks)) good = false;
+        if (comm) ncclCommAbort(comm);
+        comm = NULL, broken = true;
+    }
+
+    // Waits for both streams, as finish().
+    int wait() {
+        mamba_ranks_waiting(ranks, true);
+        follow(d->stream, stream, there);
+        poll([&] { return cudaStreamQuery(d->stream) == cudaErrorNotReady; });
         mamba_ranks_waiting(ranks, false);
-        if (good && failed == ncclSuccess) return finish(d);
-        const bool known = mamba_ranks_check(ranks) != 0;
-        if (comm) ncclCommAbort(comm); // else NCCL's kernels wait for ever
-        comm = NULL;
-        return known ? gpu_fail("%s", ranks->text)
-                     : gpu_fail("rank %d of %d: NCCL: %s", ranks->rank, ranks->size,
-                                ncclGetErrorString(failed));
+        if (!broken) return finish(d);
+        return mamba_ranks_check(ranks) ? gpu_fail("%s", ranks->text)
+                                        : gpu_fail("rank %d of %d: NCCL: %s", ranks->rank,
+                                                   ranks->size, ncclGetErrorString(failed));
+    }
+
+    // Waits until the first n buckets of this pass are added up. It waits for others only once they
+    // are complete here.
+    void see(size_t n) {
+        for (; seen < n; seen++) {
+            const Bucket &b = buckets[seen];
+            poll([&] {
+                if (cudaEventQuery(b.added) != cudaErrorNotReady) return false;
+                mamba_ranks_waiting(ranks, cudaEventQuery(b.complete) == cudaSuccess);
+                return true;
+            });
+            mamba_ranks_waiting(ranks, false);
+        }
     }
 
     int open(const Model *m) {
@@ -144,7 +165,8 @@ struct NcclCards : Cards {
         Weights unused;
         const std::vector<TensorPlace> places = tensor_places(m, &unused);
         const float *host = (const float *)m->embedding.data;
-        std::vector<Move> all, parts;
+        std::vector<Move> all;
+        size_t room[BUFFERS] = {};
         start.assign((size_t)x->config.n_layer + 1, x->floats);
         for (const TensorPlace &p : places) {
             const size_t at = (size_t)((const float *)p.host->data - host),
@@ -165,21 +187,26 @@ struct NcclCards : Cards {
                 own_moves(&all, buckets, (size_t)((const float *)t->data - host),
                           (size_t)t->rows * (size_t)t->cols, small[i]);
         }
-        for (const Bucket &b : buckets) parts.push_back({b.own, 0, b.n});
+        for (const Bucket &b : buckets)
+            room[b.buffer] = std::max(room[b.buffer], (b.to - b.from) * sizeof(float));
+        seen = buckets.size();
         n_moves = (int)all.size();
         all.push_back({}); // no array of nothing
         small_arena = (float *)device_alloc(small_floats * sizeof(float));
         if (small_arena) moves = (Move *)device_alloc(all.size() * sizeof(Move));
-        if (moves) own_parts = (Move *)device_alloc(parts.size() * sizeof(Move));
-        if (!own_parts) return -1;
+        if (!moves) return -1;
+        for (int i = 0; i < BUFFERS; i++) {
+            if (room[i] && !(buffer[i] = (float *)device_alloc(room[i]))) return -1;
+            if (room[i]) clear(d, buffer[i], room[i], "ranks");
+        }
         copy(d, moves, all.data(), all.size() * sizeof(Move), "ranks");
-        copy(d, own_parts, parts.data(), parts.size() * sizeof(Move), "ranks");
         check_cuda(d, cudaDeviceGetStreamPriorityRange(&low, &high), "ranks");
         check_cuda(d, cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, high), "ranks");
         for (cudaEvent_t *event : {&here, &there})
             check_cuda(d, cudaEventCreateWithFlags(event, cudaEventDisableTiming), "ranks");
         for (Bucket &b : buckets)
-            check_cuda(d, cudaEventCreateWithFlags(&b.updated, cudaEventDisableTiming), "ranks");
+            for (cudaEvent_t *event : {&b.complete, &b.added})
+                check_cuda(d, cudaEventCreateWithFlags(event, cudaEventDisableTiming), "ranks");
         if (finish(d)) return -1;
         return meet();
     }
@@ -200,63 +227,101 @@ struct NcclCards : Cards {
     }
 
     ~NcclCards() override {
-        const bool well = failed == ncclSuccess && mamba_ranks_check(ranks) == 0 &&
-                          (!stream || cudaStreamQuery(stream) == cudaSuccess);
-        if (comm && well) ncclCommDestroy(comm);
+        if (comm && well() && (!stream || cudaStreamQuery(stream) == cudaSuccess))
+            ncclCommDestroy(comm);
         else if (comm) ncclCommAbort(comm);
         for (Bucket &b : buckets)
-            if (b.updated) cudaEventDestroy(b.updated);
+            for (cudaEvent_t event : {b.complete, b.added})
+                if (event) cudaEventDestroy(event);
         for (cudaEvent_t event : {here, there})
             if (event) cudaEventDestroy(event);
         if (stream) cudaStreamDestroy(stream);
-        cudaFree(small_arena), cudaFree(moves), cudaFree(own_parts);
+        for (float *p : buffer) cudaFree(p);
+        cudaFree(small_arena), cudaFree(moves);
     }
 
     size_t own_floats() const override { return own; }
     void *small_tensor(size_t i) override { return small_arena + small[i]; }
+    float *gradient(size_t at) override {
+        for (const Bucket &b : buckets)
+            if (at >= b.from && at < b.to) return buffer[b.buffer] + (at - b.from);
+        return NULL;
+    }
 
     // --- a step
 
+    void begin() override {
+        see(buckets.size()); // of the pass before: the buffers are clear
+        next = seen = 0;
+    }
+
     void ready(int layer) override {
         const size_t from = layer < 0 ? 0 : start[(size_t)layer];
-        if (!last_pass || next == buckets.size() || buckets[next].from < from) return;
-        follow(stream, d->stream, here);
         for (; next < buckets.size() && buckets[next].from >= from; next++) {
-            const Bucket &b = buckets[next];
-            float *g = x->gradient + b.from;
-            const int size = ranks->size, rank = ranks->rank;
-            const size_t even = b.each * (size_t)size, rest = b.to - b.from - even;
-            check(ncclGroupStart());
-            if (even)
-                check(ncclReduceScatter(g, g + (size_t)rank * b.each, b.each, ncclFloat, ncclSum,
-                                        comm, stream));
-            if (rest)
-                check(ncclReduce(g + even, g + even, rest, ncclFloat, ncclSum, size - 1, comm,
-                                 stream));
-            check(ncclGroupEnd());
+            if (next > 1) see(next - 1); // then the device waits for others in no stream but NCCL's
+            if (!broken) add_up(buckets[next]);
+            if (next && next + 2 < buckets.size()) // the next bucket's buffer must be clear
+                check_cuda(d, cudaStreamWaitEvent(d->stream, buckets[next - 1].added, 0), "ranks");
         }
+        if (layer < 0) more = true;
+    }
+
+    void add_up(const Bucket &b) {
+        float *all = buffer[b.buffer], *sum = x->gradient + b.at;
+        const int last = ranks->size - 1;
+        const size_t even = b.each * (size_t)ranks->size, rest = b.to - b.from - even;
+        follow(stream, d->stream, b.complete);
+        if (more && b.n)
+            add_kernel<<<(unsigned)d->processors, 256, 0, stream>>>(all + (b.own - b.from), sum,
+                                                                    b.n);
+        check_launch(d, "ranks");
+        check(ncclGroupStart());
+        if (even) check(ncclReduceScatter(all, sum, b.each, ncclFloat, ncclSum, comm, stream));
+        if (rest)
+            check(ncclReduce(all + even, ranks->rank == last ? sum + b.each : all + even, rest,
+                             ncclFloat, ncclSum, last, comm, stream));
+        check(ncclGroupEnd());
+        check_cuda(d, cudaMemsetAsync(all, 0, (b.to - b.from) * sizeof(float), stream), "ranks");
+        check_cuda(d, cudaEventRecord(b.added, stream), "ranks");
+    }
+
+    // The sum over all ranks of the squares of some numbers, whose root this one has. 0, or -1 with
+    // a sentence.
+    int sum_squares(double mine, float *length) {
+        mine *= mine;
+        if (mamba_ranks_sum(ranks, &mine, 1)) return gpu_fail("%s", ranks->text);
+        *length = (float)sqrt(mine);
+        return 0;
     }
 
     int norm(float clip, float *length) override {
         float mine = 0;
-        last_pass = true;
-        ready(-1);
-        last_pass = false, next = 0;
         follow(d->stream, stream, there);
-        own_squares_kernel<<<NORM_PARTS, 256, 0, d->stream>>>(x->norms + 2, x->gradient, own_parts,
-                                                              (int)buckets.size());
+        squares_kernel<<<NORM_PARTS, 256, 0, d->stream>>>(x->norms + 2, x->gradient, own);
         norm_kernel<<<1, 1024, 0, d->stream>>>(x->norms, x->norms + 2, NORM_PARTS, 0);
         check_launch(d, "norm");
         if (wait()) return -1;
         copy(d, &mine, x->norms, sizeof mine, "norm");
-        if (finish(d)) return -1;
-        double sum = (double)mine * mine;
-        if (mamba_ranks_sum(ranks, &sum, 1)) return gpu_fail("%s", ranks->text);
-        *length = (float)sqrt(sum);
+        if (finish(d) || sum_squares(mine, length)) return -1;
         const float both[] = {*length,
                               clip > 0 && *length > clip ? clip / (*length + 1e-6f) : 1.0f};
         copy(d, x->norms, both, sizeof both, "norm");
         return 0;
+    }
+
+    int tensor_norm(size_t i, float *length) override {
+        const Tensor *t = x->places[i].host;
+        const float *host = (const float *)x->places[0].host->data;
+        std::vector<Move> parts;
+        double sum = 0;
+        own_moves(&parts, buckets, (size_t)((const float *)t->data - host),
+                  (size_t)t->rows * (size_t)t->cols, 0);
+        for (const Move &m : parts) {
+            float part = 0;
+            if (gradient_norm(x, x->gradient + m.from, m.n, 0, &part)) return -1;
+            sum += (double)part * part;
+        }
+        return sum_squares(sqrt(sum), length);
     }
 
     // Sends this rank's part of a bucket of an arena to all others.
@@ -274,7 +339,7 @@ struct NcclCards : Cards {
     int update(const AdamStep &how) override {
         const unsigned blocks = (unsigned)d->processors * 8;
         for (const Bucket &b : buckets) {
-            float *gradient = x->gradient + b.own, *moment = x->moment + b.at,
+            float *gradient = x->gradient + b.at, *moment = x->moment + b.at,
                   *moment2 = x->moment2 + b.at;
             const unsigned char *decays = x->decays + b.own / 16;
             float *weights = x->weights + (split_weights() ? b.at : b.own);
@@ -286,7 +351,7 @@ struct NcclCards : Cards {
                 adamw_kernel<<<blocks, 256, 0, d->stream>>>(weights, weights, gradient, moment,
                                                             moment2, decays, b.n, how);
             check_launch(d, "adamw");
-            follow(stream, d->stream, b.updated);
+            follow(stream, d->stream, here);
             if (split_weights()) gather(b, (bf16 *)x->compute, ncclBfloat16);
             else gather(b, x->weights, ncclFloat);
         }
@@ -300,7 +365,7 @@ struct NcclCards : Cards {
             check(ncclAllReduce(small_arena, small_arena, small_floats, ncclUint32, ncclSum, comm,
                                 stream)); // bits + 0 are the bits
         }
-        clear(d, x->gradient, x->floats * sizeof(float), "gradient");
+        more = false;
         follow(d->stream, stream, there);
         derive_all(x);
         return wait();
@@ -308,62 +373,67 @@ struct NcclCards : Cards {
 
     // --- weights and moments from the host and back
 
-    // Rank 0's weights count. The gradient's arena holds the whole model on the way.
+    // Rank 0's weights count. A bucket at a time, in its buffer.
     int set(const float *weights, const float *moment, const float *moment2) override {
-        const size_t bytes = x->floats * sizeof(float);
-        float *whole = split_weights() ? x->gradient : x->weights;
-        copy(d, whole, weights, bytes, "weights");
-        follow(stream, d->stream, here);
-        check(ncclBroadcast(whole, whole, x->floats, ncclFloat, 0, comm, stream));
-        follow(d->stream, stream, there);
         const float *host = (const float *)x->places[0].host->data;
-        for (size_t i = 0; i < x->places.size() && split_weights(); i++) {
-            const Tensor *t = x->places[i].host;
-            if (!x->places[i].matrix)
-                copy(d, small_tensor(i), whole + ((const float *)t->data - host),
-                     (size_t)t->rows * (size_t)t->cols * sizeof(float), "weights");
+        for (const Bucket &b : buckets) {
+            float *all = buffer[b.buffer];
+            const size_t n = b.to - b.from, own_bytes = b.n * sizeof(float);
+            copy(d, all, weights + b.from, n * sizeof(float), "weights");
+            follow(stream, d->stream, here);
+            check(ncclBroadcast(all, all, n, ncclFloat, 0, comm, stream));
+            if (wait()) return -1;
+            if (split_weights()) {
+                convert(d, (bf16 *)x->compute + b.from, all, n);
+                copy(d, x->weights + b.at, all + (b.own - b.from), own_bytes, "weights");
+            } else copy(d, x->weights + b.from, all, n * sizeof(float), "weights");
+            for (size_t i = 0; i < x->places.size() && split_weights(); i++) {
+                const Tensor *t = x->places[i].host;
+                const size_t at = (size_t)((const float *)t->data - host);
+                if (!x->places[i].matrix && at >= b.from && at < b.to)
+                    copy(d, small_tensor(i), all + (at - b.from),
+                         (size_t)t->rows * (size_t)t->cols * sizeof(float), "weights");
+            }
+            clear(d, all, n * sizeof(float), "weights");
+            if (moment) copy(d, x->moment + b.at, moment + b.own, own_bytes, "moments");
+            if (moment2) copy(d, x->moment2 + b.at, moment2 + b.own, own_bytes, "moments");
         }
-        if (split_weights()) convert(d, (bf16 *)x->compute, whole, x->floats);
-        auto split = [&](float *to, const float *from) {
-            for (const Bucket &b : buckets)
-                if (from) copy(d, to + b.at, from + b.own, b.n * sizeof(float), "moments");
-            if (!from) clear(d, to, own * sizeof(float), "moments");
-        };
-        if (split_weights()) split(x->weights, whole);
-        split(x->moment, moment), split(x->moment2, moment2);
-        clear(d, x->gradient, bytes, "gradient");
+        if (!moment) clear(d, x->moment, own * sizeof(float), "moments");
+        if (!moment2) clear(d, x->moment2, own * sizeof(float), "moments");
+        clear(d, x->gradient, own * sizeof(float), "gradient");
+        more = false;
         derive_all(x);
         return wait();
     }
 
-    // Rank 0's `to` (floats, host) gets all parts of an arena that is split. They meet in the
-    // arena of the gradient, which is zeros between two steps.
+    // Rank 0's `to` (floats, host) gets all parts of an arena that is split, bucket by bucket.
     int collect(float *to, const float *arena) {
-        follow(stream, d->stream, here);
         for (const Bucket &b : buckets) {
+            float *all = buffer[b.buffer];
+            follow(stream, d->stream, here);
             check(ncclGroupStart());
             for (int r = 1; r < ranks->size && ranks->rank == 0; r++) {
-                const size_t from = b.from + (size_t)r * b.each,
-                             n = r == ranks->size - 1 ? b.to - from : b.each;
-                if (n) check(ncclRecv(x->gradient + from, n, ncclFloat, r, comm, stream));
+                const size_t from = (size_t)r * b.each,
+                             n = r == ranks->size - 1 ? b.to - b.from - from : b.each;
+                if (n) check(ncclRecv(all + from, n, ncclFloat, r, comm, stream));
             }
             if (ranks->rank && b.n) check(ncclSend(arena + b.at, b.n, ncclFloat, 0, comm, stream));
             check(ncclGroupEnd());
-            if (ranks->rank == 0)
-                copy(d, x->gradient + b.own, arena + b.at, b.n * sizeof(float), "moments");
+            if (wait()) return -1;
+            if (ranks->rank) continue;
+            copy(d, to + b.from, arena + b.at, b.n * sizeof(float), "moments");
+            copy(d, to + b.from + b.n, all + b.n, (b.to - b.from - b.n) * sizeof(float), "moments");
+            clear(d, all, (b.to - b.from) * sizeof(float), "moments");
         }
-        if (wait()) return -1;
-        if (ranks->rank == 0) copy(d, to, x->gradient, x->floats * sizeof(float), "moments");
         return finish(d);
     }
 
     int get(float *weights, float *moment, float *moment2) override {
-        const size_t bytes = x->floats * sizeof(float);
-        if (weights && !split_weights()) copy(d, weights, x->weights, bytes, "weights");
+        if (weights && !split_weights())
+            copy(d, weights, x->weights, x->floats * sizeof(float), "weights");
         if ((weights && split_weights() && collect(weights, x->weights)) ||
             (moment && collect(moment, x->moment)) || (moment2 && collect(moment2, x->moment2)))
             return -1;
-        clear(d, x->gradient, bytes, "gradient");
         return finish(d);
     }
 };
@@ -392,8 +462,4 @@ static int gpu_ranks(Ranks *r) {
                         cudaGetErrorString(error));
     run_ranks = r, cards_open = nccl_cards_open, cards_number = r->size;
     return 0;
-}
-
-static void gpu_last_pass(GpuTrainer *x) {
-    if (x->cards) x->cards->last_pass = true;
 }

@@ -11,12 +11,15 @@
 struct AdamStep;
 // Several cards that train one model: cuda/ranks.cuh, in builds that have it.
 struct Cards {
-    bool last_pass = false; // of a step: ready() adds up over all cards
     virtual ~Cards() {}
     virtual size_t own_floats() const = 0;     // of this card's part of the arenas that are split
     virtual void *small_tensor(size_t i) = 0;  // place of tensor i, no matrix, bf16_compute
-    virtual void ready(int layer) = 0;         // gradients of this layer and after it are complete
+    virtual float *gradient(size_t at) = 0;    // where backward adds that of `at` in the arena
+    virtual void begin() = 0;                  // a backward pass begins
+    virtual void ready(int layer) = 0;         // gradients of this layer and after it are complete;
+                                               // -1: all
     virtual int norm(float clip, float *) = 0; // as gradient_norm(), of the sum over all cards
+    virtual int tensor_norm(size_t i, float *) = 0; // the same of tensor i, without clipping
     virtual int update(const AdamStep &how) = 0;
     virtual int set(const float *weights, const float *moment, const float *moment2) = 0;
     virtual int get(float *weights, float *moment, float *moment2) = 0;
@@ -24,7 +27,8 @@ struct Cards {
 
 struct GpuTrainer {
     Device device;
-    Cards *cards; // NULL: this card alone. Else weights (where T is bf16) and moments are a part
+    Cards *cards; // NULL: this card alone. Else weights (where T is bf16), gradient and moments are
+                  // a part
     Config config;
     bool bf16_compute;     // T is bf16, else float
     int B, L;              // sequences of a pass, tokens of each
@@ -296,9 +300,13 @@ static int gpu_trainer_chunk(const Model *m, int B, int L, int float32) {
     size_t total = 0, free_bytes = free_memory(&total);
     x.config = *c, x.bf16_compute = !float32, x.B = B, x.L = L;
     // Weights, gradient and moments; the copy in bf16; what is derived; and what cuBLAS and the
-    // kernels take for themselves.
+    // kernels take for themselves. Of several cards the buffers of gradients.
     const size_t all = m->tensors_bytes, part = all / (size_t)cards_number,
-                 fixed = all + (float32 ? all + 2 * part : all / 2 + 3 * part) + all / 64 +
+                 embedding = (size_t)c->V * c->D * sizeof(float),
+                 heads = c->flags & FLAG_TIED ? 0 : embedding,
+                 buffers = embedding + 2 * std::max((all - embedding) / c->n_layer, heads),
+                 fixed = (float32 ? all + 3 * part : all / 2 + 4 * part) +
+                         (cards_open ? buffers : 0) + all / 64 +
                          (size_t)c->n_layer * c->E * (size_t)(c->N + c->K) * sizeof(float) +
                          CUBLAS_WORKSPACE + total / 32;
     auto bytes = [&](int chunk) {
@@ -333,7 +341,7 @@ static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int chunk, int
         else good = false;
         return p;
     };
-    x->weights = (float *)take(x->bf16_compute ? own : bytes), x->gradient = (float *)take(bytes),
+    x->weights = (float *)take(x->bf16_compute ? own : bytes), x->gradient = (float *)take(own),
     x->moment = (float *)take(own);
     x->moment2 = (float *)take(own), x->decays = (unsigned char *)take(flags);
     x->compute = x->bf16_compute ? take(bytes / 2) : x->weights;
@@ -348,7 +356,7 @@ static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int chunk, int
         const TensorPlace &p = x->places[i];
         size_t at = (size_t)((const float *)p.host->data - host),
                n = (size_t)p.host->rows * (size_t)p.host->cols;
-        *gradients[i].device = x->gradient + at;
+        *gradients[i].device = x->cards ? x->cards->gradient(at) : x->gradient + at;
         *p.device = p.matrix && x->bf16_compute   ? (void *)((bf16 *)x->compute + at)
                     : x->cards && x->bf16_compute ? x->cards->small_tensor(i)
                                                   : (void *)(x->weights + at);
@@ -631,15 +639,17 @@ static void chunk_pass(GpuTrainer *x, int chunk, const int32_t *ids, const int32
     copy(d, x->targets, chunk_targets.data(), bytes, "ids");
     chunk_forward<T>(x, chunk, kind);
     if (kind == STATES) return;
+    Cards *cards = kind == BACKWARD ? x->cards : NULL;
+    if (cards) cards->begin();
     chunk_loss<T>(x, weight, kind == BACKWARD);
     if (kind == LOSS) return;
-    Cards *cards = chunk == 0 ? x->cards : NULL; // the first chunk is the last to add to a gradient
     if (cards) cards->ready(x->config.n_layer);
     for (int layer = x->config.n_layer - 1; layer >= 0; layer--) {
         block_backward<T>(x, layer, chunk);
         if (cards) cards->ready(layer);
     }
     embed_backward(x, chunk_ids.data());
+    if (cards) cards->ready(-1);
     x->turn = !x->turn;
 }
 
@@ -709,10 +719,13 @@ static int gpu_train_step(GpuTrainer *x, const AdamW *how, uint64_t step, double
     *norm = length;
     if (!(*norm - *norm == 0)) {
         const float *host = (const float *)x->places[0].host->data;
-        for (const TensorPlace &p : x->places) {
-            size_t n = (size_t)p.host->rows * (size_t)p.host->cols;
+        for (size_t i = 0; i < x->places.size(); i++) {
+            const TensorPlace &p = x->places[i];
+            size_t n = (size_t)p.host->rows * (size_t)p.host->cols,
+                   at = (size_t)((const float *)p.host->data - host);
             float part = 0;
-            if (gradient_norm(x, x->gradient + ((const float *)p.host->data - host), n, 0, &part))
+            if (x->cards ? x->cards->tensor_norm(i, &part)
+                         : gradient_norm(x, x->gradient + at, n, 0, &part))
                 return -1;
             if (part - part == 0) continue;
             if (p.layer < 0)

@@ -227,9 +227,3 @@ int mamba_trainer_ranks(Ranks *r, bool alone) {
     mamba_ranks_close(r, false);
     return gpu_failed();
 }
-
-// The next pass is the last of a step: ranks add up the gradients of each layer while those of the
-// layers below are computed.
-void mamba_trainer_last_pass(Trainer *tr) {
-    if (tr->gpu && GPU->last_pass) GPU->last_pass(tr->gpu);
-}
