@@ -103,8 +103,8 @@ $(error NCCL=1: no nccl.h in $(NCCL_PLACES): install libnccl-dev, or NCCL_HOME=f
 endif
 GPU_FLAGS += -DMAMBA_NCCL
 NCCL_FLAGS = -DMAMBA_NCCL $(NCCL_HOME:%=-I%/include)
-GPU_LIBS  := $(GPU_OBJECT) $(NCCL_HOME:%=-L%/lib -Wl,-rpath,%/lib) -L$(CUDA_HOME)/lib64 \
-             -l:libnccl.so.2 $(filter-out $(GPU_OBJECT),$(GPU_LIBS)) -lpthread
+GPU_LIBS  := $(GPU_OBJECT) $(NCCL_HOME:%=-L%/lib) $(NCCL_HOME:%=-Wl,-rpath,%/lib) \
+             -L$(CUDA_HOME)/lib64 -l:libnccl.so.2 $(filter-out $(GPU_OBJECT),$(GPU_LIBS)) -lpthread
 endif
 # The tests must know which form of the kernels the build has; the card alone does not tell.
 TEST_FLAGS = -DCUDA_CODE='"$(CUDA_CODE)"'

@@ -207,8 +207,14 @@ static int train_step(Training *t, Step *step) {
     t->run.random = before;
     for (int pass = 0; pass < o->accumulate; pass++) {
         next_batch(t, pass);
-        sum += mamba_train_pass_on(x, o->carry ? pass : -1, t->ids, t->targets,
-                                   1.0f / (float)counted, true);
+        *error_text = 0;
+        const double losses = mamba_train_pass_on(x, o->carry ? pass : -1, t->ids, t->targets,
+                                                  1.0f / (float)counted, true);
+        if (isnan(losses) && *error_text) { // else the step says which gradient is not finite
+            t->run.random = before;
+            return -1;
+        }
+        sum += losses;
     }
     const AdamW how = {.rate = (float)learning_rate(o, x->step + 1),
                        .beta1 = 0.9f,

@@ -471,10 +471,12 @@ void mamba_ranks_give_up(Ranks *r) {
     Watch *w = r->watch;
     if (!w) return;
     const Beat beat = {BEAT_FAILED, 0, 0};
+    char own[40];
+    const int n = snprintf(own, sizeof own, "rank %d of %d: ", r->rank, r->size);
     pthread_mutex_lock(&w->lock);
     for (int i = 0; i < r->size; i++)
         if (w->link[i] >= 0) send(w->link[i], &beat, sizeof beat, MSG_NOSIGNAL | MSG_DONTWAIT);
-    watch_fail(r, r->rank, "%s", error_text);
+    watch_fail(r, r->rank, "%s", error_text + (strncmp(error_text, own, (size_t)n) ? 0 : n));
     pthread_mutex_unlock(&w->lock);
 }
 
