@@ -7,7 +7,7 @@ typedef struct { // of the command line; TRAIN_USAGE and the table of options sa
     TextList data;
     long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, grow_from,
         chunk, warmup, seed, save_every, eval_every, threads;
-    double rate, min_rate, decay, clip, beta2, held_out;
+    double rate, min_rate, decay, clip, beta2, noise, held_out;
     const char *mask_until;
     bool documents, carry;
     bool ids;                      // --data is token ids
@@ -94,13 +94,28 @@ static void carried_batch(Training *t, int pass) {
     }
 }
 
-// Pass number `pass` of the next step. Returns how many targets count, of all ranks.
+// --noise: of n ids, the share X becomes tokens drawn from the whole vocabulary, the right one
+// among them. The targets stay: what is learnt is the text, read through errors, so that a text
+// that comes again does not look the same.
+static void add_noise(Training *t, int32_t *ids, size_t n) {
+    const uint64_t V = (uint64_t)t->model->config.V;
+    for (size_t i = 0; i < n; i++)
+        if (random_unit(&t->run.random) < t->o->noise)
+            ids[i] = (int32_t)(random_u64(&t->run.random) % V);
+}
+
+// Pass number `pass` of the next step. Returns how many targets count, of all ranks. The noise of
+// all ranks is drawn too, in their order.
 static size_t next_batch(Training *t, int pass) {
     const int B = t->trainer->B, L = t->trainer->L;
-    if (!t->o->carry) return draw_batch(t, B, L);
-    carried_batch(t, pass);
+    const size_t rows = (size_t)B * (size_t)L;
     size_t counted = 0;
-    for (int i = 0; i < B * L; i++) counted += t->targets[i] >= 0;
+    if (t->o->carry) {
+        carried_batch(t, pass);
+        for (size_t i = 0; i < rows; i++) counted += t->targets[i] >= 0;
+    } else counted = draw_batch(t, B, L);
+    for (int rank = 0; rank < t->ranks.size && t->o->noise > 0; rank++)
+        add_noise(t, rank == t->ranks.rank ? t->ids : t->other, rows);
     return counted;
 }
 
@@ -521,6 +536,9 @@ static void describe_run(Training *t, long steps) {
                  t->rows.documents, t->rows.n,
                  crc32_of(0, o->mask_until, o->mask_until ? strlen(o->mask_until) : 0));
     if (o->carry) snprintf(t->run.text + n, sizeof t->run.text - n, ", carry");
+    const size_t end = strlen(t->run.text);
+    if (o->noise > 0)
+        snprintf(t->run.text + end, sizeof t->run.text - end, ", noise %.9g", o->noise);
 }
 
 // Bytes of memory that the machine has; 0: unknown.
@@ -897,6 +915,9 @@ static int command_train(int argc, char **argv) {
         OPTION_REAL("--decay", "X", &o.decay, 0, 10, "weight decay of matrices"),
         OPTION_REAL("--clip", "X", &o.clip, 0, 1e9, "largest norm of the gradient; 0: off"),
         OPTION_REAL("--beta2", "X", &o.beta2, 0, 0.999999, "of AdamW"),
+        OPTION_REAL("--noise", "X", &o.noise, 0, 1,
+                    "share of the tokens read that become random ones; those to be predicted "
+                    "stay; 0: off"),
         OPTION_REAL("--held-out", "X", &o.held_out, 0, 0.9,
                     "share of the data, at its end, that is never trained on"),
         OPTION_TEXT("--held-out-data", "FILE", &o.held_out_data,
