@@ -24,7 +24,7 @@
 
 #include <nccl.h>
 
-enum { BUCKET_LEAST = 1 << 21, BUFFERS = 3 }; // floats
+enum { BUCKET_LEAST = 1 << 25, BUFFERS = 3 }; // floats
 
 struct Bucket {
     size_t from, to;             // in the arena, floats
