@@ -33,7 +33,8 @@ begin() {
         mpiexec) set -- PMI_RANK=$rank PMI_SIZE=$size MPI_LOCALRANKID=$rank \
             MPI_LOCALNRANKS=$size MASTER_PORT=$port ;;
         srun) set -- SLURM_PROCID=$rank SLURM_STEP_NUM_TASKS=$size SLURM_LOCALID=$rank \
-            SLURM_STEP_NUM_NODES=1 SLURM_JOB_ID=123$((port % 10000)) PMI_RANK=$rank PMI_SIZE=$size ;;
+            SLURM_STEP_NUM_NODES=1 SLURM_JOB_ID=123$((port % 10000)) PMI_RANK=$rank \
+            PMI_SIZE=$size ;;
         srun-hosts) set -- SLURM_PROCID=$rank SLURM_STEP_NUM_TASKS=$size SLURM_LOCALID=0 \
             SLURM_STEP_NUM_NODES=$size "SLURM_STEP_NODELIST=local[host-zz,1],other" \
             MASTER_PORT=$port ;;
@@ -67,8 +68,8 @@ for form in torchrun mpirun mpiexec srun srun-hosts; do
     done
 done
 
-# A rank is killed. All others end with a sentence, and one of them names it. 20 s: where it is killed
-# before the others have met it, which they try for 3 times MAMBA_PATIENCE.
+# A rank is killed. All others end with a sentence, and one of them names it. 20 s: where it is
+# killed before the others have met it, which they try for 3 times MAMBA_PATIENCE.
 kill_one() { # kill_one SIGNAL VICTIM DELAY
     name="rank $2 of 3 gets SIG$1 after $3 s"
     begin torchrun 3 100000
@@ -80,7 +81,8 @@ kill_one() { # kill_one SIGNAL VICTIM DELAY
     [ "$1" = STOP ] && { kill -s KILL "$victim"; wait "$victim" 2> /dev/null; }
     told=0
     for rank in 0 1 2; do
-        [ $rank = "$2" ] || ! grep -q "rank $rank of 3: .*rank" "$dir/err$rank" || told=$((told + 1))
+        [ $rank = "$2" ] || ! grep -q "rank $rank of 3: .*rank" "$dir/err$rank" ||
+            told=$((told + 1))
     done
     cat "$dir"/err* | grep -Eq ": rank $2 |did not come to .*: $2\$" || told="$told, none names it"
     case $statuses in *" 0"*) told="$told, a status of 0" ;; esac

@@ -104,7 +104,8 @@ while [ $i -lt "$kills" ]; do
     told=$(grep -l "mamba: rank.*rank $victim" err? | grep -vc "err$victim")
     if [ $seconds -le 60 ] && [ "$told" -ge 1 ] && [ $lost -le 20 ]; then
         ok "rank $victim gets SIG$signal: the others end in $seconds s, $lost steps are lost"
-    else bad "rank $victim gets SIG$signal" "$seconds s, $lost lost, told $told: $(tail -n 1 err?)"; fi
+    else bad "rank $victim gets SIG$signal" \
+        "$seconds s, $lost lost, told $told: $(tail -n 1 err?)"; fi
     i=$((i + 1))
 done
 if [ "$ranks" -gt 1 ]; then
@@ -119,7 +120,7 @@ fi
 
 # Speeds: no run is finished, so that nothing large is written. In the log, steps and seconds.
 if [ "$speed" = speed ]; then
-    cc -O2 -w "$root/tests/random_model.c" -o random_model -I"$root" -lm
+    cc -O2 -w -fopenmp "$root/tests/random_model.c" -o random_model -I"$root" -lm
     awk 'BEGIN { srand(1); for (i = 0; i < 400000; i++) print int(rand() * 50000) }' > ids
     for shape in "130M 768 24 8 60" "370M 1024 48 8 30" "2.8B 2560 64 1 6"; do
         set -- $shape
