@@ -93,6 +93,19 @@ GPU_OBJECT = mamba_cuda.o
 GPU_FLAGS  = -DMAMBA_CUDA
 GPU_LIBS   = $(GPU_OBJECT) -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 \
              -lcublasLt -lcublas -lcudart -lstdc++
+# NCCL=1: several GPUs train one model, cuda/ranks.cuh. NCCL_HOME: where include/nccl.h and
+# lib/libnccl.so.2 are, if not the system's.
+ifneq ($(NCCL),)
+NCCL_PLACES = $(if $(NCCL_HOME),$(NCCL_HOME)/include,/usr/include /usr/local/include \
+                $(CUDA_HOME)/include)
+ifeq ($(wildcard $(NCCL_PLACES:=/nccl.h)),)
+$(error NCCL=1: no nccl.h in $(NCCL_PLACES): install libnccl-dev, or NCCL_HOME=folder names one)
+endif
+GPU_FLAGS += -DMAMBA_NCCL
+NCCL_FLAGS = -DMAMBA_NCCL $(NCCL_HOME:%=-I%/include)
+GPU_LIBS  := $(GPU_OBJECT) $(NCCL_HOME:%=-L%/lib) $(NCCL_HOME:%=-Wl,-rpath,%/lib) \
+             -L$(CUDA_HOME)/lib64 -l:libnccl.so.2 $(filter-out $(GPU_OBJECT),$(GPU_LIBS)) -lpthread
+endif
 # The tests must know which form of the kernels the build has; the card alone does not tell.
 TEST_FLAGS = -DCUDA_CODE='"$(CUDA_CODE)"'
 endif
@@ -114,7 +127,8 @@ tests/soak_gpu: tests/soak_gpu.c $(SOURCES) .flags $(GPU_OBJECT)
 	$(CC) $(FLAGS) $(GPU_FLAGS) -pthread $< -o $@ $(GPU_LIBS) -lm
 
 mamba_cuda.o: mamba_cuda.cu $(wildcard cuda/*) $(SOURCES) .flags
-	$(NVCC) -O3 -std=c++17 $(CUDA_GENCODE) $(NVCC_CORES) -Xcompiler -Wall,-Wextra $(NVCCFLAGS) \
+	$(NVCC) -O3 -std=c++17 $(CUDA_GENCODE) $(NVCC_CORES) -Xcompiler -Wall,-Wextra $(NCCL_FLAGS) \
+	    $(NVCCFLAGS) \
 	    -c mamba_cuda.cu -o $@
 
 cuda:                        ## build ./mamba with the GPU backend; without a GPU: CUDA_ARCH=sm_90
@@ -142,6 +156,7 @@ test-all: all tests/test_all debug ## all tests, damaged files also under the sa
 	sh tests/test_cli.sh ./mamba all
 	sh tests/test_help.sh ./mamba
 	sh tests/test_train.sh ./mamba all
+	sh tests/test_ranks.sh
 	./tests/test_all-debug
 	./tests/test_all-debug all loader
 	./tests/test_all-debug all state
@@ -285,3 +300,4 @@ help:                        ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
 	 sed -E 's/^([a-z-]+):[^#]*## */make \1\t/' | expand -t 20
 	@echo "make VL=1           ... with any of these: vectors of one float, to test such builds"
+	@echo "make cuda NCCL=1    ... training on several GPUs: doc/TRAINING.md"

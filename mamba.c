@@ -223,6 +223,7 @@ typedef struct {
 // does. -1 or NULL: error() knows why.
 typedef struct Gpu Gpu;
 typedef struct GpuTrainer GpuTrainer;
+#include "files/ranks.h"
 typedef enum { TEXTS_SCORED, TEXTS_STEPPED, TEXTS_PROMPTS } TextsUse;
 typedef struct {                  // B texts of L tokens, side by side, each from its start
     const int32_t *ids, *targets; // (B,L); target -1: no score
@@ -272,6 +273,7 @@ typedef struct GpuBackend {
     int (*trainer_chunk)(const Model *m, int B, int L, int float32);
     int (*trainer_carry)(GpuTrainer *x, int places);
     int (*trainer_states)(GpuTrainer *x, float *states, int store);
+    int (*ranks)(Ranks *r); // NULL: a build without NCCL
 } GpuBackend;
 
 #ifndef MAMBA_TYPES_ONLY
@@ -1491,6 +1493,7 @@ typedef struct Trainer {
 } Trainer;                   // made by mamba_trainer_new(), see files/trainer.h
 
 COLD
+#include "files/ranks_tcp.h"
 #include "files/trainer.h"
 COLD_END
 

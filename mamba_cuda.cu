@@ -90,7 +90,8 @@
                                                      step_one_hopper.cuh  a step of 1 sequence
                                                      step_many_hopper.cuh a step of 2 to 64
      8 what mamba.c calls                            train.cuh       pass and AdamW
-                                                     bench.cuh       times, the scan's check    */
+                                                     ranks.cuh       several cards (NCCL=1)
+                                                   bench.cuh       times, the scan's check    */
 // clang-format on
 
 #define MAMBA_TYPES_ONLY
@@ -105,6 +106,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <chrono>
 #include <mutex>
 #include <thread>
 #include <type_traits>
@@ -1150,6 +1152,11 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
 // Training, measuring, and the table of GpuBackend.
 
 #include "cuda/train.cuh"
+#ifdef MAMBA_NCCL
+#include "cuda/ranks.cuh"
+#else
+static int (*const gpu_ranks)(Ranks *r) = NULL;
+#endif
 #include "cuda/bench.cuh"
 
 extern "C" const GpuBackend mamba_gpu = {
@@ -1161,4 +1168,4 @@ extern "C" const GpuBackend mamba_gpu = {
     gpu_places,          gpu_place_begin, gpu_place_move,    gpu_places_sampling,
     gpu_places_generate, gpu_step,        gpu_texts,         gpu_score,
     gpu_read_prompts,    gpu_pretend,     gpu_trainer_chunk, gpu_trainer_carry,
-    gpu_trainer_states};
+    gpu_trainer_states,  gpu_ranks};

@@ -27,13 +27,16 @@ typedef struct {
     DataRows rows;                 // of --documents: the last n_held_rows are held out
     size_t n_held_rows;
     int32_t *ids, *targets; // (B,L) of a pass
+    int32_t *other;         // (B,L) twice: the same of another rank, which is not looked at
+    Ranks ranks;            // the processes that train this model; t->trainer->B is of each
+    bool stop;              // some rank was interrupted
     TrainRun run;           // what a checkpoint keeps of this run; seconds: those of earlier runs
     const char *checkpoint; // its path
     RunLock lock;
 } Training;
 
-// ids and targets (B,L) of a pass: new sequences of the task, or random windows of the text.
-static void draw_batch(Training *t, int32_t *ids, int32_t *targets, int B, int L) {
+// ids and targets (B,L): new sequences of the task, or random windows of the text.
+static void draw_rows(Training *t, int32_t *ids, int32_t *targets, int B, int L) {
     for (int b = 0; b < B; b++, ids += L, targets += L) {
         if (t->task) {
             task_sequence(t->task, ids, targets, (size_t)L, &t->run.random);
@@ -48,6 +51,20 @@ static void draw_batch(Training *t, int32_t *ids, int32_t *targets, int B, int L
         memcpy(ids, t->data + start, (size_t)L * sizeof *ids);
         memcpy(targets, t->data + start + 1, (size_t)L * sizeof *ids);
     }
+}
+
+// This rank's ids and targets (B,L) of a pass. All ranks draw all rows from one generator: a pass
+// of several ranks has the rows that one of one rank has. Returns how many targets count, of all.
+static size_t draw_batch(Training *t, int B, int L) {
+    const size_t rows = (size_t)B * (size_t)L;
+    size_t counted = 0;
+    for (int rank = 0; rank < t->ranks.size; rank++) {
+        const bool own = rank == t->ranks.rank;
+        int32_t *ids = own ? t->ids : t->other, *targets = own ? t->targets : t->other + rows;
+        draw_rows(t, ids, targets, B, L);
+        for (size_t i = 0; i < rows; i++) counted += targets[i] >= 0;
+    }
+    return counted;
 }
 
 // --carry: the text is cut into equal stretches, one for each sequence of a step. Each sequence
@@ -87,11 +104,19 @@ static void add_noise(Training *t, int32_t *ids, size_t n) {
             ids[i] = (int32_t)(random_u64(&t->run.random) % V);
 }
 
-static void next_batch(Training *t, int pass) {
+// Pass number `pass` of the next step. Returns how many targets count, of all ranks. The noise of
+// all ranks is drawn too, in their order.
+static size_t next_batch(Training *t, int pass) {
     const int B = t->trainer->B, L = t->trainer->L;
-    if (t->o->carry) carried_batch(t, pass);
-    else draw_batch(t, t->ids, t->targets, B, L);
-    if (t->o->noise > 0) add_noise(t, t->ids, (size_t)B * (size_t)L);
+    const size_t rows = (size_t)B * (size_t)L;
+    size_t counted = 0;
+    if (t->o->carry) {
+        carried_batch(t, pass);
+        for (size_t i = 0; i < rows; i++) counted += t->targets[i] >= 0;
+    } else counted = draw_batch(t, B, L);
+    for (int rank = 0; rank < t->ranks.size && t->o->noise > 0; rank++)
+        add_noise(t, rank == t->ranks.rank ? t->ids : t->other, rows);
+    return counted;
 }
 
 // The length of the sequences after `step` steps. --grow-from divides the run into equal parts; the
@@ -132,22 +157,24 @@ static int held_out_passes(int B, int L) {
 }
 
 // The mean loss over windows of the held-out text, or over a task's sequences from a generator of
-// their own. NAN: nothing is held out.
+// their own. Ranks take turns at the passes, which are those of one rank. NAN: nothing is held out,
+// or, after fail(), a rank has ended.
 static double held_out_loss(Training *t) {
     Trainer *x = t->trainer;
-    const int L = x->L, B = x->B, passes = held_out_passes(B, L);
+    const int L = x->L, B = x->B, size = t->ranks.size;
+    const int passes = held_out_passes(B * size, L) * size;
     size_t counted = 0;
     double sum = 0;
     Training other = *t;
     other.run.random = (uint64_t)t->o->seed ^ 0x68656C64206F7574u;
     if (!t->task && (t->o->documents ? t->n_held_rows < 1 : t->n_held < 2)) return NAN;
     for (int pass = 0; pass < passes; pass++) {
-        if (t->task) draw_batch(&other, t->ids, t->targets, B, L);
+        if (t->task) draw_rows(&other, t->ids, t->targets, B, L);
         else held_out_batch(t, pass, passes, B, L);
         for (int i = 0; i < B * L; i++) counted += t->targets[i] >= 0;
-        sum += mamba_train_pass(x, t->ids, t->targets, 0, false);
+        if (pass % size == t->ranks.rank) sum += mamba_train_pass(x, t->ids, t->targets, 0, false);
     }
-    return sum / (double)counted;
+    return mamba_ranks_sum(&t->ranks, &sum, 1) ? NAN : sum / (double)counted;
 }
 
 static double learning_rate(const TrainOptions *o, uint64_t step) { // of step 1, 2, ...
@@ -165,12 +192,15 @@ static double learning_rate(const TrainOptions *o, uint64_t step) { // of step 1
 
 // The model is saved also when the checkpoint, three times as large, is not. spent: seconds of this
 // process.
-static int save_all(const Training *t, double spent) {
+static int save_all(Training *t, double spent) {
     TrainRun run = t->run;
     run.seconds += spent;
     if (mamba_trainer_fetch(t->trainer, false)) return -1; // then the weights here are old
+    if (t->ranks.rank) return 0;                           // rank 0 has them all
+    mamba_ranks_files(&t->ranks, true);
     int bad = mamba_checkpoint_save(t->trainer, &run, t->checkpoint);
     bad |= mamba_save(t->model, t->o->out);
+    mamba_ranks_files(&t->ranks, false);
     return bad ? -1 : 0;
 }
 
@@ -194,15 +224,18 @@ static int train_step(Training *t, Step *step) {
     if (L != x->L && mamba_trainer_resize(x, rows / L, L)) return -1;
     if (o->carry && x->step % stretch_windows(t) == 0 && mamba_trainer_carry(x, (int)o->accumulate))
         return -1;
-    for (int pass = 0; pass < o->accumulate; pass++) {
-        next_batch(t, pass);
-        for (int i = 0; i < rows; i++) counted += t->targets[i] >= 0;
-    }
+    for (int pass = 0; pass < o->accumulate; pass++) counted += next_batch(t, pass);
     t->run.random = before;
     for (int pass = 0; pass < o->accumulate; pass++) {
         next_batch(t, pass);
-        sum += mamba_train_pass_on(x, o->carry ? pass : -1, t->ids, t->targets,
-                                   1.0f / (float)counted, true);
+        *error_text = 0;
+        const double losses = mamba_train_pass_on(x, o->carry ? pass : -1, t->ids, t->targets,
+                                                  1.0f / (float)counted, true);
+        if (isnan(losses) && *error_text) { // else the step says which gradient is not finite
+            t->run.random = before;
+            return -1;
+        }
+        sum += losses;
     }
     const AdamW how = {.rate = (float)learning_rate(o, x->step + 1),
                        .beta1 = 0.9f,
@@ -211,14 +244,17 @@ static int train_step(Training *t, Step *step) {
                        .decay = (float)o->decay,
                        .clip = (float)o->clip};
     step->rate = how.rate;
-    step->loss = sum / (double)counted;
     int result = mamba_train_step(x, &how, &step->norm);
+    double told[2] = {sum, interrupted != 0};
+    if (result == 0) result = mamba_ranks_sum(&t->ranks, told, 2);
+    step->loss = told[0] / (double)counted;
+    t->stop = told[1] != 0; // all ranks stop after the same step
     if (result) t->run.random = before;
     return result;
 }
 
 static double tokens_a_step(const Training *t) {
-    return (double)t->trainer->B * t->trainer->L * (double)t->o->accumulate;
+    return (double)t->trainer->B * t->trainer->L * (double)t->o->accumulate * t->ranks.size;
 }
 
 static void log_step(TrainLog *log, const Training *t, const Step *step) {
@@ -241,6 +277,19 @@ static void show_step(const Training *t, const Step *step) {
     note("  %.0f tokens/s  %.0f s left%s", step->speed, left, step->evaluated ? "\n" : "   \r");
 }
 
+#ifdef MAMBA_NCCL
+// What has started the ranks passes a Ctrl-C on, often as another signal: only one that comes later
+// ends this process at once.
+static void on_stop(int number) {
+    static volatile time_t first;
+    if (!interrupted) first = time(NULL);
+    interrupted = 1;
+    if (time(NULL) > first + 10) on_kill(number);
+}
+#endif
+
+static bool is_stopped(const Training *t) { return t->ranks.size > 1 ? t->stop : interrupted; }
+
 static int train_loop(Training *t) {
     const TrainOptions *o = t->o;
     Trainer *x = t->trainer;
@@ -249,15 +298,21 @@ static int train_loop(Training *t) {
     double shown = 0;
     int result = 0;
     TrainLog log;
-    if (log_open(&log, o->log, x->step)) return -1;
+    if (t->ranks.rank) log = (TrainLog){.path = o->log}; // rank 0 writes it
+    else if (log_open(&log, o->log, x->step)) return -1;
     catch_interrupt();
-    while (x->step < (uint64_t)o->steps && !interrupted && result == 0) {
+#ifdef MAMBA_NCCL
+    if (t->ranks.by) signal(SIGINT, on_stop), signal(SIGTERM, on_stop);
+#endif
+    mamba_ranks_files(&t->ranks, false);
+    while (x->step < (uint64_t)o->steps && !is_stopped(t) && result == 0) {
         Step step = {0};
         result = train_step(t, &step);
         if (result) break;
         const bool last = x->step == (uint64_t)o->steps;
         step.evaluated = last || x->step % (uint64_t)o->eval_every == 0;
         if (step.evaluated) t->run.held_loss = held_out_loss(t);
+        result = mamba_ranks_check(&t->ranks);
         step.spent = seconds() - begun;
         step.speed = (double)(x->step - first) * tokens_a_step(t) / step.spent;
         log_step(&log, t, &step);
@@ -265,11 +320,12 @@ static int train_loop(Training *t) {
             shown = step.spent;
             show_step(t, &step);
         }
-        if (!last && x->step % (uint64_t)o->save_every == 0) result = save_all(t, step.spent);
+        if (result == 0 && !last && x->step % (uint64_t)o->save_every == 0)
+            result = save_all(t, step.spent);
     }
     log_close(&log);
     if (result == 0) result = save_all(t, seconds() - begun);
-    if (result == 0 && interrupted)
+    if (result == 0 && is_stopped(t))
         note("\ninterrupted after step %llu and saved: `mamba train -o %s --resume` goes on\n",
              (unsigned long long)x->step, o->out);
     if (result == 0 && log.error)
@@ -506,7 +562,8 @@ static double physical_memory(void) {
 static int open_trainer(Training *t) {
     const TrainOptions *o = t->o;
     // A pass has as many rows at any length; short sequences need the most memory.
-    const int L = stage_length(o, 0), B = (int)(o->batch / o->accumulate * o->length / L);
+    const int L = stage_length(o, 0);
+    const int B = (int)(o->batch / o->accumulate / t->ranks.size * o->length / L);
     const bool gpu = mamba_has_gpu() && !backend.cpu;
     const double weights = (double)t->model->tensors_bytes / 1e6;
     const double left = physical_memory() * 0.75 - 4e6 * weights;
@@ -530,10 +587,14 @@ static int open_trainer(Training *t) {
     if (gpu && mamba_gpu_memory(name, &used) == 0)
         note("%zu parameters; %s, %.2f GB in use, %s products\n", t->model->n_params, name,
              used / 1e9, backend.float32 ? "float32" : "bf16");
+    if (t->ranks.by)
+        note("%d ranks by %s, each with %d of the %d sequences of a pass\n", t->ranks.size,
+             t->ranks.by, B, B * t->ranks.size);
     if (o->carry && mamba_trainer_carry(t->trainer, (int)o->accumulate)) return -1;
     t->ids = malloc((size_t)B * (size_t)L * sizeof *t->ids);
     t->targets = malloc((size_t)B * (size_t)L * sizeof *t->targets);
-    return t->ids && t->targets ? 0 : fail("out of memory: a batch");
+    t->other = malloc(2 * (size_t)B * (size_t)L * sizeof *t->other);
+    return t->ids && t->targets && t->other ? 0 : fail("out of memory: a batch");
 }
 
 // Whether the last step of the run can be another one: nothing that came before depends on it.
@@ -564,14 +625,36 @@ static int resume_run(Training *t) {
     return 0;
 }
 
+// All ranks must have the same settings and the same data. 0, or -1 after fail().
+static int check_same_run(Training *t) {
+    char text[RUN_TEXT];
+    memcpy(text, t->run.text, RUN_TEXT);
+    if (mamba_ranks_share(&t->ranks, text, RUN_TEXT)) return -1;
+    return memcmp(text, t->run.text, RUN_TEXT)
+               ? fail_other_run("rank 0 is of another run", text, t->run.text)
+               : 0;
+}
+
+// Rank 0 looks after the files that are written.
+static int check_written_files(Training *t) {
+    const TrainOptions *o = t->o;
+    if (t->ranks.rank) return 0;
+    if (check_train_files(o, t->checkpoint) || run_lock_take(&t->lock, o->out)) return -1;
+    return o->resume || o->force ? 0 : check_new_run(o->out, t->checkpoint, o->from);
+}
+
 static int train_stages(Training *t) {
     const TrainOptions *o = t->o;
-    if (parse_task(o->task_name, &t->task) || check_train_files(o, t->checkpoint) ||
-        run_lock_take(&t->lock, o->out) ||
-        (!o->resume && !o->force && check_new_run(o->out, t->checkpoint, o->from)) ||
-        open_train_model(t) || (!t->task && read_data(t)))
+    if (o->batch % (o->accumulate * t->ranks.size))
+        return fail("--batch %ld is not a multiple of %d ranks times --accumulate %ld", o->batch,
+                    t->ranks.size, o->accumulate);
+    if (o->carry && t->ranks.size > 1)
+        return fail("--carry runs on one GPU: its states would be those of %d", t->ranks.size);
+    if (parse_task(o->task_name, &t->task) || check_written_files(t) || open_train_model(t) ||
+        (!t->task && read_data(t)))
         return -1;
     describe_run(t, o->planned);
+    if (check_same_run(t)) return -1;
     if (open_trainer(t)) return -1;
     // Hashed, because the streams of neighbouring seeds are one stream, shifted.
     uint64_t seed = (uint64_t)o->seed;
@@ -590,16 +673,46 @@ static int train_stages(Training *t) {
     return 0;
 }
 
+// Ranks other than 0 say nothing but why they fail. The stream that stderr was, or -1.
+static int silence(Ranks *r) {
+    int err = -1;
+#ifdef MAMBA_NCCL
+    r->last = remove_temporaries;
+    if (r->rank && (err = dup(STDERR_FILENO)) >= 0) {
+        int nowhere = open("/dev/null", O_WRONLY);
+        if (nowhere >= 0) dup2(nowhere, STDERR_FILENO), close(nowhere);
+        r->err = err;
+    }
+#endif
+    (void)r;
+    return err;
+}
+static void speak(const Ranks *r, int err, bool failed) {
+    char name[48];
+    snprintf(name, sizeof name, "rank %d of %d", r->rank, r->size);
+#ifdef MAMBA_NCCL
+    if (err >= 0) dup2(err, STDERR_FILENO), close(err);
+#endif
+    (void)err;
+    if (failed && r->size > 1 && strncmp(error_text, "rank ", 5)) fail_in(name);
+}
+
 static int train_run(const TrainOptions *o, const char *checkpoint) {
     Training t = {.o = o, .checkpoint = checkpoint};
+    if (mamba_trainer_ranks(&t.ranks, backend.cpu)) return -1;
+    const int err = silence(&t.ranks);
     int result = train_stages(&t);
     run_lock_release(&t.lock);
+    speak(&t.ranks, err, result != 0);
+    if (result) mamba_ranks_give_up(&t.ranks);
     mamba_trainer_free(t.trainer);
+    mamba_ranks_close(&t.ranks, result == 0);
     mamba_free(t.model);
     free(t.data);
     rows_free(&t.rows);
     free(t.ids);
     free(t.targets);
+    free(t.other);
     return result;
 }
 

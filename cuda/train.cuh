@@ -8,8 +8,27 @@
 // 5, says why the gradient stays exact. Everything kept is that of one chunk, but for the states at
 // the starts of all chunks.
 
+struct AdamStep;
+// Several cards that train one model: cuda/ranks.cuh, in builds that have it.
+struct Cards {
+    virtual ~Cards() {}
+    virtual size_t own_floats() const = 0;     // of this card's part of the arenas that are split
+    virtual void *small_tensor(size_t i) = 0;  // place of tensor i, no matrix, bf16_compute
+    virtual float *gradient(size_t at) = 0;    // where backward adds that of `at` in the arena
+    virtual void begin() = 0;                  // a backward pass begins
+    virtual void ready(int layer) = 0;         // gradients of this layer and after it are complete;
+                                               // -1: all
+    virtual int norm(float clip, float *) = 0; // as gradient_norm(), of the sum over all cards
+    virtual int tensor_norm(size_t i, float *) = 0; // the same of tensor i, without clipping
+    virtual int update(const AdamStep &how) = 0;
+    virtual int set(const float *weights, const float *moment, const float *moment2) = 0;
+    virtual int get(float *weights, float *moment, float *moment2) = 0;
+};
+
 struct GpuTrainer {
     Device device;
+    Cards *cards; // NULL: this card alone. Else weights (where T is bf16), gradient and moments are
+                  // a part
     Config config;
     bool bf16_compute;     // T is bf16, else float
     int B, L;              // sequences of a pass, tokens of each
@@ -53,6 +72,9 @@ struct GpuTrainer {
     int32_t *start, *token, *first; // see embed_backward
     char *scan;                     // workspace of the backward scan
 };
+
+static Cards *(*cards_open)(GpuTrainer *, const Model *); // NULL with a sentence; NULL: one card
+static int cards_number = 1;
 
 enum { NORM_PARTS = 1024 };
 
@@ -224,6 +246,7 @@ static int gpu_trainer_states(GpuTrainer *x, float *states, int store) {
 static void gpu_trainer_close(GpuTrainer *x) {
     if (!x) return;
     device_use(&x->device);
+    delete x->cards; // first: nothing here may wait for other cards
     if (x->device.stream) cudaStreamSynchronize(x->device.stream);
     for (void *p : x->memory) cudaFree(p);
     cudaFree(x->carried);
@@ -243,6 +266,7 @@ static int gpu_trainer_set(GpuTrainer *x, const float *weights, const float *mom
     size_t bytes = x->floats * sizeof(float);
     Device *d = &x->device;
     device_use(d);
+    if (x->cards) return x->cards->set(weights, moment, moment2);
     copy(d, x->weights, weights, bytes, "weights");
     if (moment) copy(d, x->moment, moment, bytes, "moments");
     else clear(d, x->moment, bytes, "moments");
@@ -260,6 +284,7 @@ static int gpu_trainer_get(GpuTrainer *x, float *weights, float *moment, float *
     size_t bytes = x->floats * sizeof(float);
     Device *d = &x->device;
     device_use(d);
+    if (x->cards) return x->cards->get(weights, moment, moment2);
     if (weights) copy(d, weights, x->weights, bytes, "weights");
     if (moment) copy(d, moment, x->moment, bytes, "moments");
     if (moment2) copy(d, moment2, x->moment2, bytes, "moments");
@@ -275,9 +300,13 @@ static int gpu_trainer_chunk(const Model *m, int B, int L, int float32) {
     size_t total = 0, free_bytes = free_memory(&total);
     x.config = *c, x.bf16_compute = !float32, x.B = B, x.L = L;
     // Weights, gradient and moments; the copy in bf16; what is derived; and what cuBLAS and the
-    // kernels take for themselves.
-    const size_t fixed = 4 * m->tensors_bytes + (float32 ? 0 : m->tensors_bytes / 2) +
-                         m->tensors_bytes / 64 +
+    // kernels take for themselves. Of several cards the buffers of gradients.
+    const size_t all = m->tensors_bytes, part = all / (size_t)cards_number,
+                 embedding = (size_t)c->V * c->D * sizeof(float),
+                 heads = c->flags & FLAG_TIED ? 0 : embedding,
+                 buffers = embedding + 2 * std::max((all - embedding) / c->n_layer, heads),
+                 fixed = (float32 ? all + 3 * part : all / 2 + 4 * part) +
+                         (cards_open ? buffers : 0) + all / 64 +
                          (size_t)c->n_layer * c->E * (size_t)(c->N + c->K) * sizeof(float) +
                          CUBLAS_WORKSPACE + total / 32;
     auto bytes = [&](int chunk) {
@@ -304,15 +333,17 @@ static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int chunk, int
     bool good = c->K <= 16 && device_open(&x->device) == 0;
     if (c->K > 16)
         gpu_fail("training on the GPU needs d_conv of 16 or less, not %d: --cpu trains any", c->K);
+    if (good && cards_open) good = (x->cards = cards_open(x, m)) != NULL;
+    const size_t own = x->cards ? x->cards->own_floats() * sizeof(float) : bytes;
     auto take = [&](size_t n) -> void * {
         void *p = good ? device_alloc(n) : NULL;
         if (p) x->memory.push_back(p);
         else good = false;
         return p;
     };
-    x->weights = (float *)take(bytes), x->gradient = (float *)take(bytes),
-    x->moment = (float *)take(bytes);
-    x->moment2 = (float *)take(bytes), x->decays = (unsigned char *)take(flags);
+    x->weights = (float *)take(x->bf16_compute ? own : bytes), x->gradient = (float *)take(own),
+    x->moment = (float *)take(own);
+    x->moment2 = (float *)take(own), x->decays = (unsigned char *)take(flags);
     x->compute = x->bf16_compute ? take(bytes / 2) : x->weights;
     float *derived =
         (float *)take((size_t)c->n_layer * c->E * (size_t)(c->N + c->K) * sizeof(float));
@@ -325,9 +356,10 @@ static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int chunk, int
         const TensorPlace &p = x->places[i];
         size_t at = (size_t)((const float *)p.host->data - host),
                n = (size_t)p.host->rows * (size_t)p.host->cols;
-        *gradients[i].device = x->gradient + at;
-        *p.device = p.matrix && x->bf16_compute ? (void *)((bf16 *)x->compute + at)
-                                                : (void *)(x->weights + at);
+        *gradients[i].device = x->cards ? x->cards->gradient(at) : x->gradient + at;
+        *p.device = p.matrix && x->bf16_compute   ? (void *)((bf16 *)x->compute + at)
+                    : x->cards && x->bf16_compute ? x->cards->small_tensor(i)
+                                                  : (void *)(x->weights + at);
         for (size_t k = at / 16; k < (at + n + 15) / 16; k++) decays[k] = p.decays;
     }
     if (c->flags & FLAG_TIED) x->w.head = x->w.embedding, x->d.head = x->d.embedding;
@@ -607,10 +639,17 @@ static void chunk_pass(GpuTrainer *x, int chunk, const int32_t *ids, const int32
     copy(d, x->targets, chunk_targets.data(), bytes, "ids");
     chunk_forward<T>(x, chunk, kind);
     if (kind == STATES) return;
+    Cards *cards = kind == BACKWARD ? x->cards : NULL;
+    if (cards) cards->begin();
     chunk_loss<T>(x, weight, kind == BACKWARD);
     if (kind == LOSS) return;
-    for (int layer = x->config.n_layer - 1; layer >= 0; layer--) block_backward<T>(x, layer, chunk);
+    if (cards) cards->ready(x->config.n_layer);
+    for (int layer = x->config.n_layer - 1; layer >= 0; layer--) {
+        block_backward<T>(x, layer, chunk);
+        if (cards) cards->ready(layer);
+    }
     embed_backward(x, chunk_ids.data());
+    if (cards) cards->ready(-1);
     x->turn = !x->turn;
 }
 
@@ -674,14 +713,19 @@ static int gpu_train_step(GpuTrainer *x, const AdamW *how, uint64_t step, double
     float length = 0;
     device_use(d);
     if (!x->arena) return gpu_fail("the trainer has no memory for a pass");
-    if (gradient_norm(x, x->gradient, x->floats, how->clip, &length)) return -1;
+    if (x->cards ? x->cards->norm(how->clip, &length)
+                 : gradient_norm(x, x->gradient, x->floats, how->clip, &length))
+        return -1;
     *norm = length;
     if (!(*norm - *norm == 0)) {
         const float *host = (const float *)x->places[0].host->data;
-        for (const TensorPlace &p : x->places) {
-            size_t n = (size_t)p.host->rows * (size_t)p.host->cols;
+        for (size_t i = 0; i < x->places.size(); i++) {
+            const TensorPlace &p = x->places[i];
+            size_t n = (size_t)p.host->rows * (size_t)p.host->cols,
+                   at = (size_t)((const float *)p.host->data - host);
             float part = 0;
-            if (gradient_norm(x, x->gradient + ((const float *)p.host->data - host), n, 0, &part))
+            if (x->cards ? x->cards->tensor_norm(i, &part)
+                         : gradient_norm(x, x->gradient + at, n, 0, &part))
                 return -1;
             if (part - part == 0) continue;
             if (p.layer < 0)
@@ -697,6 +741,7 @@ static int gpu_train_step(GpuTrainer *x, const AdamW *how, uint64_t step, double
           keep = 1 - how->rate * how->decay;
     unsigned blocks = (unsigned)d->processors * 8;
     const AdamStep step_now = {x->norms, rate, how->beta1, how->beta2, how->epsilon, keep, root};
+    if (x->cards) return x->cards->update(step_now);
     if (x->bf16_compute)
         adamw_kernel<<<blocks, 256, 0, d->stream>>>(x->weights, (bf16 *)x->compute, x->gradient,
                                                     x->moment, x->moment2, x->decays, x->floats,

@@ -98,8 +98,8 @@ int mamba_checkpoint_save(Trainer *x, const TrainRun *run, const char *path) {
     return result;
 }
 
-// Names the first part in which the text of the checkpoint's run differs from that of this run.
-static int fail_other_run(const char *path, const char *stored, const char *here) {
+// Names the first part in which the text of a run differs from that of this run, after `what`.
+static int fail_other_run(const char *what, const char *stored, const char *here) {
     char there[RUN_TEXT + 1] = {0}, now[RUN_TEXT + 1] = {0}; // either may fill its array
     size_t from = 0, i = 0;
     memcpy(there, stored, RUN_TEXT);
@@ -108,9 +108,8 @@ static int fail_other_run(const char *path, const char *stored, const char *here
         if (there[i] == ',') from = i + 1;
     const char *longer = there[i] ? there + i : now + i; // one may end with a part, the other go on
     if (there[i] + now[i] == ',')
-        return fail("%s: the checkpoint is of another run: %s has%.*s, %s has not", path,
-                    there[i] ? "it" : "this one", (int)strcspn(longer + 1, ","), longer + 1,
-                    there[i] ? "this one" : "it");
+        return fail("%s: %s has%.*s, %s has not", what, there[i] ? "it" : "this one",
+                    (int)strcspn(longer + 1, ","), longer + 1, there[i] ? "this one" : "it");
     const char *const clause[] = {there + from, now + from};
     size_t n[] = {strcspn(clause[0], ","), strcspn(clause[1], ",")};
     for (int k = 0; k < 2; k++) { // of two schedules, the names, not their steps
@@ -118,9 +117,8 @@ static int fail_other_run(const char *path, const char *stored, const char *here
         const size_t name = steps ? (size_t)(steps - clause[k]) : n[k];
         if (name < n[k] && memcmp(clause[0], clause[1], name + 1)) n[k] = name;
     }
-    return fail("%s: the checkpoint is of another run: it has%.*s, this one has%.*s (a run keeps "
-                "its settings)",
-                path, (int)n[0], clause[0], (int)n[1], clause[1]);
+    return fail("%s: it has%.*s, this one has%.*s (a run keeps its settings)", what, (int)n[0],
+                clause[0], (int)n[1], clause[1]);
 }
 
 // Whether the model.bin header `here` is that of m, with the weights of another moment.
@@ -159,7 +157,10 @@ static int check_checkpoint(const Trainer *x, const TrainRun *run, const unsigne
     const unsigned char *model = file + CHECKPOINT_HEADER + h.settings_bytes;
     const unsigned char *weights = model + HEADER_BYTES + tokenizer_bytes;
     run_text(text, run);
-    if (memcmp(h.run.text, text, RUN_TEXT)) return fail_other_run(path, h.run.text, text);
+    if (memcmp(h.run.text, text, RUN_TEXT)) {
+        fail_other_run("the checkpoint is of another run", h.run.text, text);
+        return fail_in(path);
+    }
     if (h.tokenizer_bytes != tokenizer_bytes || h.tensors_bytes != bytes ||
         h.states_bytes != states ||
         size != CHECKPOINT_HEADER + h.settings_bytes + HEADER_BYTES + tokenizer_bytes + 3 * bytes +

@@ -216,3 +216,14 @@ Trainer *mamba_trainer_new(Model *m, int B, int L, int chunk, int threads) {
     mamba_trainer_free(tr);
     return NULL;
 }
+
+// The processes of which this one is a rank; a build without NCCL and --cpu train alone. Before
+// anything else is asked of the GPU. 0, or -1 after fail().
+int mamba_trainer_ranks(Ranks *r, bool alone) {
+    *r = (Ranks){.size = 1, .local = -1};
+    if (alone || !GPU || !GPU->ranks) return 0;
+    if (mamba_ranks_open(r)) return -1;
+    if (!r->by || GPU->ranks(r) == 0) return 0;
+    mamba_ranks_close(r, false);
+    return gpu_failed();
+}
