@@ -58,8 +58,13 @@ static Product *product_of(Device *d, const ProductShape &s, cudaDataType_t in,
                count > 0 && found[0].state == CUBLAS_STATUS_SUCCESS;
     bool wide = s.n >= LONG_ROWS && p->in != CUDA_R_32F && !flip_b && s.m >= 512 && s.k >= 512 &&
                 s.k <= 2 * s.m && (size_t)s.m * s.k <= 1 << 22;
-    for (auto wanted : {CUBLASLT_MATMUL_TILE_128x160, CUBLASLT_MATMUL_TILE_128x128})
-        for (int i = count - 1; i >= 0 && wide; i--) {
+    // The head's gradient: 128 x 256, or 256 x 128 where it is offered.
+    const bool of_head = s.n >= LONG_ROWS && p->in != CUDA_R_32F && flip_b && s.m >= 512;
+    const cublasLtMatmulTile_t wanted_tiles[2][2] = {
+        {CUBLASLT_MATMUL_TILE_128x160, CUBLASLT_MATMUL_TILE_128x128},
+        {CUBLASLT_MATMUL_TILE_128x256, CUBLASLT_MATMUL_TILE_256x128}};
+    for (auto wanted : wanted_tiles[of_head && !getenv("MB_OLDHEAD")])
+        for (int i = count - 1; i >= 0 && (wide || (of_head && !getenv("MB_OLDHEAD"))); i--) {
             uint32_t tile = 0;
             cublasLtMatmulAlgoConfigGetAttribute(&found[i].algo, CUBLASLT_ALGO_CONFIG_TILE_ID,
                                                  &tile, sizeof tile, NULL);

@@ -153,5 +153,15 @@ static void test_cuda_chunks(void) {
         check_gpu_chunks(shape[i].name, m, 1, 69, false);
         mamba_free(m);
     }
+    { // convolution and x_proj in one kernel, forward and backward
+        Config c;
+        parse_shape("48,2,70", "f32", &c);
+        c.E = 128;
+        c.R = 48;
+        Model *m = mamba_random_model(&c, 4);
+        check_gpu_chunks("P 80", m, 2, 1100, false);
+        check_gpu_chunks("P 80", m, 2, 2, false);
+        mamba_free(m);
+    }
     check_gpu_chosen_chunk();
 }
