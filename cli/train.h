@@ -7,7 +7,7 @@ typedef struct { // of the command line; TRAIN_USAGE and the table of options sa
     TextList data;
     long d_model, layers, d_state, d_conv, expand, steps, batch, accumulate, length, grow_from,
         chunk, warmup, seed, save_every, eval_every, threads;
-    double rate, min_rate, decay, clip, beta2, held_out;
+    double rate, min_rate, decay, clip, beta2, noise, held_out;
     const char *mask_until;
     bool documents, carry;
     bool ids;                      // --data is token ids
@@ -77,9 +77,21 @@ static void carried_batch(Training *t, int pass) {
     }
 }
 
+// --noise: of n ids, the share X becomes tokens drawn from the whole vocabulary, the right one
+// among them. The targets stay: what is learnt is the text, read through errors, so that a text
+// that comes again does not look the same.
+static void add_noise(Training *t, int32_t *ids, size_t n) {
+    const uint64_t V = (uint64_t)t->model->config.V;
+    for (size_t i = 0; i < n; i++)
+        if (random_unit(&t->run.random) < t->o->noise)
+            ids[i] = (int32_t)(random_u64(&t->run.random) % V);
+}
+
 static void next_batch(Training *t, int pass) {
+    const int B = t->trainer->B, L = t->trainer->L;
     if (t->o->carry) carried_batch(t, pass);
-    else draw_batch(t, t->ids, t->targets, t->trainer->B, t->trainer->L);
+    else draw_batch(t, t->ids, t->targets, B, L);
+    if (t->o->noise > 0) add_noise(t, t->ids, (size_t)B * (size_t)L);
 }
 
 // The length of the sequences after `step` steps. --grow-from divides the run into equal parts; the
@@ -112,11 +124,18 @@ static void held_out_batch(Training *t, int pass, int passes, int B, int L) {
     }
 }
 
+// How many passes of B sequences of L tokens a held-out loss reads: at least 32 sequences, but of
+// long ones no more than what 32 of 16,384 tokens hold, or one.
+static int held_out_passes(int B, int L) {
+    const int most = 32 * 16384, fit = L < most ? most / L : 1, wanted = fit < 32 ? fit : 32;
+    return (wanted - 1) / B + 1;
+}
+
 // The mean loss over windows of the held-out text, or over a task's sequences from a generator of
 // their own. NAN: nothing is held out.
 static double held_out_loss(Training *t) {
     Trainer *x = t->trainer;
-    int L = x->L, B = x->B, passes = (32 + B - 1) / B;
+    const int L = x->L, B = x->B, passes = held_out_passes(B, L);
     size_t counted = 0;
     double sum = 0;
     Training other = *t;
@@ -288,6 +307,7 @@ static int append_tokens(Training *t, const char *path) {
 static int make_rows(Training *t) {
     const TrainOptions *o = t->o;
     const size_t learnt = t->n_data - t->n_held;
+    t->rows.bos = o->ids ? -1 : mamba_prompt_bos(t->model); // as eval --split eot has it
     if (o->mask_until) {
         t->rows.counts = calloc(t->n_data, sizeof *t->rows.counts);
         if (!t->rows.counts) return fail("out of memory: %zu tokens", t->n_data);
@@ -463,10 +483,14 @@ static void describe_run(Training *t, long steps) {
              o->grow_from);
     const size_t n = strlen(t->run.text);
     if (o->documents)
-        snprintf(t->run.text + n, sizeof t->run.text - n, ", documents %zu in %zu rows (mask %08x)",
-                 t->rows.documents, t->rows.n,
-                 crc32_of(0, o->mask_until, o->mask_until ? strlen(o->mask_until) : 0));
+        snprintf(t->run.text + n, sizeof t->run.text - n,
+                 ", documents %zu in %zu rows (mask %08x)%s", t->rows.documents, t->rows.n,
+                 crc32_of(0, o->mask_until, o->mask_until ? strlen(o->mask_until) : 0),
+                 t->rows.bos < 0 ? "" : " after a begin-of-text");
     if (o->carry) snprintf(t->run.text + n, sizeof t->run.text - n, ", carry");
+    const size_t end = strlen(t->run.text);
+    if (o->noise > 0)
+        snprintf(t->run.text + end, sizeof t->run.text - end, ", noise %.9g", o->noise);
 }
 
 // Bytes of memory that the machine has; 0: unknown.
@@ -786,6 +810,9 @@ static int command_train(int argc, char **argv) {
         OPTION_REAL("--decay", "X", &o.decay, 0, 10, "weight decay of matrices"),
         OPTION_REAL("--clip", "X", &o.clip, 0, 1e9, "largest norm of the gradient; 0: off"),
         OPTION_REAL("--beta2", "X", &o.beta2, 0, 0.999999, "of AdamW"),
+        OPTION_REAL("--noise", "X", &o.noise, 0, 1,
+                    "share of the tokens read that become random ones; those to be predicted "
+                    "stay; 0: off"),
         OPTION_REAL("--held-out", "X", &o.held_out, 0, 0.9,
                     "share of the data, at its end, that is never trained on"),
         OPTION_TEXT("--held-out-data", "FILE", &o.held_out_data,
@@ -795,7 +822,8 @@ static int command_train(int argc, char **argv) {
                       "an end-of-text token or their file"),
         OPTION_TEXT("--mask-until", "STRING", &o.mask_until,
                     "with --documents: of each, learn only what follows the first STRING"),
-        OPTION_INT("--eval-every", "N", &o.eval_every, 1, 1e9, "steps between held-out losses"),
+        OPTION_INT("--eval-every", "N", &o.eval_every, 1, 1e9,
+                   "steps between held-out losses, of 32 windows, or fewer where they are long"),
         OPTION_INT("--save-every", "N", &o.save_every, 1, 1e9, "steps between checkpoints"),
         OPTION_TEXT("--log", "FILE", &o.log, "CSV log; by default out.bin.csv"),
         OPTION_INT("-s", "SEED", &o.seed, 0, 9e15, "fixes everything"),

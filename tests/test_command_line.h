@@ -13,7 +13,48 @@ static void expect_error(const char *word, int argc, const char *const *argv) {
     expect_error(word, COUNT(((const char *[]){"mamba", __VA_ARGS__})), \
                  (const char *[]){"mamba", __VA_ARGS__})
 
+// A held-out loss of sequences of a million tokens must not cost as much as 32 training steps.
+static void test_held_out_passes(void) {
+    const int want[][3] = {{16, 256, 2},    {1, 256, 32},    {24, 16384, 2},   {64, 16384, 1},
+                           {1, 16384, 32},  {1, 32768, 16},  {1, 65537, 7},    {3, 65536, 3},
+                           {1, 1 << 19, 1}, {1, 1 << 20, 1}, {64, 1 << 20, 1}, {1, 1 << 24, 1}};
+    int wrong = 0;
+    for (int i = 0; i < COUNT(want); i++)
+        wrong += held_out_passes(want[i][0], want[i][1]) != want[i][2];
+    report(wrong == 0, "passes of a held-out loss", "%d of %d differ", wrong, COUNT(want));
+}
+
+// train --noise X: of the tokens read, the share X is drawn anew, each id of the vocabulary as
+// often; those to be predicted stay. Held to the binomial distribution: 5 standard deviations.
+static void test_noise(double share) {
+    enum { TOKENS = 100000, IDS = 40 };
+    static int32_t data[TOKENS + 3], ids[TOKENS], targets[TOKENS];
+    for (int i = 0; i < TOKENS + 3; i++) data[i] = 7;
+    TrainOptions o = {.noise = share};
+    Model model = {.config.V = IDS};
+    Trainer trainer = {.B = 4, .L = TOKENS / 4};
+    Training t = {.o = &o, .model = &model, .trainer = &trainer, .data = data, .ids = ids};
+    t.targets = targets;
+    t.n_data = TOKENS + 3;
+    t.run.random = 1;
+    next_batch(&t, 0);
+    double seen[IDS] = {0}, worst = 0;
+    int wrong = 0;
+    for (int i = 0; i < TOKENS; i++) wrong += targets[i] != 7 || ids[i] < 0 || ids[i] >= IDS;
+    for (int i = 0; i < TOKENS && !wrong; i++) seen[ids[i]]++;
+    for (int id = 0; id < IDS; id++) {
+        const double p = share / IDS + (id == 7 ? 1 - share : 0);
+        const double deviation = sqrt(TOKENS * p * (1 - p));
+        worst = fmax(worst, fabs(seen[id] - TOKENS * p) / fmax(deviation, 1e-9));
+    }
+    report(!wrong && worst < 5, "train --noise",
+           "%g: %d of %d tokens wrong, worst count %.2f sigma", share, wrong, TOKENS, worst);
+}
+
 static void test_command_line(void) {
+    test_held_out_passes();
+    const double shares[] = {0, 0.05, 0.5, 1};
+    for (int i = 0; i < COUNT(shares); i++) test_noise(shares[i]);
     const char *m = "tests/odd.bin";
     ERROR_IN("--nope", m, "x", "--nope");
     ERROR_IN("-n", m, "x", "-n");

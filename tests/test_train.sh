@@ -309,6 +309,32 @@ fails "carry of a growing length" "--grow-from" -o x.bin --data text --carry --g
 fails "stretches shorter than a window" "fewer than --length 100" -o x.bin ${walk% --length*} \
     --length 100 --batch 4
 
+# --- noise in what is read
+"$mamba" train -o quiet.bin $small --noise 0 2> err || bad "--noise 0" "$(cat err)"
+same_file "--noise 0 is a run without it" quiet.bin whole.bin
+noisy="$small --noise 0.2"
+"$mamba" train -o noisy.bin $noisy -T 1 2> err || bad "--noise" "$(cat err)"
+if cmp -s noisy.bin whole.bin; then bad "--noise trains other weights"
+else ok "--noise trains other weights"; fi
+"$mamba" train -o noised.bin $noisy --save-every 1 2> err &
+pid=$!
+wait_for noised.bin.train
+kill -INT $pid
+wait $pid
+"$mamba" train -o noised.bin --resume 2> err || bad "--noise, resumed" "$(cat err)"
+same_file "--noise, interrupted and resumed, with more threads" noised.bin noisy.bin
+fails "a run without noise does not go on with it" "this one has noise 0.2, it has not" \
+    -o whole.bin $small --resume --noise 0.2
+fails "nor with other noise" "it has noise 0.2, this one has noise 0.3" -o noisy.bin $small \
+    --resume --noise 0.3
+fails "more noise than tokens" "--noise" -o x.bin --data text --noise 1.5
+still="--data text --from whole.bin --lr 0 --min-lr 0 --steps 1 --batch 2 --length 40"
+"$mamba" train -o still.bin $still 2> err
+"$mamba" train -o loud.bin $still --noise 0.9 2> err
+same "the held-out text has no noise" "$(cut -d, -f5 loud.bin.csv)" "$(cut -d, -f5 still.bin.csv)"
+awk -v a="$(loss loud.bin.csv)" -v b="$(loss still.bin.csv)" 'BEGIN { exit !(b > 1 && a > b) }' \
+    && ok "what is trained on has" || bad "what is trained on has" "$(cat loud.bin.csv)"
+
 # --- a held-out file: a run on the rest of the text is, to the bit, the run that holds out as much
 # at its end
 bytes=$(wc -c < text) held=$(($(wc -c < text) / 10))
