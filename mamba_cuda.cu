@@ -84,6 +84,7 @@
      3 the scan of a text, and which form runs       scan_relay.cuh, scan_tiles.cuh
      4 [train] the scan's backward
      5 the model: weights, block                     layers.cuh      embedding, norm, conv, loss
+                                                     conv_back.cuh   backward of conv and x_proj
                                                      products.cuh    matrix products
                                                      step_portable.cuh    a token on any GPU
      6 the model on the device, its state, prefill
@@ -1065,7 +1066,6 @@ static ScanBackArgs<T> scan_back_args(const ScanArgs<T> &p, const float *h_start
 // The file's tensors are copied as they lie; matrices of another type than T are converted once.
 
 #include "cuda/layers.cuh"
-#include "cuda/conv_x.cuh"
 #include "cuda/conv_back.cuh"
 #include "cuda/padding.cuh"
 #include "cuda/products.cuh"
@@ -1273,17 +1273,9 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
            rows, 2 * E, D);
     add_bias(d, a.xz, 2 * (size_t)E, (const float *)w->in_bias, rows, 2 * E);
     float *window = run.lengths ? NULL : run.window;
-    if (std::is_same<T, bf16>::value && run.text && conv_x_serves(d, B, L, E, P, K) && !getenv("MB_OLDX")) {
-        conv_x(d,
-               {(bf16 *)a.u, (bf16 *)a.xdb, (const bf16 *)a.xz, (const bf16 *)w->x_proj, w->conv_t,
-                conv_bias, window, 2 * E, L, E, 0},
-               B, P);
-    } else {
-        conv1d_silu(d, ConvArgs<T>{a.u, a.xz, window, w->conv_t, conv_bias, B, L, E, K, run.text});
-        if (run.lengths) text_windows(d, run.window, a.xz, run.lengths, B, L, E, K);
-        matmul(d, Rows(a.xdb, P), Rows(a.u, E), dense<T>(d, a.unpacking, w->x_proj, P, E), rows, P,
-               E);
-    }
+    conv1d_silu(d, ConvArgs<T>{a.u, a.xz, window, w->conv_t, conv_bias, B, L, E, K, run.text});
+    if (run.lengths) text_windows(d, run.window, a.xz, run.lengths, B, L, E, K);
+    matmul(d, Rows(a.xdb, P), Rows(a.u, E), dense<T>(d, a.unpacking, w->x_proj, P, E), rows, P, E);
     // One token in bf16: dt_proj, FalconMamba's norms and the scan are one kernel where that pays.
     if (std::is_same<T, bf16>::value && step && dt_step_pays(d, B, E, N, R)) {
         DtStepArgs dt = {};

@@ -4,8 +4,8 @@
 // As three steps they move d_u three times, x and u once each and d_x once:
 //     d_u += d_xdb W_x      d_W_x += d_xdb^T u      d_x, d_conv from d_u and x (layers.cuh)
 // Here a block takes 64 channels and walks through a segment of time, its later tiles of 64 steps
-// first. A warp has 16 steps of a tile; a lane is two channels, as everywhere.
-//   1 d_xdb W_x of 16 steps by 64 channels on the tensor cores, handed to the lanes of its channels;
+// first. A warp has 16 steps of a tile; a lane is two channels.
+//   1 d_xdb W_x of 16 steps and 64 channels on the tensor cores, then to the lanes;
 //   2 c, u and d_c of the 16 steps; u goes to shared memory, d_c of the first 3 steps too;
 //   3 d_x of the 16 steps, with d_c of the 3 steps after them;
 //   4 d_W_x of 16 channels, over the 64 steps, on the tensor cores.
@@ -15,15 +15,15 @@
 enum { BACK_LANES = 64, BACK_TILE = 64, BACK_WARPS = 4, BACK_PART = 16, BACK_TAPS = 4 };
 
 struct ConvBack {
-    bf16 *d_x;            // rows of ld
-    float *d_taps;        // (B*segments,K+1,E) parts of d_conv, the last row of d_bias
-    float *d_W;           // (B*segments,P,E) parts of d_W_x
-    const bf16 *d_u;      // (B*L,E) from the scan
-    const bf16 *x;        // rows of ld
-    const bf16 *d_xdb;    // (B*L,P)
-    const bf16 *W;        // (P,E)
-    const float *conv_t;  // (K,E)
-    const float *bias;    // (E) or NULL
+    bf16 *d_x;           // rows of ld
+    float *d_taps;       // (B*segments,K+1,E) parts of d_conv, the last row of d_bias
+    float *d_W;          // (B*segments,P,E) parts of d_W_x
+    const bf16 *d_u;     // (B*L,E) from the scan
+    const bf16 *x;       // rows of ld
+    const bf16 *d_xdb;   // (B*L,P)
+    const bf16 *W;       // (P,E)
+    const float *conv_t; // (K,E)
+    const float *bias;   // (E) or NULL
     int ld, L, E;
     int segment, segments; // steps, a multiple of BACK_TILE; of a sequence
     ConvEnds ends;         // of a chunk, see layers.cuh
@@ -41,10 +41,18 @@ template <int PARTS> struct ConvBackShared { // P = 16 PARTS; 16 bytes more a ro
 };
 
 template <int PARTS, bool ENDS>
-__global__ void __launch_bounds__(32 * BACK_WARPS, PARTS <= 6 ? 3 : 2) conv_back_kernel(ConvBack p) {
+__global__ void __launch_bounds__(32 * BACK_WARPS, PARTS <= 6 ? 3 : 2)
+    conv_back_kernel(ConvBack p) {
     typedef ConvBackShared<PARTS> Shared;
-    enum { P = Shared::P, PITCH = Shared::PITCH, ROW = Shared::ROW, ROW_PITCH = Shared::ROW_PITCH,
-           THREADS = 32 * BACK_WARPS, K = BACK_TAPS, HALO = BACK_TAPS - 1 };
+    enum {
+        P = Shared::P,
+        PITCH = Shared::PITCH,
+        ROW = Shared::ROW,
+        ROW_PITCH = Shared::ROW_PITCH,
+        THREADS = 32 * BACK_WARPS,
+        K = BACK_TAPS,
+        HALO = BACK_TAPS - 1
+    };
     extern __shared__ float4 shared_floats[];
     Shared &s = *(Shared *)shared_floats;
     const int groups = p.E / BACK_LANES, group = blockIdx.x % groups, part = blockIdx.x / groups,
@@ -102,8 +110,9 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, PARTS <= 6 ? 3 : 2) conv_back
 #pragma unroll
             for (int k = 0; k < PARTS; k++) {
                 uint32_t a[4];
-                load_matrices(a, shared_address(s.d_xdb[turn]) + (warp * BACK_PART + lane % 16) * PITCH +
-                                     k * 32 + lane / 16 * 16);
+                load_matrices(a, shared_address(s.d_xdb[turn]) +
+                                     (warp * BACK_PART + lane % 16) * PITCH + k * 32 +
+                                     lane / 16 * 16);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     uint32_t w[4];
@@ -216,8 +225,8 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, PARTS <= 6 ? 3 : 2) conv_back
                 for (int m = 0; m < PARTS; m++) {
                     uint32_t a[4];
                     load_matrices_turned(a, shared_address(s.d_xdb[turn]) +
-                                                (k * 16 + lane % 8 + lane / 16 * 8) * PITCH + m * 32 +
-                                                lane / 8 % 2 * 16);
+                                                (k * 16 + lane % 8 + lane / 16 * 8) * PITCH +
+                                                m * 32 + lane / 8 % 2 * 16);
                     tensor_product(d_W[m][0], a[0], a[1], a[2], a[3], u[0], u[1]);
                     tensor_product(d_W[m][1], a[0], a[1], a[2], a[3], u[2], u[3]);
                 }
@@ -236,7 +245,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, PARTS <= 6 ? 3 : 2) conv_back
             *(Group<float, 2> *)(at + 8 * (size_t)p.E) = {d_W[m][j][2], d_W[m][j][3]};
         }
     __syncthreads();
-    float(*sums)[K + 1][BACK_LANES] = (float(*)[K + 1][BACK_LANES])s.handed;
+    float(*sums)[K + 1][BACK_LANES] = (float(*)[K + 1][BACK_LANES]) s.handed;
 #pragma unroll
     for (int v = 0; v < 2; v++) {
 #pragma unroll
@@ -252,11 +261,19 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, PARTS <= 6 ? 3 : 2) conv_back
     }
 }
 
-#define CONV_BACK_SEGMENT (getenv("MB_SEG") ? atoi(getenv("MB_SEG")) : 512)
-static int conv_back_segments(int L) { return (L + CONV_BACK_SEGMENT - 1) / CONV_BACK_SEGMENT; }
-// Parts that it needs memory for.
-static size_t conv_back_floats(size_t B, int L, size_t E, size_t P) {
-    return B * (size_t)conv_back_segments(L) * (P + BACK_TAPS + 1) * E;
+// Steps of a segment: 1,024, fewer where the blocks would not fill the GPU twice. A shape and a
+// machine have one order of sums.
+enum { SEGMENT_MOST = 1024, SEGMENT_LEAST = 128 };
+static int conv_back_segment(const Device *d, int B, int L, int E) {
+    const size_t rows = (size_t)B * (E / BACK_LANES), enough = 2 * (size_t)d->processors;
+    int steps = SEGMENT_MOST;
+    while (steps > SEGMENT_LEAST && rows * ((L + steps - 1) / steps) < enough) steps /= 2;
+    return steps;
+}
+// Floats of the parts of d_taps and d_W.
+static size_t conv_back_floats(const Device *d, int B, int L, int E, int P) {
+    const int steps = conv_back_segment(d, B, L, E);
+    return (size_t)B * ((L + steps - 1) / steps) * (size_t)(P + BACK_TAPS + 1) * E;
 }
 // Whether the kernel serves this shape.
 static bool conv_back_serves(int E, int P, int K) {

@@ -379,13 +379,6 @@ __device__ inline void copy_16_or_zero(uint32_t to, const void *from, bool is) {
                  : "memory");
 }
 __device__ inline void copies_done(void) { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// Copies since the last call are a group. Waits until at most LEFT groups are on their way.
-__device__ inline void copies_end_group(void) {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int LEFT> __device__ inline void copies_wait(void) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
 
 // Four matrices of 8 x 8 numbers of 16 bits from shared memory; lane 8 i + r has the address of row
 // r of matrix i. Lane l gets columns 2 (l % 4) and the next of row l / 4; turned: rows and columns

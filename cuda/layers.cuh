@@ -407,9 +407,9 @@ static void sum_rows(Device *d, float *out, const T *x, size_t ld, int rows, int
     check_launch(d, "sum_rows");
 }
 
-// out += the sum over rows of parts (rows,cols), in a fixed order. A block takes 32 columns, each of
-// its STRANDS every STRANDS-th row. Column i goes to out[i % width * K + i / width], and from
-// K width on to `last`: so the convolution's parts (K+1,E) get to conv (E,K) and its bias.
+// out += the sum over rows of parts (rows,cols), in a fixed order. A block takes 32 columns, each
+// of its STRANDS every STRANDS-th row. Column i goes to out[i % width * K + i / width], and from K
+// width on to `last`: so the convolution's parts (K+1,E) get to conv (E,K) and its bias.
 enum { STRANDS = 16 };
 __global__ void __launch_bounds__(32 * STRANDS)
     sum_parts_kernel(float *out, float *last, const float *__restrict__ parts, int rows, int cols,
@@ -454,7 +454,8 @@ __global__ void __launch_bounds__(32 * NORM_WARPS)
     // A row of `partial` is a block's share of d_w, or, in memory, a warp's.
     __shared__ float shares[NORM_WARPS][32 * PER + 1];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float *mine = partial && !PER ? partial + ((size_t)blockIdx.x * NORM_WARPS + warp) * cols : NULL,
+    float *mine =
+              partial && !PER ? partial + ((size_t)blockIdx.x * NORM_WARPS + warp) * cols : NULL,
           d_w[PER + 1], w[PER + 1];
 #pragma unroll
     for (int k = 0; k < PER; k++)
@@ -683,8 +684,7 @@ __global__ void __launch_bounds__(1024)
         Read some = KEEP ? kept[v] : ((const Read *)x)[v];
         Group<T, EACH> to;
 #pragma unroll
-        for (int k = 0; k < EACH; k++)
-            put(&to.v[k], gradient(value(some.v[k]), EACH * v + k));
+        for (int k = 0; k < EACH; k++) put(&to.v[k], gradient(value(some.v[k]), EACH * v + k));
         ((Group<T, EACH> *)out)[v] = to;
     }
     for (int v = threadIdx.x; v < V && !whole; v += blockDim.x)
@@ -697,7 +697,10 @@ static void cross_entropy(Device *d, float *losses, T *d_logits, const Logit *lo
     const bool keep = d_logits && bytes % 16 == 0 && bytes + 2048 <= d->shared_limit;
     auto kernel = keep ? cross_entropy_kernel<T, Logit, true> // 2048: scratch, the system's
                        : cross_entropy_kernel<T, Logit, false>;
-    launch_dependent(d, kernel, (unsigned)rows, !keep ? 512 : V < 4096 ? 256 : 1024,
+    launch_dependent(d, kernel, (unsigned)rows,
+                     !keep      ? 512
+                     : V < 4096 ? 256
+                                : 1024,
                      keep ? (size_t)bytes : 0, losses, d_logits, logits, targets, weight, V);
     check_launch(d, "cross_entropy");
 }

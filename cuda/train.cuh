@@ -10,8 +10,6 @@
 
 struct GpuTrainer {
     Device device;
-    Device side; // its stream computes what nothing waits for, beside the device's
-    cudaEvent_t ready, out_done, in_done;
     Config config;
     bool bf16_compute;     // T is bf16, else float
     int B, L;              // sequences of a pass, tokens of each
@@ -111,8 +109,7 @@ __global__ void adamw_kernel(float *weights, T *compute, float *__restrict__ gra
                  threads = (size_t)gridDim.x * blockDim.x;
     const bool copies = (void *)compute != (void *)weights;
     const uintptr_t bases = (uintptr_t)weights | (uintptr_t)gradient | (uintptr_t)moment |
-                             (uintptr_t)moment2 |
-                             (uintptr_t)compute * (4 / sizeof(T)); // 4 of T
+                            (uintptr_t)moment2 | (uintptr_t)compute * (4 / sizeof(T)); // 4 of T
 
     const size_t fours = bases % 16 == 0 ? n / 4 * 4 : 0;
     for (size_t i = 4 * first; i < fours; i += 4 * threads) {
@@ -187,12 +184,11 @@ template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
     partial = std::max(partial, sum_rows_floats(M, std::max(2 * E, D)));
     const size_t norm_rows = (size_t)norm_blocks(&x->device) * NORM_WARPS;
     partial = std::max(partial, norm_rows * D + sum_rows_floats(norm_rows, D));
-    partial = std::max(partial, conv_back_floats((size_t)x->B, L, E, P));
+    partial = std::max(partial, conv_back_floats(&x->device, x->B, L, c->E, (int)P));
     size_t pieces = M / EMBED_PIECE + std::min(M, V) + 1;
     partial = std::max(partial, pieces * D);
-    const size_t most_rows = getenv("MB_ROWS") ? atoi(getenv("MB_ROWS")) : 4096;
     x->loss_rows = (int)std::max(
-        (size_t)2, std::min(std::min(most_rows, M), (size_t)((size_t)1 << 30) / V));
+        (size_t)2, std::min(std::min((size_t)4096, M), (size_t)((size_t)1 << 28) / V));
     a.take(x->d_res, M * D), a.take(x->losses, M), a.take(x->d_o, M * D, t),
         a.take(x->d_xn, M * D, t);
     a.take(x->partial, partial), a.take(x->norms, NORM_PARTS + 2), a.take(x->sum, 1);
@@ -263,7 +259,6 @@ static void gpu_trainer_close(GpuTrainer *x) {
     cudaFree(x->carried);
     cudaFree(x->arena);
     device_close(&x->device);
-    if (x->side.stream) device_close(&x->side);
     delete x;
 }
 
@@ -339,11 +334,6 @@ static GpuTrainer *gpu_trainer_open(const Model *m, int B, int L, int chunk, int
     bool good = c->K <= 16 && device_open(&x->device) == 0;
     if (c->K > 16)
         gpu_fail("training on the GPU needs d_conv of 16 or less, not %d: --cpu trains any", c->K);
-    if (good && getenv("MB_SIDE_OPEN")) {
-        good = device_open(&x->side) == 0;
-        for (cudaEvent_t *e : {&x->ready, &x->out_done, &x->in_done})
-            cudaEventCreateWithFlags(e, cudaEventDisableTiming);
-    }
     auto take = [&](size_t n) -> void * {
         void *p = good ? device_alloc(n) : NULL;
         if (p) x->memory.push_back(p);
@@ -453,22 +443,11 @@ template <class T> static void block_backward(GpuTrainer *x, int layer, int chun
     size_t lE = (size_t)E, lP = (size_t)P, lD = (size_t)D, at_h = h_floats(x, layer),
            at_window = window_floats(x, layer);
     const bool states = has_states(x);
-    Device *s = x->side.stream && getenv("MB_SIDE") ? &x->side : d;
-    const bool beside = s != d;
-    auto follow = [&]() {
-        if (!beside) return;
-        cudaEventRecord(x->ready, d->stream), cudaStreamWaitEvent(s->stream, x->ready, 0);
-    };
     T *d_o = (T *)x->d_o, *d_xz = (T *)x->d_xz, *d_u = (T *)x->d_u, *d_xdb = (T *)x->d_xdb,
       *d_delta = (T *)x->d_delta, *d_g = (T *)x->d_g, *d_xn = (T *)x->d_xn;
     sum_rows(d, (float *)dw->out_bias, x->d_res, lD, rows, D, x->partial);
-    follow();
     matmul_d_x(d, Rows(d_g, lE), Rows(d_o, lD), (const T *)w->out_proj, rows, D, E);
-    matmul_d_W(s, (float *)dw->out_proj, Rows(d_o, lD), Rows(a.g, lE), rows, D, E);
-    if (beside) {
-        cudaEventRecord(x->out_done, s->stream);
-        if (layer + 1 < c->n_layer) cudaStreamWaitEvent(d->stream, x->in_done, 0);
-    }
+    matmul_d_W(d, (float *)dw->out_proj, Rows(d_o, lD), Rows(a.g, lE), rows, D, E);
     ScanArgs<T> scan = scan_args(c, w, a, x->B, x->steps);
     ScanBackArgs<T> back = scan_back_args(scan, a.h_starts, (const T *)d_g, E, x->scan);
     back.d_delta_raw = d_delta, back.d_u = d_u, back.d_z = d_xz + E, back.d_B_ssm = d_xdb + R,
@@ -478,9 +457,8 @@ template <class T> static void block_backward(GpuTrainer *x, int layer, int chun
     back.ld_d_delta = E, back.ld_d_u = E, back.ld_d_z = 2 * E, back.ld_d_B = P, back.ld_d_C = P;
     if (states) back.d_h_final = x->d_h[x->turn] + at_h, back.d_h0 = x->d_h[!x->turn] + at_h;
     check_cuda(d, scan_backward(d, back), "backward scan");
-    follow();
     matmul_d_x(d, Rows(d_xdb, lP), Rows(d_delta, lE), (const T *)w->dt_proj, rows, E, R);
-    matmul_d_W(s, (float *)dw->dt_proj, Rows(d_delta, lE), Rows(a.xdb, lP), rows, E, R);
+    matmul_d_W(d, (float *)dw->dt_proj, Rows(d_delta, lE), Rows(a.xdb, lP), rows, E, R);
     if (c->flags & FLAG_MIXER_NORM)
         for (int part = 0; part < 3; part++) {
             MixerPart m = mixer_part(part, R, N);
@@ -500,29 +478,30 @@ template <class T> static void block_backward(GpuTrainer *x, int layer, int chun
     if (states)
         ends = {x->window_start + window_floats(x, chunk * c->n_layer) + at_window,
                 x->d_window[x->turn] + at_window, x->d_window[!x->turn] + at_window};
-    if (std::is_same<T, bf16>::value && conv_back_serves(E, P, c->K) && !getenv("MB_OLDCONV")) {
-        const int segments = conv_back_segments(x->steps), parts = x->B * segments;
+    if (std::is_same<T, bf16>::value && conv_back_serves(E, P, c->K)) {
+        ConvBack conv = {};
+        conv.d_x = (bf16 *)d_xz, conv.d_u = (const bf16 *)d_u, conv.x = (const bf16 *)a.xz;
+        conv.d_xdb = (const bf16 *)d_xdb, conv.W = (const bf16 *)w->x_proj;
+        conv.conv_t = w->conv_t, conv.bias = (const float *)w->conv_bias, conv.ends = ends;
+        conv.ld = 2 * E, conv.L = x->steps, conv.E = E;
+        conv.segment = conv_back_segment(d, x->B, x->steps, E);
+        conv.segments = (x->steps + conv.segment - 1) / conv.segment;
+        const int parts = x->B * conv.segments;
         float *d_W = x->partial + (size_t)parts * (BACK_TAPS + 1) * E;
-        conv_back(d, {(bf16 *)d_xz, x->partial, d_W, (const bf16 *)d_u, (const bf16 *)a.xz,
-                      (const bf16 *)d_xdb, (const bf16 *)w->x_proj, w->conv_t,
-                      (const float *)w->conv_bias, 2 * E, x->steps, E, CONV_BACK_SEGMENT, segments, ends},
-                  x->B, P);
+        conv.d_taps = x->partial, conv.d_W = d_W;
+        conv_back(d, conv, x->B, P);
         sum_parts(d, (float *)dw->conv, (float *)dw->conv_bias, x->partial, parts,
                   (BACK_TAPS + 1) * E, E, BACK_TAPS);
         sum_parts(d, (float *)dw->x_proj, NULL, d_W, parts, P * E, P * E, 1);
     } else {
         matmul_d_x(d, Rows(d_u, lE), Rows(d_xdb, lP), (const T *)w->x_proj, rows, P, E, true);
         matmul_d_W(d, (float *)dw->x_proj, Rows(d_xdb, lP), Rows(a.u, lE), rows, P, E);
-        conv1d_silu_backward(x, d_xz, (float *)dw->conv, (float *)dw->conv_bias, d_u, a.xz, w, ends);
+        conv1d_silu_backward(x, d_xz, (float *)dw->conv, (float *)dw->conv_bias, d_u, a.xz, w,
+                             ends);
     }
     sum_rows(d, (float *)dw->in_bias, d_xz, 2 * lE, rows, 2 * E, x->partial);
-    follow();
     matmul_d_x(d, Rows(d_xn, lD), Rows(d_xz, 2 * lE), (const T *)w->in_proj, rows, 2 * E, D);
-    matmul_d_W(s, (float *)dw->in_proj, Rows(d_xz, 2 * lE), Rows(a.xn, lD), rows, 2 * E, D);
-    if (beside) {
-        cudaEventRecord(x->in_done, s->stream), cudaStreamWaitEvent(d->stream, x->out_done, 0);
-        if (layer == 0) cudaStreamWaitEvent(d->stream, x->in_done, 0);
-    }
+    matmul_d_W(d, (float *)dw->in_proj, Rows(d_xz, 2 * lE), Rows(a.xn, lD), rows, 2 * E, D);
     norm_rows_backward<true, T, float, float>(d, {{x->d_res, lD},
                                                   d_o,
                                                   (float *)dw->norm,
@@ -606,6 +585,10 @@ template <class T> static void chunk_forward(GpuTrainer *x, int chunk, ChunkPass
     if (last && x->place >= 0) copy_states(carried_h(x), carried_window(x), x->h, x->window);
 }
 
+// Rows of logits that are computed at a time. The gradient's products take loss_rows: more of them
+// suit d_W, which is read and written each time.
+enum { LOGIT_ROWS = 2048 };
+
 // Logits of n rows of the normed xn, their losses, and, where d_logits is given, their gradient.
 template <class T, class Logit>
 static void logits_loss(GpuTrainer *x, Logit *logits, T *d_logits, const T *xn, int t, int n,
@@ -626,18 +609,17 @@ template <class T> static void chunk_loss(GpuTrainer *x, float weight, bool back
     size_t lD = (size_t)D, lV = (size_t)V;
     const float *last = x->res[(size_t)c->n_layer];
     T *xn = (T *)x->xn, *d_xn = (T *)x->d_xn, *logits = (T *)x->logits;
-    const int sub = getenv("MB_SUB") ? atoi(getenv("MB_SUB")) : 1 << 30;
     norm_rows(d, Rows(xn, lD), Rows(last, lD), x->w.norm_f, x->w.norm_f_bias, c->norm_eps, rows, D);
     const int most = std::max(1, backward ? x->loss_rows : x->loss_rows * (int)sizeof(T) / 4);
     for (int t = 0; t < rows; t += most) { // so many rows of logits exist at a time
-        int n = std::min(most, rows - t);
+        const int n = std::min(most, rows - t);
         if (!backward) {
-            logits_loss<T>(x, (float *)x->logits, (T *)NULL, xn, t, n, weight);
+            logits_loss(x, (float *)x->logits, (T *)NULL, xn, t, n, weight);
             continue;
         }
-        for (int s = 0; s < n; s += sub) {
-            T *at = logits + (size_t)s * V;
-            logits_loss<T>(x, at, at, xn, t + s, std::min(sub, n - s), weight);
+        for (int i = 0; i < n; i += LOGIT_ROWS) {
+            T *at = logits + (size_t)i * V;
+            logits_loss(x, at, at, xn, t + i, std::min((int)LOGIT_ROWS, n - i), weight);
         }
         matmul_d_x(d, Rows(d_xn + (size_t)t * D, lD), Rows(logits, lV), (const T *)x->w.head, n, V,
                    D);
