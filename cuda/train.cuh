@@ -721,14 +721,21 @@ static int fetch_norm(GpuTrainer *x, float *norm) {
     return finish(&x->device);
 }
 
+// *norm: the length of n numbers; norms[1] on the device: what clipping leaves. 0, or -1 with a
+// sentence.
+static int gradient_norm(GpuTrainer *x, const float *from, size_t n, float clip, float *norm) {
+    queue_norm(x, from, n, clip);
+    return fetch_norm(x, norm);
+}
+
 // After a step that found a gradient that is not finite: -1 with the name of its first tensor.
 static int name_not_finite(GpuTrainer *x, uint64_t step) {
     const float *host = (const float *)x->places[0].host->data;
     for (const TensorPlace &p : x->places) {
         size_t n = (size_t)p.host->rows * (size_t)p.host->cols;
         float part = 0;
-        queue_norm(x, x->gradient + ((const float *)p.host->data - host), n, 0);
-        if (fetch_norm(x, &part)) return -1;
+        const float *from = x->gradient + ((const float *)p.host->data - host);
+        if (gradient_norm(x, from, n, 0, &part)) return -1;
         if (part - part == 0) continue;
         if (p.layer < 0)
             return gpu_fail("step %llu: the gradient of %s is not finite", (unsigned long long)step,
