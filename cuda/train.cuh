@@ -62,14 +62,14 @@ __global__ void squares_kernel(float *parts, const float *x, size_t n) {
     __shared__ float scratch[33];
     float sum = 0;
     const size_t from = (size_t)blockIdx.x * blockDim.x + threadIdx.x,
-                 step = (size_t)gridDim.x * blockDim.x;
+                 step = (size_t)gridDim.x * blockDim.x, fours = (uintptr_t)x % 16 ? 0 : n / 4;
 #pragma unroll 4
-    for (size_t i = from; i < n / 4; i += step) {
+    for (size_t i = from; i < fours; i += step) {
         const Group<float, 4> four = ((const Group<float, 4> *)x)[i];
 #pragma unroll
         for (int k = 0; k < 4; k++) sum += four.v[k] * four.v[k];
     }
-    for (size_t i = n / 4 * 4 + from; i < n; i += step) sum += x[i] * x[i];
+    for (size_t i = 4 * fours + from; i < n; i += step) sum += x[i] * x[i];
     sum = block_sum(sum, scratch);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
