@@ -84,6 +84,7 @@
      3 the scan of a text, and which form runs       scan_relay.cuh, scan_tiles.cuh
      4 [train] the scan's backward
      5 the model: weights, block                     layers.cuh      embedding, norm, conv, loss
+                                                     conv_back.cuh   backward of conv and x_proj
                                                      products.cuh    matrix products
                                                      step_portable.cuh    a token on any GPU
      6 the model on the device, its state, prefill
@@ -1065,6 +1066,7 @@ static ScanBackArgs<T> scan_back_args(const ScanArgs<T> &p, const float *h_start
 // The file's tensors are copied as they lie; matrices of another type than T are converted once.
 
 #include "cuda/layers.cuh"
+#include "cuda/conv_back.cuh"
 #include "cuda/padding.cuh"
 #include "cuda/products.cuh"
 #include "cuda/quantized.cuh"

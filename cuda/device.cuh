@@ -372,6 +372,30 @@ __device__ inline void copy_16(uint32_t to, const void *from) { // bytes, to a s
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// The same, or zeros where `is` is false.
+__device__ inline void copy_16_or_zero(uint32_t to, const void *from, bool is) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(is ? 16 : 0)
+                 : "memory");
+}
+__device__ inline void copies_done(void) { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Four matrices of 8 x 8 numbers of 16 bits from shared memory; lane 8 i + r has the address of row
+// r of matrix i. Lane l gets columns 2 (l % 4) and the next of row l / 4; turned: rows and columns
+// change places.
+__device__ inline void load_matrices(uint32_t (&m)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(row)
+                 : "memory");
+}
+__device__ inline void load_matrices_turned(uint32_t (&m)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(row)
+                 : "memory");
+}
+
 __device__ inline void tensor_product(float c[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                       uint32_t a3, uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "

@@ -407,6 +407,34 @@ static void sum_rows(Device *d, float *out, const T *x, size_t ld, int rows, int
     check_launch(d, "sum_rows");
 }
 
+// out += the sum over rows of parts (rows,cols), in a fixed order. A block takes 32 columns, each
+// of its STRANDS every STRANDS-th row. Column i goes to out[i % width * K + i / width], and from K
+// width on to `last`: so the convolution's parts (K+1,E) get to conv (E,K) and its bias.
+enum { STRANDS = 16 };
+__global__ void __launch_bounds__(32 * STRANDS)
+    sum_parts_kernel(float *out, float *last, const float *__restrict__ parts, int rows, int cols,
+                     int width, int K) {
+    __shared__ float strands[STRANDS][32];
+    const int i = blockIdx.x * 32 + threadIdx.x % 32, strand = threadIdx.x / 32;
+    float sum = 0;
+    wait_for_input();
+    if (i < cols)
+#pragma unroll 8
+        for (int r = strand; r < rows; r += STRANDS) sum += parts[(size_t)r * cols + i];
+    strands[strand][threadIdx.x % 32] = sum;
+    __syncthreads();
+    if (strand || i >= cols) return;
+    for (int k = 1; k < STRANDS; k++) sum += strands[k][threadIdx.x];
+    if (i < K * width) out[(size_t)(i % width) * K + i / width] += sum;
+    else if (last) last[i - K * width] += sum;
+}
+static void sum_parts(Device *d, float *out, float *last, const float *parts, int rows, int cols,
+                      int width, int K) {
+    launch_dependent(d, sum_parts_kernel, blocks_for((size_t)cols, 32), 32 * STRANDS, 0, out, last,
+                     parts, rows, cols, width, K);
+    check_launch(d, "sum_parts");
+}
+
 // ------------------------------------------------------------------------------------------------
 // [train] Backward of norm_rows: out_i = x_i s w_i with s = (mean(x^2) + eps)^-1/2, so
 //     d_x_i = s (w_i d_out_i - x_i s^2 mean over j of w_j d_out_j x_j)
@@ -423,12 +451,16 @@ __global__ void __launch_bounds__(32 * NORM_WARPS)
     norm_backward_kernel(Out *d_x, T *copy, float *__restrict__ partial, const T *d_out,
                          size_t ld_d, const In *in, size_t ld, const float *__restrict__ weight,
                          float eps, int rows, int cols) {
+    // A row of `partial` is a block's share of d_w, or, in memory, a warp's.
+    __shared__ float shares[NORM_WARPS][32 * PER + 1];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float *mine = partial ? partial + ((size_t)blockIdx.x * NORM_WARPS + warp) * cols : NULL,
+    float *mine =
+              partial && !PER ? partial + ((size_t)blockIdx.x * NORM_WARPS + warp) * cols : NULL,
           d_w[PER + 1], w[PER + 1];
 #pragma unroll
     for (int k = 0; k < PER; k++)
         d_w[k] = 0, w[k] = weight && lane + 32 * k < cols ? weight[lane + 32 * k] : 1;
+    wait_for_input();
     for (int i = lane + 32 * PER; i < cols && mine; i += 32) mine[i] = 0;
     for (size_t row = (size_t)blockIdx.x * NORM_WARPS + warp; row < (size_t)rows;
          row += (size_t)gridDim.x * NORM_WARPS) {
@@ -474,9 +506,17 @@ __global__ void __launch_bounds__(32 * NORM_WARPS)
             if (mine) mine[i] += di * xi * scale;
         }
     }
+    if constexpr (PER > 0) {
+        if (!partial) return;
 #pragma unroll
-    for (int k = 0; k < PER; k++)
-        if (mine && lane + 32 * k < cols) mine[lane + 32 * k] = d_w[k];
+        for (int k = 0; k < PER; k++) shares[warp][lane + 32 * k] = d_w[k];
+        __syncthreads();
+        for (int i = threadIdx.x; i < cols; i += 32 * NORM_WARPS) {
+            float sum = 0;
+            for (int k = 0; k < NORM_WARPS; k++) sum += shares[k][i];
+            partial[(size_t)blockIdx.x * cols + i] = sum;
+        }
+    }
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -588,70 +628,80 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
 
 // ------------------------------------------------------------------------------------------------
 // [train] Cross-entropy: losses_t = -log p(target), d_logits = weight (p - 1 at the target); both 0
-// where the target is -1. A block takes a row. With KEEP it holds the row in shared memory (V
-// floats) for the gradient, so that device memory is read once.
+// where the target is -1. d_logits may be the logits. A block takes a row. With KEEP it holds the
+// row in shared memory for the gradient, so that device memory is read once.
 
-template <class T, bool KEEP>
+template <class T, class Logit, bool KEEP>
 __global__ void __launch_bounds__(1024)
-    cross_entropy_kernel(float *__restrict__ losses, T *__restrict__ d_logits,
-                         const float *__restrict__ logits, const int32_t *__restrict__ targets,
-                         float weight, int V) {
-    extern __shared__ float4 kept[];
+    cross_entropy_kernel(float *__restrict__ losses, T *d_logits, const Logit *logits,
+                         const int32_t *__restrict__ targets, float weight, int V) {
+    constexpr int EACH = 16 / sizeof(Logit); // numbers that a thread takes at once
+    typedef Group<Logit, EACH> Read;
+    extern __shared__ float4 shared_row[];
     __shared__ float scratch[33];
+    Read *kept = (Read *)shared_row;
     size_t row = blockIdx.x;
-    const float *x = logits + row * V;
+    wait_for_input();
+    const Logit *x = logits + row * V;
+    T *out = d_logits ? d_logits + row * V : NULL;
     int target = targets[row];
     if (target < 0) {
-        if (d_logits)
-            for (int v = threadIdx.x; v < V; v += blockDim.x) put(d_logits + row * V + v, 0.0f);
+        if (out)
+            for (int v = threadIdx.x; v < V; v += blockDim.x) put(out + v, 0.0f);
         if (threadIdx.x == 0) losses[row] = 0;
         return;
     }
+    const float of_target = value(x[target]); // before the gradient takes its place
     float highest = -INFINITY, sum = 0;
-    auto take = [&](float xv) { // one reading: the sum is rescaled when a higher logit appears
+    const bool whole = V % EACH == 0;
+#pragma unroll 4
+    for (int v = threadIdx.x; v < V / EACH && whole; v += blockDim.x) {
+        Read some = ((const Read *)x)[v];
+        if (KEEP) kept[v] = some; // read again by the same thread
+        float top = value(some.v[0]);
+#pragma unroll
+        for (int k = 1; k < EACH; k++) top = fmaxf(top, value(some.v[k]));
+        // One reading: the sum is rescaled when a higher logit appears.
+        if (top > highest) sum *= __expf(highest - top), highest = top;
+#pragma unroll
+        for (int k = 0; k < EACH; k++) sum += __expf(value(some.v[k]) - highest);
+    }
+    for (int v = threadIdx.x; v < V && !whole; v += blockDim.x) {
+        float xv = value(x[v]);
         if (xv > highest) sum *= __expf(highest - xv), highest = xv;
         sum += __expf(xv - highest);
-    };
-    bool quads = V % 4 == 0;
-#pragma unroll 4
-    for (int v = threadIdx.x; v < V / 4 && quads; v += blockDim.x) {
-        float4 four = ((const float4 *)x)[v];
-        if (KEEP) kept[v] = four; // read again by the same thread
-        take(four.x), take(four.y), take(four.z), take(four.w);
     }
-    for (int v = threadIdx.x; v < V && !quads; v += blockDim.x) take(x[v]);
     float top = block_max(highest, scratch);
     sum = block_sum(highest == -INFINITY ? 0 : sum * __expf(highest - top), scratch);
     float log_sum = top + logf(sum);
-    if (threadIdx.x == 0) losses[row] = log_sum - x[target];
-    if (!d_logits) return;
+    if (threadIdx.x == 0) losses[row] = log_sum - of_target;
+    if (!out) return;
     auto gradient = [&](float xv, int v) {
         return weight * (__expf(xv - log_sum) - (v == target ? 1.0f : 0.0f));
     };
 #pragma unroll 4
-    for (int v = threadIdx.x; v < V / 4 && quads; v += blockDim.x) {
-        float4 four = KEEP ? kept[v] : ((const float4 *)x)[v];
-        Group<T, 4> out;
-        put(&out.v[0], gradient(four.x, 4 * v)), put(&out.v[1], gradient(four.y, 4 * v + 1));
-        put(&out.v[2], gradient(four.z, 4 * v + 2)), put(&out.v[3], gradient(four.w, 4 * v + 3));
-        ((Group<T, 4> *)(d_logits + row * V))[v] = out;
+    for (int v = threadIdx.x; v < V / EACH && whole; v += blockDim.x) {
+        Read some = KEEP ? kept[v] : ((const Read *)x)[v];
+        Group<T, EACH> to;
+#pragma unroll
+        for (int k = 0; k < EACH; k++) put(&to.v[k], gradient(value(some.v[k]), EACH * v + k));
+        ((Group<T, EACH> *)out)[v] = to;
     }
-    for (int v = threadIdx.x; v < V && !quads; v += blockDim.x)
-        put(d_logits + row * V + v, gradient(x[v], v));
+    for (int v = threadIdx.x; v < V && !whole; v += blockDim.x)
+        put(out + v, gradient(value(x[v]), v));
 }
-template <class T>
-static void cross_entropy(Device *d, float *losses, T *d_logits, const float *logits,
+template <class T, class Logit>
+static void cross_entropy(Device *d, float *losses, T *d_logits, const Logit *logits,
                           const int32_t *targets, float weight, int rows, int V) {
-    int bytes = V * (int)sizeof(float);
-    if (d_logits && V % 4 == 0 && bytes + 2048 <= d->shared_limit) { // 2048: scratch, the system's
-        auto kernel = cross_entropy_kernel<T, true>;
-        check_cuda(d, allow_shared(kernel, (size_t)bytes), "cross_entropy");
-        int threads = V < 4096 ? 256 : 1024;
-        kernel<<<(unsigned)rows, threads, bytes, d->stream>>>(losses, d_logits, logits, targets,
-                                                              weight, V);
-    } else
-        cross_entropy_kernel<T, false>
-            <<<(unsigned)rows, 512, 0, d->stream>>>(losses, d_logits, logits, targets, weight, V);
+    const int bytes = V * (int)sizeof(Logit);
+    const bool keep = d_logits && bytes % 16 == 0 && bytes + 2048 <= d->shared_limit;
+    auto kernel = keep ? cross_entropy_kernel<T, Logit, true> // 2048: scratch, the system's
+                       : cross_entropy_kernel<T, Logit, false>;
+    launch_dependent(d, kernel, (unsigned)rows,
+                     !keep      ? 512
+                     : V < 4096 ? 256
+                                : 1024,
+                     keep ? (size_t)bytes : 0, losses, d_logits, logits, targets, weight, V);
     check_launch(d, "cross_entropy");
 }
 

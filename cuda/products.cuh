@@ -13,7 +13,8 @@ enum { PRODUCTS_MAX = 64 }; // prepared products that are kept
 // The product of this shape, prepared when it is met first. The algorithm depends on shape and
 // machine alone, so that runs agree to the bit: the first that cuBLAS proposes, or for many rows in
 // bf16 times a small matrix that is not too deep the first whose tile is 128 x 128, else 128 x 160.
-// That is up to 30% faster for in_proj, out_proj and out_proj's gradient of 130M and 370M
+// That is up to 30% faster for in_proj, out_proj and out_proj's gradient of 130M and 370M. For the
+// gradient of the head's weights it is the first of 256 x 128, else of 128 x 256, up to 7% faster
 // (doc/SPEED.md).
 static Product *product_of(Device *d, const ProductShape &s, cudaDataType_t in,
                            cudaDataType_t out) {
@@ -58,8 +59,12 @@ static Product *product_of(Device *d, const ProductShape &s, cudaDataType_t in,
                count > 0 && found[0].state == CUBLAS_STATUS_SUCCESS;
     bool wide = s.n >= LONG_ROWS && p->in != CUDA_R_32F && !flip_b && s.m >= 512 && s.k >= 512 &&
                 s.k <= 2 * s.m && (size_t)s.m * s.k <= 1 << 22;
-    for (auto wanted : {CUBLASLT_MATMUL_TILE_128x160, CUBLASLT_MATMUL_TILE_128x128})
-        for (int i = count - 1; i >= 0 && wide; i--) {
+    const bool of_head = s.n >= LONG_ROWS && p->in != CUDA_R_32F && flip_b && s.m >= 512;
+    const cublasLtMatmulTile_t wanted_tiles[2][2] = {
+        {CUBLASLT_MATMUL_TILE_128x160, CUBLASLT_MATMUL_TILE_128x128},
+        {CUBLASLT_MATMUL_TILE_128x256, CUBLASLT_MATMUL_TILE_256x128}};
+    for (auto wanted : wanted_tiles[of_head])
+        for (int i = count - 1; i >= 0 && (wide || of_head); i--) {
             uint32_t tile = 0;
             cublasLtMatmulAlgoConfigGetAttribute(&found[i].algo, CUBLASLT_ALGO_CONFIG_TILE_ID,
                                                  &tile, sizeof tile, NULL);

@@ -42,8 +42,8 @@ struct GpuTrainer {
     void *d_o;                      // (B*L,D)  d_res in T
     void *d_xz, *d_u, *d_xdb;       // (B*L,2E), (B*L,E), (B*L,P) in T
     void *d_delta, *d_g, *d_xn;     // (B*L,E), (B*L,E), (B*L,D) in T
-    float *logits;                  // (loss_rows,V)
-    void *d_logits;                 // (loss_rows,V) in T
+    void *xn;                       // (B*L,D) in T, the norm of the last layer's output
+    void *logits;                   // (loss_rows,V) in T, then their gradient
     int loss_rows;                  // rows of logits that exist at a time
     float *losses;                  // (B*L)
     double *sum;                    // of the losses
@@ -61,9 +61,15 @@ enum { NORM_PARTS = 1024 };
 __global__ void squares_kernel(float *parts, const float *x, size_t n) {
     __shared__ float scratch[33];
     float sum = 0;
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
-         i += (size_t)gridDim.x * blockDim.x)
-        sum += x[i] * x[i];
+    const size_t from = (size_t)blockIdx.x * blockDim.x + threadIdx.x,
+                 step = (size_t)gridDim.x * blockDim.x, fours = (uintptr_t)x % 16 ? 0 : n / 4;
+#pragma unroll 4
+    for (size_t i = from; i < fours; i += step) {
+        const Group<float, 4> four = ((const Group<float, 4> *)x)[i];
+#pragma unroll
+        for (int k = 0; k < 4; k++) sum += four.v[k] * four.v[k];
+    }
+    for (size_t i = 4 * fours + from; i < n; i += step) sum += x[i] * x[i];
     sum = block_sum(sum, scratch);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
@@ -90,15 +96,38 @@ __global__ void adamw_kernel(float *weights, T *compute, float *__restrict__ gra
                              const unsigned char *__restrict__ decays, size_t n, AdamStep how) {
     const float *norm = how.norm;
     if (!(norm[0] - norm[0] == 0)) return;
-    float scale = norm[1];
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
-         i += (size_t)gridDim.x * blockDim.x) {
-        float g = gradient[i] * scale, m = how.beta1 * moment[i] + (1 - how.beta1) * g,
-              v = how.beta2 * moment2[i] + (1 - how.beta2) * g * g;
-        float w = weights[i] * (decays[i / 16] ? how.keep : 1.0f) -
-                  how.rate * m / (sqrtf(v) * how.root + how.epsilon);
-        moment[i] = m, moment2[i] = v, weights[i] = w, gradient[i] = 0;
-        if ((void *)compute != (void *)weights) put(compute + i, w);
+    const float scale = norm[1];
+    auto update = [&](float &g, float &m, float &v, float &w, bool decay) {
+        g *= scale;
+        m = how.beta1 * m + (1 - how.beta1) * g;
+        v = how.beta2 * v + (1 - how.beta2) * g * g;
+        w = w * (decay ? how.keep : 1.0f) - how.rate * m / (sqrtf(v) * how.root + how.epsilon);
+        g = 0;
+    };
+    typedef Group<float, 4> Four;
+    const size_t first = (size_t)blockIdx.x * blockDim.x + threadIdx.x,
+                 threads = (size_t)gridDim.x * blockDim.x;
+    const bool copies = (void *)compute != (void *)weights;
+    const uintptr_t bases = (uintptr_t)weights | (uintptr_t)gradient | (uintptr_t)moment |
+                            (uintptr_t)moment2 | (uintptr_t)compute * (4 / sizeof(T)); // 4 of T
+
+    const size_t fours = bases % 16 == 0 ? n / 4 * 4 : 0;
+    for (size_t i = 4 * first; i < fours; i += 4 * threads) {
+        Four g = *(Four *)(gradient + i), m = *(Four *)(moment + i), v = *(Four *)(moment2 + i),
+             w = *(Four *)(weights + i);
+        Group<T, 4> in_T;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            update(g.v[k], m.v[k], v.v[k], w.v[k], decays[i / 16]);
+            put(&in_T.v[k], w.v[k]);
+        }
+        *(Four *)(gradient + i) = g, *(Four *)(moment + i) = m, *(Four *)(moment2 + i) = v;
+        *(Four *)(weights + i) = w;
+        if (copies) *(Group<T, 4> *)(compute + i) = in_T;
+    }
+    for (size_t i = fours + first; i < n; i += threads) {
+        update(gradient[i], moment[i], moment2[i], weights[i], decays[i / 16]);
+        if (copies) put(compute + i, weights[i]);
     }
 }
 
@@ -128,7 +157,7 @@ template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
     Arena a = {base, 0};
     BlockActs<float> shared;
     x->res.resize((size_t)c->n_layer + 1), x->acts.resize((size_t)c->n_layer);
-    a.take(shared.xn, M * D, t);
+    a.take(x->xn, M * D, t);
     shared.mail = &x->mail, x->mail = {};
     a.take(x->mail.words, x->mail.bytes = scan_forward_workspace(x->B, c->E, c->N), 1);
     for (int layer = 0; layer <= c->n_layer; layer++) {
@@ -136,6 +165,7 @@ template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
         if (layer == c->n_layer) break;
         BlockActs<float> *b = &x->acts[(size_t)layer];
         *b = shared;
+        a.take(b->xn, M * D, t);
         a.take(b->xz, M * 2 * E, t), a.take(b->u, M * E, t), a.take(b->xdb, M * P, t);
         b->raw = NULL;
         if (c->flags & FLAG_MIXER_NORM) a.take(b->raw, M * P, t);
@@ -154,10 +184,11 @@ template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
     partial = std::max(partial, sum_rows_floats(M, std::max(2 * E, D)));
     const size_t norm_rows = (size_t)norm_blocks(&x->device) * NORM_WARPS;
     partial = std::max(partial, norm_rows * D + sum_rows_floats(norm_rows, D));
+    partial = std::max(partial, conv_back_floats(&x->device, x->B, L, c->E, (int)P));
     size_t pieces = M / EMBED_PIECE + std::min(M, V) + 1;
     partial = std::max(partial, pieces * D);
     x->loss_rows = (int)std::max(
-        (size_t)1, std::min(std::min((size_t)2048, M), (size_t)((size_t)1 << 27) / V));
+        (size_t)2, std::min(std::min((size_t)4096, M), (size_t)((size_t)1 << 28) / V));
     a.take(x->d_res, M * D), a.take(x->losses, M), a.take(x->d_o, M * D, t),
         a.take(x->d_xn, M * D, t);
     a.take(x->partial, partial), a.take(x->norms, NORM_PARTS + 2), a.take(x->sum, 1);
@@ -165,8 +196,7 @@ template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
         a.take(x->token, pieces);
     a.take(x->first, pieces + 1);
     Arena loss = a; // logits are done with before the blocks' backward begins: one place for both
-    loss.take(x->logits, (size_t)x->loss_rows * V),
-        loss.take(x->d_logits, (size_t)x->loss_rows * V, t);
+    loss.take(x->logits, (size_t)x->loss_rows * V, t);
     a.take(x->d_xz, M * 2 * E, t), a.take(x->d_u, M * E, t), a.take(x->d_xdb, M * P, t);
     a.take(x->d_delta, M * E, t), a.take(x->d_g, M * E, t);
     a.take(x->scan, scan_backward_workspace(x->B, L, c->E, c->N), 1);
@@ -364,27 +394,20 @@ template <class T, class In, class Out> struct NormBack {
 template <bool ADD, class T, class In, class Out>
 static void norm_rows_backward(Device *d, const NormBack<T, In, Out> &p) {
     unsigned blocks = std::min(norm_blocks(d), blocks_for((size_t)p.rows, NORM_WARPS));
-    size_t parts = (size_t)blocks * NORM_WARPS;
+    const bool in_memory = p.d_bias || p.cols > 1024; // a warp's share of d_weight
     auto kernel = p.d_bias         ? norm_backward_kernel<T, In, Out, ADD, 0, true>
                   : p.cols <= 256  ? norm_backward_kernel<T, In, Out, ADD, 8>
                   : p.cols <= 768  ? norm_backward_kernel<T, In, Out, ADD, 24>
                   : p.cols <= 1024 ? norm_backward_kernel<T, In, Out, ADD, 32>
                                    : norm_backward_kernel<T, In, Out, ADD, 0>;
-    kernel<<<blocks, 32 * NORM_WARPS, 0, d->stream>>>(
-        p.d_x.p, p.copy, p.d_weight ? p.partial : NULL, p.d_out.p, p.d_out.ld, p.in.p, p.in.ld,
-        p.weight, p.eps, p.rows, p.cols);
+    launch_dependent(d, kernel, blocks, 32 * NORM_WARPS, 0, p.d_x.p, p.copy,
+                     p.d_weight ? p.partial : NULL, p.d_out.p, p.d_out.ld, p.in.p, p.in.ld,
+                     p.weight, p.eps, p.rows, p.cols);
     check_launch(d, "norm_rows_backward");
-    sum_rows(d, p.d_weight, p.partial, (size_t)p.cols, (int)parts, p.cols,
-             p.partial + parts * (size_t)p.cols);
+    if (p.d_weight)
+        sum_parts(d, p.d_weight, NULL, p.partial, (int)blocks * (in_memory ? NORM_WARPS : 1),
+                  p.cols, p.cols, 1);
     sum_rows(d, p.d_bias, p.d_out.p, p.d_out.ld, p.rows, p.cols, p.partial);
-}
-
-__global__ void add_conv_kernel(float *d_conv, float *d_bias, const float *sums, int E,
-                                int K) { // sums (K+1,E)
-    int e = blockIdx.x * blockDim.x + threadIdx.x;
-    if (e >= E) return;
-    for (int k = 0; k < K; k++) d_conv[(size_t)e * K + k] += sums[(size_t)k * E + e];
-    if (d_bias) d_bias[e] += sums[(size_t)K * E + e];
 }
 
 template <class T>
@@ -403,16 +426,8 @@ static void conv1d_silu_backward(GpuTrainer *x, T *d_xz, float *d_conv, float *d
                           : conv1d_silu_backward_kernel<T, 4, 1, true>;
     kernel<<<grid, 128, 0, d->stream>>>(d_xz, x->partial, d_u, xz, w->conv_t,
                                         (const float *)w->conv_bias, ends, x->steps, E, K);
-    size_t cols = (size_t)(K + 1) * E;
-    float *sums = x->partial + (size_t)tiles * cols; // of chunks, then, in the first row, of all
-    unsigned wide = blocks_for(cols, 128), chunks = blocks_for((size_t)tiles, SUM_CHUNK);
-    sum_rows_kernel<<<dim3(wide, chunks), 128, 0, d->stream>>>(sums, x->partial, cols, tiles,
-                                                               (int)cols, SUM_CHUNK, false);
-    sum_rows_kernel<<<dim3(wide, 1), 128, 0, d->stream>>>(x->partial, sums, cols, (int)chunks,
-                                                          (int)cols, (int)chunks, false);
-    add_conv_kernel<<<blocks_for((size_t)E, 128), 128, 0, d->stream>>>(d_conv, d_bias, x->partial,
-                                                                       E, K);
     check_launch(d, "conv1d_silu_backward");
+    sum_parts(d, d_conv, d_bias, x->partial, tiles, (K + 1) * E, E, K);
 }
 
 // Turns d_res, the gradient after the layer, and d_o, the same in T, into those before it, and adds
@@ -459,15 +474,32 @@ template <class T> static void block_backward(GpuTrainer *x, int layer, int chun
                                                    m.n,
                                                    x->partial});
         }
-    matmul_d_x(d, Rows(d_u, lE), Rows(d_xdb, lP), (const T *)w->x_proj, rows, P, E, true);
-    matmul_d_W(d, (float *)dw->x_proj, Rows(d_xdb, lP), Rows(a.u, lE), rows, P, E);
     ConvEnds ends = {};
     if (states)
         ends = {x->window_start + window_floats(x, chunk * c->n_layer) + at_window,
                 x->d_window[x->turn] + at_window, x->d_window[!x->turn] + at_window};
-    conv1d_silu_backward(x, d_xz, (float *)dw->conv, (float *)dw->conv_bias, d_u, a.xz, w, ends);
+    if (std::is_same<T, bf16>::value && conv_back_serves(E, P, c->K)) {
+        ConvBack conv = {};
+        conv.d_x = (bf16 *)d_xz, conv.d_u = (const bf16 *)d_u, conv.x = (const bf16 *)a.xz;
+        conv.d_xdb = (const bf16 *)d_xdb, conv.W = (const bf16 *)w->x_proj;
+        conv.conv_t = w->conv_t, conv.bias = (const float *)w->conv_bias, conv.ends = ends;
+        conv.ld = 2 * E, conv.L = x->steps, conv.E = E;
+        conv.segment = conv_back_segment(d, x->B, x->steps, E);
+        conv.segments = (x->steps + conv.segment - 1) / conv.segment;
+        const int parts = x->B * conv.segments;
+        float *d_W = x->partial + (size_t)parts * (BACK_TAPS + 1) * E;
+        conv.d_taps = x->partial, conv.d_W = d_W;
+        conv_back(d, conv, x->B, P);
+        sum_parts(d, (float *)dw->conv, (float *)dw->conv_bias, x->partial, parts,
+                  (BACK_TAPS + 1) * E, E, BACK_TAPS);
+        sum_parts(d, (float *)dw->x_proj, NULL, d_W, parts, P * E, P * E, 1);
+    } else {
+        matmul_d_x(d, Rows(d_u, lE), Rows(d_xdb, lP), (const T *)w->x_proj, rows, P, E, true);
+        matmul_d_W(d, (float *)dw->x_proj, Rows(d_xdb, lP), Rows(a.u, lE), rows, P, E);
+        conv1d_silu_backward(x, d_xz, (float *)dw->conv, (float *)dw->conv_bias, d_u, a.xz, w,
+                             ends);
+    }
     sum_rows(d, (float *)dw->in_bias, d_xz, 2 * lE, rows, 2 * E, x->partial);
-    norm_rows(d, Rows(a.xn, lD), Rows(res, lD), w->norm, w->norm_bias, c->norm_eps, rows, D);
     matmul_d_x(d, Rows(d_xn, lD), Rows(d_xz, 2 * lE), (const T *)w->in_proj, rows, 2 * E, D);
     matmul_d_W(d, (float *)dw->in_proj, Rows(d_xz, 2 * lE), Rows(a.xn, lD), rows, 2 * E, D);
     norm_rows_backward<true, T, float, float>(d, {{x->d_res, lD},
@@ -553,26 +585,45 @@ template <class T> static void chunk_forward(GpuTrainer *x, int chunk, ChunkPass
     if (last && x->place >= 0) copy_states(carried_h(x), carried_window(x), x->h, x->window);
 }
 
+// Rows of logits that are computed at a time. The gradient's products take loss_rows: more of them
+// suit d_W, which is read and written each time.
+enum { LOGIT_ROWS = 2048 };
+
+// Logits of n rows of the normed xn, their losses, and, where d_logits is given, their gradient.
+template <class T, class Logit>
+static void logits_loss(GpuTrainer *x, Logit *logits, T *d_logits, const T *xn, int t, int n,
+                        float weight) {
+    Device *d = &x->device;
+    const int D = x->config.D, V = x->config.V;
+    matmul(d, Rows(logits, (size_t)V), Rows((T *)xn + (size_t)t * D, (size_t)D),
+           (const T *)x->w.head, n, V, D);
+    cross_entropy(d, x->losses + t, d_logits, (const Logit *)logits, x->targets + t, weight, n, V);
+}
+
 // The head and the loss after the last layer; where backward, d_res, d_o, and the gradients of head
-// and norm_f.
+// and norm_f. Logits are of type T where they become gradients, else float.
 template <class T> static void chunk_loss(GpuTrainer *x, float weight, bool backward) {
     Device *d = &x->device;
     const Config *c = &x->config;
     int rows = x->B * x->steps, D = c->D, V = c->V;
     size_t lD = (size_t)D, lV = (size_t)V;
     const float *last = x->res[(size_t)c->n_layer];
-    T *xn = trainer_acts<T>(x, 0).xn, *d_xn = (T *)x->d_xn, *d_logits = (T *)x->d_logits;
+    T *xn = (T *)x->xn, *d_xn = (T *)x->d_xn, *logits = (T *)x->logits;
     norm_rows(d, Rows(xn, lD), Rows(last, lD), x->w.norm_f, x->w.norm_f_bias, c->norm_eps, rows, D);
-    for (int t = 0; t < rows; t += x->loss_rows) { // so many rows of logits exist at a time
-        int n = std::min(x->loss_rows, rows - t);
-        matmul(d, Rows(x->logits, lV), Rows(xn + (size_t)t * D, lD), (const T *)x->w.head, n, V, D);
-        cross_entropy(d, x->losses + t, backward ? d_logits : (T *)NULL, x->logits, x->targets + t,
-                      weight, n, V);
-        if (!backward) continue;
-        matmul_d_x(d, Rows(d_xn + (size_t)t * D, lD), Rows(d_logits, lV), (const T *)x->w.head, n,
-                   V, D);
-        matmul_d_W(d, (float *)x->d.head, Rows(d_logits, lV), Rows(xn + (size_t)t * D, lD), n, V,
+    const int most = std::max(1, backward ? x->loss_rows : x->loss_rows * (int)sizeof(T) / 4);
+    for (int t = 0; t < rows; t += most) { // so many rows of logits exist at a time
+        const int n = std::min(most, rows - t);
+        if (!backward) {
+            logits_loss(x, (float *)x->logits, (T *)NULL, xn, t, n, weight);
+            continue;
+        }
+        for (int i = 0; i < n; i += LOGIT_ROWS) {
+            T *at = logits + (size_t)i * V;
+            logits_loss(x, at, at, xn, t + i, std::min((int)LOGIT_ROWS, n - i), weight);
+        }
+        matmul_d_x(d, Rows(d_xn + (size_t)t * D, lD), Rows(logits, lV), (const T *)x->w.head, n, V,
                    D);
+        matmul_d_W(d, (float *)x->d.head, Rows(logits, lV), Rows(xn + (size_t)t * D, lD), n, V, D);
     }
     sum_losses_kernel<<<1, 256, 0, d->stream>>>(x->sum, x->losses, rows);
     check_launch(d, "cross_entropy");
@@ -656,42 +707,54 @@ static int gpu_train_pass(GpuTrainer *x, int place, const int32_t *ids, const in
                            : train_pass<float>(x, ids, targets, weight, backward != 0, sum);
 }
 
-// *norm: the length of n numbers; norms[1] on the device: what clipping leaves. 0, or -1 with a
-// sentence.
-static int gradient_norm(GpuTrainer *x, const float *from, size_t n, float clip, float *norm) {
+// norms[0] on the device: the length of n numbers; norms[1]: what clipping leaves.
+static void queue_norm(GpuTrainer *x, const float *from, size_t n, float clip) {
     Device *d = &x->device;
     squares_kernel<<<NORM_PARTS, 256, 0, d->stream>>>(x->norms + 2, from, n);
     norm_kernel<<<1, 1024, 0, d->stream>>>(x->norms, x->norms + 2, NORM_PARTS, clip);
     check_launch(d, "norm");
-    copy(d, norm, x->norms, sizeof *norm, "norm");
-    return finish(d);
+}
+
+// *norm: norms[0], after everything that is queued. 0, or -1 with a sentence.
+static int fetch_norm(GpuTrainer *x, float *norm) {
+    copy(&x->device, norm, x->norms, sizeof *norm, "norm");
+    return finish(&x->device);
+}
+
+// *norm: the length of n numbers; norms[1] on the device: what clipping leaves. 0, or -1 with a
+// sentence.
+static int gradient_norm(GpuTrainer *x, const float *from, size_t n, float clip, float *norm) {
+    queue_norm(x, from, n, clip);
+    return fetch_norm(x, norm);
+}
+
+// After a step that found a gradient that is not finite: -1 with the name of its first tensor.
+static int name_not_finite(GpuTrainer *x, uint64_t step) {
+    const float *host = (const float *)x->places[0].host->data;
+    for (const TensorPlace &p : x->places) {
+        size_t n = (size_t)p.host->rows * (size_t)p.host->cols;
+        float part = 0;
+        const float *from = x->gradient + ((const float *)p.host->data - host);
+        if (gradient_norm(x, from, n, 0, &part)) return -1;
+        if (part - part == 0) continue;
+        if (p.layer < 0)
+            return gpu_fail("step %llu: the gradient of %s is not finite", (unsigned long long)step,
+                            p.name);
+        return gpu_fail("step %llu: the gradient of layer %d %s is not finite",
+                        (unsigned long long)step, p.layer, p.name);
+    }
+    return gpu_fail("step %llu: the norm of the gradient overflows", (unsigned long long)step);
 }
 
 // As mamba_train_step, for step number `step` (from 1): *norm gets the gradient's length. 0, or -1
-// with the name of the first tensor whose gradient is not finite, the weights untouched.
+// with the name of the first tensor whose gradient is not finite, the weights untouched. AdamW is
+// queued before the norm is known here; its kernel looks at the norm itself.
 static int gpu_train_step(GpuTrainer *x, const AdamW *how, uint64_t step, double *norm) {
     Device *d = &x->device;
     float length = 0;
     device_use(d);
     if (!x->arena) return gpu_fail("the trainer has no memory for a pass");
-    if (gradient_norm(x, x->gradient, x->floats, how->clip, &length)) return -1;
-    *norm = length;
-    if (!(*norm - *norm == 0)) {
-        const float *host = (const float *)x->places[0].host->data;
-        for (const TensorPlace &p : x->places) {
-            size_t n = (size_t)p.host->rows * (size_t)p.host->cols;
-            float part = 0;
-            if (gradient_norm(x, x->gradient + ((const float *)p.host->data - host), n, 0, &part))
-                return -1;
-            if (part - part == 0) continue;
-            if (p.layer < 0)
-                return gpu_fail("step %llu: the gradient of %s is not finite",
-                                (unsigned long long)step, p.name);
-            return gpu_fail("step %llu: the gradient of layer %d %s is not finite",
-                            (unsigned long long)step, p.layer, p.name);
-        }
-        return gpu_fail("step %llu: the norm of the gradient overflows", (unsigned long long)step);
-    }
+    queue_norm(x, x->gradient, x->floats, how->clip);
     double unbias = 1 - pow(how->beta1, (double)step), unbias2 = 1 - pow(how->beta2, (double)step);
     float rate = (float)(how->rate / unbias), root = (float)(1 / sqrt(unbias2)),
           keep = 1 - how->rate * how->decay;
@@ -706,5 +769,7 @@ static int gpu_train_step(GpuTrainer *x, const AdamW *how, uint64_t step, double
                                                     x->moment2, x->decays, x->floats, step_now);
     check_launch(d, "adamw");
     derive_all(x);
-    return finish(d);
+    if (fetch_norm(x, &length)) return -1;
+    *norm = length;
+    return *norm - *norm == 0 ? 0 : name_not_finite(x, step);
 }

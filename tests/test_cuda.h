@@ -40,6 +40,12 @@ static const struct {
     {"17 states, long conv",
      SHAPE(40, 1, 40, 200, 17, 9, 5, FLAG_TIED | FLAG_CONV_BIAS),
      {1, 4, 8, 9, 100, 321}},
+    // Backward of x_proj and convolution in one kernel, in segments of 128 steps.
+    {"P 80",
+     SHAPE(48, 2, 90, 128, 16, 4, 48, FLAG_TIED | FLAG_CONV_BIAS),
+     {3, 1, 64, 2, 1030, 100}},
+    {"P 96", SHAPE(32, 1, 64, 64, 16, 4, 64, FLAG_TIED), {513, 1, 17, 2, 600, 65}},
+    {"P 128", SHAPE(32, 1, 72, 192, 16, 4, 96, FLAG_CONV_BIAS), {512, 1, 16, 2, 529, 63}},
 };
 
 static bool small_card; // tests pretend one, which some special forms of the step do not fit

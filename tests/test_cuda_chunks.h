@@ -113,7 +113,8 @@ static void check_gpu_carry(const char *path, int chunk, bool float32) {
     check_floats("their windows", gpu->carried.window, cpu->carried.window, window,
                  float32 ? 5e-5 : 3e-2);
     if (mamba_trainer_carry(gpu, 2)) give_up("trainer", error_text);
-    const double again = mamba_train_pass_on(gpu, 0, w.ids, w.targets, 1, false);
+    // As `begun`: a pass without gradients keeps its logits in float32.
+    const double again = mamba_train_pass_on(gpu, 0, w.ids, w.targets, 1, true);
     report(fabs(again - begun) <= 1e-6 * begun, "and from the beginning", "%.7f beside %.7f", again,
            begun);
     free(got);
@@ -151,6 +152,16 @@ static void test_cuda_chunks(void) {
         Model *m = mamba_random_model(&c, 4);
         check_gpu_chunks(shape[i].name, m, 2, 130, true);
         check_gpu_chunks(shape[i].name, m, 1, 69, false);
+        mamba_free(m);
+    }
+    { // convolution and x_proj in one kernel, forward and backward
+        Config c;
+        parse_shape("48,2,70", "f32", &c);
+        c.E = 128;
+        c.R = 48;
+        Model *m = mamba_random_model(&c, 4);
+        check_gpu_chunks("P 80", m, 2, 1100, false);
+        check_gpu_chunks("P 80", m, 2, 2, false);
         mamba_free(m);
     }
     check_gpu_chosen_chunk();
