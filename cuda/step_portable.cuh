@@ -413,7 +413,8 @@ static void thin_product(Device *d, Source source, Sink sink, const T *W, int S,
                          int parts) {
     int steps = (I + 31) / 32 / (THIN_WARPS * parts); // of a warp
     const size_t rows = (size_t)O;
-    if (rows >= as_on_h100(d, 16384)) thin_launch<4, 3>(d, source, sink, W, S, O, I, parts);
+    if (parts > 1 && steps > 1) thin_launch<2, 2>(d, source, sink, W, S, O, I, parts);
+    else if (rows >= as_on_h100(d, 16384)) thin_launch<4, 3>(d, source, sink, W, S, O, I, parts);
     else if (rows >= as_on_h100(d, 8192)) thin_launch<2, 5>(d, source, sink, W, S, O, I, parts);
     else if (steps <= 1) thin_launch<1, 1>(d, source, sink, W, S, O, I, parts);
     else if (steps <= 3) thin_launch<1, 3>(d, source, sink, W, S, O, I, parts);
@@ -489,7 +490,10 @@ template <class T> static void thin_step(Gpu *g, int S) {
                                 K,
                                 R,
                                 eps};
-        launch_dependent(d, R <= 64 ? thin_scan_kernel<T, 16, 8> : thin_scan_kernel<T, 16, 20>,
+        launch_dependent(d,
+                         R <= 64    ? thin_scan_kernel<T, 16, 8>
+                         : R <= 160 ? thin_scan_kernel<T, 16, 20>
+                                    : thin_scan_kernel<T, 16, 32>,
                          scan_grid, 128, (size_t)P * sizeof(float), scan);
         thin_or_packed<T>(d, bits, PlainSourceOf<T>{a.g}, AddSink{g->res}, w->out_proj, S, D, E, 1);
     }
