@@ -57,8 +57,8 @@ static size_t document_tokens(const Config *c, const int32_t *ids, size_t n) {
     return n;
 }
 
-// A row of training: data[from .. from + n) and, one later, its targets. A document, or a piece of
-// one.
+// A row of training: the targets data[from .. from + n) and, one before each, what is read. A
+// document, or a piece of one.
 typedef struct {
     size_t from, document; // document: where its document begins
     int n;
@@ -68,6 +68,7 @@ typedef struct {
     DataRow *row;
     size_t n, room, documents, without; // without: documents in which mask_until does not occur
     bool *counts;                       // of the data: whether a token is a target; NULL: each is
+    int32_t bos; // is read before each document, whose first token then is a target too; -1: none
 } DataRows;
 
 static void rows_free(DataRows *rows) {
@@ -105,11 +106,10 @@ static int add_rows_of(DataRows *rows, const Model *m, const int32_t *data, size
             return -1;
         rows->documents++;
         rows->without += until && !found;
-        for (size_t at = 0; at + 1 < n; at += (size_t)L) {
-            const size_t most = n - 1 - at;
-            DataRow row = {from + at, from, most < (size_t)L ? (int)most : L};
+        for (size_t at = rows->bos < 0; at < n; at += (size_t)L) {
+            DataRow row = {from + at, from, n - at < (size_t)L ? (int)(n - at) : L};
             bool any = !until;
-            for (int i = 1; i <= row.n && !any; i++) any = rows->counts[row.from + (size_t)i];
+            for (int i = 0; i < row.n && !any; i++) any = rows->counts[row.from + (size_t)i];
             if (!any) continue;
             if (rows->n == rows->room) {
                 const size_t room = rows->room ? 2 * rows->room : 1024;
@@ -131,7 +131,7 @@ static void fill_row(int32_t *ids, int32_t *targets, const int32_t *data, const 
     for (int i = 0; i < L; i++) {
         const size_t at = row->from + (size_t)i;
         const bool in = i < row->n;
-        ids[i] = in ? data[at] : 0;
-        targets[i] = in && (!rows->counts || rows->counts[at + 1]) ? data[at + 1] : -1;
+        ids[i] = !in ? 0 : at == row->document ? rows->bos : data[at - 1];
+        targets[i] = in && (!rows->counts || rows->counts[at]) ? data[at] : -1;
     }
 }

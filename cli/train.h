@@ -124,11 +124,18 @@ static void held_out_batch(Training *t, int pass, int passes, int B, int L) {
     }
 }
 
+// How many passes of B sequences of L tokens a held-out loss reads: at least 32 sequences, but of
+// long ones no more than what 32 of 16,384 tokens hold, or one.
+static int held_out_passes(int B, int L) {
+    const int most = 32 * 16384, fit = L < most ? most / L : 1, wanted = fit < 32 ? fit : 32;
+    return (wanted - 1) / B + 1;
+}
+
 // The mean loss over windows of the held-out text, or over a task's sequences from a generator of
 // their own. NAN: nothing is held out.
 static double held_out_loss(Training *t) {
     Trainer *x = t->trainer;
-    int L = x->L, B = x->B, passes = (32 + B - 1) / B;
+    const int L = x->L, B = x->B, passes = held_out_passes(B, L);
     size_t counted = 0;
     double sum = 0;
     Training other = *t;
@@ -300,6 +307,7 @@ static int append_tokens(Training *t, const char *path) {
 static int make_rows(Training *t) {
     const TrainOptions *o = t->o;
     const size_t learnt = t->n_data - t->n_held;
+    t->rows.bos = o->ids ? -1 : mamba_prompt_bos(t->model); // as eval --split eot has it
     if (o->mask_until) {
         t->rows.counts = calloc(t->n_data, sizeof *t->rows.counts);
         if (!t->rows.counts) return fail("out of memory: %zu tokens", t->n_data);
@@ -475,9 +483,10 @@ static void describe_run(Training *t, long steps) {
              o->grow_from);
     const size_t n = strlen(t->run.text);
     if (o->documents)
-        snprintf(t->run.text + n, sizeof t->run.text - n, ", documents %zu in %zu rows (mask %08x)",
-                 t->rows.documents, t->rows.n,
-                 crc32_of(0, o->mask_until, o->mask_until ? strlen(o->mask_until) : 0));
+        snprintf(t->run.text + n, sizeof t->run.text - n,
+                 ", documents %zu in %zu rows (mask %08x)%s", t->rows.documents, t->rows.n,
+                 crc32_of(0, o->mask_until, o->mask_until ? strlen(o->mask_until) : 0),
+                 t->rows.bos < 0 ? "" : " after a begin-of-text");
     if (o->carry) snprintf(t->run.text + n, sizeof t->run.text - n, ", carry");
     const size_t end = strlen(t->run.text);
     if (o->noise > 0)
@@ -813,7 +822,8 @@ static int command_train(int argc, char **argv) {
                       "an end-of-text token or their file"),
         OPTION_TEXT("--mask-until", "STRING", &o.mask_until,
                     "with --documents: of each, learn only what follows the first STRING"),
-        OPTION_INT("--eval-every", "N", &o.eval_every, 1, 1e9, "steps between held-out losses"),
+        OPTION_INT("--eval-every", "N", &o.eval_every, 1, 1e9,
+                   "steps between held-out losses, of 32 windows, or fewer where they are long"),
         OPTION_INT("--save-every", "N", &o.save_every, 1, 1e9, "steps between checkpoints"),
         OPTION_TEXT("--log", "FILE", &o.log, "CSV log; by default out.bin.csv"),
         OPTION_INT("-s", "SEED", &o.seed, 0, 9e15, "fixes everything"),

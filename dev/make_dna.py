@@ -4,14 +4,16 @@
   python dev/make_dna.py E.Coli.fasta V.Cholerae.fasta --extra lambda_virus.fa -o dna/
 
 The name lines and line ends go: they would tell the model which genome it reads, and where. What is left must be A, C, G
-and T. In the middle of each sequence of at least a million bases a stretch of --stretch bases is held out, and --gap
-bases on both sides of it are thrown away, so that no window of the training text comes nearer to it than that. train.dna has what is left,
-each piece followed by its other strand (the reverse complement; --one-strand leaves that out); heldout.dna has the
-stretches one after another, which pieces of a power of two of at most --stretch bases divide evenly; --extra files
-become NAME.dna whole, never trained on.
+and T. In the middle of each sequence of at least a million bases, and of at least twice what is taken out of it, a
+stretch of --stretch bases is held out, and --gap bases on both sides of it are thrown away, so that no window of the
+training text comes nearer to it than that. train.dna has what is left, each piece followed by its other strand (the
+reverse complement; --one-strand leaves that out); heldout.dna has the stretches one after another, which pieces of a
+power of two of at most --stretch bases divide evenly; --extra files become NAME.dna whole, never trained on; --whole
+files are trained on whole. Bacteria's chromosomes are rings: with --ring what is left of one is a single piece, across
+the place where the file begins.
 
 A stretch of another organism could still be a copy of something in the training text, for genomes share genes. So runs
-of 24 bases that stand in both are counted, on either strand, and the share is printed for each held-out stretch.
+of 24 bases (--run) that stand in both are counted, on either strand; the share is printed for each held-out stretch.
 """
 import argparse
 import lzma
@@ -19,7 +21,6 @@ import os
 import sys
 
 OTHER = str.maketrans("ACGT", "TGCA")
-RUN = 24     # by chance 13 million bases hold a given run of 24 with a probability of 1 in 20 million
 SHORTEST = 1000000
 
 
@@ -61,24 +62,32 @@ def main():
     parser.add_argument("-o", "--output", default=".", metavar="DIR")
     parser.add_argument("--stretch", type=int, default=1 << 18, metavar="N", help="held out of each sequence (default 2^18)")
     parser.add_argument("--gap", type=int, default=1 << 17, metavar="N", help="thrown away on both sides (default 2^17)")
+    parser.add_argument("--whole", action="append", default=[], metavar="FILE", help="a genome that is trained on whole")
+    parser.add_argument("--ring", action="store_true", help="join what is left of a chromosome across its start")
+    # By chance 13 million bases hold a given run of 24 with a probability of 1 in 20 million.
+    parser.add_argument("--run", type=int, default=24, metavar="N", help="length of the runs that are counted (default 24)")
     parser.add_argument("--one-strand", action="store_true", help="without the reverse complement")
     args = parser.parse_args()
-    if args.stretch < 1 or args.gap < 0 or args.stretch + 2 * args.gap >= SHORTEST:
-        sys.exit(f"make_dna.py: --stretch {args.stretch} and twice --gap {args.gap} must fit into {SHORTEST} bases")
+    if args.stretch < 1 or args.gap < 0 or args.run < 2:
+        sys.exit("make_dna.py: --stretch needs at least 1, --gap 0, --run 2")
+    taken = args.stretch + 2 * args.gap
+    shortest = max(SHORTEST, 2 * taken)
     train, held, thrown = [], [], 0
-    for path in args.files:
+    for path in args.files + args.whole:
         for name, bases in sequences(path):
             pieces = [bases]
-            if len(bases) >= SHORTEST:
+            if len(bases) >= shortest and path not in args.whole:
                 at = (len(bases) - args.stretch) // 2
                 pieces = [bases[:at - args.gap], bases[at + args.stretch + args.gap:]]
+                if args.ring:
+                    pieces = [pieces[1] + pieces[0]]
                 held.append((name, bases[at:at + args.stretch]))
                 thrown += 2 * args.gap
                 print(f"{name}: {len(bases):,} bases, held out {at:,} to {at + args.stretch:,}")
             for piece in pieces:
                 train += [piece] if args.one_strand else [piece, other_strand(piece)]
     if not held:
-        sys.exit(f"make_dna.py: no sequence has {SHORTEST} bases: nothing to hold out")
+        sys.exit(f"make_dna.py: no sequence has {shortest} bases: nothing to hold out")
     os.makedirs(args.output, exist_ok=True)
     write(args.output, "train.dna", train)
     write(args.output, "heldout.dna", [bases for _, bases in held])
@@ -92,13 +101,13 @@ def main():
     where = {}
     for i, (_, bases) in enumerate(held + extra):
         for strand in bases, other_strand(bases):
-            for at in range(0, len(bases) - RUN + 1, RUN // 2):
-                where.setdefault(strand[at:at + RUN], set()).add(i)
-    found = {run for piece in train for at in range(len(piece) - RUN + 1) if (run := piece[at:at + RUN]) in where}
+            for at in range(0, len(bases) - args.run + 1, args.run // 2):
+                where.setdefault(strand[at:at + args.run], set()).add(i)
+    found = {run for piece in train for at in range(len(piece) - args.run + 1) if (run := piece[at:at + args.run]) in where}
     for i, (name, bases) in enumerate(held + extra):
-        runs = [bases[at:at + RUN] for at in range(0, len(bases) - RUN + 1, RUN // 2)]
+        runs = [bases[at:at + args.run] for at in range(0, len(bases) - args.run + 1, args.run // 2)]
         shared = sum(run in found or other_strand(run) in found for run in runs)
-        print(f"  {100 * shared / len(runs):.2f}% of the runs of {RUN} bases stand in train.dna too: {name}")
+        print(f"  {100 * shared / len(runs):.2f}% of the runs of {args.run} bases stand in train.dna too: {name}")
 
 
 if __name__ == "__main__":

@@ -691,6 +691,13 @@ for bos in 0 4; do
     same_file "eval --split eot begins each document with token $bos" "$dir/got" "$dir/want"
     "$mamba" eval "$dir/m.bin" "$dir/d$bos" --split eot --each --no-bos > "$dir/got" 2> /dev/null
     same "without it the first token of a document is not predicted" "$(wc -l < "$dir/got" | tr -d ' ')" 4
+    for d in "b b a <|endoftext|>" "a <|endoftext|>" "a"; do
+        printf %s "$d" > "$dir/d1" && "$mamba" eval "$dir/m.bin" "$dir/d1" 2> /dev/null
+    done | awk '/mean_nll/ { printf "%.4f\n", $2 }' | sort > "$dir/want"
+    "$mamba" train -o "$dir/rows.bin" --from "$dir/m.bin" --documents --data "$dir/d$bos" --lr 0 \
+        --min-lr 0 --batch 1 --length 8 --held-out 0 --steps 40 --force > "$dir/out" 2>&1
+    sed 1d "$dir/rows.bin.csv" | cut -d, -f4 | awk '{ printf "%.4f\n", $1 }' | sort -u > "$dir/got"
+    same_file "and so does train --documents" "$dir/got" "$dir/want"
 done
 
 # --- memory: a long prompt takes no more than a short one

@@ -13,6 +13,17 @@ static void expect_error(const char *word, int argc, const char *const *argv) {
     expect_error(word, COUNT(((const char *[]){"mamba", __VA_ARGS__})), \
                  (const char *[]){"mamba", __VA_ARGS__})
 
+// A held-out loss of sequences of a million tokens must not cost as much as 32 training steps.
+static void test_held_out_passes(void) {
+    const int want[][3] = {{16, 256, 2},    {1, 256, 32},    {24, 16384, 2},   {64, 16384, 1},
+                           {1, 16384, 32},  {1, 32768, 16},  {1, 65537, 7},    {3, 65536, 3},
+                           {1, 1 << 19, 1}, {1, 1 << 20, 1}, {64, 1 << 20, 1}, {1, 1 << 24, 1}};
+    int wrong = 0;
+    for (int i = 0; i < COUNT(want); i++)
+        wrong += held_out_passes(want[i][0], want[i][1]) != want[i][2];
+    report(wrong == 0, "passes of a held-out loss", "%d of %d differ", wrong, COUNT(want));
+}
+
 // train --noise X: of the tokens read, the share X is drawn anew, each id of the vocabulary as
 // often; those to be predicted stay. Held to the binomial distribution: 5 standard deviations.
 static void test_noise(double share) {
@@ -41,6 +52,7 @@ static void test_noise(double share) {
 }
 
 static void test_command_line(void) {
+    test_held_out_passes();
     const double shares[] = {0, 0.05, 0.5, 1};
     for (int i = 0; i < COUNT(shares); i++) test_noise(shares[i]);
     const char *m = "tests/odd.bin";
