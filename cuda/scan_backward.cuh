@@ -106,8 +106,6 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
                   BC = (2 * NP + 31) / 32, // of B and C, a lane and quad
         SCRATCH = 36;                      // float4s of a state's sums over groups, and a gap
     static_assert(PIECES % 2 == 0 && WARPS % 4 == 0 && STATES <= 4, "shape of a block");
-    // Whether there are registers for what is fetched while a tile is finished.
-    constexpr bool EARLY = MIN_BLOCKS * WARPS < 16;
     typedef Pack<T, C> Packed;
     extern __shared__ float4 shared[];
     float4 *deltas = shared, *dus = deltas + QUADS * ROW, *dys = dus + QUADS * ROW,
@@ -168,7 +166,7 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     float4 *const my_sums = sums + warp * 4 * 3 * ROW + lane;
 
     // 1. A warp fetches and prepares the quads that it will finish: warp, warp + WARPS, ... of the
-    // tile. What is fetched waits in registers while the tile after it is finished.
+    // tile. (Fetching before `finish` was slower: registers.)
     struct Fetched {
         Packed delta_raw[MINE][4], u[MINE][4], z[MINE][4], d_g[MINE][4];
         T bc[MINE][BC][4];
@@ -453,12 +451,12 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
             finish(tile, 2 * piece);
             __syncthreads();
         }
-        Fetched x;
-        if (EARLY && tile > first) fetch(tile - 1, x);
         __syncthreads();
         finish(tile, 0);
-        if (!EARLY && tile > first) fetch(tile - 1, x);
-        if (tile > first) prepare(tile - 1, x);
+        if (tile > first) {
+            Fetched x;
+            fetch(tile - 1, x), prepare(tile - 1, x);
+        }
         __syncthreads();
     }
 
@@ -688,9 +686,9 @@ static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p, int seg
 }
 
 // Which form runs. A multiprocessor that holds 3 or 4 blocks of one channel a lane, or 2 of two,
-// takes 10, 13.7 and 13 for a segment, whatever it is called: the form with the shortest sum of
-// such waves is taken. Where shared memory is short, blocks with 4 warps of one channel run on
-// anything.
+// takes 10, 14.2 and 12.6 for the same time of text: the form with the smallest sum of such waves
+// is taken (of float 3 blocks, for 4 have too few registers). Where shared memory is short, blocks
+// of 4 warps and one channel run on any GPU.
 template <typename T> static cudaError_t scan_backward(Device *d, const ScanBackArgs<T> &p) {
     const size_t blocks = (size_t)p.B * ((p.E + 31) / 32), pairs = (size_t)p.B * ((p.E + 63) / 64);
     auto segments = [&](size_t n, size_t fit) { // of n blocks, fit on a multiprocessor
@@ -709,17 +707,18 @@ template <typename T> static cudaError_t scan_backward(Device *d, const ScanBack
         }
         return scan_back_launch<T, 8, 4, 1, false, 2>(d, p, segments(blocks, 2));
     }
-    const double three = cost(blocks, 3, 10), four = cost(blocks, 4, 13.7);
+    const double three = cost(blocks, 3, 10), four = cost(blocks, 4, 14.2);
     if constexpr (sizeof(T) == 2) { // two channels are 4 bytes
         uintptr_t bases = (uintptr_t)p.delta_raw | (uintptr_t)p.u | (uintptr_t)p.z |
                           (uintptr_t)p.d_g | (uintptr_t)p.d_delta_raw | (uintptr_t)p.d_u |
                           (uintptr_t)p.d_z;
         size_t widths = p.ld_delta | p.ld_u | p.ld_z | p.ld_d_g | p.ld_d_delta | p.ld_d_u |
                         p.ld_d_z | (size_t)p.E;
-        if (bases % 4 == 0 && widths % 2 == 0 && cost(pairs, 2, 13) <= std::min(three, four) &&
+        if (bases % 4 == 0 && widths % 2 == 0 && cost(pairs, 2, 12.6) <= std::min(three, four) &&
             scan_back_shared<T, 4, 4, 2>() <= (size_t)d->shared_limit)
             return scan_back_launch<T, 4, 4, 2, false, 2>(d, p, segments(pairs, 2));
     }
-    if (three <= four) return scan_back_launch<T, 4, 4, 1, false, 3>(d, p, segments(blocks, 3));
+    if (sizeof(T) == 4 || three <= four)
+        return scan_back_launch<T, 4, 4, 1, false, 3>(d, p, segments(blocks, 3));
     return scan_back_launch<T, 4, 4, 1, false, 4>(d, p, segments(blocks, 4));
 }
