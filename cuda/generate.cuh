@@ -400,11 +400,12 @@ static int gpu_step(Gpu *g, const int32_t *ids, int S) {
 
 // --- for tests
 
-// Holds multiprocessors until *leave is set, or 10 seconds.
-__global__ void busy_kernel(volatile int *leave) {
+// Holds multiprocessors until *leave is set, or 10 seconds. came: which blocks are there.
+__global__ void busy_kernel(volatile int *leave, volatile int *came) {
     extern __shared__ int nothing[];
     uint64_t start, now;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+    if (threadIdx.x == 0) came[blockIdx.x] = 1;
     if (threadIdx.x == 0) do { // one thread: reads of the host's memory are slow
             __nanosleep(100000);
             asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
@@ -429,7 +430,8 @@ static int gpu_pretend(const char *what, int value) {
         const uint32_t limit = value ? (uint32_t)value : 20000;
         error = cudaMemcpyToSymbol(wait_limit, &limit, sizeof limit);
     } else if (!strcmp(what, "busy")) {
-        if (!leave) error = cudaMallocHost((void **)&leave, sizeof *leave);
+        const int most = 1024;
+        if (!leave) error = cudaMallocHost((void **)&leave, (1 + most) * sizeof *leave);
         if (error == cudaSuccess && !stream)
             error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
         if (error == cudaSuccess) {
@@ -439,12 +441,19 @@ static int gpu_pretend(const char *what, int value) {
         int shared = 0;
         cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
         if (error == cudaSuccess && value) {
-            *(volatile int *)leave = 0;
+            const int blocks = std::min(value, most);
+            memset(leave, 0, (1 + most) * sizeof *leave);
             error = allow_shared(busy_kernel, (size_t)shared);
             if (error == cudaSuccess) {
-                busy_kernel<<<(unsigned)value, 1024, (size_t)shared, stream>>>(leave);
+                busy_kernel<<<(unsigned)blocks, 1024, (size_t)shared, stream>>>(leave, leave + 1);
                 error = cudaGetLastError();
             }
+            // Until all are there, for 3 s at the most: else what they hinder could be first.
+            volatile int *came = leave + 1;
+            const time_t end = time(NULL) + 3;
+            for (int i = 0; i < blocks && error == cudaSuccess;)
+                if (came[i]) i++;
+                else if (time(NULL) >= end) break;
         }
     } else return gpu_fail("nothing is called %s", what);
     return error == cudaSuccess ? 0 : gpu_fail("GPU: %s: %s", what, cudaGetErrorString(error));

@@ -631,18 +631,18 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
 // where the target is -1. d_logits may be the logits. A block takes a row. With KEEP it holds the
 // row in shared memory for the gradient, so that device memory is read once.
 
-template <class T, class Logit, bool KEEP>
+template <class T, bool KEEP>
 __global__ void __launch_bounds__(1024)
-    cross_entropy_kernel(float *__restrict__ losses, T *d_logits, const Logit *logits,
+    cross_entropy_kernel(float *__restrict__ losses, T *d_logits, const float *logits,
                          const int32_t *__restrict__ targets, float weight, int V) {
-    constexpr int EACH = 16 / sizeof(Logit); // numbers that a thread takes at once
-    typedef Group<Logit, EACH> Read;
+    constexpr int EACH = 16 / sizeof(float); // numbers that a thread takes at once
+    typedef Group<float, EACH> Read;
     extern __shared__ float4 shared_row[];
     __shared__ float scratch[33];
     Read *kept = (Read *)shared_row;
     size_t row = blockIdx.x;
     wait_for_input();
-    const Logit *x = logits + row * V;
+    const float *x = logits + row * V;
     T *out = d_logits ? d_logits + row * V : NULL;
     int target = targets[row];
     if (target < 0) {
@@ -690,13 +690,13 @@ __global__ void __launch_bounds__(1024)
     for (int v = threadIdx.x; v < V && !whole; v += blockDim.x)
         put(out + v, gradient(value(x[v]), v));
 }
-template <class T, class Logit>
-static void cross_entropy(Device *d, float *losses, T *d_logits, const Logit *logits,
+template <class T>
+static void cross_entropy(Device *d, float *losses, T *d_logits, const float *logits,
                           const int32_t *targets, float weight, int rows, int V) {
-    const int bytes = V * (int)sizeof(Logit);
+    const int bytes = V * (int)sizeof(float);
     const bool keep = d_logits && bytes % 16 == 0 && bytes + 2048 <= d->shared_limit;
-    auto kernel = keep ? cross_entropy_kernel<T, Logit, true> // 2048: scratch, the system's
-                       : cross_entropy_kernel<T, Logit, false>;
+    auto kernel = keep ? cross_entropy_kernel<T, true> // 2048: scratch, the system's
+                       : cross_entropy_kernel<T, false>;
     launch_dependent(d, kernel, (unsigned)rows,
                      !keep      ? 512
                      : V < 4096 ? 256

@@ -62,8 +62,9 @@ struct GpuTrainer {
     void *d_xz, *d_u, *d_xdb;       // (B*L,2E), (B*L,E), (B*L,P) in T
     void *d_delta, *d_g, *d_xn;     // (B*L,E), (B*L,E), (B*L,D) in T
     void *xn;                       // (B*L,D) in T, the norm of the last layer's output
-    void *logits;                   // (loss_rows,V) in T, then their gradient
-    int loss_rows;                  // rows of logits that exist at a time
+    float *logits;                  // (logit_rows,V)
+    void *d_logits;                 // (loss_rows,V) in T
+    int logit_rows, loss_rows;      // that exist at a time
     float *losses;                  // (B*L)
     double *sum;                    // of the losses
     float *partial;                 // sums of parts of the rows, for several uses
@@ -170,6 +171,10 @@ static size_t window_floats(const GpuTrainer *x, int layers) {
     return (size_t)layers * x->B * (x->config.K - 1) * x->config.E;
 }
 
+// Rows of logits, in float32, that are computed at a time, and rows of their gradient: more of
+// these, for the gradient of the head's weights is read and written each time.
+enum { LOGIT_ROWS = 2048, LOSS_ROWS = 4096 };
+
 template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
     const Config *c = &x->config;
     const int L = chunk_steps(x);
@@ -210,7 +215,8 @@ template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
     size_t pieces = M / EMBED_PIECE + std::min(M, V) + 1;
     partial = std::max(partial, pieces * D);
     x->loss_rows = (int)std::max(
-        (size_t)2, std::min(std::min((size_t)4096, M), (size_t)((size_t)1 << 28) / V));
+        (size_t)2, std::min(std::min((size_t)LOSS_ROWS, M), (size_t)((size_t)1 << 28) / V));
+    x->logit_rows = std::min(x->loss_rows, (int)LOGIT_ROWS);
     a.take(x->d_res, M * D), a.take(x->losses, M), a.take(x->d_o, M * D, t),
         a.take(x->d_xn, M * D, t);
     a.take(x->partial, partial), a.take(x->norms, NORM_PARTS + 2), a.take(x->sum, 1);
@@ -218,7 +224,8 @@ template <class T> static size_t lay_out_trainer(GpuTrainer *x, char *base) {
         a.take(x->token, pieces);
     a.take(x->first, pieces + 1);
     Arena loss = a; // logits are done with before the blocks' backward begins: one place for both
-    loss.take(x->logits, (size_t)x->loss_rows * V, t);
+    loss.take(x->logits, (size_t)x->logit_rows * V);
+    loss.take(x->d_logits, (size_t)x->loss_rows * V, t);
     a.take(x->d_xz, M * 2 * E, t), a.take(x->d_u, M * E, t), a.take(x->d_xdb, M * P, t);
     a.take(x->d_delta, M * E, t), a.take(x->d_g, M * E, t);
     a.take(x->scan, scan_backward_workspace(x->B, L, c->E, c->N), 1);
@@ -617,45 +624,36 @@ template <class T> static void chunk_forward(GpuTrainer *x, int chunk, ChunkPass
     if (last && x->place >= 0) copy_states(carried_h(x), carried_window(x), x->h, x->window);
 }
 
-// Rows of logits that are computed at a time. The gradient's products take loss_rows: more of them
-// suit d_W, which is read and written each time.
-enum { LOGIT_ROWS = 2048 };
-
 // Logits of n rows of the normed xn, their losses, and, where d_logits is given, their gradient.
-template <class T, class Logit>
-static void logits_loss(GpuTrainer *x, Logit *logits, T *d_logits, const T *xn, int t, int n,
-                        float weight) {
+template <class T>
+static void logits_loss(GpuTrainer *x, T *d_logits, const T *xn, int t, int n, float weight) {
     Device *d = &x->device;
     const int D = x->config.D, V = x->config.V;
-    matmul(d, Rows(logits, (size_t)V), Rows((T *)xn + (size_t)t * D, (size_t)D),
+    matmul(d, Rows(x->logits, (size_t)V), Rows((T *)xn + (size_t)t * D, (size_t)D),
            (const T *)x->w.head, n, V, D);
-    cross_entropy(d, x->losses + t, d_logits, (const Logit *)logits, x->targets + t, weight, n, V);
+    cross_entropy(d, x->losses + t, d_logits, x->logits, x->targets + t, weight, n, V);
 }
 
 // The head and the loss after the last layer; where backward, d_res, d_o, and the gradients of head
-// and norm_f. Logits are of type T where they become gradients, else float.
+// and norm_f.
 template <class T> static void chunk_loss(GpuTrainer *x, float weight, bool backward) {
     Device *d = &x->device;
     const Config *c = &x->config;
     int rows = x->B * x->steps, D = c->D, V = c->V;
     size_t lD = (size_t)D, lV = (size_t)V;
     const float *last = x->res[(size_t)c->n_layer];
-    T *xn = (T *)x->xn, *d_xn = (T *)x->d_xn, *logits = (T *)x->logits;
+    T *xn = (T *)x->xn, *d_xn = (T *)x->d_xn, *d_logits = (T *)x->d_logits;
     norm_rows(d, Rows(xn, lD), Rows(last, lD), x->w.norm_f, x->w.norm_f_bias, c->norm_eps, rows, D);
-    const int most = std::max(1, backward ? x->loss_rows : x->loss_rows * (int)sizeof(T) / 4);
-    for (int t = 0; t < rows; t += most) { // so many rows of logits exist at a time
-        const int n = std::min(most, rows - t);
-        if (!backward) {
-            logits_loss(x, (float *)x->logits, (T *)NULL, xn, t, n, weight);
-            continue;
-        }
-        for (int i = 0; i < n; i += LOGIT_ROWS) {
-            T *at = logits + (size_t)i * V;
-            logits_loss(x, at, at, xn, t + i, std::min((int)LOGIT_ROWS, n - i), weight);
-        }
-        matmul_d_x(d, Rows(d_xn + (size_t)t * D, lD), Rows(logits, lV), (const T *)x->w.head, n, V,
+    for (int t = 0; t < rows; t += x->loss_rows) {
+        const int n = std::min(x->loss_rows, rows - t);
+        for (int i = 0; i < n; i += x->logit_rows)
+            logits_loss(x, backward ? d_logits + (size_t)i * V : NULL, xn, t + i,
+                        std::min(x->logit_rows, n - i), weight);
+        if (!backward) continue;
+        matmul_d_x(d, Rows(d_xn + (size_t)t * D, lD), Rows(d_logits, lV), (const T *)x->w.head, n,
+                   V, D);
+        matmul_d_W(d, (float *)x->d.head, Rows(d_logits, lV), Rows(xn + (size_t)t * D, lD), n, V,
                    D);
-        matmul_d_W(d, (float *)x->d.head, Rows(logits, lV), Rows(xn + (size_t)t * D, lD), n, V, D);
     }
     sum_losses_kernel<<<1, 256, 0, d->stream>>>(x->sum, x->losses, rows);
     check_launch(d, "cross_entropy");
