@@ -36,6 +36,7 @@ static void test_noise(double share) {
     Training t = {.o = &o, .model = &model, .trainer = &trainer, .data = data, .ids = ids};
     t.targets = targets;
     t.n_data = TOKENS + 3;
+    t.ranks.size = 1;
     t.run.random = 1;
     next_batch(&t, 0);
     double seen[IDS] = {0}, worst = 0;
