@@ -257,7 +257,7 @@ __device__ inline void arrive_at(uint32_t barrier) {
 // needs no fence: the numbers of the exchange are computed from the words read, so a read that saw
 // the later words would depend on itself.
 //
-// WHO RUNS. 6 and 7 need all blocks of the launch at once. As many are launched as the GPU holds
+// WHO RUNS. 5 and 6 need all blocks of the launch at once. As many are launched as the GPU holds
 // when nothing else runs (clusters_at_once), and one_kernel_lock lets one such kernel of the
 // process run at a time. Whatever else occupies multiprocessors ends without waiting for us:
 // kernels of other streams wait only for blocks that already run (2), other processes take turns

@@ -6,15 +6,15 @@
 //   1 in_proj: a quarter of the inputs (block r: quarter r % 4) times some rows. The four sums of
 //   an
 //     output meet in one block of the cluster (exchange.cuh, 4), which writes xz to device memory
-//     as words with a tag (6); a block that needs some polls for them.
+//     as words with a tag (5); a block that needs some polls for them.
 //   2 From here on a cluster has sequences of its own, up to 5, and a block an eighth of the
 //     channels, the slice: convolution; x_proj, of whose outputs all blocks of the cluster send
 //     each other 8 sums; dt_proj, the step of the scan, the gate. y goes to device memory; all
-//     blocks meet (7).
+//     blocks meet (6).
 //   3 out_proj: of the slice, of all sequences, times the columns of the cluster. Block r adds up
 //     sequences 8r..8r+7 and the residual stream, which stays in registers. Times the norm's weight
-//     it goes to device memory, and so do its squares; all blocks meet (7).
-// All that a block reads of weights and states comes through the ring (4), layers ahead, in boxes
+//     it goes to device memory, and so do its squares; all blocks meet (6).
+// All that a block reads of weights and states comes through the ring (3), layers ahead, in boxes
 // that the copy engine puts in the order in which tensor cores read them.
 
 enum { WIDE_SEQUENCES = 64 };                             // at the most

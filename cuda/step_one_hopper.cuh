@@ -12,11 +12,11 @@
 //
 // Each sum goes the same way. A block sends its part to the 8 blocks of its cluster, an eighth of
 // the outputs each (exchange.cuh, 4). Each block adds up its eighth and writes it to device memory
-// with a tag (6), polls for the same eighth from all clusters, adds up, and sends the sum to the 8
-// blocks of its cluster (5).
+// with a tag (5), polls for the same eighth from all clusters, adds up, and sends the sum to the 8
+// blocks of its cluster (4).
 //
 // For such parts x_proj and out_proj are read by channel, so they lie transposed. All that a block
-// reads of a layer, weights, vectors and the state of its channels, comes through the ring (4) in
+// reads of a layer, weights, vectors and the state of its channels, comes through the ring (3) in
 // the order of use, layers ahead. The state, too, for plain loads return in order, and polls would
 // wait behind them. A slot holds 8 rows of in_proj, of out_proj's transpose or of the head, or the
 // small things of a layer. The products run on tensor cores: with plain arithmetic, unpacking the
