@@ -17,6 +17,7 @@ import io
 import json
 import os
 import random
+import signal
 import struct
 import subprocess
 import sys
@@ -1214,10 +1215,14 @@ class Output(Case):
         result = subprocess.run(command, capture_output=True, text=True)
         self.assertEqual((result.returncode, os.listdir(self.dir)), (143, ["src"]), result.stderr)
 
+    # Ctrl-C reaches export.py also where the tests run in the background, which ignores it.
+    INTERRUPTIBLE = dict(capture_output=True, text=True, preexec_fn=lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL))
+
     def test_interrupted_while_it_starts(self):
         write(os.path.join(self.dir, "numpy.py"),
               b"import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
-        result = subprocess.run([sys.executable, EXPORT, "a", "b"], capture_output=True, text=True,
+        result = subprocess.run([sys.executable, EXPORT, "a", "b"], **self.INTERRUPTIBLE,
                                 env={**os.environ, "PYTHONPATH": self.dir})
         self.assertEqual((result.returncode, result.stderr), (-2, ""))
 
@@ -1232,7 +1237,7 @@ class Output(Case):
                 "zlib.crc32 = crc32\n"
                 f"runpy.run_path({EXPORT!r}, run_name='__main__')")
         command = [sys.executable, "-c", code, self.src, self.bin, "--tokenizer", "bytes"]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, **self.INTERRUPTIBLE)
         self.assertEqual((result.returncode, os.listdir(self.dir), result.stderr),
                          (1, ["src"], "export.py: interrupted\n"))
 
