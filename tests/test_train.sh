@@ -85,7 +85,7 @@ awk -v a="$first" -v b="$(loss whole.bin.csv)" 'BEGIN { exit !(b < a - 0.5 && a 
 "$mamba" train -o part.bin $small 2> err & # interrupted
 pid=$!
 i=0
-while [ ! -s part.bin.train ] && [ $i -lt 200 ]; do sleep 0.02; i=$((i + 1)); done
+while [ ! -s part.bin.train ] && [ $i -lt 3000 ]; do sleep 0.02; i=$((i + 1)); done
 kill -INT $pid 2> /dev/null
 wait $pid
 status=$?
@@ -99,7 +99,7 @@ same_file "its log is that of the whole run" a.csv b.csv
 # --- resume alone: the settings are in the checkpoint
 wait_for() { # wait_for FILE: until it is there and not empty
     i=0
-    while [ ! -s "$1" ] && [ $i -lt 400 ]; do sleep 0.02; i=$((i + 1)); done
+    while [ ! -s "$1" ] && [ $i -lt 3000 ]; do sleep 0.02; i=$((i + 1)); done
 }
 "$mamba" train -o alone.bin $small 2> err &
 pid=$!
@@ -131,7 +131,7 @@ rm longer.bin*
 pid=$!
 wait_for longer.bin.train
 i=0 # beyond the warm-up
-while [ "$(wc -l < longer.bin.csv)" -lt 12 ] && [ $i -lt 400 ]; do sleep 0.05; i=$((i + 1)); done
+while [ "$(wc -l < longer.bin.csv)" -lt 12 ] && [ $i -lt 1200 ]; do sleep 0.05; i=$((i + 1)); done
 kill -INT $pid # as timeout does: one to the process, one to its group
 sleep 0.01
 kill -INT $pid 2> /dev/null
@@ -366,7 +366,7 @@ grown="--task induction --steps 24 --batch 2 --length 64 --grow-from 8 --d-model
 "$mamba" train -o cut.bin $grown 2> err &
 pid=$!
 i=0
-while [ ! -s cut.bin.train ] && [ $i -lt 200 ]; do sleep 0.02; i=$((i + 1)); done
+while [ ! -s cut.bin.train ] && [ $i -lt 3000 ]; do sleep 0.02; i=$((i + 1)); done
 kill -INT $pid 2> /dev/null
 wait $pid
 "$mamba" train -o cut.bin $grown --resume 2> err || bad "resume" "$(cat err)"
@@ -531,7 +531,7 @@ slow="$slow --save-every 1 --eval-every 1000"
 pid=$!
 i=0
 while [ "$(cat slow.bin.csv 2> /dev/null | wc -l)" -lt 5 ] \
-    && [ $i -lt 200 ]; do sleep 0.05; i=$((i + 1)); done
+    && [ $i -lt 1200 ]; do sleep 0.05; i=$((i + 1)); done
 kill -INT $pid
 wait $pid
 lines=$(wc -l < slow.bin.csv)
@@ -540,7 +540,7 @@ for k in 1 2 3; do # kill -9 right after a resumed run's first checkpoint
     "$mamba" train -o slow.bin $slow --resume 2> err &
     pid=$!
     i=0
-    while cmp -s slow.bin.train before && [ $i -lt 400 ]; do sleep 0.01; i=$((i + 1)); done
+    while cmp -s slow.bin.train before && [ $i -lt 6000 ]; do sleep 0.01; i=$((i + 1)); done
     kill -9 $pid
     wait $pid 2> /dev/null
     now=$(wc -l < slow.bin.csv)
