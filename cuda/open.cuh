@@ -62,8 +62,10 @@ template <class T> static int open_model(Gpu *g, const Model *m) {
         cudaSetDevice(d->device);
         copied = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
         if (copied != cudaSuccess) return;
-        copied = cudaMemcpyAsync(g->raw, m->embedding.data, m->tensors_bytes,
-                                 cudaMemcpyHostToDevice, stream);
+        for (const Run &run : g->runs)
+            if (copied == cudaSuccess)
+                copied =
+                    cudaMemcpyAsync(run.to, run.from, run.bytes, cudaMemcpyHostToDevice, stream);
         cudaError_t arrived = cudaStreamSynchronize(stream);
         if (copied == cudaSuccess) copied = arrived;
         cudaStreamDestroy(stream);
