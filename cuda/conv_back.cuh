@@ -109,17 +109,16 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, PARTS <= 6 ? 3 : 2)
             float sum[8][4] = {};
 #pragma unroll
             for (int k = 0; k < PARTS; k++) {
-                uint32_t a[4];
-                load_matrices(a, shared_address(s.d_xdb[turn]) +
-                                     (warp * BACK_PART + lane % 16) * PITCH + k * 32 +
-                                     lane / 16 * 16);
+                uint4 a = matrices<false>(shared_address(s.d_xdb[turn]) +
+                                          (warp * BACK_PART + lane % 16) * PITCH + k * 32 +
+                                          lane / 16 * 16);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    uint32_t w[4];
-                    load_matrices_turned(w, shared_address(s.W) + (k * 16 + lane % 16) * ROW_PITCH +
-                                                j * 32 + lane / 16 * 16);
-                    tensor_product(sum[2 * j], a[0], a[1], a[2], a[3], w[0], w[1]);
-                    tensor_product(sum[2 * j + 1], a[0], a[1], a[2], a[3], w[2], w[3]);
+                    uint4 w =
+                        matrices<true>(shared_address(s.W) + (k * 16 + lane % 16) * ROW_PITCH +
+                                       j * 32 + lane / 16 * 16);
+                    tensor_product(sum[2 * j], a.x, a.y, a.z, a.w, w.x, w.y);
+                    tensor_product(sum[2 * j + 1], a.x, a.y, a.z, a.w, w.z, w.w);
                 }
             }
 #pragma unroll
@@ -218,17 +217,15 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, PARTS <= 6 ? 3 : 2)
                     }
 #pragma unroll
             for (int k = 0; k < BACK_WARPS; k++) { // 16 steps, those of warp k
-                uint32_t u[4];
-                load_matrices_turned(u, shared_address(s.handed[k]) + lane % 16 * ROW_PITCH +
-                                            warp * 32 + lane / 16 * 16);
+                uint4 u = matrices<true>(shared_address(s.handed[k]) + lane % 16 * ROW_PITCH +
+                                         warp * 32 + lane / 16 * 16);
 #pragma unroll
                 for (int m = 0; m < PARTS; m++) {
-                    uint32_t a[4];
-                    load_matrices_turned(a, shared_address(s.d_xdb[turn]) +
-                                                (k * 16 + lane % 8 + lane / 16 * 8) * PITCH +
-                                                m * 32 + lane / 8 % 2 * 16);
-                    tensor_product(d_W[m][0], a[0], a[1], a[2], a[3], u[0], u[1]);
-                    tensor_product(d_W[m][1], a[0], a[1], a[2], a[3], u[2], u[3]);
+                    uint4 a = matrices<true>(shared_address(s.d_xdb[turn]) +
+                                             (k * 16 + lane % 8 + lane / 16 * 8) * PITCH + m * 32 +
+                                             lane / 8 % 2 * 16);
+                    tensor_product(d_W[m][0], a.x, a.y, a.z, a.w, u.x, u.y);
+                    tensor_product(d_W[m][1], a.x, a.y, a.z, a.w, u.z, u.w);
                 }
             }
         }

@@ -396,17 +396,17 @@ __device__ inline void copies_done(void) { asm volatile("cp.async.wait_all;" :::
 // Four matrices of 8 x 8 numbers of 16 bits from shared memory; lane 8 i + r has the address of row
 // r of matrix i. Lane l gets columns 2 (l % 4) and the next of row l / 4; turned: rows and columns
 // change places.
-__device__ inline void load_matrices(uint32_t (&m)[4], uint32_t row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(row)
-                 : "memory");
-}
-__device__ inline void load_matrices_turned(uint32_t (&m)[4], uint32_t row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(row)
-                 : "memory");
+template <bool TURNED> __device__ inline uint4 matrices(uint32_t row) {
+    uint4 m;
+    if (TURNED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w)
+                     : "r"(row));
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w)
+                     : "r"(row));
+    return m;
 }
 
 __device__ inline void tensor_product(float c[4], uint32_t a0, uint32_t a1, uint32_t a2,

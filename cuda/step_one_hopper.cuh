@@ -103,19 +103,6 @@ __host__ __device__ inline int solo_first(int block, int blocks, int E) {
 }
 
 #if __CUDA_ARCH__ >= 900
-// Four 8 x 8 matrices of bf16, whose rows the lanes 8i..8i+7 point at.
-template <bool TRANSPOSED> __device__ inline uint4 matrices(uint32_t row) {
-    uint4 v;
-    if (TRANSPOSED)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                     : "r"(row));
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                     : "r"(row));
-    return v;
-}
 __device__ inline uint32_t split(float x) { // into two bf16, the larger below
     bf16 high = __float2bfloat16_rn(x), low = __float2bfloat16_rn(x - value(high));
     return (uint32_t)__bfloat16_as_ushort(low) << 16 | __bfloat16_as_ushort(high);

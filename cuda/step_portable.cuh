@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(128) dt_scan_step(DtStepArgs p) {
     }
     uint2 u_pairs = *(const uint2 *)(p.u + s * E + at),
           z_pairs = *(const uint2 *)(p.z + s * 2 * E + at);
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    copies_done();
     __syncthreads();
     if (p.norm_eps > 0) { // dt_low, B_ssm, C_ssm each to a mean square of 1
         for (int part = 0; part < 3; part++)

@@ -29,7 +29,8 @@ static const struct {
     {"biases, wide state",
      SHAPE(48, 1, 70, 96, 64, 4, 3, FLAG_TIED | FLAG_CONV_BIAS | FLAG_PROJ_BIAS),
      {1, 3, 17, 64, 128, 130}},
-    {"8 states, falcon", SHAPE(32, 2, 50, 64, 8, 2, 2, FLAG_MIXER_NORM), {1, 5, 16, 100, 127, 512}},
+    // R = 8: the norm of only two numbers multiplies the rounding of bf16 beyond the tolerance.
+    {"8 states, falcon", SHAPE(32, 2, 50, 64, 8, 2, 8, FLAG_MIXER_NORM), {1, 5, 16, 100, 127, 512}},
     {"one channel", SHAPE(1, 1, 3, 1, 1, 1, 1, FLAG_TIED), {1, 2, 3, 64, 65, 200}},
     {"many channels",
      SHAPE(24, 1, 30, 2200, 16, 4, 3, FLAG_TIED | FLAG_CONV_BIAS),

@@ -55,7 +55,9 @@ close() {
 }
 
 model="${MODEL:---d-model 256 --layers 6} --length ${LENGTH:-256} --batch 16 --eval-every 10"
-small="--data mamba.c $model --steps 20 --warmup 4 --schedule constant"
+# A rate at which the loss falls from step to step. Where it leaps (--lr 3e-3 --warmup 4), bf16's
+# rounding grows: there one GPU in two passes differs from itself by 2e-3.
+small="--data mamba.c $model --steps 20 --warmup 10 --lr 1e-3 --schedule constant"
 "$mamba" train -o one.bin $small 2> err || bad "one GPU" "$(cat err)"
 "$mamba" train -o one32.bin $small --float32 2> err || bad "one GPU, float32" "$(cat err)"
 for ranks in 1 2 4 8; do
