@@ -139,7 +139,7 @@ test-cuda:                   ## tests of the GPU against the CPU: kernels, train
 	./tests/test_all cuda
 
 run: all                     ## build, then let the model in the repository tell a story
-	./mamba models/story.bin "Once upon a time" -n 200 -s 1
+	./mamba models/story.bin "Once upon a time" -n 200 -s 1 -t 0.6 -p 0.9
 
 # Threads sleep at barriers instead of spinning. This is slower, but tests also run beside other
 # work.

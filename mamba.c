@@ -1265,8 +1265,8 @@ typedef void LogitsVisitor(void *context, const float *logits);
 
 // Threads for a pass of so many tokens. A small pass runs alone, with the same bits: a team saves
 // it little. Beside other programs a team crawls, since a barrier then waits for a time slice
-// (story.bin beside a busy test run: 16 tokens/s by a team, 700 to 1,500 alone; on a quiet machine
-// 1,820 and 1,240).
+// (7.4 M weights beside a busy test run: 16 tokens/s by a team, 700 to 1,500 alone; on a quiet
+// machine 1,820 and 1,240).
 static int pass_team(const Model *m, const Acts *a, int tokens) {
     return (double)m->n_params * tokens < 16e6 ? 1 : a->threads;
 }

@@ -6,8 +6,9 @@
 
 Of each file's texts, of which the first --words words count: words that the training texts have not twice, trigrams of
 words that came before in their text, names (words with a capital inside a sentence) that come again, and the longest run
-of words that stands in a training text, where all names that dev/make_cooldown.py changes count as one: a model that
-recites is not a model that tells. Stories by people that nothing was trained on say which figures are usual.
+of words that stands in a training text, where all names that dev/make_cooldown.py changes count as one, and so do things
+of a kind and words of like meaning: a model that recites is not a model that tells. Stories by people that nothing was
+trained on say which figures are usual.
 """
 import argparse
 import collections
@@ -18,14 +19,23 @@ import sys
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from make_cooldown import PERSON
+from make_cooldown import ALIKE, PERSON, THINGS, plural
 from make_text import END_OF_TEXT, read
 
 SHORT = 5    # words: shorter runs are not looked for
 
 
-def words(text):
-    return re.findall(r"[a-z]+(?:'[a-z]+)?", PERSON.sub("Somebody", text).lower())
+ONE = {word: line[0] for line in THINGS + ALIKE for word in line}
+ONE.update((plural(word), plural(line[0])) for line in THINGS for word in line)
+ANY = re.compile(r"\b(?:" + "|".join(sorted((word.lower() for word in ONE), key=len, reverse=True)) + r")\b")
+LOW = {word.lower(): one.lower() for word, one in ONE.items()}
+
+
+def words(text, kinds=False):
+    text = PERSON.sub("Somebody", text).lower()
+    if kinds:
+        text = re.sub(r"\ban\b", "a", ANY.sub(lambda found: LOW[found.group()], text))
+    return re.findall(r"[a-z]+(?:'[a-z]+)?", text)
 
 
 class Corpus:
@@ -33,7 +43,7 @@ class Corpus:
 
     def __init__(self, paths):
         self.number = collections.defaultdict(lambda: len(self.number))
-        self.ids = np.array([self.number[w] for path in paths for w in words(read(path))], dtype=np.uint64)
+        self.ids = np.array([self.number[w] for path in paths for w in words(read(path), True)], dtype=np.uint64)
         self.count = np.bincount(self.ids.astype(np.int64))
         hashes = self.hashes(self.ids)
         self.order = np.argsort(hashes, kind="stable")
@@ -72,7 +82,8 @@ def measure(path, corpus, most):
     for text in texts:
         mine = words(text)
         total += len(mine)
-        unknown += sum(not corpus.known(word) for word in mine)
+        kinds = words(text, True)
+        unknown += sum(not corpus.known(word) for word in kinds)
         seen = set()
         for i in range(len(mine) - 2):
             trigrams += 1
@@ -81,7 +92,7 @@ def measure(path, corpus, most):
         count = collections.Counter(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", text))
         names += len(count)
         names_again += sum(len(re.findall(rf"\b{name}\b", text)) > 1 for name in count)
-        runs.append(corpus.longest_run(mine))
+        runs.append(corpus.longest_run(kinds))
     runs.sort()
     print(f"{path}: {len(texts)} texts, {total} words, {unknown} unknown; {100 * repeated / max(1, trigrams):.1f}% of trigrams "
           f"repeated; {names_again} of {names} names come again; longest run in training: median "
