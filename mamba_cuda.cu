@@ -789,11 +789,14 @@ struct Texts {      // several texts from their start, see texts.cuh
     Places prompts; // states after the prompts that were read last
 };
 
-struct Converted {
+struct Converted { // a matrix that has another type on the device
     void *to;
-    const void *from;
-    int rows, cols;
-    Type type;
+    const Tensor *from;
+};
+struct Run { // tensors of the file that the device has as they are, side by side
+    char *to;
+    const char *from;
+    size_t bytes;
 };
 struct PackedPlace {
     void **device; // its pointer in Weights
@@ -814,9 +817,11 @@ struct Gpu {
     BlockActs<float> acts;      // its pointers are T's
     ScanMail mail;
     Unpacking unpacking;
-    char *raw;                        // the file's tensors
+    char *work;                       // what comes and goes: see lay_out_acts()
+    const void *work_of;              // whose numbers must stay there for now, see solo_prepare()
+    std::vector<Run> runs;            // what is copied from the file
     std::vector<PackedPlace> packed;  // the matrices that are quantised
-    std::vector<Converted> converted; // those that have a copy of another type
+    std::vector<Converted> converted; // those of another type
     int32_t *ids, *targets;           // (piece)
     float *losses;                    // (piece), of gpu_score()
     int32_t *likeliest;               // (piece), the same
@@ -828,8 +833,10 @@ struct Gpu {
     bool portable_only; // the one-kernel steps got stuck: see gpu_generate()
 };
 
-template <class T> static BlockActs<T> acts_of(const Gpu *g) {
+// For a pass, which overwrites what was there.
+template <class T> static BlockActs<T> acts_of(Gpu *g) {
     const BlockActs<float> &a = g->acts;
+    g->work_of = NULL;
     return {(T *)a.xn,    (T *)a.xz, (T *)a.u, (T *)a.xdb, NULL,
             (T *)a.delta, (T *)a.g,  NULL,     a.mail,     g->unpacking};
 }
@@ -850,6 +857,7 @@ struct Sequence { // the sampler's state of one sequence
 struct Solo;
 struct Wide;
 static void solo_free(Solo *q);
+static size_t solo_packed_bytes(const Gpu *g);
 static void wide_free(Wide *q);
 
 struct Generation;
@@ -892,13 +900,14 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
     float *out = run.out, *h = run.h;
     const bool step = L == 1 && h && !run.text && !run.lengths; // of a text, not a text
     norm_rows(d, Rows(a.xn, D), Rows(res, D), w->norm, w->norm_bias, c->norm_eps, rows, D);
-    matmul(d, Rows(a.xz, 2 * E), Rows(a.xn, D), dense<T>(d, a.unpacking, w->in_proj, 2 * E, D),
-           rows, 2 * E, D);
+    // What is in bits is unpacked where nothing is needed meanwhile.
+    const Unpacking &bits = a.unpacking;
+    project(d, Rows(a.xz, 2 * E), Rows(a.xn, D), w->in_proj, rows, 2 * E, D, bits, a.u, bits.end);
     add_bias(d, a.xz, 2 * (size_t)E, (const float *)w->in_bias, rows, 2 * E);
     float *window = run.lengths ? NULL : run.window;
     conv1d_silu(d, ConvArgs<T>{a.u, a.xz, window, w->conv_t, conv_bias, B, L, E, K, run.text});
     if (run.lengths) text_windows(d, run.window, a.xz, run.lengths, B, L, E, K);
-    matmul(d, Rows(a.xdb, P), Rows(a.u, E), dense<T>(d, a.unpacking, w->x_proj, P, E), rows, P, E);
+    project(d, Rows(a.xdb, P), Rows(a.u, E), w->x_proj, rows, P, E, bits, a.delta, bits.end);
     // One token in bf16: dt_proj, FalconMamba's norms and the scan are one kernel where that pays.
     if (std::is_same<T, bf16>::value && step && dt_step_pays(d, B, E, N, R)) {
         DtStepArgs dt = {};
@@ -921,9 +930,9 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
         scan.h_starts = a.h_starts;
         check_cuda(d, step ? scan_step_forward(d, scan) : scan_forward(d, scan), "scan");
     }
-    const T *out_proj = dense<T>(d, a.unpacking, w->out_proj, D, E);
-    if (out == res) matmul(d, Rows(out, D), Rows(a.g, E), out_proj, rows, D, E, true);
-    else matmul_onto(d, out, res, a.g, out_proj, rows, D, E);
+    if (out == res)
+        project(d, Rows(out, D), Rows(a.g, E), w->out_proj, rows, D, E, bits, a.xz, a.g, true);
+    else matmul_onto(d, out, res, a.g, (const T *)w->out_proj, rows, D, E);
     add_bias(d, out, (size_t)D, (const float *)w->out_bias, rows, D);
 }
 
@@ -938,64 +947,75 @@ static void *gpu_take(Gpu *g, size_t bytes) {
     return p;
 }
 
-// What gpu_open() takes for the weights: the file's tensors, a copy of each matrix that needs
-// another type, what is derived, and scratch. base NULL: only counts.
+// What gpu_open() takes for the weights: the file's tensors, but another type of those matrices
+// that need it. base NULL: only counts.
 template <class T> static size_t lay_out_weights(Gpu *g, const Model *m, char *base) {
     const Config *c = &m->config;
-    const char *host = (const char *)m->embedding.data;
     const Type compute = sizeof(T) == 4 ? F32 : std::is_same<T, bf16>::value ? BF16 : F16;
-    // Of the embedding and the head, a part at a time is unpacked: as much as of in_proj.
-    const size_t largest = (size_t)2 * c->E * c->D + (size_t)TILE * c->D;
-    Unpacking *u = &g->unpacking;
+    const std::vector<TensorPlace> places = tensor_places(m, &g->w);
+    const char *end = (const char *)m->embedding.data + m->tensors_bytes;
     Arena a = {base, 0};
-    a.take(g->raw, m->tensors_bytes);
-    u->bits = c->type == Q8 ? 8 : c->type == Q4 ? 4 : 0;
-    u->elements = u->bits ? (size_t)TILE * c->D : 0;
-    g->packed.clear(), g->converted.clear();
-    for (const TensorPlace &p : tensor_places(m, &g->w)) {
-        const size_t n = (size_t)p.host->rows * (size_t)p.host->cols;
-        const char *from = g->raw + ((const char *)p.host->data - host);
-        *p.device = (void *)from;
-        if (!p.matrix || p.host->type == compute) continue;
-        if (u->bits && strcmp(p.name, "dt_proj")) { // stays as it is
-            u->elements = std::max(u->elements, std::min(n, largest));
-            g->packed.push_back({p.device, p.host->rows, p.host->cols});
+    g->unpacking.bits = c->type == Q8 ? 8 : c->type == Q4 ? 4 : 0;
+    g->runs.clear(), g->packed.clear(), g->converted.clear();
+    bool runs = false; // the tensor before this one is the last of a run
+    for (size_t i = 0; i < places.size(); i++) {
+        const TensorPlace &p = places[i];
+        const char *from = (const char *)p.host->data,
+                   *next = i + 1 < places.size() ? (const char *)places[i + 1].host->data : end;
+        const bool packed = p.host->type >= Q8 && strcmp(p.name, "dt_proj");
+        if (p.matrix && p.host->type != compute && !packed) {
+            T *to;
+            a.used = (a.used + 255) / 256 * 256, runs = false;
+            a.take(to, (size_t)p.host->rows * (size_t)p.host->cols);
+            g->converted.push_back({to, p.host}), *p.device = to;
             continue;
         }
-        T *to;
-        a.take(to, n);
-        g->converted.push_back({to, from, p.host->rows, p.host->cols, p.host->type});
+        char *to = base ? base + a.used : NULL;
+        if (!runs) g->runs.push_back({to, from, 0}), runs = true;
+        if (packed) g->packed.push_back({p.device, p.host->rows, p.host->cols});
+        g->runs.back().bytes += (size_t)(next - from), a.used += (size_t)(next - from);
         *p.device = to;
     }
     if (c->flags & FLAG_TIED) g->w.head = g->w.embedding;
-    a.take(u->scratch, u->elements, sizeof(T));
-    float *derived;
-    const size_t each = (size_t)c->E * (size_t)(c->N + c->K);
-    a.take(derived, (size_t)c->n_layer * each);
-    for (LayerWeights &w : g->w.layer) {
-        w.A_neg = derived, w.conv_t = derived ? derived + (size_t)c->E * c->N : NULL;
-        if (derived) derived += each;
-    }
+    for (LayerWeights &w : g->w.layer) w.A_neg = (float *)w.A_log, w.conv_t = (float *)w.conv;
     return a.used;
 }
 
-// After the file's tensors are there: the copies and what is derived.
+// A matrix from the file as T, by way of g->work.
+template <class T> static void convert_matrix(Gpu *g, T *to, const Tensor *from) {
+    Device *d = &g->device;
+    const int rows = from->rows, cols = from->cols, bits = g->unpacking.bits;
+    const size_t n = (size_t)rows * (size_t)cols, width = from->type == F32 ? 4 : 2;
+    if (from->type >= Q8) {
+        copy(d, g->work, from->data, tiles_bytes(bits, rows, cols), "weights");
+        arrange(d, g->work, bits, rows, cols);
+        return unpack(d, to, g->work, bits, rows, cols);
+    }
+    const size_t most = (size_t)((const char *)g->unpacking.end - g->work) / width;
+    for (size_t done = 0; done < n; done += most) {
+        const size_t now = std::min(most, n - done);
+        copy(d, g->work, (const char *)from->data + done * width, now * width, "weights");
+        if (from->type == F32) convert(d, to + done, (const float *)g->work, now);
+        else if (from->type == BF16) convert(d, to + done, (const bf16 *)g->work, now);
+        else convert(d, to + done, (const uint16_t *)g->work, now);
+    }
+}
+
+// After the file's tensors are there: the other types, and what is derived, which takes the place
+// of what it comes from.
 template <class T> static int convert_weights(Gpu *g) {
     Device *d = &g->device;
-    const int bits = g->unpacking.bits;
-    for (const PackedPlace &p : g->packed) arrange(d, *p.device, bits, p.rows, p.cols);
-    for (const Converted &p : g->converted) {
-        const size_t n = (size_t)p.rows * p.cols;
-        T *to = (T *)p.to;
-        if (p.type == F32) convert(d, to, (const float *)p.from, n);
-        else if (p.type == BF16) convert(d, to, (const bf16 *)p.from, n);
-        else if (p.type == F16) convert(d, to, (const uint16_t *)p.from, n);
-        else {
-            arrange(d, (void *)p.from, bits, p.rows, p.cols);
-            unpack(d, to, p.from, bits, p.rows, p.cols);
-        }
+    const Config *c = &g->config;
+    const size_t A_floats = (size_t)c->E * (size_t)c->N, conv_floats = (size_t)c->E * (size_t)c->K;
+    for (const PackedPlace &p : g->packed) arrange(d, *p.device, g->unpacking.bits, p.rows, p.cols);
+    for (const Converted &p : g->converted) convert_matrix(g, (T *)p.to, p.from);
+    for (const LayerWeights &w : g->w.layer) {
+        LayerWeights there = w;
+        there.A_neg = (float *)g->work, there.conv_t = there.A_neg + A_floats;
+        derive(d, c, &there);
+        copy(d, w.A_neg, there.A_neg, A_floats * sizeof(float), "derive");
+        copy(d, w.conv_t, there.conv_t, conv_floats * sizeof(float), "derive");
     }
-    for (LayerWeights &w : g->w.layer) derive(d, &g->config, &w);
     return finish(d);
 }
 
@@ -1037,20 +1057,34 @@ static void gpu_close(Gpu *g) {
     delete g;
 }
 
+// The activations of a piece. What is not needed at the same time shares its place, `work`: the
+// arrays of a block, with a part of a quantised matrix that is unpacked; logits of several rows,
+// with a part of the head; what a one-kernel step of one text keeps.
 template <class T> static size_t lay_out_acts(Gpu *g, char *base) {
     const Config *c = &g->config;
-    size_t M = (size_t)g->piece, D = (size_t)c->D, E = (size_t)c->E, P = (size_t)(c->R + 2 * c->N),
-           V = (size_t)c->V;
+    const size_t M = (size_t)g->piece, D = (size_t)c->D, E = (size_t)c->E,
+                 P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V;
+    // All of out_proj, half of in_proj.
+    const size_t part = g->unpacking.bits ? (E + TILE) * D * sizeof(T) : 0;
     Arena a = {base, 0};
     BlockActs<float> *b = &g->acts;
-    a.take(g->res, M * D), a.take(g->logits, (size_t)g->logit_rows * V), a.take(g->ids, M);
-    a.take(g->targets, M), a.take(g->losses, M), a.take(g->likeliest, M);
-    a.take(b->xn, M * D, sizeof(T)), a.take(b->xz, M * 2 * E, sizeof(T)),
-        a.take(b->u, M * E, sizeof(T));
-    a.take(b->xdb, M * P, sizeof(T)), a.take(b->delta, M * E, sizeof(T)),
-        a.take(b->g, M * E, sizeof(T));
+    a.take(g->res, M * D), a.take(g->ids, M), a.take(g->targets, M), a.take(g->losses, M);
+    a.take(g->likeliest, M), a.take(b->xn, M * D, sizeof(T));
     b->mail = &g->mail, g->mail = {};
     a.take(g->mail.words, g->mail.bytes = scan_forward_workspace(1, c->E, c->N), 1);
+    const Arena start = a;
+    Arena logits = a, solo = a, other = a;
+    a.take(b->xz, M * 2 * E, sizeof(T));
+    const size_t unpacked = a.used + part; // of in_proj; of out_proj, before g:
+    a.take(b->u, M * E, sizeof(T)), a.take(b->xdb, M * P, sizeof(T));
+    a.take(b->delta, M * E, sizeof(T));
+    a.used = std::max(a.used, start.used + part);
+    a.take(b->g, M * E, sizeof(T));
+    logits.take(g->logits, (size_t)g->logit_rows * V);
+    solo.take(g->work, solo_packed_bytes(g), 1);
+    other.take(g->work, E * (size_t)(c->N + c->K) * sizeof(float) + tiles_bytes(8, c->E, c->R), 1);
+    a.used = std::max({a.used, unpacked, logits.used + part, solo.used, other.used});
+    g->unpacking.end = base ? base + a.used : NULL;
     return a.used;
 }
 
@@ -1070,15 +1104,9 @@ template <class T> static void head_product(Gpu *g, float *logits, const T *xn, 
             thin_or_packed(d, u.bits, PlainSource{xn}, LogitSink{logits}, g->w.head, rows, V, D, 1);
             return check_launch(d, "head");
         }
-    // What the scratch holds of a quantised head, in rows of whole tiles.
-    const int most = u.bits ? (int)(std::min(u.elements / D, (size_t)V + TILE) / TILE * TILE) : V;
-    const size_t row_of_tiles =
-        (size_t)((D + TILE - 1) / TILE) * (2 * TILE + (size_t)u.bits * TILE * TILE / 8);
-    for (int v = 0; v < V; v += most) {
-        const int n = std::min(most, V - v);
-        const char *W = (const char *)g->w.head + (u.bits ? v / TILE * row_of_tiles : 0);
-        matmul(d, Rows(logits + v, V), Rows((T *)xn, D), dense<T>(d, u, W, n, D), rows, n, D);
-    }
+    // After the logits, where these are not a place's own.
+    T *scratch = (T *)(logits == g->logits ? (char *)(logits + (size_t)rows * V) : g->work);
+    project(d, Rows(logits, V), Rows((T *)xn, D), g->w.head, rows, V, D, u, scratch, u.end);
 }
 
 // The network for B sequences of L tokens whose ids are on the device: B = 1 (a piece of text) or

@@ -63,6 +63,7 @@ int main(int argc, char **argv) {
         {"cuda f16", test_cuda_f16},
         {"cuda packed", test_cuda_packed},
         {"cuda packed one", test_cuda_packed_one},
+        {"cuda turns", test_cuda_turns},
         {"cuda faults", test_cuda_faults},
         {"cuda small cards", test_cuda_small_cards},
 #endif

@@ -311,7 +311,8 @@ static int run_burst(Gpu *g, int32_t *ids, int steps, uint32_t *in_vain) {
                cudaMemset2DAsync(&n->sequences->step, sizeof(Sequence), 0,
                                  sizeof n->sequences->step, (size_t)n->S, d->stream),
                "sequences");
-    if (n->solo) solo_state(g, n->solo, false);
+    if (n->solo) solo_prepare(g, n->solo);
+    else g->work_of = NULL; // the captured steps overwrite it
     for (int i = 0; i < steps; i++) check_cuda(d, cudaGraphLaunch(n->graph, d->stream), "a step");
     if (n->solo) solo_state(g, n->solo, true);
     copy(d, ids, n->draw.tokens, (size_t)steps * n->S * sizeof *ids, "tokens");

@@ -4,10 +4,22 @@
 // Before anything is taken, what is needed is added up. Where the memory is short, prompts are read
 // in smaller pieces; where the smallest is too large, an error says what would fit.
 
-enum { PIECE_LEAST = 256 }; // tokens
+enum { PIECE_LEAST = 256 };   // tokens
+enum { PIECE_PACKED = 2048 }; // of quantised models, where memory is not short
+
+// CUDA keeps a stack for all threads that fit on the GPU, by default of 1,024 bytes: 277 MB of an
+// H100. Where a kernel is known to need more, CUDA takes it by itself, and of all kernels here it
+// is known.
+static void small_stacks(void) {
+    size_t bytes = 0;
+    cudaError_t error = cudaDeviceGetLimit(&bytes, cudaLimitStackSize);
+    if (error == cudaSuccess && bytes == 1024) error = cudaDeviceSetLimit(cudaLimitStackSize, 128);
+    if (error != cudaSuccess) cudaGetLastError(); // more memory than needed, no more
+}
 
 // The tokens of a piece and the rows of logits: those of a large GPU, or fewer. Quantised models
-// are for small ones. 0, or -1 with a sentence.
+// are for small ones; but a matrix is unpacked for each piece, so a piece must not be short. 0, or
+// -1 with a sentence.
 template <class T> static int fit_pieces(Gpu *g, const Model *m) {
     const Config *c = &g->config;
     const StateBytes state(c);
@@ -17,7 +29,8 @@ template <class T> static int fit_pieces(Gpu *g, const Model *m) {
                  // The sampler of one text; the library's own memory is in use already.
         others = state.all() + 16 * (size_t)c->V + ((size_t)8 << 20);
     size_t total = 0, free_bytes = free_memory(&total), needed;
-    g->piece = (int)std::min((size_t)GPU_PIECE, std::max((size_t)PIECE_LEAST, most));
+    const size_t least = (size_t)(c->type >= Q8 ? (int)PIECE_PACKED : (int)PIECE_LEAST);
+    g->piece = (int)std::min((size_t)GPU_PIECE, std::max(least, most));
     g->logit_rows = std::max(1, std::min(c->type >= Q8 ? 128 : 1024, GPU_LOGIT_FLOATS / c->V));
     for (;;) {
         needed = weights + lay_out_acts<T>(g, NULL) + others;
@@ -62,8 +75,10 @@ template <class T> static int open_model(Gpu *g, const Model *m) {
         cudaSetDevice(d->device);
         copied = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
         if (copied != cudaSuccess) return;
-        copied = cudaMemcpyAsync(g->raw, m->embedding.data, m->tensors_bytes,
-                                 cudaMemcpyHostToDevice, stream);
+        for (const Run &run : g->runs)
+            if (copied == cudaSuccess)
+                copied =
+                    cudaMemcpyAsync(run.to, run.from, run.bytes, cudaMemcpyHostToDevice, stream);
         cudaError_t arrived = cudaStreamSynchronize(stream);
         if (copied == cudaSuccess) copied = arrived;
         cudaStreamDestroy(stream);
@@ -86,6 +101,7 @@ static Gpu *gpu_open(const Model *m, int float32) {
     g->bf16_compute = (c->type == BF16 || c->type == Q8 || c->type == Q4) && !float32;
     g->f16_compute = c->type == F16 && !float32;
     if (device_open(&g->device) == 0) {
+        small_stacks();
         // Parts of a sum must not be added in float16.
         if (g->f16_compute)
             check_blas(

@@ -77,17 +77,30 @@ static void arrange(Device *d, void *tiles, int bits, int rows, int cols) {
     check_launch(d, "weights");
 }
 
-// Where matrices are unpacked. bits 0: there is nothing to unpack.
+// How many bytes a matrix in bits has.
+static size_t tiles_bytes(int bits, int rows, int cols) {
+    return (size_t)((rows + TILE - 1) / TILE) * (size_t)((cols + TILE - 1) / TILE) *
+           (2 * TILE + (size_t)bits * TILE * TILE / 8);
+}
+
 struct Unpacking {
-    int bits;
-    void *scratch; // (elements) T
-    size_t elements;
+    int bits;  // 0: nothing is quantised
+    void *end; // of the memory in which matrices are unpacked for a while
 };
-// Matrix W (rows,cols) as T: itself, or unpacked into the scratch, which holds one matrix at a
-// time.
-template <class T>
-static const T *dense(Device *d, const Unpacking &u, const void *W, int rows, int cols) {
-    if (!u.bits) return (const T *)W;
-    unpack(d, (T *)u.scratch, W, u.bits, rows, cols);
-    return (const T *)u.scratch;
+// out (rows,O) = x (rows,I) W^T, or += with add. W (O,I) as T, or in bits: then as many of its rows
+// as there is room for are unpacked at a time, from scratch to end.
+template <class T, class Out>
+static void project(Device *d, Rows<Out> out, Rows<T> x, const void *W, int rows, int O, int I,
+                    const Unpacking &u, T *scratch, const void *end, bool add = false) {
+    if (!u.bits) return matmul(d, out, x, (const T *)W, rows, O, I, add);
+    scratch = (T *)(((uintptr_t)scratch + 255) / 256 * 256);
+    const size_t room = (size_t)((const T *)end - scratch) / (size_t)I,
+                 row_of_tiles = tiles_bytes(u.bits, TILE, I);
+    const int panels = (O + TILE - 1) / TILE, most = (int)std::min(room / TILE, (size_t)panels),
+              parts = (panels + most - 1) / most, each = (panels + parts - 1) / parts * TILE;
+    for (int o = 0; o < O; o += each) {
+        const int n = std::min(each, O - o);
+        unpack(d, scratch, (const char *)W + (size_t)(o / TILE) * row_of_tiles, u.bits, n, I);
+        matmul(d, Rows(out.p + o, out.ld), x, (const T *)scratch, rows, n, I, add);
+    }
 }

@@ -606,6 +606,34 @@ static void solo_state(Gpu *g, const Solo *q, bool back) {
     check_launch(&g->device, "state");
 }
 
+// The vectors of all layers. They lie where activations come and go, if that is large enough.
+static size_t vectors_bytes(const SoloArgs &p) {
+    return (size_t)p.n_layer * p.clusters * CLUSTER_BLOCKS * p.vector_floats * sizeof(float);
+}
+static void take_vectors(const Gpu *g, Arena *a, SoloArgs *p) {
+    if (vectors_bytes(*p) <= (size_t)((char *)g->unpacking.end - g->work))
+        p->vectors = (float *)g->work;
+    else a->take(p->vectors, vectors_bytes(*p), 1);
+}
+static void solo_vectors(Gpu *g, const SoloArgs &p) {
+    Device *d = &g->device;
+    const unsigned blocks = (unsigned)(p.clusters * CLUSTER_BLOCKS);
+    clear(d, p.vectors, vectors_bytes(p), "weights");
+    for (int layer = 0; layer < p.n_layer; layer++) {
+        const LayerWeights *w = &g->w.layer[(size_t)layer];
+        const void *norm = layer + 1 < p.n_layer ? w[1].norm : g->w.norm_f;
+        solo_vectors_kernel<<<blocks, 64, 0, d->stream>>>(p, *w, layer, (const float *)norm);
+        check_launch(d, "weights");
+    }
+}
+
+// Before steps: what a pass has overwritten comes again, and the state.
+static void solo_prepare(Gpu *g, const Solo *q) {
+    if (g->work_of != q) solo_vectors(g, q->args);
+    g->work_of = q;
+    solo_state(g, q, false);
+}
+
 static void solo_free(Solo *q) {
     if (q) cudaFree(q->memory);
     delete q;
@@ -681,16 +709,16 @@ static Solo *solo_new(Gpu *g) {
         if (at_once >= p->clusters) break;
         if (clusters == 1) return NULL;
     }
-    size_t L = (size_t)c->n_layer, blocks = (size_t)p->clusters * CLUSTER_BLOCKS;
+    const size_t L = (size_t)c->n_layer;
     SoloLayer *layers = NULL;
     bf16 *W_x = NULL, *W_out = NULL;
     for (int measure = 1; measure >= 0; measure--) {
         Arena a = {(char *)q.memory, 0};
         a.take(layers, L), a.take(W_x, L * E * (P + SOLO_PAD)),
             a.take(W_out, L * E * (D + SOLO_PAD));
-        a.take(p->vectors, L * blocks * p->vector_floats),
-            a.take(p->xdb_words, (size_t)SOLO_X_TILES * 8 * CLUSTER_BLOCKS * CLUSTERS_MAX);
+        a.take(p->xdb_words, (size_t)SOLO_X_TILES * 8 * CLUSTER_BLOCKS * CLUSTERS_MAX);
         a.take(p->res_words, (size_t)D / 2 * CLUSTERS_MAX), a.take(p->turn, 1);
+        take_vectors(g, &a, p);
         if (!measure) break;
         if (cudaMalloc(&q.memory, a.used) != cudaSuccess) return cudaGetLastError(), (Solo *)NULL;
         clear(d, q.memory, a.used, "weights");
@@ -704,15 +732,12 @@ static Solo *solo_new(Gpu *g) {
                   R + 2 * N, E);
         transpose(d, W_out + layer * E * (D + SOLO_PAD), D + SOLO_PAD, (const bf16 *)w->out_proj, D,
                   E);
-        const float *norm =
-            (const float *)(layer + 1 < L ? g->w.layer[layer + 1].norm : g->w.norm_f);
-        solo_vectors_kernel<<<(unsigned)blocks, 64, 0, d->stream>>>(*p, *w, (int)layer, norm);
-        check_launch(d, "weights");
     }
     copy(d, layers, host.data(), L * sizeof(SoloLayer), "weights");
     check_cuda(d, cudaStreamSynchronize(d->stream), "weights"); // host goes
     p->res = g->res, p->norm = (const float *)g->w.layer[0].norm, p->logits = g->at->logits,
     p->head = (const bf16 *)g->w.head;
+    g->work_of = NULL;
     return new Solo(q);
 }
 

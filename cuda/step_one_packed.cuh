@@ -582,11 +582,17 @@ template <int BITS> static bool packed_plan(const Device *d, const Config *c, So
 static bool solo_packed_fits(const Gpu *g, Solo *q) {
     const Config *c = &g->config;
     const int bits = g->unpacking.bits;
-    *q = {};
+    *q = {}, q->args.n_layer = c->n_layer;
     return bits && !g->portable_only && g->device.hopper && g->bf16_compute &&
            !(c->flags & (FLAG_PROJ_BIAS | FLAG_LAYER_NORM)) && c->E % TILE == 0 && c->R % 8 == 0 &&
            c->N <= SOLO_STATES && c->K <= SOLO_TAPS &&
            (bits == 8 ? packed_plan<8>(&g->device, c, q) : packed_plan<4>(&g->device, c, q));
+}
+
+// What it keeps among the activations, in bytes; 0: it does not run.
+static size_t solo_packed_bytes(const Gpu *g) {
+    Solo q;
+    return solo_packed_fits(g, &q) ? vectors_bytes(q.args) : 0;
 }
 
 // NULL if it does not fit, or the memory does not suffice.
@@ -597,13 +603,13 @@ static Solo *solo_packed_new(Gpu *g) {
     Device *d = &g->device;
     SoloArgs *p = &q.args;
     p->D = c->D, p->E = c->E, p->N = c->N, p->K = c->K, p->R = c->R, p->V = c->V;
-    p->n_layer = c->n_layer, p->eps = c->norm_eps, p->unit = TILE, p->pair = 1;
+    p->eps = c->norm_eps, p->unit = TILE, p->pair = 1;
     p->mixer_eps = c->flags & FLAG_MIXER_NORM ? c->mixer_eps : 0;
-    const size_t L = (size_t)c->n_layer, blocks = (size_t)p->clusters * CLUSTER_BLOCKS;
+    const size_t L = (size_t)c->n_layer;
     SoloLayer *layers = NULL;
     for (int measure = 1; measure >= 0; measure--) {
         Arena a = {(char *)q.memory, 0};
-        a.take(layers, L), a.take(p->vectors, L * blocks * p->vector_floats);
+        a.take(layers, L), take_vectors(g, &a, p);
         a.take(p->xdb_words, (size_t)32 * CLUSTER_BLOCKS * CLUSTERS_MAX);
         a.take(p->res_words, (size_t)c->D / 2 * CLUSTERS_MAX), a.take(p->turn, 1);
         if (!measure) break;
@@ -616,14 +622,11 @@ static Solo *solo_packed_new(Gpu *g) {
         const LayerWeights *w = &g->w.layer[layer];
         host[layer] = {NULL, (const bf16 *)w->dt_proj, (const unsigned char *)w->in_proj,
                        (const unsigned char *)w->x_proj, (const unsigned char *)w->out_proj};
-        const float *norm =
-            (const float *)(layer + 1 < L ? g->w.layer[layer + 1].norm : g->w.norm_f);
-        solo_vectors_kernel<<<(unsigned)blocks, 64, 0, d->stream>>>(*p, *w, (int)layer, norm);
-        check_launch(d, "weights");
     }
     copy(d, layers, host.data(), L * sizeof(SoloLayer), "weights");
     check_cuda(d, cudaStreamSynchronize(d->stream), "weights"); // host goes
     p->res = g->res, p->norm = (const float *)g->w.layer[0].norm, p->logits = g->at->logits,
     p->tiles_head = (const unsigned char *)g->w.head;
+    g->work_of = NULL;
     return new Solo(q);
 }

@@ -331,6 +331,49 @@ static void check_gpu_packed_one(const char *label, const Config *shape, bool fo
     mamba_free(from);
 }
 
+// A prompt, then bursts of one text with steps of several texts between them: where they leave
+// their numbers, the one kernel of one text has its own. The text must be as if it were alone.
+static void check_gpu_turns(Type type) {
+    enum { STEPS = 5, PROMPT = 30, TURNS = 4, S = 4 };
+    Config c = SHAPE(768, 2, 320, 1536, 16, 4, 48, FLAG_TIED | FLAG_CONV_BIAS);
+    c.type = BF16;
+    Model *from = mamba_random_model(&c, 34), *m = type == BF16 ? from : mamba_quantize(from, true);
+    Acts *cpu = mamba_acts_new(m, 1), *gpu = gpu_acts(m, false);
+    State *s = mamba_state_new(m), *got = mamba_state_new(m);
+    const Sampling greedy = {.temperature = 0, .top_p = 1, .repeat_penalty = 1};
+    int32_t *prompt = random_ids(PROMPT, c.V), ids[STEPS], others[STEPS * S], recent[RECENT] = {0};
+    uint64_t random[1] = {0};
+    unsigned char allowed[320];
+    char name[160];
+    memset(allowed, 1, sizeof allowed);
+    bool bad = GPU->set_state(gpu->gpu, -1, s->window, s->h, s->logits) ||
+               GPU->prefill(gpu->gpu, prompt, PROMPT, NULL, NULL) || GPU->places(gpu->gpu, S, 0);
+    for (int i = 0; i < S && !bad; i++)
+        bad = GPU->place_begin(gpu->gpu, i, -1, 0, PROMPT, recent, 0) != 0;
+    mamba_prefill(m, cpu, s, prompt, PROMPT, NULL, NULL);
+    for (int turn = 0; turn < TURNS && !bad; turn++) {
+        bad = GPU->generate_start(gpu->gpu, 1, &greedy, random, PROMPT, recent, 0, allowed) ||
+              GPU->generate(gpu->gpu, ids, STEPS) ||
+              GPU->places_sampling(gpu->gpu, &greedy, allowed) ||
+              GPU->places_generate(gpu->gpu, others, STEPS);
+        for (int i = 0; i < STEPS && !bad; i++) mamba_step(m, cpu, s, ids[i]);
+    }
+    if (bad || GPU->get_state(gpu->gpu, -1, got->window, got->h, got->logits))
+        report(false, "turns", "%s", GPU->error());
+    const char *label = type == BF16 ? "bf16" : "4 bits";
+    snprintf(name, sizeof name, "a text beside others, %s: logits", label);
+    check_floats(name, got->logits, s->logits, (size_t)c.V, 3e-2);
+    snprintf(name, sizeof name, "a text beside others, %s: h", label);
+    check_floats(name, got->h, s->h, (size_t)c.n_layer * (size_t)c.E * (size_t)c.N, 3e-2);
+    FREE(prompt);
+    mamba_state_free(s);
+    mamba_state_free(got);
+    mamba_acts_free(cpu);
+    mamba_acts_free(gpu);
+    if (m != from) mamba_free(m);
+    mamba_free(from);
+}
+
 static void test_cuda_packed_one(void) {
     static const struct {
         const char *name;
@@ -348,6 +391,11 @@ static void test_cuda_packed_one(void) {
     for (int i = 0; i < COUNT(shape); i++)
         for (int four_bits = 0; four_bits < 2; four_bits++)
             check_gpu_packed_one(shape[i].name, &shape[i].config, four_bits);
+}
+
+static void test_cuda_turns(void) {
+    check_gpu_turns(BF16);
+    check_gpu_turns(Q4);
 }
 
 typedef struct {
