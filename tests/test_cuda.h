@@ -367,12 +367,12 @@ static void check_gpu_step_of(Type type, const char *label, const Config *shape,
     snprintf(name, sizeof name, "%s, %d sequences: window", label, S);
     check_floats(name, got->window, s->window, layers * (size_t)(c.K - 1), tolerance);
     FREE(prompt, ids, again, allowed, random);
+    gpu->gpu_state = NULL;
+    g->newer_on = NULL;
     mamba_state_free(s);
     mamba_state_free(g);
     mamba_state_free(got);
     mamba_state_free(twice);
-    gpu->gpu_state = NULL;
-    g->newer_on = NULL;
     mamba_acts_free(cpu);
     mamba_acts_free(gpu);
     mamba_free(m);
