@@ -318,7 +318,7 @@ static int run_burst(Gpu *g, int32_t *ids, int steps, uint32_t *in_vain) {
     copy(d, ids, n->draw.tokens, (size_t)steps * n->S * sizeof *ids, "tokens");
     copy(d, in_vain, d->stuck + STUCK_STEP, sizeof *in_vain, "step");
     int result = finish(d);
-    if (result) g->work_of = NULL; // who knows whether they are there
+    if (result) g->work_of = NULL; // its numbers may not be there
     d->running = NULL;
     return result;
 }
