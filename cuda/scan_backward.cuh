@@ -11,26 +11,31 @@
 //     same decays, and every sum: over states per step (registers), over steps per state
 //     (registers), over channels (tensor cores, then shared memory).
 //   4 finish, after every second piece: the 4 warps' sums over states become d_delta, d_u, d_z.
+//     The first time ends what needs the upper half of the tile. With two channels a lane rows of
+//     the next tile are copied into its place while the lower half is walked.
 // One segment where there are channels enough. Else d_h at the end of each segment must be known
 // before: scan_back_ends walks all segments but the first from d_h = 0, and a block joins the ends
-// of the segments behind its own. That costs a quarter more, and no block ever waits for another.
+// of the segments behind its own. It walks segments in BACK_PARTS parts, to have more blocks. That
+// costs a quarter more, and no block ever waits for another.
 //
 // Instructions are the limit, not bytes (read 8, written 6, states 2, parts of d_B_ssm and d_C_ssm
-// 4 or 2 each way, a token and channel). Of a token, channel and state: 28 with one channel a lane,
-// 24 with two, of which 13 are step 3's arithmetic and 4 step 2's. doc/SPEED.md counts them.
-// No sum depends on which block ran when.
+// 4 or 2 each way, a token and channel). Of a token, channel and state: 27 with one channel a lane,
+// 23 with two, of which 13 are step 3's arithmetic and 4 step 2's. Registers are the other limit:
+// they have two banks, even and odd, and an instruction seems to take as many cycles as it reads
+// registers of one bank. doc/SPEED.md counts both. No sum depends on which block ran when.
 
 enum { BACK_STEPS = 8 }; // of a piece
 
 struct ScanBackPlan {
     int blocks, tiles, segments, segment_tiles; // blocks of 32 C channels; tiles of SCAN_SAVE steps
     int n0;                                     // first state of this launch
+    int part_tiles, parts, ends_count;          // scan_back_ends: of a part, a segment, all parts
     int ld_delta, ld_u, ld_z, ld_d_g, ld_B, ld_C, ld_d_delta, ld_d_u, ld_d_z; // in bytes
     size_t ends, sums, slabs, partial2, partial, bytes; // offsets in 4-byte words; the whole
 };
-// The workspace, in words:
-//   ends      (segments, B, N, E) d_h before a segment, from 0 behind it
-//   sums      (segments, B, E) its sum of delta
+// The workspace, in words of 4 bytes:
+//   ends      (parts of segments, B, N, E) d_h before a part, from 0 behind it
+//   sums      (parts of segments, B, E) its sum of delta
 //   slabs     (3, B*L, E) sums over the states of the launches before, where there are any
 //   partial2  (B, segments, N + 2, E) a segment's d_A_neg, d_D_skip, d_dt_bias
 //   partial   (blocks, B, pieces, N, 16) d_C of a piece in order of time, then d_B reversed
@@ -65,6 +70,18 @@ __device__ __forceinline__ void prefetch_L2(const void *p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+// 16 bytes into shared memory, without passing through registers: of them so many, then zeros.
+__device__ __forceinline__ void copy_16(void *to, const void *from, int bytes = 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(to)),
+                 "l"(from), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { // of this warp
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncwarp();
+}
+
 // Adds up 16 values over groups of 4 lanes, values 4j..4j+3 a call: afterwards lane 4g+q holds the
 // sums over group g (lanes 4g..4g+3) of values 4q..4q+3. In the left matrix v0 is row g, v2 row
 // g + 8 of columns 0..3, v1 and v3 of columns 4..7. The right one has ones in rows 0..3 of column
@@ -92,12 +109,13 @@ template <typename T> struct alignas(4 * sizeof(T)) Quad {
 
 template <typename T, int WARPS, int STATES, int C> constexpr size_t scan_back_shared() {
     constexpr int NP = WARPS * STATES, ROW = 32 * C;
-    return 4 * (5 * SCAN_SAVE * ROW + SCAN_SAVE * 2 * NP + (SCAN_SAVE / BACK_STEPS - 1) * NP * ROW +
+    return 4 * (5 * SCAN_SAVE * ROW + SCAN_SAVE * 2 * NP + SCAN_SAVE / BACK_STEPS * NP * ROW +
                 WARPS * 16 * 3 * ROW) +
            sizeof(T) * SCAN_SAVE * ROW;
 }
 
-// C: channels a lane. SLABS: there are more than 4 STATES states, done by several launches.
+// C: channels a lane; two are for a T of 2 bytes and rows aligned to 16. SLABS: there are more than
+// 4 STATES states, done by several launches.
 template <typename T, int WARPS, int STATES, int C, bool SLABS, int MIN_BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     scan_back(ScanBackArgs<T> p, ScanBackPlan q) {
@@ -105,15 +123,17 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
                   MINE = (QUADS + WARPS - 1) / WARPS, PIECES = SCAN_SAVE / K,
                   BC = (2 * NP + 31) / 32, // of B and C, a lane and quad
         SCRATCH = 36;                      // float4s of a state's sums over groups, and a gap
-    static_assert(PIECES % 2 == 0 && WARPS % 4 == 0 && STATES <= 4, "shape of a block");
+    static_assert(PIECES == 4 && WARPS % 4 == 0 && STATES <= 4, "shape of a block");
+    constexpr bool COPIES = C == 2;
+    static_assert(!COPIES || (sizeof(T) == 2 && WARPS == 4 && STATES == 4), "what is copied");
     typedef Pack<T, C> Packed;
     extern __shared__ float4 shared[];
     float4 *deltas = shared, *dus = deltas + QUADS * ROW, *dys = dus + QUADS * ROW,
            *slopes = dys + QUADS * ROW, *dgs = slopes + QUADS * ROW; // [QUADS][C][32]
     float4 *bc = dgs + QUADS * ROW;                                  // [QUADS][2 NP] B, C
     float4 *sums = bc + QUADS * 2 * NP;                              // [WARPS][4][3][C][32]
-    float *starts = (float *)(sums + WARPS * 4 * 3 * ROW);           // [PIECES - 1][NP][C][32]
-    Quad<T> *us = (Quad<T> *)(starts + (PIECES - 1) * NP * ROW);     // [QUADS][C][32]
+    Row<C> *starts = (Row<C> *)(sums + WARPS * 4 * 3 * ROW);         // [PIECES][NP][32]
+    Quad<T> *us = (Quad<T> *)(starts + PIECES * NP * 32);            // [QUADS][C][32]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, L = p.L, E = p.E, N = p.N;
     const int group = blockIdx.x % q.blocks, b = blockIdx.x / q.blocks % p.B,
               segment = blockIdx.x / (q.blocks * p.B);
@@ -123,8 +143,7 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     const int first = segment * q.segment_tiles, last = min(first + q.segment_tiles, q.tiles) - 1;
     const int n_warp = warp * STATES, n_first = SLABS ? q.n0 + n_warp : n_warp;
     float *words = (float *)p.workspace;
-    float A[STATES][C], d_h[STATES][C], d_A[STATES][C], h_start[STATES][C], bias[C], skip[C],
-        d_skip[C], d_bias[C];
+    float A[STATES][C], d_h[STATES][C], d_A[STATES][C], bias[C], skip[C], d_skip[C], d_bias[C];
 #pragma unroll
     for (int c = 0; c < C; c++) {
         // A channel beyond the last has delta = 0 for ever.
@@ -140,7 +159,7 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
         }
     }
     // d_h behind this segment, through the segments after it.
-    for (int s = q.segments - 1; s > segment; s--) {
+    for (int s = q.ends_count - 1; s >= (segment + 1) * q.parts; s--) {
         const size_t sb = (size_t)s * p.B + b;
 #pragma unroll
         for (int c = 0; c < C; c++) {
@@ -166,25 +185,36 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     float4 *const my_sums = sums + warp * 4 * 3 * ROW + lane;
 
     // 1. A warp fetches and prepares the quads that it will finish: warp, warp + WARPS, ... of the
-    // tile. (Fetching before `finish` was slower: registers.)
+    // tile. (Fetching rows into registers before `finish` was slower.)
     struct Fetched {
-        Packed delta_raw[MINE][4], u[MINE][4], z[MINE][4], d_g[MINE][4];
+        Packed rows[4][MINE][4]; // of delta_raw, u, z, d_g
         T bc[MINE][BC][4];
     };
-    auto fetch = [&](int tile, Fetched &to) {
-        const int t_tile = tile * SCAN_SAVE;
-        const T *delta_raw = device_memory(in_rows[0]), *u = device_memory(in_rows[1]),
-                *z = device_memory(in_rows[2]), *d_g = device_memory(in_rows[3]);
+    // A tile's saved states lie where the last piece's start will be. Rows that are copied, those
+    // of quad `warp` and then of quad 4 + warp, lie in place of the latter: of tensor i in array i
+    // of deltas, dus, dys, slopes.
+    Row<C> *const saved = starts + ((PIECES - 1) * NP + n_warp) * 32;
+    auto rows_place = [&](int i) { return (T *)(shared + (i * QUADS + 4 + warp) * ROW); };
+    auto copy = [&](int tile) {
+        const float *h = p.h_starts + ((size_t)b * q.tiles + tile) * N * E;
 #pragma unroll
-        for (int j = 0; j < MINE; j++)
+        for (int i = 0; i < STATES * ROW; i += 128) {
+            const int at = i + 4 * lane, n = min(n_first + at / ROW, N - 1),
+                      e_h = group * ROW + at % ROW;
+            copy_16((float *)saved + at, h + (size_t)n * E + min(e_h, E - 4), e_h < E ? 16 : 0);
+        }
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const int t = min(t_tile + 4 * (warp + j * WARPS) + k, L - 1);
-                to.delta_raw[j][k] = *(const Packed *)row_of(delta_raw, t, q.ld_delta);
-                to.u[j][k] = *(const Packed *)row_of(u, t, q.ld_u);
-                to.z[j][k] = *(const Packed *)row_of(z, t, q.ld_z);
-                to.d_g[j][k] = *(const Packed *)row_of(d_g, t, q.ld_d_g);
-            }
+        for (int i = 0; i < 8 * ROW; i += 256) {
+            const int at = i + 8 * lane, row = at / ROW,
+                      t = tile * SCAN_SAVE + 4 * (warp + row / 4 * WARPS) + row % 4,
+                      r = row0 + min(t, L - 1), e_row = min(group * ROW + at % ROW, E - 8);
+            copy_16(rows_place(0) + at, row_of(p.delta_raw + e_row, r, q.ld_delta));
+            copy_16(rows_place(1) + at, row_of(p.u + e_row, r, q.ld_u));
+            copy_16(rows_place(2) + at, row_of(p.z + e_row, r, q.ld_z));
+            copy_16(rows_place(3) + at, row_of(p.d_g + e_row, r, q.ld_d_g));
+        }
+    };
+    auto fetch_BC = [&](int tile, Fetched &to) {
 #pragma unroll
         for (int m = 0; m < BC; m++) {
             const int n2 = min(lane + 32 * m, 2 * NP - 1),
@@ -194,20 +224,46 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
             for (int j = 0; j < MINE; j++)
 #pragma unroll
                 for (int k = 0; k < 4; k++)
-                    to.bc[j][m][k] =
-                        *row_of(from, min(t_tile + 4 * (warp + j * WARPS) + k, L - 1), ld);
+                    to.bc[j][m][k] = *row_of(
+                        from, min(tile * SCAN_SAVE + 4 * (warp + j * WARPS) + k, L - 1), ld);
         }
-        const float *saved = p.h_starts + ((size_t)b * q.tiles + tile) * N * E;
+    };
+    auto fetch_rows = [&](int tile, Fetched &to) {
+        if (COPIES) {
+            wait_for_copies();
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll
+                for (int j = 0; j < MINE; j++)
+#pragma unroll
+                    for (int k = 0; k < 4; k++)
+                        to.rows[i][j][k] = ((Packed *)rows_place(i))[(4 * j + k) * 32 + lane];
+            __syncwarp();
+            return;
+        }
+        const int t_tile = tile * SCAN_SAVE, lds[4] = {q.ld_delta, q.ld_u, q.ld_z, q.ld_d_g};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const T *from = device_memory(in_rows[i]);
+#pragma unroll
+            for (int j = 0; j < MINE; j++)
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    to.rows[i][j][k] = *(const Packed *)row_of(
+                        from, min(t_tile + 4 * (warp + j * WARPS) + k, L - 1), lds[i]);
+        }
+        const float *h = p.h_starts + ((size_t)b * q.tiles + tile) * N * E;
 #pragma unroll
         for (int i = 0; i < STATES; i++) {
-            const Row<C> h = *(const Row<C> *)(saved + (size_t)min(n_first + i, N - 1) * E + e);
+            Row<C> x = *(const Row<C> *)(h + (size_t)min(n_first + i, N - 1) * E + e);
 #pragma unroll
-            for (int c = 0; c < C; c++) h_start[i][c] = live ? h.v[c] : 0.f;
+            for (int c = 0; c < C; c++) x.v[c] = live ? x.v[c] : 0.f;
+            saved[i * 32 + lane] = x;
         }
         // The tile before, into L2: its states, and its rows, a tensor a warp.
         if (tile == first) return;
         if (lane < STATES * C)
-            prefetch_L2(saved - (size_t)N * E + (size_t)min(n_first + lane / C, N - 1) * E +
+            prefetch_L2(h - (size_t)N * E + (size_t)min(n_first + lane / C, N - 1) * E +
                         min(group * ROW + lane % C * 32, E - 1));
         if (warp >= 4) return;
         const T *from = warp == 0 ? p.delta_raw : warp == 1 ? p.u : warp == 2 ? p.z : p.d_g;
@@ -217,22 +273,25 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
             if (lane < SCAN_SAVE)
                 prefetch_L2(row_of(from + group * ROW, row0 + t_tile - SCAN_SAVE + i + lane, ld));
     };
-    auto prepare = [&](int tile, const Fetched &x) {
+    const float never[2] = {-INFINITY, -INFINITY}, zero[2] = {};
+    auto prepare = [&](int tile, Fetched &x) {
 #pragma unroll
         for (int j = 0; j < MINE; j++) {
             const int Q = warp + j * WARPS, left = L - tile * SCAN_SAVE - 4 * Q;
             if (QUADS % WARPS && Q >= QUADS) break;
 #pragma unroll
+            for (int k = 0; k < 4; k++) // past the end of time delta and d_y are 0
+                if (k >= left) x.rows[0][j][k].set(never), x.rows[3][j][k].set(zero);
+#pragma unroll
             for (int c = 0; c < C; c++) {
                 float delta[4], du[4], dy[4], slope[4], dg[4];
                 Quad<T> u_quad;
 #pragma unroll
-                for (int k = 0; k < 4; k++) { // past the end of time delta and d_y are 0
-                    const float ut = x.u[j][k].get(c), zt = x.z[j][k].get(c),
+                for (int k = 0; k < 4; k++) {
+                    const float ut = x.rows[1][j][k].get(c), zt = x.rows[2][j][k].get(c),
                                 s = rcp_fast(1.f + exp2_fast(-LOG2E * zt)),
-                                dg_s = k < left ? x.d_g[j][k].get(c) * s : 0.f;
-                    delta[k] = softplus<T>(
-                        x.delta_raw[j][k].get(c) + (k < left ? bias[c] : -INFINITY), slope[k]);
+                                dg_s = x.rows[3][j][k].get(c) * s;
+                    delta[k] = softplus<T>(x.rows[0][j][k].get(c) + bias[c], slope[k]);
                     du[k] = delta[k] * ut, dy[k] = dg_s * zt;
                     dg[k] = fmaf(dy[k], 1.f - s, dg_s); // d_g silu'(z)
                     u_quad.v[k] = to<T>(ut);
@@ -252,7 +311,7 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
                 float v[4];
 #pragma unroll
                 for (int k = 0; k < 4; k++) v[k] = in ? value(x.bc[j][m][k]) : 0.f;
-                if (n2 < 2 * NP) bc[Q * 2 * NP + n2] = make_float4(v[0], v[1], v[2], v[3]);
+                if (n2 < 2 * NP) bc[Q * 2 * NP + n2] = make_float4(v[1], v[0], v[3], v[2]);
             }
         }
     };
@@ -267,9 +326,14 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
                 for (int j = 0; j < 4; j++) to[k + j][c] = v[j];
             }
     };
+    // B and C of steps 0, 1 and of 2, 3 change places in a quad, so that a step's B and C come into
+    // odd registers where its delta u, d_y and sums are in even ones, and the other way round.
     auto load_BC = [&](float(&to)[K], int piece, int n2) {
 #pragma unroll
-        for (int k = 0; k < K; k += 4) unpack(to + k, bc[(piece * K + k) / 4 * 2 * NP + n2]);
+        for (int k = 0; k < K; k += 4) {
+            const float4 v = bc[(piece * K + k) / 4 * 2 * NP + n2];
+            to[k] = v.y, to[k + 1] = v.x, to[k + 2] = v.w, to[k + 3] = v.z;
+        }
     };
 
     // 3. All states of a warp over the 8 steps of a piece.
@@ -286,10 +350,9 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
             const int n = n_warp + i;
             float decay[K][C], h[K + 1][C], Bv[K], Cv[K], v[4], d_BC[4] = {};
             load_BC(Bv, piece, n), load_BC(Cv, piece, NP + n);
+            const Row<C> start = starts[(piece * NP + n) * 32 + lane];
 #pragma unroll
-            for (int c = 0; c < C; c++)
-                h[0][c] =
-                    piece ? starts[(((piece - 1) * NP + n) * C + c) * 32 + lane] : h_start[i][c];
+            for (int c = 0; c < C; c++) h[0][c] = start.v[c];
 #pragma unroll
             for (int k = 0; k < K; k++) {
 #pragma unroll
@@ -416,16 +479,16 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 
     {
         Fetched x;
-        fetch(last, x), prepare(last, x);
+        if (COPIES) copy(last);
+        fetch_BC(last, x), fetch_rows(last, x), prepare(last, x);
     }
     __syncthreads();
     for (int tile = last; tile >= first; tile--) {
-        // 2. The states at the starts of the pieces; those of the first are in h_start.
-        float h[STATES][C];
+        // 2. The states at the starts of the pieces.
+        Row<C> h[STATES];
 #pragma unroll
         for (int i = 0; i < STATES; i++)
-#pragma unroll
-            for (int c = 0; c < C; c++) h[i][c] = h_start[i][c];
+            starts[(n_warp + i) * 32 + lane] = h[i] = saved[i * 32 + lane];
 #pragma unroll 1
         for (int piece = 0; piece < PIECES - 1; piece++) {
             float delta[K][C], du[K][C];
@@ -435,12 +498,12 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
                 float Bv[K];
                 load_BC(Bv, piece, n_warp + i);
 #pragma unroll
-                for (int c = 0; c < C; c++) {
+                for (int c = 0; c < C; c++)
 #pragma unroll
                     for (int k = 0; k < K; k++)
-                        h[i][c] = fmaf(exp2_fast(delta[k][c] * A[i][c]), h[i][c], du[k][c] * Bv[k]);
-                    starts[((piece * NP + n_warp + i) * C + c) * 32 + lane] = h[i][c];
-                }
+                        h[i].v[c] =
+                            fmaf(exp2_fast(delta[k][c] * A[i][c]), h[i].v[c], du[k][c] * Bv[k]);
+                starts[((piece + 1) * NP + n_warp + i) * 32 + lane] = h[i];
             }
         }
 #pragma unroll 1
@@ -449,13 +512,17 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
             if (piece % 2 || piece == 0) continue;
             __syncthreads();
             finish(tile, 2 * piece);
+            __syncwarp();
+            if (COPIES && tile > first) copy(tile - 1);
             __syncthreads();
         }
         __syncthreads();
+        Fetched x;
+        if (COPIES && tile > first) fetch_BC(tile - 1, x);
         finish(tile, 0);
         if (tile > first) {
-            Fetched x;
-            fetch(tile - 1, x), prepare(tile - 1, x);
+            if (!COPIES) fetch_BC(tile - 1, x);
+            fetch_rows(tile - 1, x), prepare(tile - 1, x);
         }
         __syncthreads();
     }
@@ -485,22 +552,25 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
         }
 }
 
-// d_h at the start of each segment but the first, from d_h = 0 behind it, and its sum of delta. A
-// lane is a channel, a tile 32 steps; while the warps walk one, the next is prepared.
+// d_h at the start of each part of all segments but the first, from d_h = 0 behind it, and its sum
+// of delta. A lane is a channel, a tile 32 steps; while the warps walk one, the next is prepared.
 template <typename T, int STATES>
-__global__ void __launch_bounds__(128, 4) scan_back_ends(ScanBackArgs<T> p, ScanBackPlan q) {
+__global__ void __launch_bounds__(128, 6) scan_back_ends(ScanBackArgs<T> p, ScanBackPlan q) {
     constexpr int WARPS = 4, NP = WARPS * STATES, STEPS = 8 * WARPS, QUADS = 2 * WARPS;
     static_assert(2 * NP <= 32 && SCAN_SAVE % 4 == 0, "shape of a block");
     __shared__ float4 deltas[2][QUADS][32], dys[2][QUADS][32], Cs[2][QUADS][NP];
     __shared__ float total[WARPS][32];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, L = p.L, E = p.E, N = p.N;
     const int groups = (E + 31) / 32, group = blockIdx.x % groups, b = blockIdx.x / groups % p.B,
-              segment = blockIdx.x / (groups * p.B) + 1, row0 = b * L;
+              part = blockIdx.x / (groups * p.B) + q.parts, row0 = b * L;
     const int e_true = group * 32 + lane, e = min(e_true, E - 1), n0 = q.n0 + blockIdx.y * NP,
               n_first = n0 + warp * STATES;
     const bool live = e_true < E;
-    const int t_first = segment * q.segment_tiles * SCAN_SAVE,
-              t_end = min(t_first + q.segment_tiles * SCAN_SAVE, L),
+    const int segment_first = part / q.parts * q.segment_tiles,
+              before = part % q.parts * q.part_tiles,
+              t_first = (segment_first + before) * SCAN_SAVE,
+              t_end =
+                  min((segment_first + min(before + q.part_tiles, q.segment_tiles)) * SCAN_SAVE, L),
               tiles = (t_end - t_first + STEPS - 1) / STEPS;
     float *words = (float *)p.workspace;
     const float bias = p.dt_bias[e];
@@ -544,7 +614,7 @@ __global__ void __launch_bounds__(128, 4) scan_back_ends(ScanBackArgs<T> p, Scan
         }
         if (lane < 2 * NP)
             Cs[tile & 1][C_quad][lane % NP] =
-                make_float4(value(C_[0]), value(C_[1]), value(C_[2]), value(C_[3]));
+                make_float4(value(C_[1]), value(C_[0]), value(C_[3]), value(C_[2]));
     };
     prepare(tiles - 1);
     __syncthreads();
@@ -562,7 +632,7 @@ __global__ void __launch_bounds__(128, 4) scan_back_ends(ScanBackArgs<T> p, Scan
                 unpack(Cv, C_at[Q * NP + i]);
 #pragma unroll
                 for (int k = 3; k >= 0; k--)
-                    d_h[i] = fmaf(dy[k], Cv[k], d_h[i]) * exp2_fast(delta[k] * A[i]);
+                    d_h[i] = fmaf(dy[k], Cv[k ^ 1], d_h[i]) * exp2_fast(delta[k] * A[i]);
             }
         }
         __syncthreads();
@@ -570,7 +640,7 @@ __global__ void __launch_bounds__(128, 4) scan_back_ends(ScanBackArgs<T> p, Scan
     total[warp][lane] = sum;
     __syncthreads();
     if (!live) return;
-    const size_t sb = (size_t)segment * p.B + b;
+    const size_t sb = (size_t)part * p.B + b;
 #pragma unroll
     for (int i = 0; i < STATES; i++)
         if (n_first + i < N) words[q.ends + (sb * N + n_first + i) * E + e] = d_h[i];
@@ -628,6 +698,7 @@ __global__ void scan_back_sum_A(ScanBackArgs<T> p, const float *partial2, int pa
     else p.d_dt_bias[e] += s;
 }
 
+enum { BACK_PARTS = 2 }; // of a segment, in scan_back_ends: so it fills a GPU more evenly
 // C: channels a lane; segments: so many at the most.
 static ScanBackPlan scan_back_plan(int B, int L, int E, int N, int C, int segments) {
     ScanBackPlan q = {};
@@ -635,8 +706,12 @@ static ScanBackPlan scan_back_plan(int B, int L, int E, int N, int C, int segmen
     segments = std::max(1, std::min(segments, q.tiles));
     q.segment_tiles = (q.tiles + segments - 1) / segments;
     q.segments = (q.tiles + q.segment_tiles - 1) / q.segment_tiles;
+    q.part_tiles = (q.segment_tiles + BACK_PARTS - 1) / BACK_PARTS;
+    q.parts = (q.segment_tiles + q.part_tiles - 1) / q.part_tiles;
+    const int of_last = q.tiles - (q.segments - 1) * q.segment_tiles;
+    q.ends_count = (q.segments - 1) * q.parts + (of_last + q.part_tiles - 1) / q.part_tiles;
     const size_t sb = (size_t)q.segments * B;
-    q.sums = q.ends + sb * N * E, q.slabs = q.sums + sb * E;
+    q.sums = q.ends + BACK_PARTS * sb * N * E, q.slabs = q.sums + BACK_PARTS * sb * E;
     q.partial2 = q.slabs + (N > 32 ? 3 * (size_t)B * L * E : 0);
     q.partial = q.partial2 + sb * (N + 2) * E;
     q.partial = (q.partial + 31) / 32 * 32;
@@ -674,7 +749,7 @@ static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p, int seg
     for (q.n0 = 0; q.n0 < p.N; q.n0 += WARPS * STATES) {
         if (q.segments > 1)
             scan_back_ends<T, STATES>
-                <<<dim3((q.segments - 1) * blocks_for(p.E, 32) * p.B, WARPS / 4), 128, 0,
+                <<<dim3((q.ends_count - q.parts) * blocks_for(p.E, 32) * p.B, WARPS / 4), 128, 0,
                    d->stream>>>(p, q);
         kernel<<<q.segments * q.blocks * p.B, threads, shared, d->stream>>>(p, q);
     }
@@ -685,10 +760,9 @@ static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p, int seg
     return cudaGetLastError();
 }
 
-// Which form runs. A multiprocessor that holds 3 or 4 blocks of one channel a lane, or 2 of two,
-// takes 10, 14.2 and 12.6 for the same time of text: the form with the smallest sum of such waves
-// is taken (of float 3 blocks, for 4 have too few registers). Where shared memory is short, blocks
-// of 4 warps and one channel run on any GPU.
+// Which form runs. A multiprocessor that holds 3 blocks of one channel a lane or 2 of two takes 10
+// and 12.2 for the same time of text: the form with the smaller sum of such waves is taken. Where
+// shared memory is short, blocks of 4 warps and one channel run on any GPU.
 template <typename T> static cudaError_t scan_backward(Device *d, const ScanBackArgs<T> &p) {
     const size_t blocks = (size_t)p.B * ((p.E + 31) / 32), pairs = (size_t)p.B * ((p.E + 63) / 64);
     auto segments = [&](size_t n, size_t fit) { // of n blocks, fit on a multiprocessor
@@ -707,18 +781,16 @@ template <typename T> static cudaError_t scan_backward(Device *d, const ScanBack
         }
         return scan_back_launch<T, 8, 4, 1, false, 2>(d, p, segments(blocks, 2));
     }
-    const double three = cost(blocks, 3, 10), four = cost(blocks, 4, 14.2);
-    if constexpr (sizeof(T) == 2) { // two channels are 4 bytes
-        uintptr_t bases = (uintptr_t)p.delta_raw | (uintptr_t)p.u | (uintptr_t)p.z |
-                          (uintptr_t)p.d_g | (uintptr_t)p.d_delta_raw | (uintptr_t)p.d_u |
-                          (uintptr_t)p.d_z;
-        size_t widths = p.ld_delta | p.ld_u | p.ld_z | p.ld_d_g | p.ld_d_delta | p.ld_d_u |
-                        p.ld_d_z | (size_t)p.E;
-        if (bases % 4 == 0 && widths % 2 == 0 && cost(pairs, 2, 12.6) <= std::min(three, four) &&
+    if constexpr (sizeof(T) == 2) { // 8 elements are 16 bytes
+        const uintptr_t in = (uintptr_t)p.delta_raw | (uintptr_t)p.u | (uintptr_t)p.z |
+                             (uintptr_t)p.d_g | (uintptr_t)p.h_starts,
+                        out = (uintptr_t)p.d_delta_raw | (uintptr_t)p.d_u | (uintptr_t)p.d_z;
+        const size_t in_rows = p.ld_delta | p.ld_u | p.ld_z | p.ld_d_g | (size_t)p.E,
+                     out_rows = p.ld_d_delta | p.ld_d_u | p.ld_d_z;
+        if (in % 16 == 0 && in_rows % 8 == 0 && out % 4 == 0 && out_rows % 2 == 0 &&
+            cost(pairs, 2, 12.2) <= cost(blocks, 3, 10) &&
             scan_back_shared<T, 4, 4, 2>() <= (size_t)d->shared_limit)
             return scan_back_launch<T, 4, 4, 2, false, 2>(d, p, segments(pairs, 2));
     }
-    if (sizeof(T) == 4 || three <= four)
-        return scan_back_launch<T, 4, 4, 1, false, 3>(d, p, segments(blocks, 3));
-    return scan_back_launch<T, 4, 4, 1, false, 4>(d, p, segments(blocks, 4));
+    return scan_back_launch<T, 4, 4, 1, false, 3>(d, p, segments(blocks, 3));
 }
