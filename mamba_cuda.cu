@@ -819,6 +819,7 @@ struct Gpu {
     Unpacking unpacking;
     char *work;                       // what comes and goes: see lay_out_acts()
     const void *work_of;              // whose numbers must stay there for now, see solo_prepare()
+    size_t solo_bytes;                // of a one-kernel step: solo_packed_bytes(), asked once
     std::vector<Run> runs;            // what is copied from the file
     std::vector<PackedPlace> packed;  // the matrices that are quantised
     std::vector<Converted> converted; // those of another type
@@ -1081,7 +1082,7 @@ template <class T> static size_t lay_out_acts(Gpu *g, char *base) {
     a.used = std::max(a.used, start.used + part);
     a.take(b->g, M * E, sizeof(T));
     logits.take(g->logits, (size_t)g->logit_rows * V);
-    solo.take(g->work, solo_packed_bytes(g), 1);
+    solo.take(g->work, g->solo_bytes, 1);
     other.take(g->work, E * (size_t)(c->N + c->K) * sizeof(float) + tiles_bytes(8, c->E, c->R), 1);
     a.used = std::max({a.used, unpacked, logits.used + part, solo.used, other.used});
     g->unpacking.end = base ? base + a.used : NULL;

@@ -32,6 +32,7 @@ template <class T> static int fit_pieces(Gpu *g, const Model *m) {
     const size_t least = (size_t)(c->type >= Q8 ? (int)PIECE_PACKED : (int)PIECE_LEAST);
     g->piece = (int)std::min((size_t)GPU_PIECE, std::max(least, most));
     g->logit_rows = std::max(1, std::min(c->type >= Q8 ? 128 : 1024, GPU_LOGIT_FLOATS / c->V));
+    g->solo_bytes = solo_packed_bytes(g);
     for (;;) {
         needed = weights + lay_out_acts<T>(g, NULL) + others;
         if (needed <= free_bytes || (g->piece == PIECE_LEAST && g->logit_rows == 1)) break;
