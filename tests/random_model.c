@@ -1,12 +1,12 @@
-// random_model.c - writes a float32 model of random weights, for speeds and memory:
-//   random_model OUT WIDTH LAYERS VOCABULARY      130M: 768 24 50280; 2.8B: 2560 64 50280
+// random_model.c - writes a model of random weights, for speeds and memory:
+//   random_model OUT WIDTH LAYERS VOCABULARY [bf16]      130M: 768 24 50280; 2.8B: 2560 64 50280
 #define MAMBA_NO_MAIN
 #include "../mamba.c"
 
 int main(int argc, char **argv) {
-    if (argc != 5) return 2;
+    if (argc != 5 && (argc != 6 || strcmp(argv[5], "bf16"))) return 2;
     const int D = atoi(argv[2]);
-    Config c = {.type = F32,
+    Config c = {.type = argc == 6 ? BF16 : F32,
                 .flags = FLAG_TIED | FLAG_CONV_BIAS,
                 .D = D,
                 .n_layer = atoi(argv[3]),

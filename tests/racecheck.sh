@@ -1,0 +1,64 @@
+#!/bin/sh
+# tests/racecheck.sh ./mamba [racecheck|memcheck ...]: generation, batches, sampling, a prompt and
+# training under compute-sanitizer, of a build with the GPU backend; every form of the step, bf16,
+# q8 and q4. racecheck fails in cuBLAS's own kernels, so there the products are plain loops
+# (plain_blas.cu). Eight runs at a time. The last line is `N passed, N failed, 0 skipped`.
+mamba=$1
+shift
+case $mamba in /*) ;; *) mamba=$(pwd)/$mamba ;; esac
+cd "$(dirname "$0")/.." || exit 2
+dir=$(mktemp -d) || exit 2
+trap 'rm -rf "$dir"' EXIT
+tool=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+cc -O2 -w -fopenmp tests/random_model.c -o "$dir/random_model" -I. -lm &&
+    "$dir/random_model" "$dir/bf16.bin" 768 2 5000 bf16 &&
+    "$mamba" quantize "$dir/bf16.bin" "$dir/q8.bin" q8 > "$dir/out" 2>&1 &&
+    "$mamba" quantize "$dir/bf16.bin" "$dir/q4.bin" q4 > "$dir/out" 2>&1 &&
+    nvcc -O2 -std=c++17 -arch=native -Xcompiler -fPIC -shared -o "$dir/plain_blas.so" \
+        tests/plain_blas.cu -lcublas || exit 2
+ids=$(seq 3 42 | tr '\n' ' ')
+
+check() { # check NAME COMMAND ...
+    name=$which.$1
+    shift
+    [ "$which" = racecheck ] && plain=$dir/plain_blas.so || plain=
+    (
+        LD_PRELOAD=$plain timeout "${LIMIT:-300}" "$tool" --tool "$which" "$@" > "$dir/$name.log" 2>&1
+        echo "status $?" >> "$dir/$name.log"
+    ) &
+    running=$((running + 1))
+    [ $((running % 8)) != 0 ] || wait
+}
+running=0
+for which in ${*:-racecheck memcheck}; do
+    for type in bf16 q8 q4; do
+        generate="$mamba $dir/$type.bin"
+        for form in "" portable; do
+            export MAMBA_PORTABLE=$form
+            [ -n "$form" ] || unset MAMBA_PORTABLE
+            set -- --ids --ignore-eos -s 1
+            check "$type $form one" $generate "$ids" "$@" -n 12
+            check "$type $form one top-k" $generate "$ids" "$@" -n 8 -k 40
+            check "$type $form five" $generate "$ids" "$@" -n 8 --samples 5
+            check "$type $form twenty" $generate "$ids" "$@" -n 6 --samples 20 -k 40
+        done
+    done
+    check prompt "$mamba" eval models/tales.bin LICENSE
+    check train "$mamba" train -o "$dir/$which.bin" --data README.md --d-model 128 --layers 2 \
+        --length 256 --batch 4 --steps 3 --eval-every 100
+done
+wait
+passed=0 failed=0
+for log in "$dir"/*.log; do
+    name=$(basename "$log" .log)
+    if grep -q '^status 0$' "$log" && grep -qE 'SUMMARY: 0 (errors|hazards)' "$log"; then
+        passed=$((passed + 1))
+        echo "ok   $name"
+    else
+        failed=$((failed + 1))
+        echo "FAIL $name"
+        grep -E '^(=====|mamba:|status)' "$log" | head -n "${LINES_OF_A_FAILURE:-30}"
+    fi
+done
+echo "$passed passed, $failed failed, 0 skipped"
+[ $failed = 0 ]
