@@ -43,18 +43,19 @@ extern "C" cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t 
     if (status) return status;
     if (*(const float *)alpha != 1) return CUBLAS_STATUS_NOT_SUPPORTED;
     const size_t blocks = ((size_t)m * n + 255) / 256;
-    product<<<(unsigned)blocks, 256, 0, stream>>>(
-        {(void *)a, type_a, ld_a, op_a == CUBLAS_OP_T},
-        {(void *)b, type_b, ld_b, op_b == CUBLAS_OP_T}, {c, type_c, ld_c, false}, m, n, k,
-        *(const float *)beta);
+    product<<<(unsigned)blocks, 256, 0, stream>>>({(void *)a, type_a, ld_a, op_a == CUBLAS_OP_T},
+                                                  {(void *)b, type_b, ld_b, op_b == CUBLAS_OP_T},
+                                                  {c, type_c, ld_c, false}, m, n, k,
+                                                  *(const float *)beta);
     return cudaGetLastError() ? CUBLAS_STATUS_EXECUTION_FAILED : CUBLAS_STATUS_SUCCESS;
 }
 
 // No product is prepared, so that all come here.
-extern "C" cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
-    cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
-    cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int,
-    cublasLtMatmulHeuristicResult_t *, int *count) {
+extern "C" cublasStatus_t
+cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t,
+                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                               cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int,
+                               cublasLtMatmulHeuristicResult_t *, int *count) {
     *count = 0;
     return CUBLAS_STATUS_NOT_SUPPORTED;
 }
