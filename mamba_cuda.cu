@@ -1102,7 +1102,8 @@ template <class T> static void head_product(Gpu *g, float *logits, const T *xn, 
     const Unpacking &u = g->unpacking;
     if constexpr (std::is_same<T, bf16>::value)
         if (u.bits && rows <= THIN_MAX && D % 8 == 0) {
-            thin_or_packed(d, u.bits, PlainSource{xn}, LogitSink{logits}, g->w.head, rows, V, D, 1);
+            thin_or_packed(d, u.bits, PlainSource{xn}, LogitSink{logits}, g->w.head,
+                           {rows, V, D, 1, {}});
             return check_launch(d, "head");
         }
     // After the logits, where these are not a place's own.

@@ -180,29 +180,26 @@ __global__ void __launch_bounds__(32 * THIN_WARPS)
 }
 
 template <int BITS, int NT, int AHEAD, bool STAGED, class Source, class Sink>
-static void packed_launch(Device *d, Source source, Sink sink, const void *W, int S, int O, int I,
-                          int parts) {
+static void packed_launch(Device *d, Source source, Sink sink, const void *W, const ThinSize &n) {
     size_t shared = (size_t)THIN_WARPS * 16 * (8 * NT + 2) * sizeof(float);
     // A part has at most a tile more than its share of the inputs.
-    if (STAGED) shared += ((size_t)I / parts + 2 * TILE) * S * sizeof(bf16);
+    if (STAGED) shared += ((size_t)n.I / n.parts + 2 * TILE) * n.S * sizeof(bf16);
     launch_dependent(d, packed_kernel<BITS, NT, AHEAD, STAGED, Source, Sink>,
-                     dim3(blocks_for((size_t)O, 8 * NT), (unsigned)parts),
-                     32 * (unsigned)THIN_WARPS, shared, source, sink, (const unsigned char *)W, S,
-                     O, I);
+                     dim3(blocks_for((size_t)n.O, 8 * NT), (unsigned)n.parts),
+                     32 * (unsigned)THIN_WARPS, shared, source, sink, (const unsigned char *)W, n.S,
+                     n.O, n.I);
 }
 // Whole tiles where there are blocks enough for all multiprocessors.
 template <int BITS, bool STAGED, class Source, class Sink>
-static void packed_choice(Device *d, Source source, Sink sink, const void *W, int S, int O, int I,
-                          int parts) {
-    if (O >= 64 * d->processors)
-        packed_launch<BITS, 4, BITS == 4 ? 4 : 3, STAGED>(d, source, sink, W, S, O, I, parts);
-    else if (parts > 1) packed_launch<BITS, 1, 2, STAGED>(d, source, sink, W, S, O, I, parts);
-    else packed_launch<BITS, 1, 8, STAGED>(d, source, sink, W, S, O, I, parts);
+static void packed_choice(Device *d, Source source, Sink sink, const void *W, const ThinSize &n) {
+    if (n.O >= 64 * d->processors)
+        packed_launch<BITS, 4, BITS == 4 ? 4 : 3, STAGED>(d, source, sink, W, n);
+    else if (n.parts > 1) packed_launch<BITS, 1, 2, STAGED>(d, source, sink, W, n);
+    else packed_launch<BITS, 1, 8, STAGED>(d, source, sink, W, n);
 }
 template <int BITS, class Source, class Sink>
-static void packed_bits(Device *d, Source source, Sink sink, const void *W, int S, int O, int I,
-                        int parts) {
-    if (S <= 2 && S * (I / parts) <= STAGED_INPUTS)
-        packed_choice<BITS, true>(d, source, sink, W, S, O, I, parts);
-    else packed_choice<BITS, false>(d, source, sink, W, S, O, I, parts);
+static void packed_bits(Device *d, Source source, Sink sink, const void *W, const ThinSize &n) {
+    if (n.S <= 2 && n.S * (n.I / n.parts) <= STAGED_INPUTS)
+        packed_choice<BITS, true>(d, source, sink, W, n);
+    else packed_choice<BITS, false>(d, source, sink, W, n);
 }

@@ -402,44 +402,45 @@ __global__ void __launch_bounds__(128) thin_scan_kernel(ThinScanArgs<T> p) {
     put(g + (size_t)s * E + e, y * silu(z));
 }
 
+struct ThinSize {       // of a product y (S,O) = x (S,I) W^T, W (O,I)
+    int S, O, I, parts; // parts: I is cut into so many, each with sums of its own
+    Ahead ahead;
+};
+
 // Few outputs a block, so that every multiprocessor has blocks. A warp loads as many groups of
 // weights ahead as it has.
 template <int NT, int AHEAD, class T, class Source, class Sink>
-static void thin_launch(Device *d, Source source, Sink sink, const T *W, int S, int O, int I,
-                        int parts, Ahead ahead) {
+static void thin_launch(Device *d, Source source, Sink sink, const T *W, const ThinSize &n) {
     size_t shared = (size_t)THIN_WARPS * 16 * (8 * NT + 2) * sizeof(float);
     launch_dependent(d, thin_kernel<T, NT, AHEAD, Source, Sink>,
-                     dim3(blocks_for((size_t)O, 8 * NT), (unsigned)parts),
-                     32 * (unsigned)THIN_WARPS, shared, source, sink, W, S, O, I, ahead);
+                     dim3(blocks_for((size_t)n.O, 8 * NT), (unsigned)n.parts),
+                     32 * (unsigned)THIN_WARPS, shared, source, sink, W, n.S, n.O, n.I, n.ahead);
 }
 template <class T, class Source, class Sink>
-static void thin_product(Device *d, Source source, Sink sink, const T *W, int S, int O, int I,
-                         int parts, Ahead ahead) {
-    int steps = (I + 31) / 32 / (THIN_WARPS * parts); // of a warp
-    const size_t rows = (size_t)O;
-    if (parts > 1 && steps > 1) thin_launch<2, 2>(d, source, sink, W, S, O, I, parts, ahead);
-    else if (rows >= as_on_h100(d, 16384))
-        thin_launch<4, 3>(d, source, sink, W, S, O, I, parts, ahead);
-    else if (rows >= as_on_h100(d, 8192))
-        thin_launch<2, 5>(d, source, sink, W, S, O, I, parts, ahead);
-    else if (steps <= 1) thin_launch<1, 1>(d, source, sink, W, S, O, I, parts, ahead);
-    else if (steps <= 3) thin_launch<1, 3>(d, source, sink, W, S, O, I, parts, ahead);
-    else if (steps <= 4) thin_launch<1, 4>(d, source, sink, W, S, O, I, parts, ahead);
-    else if (steps == 7 || steps == 8) thin_launch<1, 8>(d, source, sink, W, S, O, I, parts, ahead);
-    else thin_launch<1, 6>(d, source, sink, W, S, O, I, parts, ahead);
+static void thin_product(Device *d, Source source, Sink sink, const T *W, const ThinSize &n) {
+    int steps = (n.I + 31) / 32 / (THIN_WARPS * n.parts); // of a warp
+    const size_t rows = (size_t)n.O;
+    if (n.parts > 1 && steps > 1) thin_launch<2, 2>(d, source, sink, W, n);
+    else if (rows >= as_on_h100(d, 16384)) thin_launch<4, 3>(d, source, sink, W, n);
+    else if (rows >= as_on_h100(d, 8192)) thin_launch<2, 5>(d, source, sink, W, n);
+    else if (steps <= 1) thin_launch<1, 1>(d, source, sink, W, n);
+    else if (steps <= 3) thin_launch<1, 3>(d, source, sink, W, n);
+    else if (steps <= 4) thin_launch<1, 4>(d, source, sink, W, n);
+    else if (steps == 7 || steps == 8) thin_launch<1, 8>(d, source, sink, W, n);
+    else thin_launch<1, 6>(d, source, sink, W, n);
 }
 
 #include "step_packed.cuh"
 
 // W: of type T, or with bf16 sources in tiles of `bits` bits.
 template <class T = bf16, class Source, class Sink>
-static void thin_or_packed(Device *d, int bits, Source source, Sink sink, const void *W, int S,
-                           int O, int I, int parts, Ahead ahead = {}) {
+static void thin_or_packed(Device *d, int bits, Source source, Sink sink, const void *W,
+                           const ThinSize &n) {
     if constexpr (std::is_same<T, bf16>::value) {
-        if (bits == 8) return packed_bits<8>(d, source, sink, W, S, O, I, parts);
-        if (bits == 4) return packed_bits<4>(d, source, sink, W, S, O, I, parts);
+        if (bits == 8) return packed_bits<8>(d, source, sink, W, n);
+        if (bits == 4) return packed_bits<4>(d, source, sink, W, n);
     }
-    thin_product(d, source, sink, (const T *)W, S, O, I, parts, ahead);
+    thin_product(d, source, sink, (const T *)W, n);
 }
 
 // Whether these kernels fit: 16-byte loads need rows of whole groups of 8 weights, and the norm
@@ -466,10 +467,10 @@ template <class T> static void thin_step(Gpu *g, int S) {
     auto normed = [&](const void *weight, auto sink, const void *W, int O) {
         if constexpr (std::is_same<T, bf16>::value) {
             NormSource source{g->res, (const float *)weight, c->norm_eps};
-            thin_or_packed<T>(d, bits, source, sink, W, S, O, D, 1);
+            thin_or_packed<T>(d, bits, source, sink, W, {S, O, D, 1, {}});
         } else { // float16 may not reach to numbers before their norm
             norm_rows(d, Rows(a.xn, D), Rows(g->res, D), weight, NULL, c->norm_eps, S, D);
-            thin_or_packed<T>(d, bits, PlainSourceOf<T>{a.xn}, sink, W, S, O, D, 1);
+            thin_or_packed<T>(d, bits, PlainSourceOf<T>{a.xn}, sink, W, {S, O, D, 1, {}});
         }
     };
     for (int layer = 0; layer < c->n_layer; layer++) {
@@ -481,7 +482,7 @@ template <class T> static void thin_step(Gpu *g, int S) {
         const char *next = (const char *)w->out_proj;
         normed(w->norm, StoreSinkOf<T>{a.xz}, w->in_proj, 2 * E);
         thin_or_packed<T>(d, bits, ConvSourceOf<T>{a.xz, window, w->conv_t, conv_bias, K},
-                          PartSink{sums}, w->x_proj, S, P, E, parts, Ahead{next, eighth});
+                          PartSink{sums}, w->x_proj, {S, P, E, parts, {next, eighth}});
         ThinScanArgs<T> scan = {a.g,
                                 h,
                                 window,
@@ -505,7 +506,8 @@ template <class T> static void thin_step(Gpu *g, int S) {
                          : R <= 160 ? thin_scan_kernel<T, 16, 20>
                                     : thin_scan_kernel<T, 16, 32>,
                          scan_grid, 128, (size_t)P * sizeof(float), scan);
-        thin_or_packed<T>(d, bits, PlainSourceOf<T>{a.g}, AddSink{g->res}, w->out_proj, S, D, E, 1);
+        thin_or_packed<T>(d, bits, PlainSourceOf<T>{a.g}, AddSink{g->res}, w->out_proj,
+                          {S, D, E, 1, {}});
     }
     normed(g->w.norm_f, LogitSink{g->at->logits}, g->w.head, c->V);
 }
