@@ -21,14 +21,22 @@ cc -O2 -w -fopenmp tests/random_model.c -o "$dir/random_model" -I. -lm &&
 ids=$(seq 3 42 | tr '\n' ' ')
 
 check() { # check NAME COMMAND ...
-    name=$which.$1
+    name="$which: $1"
     shift
     [ "$which" = racecheck ] && plain=$dir/plain_blas.so || plain=
     while [ "$(find "$dir" -name '*.runs' | wc -l)" -ge 8 ]; do sleep 0.2; done
     touch "$dir/$name.runs"
     (
-        LD_PRELOAD=$plain timeout "${LIMIT:-300}" "$tool" --tool "$which" "$@" > "$dir/$name.log" 2>&1
-        echo "status $?" >> "$dir/$name.log"
+        log="$dir/$name.log"
+        LD_PRELOAD=$plain timeout "${LIMIT:-300}" "$tool" --tool "$which" "$@" > "$log" 2>&1
+        status=$?
+        if [ $status = 0 ] && grep -qE 'SUMMARY: 0 (errors|hazards)' "$log"; then
+            echo "ok   $name"
+        else
+            echo "FAIL $name: status $status"
+            grep -E '^(=====|mamba:)' "$log" | head -n "${LINES_OF_A_FAILURE:-30}"
+            touch "$log.failed"
+        fi
         rm "$dir/$name.runs"
     ) &
 }
@@ -39,10 +47,10 @@ for which in ${*:-racecheck memcheck}; do
             export MAMBA_PORTABLE=$form
             [ -n "$form" ] || unset MAMBA_PORTABLE
             set -- --ids --ignore-eos -s 1
-            check "$type $form one" $generate "$ids" "$@" -n 12
-            check "$type $form one top-k" $generate "$ids" "$@" -n 8 -k 40
-            check "$type $form five" $generate "$ids" "$@" -n 8 --samples 5
-            check "$type $form twenty" $generate "$ids" "$@" -n 6 --samples 20 -k 40
+            check "$type $form one" $generate "$ids" "$@" -n 4
+            check "$type $form one top-k" $generate "$ids" "$@" -n 4 -k 40
+            check "$type $form five" $generate "$ids" "$@" -n 3 --samples 5
+            check "$type $form twenty" $generate "$ids" "$@" -n 3 --samples 20 -k 40
         done
     done
     check prompt "$mamba" eval models/tales.bin LICENSE
@@ -50,17 +58,6 @@ for which in ${*:-racecheck memcheck}; do
         --length 256 --batch 4 --steps 3 --eval-every 100
 done
 wait
-passed=0 failed=0
-for log in "$dir"/*.log; do
-    name=$(basename "$log" .log)
-    if grep -q '^status 0$' "$log" && grep -qE 'SUMMARY: 0 (errors|hazards)' "$log"; then
-        passed=$((passed + 1))
-        echo "ok   $name"
-    else
-        failed=$((failed + 1))
-        echo "FAIL $name"
-        grep -E '^(=====|mamba:|status)' "$log" | head -n "${LINES_OF_A_FAILURE:-30}"
-    fi
-done
-echo "$passed passed, $failed failed, 0 skipped"
-[ $failed = 0 ]
+all=$(find "$dir" -name '*.log' | wc -l) failed=$(find "$dir" -name '*.failed' | wc -l)
+echo "$((all - failed)) passed, $failed failed, 0 skipped"
+[ "$failed" = 0 ]
