@@ -175,6 +175,10 @@ template <int THREADS> __device__ inline void sync_workers() {
 // them all. A warp releases after __syncwarp(), so all of its lanes have read. A slot is filled
 // again only after all warps have released it, so a waiting warp is never two phases behind, and
 // the parity of a phase tells enough. Everybody passes the slots in the same order.
+// racecheck does not follow __syncwarp. For it, every lane releases: -DRELEASERS=32.
+#ifndef RELEASERS
+#define RELEASERS 1 // lanes of a warp
+#endif
 extern __shared__ __align__(128) unsigned char block_memory[];
 
 // bytes: a multiple of 16, or 0
@@ -200,7 +204,7 @@ struct Ring {                  // a place in the ring, the same in all threads t
     }
     __device__ void release() { // by a warp
         __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty());
+        if (threadIdx.x % 32 < RELEASERS) barrier_arrive(empty());
         next();
     }
     __device__ unsigned char *claim(int expected) {

@@ -318,7 +318,8 @@ __global__ void __launch_bounds__(WIDE_THREADS + 32, 1)
     if (tid == 0) {
         uint64_t *barriers = (uint64_t *)memory;
         for (int i = 0; i < p.slots; i++)
-            barrier_init(barriers + i, 1), barrier_init(barriers + RING_SLOTS + i, WIDE_WARPS);
+            barrier_init(barriers + i, 1),
+                barrier_init(barriers + RING_SLOTS + i, RELEASERS * WIDE_WARPS);
         barrier_init(xdb_here, 1), barrier_init(sums_here, 1), barrier_init(parts_here, 1);
         barrier_init(x_read, CLUSTER_BLOCKS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -196,9 +196,10 @@ __device__ inline void solo_in_proj(Ring &ring, float *sums, int sum_rows, const
         uint32_t at[GROUP];
         Ring ahead = ring;
 #pragma unroll
-        for (int i = 0; i < GROUP; i++) { // beyond the last row: sums that nobody uses
+        for (int i = 0; i < GROUP; i++) {
             at[i] = shared_address(block_memory) + ahead.at + mine;
             if (base + i * SOLO_ROWS < rows) ahead.wait(), ahead.next();
+            else at[i] = at[0]; // sums that nobody uses
         }
 #pragma unroll
         for (int k = 0; k < WIDTH; k++)
@@ -257,7 +258,8 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
               x_part_bytes = CLUSTER_BLOCKS * x_mine * 8, res_part_bytes = D * 4;
     if (tid == 0) {
         for (int i = 0; i < p.slots; i++)
-            barrier_init(barriers + i, 1), barrier_init(barriers + RING_SLOTS + i, SOLO_WARPS);
+            barrier_init(barriers + i, 1),
+                barrier_init(barriers + RING_SLOTS + i, RELEASERS * SOLO_WARPS);
         for (int i = 0; i < 4; i++) barrier_init(x_here + i, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         barrier_expect(x_here, x_bytes), barrier_expect(xdb_here, xdb_bytes);

@@ -260,9 +260,10 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
               x_part_bytes = CLUSTER_BLOCKS * x_mine * 8, res_part_bytes = D * 4;
     if (tid == 0) {
         for (int i = 0; i < p.slots; i++)
-            barrier_init(barriers + i, 1), barrier_init(barriers + RING_SLOTS + i, SOLO_WARPS);
+            barrier_init(barriers + i, 1),
+                barrier_init(barriers + RING_SLOTS + i, RELEASERS * SOLO_WARPS);
         for (int i = 0; i < 5; i++) barrier_init(x_here + i, 1);
-        barrier_init(small.empty, SOLO_WARPS);
+        barrier_init(small.empty, RELEASERS * SOLO_WARPS);
         barriers_begin();
         barrier_expect(x_here, x_bytes), barrier_expect(xdb_here, xdb_bytes);
         barrier_expect(xdb_parts_here, x_part_bytes),
@@ -468,7 +469,7 @@ __global__ void __launch_bounds__(SOLO_THREADS + 32, 1)
         for (int r = 0; r < WIDTH; r++)
             norm[r] = ((const float2 *)(vectors + vector.norm))[half + 16 * r];
         __syncwarp();
-        if (warp_lane == 0) barrier_arrive(small.empty);
+        if (warp_lane < RELEASERS) barrier_arrive(small.empty);
         sync_workers<SOLO_THREADS>();
         { // this block's part of out_proj
             const DigitScale of_y = digit_scale<BITS>(channel_peak(y));
