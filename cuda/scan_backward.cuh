@@ -70,18 +70,6 @@ __device__ __forceinline__ void prefetch_L2(const void *p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-// 16 bytes into shared memory, without passing through registers: of them so many, then zeros.
-__device__ __forceinline__ void copy_16(void *to, const void *from, int bytes = 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                     (uint32_t)__cvta_generic_to_shared(to)),
-                 "l"(from), "r"(bytes)
-                 : "memory");
-}
-__device__ __forceinline__ void wait_for_copies() { // of this warp
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncwarp();
-}
-
 // Adds up 16 values over groups of 4 lanes, values 4j..4j+3 a call: afterwards lane 4g+q holds the
 // sums over group g (lanes 4g..4g+3) of values 4q..4q+3. In the left matrix v0 is row g, v2 row
 // g + 8 of columns 0..3, v1 and v3 of columns 4..7. The right one has ones in rows 0..3 of column
@@ -201,17 +189,18 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
         for (int i = 0; i < STATES * ROW; i += 128) {
             const int at = i + 4 * lane, n = min(n_first + at / ROW, N - 1),
                       e_h = group * ROW + at % ROW;
-            copy_16((float *)saved + at, h + (size_t)n * E + min(e_h, E - 4), e_h < E ? 16 : 0);
+            copy_16_or_zero(shared_address((float *)saved + at),
+                            h + (size_t)n * E + min(e_h, E - 4), e_h < E);
         }
 #pragma unroll
         for (int i = 0; i < 8 * ROW; i += 256) {
             const int at = i + 8 * lane, row = at / ROW,
                       t = tile * SCAN_SAVE + 4 * (warp + row / 4 * WARPS) + row % 4,
                       r = row0 + min(t, L - 1), e_row = min(group * ROW + at % ROW, E - 8);
-            copy_16(rows_place(0) + at, row_of(p.delta_raw + e_row, r, q.ld_delta));
-            copy_16(rows_place(1) + at, row_of(p.u + e_row, r, q.ld_u));
-            copy_16(rows_place(2) + at, row_of(p.z + e_row, r, q.ld_z));
-            copy_16(rows_place(3) + at, row_of(p.d_g + e_row, r, q.ld_d_g));
+            copy_16(shared_address(rows_place(0) + at), row_of(p.delta_raw + e_row, r, q.ld_delta));
+            copy_16(shared_address(rows_place(1) + at), row_of(p.u + e_row, r, q.ld_u));
+            copy_16(shared_address(rows_place(2) + at), row_of(p.z + e_row, r, q.ld_z));
+            copy_16(shared_address(rows_place(3) + at), row_of(p.d_g + e_row, r, q.ld_d_g));
         }
     };
     auto fetch_BC = [&](int tile, Fetched &to) {
@@ -230,7 +219,8 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     };
     auto fetch_rows = [&](int tile, Fetched &to) {
         if (COPIES) {
-            wait_for_copies();
+            copies_done();
+            __syncwarp();
 #pragma unroll
             for (int i = 0; i < 4; i++)
 #pragma unroll

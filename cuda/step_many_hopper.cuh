@@ -611,20 +611,28 @@ struct Wide {
     void *memory;
 };
 
+// The driver's function for such maps; NULL: it has none. Asked for once, whatever thread comes
+// first: the driver may write NULL before the address, and another thread would call that.
+static PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder(void) {
+    static const auto encode = [] {
+        void *function = NULL;
+        cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSuccess;
+#if CUDART_VERSION >= 12050
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                         cudaEnableDefault, &found);
+#else
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+        return (PFN_cuTensorMapEncodeTiled_v12000)function;
+    }();
+    return encode;
+}
+
 // A map of rows of `cols` numbers, bf16 or float, for boxes (box_rows,box_cols); false if there is
 // none. bf16 lies in shared memory with its 16 bytes in the order that tensor cores read.
 static bool tensor_map(CUtensorMap *map, bool bf16_, const void *x, size_t rows, size_t cols,
                        int box_rows, int box_cols) {
-    static PFN_cuTensorMapEncodeTiled_v12000 encode = NULL;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSuccess;
-    if (!encode)
-#if CUDART_VERSION >= 12050
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000,
-                                         cudaEnableDefault, &found);
-#else
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)&encode, cudaEnableDefault,
-                                &found);
-#endif
+    const auto encode = tensor_map_encoder();
     cuuint64_t size[2] = {cols, rows}, bytes[1] = {cols * (bf16_ ? 2 : 4)};
     cuuint32_t box[2] = {(cuuint32_t)box_cols, (cuuint32_t)box_rows}, steps[2] = {1, 1};
     return encode &&
