@@ -10,7 +10,9 @@
 #define MAMBA_NO_MAIN
 #include "../mamba.c"
 
+#include <execinfo.h>
 #include <pthread.h>
+#include <signal.h>
 #include <time.h>
 
 #define COUNT(a) (int)(sizeof(a) / sizeof *(a))
@@ -19,6 +21,14 @@ static double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+// Says where the program was, as addresses for addr2line -f -e tests/soak_gpu.
+static void crashed(int number) {
+    void *at[64];
+    dprintf(2, "soak: process %ld: signal %d\n", (long)getpid(), number);
+    backtrace_symbols_fd(at, backtrace(at, COUNT(at)), 2);
+    _exit(128 + number);
 }
 
 enum { RESULTS = 64 }; // of one piece of work: a hash for each text, or of all losses
@@ -199,7 +209,9 @@ typedef struct {
 static void *soak(void *context) {
     Soak *k = context;
     Worker w;
-    uint64_t random = (uint64_t)k->number * 1000 + (uint64_t)time(NULL), got[RESULTS];
+    // Each thread of each process has its own, so that different work meets.
+    uint64_t random = (uint64_t)k->number * 1000 + (uint64_t)time(NULL) + (uint64_t)getpid() * 7919,
+             got[RESULTS];
     if (!worker_open(&w)) return k->failed = 1, (void *)NULL;
     for (long round = 1; seconds() < k->until && k->failed == 0; round++) {
         const int i = (int)(random_u64(&random) % COUNT(JOBS));
@@ -228,6 +240,8 @@ int main(int argc, char **argv) {
     if (!f || fread(want, sizeof want, 1, f) != 1)
         return fprintf(stderr, "soak: %s: cannot be read\n", argv[1]), 1;
     fclose(f);
+    for (int i = 0; i < 4; i++) signal((int[]){SIGSEGV, SIGBUS, SIGABRT, SIGFPE}[i], crashed);
+    setvbuf(stdout, NULL, _IOLBF, 0); // a crash at the end takes no line away
     const int threads = atoi(argv[3]) < 16 ? atoi(argv[3]) : 16;
     long bad = 0, all = 0;
     for (int i = 0; i < threads; i++) {
