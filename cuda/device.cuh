@@ -393,6 +393,10 @@ __device__ inline void copy_16_or_zero(uint32_t to, const void *from, bool is) {
 }
 __device__ inline void copies_done(void) { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+__device__ __forceinline__ void prefetch_L2(const void *p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // Bytes that a later kernel reads. A kernel asks for them before it has its own input, so that they
 // come to L2 while memory has little else to do. A thread of the grid asks for each 128 bytes.
 struct Ahead {
@@ -403,7 +407,7 @@ __device__ inline void ask(Ahead a) {
     const size_t threads = (size_t)gridDim.x * gridDim.y * blockDim.x,
                  block = blockIdx.y * gridDim.x + blockIdx.x;
     for (size_t i = block * blockDim.x + threadIdx.x; i < a.bytes / 128; i += threads)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(a.from + 128 * i));
+        prefetch_L2(a.from + 128 * i);
 }
 
 // Four matrices of 8 x 8 numbers of 16 bits from shared memory; lane 8 i + r has the address of row

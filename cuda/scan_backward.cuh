@@ -66,10 +66,6 @@ __device__ __forceinline__ uint32_t opaque(uint32_t x) { // kept, not computed a
     asm("" : "+r"(x));
     return x;
 }
-__device__ __forceinline__ void prefetch_L2(const void *p) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
 // Adds up 16 values over groups of 4 lanes, values 4j..4j+3 a call: afterwards lane 4g+q holds the
 // sums over group g (lanes 4g..4g+3) of values 4q..4q+3. In the left matrix v0 is row g, v2 row
 // g + 8 of columns 0..3, v1 and v3 of columns 4..7. The right one has ones in rows 0..3 of column

@@ -5,7 +5,7 @@
 # (plain_blas.cu). It does not follow __syncwarp, so build with make cuda NVCC='nvcc -DRELEASERS=32'
 # (cuda/exchange.cuh). With the variable below it takes a fraction of the time. Eight runs at a time.
 # The last line is `N passed, N failed, 0 skipped`.
-export NV_COMPUTE_SANITIZER_RACECHECK_INDIRECT_BARRIER_TRACKING=${INDIRECT:-1}
+export NV_COMPUTE_SANITIZER_RACECHECK_INDIRECT_BARRIER_TRACKING=1
 mamba=$1
 shift
 case $mamba in /*) ;; *) mamba=$(pwd)/$mamba ;; esac
@@ -29,13 +29,13 @@ check() { # check NAME COMMAND ...
     touch "$dir/$name.runs"
     (
         log="$dir/$name.log"
-        LD_PRELOAD=$plain timeout "${LIMIT:-300}" "$tool" --tool "$which" "$@" > "$log" 2>&1
+        LD_PRELOAD=$plain timeout 300 "$tool" --tool "$which" "$@" > "$log" 2>&1
         status=$?
         if [ $status = 0 ] && grep -qE 'SUMMARY: 0 (errors|hazards)' "$log"; then
             echo "ok   $name"
         else
             echo "FAIL $name: status $status"
-            grep -E '^(=====|mamba:)' "$log" | head -n "${LINES_OF_A_FAILURE:-30}"
+            grep -E '^(=====|mamba:)' "$log" | head -n 30
             touch "$log.failed"
         fi
         rm "$dir/$name.runs"
