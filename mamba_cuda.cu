@@ -1191,13 +1191,21 @@ static int (*const gpu_ranks)(Ranks *r) = NULL;
 #endif
 #include "cuda/bench.cuh"
 
-extern "C" const GpuBackend mamba_gpu = {
-    gpu_error,           gpu_open,        gpu_close,         gpu_set_state,
-    gpu_get_state,       gpu_prefill,     gpu_gather,        gpu_generate_start,
-    gpu_generate,        GENERATE_MAX,    gpu_trainer_open,  gpu_trainer_close,
-    gpu_trainer_resize,  gpu_trainer_set, gpu_trainer_get,   gpu_train_pass,
-    gpu_train_step,      gpu_measure,     gpu_time_scan,     gpu_step_form,
-    gpu_places,          gpu_place_begin, gpu_place_move,    gpu_places_sampling,
-    gpu_places_generate, gpu_step,        gpu_texts,         gpu_score,
-    gpu_read_prompts,    gpu_pretend,     gpu_trainer_chunk, gpu_trainer_carry,
-    gpu_trainer_states,  gpu_ranks};
+extern "C" const GpuBackend mamba_gpu = { // in the order of files/gpu_backend.h
+    gpu_error,           gpu_open,
+    gpu_close,           gpu_set_state,
+    gpu_get_state,       gpu_prefill,
+    gpu_gather,          gpu_generate_start,
+    gpu_generate,        GENERATE_MAX,
+    gpu_places,          gpu_place_begin,
+    gpu_place_move,      gpu_places_sampling,
+    gpu_places_generate, gpu_step,
+    gpu_texts,           gpu_score,
+    gpu_read_prompts,    gpu_trainer_open,
+    gpu_trainer_close,   gpu_trainer_resize,
+    gpu_trainer_set,     gpu_trainer_get,
+    gpu_trainer_chunk,   gpu_trainer_carry,
+    gpu_trainer_states,  gpu_train_pass,
+    gpu_train_step,      gpu_ranks,
+    gpu_measure,         gpu_time_scan,
+    gpu_step_form,       gpu_pretend};
