@@ -38,42 +38,44 @@
    What this file is not: a framework. There is one model, one pass over it in each direction, and
    no graph.
 
-   GLOSSARY. A single capital letter is a size, its lower-case letter the index over it. Arrays are
+   GLOSSARY. A single capital letter is a size, with the index over it beside it. Arrays are
    row-major, with the shape in parentheses. Whatever the weights are stored as, the model computes
    in float32. Some long sums are double: losses, the gradient's norm, the sampler's.
      B  sequences of a pass           index b      D  d_model, width of the residual stream     d
      L  tokens of a sequence                t      E  d_inner, channels of the SSM              e
      T  rows of a pass, B * L               t      N  d_state, states of a channel              n
      V  vocabulary, rows of the embedding   v      K  d_conv, taps of the convolution           k
-     R  dt_rank, width of dt_low            r      P  = R + 2 N, the width of x_proj's output
-     O, I  outputs and inputs of a matrix          n_layer  layers, index `layer`
+     R  dt_rank, width of dt_low                   P  = R + 2 N, the width of x_proj's output
+     O, I  outputs and inputs of a matrix o, i     n_layer  layers, index `layer`
      ld_x  distance between rows of x, where they are not side by side
      res (T,D)     residual stream                 xn (T,D)  res after the norm
      xz (T,2E)     in_proj's output [x | z]        u (T,E)   silu(conv(x)), the scan's input
      xdb (T,P)     x_proj's output [dt_low (R) | B_ssm (N) | C_ssm (N)]
-     delta (T,E)   softplus(dt_proj(dt_low) + dt_bias): the step size, how far a token is let in
+     delta (T,E)   softplus(dt_proj(dt_low) + dt_bias): the step size. Large: the token enters the
+                   state and the past fades. Near 0: the state stays as it is
      A_log (E,N)   as stored;  A_neg (N,E) = -exp(A_log)
      decay         exp(delta A_neg), the paper's A-bar: what the state keeps
      inject        delta B_ssm u, the paper's B-bar x: what the token adds
      h (N,E)       the SSM state; nothing else is called h. Channels are the inner index, in memory
                    and in files: channels side by side fill a vector register
-     window (K-1,E)  the last inputs of the convolution
+     window (K-1,E)  the convolution's last inputs: x of the K-1 tokens before
      y (T,E)       sum over n of C_ssm h, plus D_skip u        g (T,E)  y silu(z)
      d_x           the gradient of the loss with respect to x. Gradients of weights are added to
                    (+=). Those of activations are set (=), except d_res and d_u, which have two
                    sources
    Structs have short names where they are used: m a Model, c its Config, p the tensors of a Layer,
-   w one Tensor or the Work of a pass, a the Acts (all memory of a pass), s a State, or a Scan
-   where the scan is called, seq the LayerStates of the sequences, tr a Trainer, d what a backward
-   pass writes.
-   fail("...") keeps a sentence for mamba_error() and returns -1. An arena is one allocation that
+   w one Tensor, the Work of a pass or a Writing, a the Acts (all memory of a pass), s a State, or a
+   Scan where the scan is called, seq the LayerStates of the sequences, tr a Trainer, d what a
+   backward pass writes.
+   f32(w) is the data of a float32 tensor, NULL where the model does not have it. fail("...") keeps
+   a sentence for mamba_error() and returns -1. An arena is one allocation that
    holds many arrays. COLD ... COLD_END: runs once, so it is compiled at -O1: a short build.
 
    CONTENTS (at a first reading, skip what is marked *)
      1  Types: the config, the list of tensors, the model
      2  Plain operations, each with its backward pass: norms, matmul, loss, conv1d, gate
      3  The scan: recurrence, parallel form *, backward pass *
-     4  The model: one layer (block), all layers (forward), prefill and step
+     4  The model: one layer (block), all layers (forward), where it runs *, prefill and step
      5  Learning *: initial weights, loss and backward pass, AdamW
      6  Writing: sampling a token, the loop that writes text
      7  Commands and main
@@ -174,8 +176,8 @@ typedef enum {
 #define DECLARE(name, rows, cols, type, init, decays, present) Tensor name;
 typedef struct {
     TENSORS_LAYER(DECLARE)
-    const float *A_neg;  // (N,E) derived: -exp(A_log), transposed
-    const float *conv_t; // (K,E) derived: conv, transposed
+    const float *A_neg;  // (N,E) derived: -exp(A_log), transposed: channels side by side
+    const float *conv_t; // (K,E) derived: conv, transposed likewise
 } Layer;
 
 typedef struct Tokenizer Tokenizer;
@@ -186,7 +188,7 @@ typedef struct Model {
     Layer *layer; // (n_layer)
     TENSORS_LAST(DECLARE)
     float *derived;   // arena of A_neg and conv_t
-    uint32_t id;      // tells models apart: checksum of the header, which holds those of the rest
+    uint32_t id;      // tells models apart: CRC of the header, which holds the CRCs of the rest
     size_t text_room; // most bytes that mamba_decode writes for one token
     uint32_t tensors_crc;
     size_t tensors_offset, tensors_bytes, tokenizer_bytes, n_params;
@@ -200,13 +202,13 @@ typedef struct Model {
 #undef DECLARE
 
 typedef struct {   // what one layer remembers of one sequence
-    float *window; // (K-1,E) the last inputs of the convolution
+    float *window; // (K-1,E) x of the last tokens, the oldest first
     float *h;      // (N,E) the SSM state
 } LayerState;
 
 typedef struct {
     float temperature; // 0: the likeliest token
-    float top_p;       // of what top_k keeps, the likeliest that reach this part of its sum; 1: all
+    float top_p;       // keep the likeliest until they reach this part of what top_k kept; 1: all
     int top_k;         // keep this many; 0: all
     float min_p;       // drop what is less likely than this times the likeliest; 0: none
     float repeat_penalty; // divides positive logits of the last RECENT tokens and multiplies
@@ -259,15 +261,15 @@ OPERATION float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 OPERATION float silu(float x) { return x * sigmoid(x); }
 OPERATION float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); } // expf overflows at 88
 
-// out (D) += the sum over t of x (T,D), rows ld apart: the gradient of what is added to every row.
+// out (D) += the sum over t of x (T,D), rows ld apart: the gradient of a bias.
 OPERATION void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
 #pragma omp for
     for (int d = 0; d < D; d++)
         for (int t = 0; t < T; t++) out[d] += x[t * ld + d];
 }
 
-// --- Norms: xn = (x - m) r weight + bias with r = 1 / sqrt(mean((x - m)^2) + eps). LayerNorm takes
-// the mean of x as m; RMSNorm, which has no bias, takes 0.
+// --- Norms: xn = x_hat weight + bias with x_hat = (x - m) r and r = 1 / sqrt(mean((x - m)^2) +
+// eps). LayerNorm takes the mean of x as m; RMSNorm, which has no bias, takes 0.
 OPERATION float norm_factor(const float *x, const float *bias, float eps, int D, float *m) {
     float sum = 0, squares = 0;
     for (int d = 0; d < D && bias; d++) sum += x[d];
@@ -295,8 +297,8 @@ typedef struct {              // what norm_rows_backward() writes
     float *scale;             // (2,T) scratch: r, m
 } NormGrad;
 
-// With g = d_xn weight:  d_x = r (g - mean(g) - (x - m) r^2 mean(g (x - m))), where RMSNorm has no
-// mean(g);  d_weight += d_xn (x - m) r;  d_bias += d_xn. d_x may be d_xn unless d->add.
+// With d_hat = d_xn weight:  d_x = r (d_hat - mean(d_hat) - x_hat mean(d_hat x_hat)), where RMSNorm
+// has no mean(d_hat);  d_weight += d_xn x_hat;  d_bias += d_xn. d_x may be d_xn unless d->add.
 OPERATION void norm_rows_backward(const NormGrad *d, const float *d_xn, const float *x,
                                   const float *weight, float eps, int T, int D, size_t ld) {
     float *scale = d->scale, *m = d->scale + T;
@@ -311,16 +313,16 @@ OPERATION void norm_rows_backward(const NormGrad *d, const float *d_xn, const fl
     if (d->d_bias) sum_rows(d->d_bias, d_xn, ld, T, D);
 #pragma omp for
     for (int t = 0; t < T; t++) {
-        float r = scale[t], mean = 0, mean_g = 0;
+        float r = scale[t], mean = 0, mean_hat = 0; // of d_hat (x - m), of d_hat
         for (int i = 0; i < D; i++) {
-            float g = d_xn[t * ld + i] * (weight ? weight[i] : 1);
-            mean += g * (x[t * ld + i] - m[t]) / (float)D;
-            mean_g += d->d_bias ? g / (float)D : 0;
+            float d_hat = d_xn[t * ld + i] * (weight ? weight[i] : 1);
+            mean += d_hat * (x[t * ld + i] - m[t]) / (float)D;
+            mean_hat += d->d_bias ? d_hat / (float)D : 0;
         }
         for (int i = 0; i < D; i++) {
             size_t at = t * ld + i;
-            float g = d_xn[at] * (weight ? weight[i] : 1);
-            float d_x = r * (g - mean_g - (x[at] - m[t]) * r * r * mean);
+            float d_hat = d_xn[at] * (weight ? weight[i] : 1);
+            float d_x = r * (d_hat - mean_hat - (x[at] - m[t]) * r * r * mean);
             d->d_x[at] = d->add ? d->d_x[at] + d_x : d_x;
         }
     }
@@ -348,7 +350,8 @@ OPERATION float float_of(uint32_t bits) {
     return value;
 }
 
-// One weight of a Q8 or Q4 matrix: its code times its scale. See files/tensors.h.
+// One weight of a Q8 or Q4 matrix, (code - half the number of codes) times the scale of its row in
+// the tile. See files/tensors.h.
 OPERATION float tile_weight(const Tensor *w, int row, int column) {
     const int bits = code_bits(w->type), codes = 32 / bits; // codes a word
     const size_t tile = (size_t)(row / TILE) * tiles_of((size_t)w->cols) + (size_t)(column / TILE);
@@ -358,7 +361,7 @@ OPERATION float tile_weight(const Tensor *w, int row, int column) {
     uint32_t word;
     memcpy(&scale, at + r * sizeof scale, sizeof scale);
     memcpy(&word, at + TILE_SCALES + (i / codes * TILE + r) * sizeof word, sizeof word);
-    // The last code of a word is in two's complement; with its sign bit turned it is like the rest.
+    // The last code of a word has its top bit flipped: it is a signed number in place, for cpu/.
     int code = (int)((word ^ 0x80000000u) >> (i % codes * bits) & ((1u << bits) - 1));
     return (float)(code - (1 << (bits - 1))) * float_of((uint32_t)scale << 16);
 }
@@ -370,11 +373,11 @@ OPERATION void tensor_widen(float *out, const Tensor *w, int row, int from, int 
     for (int i = 0; i < n; i++) {
         if (w->type == F32) out[i] = f32(w)[at + i];
         else if (w->type == BF16) out[i] = float_of((uint32_t)halves[at + i] << 16);
-        else if (w->type ==
-                 F16) { // multiplied by 2^112: the biases of the exponents differ by that
-            uint32_t half = halves[at + i], sign = (half & 0x8000) << 16;
-            float magnitude = float_of((half & 0x7FFF) << 13) * 0x1p112f;
-            out[i] = sign ? -magnitude : magnitude;
+        else if (w->type == F16) {
+            // times 2^112: the biases of the two exponents differ by 112
+            uint32_t bits = halves[at + i];
+            float magnitude = float_of((bits & 0x7FFF) << 13) * 0x1p112f;
+            out[i] = bits & 0x8000 ? -magnitude : magnitude;
         } else out[i] = tile_weight(w, row, from + i);
     }
 }
@@ -528,9 +531,9 @@ typedef struct {     // what conv1d_silu_backward() writes
 } ConvGrad;
 
 // u = silu(c), and silu' = s (1 + c (1 - s)) with s = sigmoid(c):  d_c = d_u silu'(c);
-// d_x_t = sum over k of conv[k] d_c_{t+K-1-k}, and d_window of the last K-1 inputs, which are the
-// window at the end;  d_conv[k] += sum over t of d_c_t x_{t-K+1+k};  d_bias += sum of d_c. c is
-// computed again. window (B,K-1,E): as it was before the pass.
+// d_x_t = sum over k of conv[k] d_c_{t+K-1-k};  d_conv[k] += sum over t of d_c_t x_{t-K+1+k};
+// d_bias += sum of d_c. The last K-1 inputs are also the window at the end, so d_window is added to
+// their d_x. c is computed again. window (B,K-1,E): as it was before the pass.
 OPERATION void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const float *window,
                                     const Conv *c) {
     const int L = c->L, E = c->E, K = c->K;
@@ -559,9 +562,6 @@ OPERATION void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const f
         }
 }
 
-enum { SCAN_LANES = 16 };  // channels of a task of the scan: a cache line
-enum { STEP_LANES = 128 }; // channels of a task of a step
-
 // --- delta and the gate
 
 // delta = softplus(dt + dt_bias), in place.
@@ -584,7 +584,7 @@ OPERATION void softplus_backward(float *d_delta, const float *delta, int T, int 
 
 // g = y silu(z), (T,E); g may be y. z is the second half of each row of xz (T,2E).
 OPERATION void gate(float *g, const float *y, const float *xz, Rows rows, int E) {
-#pragma omp barrier // scan() does not wait in a step
+#pragma omp barrier // for y: the threads of scan() do not wait for each other
 #pragma omp for
     for (int t = 0; t < rows.T; t++)
         for (int e = 0; e < E; e++) {
@@ -629,12 +629,13 @@ OPERATION void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g
 // below -1 where delta |A| > 2, and h would grow without end. An error in delta B only changes how
 // strongly a token enters. That is why A is exact and B need not be.
 //
-// *Selective* means that delta, B and C are computed from the token, by x_proj and dt_proj in
-// block(). In older SSMs they are constants. delta near 0 skips the token: decay is 1 and inject
-// is 0. A large delta forgets the past and takes the token in. B_t says into which of the N states
-// a token is written, C_t from which ones it is read. delta has one value a channel, so its
-// projection would be a matrix (E,E). It is factored instead: R rows of x_proj, (R,E), give dt_low,
-// and dt_proj, (E,R), gives delta. Together that is 2 E R numbers; dt_rank R is usually D / 16.
+// *Selective* means that delta, B and C are computed from u_t, the input at this token, by x_proj
+// and dt_proj in block(). In older SSMs they are constants. delta near 0 skips the token: decay is
+// 1 and inject is 0. A large delta forgets the past and takes the token in. B_t says into which of
+// the N states a token is written, C_t from which ones it is read. delta has one value per channel,
+// so its projection would be a matrix (E,E). It is factored instead: R rows of x_proj, (R,E), give
+// dt_low, and dt_proj, (E,R), gives delta. Together that is 2 E R numbers; dt_rank R is usually D
+// / 16.
 //
 // The state is (N,E), channels inside, because cpu/ and GPUs handle neighbouring channels side by
 // side. It begins as zeros before the first token of a text, and so does the convolution's window.
@@ -650,7 +651,8 @@ typedef struct {                // the scan of a layer over B sequences of L tok
 
 // The definition; unless PLAIN, cpu/scan.h runs in its place. Channels e0 .. e1 through the rows
 // row0 .. row1 of one sequence. h (N,E) is the state before them and becomes the state after them.
-// y (T,E) NULL: only the state is wanted. elapsed (E), unless NULL, gets the sum of delta.
+// y (T,E) NULL: only the state is wanted. elapsed (E), unless NULL, gets the sum of delta over the
+// rows, for scan_in_pieces().
 OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int e0, int e1,
                           int row0, int row1) {
     const size_t E = (size_t)s->E;
@@ -679,10 +681,10 @@ OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int
 //     d_A = sum over t of d_h_t decay_t delta_t h_{t-1}   d_D_skip = sum over t of d_y_t u_t
 //
 // and d_A_log = d_A A, since A = -exp(A_log). All of this needs every h_t, and none was stored. So
-// walk forward once and keep the state at the start of every stretch of SCAN_STRETCH steps. Then,
-// from the last stretch to the first: walk the stretch forward again (recurrence_again), now
+// walk forward once and keep the state at the start of every stretch of 32 steps (SCAN_STRETCH).
+// Then, from the last stretch to the first: walk the stretch forward again (recurrence_again), now
 // keeping its few states, and walk it backward (recurrence_backward). The price is two more walks
-// forward. scan_backward() does this below; here are its two steps.
+// forward. scan_backward() does this below; here is one step in each direction.
 
 #ifdef PLAIN
 enum {
@@ -706,21 +708,22 @@ typedef struct { // a task of scan_backward(): the channels e0 .. e0 + width, at
     float *states, *decays; // (SCAN_STRETCH,N,SCAN_WIDTH) of the stretch in hand
     float *A, *d_A;         // (N,SCAN_WIDTH)
     float *d_h;             // (N,SCAN_WIDTH) gradient of the state
-    float d_D[SCAN_WIDEST];
+    float d_D_skip[SCAN_WIDEST];
     float *parts; // (T,2N) what these channels add to d_B and d_C
 } ScanBlock;
 
-// For the backward pass, which works on arrays (N,SCAN_WIDTH) of its task's channels: the state h
-// after a row from the state before it, and its decay unless NULL. h may be `before`.
+// One step forward, on the arrays (N,SCAN_WIDTH) of a task of the backward pass: computes h, the
+// state after a row, from `before`, the state before it. Stores the decay unless NULL. h may be
+// `before`.
 OPERATION void recurrence_again(float *h, float *decay, const float *before, const ScanBlock *k,
                                 const Scan *s, size_t row) {
     for (int n = 0; n < s->N; n++)
         for (int i = 0; i < k->width; i++) {
             size_t at = (size_t)n * SCAN_WIDTH + i, te = row * s->E + k->e0 + i;
-            float a = expf(s->delta[te] * k->A[at]);
+            float decay_t = expf(s->delta[te] * k->A[at]);
             float inject = s->delta[te] * s->u[te] * s->B_ssm[row * s->ld_bc + n];
-            h[at] = a * before[at] + inject;
-            if (decay) decay[at] = a;
+            h[at] = decay_t * before[at] + inject;
+            if (decay) decay[at] = decay_t;
         }
 }
 
@@ -736,7 +739,7 @@ OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float 
         size_t e = (size_t)(k->e0 + i), te = row * s->E + e;
         float delta = s->delta[te], u = s->u[te], dy = d_y[te];
         float d_u = s->D_skip[e] * dy, d_delta = 0;
-        k->d_D[i] += dy * u;
+        k->d_D_skip[i] += dy * u;
         for (int n = 0; n < s->N; n++) {
             size_t at = (size_t)n * SCAN_WIDTH + i;
             float d_h = C[n] * dy + k->d_h[at], d_decay = d_h * before[at];
@@ -760,8 +763,10 @@ OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float 
 #include "cpu/matmul.h"
 #include "cpu/scan.h"
 #endif
+// `make dist` puts cpu/ for several processors into one program. It compiles this file once for
+// each of them with MAMBA_LEVEL, up to this line, and once whole.
 #if defined(MAMBA_LEVELS) || defined(MAMBA_LEVEL)
-#include "cpu/levels.h" // make dist: cpu/ for several processors in one program
+#include "cpu/levels.h"
 #endif
 #ifndef MAMBA_LEVEL
 
@@ -779,11 +784,14 @@ OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float 
 // The states of all tokens, (L,N,E), are never in memory: a task walks through time with its (N)
 // states of some channels in registers or in the first cache.
 
-// Time is cut only for one sequence with E <= 32 and L >= 256. Cutting makes every piece but one
-// walk twice, so with c pieces a thread walks 2/c of the time. From E = 256 on there are SCAN_TASKS
-// blocks of channels, enough for the threads. In between there would be too few pieces to pay: 4
-// were only 1.2 times as fast on 16 cores. The shapes alone decide, never the number of threads or
-// the machine, so the bits stay the same.
+// The processor cuts time only in a prefill with E <= 32 and L >= 256, never in training. Every
+// piece but one is walked twice, so with as many threads as pieces, 8 pieces take 1/4 of the time
+// of one. 4 pieces, for which E = 64 has room, were only 1.2 times as fast on 16 cores. From E =
+// 256 on there are SCAN_TASKS blocks of channels, enough for the threads. The shapes alone decide,
+// never the number of threads or the machine, so the bits stay the same. (GPUs have many more
+// threads: cuda/scan_tiles.cuh cuts time for wide models too.)
+enum { SCAN_LANES = 16 };  // channels of a task of the scan: a cache line
+enum { STEP_LANES = 128 }; // channels of a task of a step
 enum { SCAN_TASKS = 16, SCAN_PIECE = 32 };
 static int scan_pieces(int L, int E) {
     int blocks = (E + SCAN_LANES - 1) / SCAN_LANES, pieces = SCAN_TASKS / blocks;
@@ -827,7 +835,7 @@ static void scan_in_pieces(float *y, float *h, const Scan *s, int pieces, float 
     for (int n = 0; n < N; n++)
         for (int e = 0; e < E; e++) {
             size_t ne = (size_t)n * E + e;
-            Map before = {1, h[ne]};
+            Map before = {1, h[ne]}; // b: the state before the piece
             for (int piece = 0; piece < pieces; piece++) {
                 float *state = carry + per_piece * piece, *elapsed = state + NE, b = state[ne];
                 state[ne] = before.b;
@@ -857,7 +865,7 @@ static void scan(float *y, const LayerState *seq, const Scan *s, float *carry) {
         return;
     }
     const int lanes = L == 1 ? STEP_LANES : SCAN_LANES, blocks = (E + lanes - 1) / lanes;
-#pragma omp for schedule(static) nowait // the gate comes next
+#pragma omp for schedule(static) nowait // in a step gate() waits, with a cheaper barrier in cpu/
     for (int task = 0; task < B * blocks; task++) {
         int b = task / blocks, e0 = task % blocks * lanes, e1 = E - e0 < lanes ? E : e0 + lanes;
         recurrence(y, seq[b].h, NULL, s, e0, e1, b * L, (b + 1) * L);
@@ -878,8 +886,8 @@ enum { SCAN_STRETCH = 32 };
 static size_t scan_backward_floats(int B, int L, int E, int N) {
     size_t tasks = ((size_t)E + SCAN_WIDTH - 1) / SCAN_WIDTH;
     size_t stretches = ((size_t)L + SCAN_STRETCH - 1) / SCAN_STRETCH;
-    return tasks *
-           ((size_t)N * SCAN_WIDTH * (stretches + 2 * SCAN_STRETCH + 3) + (size_t)B * L * 2 * N);
+    size_t per_task = N * SCAN_WIDTH * (stretches + 2 * SCAN_STRETCH + 3); // 3: A, d_A, d_h
+    return tasks * (per_task + (size_t)B * L * 2 * N);
 }
 
 // The arrays of task number `task` in scratch.
@@ -919,7 +927,8 @@ static void scan_backward_sequence(ScanBlock *k, const ScanGrad *d, const float 
     float *d_h = d->d_h + (size_t)b * N * E;
     scan_gather(k->starts, h0 + (size_t)b * N * E, k, N, E);
     scan_gather(k->d_h, d_h, k, N, E);
-    // In place; copied where a stretch starts.
+    // starts[j] is made by walking through stretch j-1: its first step reads starts[j-1], the
+    // others update it in place.
     for (int t = 0; t < (stretches - 1) * SCAN_STRETCH; t++) {
         float *at = k->starts + per_state * (t / SCAN_STRETCH + 1);
         recurrence_again(at, NULL, t % SCAN_STRETCH ? at : at - per_state, k, s, row + t);
@@ -955,7 +964,7 @@ static void scan_backward(const ScanGrad *d, const float *d_y, const Scan *s, co
                 size_t at = (size_t)n * SCAN_WIDTH + i;
                 d->d_A_log[(size_t)(k.e0 + i) * N + n] += k.d_A[at] * k.A[at];
             }
-        for (int i = 0; i < k.width; i++) d->d_D_skip[k.e0 + i] += k.d_D[i];
+        for (int i = 0; i < k.width; i++) d->d_D_skip[k.e0 + i] += k.d_D_skip[i];
     }
 #pragma omp for
     for (int t = 0; t < T; t++)
@@ -976,7 +985,8 @@ static void scan_backward(const ScanGrad *d, const float *d_y, const Scan *s, co
 // block() is one layer, forward() is all of them. Prefill reads a prompt: one sequence, many
 // tokens. A step reads one token of one or more sequences. What passes from one to the other, and
 // from piece to piece of a long prompt, is State: of each layer h and the window of the
-// convolution. Its size does not depend on how much was read.
+// convolution. Its size does not depend on how much was read. State also has what writing needs:
+// the logits after the last token, the last ids, and the random numbers' state.
 
 // What mamba_watch() calls before the scan of each layer of a pass: s has what the layer selected
 // for each token, seq (B) the states before the first one.
@@ -1044,8 +1054,8 @@ static void add_row_means(float *out, const float *delta, int parts, int T, int 
 #ifdef PLAIN
 #define in_proj_of_ids(m, w, in_proj, T, L) false
 #else
-// in_proj_of_ids(): in a long pass over a small vocabulary the first layer computes this row once
-// for each id and copies it. The numbers are the same.
+// in_proj_of_ids(): in a long pass over a small vocabulary the first layer computes the row of xz
+// once for each id and copies it to every place of the id. The numbers are the same.
 #include "cpu/small_vocabulary.h"
 #endif
 
@@ -1075,7 +1085,7 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
     // u = silu(conv(x))
     Conv conv = {w->xz, p->conv_t, f32(&p->conv_bias), B, L, E, K};
     conv1d_silu(w->u, seq, &conv);
-    // The selection: delta, B and C are functions of the token.
+    // The selection: delta, B and C are functions of u.
     matmul(w->raw, (size_t)P, w->u, (size_t)E, &x_proj, NULL, rows);
     if (c->flags & FLAG_MIXER_NORM) { // FalconMamba: without norms large models became unstable
         norm_rows(dt_low, w->raw, NULL, NULL, c->mixer_eps, T, R, (size_t)P);
@@ -1129,7 +1139,7 @@ typedef struct State { // one sequence at one moment; a single allocation, made 
 } State;
 
 // Tokens that prefill takes at a time, so that memory does not depend on the prompt's length. Many,
-// because the weights are read and packed once a piece. Wide models take fewer, so that a piece
+// because the weights are read and packed once per piece. Wide models take fewer, so that a piece
 // stays within some hundred megabytes.
 enum { PIECE_MAX = 512, PIECE_MIN = 32 };
 enum { LOGIT_ROWS = 32 }; // positions whose logits exist at a time
@@ -1151,8 +1161,8 @@ typedef struct Acts { // what one pass at a time over one model needs
     void *arena;
 } Acts;
 
-// --- where the model runs: Acts with a gpu run there. A state's numbers are then newer on the GPU
-// until somebody asks for them.
+// --- where the model runs *: Acts with a gpu run there. A state's numbers are then newer on the
+// GPU until somebody asks for them.
 
 #ifdef MAMBA_CUDA
 extern const GpuBackend mamba_gpu;
@@ -1189,8 +1199,8 @@ static int state_fetch(const State *s) {
     return GPU->get_state(a->gpu, place, to->window, to->h, to->logits) ? gpu_failed() : 0;
 }
 
-// From now on the passes of a run on the GPU, float32: with float32 products for all weights.
-// 0, or -1 after fail().
+// From now on the passes of these Acts run on the GPU. float32: its products are float32, whatever
+// the weights are stored as. 0, or -1 after fail().
 int mamba_acts_gpu(Acts *a, const Model *m, bool float32) {
     if (!GPU) return fail("this build has no GPU backend: make cuda");
     a->gpu = GPU->open(m, float32);
@@ -1209,9 +1219,9 @@ COLD_END
 typedef void LogitsVisitor(void *context, const float *logits);
 
 // Threads for a pass of so many tokens. A small pass runs alone, with the same bits: a team saves
-// it little. Beside other programs a team crawls, since a barrier then waits for a time slice
-// (7.4 M weights beside a busy test run: 16 tokens/s by a team, 700 to 1,500 alone; on a quiet
-// machine 1,820 and 1,240).
+// it little. Beside other programs a team crawls, since a barrier then waits for a time slice: with
+// 7.4 M weights a team made 1,820 tokens/s on a quiet machine and 16 on a busy one, one thread
+// 1,240 and 700 to 1,500.
 static int pass_team(const Model *m, const Acts *a, int tokens) {
     return (double)m->n_params * tokens < 16e6 ? 1 : a->threads;
 }
@@ -1278,7 +1288,7 @@ typedef struct {          // one pass: B sequences of L tokens, B L at most Acts
 // token, unless r->more.
 static void run_pass(const Model *m, Acts *a, const Reading *r) {
     const int B = r->B, L = r->L, team = pass_team(m, a, B * L);
-    (void)team;
+    (void)team; // not read without OpenMP
     a->work.ids = r->ids;
     a->work.state_only = r->more && !r->visit;
     layer_states(a->seq, m, r->states, B);
@@ -1362,18 +1372,19 @@ COLD_END
 // -------------------------------------------------------------------------------------------------
 // 5 Learning
 // Weights, gradients and the optimizer's two moments are four arrays of one layout, all float32. A
-// pass takes B sequences of L tokens. Of each layer the forward pass keeps its Work. The backward
-// pass computes the rest again: norms, the convolution before SiLU, and all states of the scan.
+// pass takes B sequences of L tokens. Each layer has a Work that keeps what the forward pass
+// computed; only xn and g are shared by all layers. So the backward pass computes again: norms, the
+// convolution before SiLU, g, and all states of the scan.
 //
-// A sequence may be longer than the memory for Works allows: it is then cut into chunks. What comes
-// before a chunk reaches it only through the states, h and the window of each layer. So the
-// losses of later chunks depend on it only through the states at the border, and the chain rule
-// needs nothing but the gradient of these states, d_h and d_window. First the chunks run forward in
+// A sequence may be longer than the memory for Works allows: it is then cut into chunks. A later
+// chunk depends on an earlier one only through the states at the border between them, h and the
+// window of each layer. So the chain rule needs nothing but the gradient of these states, d_h and
+// d_window. First the chunks run forward in
 // order, and only the states at their starts are kept. Then, from the last chunk to the first, each
 // runs forward again from its start, now keeping its Works, and backward, from the d_h and d_window
 // that the chunk after it left. The gradient is exact, not cut off at the borders. The price is one
 // more forward pass of all chunks but the last. The memory is that of one chunk, and of the states
-// at every start: n_layer (N + K - 1) E floats a sequence, 3 MB for 130M parameters.
+// at every start: n_layer (N + K - 1) E floats per sequence, 3 MB for 130M parameters.
 
 static double random_normal(uint64_t *state) { // Box-Muller, one of the pair
     double r = sqrt(-2 * log(1 - random_unit(state)));
@@ -1381,8 +1392,8 @@ static double random_normal(uint64_t *state) { // Box-Muller, one of the pair
 }
 
 // As the reference implementation starts: dt_bias so that softplus(dt_bias) is log-uniform in
-// [0.001, 0.1]; A = -1 .. -N; out_proj smaller with depth, so that the residual
-// stream's variance does not grow with it.
+// [0.001, 0.1]; A = -1 .. -N; out_proj divided by the root of n_layer, so that the variance of the
+// residual stream does not grow with the number of layers.
 static float initial_value(Init init, int fan_in, int column, int n_layer, uint64_t *random) {
     double uniform = 2 * random_unit(random) - 1, range = 1 / sqrt((double)fan_in);
     if (init == INIT_ONES) return 1;
@@ -1430,7 +1441,7 @@ typedef struct Trainer {
     float *d_y;              // (T,E)
     float *d_xdb;            // (T,P)
     float *d_c;              // (L,E) scratch of the convolution
-    float *scale;            // (T) scratch of the norms
+    float *scale;            // (2,T) scratch of the norms
     float *losses;           // (T)
     float *logits;           // (LOSS_ROWS,V), then their gradient
     float *scan;             // scratch of the scan
@@ -1444,10 +1455,11 @@ COLD_END
 
 static float *grad(const Tensor *w) { return (float *)(uintptr_t)w->data; } // NULL: an absent bias
 
-// Number of chunks, and where the states of a layer at the start of a chunk lie, of all sequences.
 static int chunks_of(const Trainer *tr) {
     return tr->chunk ? (tr->L + tr->chunk - 1) / tr->chunk : 1;
 }
+
+// Where the states of a layer at the start of a chunk lie, of all sequences.
 static LayerState start_of(const Trainer *tr, int chunk, int layer) {
     const Config *c = &tr->model->config;
     const size_t at = ((size_t)chunk * c->n_layer + layer) * tr->B * c->E;
@@ -1525,7 +1537,12 @@ static void block_backward(Trainer *tr, int layer, int chunk) {
     norm_rows(w->xn, w->res, f32(&p->norm), f32(&p->norm_bias), c->norm_eps, T, D, (size_t)D);
     MatmulGrad d_in = {.d_x = tr->d_xn, .d_W = grad(&d->in_proj), .d_bias = grad(&d->in_bias)};
     matmul_backward(&d_in, tr->d_xz, 2 * (size_t)E, w->xn, (size_t)D, &p->in_proj, rows);
-    NormGrad d_norm = {tr->d_res, true, grad(&d->norm), grad(&d->norm_bias), tr->scale};
+    // The residual goes past the layer unchanged: d_res stays, and the norm's gradient is added.
+    NormGrad d_norm = {.d_x = tr->d_res,
+                       .add = true,
+                       .d_weight = grad(&d->norm),
+                       .d_bias = grad(&d->norm_bias),
+                       .scale = tr->scale};
     norm_rows_backward(&d_norm, tr->d_xn, w->res, f32(&p->norm), c->norm_eps, T, D, (size_t)D);
 }
 
@@ -1536,7 +1553,7 @@ static void loss_pass(Trainer *tr, const float *res, const int32_t *targets, flo
     Model *m = tr->model, *d = tr->gradient;
     const int D = m->config.D, V = m->config.V, T = tr->B * tr->steps;
     const float eps = m->config.norm_eps;
-    float *xn_of_all = tr->work->xn;
+    float *xn_of_all = tr->work->xn; // the layers share it, and it is free here
     norm_rows(xn_of_all, res, f32(&m->norm_f), f32(&m->norm_f_bias), eps, T, D, (size_t)D);
     for (int t = 0; t < T; t += LOSS_ROWS) {
         const Rows rows = {T - t < LOSS_ROWS ? T - t : LOSS_ROWS, false, tr->work->packed};
@@ -1547,7 +1564,10 @@ static void loss_pass(Trainer *tr, const float *res, const int32_t *targets, flo
         if (backward)
             matmul_backward(&d_head, tr->logits, (size_t)V, xn, (size_t)D, &m->head, rows);
     }
-    NormGrad d_norm = {tr->d_res, false, grad(&d->norm_f), grad(&d->norm_f_bias), tr->scale};
+    NormGrad d_norm = {.d_x = tr->d_res,
+                       .d_weight = grad(&d->norm_f),
+                       .d_bias = grad(&d->norm_f_bias),
+                       .scale = tr->scale};
     if (backward) norm_rows_backward(&d_norm, tr->d_xn, res, f32(&m->norm_f), eps, T, D, (size_t)D);
 }
 
@@ -1560,7 +1580,7 @@ static double chunk_pass(Trainer *tr, int chunk, const int32_t *ids, const int32
     const int t0 = chunk * tr->chunk, rest = tr->L - t0;
     tr->steps = tr->chunk && rest > tr->chunk ? tr->chunk : rest;
     const int T = tr->B * tr->steps, team = (double)tr->model->n_params * T < 4e6 ? 1 : tr->threads;
-    (void)team;
+    (void)team; // not read without OpenMP
     for (int b = 0; b < tr->B; b++) {
         const size_t from = (size_t)b * tr->L + t0, bytes = (size_t)tr->steps * sizeof *ids;
         memcpy(tr->ids + (size_t)b * tr->steps, ids + from, bytes);
@@ -1580,11 +1600,12 @@ static double chunk_pass(Trainer *tr, int chunk, const int32_t *ids, const int32
     return sum;
 }
 
-// Adds to the gradient that of weight * the sum of -log p(targets), for B L rows of ids; targets
-// of -1 do not count. Returns the sum of the losses (without weight); NaN where a GPU failed, after
-// fail(). backward false: the loss only. ids and targets must be below V. The sequences go on from
-// the states at a place of mamba_trainer_carry(), which move on to their ends: the gradient is cut
-// off at their start. Place -1: they begin.
+// Adds the gradient of weight * (sum of -log p(target)) to tr->gradient, for ids and targets (B,L),
+// all below V; a target of -1 does not count. Returns the sum of the losses, without weight; NaN
+// after fail(), where a GPU failed. backward false: the loss only. place -1: the sequences begin,
+// with states of zeros. Else they go on from the states that mamba_trainer_carry() keeps at this
+// place, and leave there those at their end; no gradient goes back to what was read before this
+// pass.
 double mamba_train_pass_on(Trainer *tr, int place, const int32_t *ids, const int32_t *targets,
                            float weight, bool backward) {
     const Config *c = &tr->model->config;
@@ -1612,26 +1633,33 @@ double mamba_train_pass(Trainer *tr, const int32_t *ids, const int32_t *targets,
     return mamba_train_pass_on(tr, -1, ids, targets, weight, backward);
 }
 
-// --- AdamW (Loshchilov & Hutter 2019)
+// --- AdamW (Loshchilov & Hutter 2019). With g the gradient of a weight w, clipped, at step s:
+//
+//     m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+//     w = w (1 - rate decay) - rate (m / (1 - beta1^s)) / (sqrt(v / (1 - beta2^s)) + epsilon)
+//
+// The divisors undo the bias of moments that begin as zeros. No decay for vectors: TENSORS_LAYER.
 
 typedef struct {
     const Trainer *tr;
     const AdamW *how;
     double squares;         // of all gradients
     float scale;            // what clipping leaves of them
-    double unbias, unbias2; // 1 - beta^step
+    double unbias, unbias2; // the divisors of m and v: 1 - beta^step
     const float *base;      // of the weights' arena
     char bad[LABEL];        // first tensor whose gradient is not finite
 } AdamWPass;
 
+// Where the elements of w lie in another arena of the same layout.
 static float *beside(const AdamWPass *p, const Tensor *w, float *arena) {
     return arena + ((const float *)w->data - p->base);
 }
 
+// Adds the squares of w's gradient to the pass.
 static void norm_tensor(void *context, const TensorInfo *info, Tensor *w) {
     AdamWPass *p = context;
     double sum = sum_squares(beside(p, w, p->tr->gradient->weights), tensor_elements(w));
-    if (!(sum - sum == 0) && !p->bad[0]) tensor_label(p->bad, info);
+    if (!(sum - sum == 0) && !p->bad[0]) tensor_label(p->bad, info); // NaN or infinity
     p->squares += sum;
 }
 
@@ -1680,7 +1708,6 @@ int mamba_train_step(Trainer *tr, const AdamW *how, double *norm) {
     p.unbias = 1 - pow(how->beta1, (double)tr->step);
     p.unbias2 = 1 - pow(how->beta2, (double)tr->step);
     each_tensor(tr->model, adamw_tensor, &p);
-    if (tr->model->config.flags & FLAG_TIED) tr->model->head = tr->model->embedding;
     refresh_derived(tr->model);
     return 0;
 }
@@ -1723,16 +1750,15 @@ static void penalise_recent(const State *s, float *logits, float penalty) {
 }
 
 // What top-k, top-p and min-p keep of n candidates. On return they lie at the end of order: the
-// likeliest is order[n-1], the next order[n-2] ... Returns how many, and *kept_sum of their probs.
-// probs are after the temperature and need not add up to 1. top_p is a part of their sum after
-// top_k.
+// likeliest is order[n-1], the next order[n-2] ... Returns how many; *kept_sum gets the sum of
+// their probs. probs need not add up to 1, so top_p is a part of the sum of what top-k keeps.
 static int keep_likeliest(int32_t *order, int n, const float *probs, const Sampling *how,
                           double *kept_sum) {
     const int k = how->top_k > 0 && how->top_k < n ? how->top_k : n;
     int sorted = 0, kept = 0; // of order, from its end
     double sum_of_k = 0, sum = 0;
     for (int i = n / 2 - 1; i >= 0; i--) heap_down(order, n, i, probs);
-    for (; k < n && sorted < k; sorted++) { // their sum is needed first
+    for (; k < n && sorted < k; sorted++) { // top-p needs the sum of these first
         heap_pop(order, n - sorted, probs);
         sum_of_k += probs[order[n - 1 - sorted]];
     }
@@ -1748,9 +1774,9 @@ static int keep_likeliest(int32_t *order, int n, const float *probs, const Sampl
     return kept;
 }
 
-// The next token of s by the scratch arrays logits and order (V): an id, or -1 where none can be
-// drawn, or -2 - v where logit v is not finite. Writes nothing but its arguments: threads may draw
-// for different states.
+// Draws the next token of s. Returns its id, or -1 where none can be drawn, or -2 - v where logit v
+// is not finite. logits and order (V) are scratch. Writes nothing but its arguments: threads may
+// draw for different states.
 static int32_t draw(const Model *m, float *logits, int32_t *order, State *s, const Sampling *how) {
     int V = m->config.V, n = 0;
     float highest = -INFINITY;
@@ -1808,7 +1834,7 @@ int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling 
     for (int b = 0; b < B; b++)
         if (s[b]->position == 0) return fail("nothing to continue: a state has read no token");
     int team = pass_team(m, a, B);
-    (void)team;
+    (void)team; // not read without OpenMP
 #pragma omp parallel for num_threads(team) schedule(dynamic)
     for (int b = 0; b < B; b++) // a->logits is free: every state has its own logits by now
         ids[b] = draw(m, a->logits + (size_t)b * V, a->order + (size_t)b * V, s[b], how);
@@ -1817,9 +1843,9 @@ int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling 
     return 0;
 }
 
-// The token ids of some pieces of text as of one text, for the caller to free; in an arena by
-// mamba_release. Where a piece is not `special`, such as what a user wrote in a chat, no special
-// token is found in it. 0, or -1 after fail().
+// Encodes the pieces of a text as one text. The caller frees *ids, or takes it back with
+// mamba_release() where a mamba_arena() is in use. Where a piece is not `special`, such as what a
+// user wrote in a chat, no special token is found in it. 0, or -1 after fail().
 int mamba_encode_pieces(const Model *m, const TextPiece *pieces, size_t n_pieces, int32_t **ids,
                         size_t *n) {
     if (!m->tokenizer) return fail("this model has no tokenizer: give token ids");
@@ -1869,8 +1895,9 @@ static bool is_eos(const Config *c, int32_t id) {
     return false;
 }
 
-// Writes on after what s has read: draw a token, emit its text, read it, and again. Returns how
-// many tokens were written, or -1 after fail().
+// Writes on after what s has read: draw a token, emit its text, read it, and again. The last token
+// is read too. Where nobody uses the state afterwards, a GPU draws and reads several tokens at a
+// time, a burst. Returns how many tokens were written, or -1 after fail().
 long mamba_generate(const Model *m, Acts *a, State *s, Writing *w) {
     const bool bursts = a->gpu && !w->goes_on;
     unsigned char *text = memory_get(m->text_room + 1); // a model without a tokenizer has no text

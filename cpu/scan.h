@@ -128,7 +128,7 @@ static void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float *d_
         ut[i] = load_n(s->u + first + e, lanes);
         d_ut[i] = load_n(s->D_skip + k->e0 + e, lanes) * dy[i];
         d_dt[i] = splat(0);
-        store(k->d_D + e, load(k->d_D + e) + dy[i] * ut[i]);
+        store(k->d_D_skip + e, load(k->d_D_skip + e) + dy[i] * ut[i]);
     }
     for (int n = 0; n < N; n++) {
         vec d_B = splat(0), d_C = splat(0);
