@@ -86,7 +86,8 @@ CUDA_CODE := $(CUDA_LIST:sm_90=sm_90a)
 CUDA_PTX   = $(if $(filter all,$(CUDA_ARCH)),,$(CUDA_CODE:sm_%=compute_%))
 CUDA_GENCODE = $(foreach a,$(sort $(CUDA_CODE) $(CUDA_PTX)),\
                -gencode arch=$(a:sm_%=compute_%),code=$a)
-# nvcc compiles on all cores where it can: --threads=0 --split-compile=0.
+# nvcc compiles on all cores where it can: --threads=0 --split-compile=0. -O1 is for the code of the
+# processor; the GPU's is always optimised.
 NVCC_CORES := $(shell $(NVCC) --help 2>/dev/null | \
                 sed -nE 's/^(--threads|--split-compile) .*/\1=0/p')
 GPU_OBJECT = mamba_cuda.o
@@ -116,8 +117,15 @@ BUILD = $(CC) $(FLAGS) $(GPU_FLAGS) $(CUDA_ARCH)
 	@echo '$(BUILD)' | cmp -s - $@ || echo '$(BUILD)' > $@
 FORCE:
 
-mamba: $(SOURCES) .flags $(GPU_OBJECT)
-	$(CC) $(FLAGS) $(GPU_FLAGS) mamba.c -o $@ $(GPU_LIBS) -lm
+ifeq ($(CUDA),)
+mamba: $(SOURCES) .flags
+	$(CC) $(FLAGS) mamba.c -o $@ -lm
+else # mamba.o by itself: it is compiled while nvcc is at work
+mamba: mamba.o $(GPU_OBJECT)
+	$(CC) $(FLAGS) mamba.o -o $@ $(GPU_LIBS) -lm
+mamba.o: $(SOURCES) .flags
+	$(CC) $(FLAGS) $(GPU_FLAGS) -c mamba.c -o $@
+endif
 
 tests/test_all: $(TESTS) $(SOURCES) .flags $(GPU_OBJECT)
 	$(CC) $(FLAGS) $(GPU_FLAGS) $(TEST_FLAGS) test_all.c -o $@ $(GPU_LIBS) -lm
@@ -127,12 +135,12 @@ tests/soak_gpu: tests/soak_gpu.c $(SOURCES) .flags $(GPU_OBJECT)
 	$(CC) $(FLAGS) $(GPU_FLAGS) -pthread $< -o $@ $(GPU_LIBS) -lm
 
 mamba_cuda.o: mamba_cuda.cu $(wildcard cuda/*) $(SOURCES) .flags
-	$(NVCC) -O3 -std=c++17 $(CUDA_GENCODE) $(NVCC_CORES) -Xcompiler -Wall,-Wextra $(NCCL_FLAGS) \
+	$(NVCC) -O1 -std=c++17 $(CUDA_GENCODE) $(NVCC_CORES) -Xcompiler -Wall,-Wextra $(NCCL_FLAGS) \
 	    $(NVCCFLAGS) \
 	    -c mamba_cuda.cu -o $@
 
 cuda:                        ## build ./mamba with the GPU backend; without a GPU: CUDA_ARCH=sm_90
-	$(MAKE) all CUDA=1
+	$(MAKE) $(if $(findstring j,$(MAKEFLAGS)),,-j2) all CUDA=1
 
 test-cuda:                   ## tests of the GPU against the CPU: kernels, training, generation
 	$(MAKE) all tests/test_all CUDA=1
@@ -290,7 +298,7 @@ bench: all                   ## speeds on random weights; LLAMA_BENCH=path compa
 	$(PYTHON) dev/bench.py --portable "$$dir/mamba" $(BENCH)
 
 clean:                       ## remove what was built
-	rm -f mamba mamba-debug mamba-plain mamba_single.c mamba_cuda.o .flags \
+	rm -f mamba mamba-debug mamba-plain mamba_single.c mamba.o mamba_cuda.o .flags \
 	    mamba-dist mamba.exe dist-*.o $(FUZZ_TARGETS:%=tests/fuzz/fuzz_%) \
 	    lib/library.o libmamba.a libmamba.so \
 	    tests/test_all tests/test_all-debug tests/test_all-plain tests/soak_gpu

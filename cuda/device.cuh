@@ -190,8 +190,14 @@ static cudaError_t code_version(int *version) {
     return error;
 }
 
+// cublasDestroy() waits for the whole context (cuCtxSynchronize). The driver can crash in it while
+// another thread captures: `sh tests/soak_gpu.sh 180 6` did without this lock. So the two wait for
+// each other, and cublasCreate() too.
+static std::mutex capture_mutex;
+
 static int device_open(Device *d) {
     memset(d, 0, sizeof *d);
+    const std::lock_guard<std::mutex> no_capture(capture_mutex);
     int n = 0;
     cudaError_t error = cudaGetDeviceCount(&n);
     if (error != cudaSuccess || n == 0) {
@@ -237,6 +243,7 @@ static void products_free(Device *d) {
 }
 
 static void device_close(Device *d) {
+    const std::lock_guard<std::mutex> no_capture(capture_mutex);
     products_free(d);
     if (d->blas) cublasDestroy(d->blas);
     cudaFree(d->workspace);

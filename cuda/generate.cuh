@@ -133,8 +133,9 @@ static int generation_capture(Gpu *g, Draw draw) {
     if (finish(d)) return -1;
     cudaGraph_t graph = NULL;
     cudaError_t error = cudaSuccess;
-    // A capture can end early by what another thread does, such as loading kernels or freeing
-    // memory. It is queued again then.
+    const std::lock_guard<std::mutex> alone(capture_mutex);
+    // A capture can still end early by what another thread does, such as loading kernels. It is
+    // queued again then.
     for (int tries = 0; tries < CAPTURE_TRIES; tries++) {
         graph = NULL, d->failed = NULL, d->error = cudaSuccess;
         error = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);

@@ -613,7 +613,8 @@ __global__ void conv1d_silu_backward_kernel(T *__restrict__ d_xz, float *__restr
         };
     int t = t0;
     for (; t < min(t0 + K - 1, t1); t++) step(t, true, true, false);
-#pragma unroll 4
+    // 16 taps are rare: unrolled, their four kernels cost 5 s of the build.
+#pragma unroll(MAX_TAPS <= 4 ? 4 : 1)
     for (; t < t1; t++) step(t, true, true, true);
     for (; t < t1 + K - 1; t++) step(t, false, t < L, t - (K - 1) >= t0);
     float *to = partial + (size_t)rest * (K + 1) * E + e;

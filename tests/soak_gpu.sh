@@ -1,15 +1,16 @@
 #!/bin/sh
-# Two processes of two threads each use one GPU: prompts, batches, scores and training, mixed. Every
+# Two processes of some threads each use one GPU: prompts, batches, scores and training, mixed. Every
 # text must be the one that was made alone.
-#   sh tests/soak_gpu.sh [SECONDS]       300 are the default; after: make tests/soak_gpu CUDA=1
+#   sh tests/soak_gpu.sh [SECONDS] [THREADS]    300 and 2 by default; after: make tests/soak_gpu CUDA=1
 cd "$(dirname "$0")/.." || exit 2
 seconds=${1:-300}
+threads=${2:-2}
 program=${SOAK:-tests/soak_gpu}
 dir=$(mktemp -d) || exit 2
 trap 'rm -rf "$dir"' EXIT
 "$program" "$dir/alone" || { echo "soak: the work alone failed"; exit 1; }
-"$program" "$dir/alone" "$seconds" 2 > "$dir/first" & first=$!
-"$program" "$dir/alone" "$seconds" 2 > "$dir/second" & second=$!
+"$program" "$dir/alone" "$seconds" "$threads" > "$dir/first" & first=$!
+"$program" "$dir/alone" "$seconds" "$threads" > "$dir/second" & second=$!
 wait $first; a=$?
 wait $second; b=$?
 cat "$dir/first" "$dir/second"
