@@ -7,33 +7,40 @@
    recurrence() in the simplest way for a GPU. Names are those of mamba.c's glossary.
 
    A LANE IS A CHANNEL (or 2 or 4 neighbours). The paper's kernel gives one channel of one sequence
-   to a block, whose threads stand along time: each computes a few steps, and a parallel scan
-   joins their pairs, (a1,b1) then (a2,b2) = (a1 a2, a2 b1 + b2), for every state. Here a lane is a
+   to a block, whose threads stand along time: each runs a few steps and leaves a pair (a,b), the
+   product of its decays and its end state from h = 0. A parallel scan joins the pairs, (a1,b1)
+   then (a2,b2) = (a1 a2, a2 b1 + b2), for every state. Here a lane is a
    channel, and time runs in its registers: the recurrence is the plain loop, one multiply-add a
    step, no pair is joined across lanes, and 32 channels share each B_ssm and C_ssm that is loaded.
    The price is parallelism: it takes many channels to fill a GPU. Where there are few, scan_tiles
    gives 16 steps to a warp and 64 to a block; warps join their pairs, blocks hand the state on. A
-   tile is a stretch of time: 16 steps in scan_walk, 32 in scan_relay, 64 in the other two.
+   tile is a stretch of time: 16 steps in scan_walk, 32 in scan_relay and scan_back, 64 in
+   scan_tiles.
 
-   WHERE h GOES, in each form of the scan. An arrow is a load or a store; x2: two buffers, of this
-   tile and of its neighbour. The states of all times, (B,L,N,E), never exist in any of them.
+   WHERE h GOES, in the forms of the scan that stand alone. An arrow is a load or a store; x2: two
+   buffers, of this tile and of its neighbour. The states of all times, (B,L,N,E), never exist in
+   any of them.
      device memory                  shared memory                    registers of a lane
    ---------------------------------------------------------------------------------------------
    scan_plain: the definition. A thread is a channel; one step after the other.
-     delta, u, z, B_ssm, C_ssm  ------------------------------->     decay, inject, y
+     delta_raw, u, z, B_ssm, C_ssm  --------------------------->     decay, inject, y
      h (N)  <-------------------------------------------------->     one state at a time
    ---------------------------------------------------------------------------------------------
-   scan_step: one token. The warps of a block share the states of 32 or 128 channels.
-     delta, u, B_ssm, C_ssm  ---------------------------------->     decay, inject
-     h (N)  <-------------------------------------------------->     N / warps states
-     g  <-----------------------    y of each warp  <-----------     y
+   scan_step: one token. The warps of a block share the states of 32 or 128 channels. Most steps run
+   in kernels that do more than the scan, with the same recurrence: see section 7. scan_step is for
+   what fits none of them.
+     delta_raw, u, B_ssm, C_ssm  ------------------------------>     decay, inject
+     h (N)  <-------------------------------------------------->     one state at a time
+     g  <-----------------------    y of each warp  <-----------     y, z
    ---------------------------------------------------------------------------------------------
-   scan_walk: short texts, or many states. A block is 32 channels and walks through time in tiles
-   of 16 steps; its S warps share the states. h stays in registers from the first step to the last.
+   scan_walk: short texts of N = 8, 16, 32 or 64, and long ones of N = 32 or 64. A block is 32
+   channels and walks through time in tiles of 16 steps; its S warps share the states. h stays in
+   registers from the first step to the last.
      delta_raw, u  ------------>    delta, delta*u (32,16) x2   ->   4 steps at a time
      B_ssm, C_ssm  ------------>    B, C (N,16) x2  ------------>    4 steps at a time
      h0, h_final, h_starts  <----------------------------------->    h (N/S)
-     g  <----  z, gate  <-------    y of each warp (S,32,16) x2  <-  y of 4 steps
+     z  ------------------------------------------------------->     gate of the warp's rows
+     g  <-----------------------    y of each warp (S,32,16) x2  <-  y of 4 steps
    ---------------------------------------------------------------------------------------------
    scan_relay: many channels, N = 8 or 16. A block is 32 or 64 channels; its 4 warps take turns of
    8 steps. A warp does all states of its turn, a quarter at a time, then hands the quarter to the
@@ -56,20 +63,24 @@
                                     (decay of 16, end)   <------     16 decays, kept for run two
      h0, mail of tile i - 1  -->    h before the tile  --------->    h before the warp
      mailbox of tile i  <----------------------------------------    h after the last warp
-     h_starts, h_final  <----------------------------------------    h at every 32nd step
+     h_starts  <-------------------------------------------------    h at every 32nd step
+     h_final  <--------------------------------------------------    h after the last step
      z  ----------------------->    z  ------------------------->    gate
      g  <--------------------------------------------------------    y
    ---------------------------------------------------------------------------------------------
-   scan_back: the backward. A block is 32 or 64 channels and walks backward through time in tiles of
-   32 steps, pieces of 8; its 4 warps share the states. h is computed again from the state that the
-   forward saved every 32 steps; d_h stays in registers.
-     delta_raw, u, z, d_g  ---->    delta, delta u, d_y (32)  -->    those of 8 steps
+   scan_back: the backward. A block is 32 or 64 channels and walks backward through a segment of
+   time in tiles of 32 steps, pieces of 8; its 4 warps (8 or 16 for N > 16) share the states. h is
+   computed again from the state that the forward saved every 32 steps; d_h stays in registers.
+   Where there are many channels, all time is one segment. Where there are few, scan_back_ends
+   first computes d_h at the ends of the segments.
+     delta_raw, u, z, d_g  ---->    delta, delta u, u, d_y,  --->    those of 8 steps
+                                    slopes of the gate (32)
      B_ssm, C_ssm  ------------>    B, C (N,32)  --------------->    8 steps of a state
      h_starts  ---------------->    h before each piece (N)  <-->    8 h and 8 decays of a state
      d_h_final, d_h0  <----------------------------------------->    d_h (N/4)
      d_delta, d_u, d_z  <-------    of each warp (3,16)  <-------    sums over states
      parts of d_B, d_C  <-------    of 8 groups of lanes  <------    sums over lanes (tensor cores)
-     parts of d_A, d_D, d_bias <-------------------------------      sums over steps
+     parts of d_A, d_D, d_bias  <-  d_D, d_bias of each warp  <-     sums over steps
    ---------------------------------------------------------------------------------------------
 
    PRECISION. T is the type of matrices and of activations between kernels: float, bf16, or, where
@@ -79,20 +90,29 @@
 
    CONTENTS. This file:                            What it includes from cuda/, where it is needed:
      1 the scan: arguments, arithmetic, definition   device.cuh      errors, memory, launches, sums
-     2 the scan of one token                         exchange.cuh    how blocks tell each other
+                                                     exchange.cuh    how blocks tell each other
+     2 the scan of one token
      3 the scan of a text, and which form runs       scan_relay.cuh, scan_tiles.cuh
-     4 [train] the scan's backward                   scan_backward.cuh
+     4 the scan's backward                           scan_backward.cuh
      5 the model: weights, block                     layers.cuh      embedding, norm, conv, loss
                                                      conv_back.cuh   backward of conv and x_proj
+                                                     padding.cuh     prompts of different lengths
                                                      products.cuh    matrix products
-                                                     step_portable.cuh    a token on any GPU
-     6 the model on the device, its state, prefill
-     7 generation: a step, its graph; texts          sampling.cuh    the next token
-                                                     step_one_hopper.cuh  a step of 1 sequence
-                                                     step_many_hopper.cuh a step of 2 to 64
+                                                     quantized.cuh   matrices of 8 and 4 bits
+                                                     step_portable.cuh, step_packed.cuh
+                                                                     a token on any GPU
+     6 the model on the device, its state, prefill   places.cuh      several sequences
+                                                     open.cuh        memory for a model, its loading
+     7 generation: a step, its graph; texts          generate.cuh    which step runs, bursts
+                                                     sampling.cuh    the next token
+                                                     step_one_hopper.cuh, step_one_packed.cuh
+                                                                     one sequence, one kernel
+                                                     step_many_hopper.cuh    2 to 64, one kernel
+                                                     texts.cuh       scores, prompts side by side
      8 what mamba.c calls                            train.cuh       pass and AdamW
                                                      ranks.cuh       several cards (NCCL=1)
-                                                   bench.cuh       times, the scan's check    */
+                                                     bench.cuh       times, the scan's check
+   [train]: only training needs what follows. */
 // clang-format on
 
 #define MAMBA_TYPES_ONLY
@@ -131,7 +151,7 @@ typedef __half f16;
 //   - softplus is one ex2 and a polynomial; two gates share one reciprocal. That makes 18.5 special
 //     functions a token and channel instead of 20.
 //   - The address of a row is one multiply-add (row_at). 64-bit indices and clamps add a third
-//     to scan_walk's time (660 us instead of 499).
+//     to scan_walk's time (660 us instead of 499, an H100, N = 16).
 // With one channel a lane a row's loads are contiguous, so all alignments take one path.
 
 enum { SCAN_SAVE = 32 }; // h_starts holds the state before each step t with t % SCAN_SAVE = 0
@@ -167,8 +187,8 @@ __device__ __forceinline__ float rcp_fast(float x) {
     return y;
 }
 
-// log1p(e) / e for e in [0,1]: a polynomial of degree 8, off by 3e-8 at most, or, where inputs are
-// bf16, of degree 6, off by 1.3e-6. log(1 + e) would lose a small e.
+// log1p(e) / e for e in [0,1]: a polynomial of degree 8, off by 3e-8 at most, or, where inputs have
+// 16 bits, of degree 6, off by 1.3e-6. log(1 + e) would lose a small e.
 template <typename T> __device__ __forceinline__ float log1p_ratio(float e) {
     float q;
     if (sizeof(T) == 2) {
@@ -216,11 +236,12 @@ __device__ __forceinline__ void gate_pair(float &y0, float &y1, float z0, float 
 template <typename T> __device__ __forceinline__ T *row_at_bytes(T *p, int i, int bytes) {
     return (T *)((char *)p + (long long)i * bytes);
 }
-// The same of rows ld elements apart, for an i that the compiler knows.
+// The same of rows ld elements apart, for a constant i, so that i * sizeof(T) is one too.
 template <typename T> __device__ __forceinline__ T *row_at(T *p, int i, int ld) {
     return row_at_bytes(p, i * (int)sizeof(T), ld);
 }
 
+// R neighbouring floats, in one load or store.
 template <int R> struct alignas(R >= 4 ? 16 : 4 * R) Row {
     float v[R];
 };
@@ -527,15 +548,17 @@ cudaError_t scan_walk_launch(Device *d, const ScanArgs<T> &p) {
 #include "cuda/scan_relay.cuh"
 #include "cuda/scan_tiles.cuh"
 
-// Which form runs for a text; times are an H100's. A relay takes as long as the multiprocessor with
-// most blocks: 88 us for 2,048 steps of one block, 134 of two, 187 of three. Tiles spread over all
-// multiprocessors and take 0.76 us a block of 32 channels. So tiles take few channels, and what is
-// a little over one block a multiprocessor, unless the text is too short to pay for their start.
-// Everything else goes to the relay for N = 8 and 16 (short texts to the walk), to the walk for N =
-// 32 and 64, to tiles for any other N. With two channels a lane the relay does a block of 64
-// channels in 0.9 of the time of two blocks of 32, but its blocks spread less evenly: 192 blocks
-// over 132 multiprocessors are two for some. Tiles gain 4 to 8% by two channels a lane. Shape,
-// alignment and machine alone decide, so every run gives the same bits.
+// Which form runs for a text; times are an H100's in bf16, N = 16, 2,048 steps. A relay takes as
+// long as the multiprocessor with most blocks: 88 us for 2,048 steps of one block, 134 of two, 187
+// of three. Tiles spread over all multiprocessors and take 0.76 us a block of 32 channels. So tiles
+// take few channels, and what is a little over one block a multiprocessor (for other N: up to 1.5
+// blocks), unless the text is too short to pay for their start. Everything else goes to the relay
+// for N = 8 and 16 (short texts to the walk), to the walk for N = 32 and 64, to tiles for any other
+// N. With two channels a lane the relay does a block of 64 channels in 0.9 of the time of two
+// blocks of 32, but its blocks spread less evenly: 192 blocks over 132 multiprocessors are two for
+// some. Tiles gain 4 to 8% by two channels a lane, where there are 12 tiles for each
+// multiprocessor. Up to 3 blocks a multiprocessor a relay has 168 registers a thread, else 128.
+// Shape, alignment and machine alone decide, so every run gives the same bits.
 template <typename T> static cudaError_t scan_forward(Device *d, const ScanArgs<T> &p) {
     size_t blocks = (size_t)p.B * ((p.E + 31) / 32), pairs = (size_t)p.B * ((p.E + 63) / 64),
            processors = (size_t)d->processors;
@@ -686,7 +709,8 @@ static ScanBackArgs<T> scan_back_args(const ScanArgs<T> &p, const float *h_start
 
 // ------------------------------------------------------------------------------------------------
 // 5 The model: weights, block
-// The file's tensors are copied as they lie; matrices of another type than T are converted once.
+// The file's tensors are copied as they lie; matrices of another type than T are converted once. Q8
+// and Q4 stay in bits, their words in another order (quantized.cuh), but for dt_proj.
 
 #include "cuda/layers.cuh"
 #include "cuda/conv_back.cuh"
@@ -718,9 +742,8 @@ struct TensorPlace { // one for each tensor that the model has
 static std::vector<TensorPlace> tensor_places(const Model *m, Weights *w) {
     const Config *c = &m->config;
     std::vector<TensorPlace> all;
-    const Type matrix_type = c->type;
-    (void)matrix_type;
     w->layer.resize((size_t)c->n_layer);
+// A matrix is what TENSORS_LAYER stores as c->type, so #type begins with a c.
 #define PLACE(owner, device_owner, index, name, rows_, cols_, type, init, decays, present) \
     (device_owner)->name = NULL; \
     if (present) \
@@ -878,7 +901,8 @@ static ScanArgs<T> scan_args(const Config *c, const LayerWeights *w, BlockActs<T
     return p;
 }
 
-// What a block is applied to. window and h move on; where given: B = 1, L = 1, text or lengths.
+// What block() is applied to. window and h move on. They may be given where B = 1 (a text), where
+// L = 1 (a step), in training, and with lengths.
 struct BlockRun {
     float *out;       // (B*L,D) = res + block(res)
     const float *res; // (B*L,D), may be out
@@ -899,9 +923,9 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
     const int B = run.B, L = run.L, rows = B * L;
     const float *conv_bias = (const float *)w->conv_bias, *res = run.res;
     float *out = run.out, *h = run.h;
-    const bool step = L == 1 && h && !run.text && !run.lengths; // of a text, not a text
+    const bool step = L == 1 && h && !run.text && !run.lengths; // else texts, maybe of one token
     norm_rows(d, Rows(a.xn, D), Rows(res, D), w->norm, w->norm_bias, c->norm_eps, rows, D);
-    // What is in bits is unpacked where nothing is needed meanwhile.
+    // A matrix in bits is unpacked into an array that is free at that moment.
     const Unpacking &bits = a.unpacking;
     project(d, Rows(a.xz, 2 * E), Rows(a.xn, D), w->in_proj, rows, 2 * E, D, bits, a.u, bits.end);
     add_bias(d, a.xz, 2 * (size_t)E, (const float *)w->in_bias, rows, 2 * E);
@@ -1032,7 +1056,7 @@ template <class T> static void unpack_for_batches(Gpu *g, int spare) {
     for (const PackedPlace &p : g->packed) bytes += ((size_t)p.rows * p.cols + 128) * sizeof(T);
     if (!g->unpacking.bits) return;
     free_bytes = free_memory(&total);
-    // States need memory, too. spare: how many times the copy must be free.
+    // States need memory, too: free memory must hold the copy `spare` times, and a GiB more.
     if (free_bytes < spare * bytes + bytes / 2 + ((size_t)1 << 30)) return;
     T *to = (T *)gpu_take(g, bytes);
     if (!to) return;
@@ -1076,7 +1100,7 @@ template <class T> static size_t lay_out_acts(Gpu *g, char *base) {
     const Arena start = a;
     Arena logits = a, solo = a, other = a;
     a.take(b->xz, M * 2 * E, sizeof(T));
-    const size_t unpacked = a.used + part; // of in_proj; of out_proj, before g:
+    const size_t unpacked = a.used + part; // in_proj is unpacked behind xz, out_proj before g
     a.take(b->u, M * E, sizeof(T)), a.take(b->xdb, M * P, sizeof(T));
     a.take(b->delta, M * E, sizeof(T));
     a.used = std::max(a.used, start.used + part);
@@ -1169,7 +1193,16 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
 // 7 Generation: a step, its graph
 // A step draws a token for each of S sequences from its logits and reads it, so ids never wait for
 // the host: they are collected on the device and fetched after some steps. The whole step is one
-// graph, captured once for each S and kind of sampling.
+// graph, captured again where S or the kind of sampling changes. Its kernels:
+//   the draw    likeliest_kernel, bins_kernel and keep_kernel where top-k or top-p asks for them,
+//               choose_kernel, which also writes the embedding (sampling.cuh)
+//   the token   the first of these that fits (read_tokens() in generate.cuh):
+//     solo_kernel, solo_packed_kernel   one sequence, all layers in one kernel; Hopper, bf16, Q8,
+//     Q4 wide_kernel        2 to 64 sequences, all layers in one kernel; Hopper, bf16 thin_kernel
+//     up to 16 sequences in 16 bits, Q8 (packed_kernel) or Q4, any GPU. A layer is
+//                        four: norm and in_proj; convolution and x_proj; thin_scan_kernel, which
+//                        has dt_proj, scan and gate; out_proj. Then norm and head
+//     block()            everything else: a kernel for each operation
 
 #include "cuda/sampling.cuh"
 #include "cuda/step_one_hopper.cuh"

@@ -16,7 +16,8 @@
 // uses, the host sees `stuck`, and takes another form of the kernel or tells which one it was.
 // Waits inside a block or a cluster (barriers in shared memory) depend on the copy engine and on
 // blocks that run at the same time by the rules of clusters. They outlast the others fourfold, then
-// the kernel traps: their barriers could not be used after a wait in vain.
+// the kernel traps: their barriers could not be used after a wait in vain. The turns of warps (1)
+// have no limit: warps of one block always run.
 struct Patience {
     uint32_t polls = 0, start = 0; // start: milliseconds
     // After a poll in vain: whether waiting has lasted `times` wait_limit, or somebody gave up.
@@ -36,7 +37,7 @@ struct Patience {
         return true;
     }
 };
-enum { STUCK_TILES = 1, STUCK_IN_STEP = 2 }; // numbers of the kernels
+enum { KERNEL_TILES = 1, KERNEL_STEP = 2 }; // what is written to `stuck`: which kernel gave up
 
 // ------------------------------------------------------------------------------------------------
 // 1 Turns. Warp w writes a quarter of the states to its place in shared memory and arrives at the
@@ -222,7 +223,7 @@ struct Ring {                  // a place in the ring, the same in all threads t
 // waited for the bytes sees the numbers. One thread announces the bytes of the next phase after its
 // wait; they may come earlier, for the phase cannot end before that thread has arrived. A place is
 // written again in the next layer. Before a block gets there, it takes part in an exchange of all
-// blocks (6 or 7) that no warp of this block joins before it has read the place. Where no such
+// blocks (5 or 6) that no warp of this block joins before it has read the place. Where no such
 // exchange lies between, the reader says that it is done: arrive_at(), after a barrier of its
 // block, so that no warp still reads.
 
@@ -286,7 +287,7 @@ __device__ inline bool both_tagged(ulonglong2 v, uint32_t tag) {
 __device__ inline uint2 get_tagged(const void *from, uint32_t tag) { // waits for them
     ulonglong2 v = get_words(from);
     Patience wait;
-    while (!both_tagged(v, tag) && !wait.gives_up(STUCK_STEP, STUCK_IN_STEP)) v = get_words(from);
+    while (!both_tagged(v, tag) && !wait.gives_up(STUCK_STEP, KERNEL_STEP)) v = get_words(from);
     return make_uint2((uint32_t)v.x, (uint32_t)v.y);
 }
 
@@ -314,7 +315,7 @@ __device__ inline void gather_pairs(float2 sum[ROUNDS], float2 *scratch, const u
         for (int r = 0; r < ROUNDS; r++) all = all && both_tagged(v[r], tag);
         // All lanes have polled as often, and one that gives up takes the warp along.
         all = __all_sync(0xffffffffu, all) ||
-              __any_sync(0xffffffffu, wait.gives_up(STUCK_STEP, STUCK_IN_STEP));
+              __any_sync(0xffffffffu, wait.gives_up(STUCK_STEP, KERNEL_STEP));
     } while (!all);
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) {
@@ -339,10 +340,10 @@ __device__ inline void gather_pairs(float2 sum[ROUNDS], float2 *scratch, const u
 // 6 All blocks meet. A block sets a flag of its own to the tag of the meeting, and waits until the
 // flags of all blocks have come so far. Flags are FLAG_STRIDE words apart, in separate lines.
 // Why it holds: a barrier of the block orders the stores of its threads before the release of its
-// flag. A thread that polls sees the flag by a relaxed load; the fence after its last poll makes
-// that an acquire, and the barrier of the block after it orders the reads of all threads behind.
-// One fence, not an acquire for every poll: each would empty the first-level cache. What the others
-// wrote is read past that cache (ld.cg, cp.async.cg).
+// flag. Each poll is an acquire load, so the thread that sees the flag also sees what was stored
+// before it; the barrier of the block after it orders the reads of all threads behind. (Relaxed
+// polls and one fence after the last were slower.) What the others wrote is read past the
+// first-level cache (ld.cg, cp.async.cg).
 template <int THREADS> __device__ inline void raise_flag(uint32_t *flags, uint32_t tag) {
     sync_workers<THREADS>();
     if (threadIdx.x == 0)
@@ -359,7 +360,7 @@ template <int THREADS> __device__ inline void wait_for_flags(const uint32_t *fla
                          : "=r"(flag)
                          : "l"(flags + threadIdx.x * FLAG_STRIDE)
                          : "memory");
-        } while ((int32_t)(flag - tag) < 0 && !wait.gives_up(STUCK_STEP, STUCK_IN_STEP));
+        } while ((int32_t)(flag - tag) < 0 && !wait.gives_up(STUCK_STEP, KERNEL_STEP));
     }
     sync_workers<THREADS>();
 }

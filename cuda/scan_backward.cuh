@@ -2,7 +2,8 @@
 // the plain form and the drawing.
 //
 // A block is 32 C channels of a sequence and a segment of its time; it walks from the segment's
-// last tile of SCAN_SAVE steps to its first. Its 4 warps share the states, STATES each; d_h and
+// last tile of SCAN_SAVE steps to its first. Its warps (4; 8 or 16 for N > 16) share the states,
+// STATES each; d_h and
 // d_A_neg of a lane's channels stay in registers from the first step to the last. A tile:
 //   1 prepare: what all states share, 4 steps (a quad) at a time: delta, delta u, d_y and what the
 //     end needs, into shared memory; B_ssm and C_ssm too.
@@ -10,9 +11,9 @@
 //   3 pieces, the last first. For each state h forward into registers, then d_h backward with the
 //     same decays, and every sum: over states per step (registers), over steps per state
 //     (registers), over channels (tensor cores, then shared memory).
-//   4 finish, after every second piece: the 4 warps' sums over states become d_delta, d_u, d_z.
-//     The first time ends what needs the upper half of the tile. With two channels a lane rows of
-//     the next tile are copied into its place while the lower half is walked.
+//   4 finish, after every second piece: the warps' sums over states become d_delta, d_u, d_z. After
+//     the first finish nobody needs the upper half of the tile: with two channels a lane, rows of
+//     the next tile are copied there while the lower half is walked.
 // One segment where there are channels enough. Else d_h at the end of each segment must be known
 // before: scan_back_ends walks all segments but the first from d_h = 0, and a block joins the ends
 // of the segments behind its own. It walks segments in BACK_PARTS parts, to have more blocks. That
@@ -98,8 +99,8 @@ template <typename T, int WARPS, int STATES, int C> constexpr size_t scan_back_s
            sizeof(T) * SCAN_SAVE * ROW;
 }
 
-// C: channels a lane; two are for a T of 2 bytes and rows aligned to 16. SLABS: there are more than
-// 4 STATES states, done by several launches.
+// C: channels a lane; two are for a T of 2 bytes and rows aligned to 16. SLABS: N > 32; a launch
+// does WARPS * STATES states, and sums over states go on from launch to launch.
 template <typename T, int WARPS, int STATES, int C, bool SLABS, int MIN_BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     scan_back(ScanBackArgs<T> p, ScanBackPlan q) {
@@ -560,7 +561,7 @@ __global__ void __launch_bounds__(128, 6) scan_back_ends(ScanBackArgs<T> p, Scan
               tiles = (t_end - t_first + STEPS - 1) / STEPS;
     float *words = (float *)p.workspace;
     const float bias = p.dt_bias[e];
-    // The first half of the lanes loads C_ssm for quad `warp` of a tile, the second for the other.
+    // NP lanes load C_ssm for quad `warp` of a tile, the next NP for the other quad.
     const int C_quad = warp + lane / NP * WARPS, n_mine = min(n0 + lane % NP, N - 1);
     const T *delta_raw = row_of(p.delta_raw + e, row0, q.ld_delta),
             *z = row_of(p.z + e, row0, q.ld_z), *d_g = row_of(p.d_g + e, row0, q.ld_d_g),
@@ -746,9 +747,10 @@ static cudaError_t scan_back_launch(Device *d, const ScanBackArgs<T> &p, int seg
     return cudaGetLastError();
 }
 
-// Which form runs. A multiprocessor that holds 3 blocks of one channel a lane or 2 of two takes 10
-// and 12.2 for the same time of text: the form with the smaller sum of such waves is taken. Where
-// shared memory is short, blocks of 4 warps and one channel run on any GPU.
+// Which form runs. Blocks that run at the same time are a wave. For the same time of text, a wave
+// of 3 blocks of one channel a lane on each multiprocessor costs 10, one of 2 blocks of two
+// channels 12.2: the form whose waves cost less is taken. Where shared memory is short, blocks of 4
+// warps and one channel run on any GPU.
 template <typename T> static cudaError_t scan_backward(Device *d, const ScanBackArgs<T> &p) {
     const size_t blocks = (size_t)p.B * ((p.E + 31) / 32), pairs = (size_t)p.B * ((p.E + 63) / 64);
     auto segments = [&](size_t n, size_t fit) { // of n blocks, fit on a multiprocessor

@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_tiles(ScanArgs<T>
                 raw_z[i] = *(const Packed *)row_at(z_at, i, p.ld_z);
         }
     }
-    // Warps stage 4-step x 8-state units: states 8 (warp % 4).. of the 2 STAGED of B_ssm and C_ssm.
+    // A warp stages units of 4 steps and 8 states. Of four warps two do B_ssm and two C_ssm, 8 of
+    // the 16 states each.
     const bool is_C = warp % 4 >= 2;
     const int bc_n = warp % 2 * 8 + lane % 8, bc_t = warp / 4 * 4 + lane / 8,
               ld_bc = is_C ? p.ld_C : p.ld_B;
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_tiles(ScanArgs<T>
     Mail<C> mail = {};
     const float *row = rows + warp * STEPS,
                 *A_at = rows + A_IN_ROW + lane * C; // of the state in hand
-    int joined = warp * 32 + lane; // in the box_words of join with the state in hand
+    int joined = warp * 32 + lane; // this lane's place in the half of join of the state in hand
     const bool stores_states = warp == WARPS - 1 || starts;
 
     // The forecast of a state goes to shared memory before the barrier after which it is joined.
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_tiles(ScanArgs<T>
             auto before = Row<2 * C>();
             if (tile > 0) {
                 Patience wait;
-                while (!mail.all(tag) && !wait.gives_up(STUCK_SCAN, STUCK_TILES)) mail.read(box);
+                while (!mail.all(tag) && !wait.gives_up(STUCK_SCAN, KERNEL_TILES)) mail.read(box);
 #pragma unroll
                 for (int c = 0; c < C; c++)
                     before.v[C + c] = __uint_as_float((uint32_t)mail.word[c]);
@@ -184,8 +185,8 @@ __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_tiles(ScanArgs<T>
             end[c] = i ? fmaf(decay[i][c], end[c], delta_u[i][c] * B[i % 4]) : delta_u[0][c] * B[0];
         }
     };
-    // State n from its true start, and between its steps, which publish the special-function unit
-    // idle, the forecast of the next state, whose decays take the places of those that have been
+    // State n from its true start. Its steps leave the special-function unit idle, so the forecast
+    // of the next state is computed between them. The new decays take the places of those already
     // used.
     auto state_step = [&](auto more, int n) {
         Row<2 * C> part[WARPS];
