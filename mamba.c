@@ -2,10 +2,11 @@
 /* mamba.c - Mamba, the selective state-space language model, in one C file.
 
    A language model reads tokens and says how likely each token of the vocabulary is to come next.
-   Mamba (Gu & Dao 2023, arXiv 2312.00752) does it with a stack of identical layers. Each layer
-   keeps a state of fixed size, h, and changes it at every token. What it keeps and what it takes in
-   depends on the token: the model selects. This file reads a trained model, reads a prompt, writes
-   text, and trains a model. One layer, over T tokens:
+   Mamba (Gu & Dao 2023, arXiv 2312.00752) does it with a stack of identical layers. Each layer is
+   built around a state-space model (SSM): it keeps a state of fixed size, h, and changes it at
+   every token. What it keeps and what it takes in depends on the token: the model selects. This
+   file reads a trained model, reads a prompt, writes text, and trains a model. One layer, over T
+   tokens:
 
      res (T,D) ----------------------------------------------------------------.
       |                                                                        |
@@ -38,14 +39,15 @@
    What this file is not: a framework. There is one model, one pass over it in each direction, and
    no graph.
 
-   GLOSSARY. A single capital letter is a size, with the index over it beside it. Arrays are
+   GLOSSARY. A single capital letter is a size; next to it stands its index. Arrays are
    row-major, with the shape in parentheses. Whatever the weights are stored as, the model computes
    in float32. Some long sums are double: losses, the gradient's norm, the sampler's.
      B  sequences of a pass           index b      D  d_model, width of the residual stream     d
      L  tokens of a sequence                t      E  d_inner, channels of the SSM              e
      T  rows of a pass, B * L               t      N  d_state, states of a channel              n
      V  vocabulary, rows of the embedding   v      K  d_conv, taps of the convolution           k
-     R  dt_rank, width of dt_low                   P  = R + 2 N, the width of x_proj's output
+     R  dt_rank: delta comes from two thin         P  = R + 2 N, the width of x_proj's output
+        matrices, (R,E) and (E,R), see 3
      O, I  outputs and inputs of a matrix o, i     n_layer  layers, index `layer`
      ld_x  distance between rows of x, where they are not side by side
      res (T,D)     residual stream                 xn (T,D)  res after the norm
@@ -57,24 +59,24 @@
      decay         exp(delta A_neg), the paper's A-bar: what the state keeps
      inject        delta B_ssm u, the paper's B-bar x: what the token adds
      h (N,E)       the SSM state; nothing else is called h. Channels are the inner index, in memory
-                   and in files: channels side by side fill a vector register
+                   and in saved states: channels side by side fill a vector register
      window (K-1,E)  the convolution's last inputs: x of the K-1 tokens before
      y (T,E)       sum over n of C_ssm h, plus D_skip u        g (T,E)  y silu(z)
      d_x           the gradient of the loss with respect to x. Gradients of weights are added to
                    (+=). Those of activations are set (=), except d_res and d_u, which have two
                    sources
-   Structs have short names where they are used: m a Model, c its Config, p the tensors of a Layer,
-   w one Tensor, the Work of a pass or a Writing, a the Acts (all memory of a pass), s a State, or a
-   Scan where the scan is called, seq the LayerStates of the sequences, tr a Trainer, d what a
-   backward pass writes.
+   Structs have short names where they are used: m is a Model, c its Config, p the tensors of a
+   Layer; w one Tensor, the Work of a pass, or a Writing; a the Acts (all memory of a pass); s a
+   State, or a Scan where the scan is called; seq the LayerStates of the sequences; tr a Trainer;
+   d what a backward pass writes. In an equation the letters are those of the comment above it.
    f32(w) is the data of a float32 tensor, NULL where the model does not have it. fail("...") keeps
-   a sentence for mamba_error() and returns -1. An arena is one allocation that
-   holds many arrays. COLD ... COLD_END: runs once, so it is compiled at -O1: a short build.
+   a sentence for mamba_error() and returns -1. An arena is one allocation that holds many arrays.
+   COLD ... COLD_END: runs once, so it is compiled at -O1, for a short build.
 
    CONTENTS (at a first reading, skip what is marked *)
      1  Types: the config, the list of tensors, the model
      2  Plain operations, each with its backward pass: norms, matmul, loss, conv1d, gate
-     3  The scan: recurrence, parallel form *, backward pass *
+     3  The scan: recurrence, its backward step *, parallel form *, the whole backward pass *
      4  The model: one layer (block), all layers (forward), where it runs *, prefill and step
      5  Learning *: initial weights, loss and backward pass, AdamW
      6  Writing: sampling a token, the loop that writes text
@@ -82,12 +84,12 @@
    Where the rest is: cpu/ fast forms of sections 2 and 3 *; files/ reading and writing files *;
    cli/ the commands *; tokenizer.c text to ids and back; mamba_cuda.cu and cuda/ the GPU backend.
 
-   THREADS. A team of threads runs a pass. Every thread calls every operation, and `omp for` shares
-   the loop among them. A thread owns elements of the output, and every sum has one fixed order. So
-   the bits do not depend on the number of threads.
+   THREADS. A team of threads runs a pass. Every thread calls every operation (but those that say
+   "by one thread"), and `omp for` shares the loop among them. A thread owns elements of the output,
+   and every sum has one fixed order. So the bits do not depend on the number of threads.
 
    API. Another program includes this file with MAMBA_NO_MAIN defined, as tests/api_example.c does.
-   A function that can fail returns NULL or -1 and leaves a sentence in mamba_error().
+   A function that can fail returns NULL, -1 or NaN and leaves a sentence in mamba_error().
      models     mamba_load  mamba_load_memory  mamba_save  mamba_free  mamba_verify
                 mamba_set_tokenizer
                 mamba_random_model  mamba_float_copy  mamba_quantize
@@ -232,7 +234,9 @@ typedef uint16_t half; // the bits of an F16 or BF16 number
 #include "files/new_file.h"
 COLD
 #include "tokenizer.c"
-#include "files/tensors.h"
+COLD_END
+#include "files/tensors.h" // not COLD: the loops of the products call its small functions
+COLD
 #include "files/header.h"
 #ifndef MAMBA_LEVEL
 #include "files/model_file.h"
@@ -269,7 +273,8 @@ OPERATION void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
 }
 
 // --- Norms: xn = x_hat weight + bias with x_hat = (x - m) r and r = 1 / sqrt(mean((x - m)^2) +
-// eps). LayerNorm takes the mean of x as m; RMSNorm, which has no bias, takes 0.
+// eps). LayerNorm takes the mean of x as m; RMSNorm takes 0 and has no bias: bias NULL
+// means RMSNorm.
 OPERATION float norm_factor(const float *x, const float *bias, float eps, int D, float *m) {
     float sum = 0, squares = 0;
     for (int d = 0; d < D && bias; d++) sum += x[d];
@@ -313,7 +318,7 @@ OPERATION void norm_rows_backward(const NormGrad *d, const float *d_xn, const fl
     if (d->d_bias) sum_rows(d->d_bias, d_xn, ld, T, D);
 #pragma omp for
     for (int t = 0; t < T; t++) {
-        float r = scale[t], mean = 0, mean_hat = 0; // of d_hat (x - m), of d_hat
+        float r = scale[t], mean = 0, mean_hat = 0; // means of d_hat (x - m) and of d_hat
         for (int i = 0; i < D; i++) {
             float d_hat = d_xn[t * ld + i] * (weight ? weight[i] : 1);
             mean += d_hat * (x[t * ld + i] - m[t]) / (float)D;
@@ -384,7 +389,8 @@ OPERATION void tensor_widen(float *out, const Tensor *w, int row, int from, int 
 
 typedef struct {   // the rows of a product
     int T;         // how many
-    bool step;     // one token of each of T sequences: a row's bits must not depend on the others
+    bool step;     // one token of each of T sequences: a row's bits must not depend on the others.
+                   // Only cpu/ asks
     float *packed; // matmul_floats() of scratch
 } Rows;
 
@@ -564,7 +570,7 @@ OPERATION void conv1d_silu_backward(const ConvGrad *d, const float *d_u, const f
 
 // --- delta and the gate
 
-// delta = softplus(dt + dt_bias), in place.
+// delta = softplus(dt + dt_bias), in place: dt (T,E) is what dt_proj made of dt_low.
 OPERATION void softplus_bias(float *delta, const float *dt_bias, Rows rows, int E) {
 #pragma omp for
     for (int t = 0; t < rows.T; t++)
@@ -584,7 +590,7 @@ OPERATION void softplus_backward(float *d_delta, const float *delta, int T, int 
 
 // g = y silu(z), (T,E); g may be y. z is the second half of each row of xz (T,2E).
 OPERATION void gate(float *g, const float *y, const float *xz, Rows rows, int E) {
-#pragma omp barrier // for y: the threads of scan() do not wait for each other
+#pragma omp barrier // for y: in a step scan() ends without a barrier
 #pragma omp for
     for (int t = 0; t < rows.T; t++)
         for (int e = 0; e < E; e++) {
@@ -616,9 +622,9 @@ OPERATION void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g
 //
 //     h_t = exp(delta A) h_{t-1} + ((exp(delta A) - 1) / A) B u_t
 //
-// Mamba keeps the first factor exactly. It replaces the second by delta B, the first term of its
-// series (Euler's method), which is close while delta |A| is small. The models were trained with
-// it, so this is the model, for each channel e and each state n:
+// Mamba keeps the first factor exactly. It replaces the second, of u, by delta B, the first term of
+// its series (Euler's method), which is close while delta |A| is small. The models were trained
+// with it, so this is the model, for each channel e and each state n:
 //
 //     h_t = decay_t h_{t-1} + inject_t     decay_t = exp(delta_t A)     inject_t = delta_t B_t u_t
 //     y_t = sum over n of C_t h_t + D_skip u_t
@@ -649,14 +655,18 @@ typedef struct {                // the scan of a layer over B sequences of L tok
     int B, L, E, N;
 } Scan;
 
+// Threads share channels: a task of scan() takes so many of one sequence.
+enum { SCAN_LANES = 16 };  // of a text: a cache line
+enum { STEP_LANES = 128 }; // of one token
+
 // The definition; unless PLAIN, cpu/scan.h runs in its place. Channels e0 .. e1 through the rows
 // row0 .. row1 of one sequence. h (N,E) is the state before them and becomes the state after them.
-// y (T,E) NULL: only the state is wanted. elapsed (E), unless NULL, gets the sum of delta over the
-// rows, for scan_in_pieces().
-OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int e0, int e1,
+// y (T,E) NULL: only the state is wanted. delta_sum (E), unless NULL, gets the sum of delta over
+// the rows, for scan_in_pieces().
+OPERATION void recurrence(float *y, float *h, float *delta_sum, const Scan *s, int e0, int e1,
                           int row0, int row1) {
     const size_t E = (size_t)s->E;
-    for (int e = e0; e < e1 && elapsed; e++) elapsed[e] = 0;
+    for (int e = e0; e < e1 && delta_sum; e++) delta_sum[e] = 0;
     for (int t = row0; t < row1; t++)
         for (int e = e0; e < e1; e++) {
             float delta = s->delta[t * E + e], u = s->u[t * E + e], sum = s->D_skip[e] * u;
@@ -667,7 +677,7 @@ OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int
                 sum += s->C_ssm[t * s->ld_bc + n] * h[n * E + e];
             }
             if (y) y[t * E + e] = sum;
-            if (elapsed) elapsed[e] += delta;
+            if (delta_sum) delta_sum[e] += delta;
         }
 }
 
@@ -687,10 +697,8 @@ OPERATION void recurrence(float *y, float *h, float *elapsed, const Scan *s, int
 // forward. scan_backward() does this below; here is one step in each direction.
 
 #ifdef PLAIN
-enum {
-    SCAN_WIDTH = 16,
-    SCAN_WIDEST = 16
-}; // channels of a task of scan_backward(); cpu/ has its own
+enum { SCAN_WIDTH = 16 };  // channels of a task of scan_backward(); cpu/ has its own
+enum { SCAN_WIDEST = 16 }; // the largest SCAN_WIDTH of a program: that of make dist has several
 #endif
 
 typedef struct {              // what scan_backward() writes
@@ -710,12 +718,12 @@ typedef struct { // a task of scan_backward(): the channels e0 .. e0 + width, at
     float *d_h;             // (N,SCAN_WIDTH) gradient of the state
     float d_D_skip[SCAN_WIDEST];
     float *parts; // (T,2N) what these channels add to d_B and d_C
-} ScanBlock;
+} ScanTask;
 
 // One step forward, on the arrays (N,SCAN_WIDTH) of a task of the backward pass: computes h, the
 // state after a row, from `before`, the state before it. Stores the decay unless NULL. h may be
 // `before`.
-OPERATION void recurrence_again(float *h, float *decay, const float *before, const ScanBlock *k,
+OPERATION void recurrence_again(float *h, float *decay, const float *before, const ScanTask *k,
                                 const Scan *s, size_t row) {
     for (int n = 0; n < s->N; n++)
         for (int i = 0; i < k->width; i++) {
@@ -729,7 +737,7 @@ OPERATION void recurrence_again(float *h, float *decay, const float *before, con
 
 // One row back, by the equations above. k->d_h comes in as decay_{t+1} d_h_{t+1} and leaves as
 // decay_t d_h_t. h, decay: of this row; before: the state before it.
-OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float *d_y, const Scan *s,
+OPERATION void recurrence_backward(ScanTask *k, const ScanGrad *d, const float *d_y, const Scan *s,
                                    size_t row, const float *h, const float *decay,
                                    const float *before) {
     const float *B = s->B_ssm + row * s->ld_bc, *C = s->C_ssm + row * s->ld_bc;
@@ -784,15 +792,15 @@ OPERATION void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float 
 // The states of all tokens, (L,N,E), are never in memory: a task walks through time with its (N)
 // states of some channels in registers or in the first cache.
 
-// The processor cuts time only in a prefill with E <= 32 and L >= 256, never in training. Every
-// piece but one is walked twice, so with as many threads as pieces, 8 pieces take 1/4 of the time
-// of one. 4 pieces, for which E = 64 has room, were only 1.2 times as fast on 16 cores. From E =
-// 256 on there are SCAN_TASKS blocks of channels, enough for the threads. The shapes alone decide,
-// never the number of threads or the machine, so the bits stay the same. (GPUs have many more
-// threads: cuda/scan_tiles.cuh cuts time for wide models too.)
-enum { SCAN_LANES = 16 };  // channels of a task of the scan: a cache line
-enum { STEP_LANES = 128 }; // channels of a task of a step
-enum { SCAN_TASKS = 16, SCAN_PIECE = 32 };
+// The processor cuts time only in a prefill with E <= 32 and L >= 256, never in training: models of
+// the usual widths have channels enough. Every piece but one is walked twice, so with as many
+// threads as pieces, 8 pieces take 1/4 of the time of one. 4 pieces, for which E = 64 has room,
+// were only 1.2 times as fast on 16 cores. From E = 256 on there are SCAN_TASKS blocks of channels,
+// enough for the threads. The shapes alone decide, never the number of threads or the machine, so
+// the bits stay the same. (GPUs have many more threads: cuda/scan_tiles.cuh cuts time for wide
+// models too.)
+enum { SCAN_TASKS = 16 }; // so many keep all threads busy
+enum { SCAN_PIECE = 32 }; // tokens of a piece, at least
 static int scan_pieces(int L, int E) {
     int blocks = (E + SCAN_LANES - 1) / SCAN_LANES, pieces = SCAN_TASKS / blocks;
     if (pieces > L / SCAN_PIECE) pieces = L / SCAN_PIECE;
@@ -835,12 +843,12 @@ static void scan_in_pieces(float *y, float *h, const Scan *s, int pieces, float 
     for (int n = 0; n < N; n++)
         for (int e = 0; e < E; e++) {
             size_t ne = (size_t)n * E + e;
-            Map before = {1, h[ne]}; // b: the state before the piece
+            Map before = {1, h[ne]}; // a state is the b of a map that began at h = 0
             for (int piece = 0; piece < pieces; piece++) {
-                float *state = carry + per_piece * piece, *elapsed = state + NE, b = state[ne];
+                float *state = carry + per_piece * piece, *delta_sum = state + NE, b = state[ne];
                 state[ne] = before.b;
                 if (piece == pieces - 1) break;
-                before = combine(before, (Map){expf(s->A_neg[ne] * elapsed[e]), b});
+                before = combine(before, (Map){expf(s->A_neg[ne] * delta_sum[e]), b});
             }
         }
     // 3. Every piece again, from the state before it. Without y the last one is enough.
@@ -865,7 +873,7 @@ static void scan(float *y, const LayerState *seq, const Scan *s, float *carry) {
         return;
     }
     const int lanes = L == 1 ? STEP_LANES : SCAN_LANES, blocks = (E + lanes - 1) / lanes;
-#pragma omp for schedule(static) nowait // in a step gate() waits, with a cheaper barrier in cpu/
+#pragma omp for schedule(static) nowait // in a step gate() waits
     for (int task = 0; task < B * blocks; task++) {
         int b = task / blocks, e0 = task % blocks * lanes, e1 = E - e0 < lanes ? E : e0 + lanes;
         recurrence(y, seq[b].h, NULL, s, e0, e1, b * L, (b + 1) * L);
@@ -891,7 +899,7 @@ static size_t scan_backward_floats(int B, int L, int E, int N) {
 }
 
 // The arrays of task number `task` in scratch.
-static ScanBlock scan_block(float *scratch, const Scan *s, int task) {
+static ScanTask scan_task(float *scratch, const Scan *s, int task) {
     const int tasks = (s->E + SCAN_WIDTH - 1) / SCAN_WIDTH, e0 = task * SCAN_WIDTH;
     const size_t stretches = ((size_t)s->L + SCAN_STRETCH - 1) / SCAN_STRETCH;
     const size_t per_state = (size_t)s->N * SCAN_WIDTH,
@@ -900,19 +908,19 @@ static ScanBlock scan_block(float *scratch, const Scan *s, int task) {
     float *decays = states + per_state * SCAN_STRETCH, *A = decays + per_state * SCAN_STRETCH;
     float *parts = scratch + per_task * tasks + (size_t)task * s->B * s->L * 2 * s->N;
     int width = s->E - e0 < SCAN_WIDTH ? s->E - e0 : SCAN_WIDTH;
-    return (ScanBlock){.e0 = e0,
-                       .width = width,
-                       .starts = starts,
-                       .states = states,
-                       .decays = decays,
-                       .A = A,
-                       .d_A = A + per_state,
-                       .d_h = A + 2 * per_state,
-                       .parts = parts};
+    return (ScanTask){.e0 = e0,
+                      .width = width,
+                      .starts = starts,
+                      .states = states,
+                      .decays = decays,
+                      .A = A,
+                      .d_A = A + per_state,
+                      .d_h = A + 2 * per_state,
+                      .parts = parts};
 }
 
 // The block's columns of an array (N,E), as (N,SCAN_WIDTH); missing channels are zero.
-static void scan_gather(float *to, const float *from, const ScanBlock *k, int N, int E) {
+static void scan_gather(float *to, const float *from, const ScanTask *k, int N, int E) {
     for (int n = 0; n < N; n++, to += SCAN_WIDTH) {
         memcpy(to, from + (size_t)n * E + k->e0, (size_t)k->width * sizeof *to);
         memset(to + k->width, 0, (size_t)(SCAN_WIDTH - k->width) * sizeof *to);
@@ -920,7 +928,7 @@ static void scan_gather(float *to, const float *from, const ScanBlock *k, int N,
 }
 
 // Sequence b of one block: d_h (N,E) holds the gradient of the state at the end, then at the start.
-static void scan_backward_sequence(ScanBlock *k, const ScanGrad *d, const float *d_y, const Scan *s,
+static void scan_backward_sequence(ScanTask *k, const ScanGrad *d, const float *d_y, const Scan *s,
                                    const float *h0, int b) {
     const int L = s->L, N = s->N, E = s->E, stretches = (L + SCAN_STRETCH - 1) / SCAN_STRETCH;
     const size_t per_state = (size_t)N * SCAN_WIDTH, row = (size_t)b * L;
@@ -955,7 +963,7 @@ static void scan_backward(const ScanGrad *d, const float *d_y, const Scan *s, co
     const int N = s->N, E = s->E, T = s->B * s->L, tasks = (E + SCAN_WIDTH - 1) / SCAN_WIDTH;
 #pragma omp for
     for (int task = 0; task < tasks; task++) {
-        ScanBlock k = scan_block(d->scratch, s, task);
+        ScanTask k = scan_task(d->scratch, s, task);
         scan_gather(k.A, s->A_neg, &k, N, E);
         memset(k.d_A, 0, (size_t)N * SCAN_WIDTH * sizeof *k.d_A);
         for (int b = 0; b < s->B; b++) scan_backward_sequence(&k, d, d_y, s, h0, b);
@@ -971,7 +979,7 @@ static void scan_backward(const ScanGrad *d, const float *d_y, const Scan *s, co
         for (int n = 0; n < N; n++) {
             float d_B = 0, d_C = 0;
             for (int task = 0; task < tasks; task++) {
-                const float *part = scan_block(d->scratch, s, task).parts + (size_t)t * 2 * N;
+                const float *part = scan_task(d->scratch, s, task).parts + (size_t)t * 2 * N;
                 d_B += part[n];
                 d_C += part[N + n];
             }
@@ -1085,7 +1093,7 @@ static void block(const Model *m, int layer, Work *w, const LayerState *seq, int
     // u = silu(conv(x))
     Conv conv = {w->xz, p->conv_t, f32(&p->conv_bias), B, L, E, K};
     conv1d_silu(w->u, seq, &conv);
-    // The selection: delta, B and C are functions of u.
+    // The selection: delta, B and C are functions of u. (Without FalconMamba's norms raw is xdb.)
     matmul(w->raw, (size_t)P, w->u, (size_t)E, &x_proj, NULL, rows);
     if (c->flags & FLAG_MIXER_NORM) { // FalconMamba: without norms large models became unstable
         norm_rows(dt_low, w->raw, NULL, NULL, c->mixer_eps, T, R, (size_t)P);
@@ -1120,12 +1128,12 @@ static const float *forward(const Model *m, Work *w, const LayerState *seq, int 
         block(m, layer, w, seq + (size_t)layer * B, B, L);
         if (w->for_each_layer) w++; // its res is this one's next
     }
-    return w->res; // next is res where one Work serves all layers, else the res of the Work after
+    return w->res; // of the last Work, see for_each_layer
 }
 
 // --- sequences and what runs them
 
-typedef struct State { // one sequence at one moment; a single allocation, made of plain numbers
+typedef struct State { // one sequence at one moment; one allocation: the pointers lead into data
     uint64_t position; // tokens read
     uint64_t random;   // state of the sampler's generator
     uint64_t floats;   // how many numbers follow
@@ -1219,9 +1227,9 @@ COLD_END
 typedef void LogitsVisitor(void *context, const float *logits);
 
 // Threads for a pass of so many tokens. A small pass runs alone, with the same bits: a team saves
-// it little. Beside other programs a team crawls, since a barrier then waits for a time slice: with
-// 7.4 M weights a team made 1,820 tokens/s on a quiet machine and 16 on a busy one, one thread
-// 1,240 and 700 to 1,500.
+// it little. Beside other programs a team crawls, since a barrier then waits for a time slice. With
+// 7.4 M weights, on a quiet machine: a team 1,820 tokens/s, one thread 1,240. On a busy one: a team
+// 16, one thread 700 to 1,500.
 static int pass_team(const Model *m, const Acts *a, int tokens) {
     return (double)m->n_params * tokens < 16e6 ? 1 : a->threads;
 }
@@ -1373,8 +1381,8 @@ COLD_END
 // 5 Learning
 // Weights, gradients and the optimizer's two moments are four arrays of one layout, all float32. A
 // pass takes B sequences of L tokens. Each layer has a Work that keeps what the forward pass
-// computed; only xn and g are shared by all layers. So the backward pass computes again: norms, the
-// convolution before SiLU, g, and all states of the scan.
+// computed, but for four things that the backward pass computes again: xn and g (all layers share
+// one array of each), the convolution before SiLU, and the states of the scan.
 //
 // A sequence may be longer than the memory for Works allows: it is then cut into chunks. A later
 // chunk depends on an earlier one only through the states at the border between them, h and the
@@ -1384,7 +1392,7 @@ COLD_END
 // runs forward again from its start, now keeping its Works, and backward, from the d_h and d_window
 // that the chunk after it left. The gradient is exact, not cut off at the borders. The price is one
 // more forward pass of all chunks but the last. The memory is that of one chunk, and of the states
-// at every start: n_layer (N + K - 1) E floats per sequence, 3 MB for 130M parameters.
+// at every start: n_layer (N + K - 1) E floats per sequence and chunk, 3 MB for 130M parameters.
 
 static double random_normal(uint64_t *state) { // Box-Muller, one of the pair
     double r = sqrt(-2 * log(1 - random_unit(state)));
@@ -1560,6 +1568,7 @@ static void loss_pass(Trainer *tr, const float *res, const int32_t *targets, flo
         const float *xn = xn_of_all + (size_t)t * D;
         matmul(tr->logits, (size_t)V, xn, (size_t)D, &m->head, NULL, rows);
         cross_entropy(tr->losses + t, tr->logits, targets + t, weight, rows.T, V);
+        // A tied head is the embedding, and so is its gradient.
         MatmulGrad d_head = {.d_x = tr->d_xn + (size_t)t * D, .d_W = grad(&d->head)};
         if (backward)
             matmul_backward(&d_head, tr->logits, (size_t)V, xn, (size_t)D, &m->head, rows);
@@ -1638,7 +1647,8 @@ double mamba_train_pass(Trainer *tr, const int32_t *ids, const int32_t *targets,
 //     m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
 //     w = w (1 - rate decay) - rate (m / (1 - beta1^s)) / (sqrt(v / (1 - beta2^s)) + epsilon)
 //
-// The divisors undo the bias of moments that begin as zeros. No decay for vectors: TENSORS_LAYER.
+// The divisors undo the bias of moments that begin as zeros. Vectors and A_log do not decay: see
+// the column `decays` of TENSORS_LAYER.
 
 typedef struct {
     const Trainer *tr;
@@ -1688,7 +1698,7 @@ static void adamw_tensor(void *context, const TensorInfo *info, Tensor *w) {
     }
 }
 
-// One step against the gradient, which is cleared. *norm gets its length before clipping. 0, or -1
+// Takes one step, then sets the gradient to zero. *norm gets its length before clipping. 0, or -1
 // after fail() with the weights untouched, where a gradient is not finite.
 int mamba_train_step(Trainer *tr, const AdamW *how, double *norm) {
     if (tr->gpu) {
@@ -1720,7 +1730,7 @@ COLD_END
 // 6 Writing
 // In this order: repeat penalty, temperature, top-k, top-p, min-p, then one draw. Ids that the
 // tokenizer does not know (the padding of a vocabulary) are never drawn. Candidates leave a heap
-// one by one, the likeliest first, so nothing is sorted that will not be used.
+// one by one, the likeliest first: no more are sorted than top-k, top-p and min-p look at.
 
 static void heap_down(int32_t *heap, int n, int i, const float *probs) {
     for (int child; (child = 2 * i + 1) < n; i = child) {
@@ -1809,7 +1819,7 @@ static int32_t draw(const Model *m, float *logits, int32_t *order, State *s, con
         point -= probs[order[i]];
         if (point < 0) return order[i];
     }
-    return order[n - kept];
+    return order[n - kept]; // the last of them, also where rounding left a rest
 }
 
 static int draw_failed(int32_t id) {
@@ -1826,7 +1836,8 @@ int32_t mamba_sample(const Model *m, Acts *a, State *s, const Sampling *how) {
 }
 
 // The next token of each of B different states, at most BATCH_MAX, as mamba_sample draws it: ids
-// (B). The logits must be in the states, so not for states on a GPU. 0, or -1 after fail().
+// (B). The logits must be in the states; on a GPU only mamba_step_batch() brings them there. 0, or
+// -1 after fail().
 int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling *how, int32_t *ids,
                        int B) {
     const size_t V = (size_t)m->config.V;

@@ -2,23 +2,25 @@
 /* mamba_cuda.cu - the GPU backend of mamba.c, chosen at build time by `make cuda`.
 
    What it is: the same model, the same files and the same steps as mamba.c, on the device. cuBLAS
-   computes the matrix products; the scan, which no library has, is what this file is about.
+   computes the products of texts and of training; the kernels of a step mostly have their own. The
+   scan, which no library has, is what this file is about.
    What it is not: a second definition. mamba.c says what is computed. scan_plain is its
-   recurrence() in the simplest way for a GPU. Names are those of mamba.c's glossary.
+   recurrence() in the simplest way for a GPU. Names are those of mamba.c's glossary, but T is also
+   a type and S a number of sequences, or of warps in a drawing. block() is a layer.
 
    A LANE IS A CHANNEL (or 2 or 4 neighbours). The paper's kernel gives one channel of one sequence
    to a block, whose threads stand along time: each runs a few steps and leaves a pair (a,b), the
-   product of its decays and its end state from h = 0. A parallel scan joins the pairs, (a1,b1)
-   then (a2,b2) = (a1 a2, a2 b1 + b2), for every state. Here a lane is a
-   channel, and time runs in its registers: the recurrence is the plain loop, one multiply-add a
-   step, no pair is joined across lanes, and 32 channels share each B_ssm and C_ssm that is loaded.
-   The price is parallelism: it takes many channels to fill a GPU. Where there are few, scan_tiles
-   gives 16 steps to a warp and 64 to a block; warps join their pairs, blocks hand the state on. A
-   tile is a stretch of time: 16 steps in scan_walk, 32 in scan_relay and scan_back, 64 in
-   scan_tiles.
+   product of its decays and its end state from h = 0. A parallel scan joins two pairs, (a1,b1) and
+   the later (a2,b2), to (a1 a2, a2 b1 + b2), for every state. Here a lane is a channel and walks
+   through time with h in registers: the recurrence is the plain loop, one multiply-add a step, no
+   pair is joined across lanes, and 32 channels share each B_ssm and C_ssm that is loaded. The price
+   is parallelism: it takes many channels to fill a GPU. Where there are few, scan_tiles gives 16
+   steps to a warp and 64 to a block; warps join their pairs, blocks hand the state on. A tile is a
+   stretch of time: 16 steps in scan_walk, 32 in scan_relay and scan_back, 64 in scan_tiles.
 
-   WHERE h GOES, in the forms of the scan that stand alone. An arrow is a load or a store; x2: two
-   buffers, of this tile and of its neighbour. The states of all times, (B,L,N,E), never exist in
+   WHERE h GOES, in the kernels that do only the scan. An arrow is a load or a store; x2: two
+   buffers, of this tile and of its neighbour. Some of A_neg, D_skip and dt_bias, which every form
+   loads once, are left out. The states of all times, (B,L,N,E), never exist in
    any of them.
      device memory                  shared memory                    registers of a lane
    ---------------------------------------------------------------------------------------------
@@ -33,18 +35,18 @@
      h (N)  <-------------------------------------------------->     one state at a time
      g  <-----------------------    y of each warp  <-----------     y, z
    ---------------------------------------------------------------------------------------------
-   scan_walk: short texts of N = 8, 16, 32 or 64, and long ones of N = 32 or 64. A block is 32
-   channels and walks through time in tiles of 16 steps; its S warps share the states. h stays in
-   registers from the first step to the last.
+   scan_walk: texts of up to 128 tokens with N = 8, 16, 32 or 64, and longer ones of many channels
+   with N = 32 or 64. A block is 32 channels and walks through time in tiles of 16 steps; its S
+   warps share the states. h stays in registers from the first step to the last.
      delta_raw, u  ------------>    delta, delta*u (32,16) x2   ->   4 steps at a time
      B_ssm, C_ssm  ------------>    B, C (N,16) x2  ------------>    4 steps at a time
      h0, h_final, h_starts  <----------------------------------->    h (N/S)
      z  ------------------------------------------------------->     gate of the warp's rows
      g  <-----------------------    y of each warp (S,32,16) x2  <-  y of 4 steps
    ---------------------------------------------------------------------------------------------
-   scan_relay: many channels, N = 8 or 16. A block is 32 or 64 channels; its 4 warps take turns of
-   8 steps. A warp does all states of its turn, a quarter at a time, then hands the quarter to the
-   next warp: h goes through shared memory between turns.
+   scan_relay: long texts of many channels, N = 8 or 16. A block is 32 or 64 channels; its 4 warps
+   take turns of 8 steps. A warp does all states of its turn, a quarter at a time, then hands the
+   quarter to the next warp: h goes through shared memory between turns.
      delta_raw, u, z  ------------------------------------------>    delta, delta u, y of 8 steps
      B_ssm, C_ssm  ------------>    B, C (N,8) of each warp  --->    4 steps at a time
                                     A_neg (N)  ----------------->    a quarter
@@ -53,11 +55,11 @@
      h_final  <-----------------    h (N) of warp w  <-----------    h after 8 steps
      g  <--------------------------------------------------------    gate of 8 steps
    ---------------------------------------------------------------------------------------------
-   scan_tiles: few channels, or any other N. A block is 32 or 64 channels and one tile of 64 steps,
-   a warp 16 of them. For each state, a warp runs its 16 steps from h = 0, joins the results of the
-   warps before it to get its true h, and runs the steps again. The true h passes from tile to tile
-   through a mailbox in device memory. Tiles take numbers as their blocks start, so a tile waits
-   only for one that already runs (exchange.cuh).
+   scan_tiles: long texts of few channels, or any other N. A block is 32 or 64 channels and one tile
+   of 64 steps, a warp 16 of them. For each state, a warp runs its 16 steps from h = 0, joins the
+   results of the warps before it to get its true h, and runs the steps again. The true h passes
+   from tile to tile through a mailbox in device memory. Tiles take numbers, the tickets, as their
+   blocks start, so a tile waits only for one that already runs (exchange.cuh).
      delta_raw, u  --------------------------------------------->    delta, delta u, y of 16 steps
      B_ssm, C_ssm, A_neg  ----->    16 states of a tile  ------->    one state at a time
                                     (decay of 16, end)   <------     16 decays, kept for run two
@@ -71,15 +73,17 @@
    scan_back: the backward. A block is 32 or 64 channels and walks backward through a segment of
    time in tiles of 32 steps, pieces of 8; its 4 warps (8 or 16 for N > 16) share the states. h is
    computed again from the state that the forward saved every 32 steps; d_h stays in registers.
-   Where there are many channels, all time is one segment. Where there are few, scan_back_ends
-   first computes d_h at the ends of the segments.
+   Where there are many channels, all time is one segment. Where there are few, scan_back_ends first
+   computes what each later segment adds to d_h, from d_h = 0, and the blocks join that.
      delta_raw, u, z, d_g  ---->    delta, delta u, u, d_y,  --->    those of 8 steps
-                                    slopes of the gate (32)
+                                    slope of softplus,
+                                    d_g silu'(z), of 32 steps
      B_ssm, C_ssm  ------------>    B, C (N,32)  --------------->    8 steps of a state
      h_starts  ---------------->    h before each piece (N)  <-->    8 h and 8 decays of a state
-     d_h_final, d_h0  <----------------------------------------->    d_h (N/4)
-     d_delta, d_u, d_z  <-------    of each warp (3,16)  <-------    sums over states
+     d_h_final, d_h0  <----------------------------------------->    d_h of the warp's states
+     d_delta, d_u, d_z  <-------    3 of each warp, 16 steps  <--    sums over states
      parts of d_B, d_C  <-------    of 8 groups of lanes  <------    sums over lanes (tensor cores)
+     of each block; scan_back_sum_BC adds them in order
      parts of d_A, d_D, d_bias  <-  d_D, d_bias of each warp  <-     sums over steps
    ---------------------------------------------------------------------------------------------
 
@@ -143,16 +147,18 @@ typedef __half f16;
 //     delta = softplus(delta_raw + dt_bias)      h_t = exp(delta A_neg) h_{t-1} + delta B_ssm u
 //     g = silu(z) (sum over n of C_ssm h_t + D_skip u)
 //
-// A form reads a row of delta_raw, u and z once and writes a row of g once: 4 elements a token and
-// channel, 8 bytes in bf16. B_ssm and C_ssm come once per 32 or 64 channels, mostly from L2. Bytes
-// are not the limit. A multiprocessor has special-function units for 16 results a clock, and 16
-// decays a token and channel take twice the time of the bytes. So do the instructions around them.
+// A form for texts reads a row of delta_raw, u and z once and writes a row of g once: 4 elements a
+// token and channel, 8 bytes in bf16. B_ssm and C_ssm come once per 32 or 64 channels, mostly from
+// L2. Bytes are not the limit. A multiprocessor has special-function units for 16 results a clock,
+// and 16 decays a token and channel take twice the time of the bytes. So do the instructions around
+// them.
 //   - A_neg is scaled by log2(e) once. A decay is one multiplication and one ex2, computed once.
 //   - softplus is one ex2 and a polynomial; two gates share one reciprocal. That makes 18.5 special
 //     functions a token and channel instead of 20.
 //   - The address of a row is one multiply-add (row_at). 64-bit indices and clamps add a third
 //     to scan_walk's time (660 us instead of 499, an H100, N = 16).
-// With one channel a lane a row's loads are contiguous, so all alignments take one path.
+// With one channel a lane a row's loads are contiguous, so all alignments take one path. Two
+// channels a lane need aligned pairs.
 
 enum { SCAN_SAVE = 32 }; // h_starts holds the state before each step t with t % SCAN_SAVE = 0
 
@@ -236,7 +242,7 @@ __device__ __forceinline__ void gate_pair(float &y0, float &y1, float z0, float 
 template <typename T> __device__ __forceinline__ T *row_at_bytes(T *p, int i, int bytes) {
     return (T *)((char *)p + (long long)i * bytes);
 }
-// The same of rows ld elements apart, for a constant i, so that i * sizeof(T) is one too.
+// The same of rows ld elements apart: i sizeof(T) times ld. For a constant i, so is i sizeof(T).
 template <typename T> __device__ __forceinline__ T *row_at(T *p, int i, int ld) {
     return row_at_bytes(p, i * (int)sizeof(T), ld);
 }
@@ -288,7 +294,7 @@ template <typename T> static cudaError_t scan_plain_forward(Device *d, const Sca
 // 2 The scan of one token
 // One token of each of p.B sequences (L = 1). h0 and h_final (B,N,E) must be given and may be the
 // same array. The state is nearly all the traffic: it is read and written once. A lane has CHANNELS
-// neighbouring channels, so that the accesses are of 16 bytes; the WARPS of a block share the
+// neighbouring channels; with 4 its accesses are of 16 bytes. The WARPS of a block share the
 // states. A_neg comes from L2.
 
 template <typename T, int CHANNELS, int WARPS>
@@ -349,8 +355,8 @@ template <typename T> static cudaError_t scan_step_forward(Device *d, const Scan
         p.E % 4 == 0 && ((uintptr_t)p.h0 | (uintptr_t)p.h_final | (uintptr_t)p.A_neg) % 16 == 0;
     if (!fours) return scan_step_launch<T, 1, 4>(d, p);
     if ((size_t)p.B * p.E < as_on_h100(d, 1 << 18))
-        return scan_step_launch<T, 4, 4>(d, p); // more warps: latency
-    return scan_step_launch<T, 4, 1>(d, p);     // enough warps: fewer of everything else
+        return scan_step_launch<T, 4, 4>(d, p); // few channels: more warps hide latency
+    return scan_step_launch<T, 4, 1>(d, p);     // many: no sums across warps
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -361,8 +367,8 @@ template <typename T> static cudaError_t scan_step_forward(Device *d, const Scan
 // barriers a warp prepares its rows of tile i + 1, does its states of tile i and gates its rows of
 // tile i - 1: loads are in flight for the time of a tile, and the units for states, conversions and
 // memory are all busy. Rows in shared memory are STEPS + 4 floats long, so that the 16-byte
-// accesses of 8 neighbouring lanes fall into 32 different banks. UNROLL is of the loop over 4
-// steps; MIN_BLOCKS, blocks a multiprocessor, limits the registers.
+// accesses of 8 neighbouring lanes fall into 32 different banks. UNROLL: of the loop over groups of
+// 4 steps. MIN_BLOCKS, blocks a multiprocessor, limits the registers.
 
 template <typename T, int WARPS, int STATES, int UNROLL, int MIN_BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_walk(ScanArgs<T> p) {
@@ -549,16 +555,17 @@ cudaError_t scan_walk_launch(Device *d, const ScanArgs<T> &p) {
 #include "cuda/scan_tiles.cuh"
 
 // Which form runs for a text; times are an H100's in bf16, N = 16, 2,048 steps. A relay takes as
-// long as the multiprocessor with most blocks: 88 us for 2,048 steps of one block, 134 of two, 187
-// of three. Tiles spread over all multiprocessors and take 0.76 us a block of 32 channels. So tiles
-// take few channels, and what is a little over one block a multiprocessor (for other N: up to 1.5
-// blocks), unless the text is too short to pay for their start. Everything else goes to the relay
-// for N = 8 and 16 (short texts to the walk), to the walk for N = 32 and 64, to tiles for any other
-// N. With two channels a lane the relay does a block of 64 channels in 0.9 of the time of two
-// blocks of 32, but its blocks spread less evenly: 192 blocks over 132 multiprocessors are two for
-// some. Tiles gain 4 to 8% by two channels a lane, where there are 12 tiles for each
-// multiprocessor. Up to 3 blocks a multiprocessor a relay has 168 registers a thread, else 128.
-// Shape, alignment and machine alone decide, so every run gives the same bits.
+// long as the multiprocessor with most blocks: 88 us for one block, 134 for two, 187 for three.
+// Tiles spread over all multiprocessors and take 0.76 us a block of 32 channels. So for N = 8 and
+// 16 tiles take less than 0.9 blocks a multiprocessor, and 1 to 1.35; for any other N less
+// than 1.5, unless the text is short. Everything else goes to the relay for N
+// = 8 and 16 (short texts to the walk), to the walk for N = 32 and 64, to tiles for any other N.
+// With two channels a lane the relay does a block of 64 channels in 0.9 of the time of two blocks
+// of 32, but its blocks spread less evenly: 192 blocks over 132 multiprocessors are two for some.
+// Tiles gain 4 to 8% by two channels a lane, where there are 12 tiles for each multiprocessor. With
+// N = 16 and one channel a lane, a relay has 168 registers a thread up to 3 blocks a
+// multiprocessor, else 128. Shape, alignment and machine alone decide, so every run gives the same
+// bits.
 template <typename T> static cudaError_t scan_forward(Device *d, const ScanArgs<T> &p) {
     size_t blocks = (size_t)p.B * ((p.E + 31) / 32), pairs = (size_t)p.B * ((p.E + 63) / 64),
            processors = (size_t)d->processors;
@@ -710,7 +717,7 @@ static ScanBackArgs<T> scan_back_args(const ScanArgs<T> &p, const float *h_start
 // ------------------------------------------------------------------------------------------------
 // 5 The model: weights, block
 // The file's tensors are copied as they lie; matrices of another type than T are converted once. Q8
-// and Q4 stay in bits, their words in another order (quantized.cuh), but for dt_proj.
+// and Q4 stay quantised, their words in another order (quantized.cuh), except dt_proj.
 
 #include "cuda/layers.cuh"
 #include "cuda/conv_back.cuh"
@@ -1049,14 +1056,15 @@ static void places_free(Places *p);
 static void texts_free(Texts *x);
 static void generation_free(Generation *n);
 
-// A batch of more than THIN_MAX sequences reads a dense copy of quantised matrices, where memory
-// holds it: there arithmetic counts, not bytes. The copy stays. Without the memory nothing changes.
+// A dense copy of quantised matrices, where memory holds it: for more than THIN_MAX sequences,
+// where arithmetic counts and not bytes, and for what generation_open() names. The copy stays.
+// Without the memory nothing changes.
 template <class T> static void unpack_for_batches(Gpu *g, int spare) {
     size_t bytes = 0, free_bytes = 0, total = 0;
     for (const PackedPlace &p : g->packed) bytes += ((size_t)p.rows * p.cols + 128) * sizeof(T);
     if (!g->unpacking.bits) return;
     free_bytes = free_memory(&total);
-    // States need memory, too: free memory must hold the copy `spare` times, and a GiB more.
+    // States need memory, too: free memory must hold the copy spare + 1/2 times, and a GiB more.
     if (free_bytes < spare * bytes + bytes / 2 + ((size_t)1 << 30)) return;
     T *to = (T *)gpu_take(g, bytes);
     if (!to) return;
@@ -1089,7 +1097,7 @@ template <class T> static size_t lay_out_acts(Gpu *g, char *base) {
     const Config *c = &g->config;
     const size_t M = (size_t)g->piece, D = (size_t)c->D, E = (size_t)c->E,
                  P = (size_t)(c->R + 2 * c->N), V = (size_t)c->V;
-    // All of out_proj, half of in_proj.
+    // Room to unpack all of out_proj at once, or half of in_proj.
     const size_t part = g->unpacking.bits ? (E + TILE) * D * sizeof(T) : 0;
     Arena a = {base, 0};
     BlockActs<float> *b = &g->acts;
@@ -1194,15 +1202,16 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
 // A step draws a token for each of S sequences from its logits and reads it, so ids never wait for
 // the host: they are collected on the device and fetched after some steps. The whole step is one
 // graph, captured again where S or the kind of sampling changes. Its kernels:
-//   the draw    likeliest_kernel, bins_kernel and keep_kernel where top-k or top-p asks for them,
-//               choose_kernel, which also writes the embedding (sampling.cuh)
-//   the token   the first of these that fits (read_tokens() in generate.cuh):
-//     solo_kernel, solo_packed_kernel   one sequence, all layers in one kernel; Hopper, bf16, Q8,
-//     Q4 wide_kernel        2 to 64 sequences, all layers in one kernel; Hopper, bf16 thin_kernel
-//     up to 16 sequences in 16 bits, Q8 (packed_kernel) or Q4, any GPU. A layer is
-//                        four: norm and in_proj; convolution and x_proj; thin_scan_kernel, which
-//                        has dt_proj, scan and gate; out_proj. Then norm and head
-//     block()            everything else: a kernel for each operation
+//   - The draw (sampling.cuh): likeliest_kernel; bins_kernel and keep_kernel for top-k, top-p and
+//     min-p, or a tiny temperature; choose_kernel, which also writes the embedding.
+// Then the token is read, by the first of these that fits (generate.cuh):
+//   - solo_kernel (bf16), solo_packed_kernel (Q8, Q4): one sequence, all layers; sm_90 and later.
+//   - wide_kernel: 2 to 64 sequences in bf16, all layers; sm_90a.
+//   - thin_kernel (bf16, f16), packed_kernel (Q8, Q4): up to 16 sequences, any GPU. A layer is four
+//     kernels: norm and in_proj (in f16 the norm by itself); convolution and x_proj;
+//     thin_scan_kernel, which has dt_proj, scan and gate; out_proj. Then norm and head.
+//   - block(): everything else, with cuBLAS. In bf16, where it pays, dt_scan_step does dt_proj and
+//     the scan; else scan_step does the scan.
 
 #include "cuda/sampling.cuh"
 #include "cuda/step_one_hopper.cuh"

@@ -12,10 +12,10 @@
 #define LOG2_E 1.44269504f
 
 // The recurrence for one vector of channels from e on, rows row0 .. row1. A scan spends its time in
-// this loop; h and A stay in registers or the L1 cache. y NULL: only the states; then elapsed,
+// this loop; h and A stay in registers or the L1 cache. y NULL: only the states; then delta_sum,
 // unless NULL, gets the sum of delta.
-INLINE void recurrence_lanes(float *y, float *h_at, float *elapsed, const Scan *s, int e, int row0,
-                             int row1) {
+INLINE void recurrence_lanes(float *y, float *h_at, float *delta_sum, const Scan *s, int e,
+                             int row0, int row1) {
     const int E = s->E, N = s->N, lanes = lanes_left(e, E);
     const size_t ld_bc = s->ld_bc;
     const float *u = s->u + e, *delta = s->delta + e, *A_neg = s->A_neg + e;
@@ -46,7 +46,7 @@ INLINE void recurrence_lanes(float *y, float *h_at, float *elapsed, const Scan *
         else sum_delta += dt;
     }
     for (int n = 0; n < N; n++) store_n(h_at + (size_t)n * E + e, h[n], lanes);
-    if (elapsed) store_n(elapsed + e, sum_delta, lanes);
+    if (delta_sum) store_n(delta_sum + e, sum_delta, lanes);
 }
 
 // One token, channels e0 .. e1. Each state is used once, so h and A_neg come from memory: RUN
@@ -81,18 +81,18 @@ INLINE void recurrence_step(float *y, float *h, const Scan *s, int e0, int e1, i
     }
 }
 
-static void recurrence(float *y, float *h, float *elapsed, const Scan *s, int e0, int e1, int row0,
-                       int row1) {
-    if (row1 - row0 == 1 && !elapsed) recurrence_step(y, h, s, e0, e1, row0);
+static void recurrence(float *y, float *h, float *delta_sum, const Scan *s, int e0, int e1,
+                       int row0, int row1) {
+    if (row1 - row0 == 1 && !delta_sum) recurrence_step(y, h, s, e0, e1, row0);
     else if (y) // two calls: in the second the compiler leaves y out
         for (int e = e0; e < e1; e += VL) recurrence_lanes(y, h, NULL, s, e, row0, row1);
     else
-        for (int e = e0; e < e1; e += VL) recurrence_lanes(NULL, h, elapsed, s, e, row0, row1);
+        for (int e = e0; e < e1; e += VL) recurrence_lanes(NULL, h, delta_sum, s, e, row0, row1);
 }
 
 // --- backward: arrays (N,SCAN_WIDTH) of the task's channels, `vectors` vectors of them in use
 
-static void recurrence_again(float *h, float *decay, const float *before, const ScanBlock *k,
+static void recurrence_again(float *h, float *decay, const float *before, const ScanTask *k,
                              const Scan *s, size_t row) {
     const int N = s->N, width = k->width, vectors = (width + VL - 1) / VL;
     const float *A = k->A, *B = s->B_ssm + row * s->ld_bc;
@@ -111,7 +111,7 @@ static void recurrence_again(float *h, float *decay, const float *before, const 
         }
 }
 
-static void recurrence_backward(ScanBlock *k, const ScanGrad *d, const float *d_y, const Scan *s,
+static void recurrence_backward(ScanTask *k, const ScanGrad *d, const float *d_y, const Scan *s,
                                 size_t row, const float *h, const float *decay,
                                 const float *before) {
     const int N = s->N, width = k->width, vectors = (width + VL - 1) / VL;

@@ -74,10 +74,11 @@ static int generation_open(Gpu *g) {
     const int S = g->at->S;
     const size_t s = (size_t)S, V = (size_t)c->V, P = (size_t)(c->R + 2 * c->N);
     // In 8 bits the portable step is 5 to 10% slower than the one-kernel steps of bf16, from a
-    // copy: worth it only where memory is plenty. One sequence has a kernel that needs no copy.
+    // copy: worth it only where memory is plenty, and where such steps run at all. One sequence has
+    // a kernel that needs no copy.
     Solo plan;
-    const bool copies =
-        g->unpacking.bits == 8 && !g->portable_only && (S > 1 || !solo_packed_fits(g, &plan));
+    const bool copies = g->unpacking.bits == 8 && d->hopper && !g->portable_only &&
+                        (S > 1 || !solo_packed_fits(g, &plan));
     if (S > THIN_MAX || copies) {
         const int spare = S > THIN_MAX ? 1 : 4;
         if (g->bf16_compute) unpack_for_batches<bf16>(g, spare);

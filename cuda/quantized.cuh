@@ -8,8 +8,7 @@
 // in the file: lane 4 m + j of a warp finds the codes of rows 4 m..4 m + 3, columns 8 j..8 j + 7,
 // in 16 bytes beside those of its neighbours, or in 8 bits in two times 16, two rows each. So a
 // warp reads a tile from shared memory without conflicts.
-//   - A few tokens multiply with the codes: they are unpacked in registers into bf16, which is
-//   exact,
+//   - A few tokens multiply with the codes: they are unpacked in registers into bf16 (exactly)
 //     on their way to the tensor cores, and each tile's sums are multiplied by the scales.
 //   - For more tokens a matrix is unpacked into scratch, one at a time.
 

@@ -3,8 +3,8 @@
 //
 // A block is 32 C channels of a sequence and a segment of its time; it walks from the segment's
 // last tile of SCAN_SAVE steps to its first. Its warps (4; 8 or 16 for N > 16) share the states,
-// STATES each; d_h and
-// d_A_neg of a lane's channels stay in registers from the first step to the last. A tile:
+// STATES each; d_h and d_A_neg of a lane's channels stay in registers from the first step to the
+// last. A tile:
 //   1 prepare: what all states share, 4 steps (a quad) at a time: delta, delta u, d_y and what the
 //     end needs, into shared memory; B_ssm and C_ssm too.
 //   2 the states at the starts of pieces of 8 steps, from the one that the forward saved.

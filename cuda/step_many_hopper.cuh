@@ -3,10 +3,9 @@
 //
 // Clusters of 8 blocks run all at once, with three exchanges among all of them in a layer. A block
 // reads parts of the matrices that no other block reads, but for x_proj and dt_proj:
-//   1 in_proj: a quarter of the inputs (block r: quarter r % 4) times some rows. The four sums of
-//   an
-//     output meet in one block of the cluster (exchange.cuh, 4), which writes xz to device memory
-//     as words with a tag (5); a block that needs some polls for them.
+//   1 in_proj: a quarter of the inputs (block r: quarter r % 4) times some rows. The four sums for
+//     an output meet in one block of the cluster (exchange.cuh, 4), which writes xz to device
+//     memory as words with a tag (5); a block that needs some polls for them.
 //   2 From here on a cluster has sequences of its own, up to 5, and a block an eighth of the
 //     channels, the slice: convolution; x_proj, of whose outputs all blocks of the cluster send
 //     each other 8 sums; dt_proj, the step of the scan, the gate. y goes to device memory; all
@@ -78,9 +77,8 @@ struct WideArgs {
 //          (most,slice) each
 //   bc     B_ssm, C_ssm (most,2N)
 //   scale  of the norm (8)
-//   end    x or y (SEQUENCES,slice); sums of x_proj (8,most,P), and from there on, at u and low,
-//   what
-//          is multiplied next, in bf16
+//   end    x or y (SEQUENCES,slice); sums of x_proj (8,most,P); behind them, at u and low, what is
+//          multiplied next, in bf16
 //   then the ring. `end` and the ring are rounded up to a multiple of 1024, from which the copy
 //   engine counts its order of 16 bytes.
 struct WideShared {

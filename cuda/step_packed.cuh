@@ -3,10 +3,10 @@
 // in registers into bf16, which is exact, on their way to the tensor cores; each tile's sums are
 // multiplied by the scales.
 //
-// A block takes 8 NT rows, a warp a part of the
-// inputs, tile by tile. NT = 4: a warp reads whole tiles, 16 bytes a lane, four neighbouring rows
-// of a word; which of 32 rows is which column of a product follows from that: row 4c + n is column
-// c of product n. NT = 1: a quarter of the rows, for matrices with few.
+// A block takes 8 NT rows, a warp a part of the inputs, tile by tile. NT = 4: a warp reads whole
+// tiles, 16 bytes a lane, four neighbouring rows of a word; which of 32 rows is which column of a
+// product follows from that: row 4c + n is column c of product n. NT = 1: a quarter of the rows,
+// for matrices with few.
 
 // Eight weights of a lane as a product's operand, two bf16 a word. The order of the inputs in it is
 // that of operand_inputs.
