@@ -255,7 +255,7 @@ static void compare_recurrence_backward(int width, int N) {
          d_delta = both(e, 7, 8);
     for (int form = 0; form < 2; form++) {
 #define OF(b) (form ? (b).fast : (b).plain)
-        ScanBlock k = {.width = width, .A = A, .d_A = OF(d_A), .d_h = OF(g), .parts = OF(parts)};
+        ScanTask k = {.width = width, .A = A, .d_A = OF(d_A), .d_h = OF(g), .parts = OF(parts)};
         ScanGrad d = {.d_u = OF(d_u), .d_delta = OF(d_delta)};
         (form ? recurrence_again : recurrence_again_plain)(OF(h), OF(decay), before, &k, &s, 0);
         (form ? recurrence_backward : recurrence_backward_plain)(&k, &d, d_y, &s, 0, OF(h),
