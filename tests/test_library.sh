@@ -1,6 +1,6 @@
 #!/bin/sh
 # tests/test_library.sh: libmamba.a and libmamba.so as `make lib` leaves them, with the programs of
-# README.md and tests/library_threads.c. `make test-lib` runs it. CC, OPENMP, PYTHON: as in the
+# doc/LIBRARY.md and tests/library_threads.c. `make test-lib` runs it. CC, OPENMP, PYTHON: as in the
 # Makefile. The last line is `N passed, N failed, N skipped`.
 CC=${CC:-cc} PYTHON=${PYTHON:-python3}
 dir=$(mktemp -d) || exit 1
@@ -19,8 +19,8 @@ check() { # check NAME [FILE]: whether the command before succeeded; FILE tells 
     fi
 }
 skip() { skipped=$((skipped + 1)); echo "skip $1: $2"; }
-# part LANGUAGE: the first program of README.md in it
-part() { awk -v from="\`\`\`$1" '$0 == from { on = 1; next } /^```/ { if (on) exit } on' README.md; }
+# part LANGUAGE: the first program of doc/LIBRARY.md in it
+part() { awk -v from="\`\`\`$1" '$0 == from { on = 1; next } /^```/ { if (on) exit } on' doc/LIBRARY.md; }
 
 # --- what is visible: names that begin with mamba_ (and the locks of OpenMP, which begin with a dot)
 nm -g --defined-only libmamba.a 2> "$dir/err" | awk 'NF == 3 { print $3 }' > "$dir/a"
@@ -32,21 +32,21 @@ grep -v typedef lib/mamba.h | grep -oE '\bmamba_[a-z_]+\(' | tr -d '(' | sort -u
 grep '^mamba_' "$dir/so" | sort -u | cmp - "$dir/declared" > "$dir/out" 2>&1
 check "libmamba.so has what lib/mamba.h declares, and nothing else" "$dir/out"
 
-# --- the programs of README.md write what the command line writes
+# --- the programs of doc/LIBRARY.md write what the command line writes
 ./mamba models/story.bin "Once upon a time" -s 1 --no-echo > "$dir/want" 2> "$dir/err"
 check "the command line" "$dir/err"
 part c > "$dir/story.c"
 [ "$(wc -l < "$dir/story.c")" -gt 10 ] &&
     "$CC" -std=c99 -Wall -Werror -I. "$dir/story.c" libmamba.a -lm $OPENMP -o "$dir/story" \
         2> "$dir/err" && "$dir/story" > "$dir/got" 2>> "$dir/err" && cmp "$dir/got" "$dir/want"
-check "the C program of README.md, libmamba.a" "$dir/err"
+check "the C program of doc/LIBRARY.md, libmamba.a" "$dir/err"
 "$CC" -std=c99 -Wall -Werror -I. "$dir/story.c" ./libmamba.so -o "$dir/story" 2> "$dir/err" &&
     LD_LIBRARY_PATH=. "$dir/story" > "$dir/got" 2>> "$dir/err" && cmp "$dir/got" "$dir/want"
-check "the C program of README.md, libmamba.so" "$dir/err"
+check "the C program of doc/LIBRARY.md, libmamba.so" "$dir/err"
 part python > "$dir/story.py"
 [ "$(wc -l < "$dir/story.py")" -gt 10 ] && "$PYTHON" "$dir/story.py" > "$dir/got" 2> "$dir/err" &&
     cmp "$dir/got" "$dir/want"
-check "the Python program of README.md" "$dir/err"
+check "the Python program of doc/LIBRARY.md" "$dir/err"
 
 # --- and of a model whose tokens are bytes, as one that is trained on a text of one's own
 ./mamba tests/odd.bin "Once upon a time" -s 1 --no-echo > "$dir/want" 2> "$dir/err"
