@@ -46,9 +46,9 @@
      L  tokens of a sequence                t      E  d_inner, channels of the SSM              e
      T  rows of a pass, B * L               t      N  d_state, states of a channel              n
      V  vocabulary, rows of the embedding   v      K  d_conv, taps of the convolution           k
-     R  dt_rank: delta comes from two thin         P  = R + 2 N, the width of x_proj's output
-        matrices, (R,E) and (E,R), see 3
      O, I  outputs and inputs of a matrix o, i     n_layer  layers, index `layer`
+     R  dt_rank: delta comes from two thin matrices, (R,E) and then (E,R), see section 3
+     P  = R + 2 N, the width of x_proj's output
      ld_x  distance between rows of x, where they are not side by side
      res (T,D)     residual stream                 xn (T,D)  res after the norm
      xz (T,2E)     in_proj's output [x | z]        u (T,E)   silu(conv(x)), the scan's input
@@ -67,11 +67,12 @@
                    sources
    Structs have short names where they are used: m is a Model, c its Config, p the tensors of a
    Layer; w one Tensor, the Work of a pass, or a Writing; a the Acts (all memory of a pass); s a
-   State, or a Scan where the scan is called; seq the LayerStates of the sequences; tr a Trainer;
-   d what a backward pass writes. In an equation the letters are those of the comment above it.
+   State, or a Scan where the scan is called; k a ScanTask; seq the LayerStates of the sequences;
+   tr a Trainer; d what a backward pass writes. In an equation the letters are those of the comment
+   above it.
    f32(w) is the data of a float32 tensor, NULL where the model does not have it. fail("...") keeps
    a sentence for mamba_error() and returns -1. An arena is one allocation that holds many arrays.
-   COLD ... COLD_END: runs once, so it is compiled at -O1, for a short build.
+   COLD ... COLD_END: little time is spent there, so it is compiled at -O1, for a short build.
 
    CONTENTS (at a first reading, skip what is marked *)
      1  Types: the config, the list of tensors, the model
@@ -210,7 +211,7 @@ typedef struct {   // what one layer remembers of one sequence
 
 typedef struct {
     float temperature; // 0: the likeliest token
-    float top_p;       // keep the likeliest until they reach this part of what top_k kept; 1: all
+    float top_p;       // keep the likeliest until they reach this share of what top_k kept; 1: all
     int top_k;         // keep this many; 0: all
     float min_p;       // drop what is less likely than this times the likeliest; 0: none
     float repeat_penalty; // divides positive logits of the last RECENT tokens and multiplies
@@ -273,8 +274,8 @@ OPERATION void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
 }
 
 // --- Norms: xn = x_hat weight + bias with x_hat = (x - m) r and r = 1 / sqrt(mean((x - m)^2) +
-// eps). LayerNorm takes the mean of x as m; RMSNorm takes 0 and has no bias: bias NULL
-// means RMSNorm.
+// eps). LayerNorm takes the mean of x as m; RMSNorm takes 0 and has no bias: only
+// whether bias is NULL tells them apart.
 OPERATION float norm_factor(const float *x, const float *bias, float eps, int D, float *m) {
     float sum = 0, squares = 0;
     for (int d = 0; d < D && bias; d++) sum += x[d];
@@ -318,16 +319,16 @@ OPERATION void norm_rows_backward(const NormGrad *d, const float *d_xn, const fl
     if (d->d_bias) sum_rows(d->d_bias, d_xn, ld, T, D);
 #pragma omp for
     for (int t = 0; t < T; t++) {
-        float r = scale[t], mean = 0, mean_hat = 0; // means of d_hat (x - m) and of d_hat
+        float r = scale[t], mean_hat_x = 0, mean_hat = 0; // means of d_hat (x - m) and of d_hat
         for (int i = 0; i < D; i++) {
             float d_hat = d_xn[t * ld + i] * (weight ? weight[i] : 1);
-            mean += d_hat * (x[t * ld + i] - m[t]) / (float)D;
+            mean_hat_x += d_hat * (x[t * ld + i] - m[t]) / (float)D;
             mean_hat += d->d_bias ? d_hat / (float)D : 0;
         }
         for (int i = 0; i < D; i++) {
             size_t at = t * ld + i;
             float d_hat = d_xn[at] * (weight ? weight[i] : 1);
-            float d_x = r * (d_hat - mean_hat - (x[at] - m[t]) * r * r * mean);
+            float d_x = r * (d_hat - mean_hat - (x[at] - m[t]) * r * r * mean_hat_x);
             d->d_x[at] = d->add ? d->d_x[at] + d_x : d_x;
         }
     }
@@ -366,7 +367,7 @@ OPERATION float tile_weight(const Tensor *w, int row, int column) {
     uint32_t word;
     memcpy(&scale, at + r * sizeof scale, sizeof scale);
     memcpy(&word, at + TILE_SCALES + (i / codes * TILE + r) * sizeof word, sizeof word);
-    // The last code of a word has its top bit flipped: it is a signed number in place, for cpu/.
+    // The last code of a word is stored with its top bit flipped, see files/tensors.h.
     int code = (int)((word ^ 0x80000000u) >> (i % codes * bits) & ((1u << bits) - 1));
     return (float)(code - (1 << (bits - 1))) * float_of((uint32_t)scale << 16);
 }
@@ -498,8 +499,8 @@ static const float *conv_input(const Conv *c, const float *window, int b, int t)
     return c->xz + ((size_t)b * c->L + t) * 2 * c->E;
 }
 
-// In order of rising j: where L < K-1 a row comes from a later row of the same window, which must
-// not be overwritten before.
+// Moves every window on by L tokens. j must rise: where L < K-1, a row is copied from a later row
+// of the same window, which must still be the old one.
 static void conv_shift(const LayerState *seq, const Conv *c) {
 #pragma omp for
     for (int b = 0; b < c->B; b++)
@@ -622,9 +623,9 @@ OPERATION void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g
 //
 //     h_t = exp(delta A) h_{t-1} + ((exp(delta A) - 1) / A) B u_t
 //
-// Mamba keeps the first factor exactly. It replaces the second, of u, by delta B, the first term of
-// its series (Euler's method), which is close while delta |A| is small. The models were trained
-// with it, so this is the model, for each channel e and each state n:
+// Mamba keeps the first factor exactly. It replaces the second, which multiplies B u_t, by delta,
+// the first term of its series (Euler's method), which is close while delta |A| is small. The
+// models were trained with it, so this is the model, for each channel e and each state n:
 //
 //     h_t = decay_t h_{t-1} + inject_t     decay_t = exp(delta_t A)     inject_t = delta_t B_t u_t
 //     y_t = sum over n of C_t h_t + D_skip u_t
@@ -655,14 +656,15 @@ typedef struct {                // the scan of a layer over B sequences of L tok
     int B, L, E, N;
 } Scan;
 
-// Threads share channels: a task of scan() takes so many of one sequence.
-enum { SCAN_LANES = 16 };  // of a text: a cache line
-enum { STEP_LANES = 128 }; // of one token
+// Threads share channels. A task of scan() is SCAN_LANES channels of one sequence, or, where L is
+// 1, STEP_LANES.
+enum { SCAN_LANES = 16 }; // a cache line
+enum { STEP_LANES = 128 };
 
-// The definition; unless PLAIN, cpu/scan.h runs in its place. Channels e0 .. e1 through the rows
-// row0 .. row1 of one sequence. h (N,E) is the state before them and becomes the state after them.
-// y (T,E) NULL: only the state is wanted. delta_sum (E), unless NULL, gets the sum of delta over
-// the rows, for scan_in_pieces().
+// The definition; unless PLAIN, cpu/scan.h runs in its place. Channels from e0 up to, not
+// including, e1 through the rows from row0 up to row1 of one sequence. h (N,E) is the state before
+// them and becomes the state after them. y (T,E) NULL: only the state is wanted. delta_sum (E),
+// unless NULL, gets the sum of delta over the rows, for scan_in_pieces().
 OPERATION void recurrence(float *y, float *h, float *delta_sum, const Scan *s, int e0, int e1,
                           int row0, int row1) {
     const size_t E = (size_t)s->E;
@@ -698,7 +700,7 @@ OPERATION void recurrence(float *y, float *h, float *delta_sum, const Scan *s, i
 
 #ifdef PLAIN
 enum { SCAN_WIDTH = 16 };  // channels of a task of scan_backward(); cpu/ has its own
-enum { SCAN_WIDEST = 16 }; // the largest SCAN_WIDTH of a program: that of make dist has several
+enum { SCAN_WIDEST = 16 }; // the largest in the program: `make dist` compiles cpu/ for several
 #endif
 
 typedef struct {              // what scan_backward() writes
@@ -792,15 +794,16 @@ OPERATION void recurrence_backward(ScanTask *k, const ScanGrad *d, const float *
 // The states of all tokens, (L,N,E), are never in memory: a task walks through time with its (N)
 // states of some channels in registers or in the first cache.
 
-// The processor cuts time only in a prefill with E <= 32 and L >= 256, never in training: models of
-// the usual widths have channels enough. Every piece but one is walked twice, so with as many
-// threads as pieces, 8 pieces take 1/4 of the time of one. 4 pieces, for which E = 64 has room,
-// were only 1.2 times as fast on 16 cores. From E = 256 on there are SCAN_TASKS blocks of channels,
-// enough for the threads. The shapes alone decide, never the number of threads or the machine, so
-// the bits stay the same. (GPUs have many more threads: cuda/scan_tiles.cuh cuts time for wide
-// models too.)
+// On a CPU only very narrow models use this: a prefill with E <= 32 and L >= 256, never training.
+// Wider models have channels enough: threads share those, and nobody walks twice. (A GPU has many
+// more threads: cuda/scan_tiles.cuh cuts time for wide models, too.)
 enum { SCAN_TASKS = 16 }; // so many keep all threads busy
 enum { SCAN_PIECE = 32 }; // tokens of a piece, at least
+
+// How many pieces of time. Each but one is walked twice, so 8 pieces by 8 threads finish in 1/4 of
+// the time of one uncut walk; 4 were only 1.2 times as fast on 16 cores, so less than 8 is not
+// worth it. The shapes alone decide, never the number of threads or the machine: the bits stay the
+// same.
 static int scan_pieces(int L, int E) {
     int blocks = (E + SCAN_LANES - 1) / SCAN_LANES, pieces = SCAN_TASKS / blocks;
     if (pieces > L / SCAN_PIECE) pieces = L / SCAN_PIECE;
@@ -843,7 +846,7 @@ static void scan_in_pieces(float *y, float *h, const Scan *s, int pieces, float 
     for (int n = 0; n < N; n++)
         for (int e = 0; e < E; e++) {
             size_t ne = (size_t)n * E + e;
-            Map before = {1, h[ne]}; // a state is the b of a map that began at h = 0
+            Map before = {1, h[ne]}; // only b is used: the state before the piece
             for (int piece = 0; piece < pieces; piece++) {
                 float *state = carry + per_piece * piece, *delta_sum = state + NE, b = state[ne];
                 state[ne] = before.b;
@@ -887,7 +890,8 @@ static void scan(float *y, const LayerState *seq, const Scan *s, float *carry) {
 //
 // A task is SCAN_WIDTH channels of all sequences. d_B and d_C sum over channels: each task leaves
 // its part, and the parts are added in a fixed order. Memory is E N L / SCAN_STRETCH floats for the
-// starts of one sequence, and 2 E N B L / SCAN_WIDTH for the parts, instead of E N B L.
+// starts of one sequence, 2 E N SCAN_STRETCH for the stretch in hand, and 2 E N B L / SCAN_WIDTH
+// for the parts, instead of E N B L.
 
 enum { SCAN_STRETCH = 32 };
 
@@ -919,7 +923,7 @@ static ScanTask scan_task(float *scratch, const Scan *s, int task) {
                       .parts = parts};
 }
 
-// The block's columns of an array (N,E), as (N,SCAN_WIDTH); missing channels are zero.
+// The task's columns of an array (N,E), as (N,SCAN_WIDTH); missing channels are zero.
 static void scan_gather(float *to, const float *from, const ScanTask *k, int N, int E) {
     for (int n = 0; n < N; n++, to += SCAN_WIDTH) {
         memcpy(to, from + (size_t)n * E + k->e0, (size_t)k->width * sizeof *to);
@@ -927,7 +931,8 @@ static void scan_gather(float *to, const float *from, const ScanTask *k, int N, 
     }
 }
 
-// Sequence b of one block: d_h (N,E) holds the gradient of the state at the end, then at the start.
+// Sequence b, the channels of one task: d_h (N,E) holds the gradient of the state at the end, then
+// at the start.
 static void scan_backward_sequence(ScanTask *k, const ScanGrad *d, const float *d_y, const Scan *s,
                                    const float *h0, int b) {
     const int L = s->L, N = s->N, E = s->E, stretches = (L + SCAN_STRETCH - 1) / SCAN_STRETCH;
@@ -1005,7 +1010,7 @@ typedef void LayerWatcher(void *context, int layer, const LayerState *seq, const
 // forward pass computed.
 typedef struct Work {
     float *res;          // (T,D) residual stream before the layer
-    float *next;         // (T,D) after it; may be res
+    float *next;         // (T,D) after it; in prefill and step the same as res
     float *xn;           // (T,D) res after the norm; at the end of the layer out_proj's output
     float *xz;           // (T,2E) [x | z]
     float *u;            // (T,E)
@@ -1128,7 +1133,9 @@ static const float *forward(const Model *m, Work *w, const LayerState *seq, int 
         block(m, layer, w, seq + (size_t)layer * B, B, L);
         if (w->for_each_layer) w++; // its res is this one's next
     }
-    return w->res; // of the last Work, see for_each_layer
+    // One Work: its next is its res, so res is the result. A Work for each layer: there are n_layer
+    // + 1, and w is now the extra one, of which only res is used.
+    return w->res;
 }
 
 // --- sequences and what runs them
@@ -1235,7 +1242,7 @@ static int pass_team(const Model *m, const Acts *a, int tokens) {
 }
 
 // s has read n more tokens.
-static void state_read(State *s, const int32_t *ids, size_t n) {
+static void state_advance(State *s, const int32_t *ids, size_t n) {
     for (size_t t = n > RECENT ? n - RECENT : 0; t < n; t++)
         s->recent[(s->position + t) % RECENT] = ids[t];
     s->position += n;
@@ -1306,7 +1313,7 @@ static void run_pass(const Model *m, Acts *a, const Reading *r) {
         if (r->visit) visit_logits(m, a, r->states[0], res, L, r->visit, r->context);
         else if (!r->more) last_logits(m, a, r->states, res, B, L);
     }
-    for (int b = 0; b < B; b++) state_read(r->states[b], r->ids + (size_t)b * L, (size_t)L);
+    for (int b = 0; b < B; b++) state_advance(r->states[b], r->ids + (size_t)b * L, (size_t)L);
 }
 
 static int check_ids(const Model *m, const int32_t *ids, size_t n) {
@@ -1386,13 +1393,13 @@ COLD_END
 //
 // A sequence may be longer than the memory for Works allows: it is then cut into chunks. A later
 // chunk depends on an earlier one only through the states at the border between them, h and the
-// window of each layer. So the chain rule needs nothing but the gradient of these states, d_h and
-// d_window. First the chunks run forward in
-// order, and only the states at their starts are kept. Then, from the last chunk to the first, each
-// runs forward again from its start, now keeping its Works, and backward, from the d_h and d_window
-// that the chunk after it left. The gradient is exact, not cut off at the borders. The price is one
-// more forward pass of all chunks but the last. The memory is that of one chunk, and of the states
-// at every start: n_layer (N + K - 1) E floats per sequence and chunk, 3 MB for 130M parameters.
+// window of each layer. So the chain rule needs nothing but the gradient of these states, d_h
+// and d_window. First the chunks run forward in order, and only the states at their starts are
+// kept. Then, from the last chunk to the first, each runs forward again from its start, now
+// keeping its Works, and backward, from the d_h and d_window that the chunk after it left. The
+// gradient is exact, not cut off at the borders. The price is one more forward pass of all
+// chunks but the last. The memory is that of one chunk, and of the states at every start:
+// n_layer (N + K - 1) E floats per sequence and chunk, 3 MB for 130M parameters.
 
 static double random_normal(uint64_t *state) { // Box-Muller, one of the pair
     double r = sqrt(-2 * log(1 - random_unit(state)));
@@ -1410,7 +1417,7 @@ static float initial_value(Init init, int fan_in, int column, int n_layer, uint6
     if (init == INIT_OUT) return (float)(uniform * range / sqrt((double)n_layer));
     if (init == INIT_A_LOG) return logf((float)(column + 1));
     if (init == INIT_DT_BIAS) {
-        double dt = fmax(exp((uniform + 1) / 2 * log(100)) * 0.001, 1e-4);
+        double dt = exp((uniform + 1) / 2 * log(100)) * 0.001;
         return (float)(dt + log(-expm1(-dt))); // the inverse of softplus
     }
     return (float)(uniform * range); // INIT_LINEAR, INIT_CONV, INIT_DT
@@ -1429,7 +1436,7 @@ typedef struct Trainer {
     float *moment, *moment2; // AdamW's, in the same layout
     int B, L, threads;       // sequences of a pass, tokens of each
     int chunk;               // of these, so many at a time; 0: all
-    int steps;               // tokens of each sequence in the chunk in hand: T = B * steps rows
+    int tokens;              // of each sequence in the chunk in hand: T = B * tokens rows
     GpuTrainer *gpu;         // where everything below and the arenas live instead; NULL: here
     bool gpu_newer;          // weights, moments, states on the GPU are newer than those here
     uint64_t step;           // optimizer steps taken
@@ -1489,7 +1496,7 @@ static const float *chunk_forward(Trainer *tr, int chunk) {
     const LayerState start = start_of(tr, chunk, 0);
     copy_state(tr->h, start.h, NE);
     copy_state(tr->window, start.window, windows);
-    const float *res = forward(tr->model, tr->work, tr->seq, tr->B, tr->steps);
+    const float *res = forward(tr->model, tr->work, tr->seq, tr->B, tr->tokens);
     const bool last = chunk + 1 == chunks_of(tr);
     const LayerState next = last ? tr->end : start_of(tr, chunk + 1, 0);
     if (next.h) {
@@ -1507,7 +1514,7 @@ static void block_backward(Trainer *tr, int layer, int chunk) {
     const Layer *p = &tr->model->layer[layer], *d = &tr->gradient->layer[layer];
     const Work *w = &tr->work[layer];
     const int D = c->D, E = c->E, N = c->N, K = c->K, R = c->R, P = R + 2 * N,
-              T = tr->B * tr->steps;
+              T = tr->B * tr->tokens;
     const Rows rows = {T, false, w->packed};
     const LayerState start = start_of(tr, chunk, layer);
     float *d_h = tr->d_h + (size_t)layer * tr->B * N * E;
@@ -1520,12 +1527,14 @@ static void block_backward(Trainer *tr, int layer, int chunk) {
     MatmulGrad d_out = {.d_W = grad(&d->out_proj), .d_bias = grad(&d->out_bias)};
     matmul_backward(&d_out, tr->d_res, (size_t)D, w->g, (size_t)E, &p->out_proj, rows);
 
-    Scan s = {w->u,  w->delta,  p->A_neg, w->xdb + R, w->xdb + R + N, f32(&p->D_skip), (size_t)P,
-              tr->B, tr->steps, E,        N};
+    // y = the scan of u
+    Scan s = {w->u,  w->delta,   p->A_neg, w->xdb + R, w->xdb + R + N, f32(&p->D_skip), (size_t)P,
+              tr->B, tr->tokens, E,        N};
     ScanGrad d_scan = {tr->d_u,         tr->d_delta,      tr->d_xdb + R, tr->d_xdb + R + N,
                        grad(&d->A_log), grad(&d->D_skip), d_h,           tr->scan};
     scan_backward(&d_scan, tr->d_y, &s, start.h);
 
+    // delta = softplus(dt_proj(dt_low) + dt_bias)
     softplus_backward(tr->d_delta, w->delta, T, E);
     sum_rows(grad(&d->dt_bias), tr->d_delta, (size_t)E, T, E);
     MatmulGrad d_dt = {.d_x = tr->d_xdb, .d_W = grad(&d->dt_proj)};
@@ -1535,13 +1544,16 @@ static void block_backward(Trainer *tr, int layer, int chunk) {
         norm_rows_backward(&(NormGrad){.d_x = tr->d_xdb + at, .scale = tr->scale}, tr->d_xdb + at,
                            w->raw + at, NULL, c->mixer_eps, T, n, (size_t)P);
     }
+    // xdb = x_proj(u): u's second source
     MatmulGrad d_x_proj = {.d_x = tr->d_u, .add = true, .d_W = grad(&d->x_proj)};
     matmul_backward(&d_x_proj, tr->d_xdb, (size_t)P, w->u, (size_t)E, &p->x_proj, rows);
 
-    Conv conv = {w->xz, p->conv_t, f32(&p->conv_bias), tr->B, tr->steps, E, K};
+    // u = silu(conv(x))
+    Conv conv = {w->xz, p->conv_t, f32(&p->conv_bias), tr->B, tr->tokens, E, K};
     ConvGrad d_conv = {tr->d_xz, grad(&d->conv), grad(&d->conv_bias), d_window, tr->d_c};
     conv1d_silu_backward(&d_conv, tr->d_u, start.window, &conv);
 
+    // [x | z] = in_proj(norm(res)); xn again
     norm_rows(w->xn, w->res, f32(&p->norm), f32(&p->norm_bias), c->norm_eps, T, D, (size_t)D);
     MatmulGrad d_in = {.d_x = tr->d_xn, .d_W = grad(&d->in_proj), .d_bias = grad(&d->in_bias)};
     matmul_backward(&d_in, tr->d_xz, 2 * (size_t)E, w->xn, (size_t)D, &p->in_proj, rows);
@@ -1559,7 +1571,7 @@ static void block_backward(Trainer *tr, int layer, int chunk) {
 static void loss_pass(Trainer *tr, const float *res, const int32_t *targets, float weight,
                       bool backward) {
     Model *m = tr->model, *d = tr->gradient;
-    const int D = m->config.D, V = m->config.V, T = tr->B * tr->steps;
+    const int D = m->config.D, V = m->config.V, T = tr->B * tr->tokens;
     const float eps = m->config.norm_eps;
     float *xn_of_all = tr->work->xn; // the layers share it, and it is free here
     norm_rows(xn_of_all, res, f32(&m->norm_f), f32(&m->norm_f_bias), eps, T, D, (size_t)D);
@@ -1587,13 +1599,14 @@ static double chunk_pass(Trainer *tr, int chunk, const int32_t *ids, const int32
                          float weight, ChunkPass kind) {
     const Config *c = &tr->model->config;
     const int t0 = chunk * tr->chunk, rest = tr->L - t0;
-    tr->steps = tr->chunk && rest > tr->chunk ? tr->chunk : rest;
-    const int T = tr->B * tr->steps, team = (double)tr->model->n_params * T < 4e6 ? 1 : tr->threads;
+    tr->tokens = tr->chunk && rest > tr->chunk ? tr->chunk : rest;
+    const int T = tr->B * tr->tokens,
+              team = (double)tr->model->n_params * T < 4e6 ? 1 : tr->threads;
     (void)team; // not read without OpenMP
     for (int b = 0; b < tr->B; b++) {
-        const size_t from = (size_t)b * tr->L + t0, bytes = (size_t)tr->steps * sizeof *ids;
-        memcpy(tr->ids + (size_t)b * tr->steps, ids + from, bytes);
-        memcpy(tr->targets + (size_t)b * tr->steps, targets + from, bytes);
+        const size_t from = (size_t)b * tr->L + t0, bytes = (size_t)tr->tokens * sizeof *ids;
+        memcpy(tr->ids + (size_t)b * tr->tokens, ids + from, bytes);
+        memcpy(tr->targets + (size_t)b * tr->tokens, targets + from, bytes);
     }
 #pragma omp parallel num_threads(team)
     {
@@ -1761,14 +1774,14 @@ static void penalise_recent(const State *s, float *logits, float penalty) {
 
 // What top-k, top-p and min-p keep of n candidates. On return they lie at the end of order: the
 // likeliest is order[n-1], the next order[n-2] ... Returns how many; *kept_sum gets the sum of
-// their probs. probs need not add up to 1, so top_p is a part of the sum of what top-k keeps.
+// their probs. probs need not add up to 1, so top_p is a share of the sum of what top-k keeps.
 static int keep_likeliest(int32_t *order, int n, const float *probs, const Sampling *how,
                           double *kept_sum) {
     const int k = how->top_k > 0 && how->top_k < n ? how->top_k : n;
     int sorted = 0, kept = 0; // of order, from its end
     double sum_of_k = 0, sum = 0;
     for (int i = n / 2 - 1; i >= 0; i--) heap_down(order, n, i, probs);
-    for (; k < n && sorted < k; sorted++) { // top-p needs the sum of these first
+    for (; k < n && sorted < k; sorted++) { // top-p must know this sum before it starts
         heap_pop(order, n - sorted, probs);
         sum_of_k += probs[order[n - 1 - sorted]];
     }

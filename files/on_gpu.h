@@ -32,7 +32,7 @@ static int prefill_gpu(Acts *a, State *s, const int32_t *ids, size_t n, LogitsVi
     if (GPU->prefill(a->gpu, ids, n, visit, context) ||
         GPU->get_state(a->gpu, -1, NULL, NULL, s->logits))
         return gpu_failed();
-    state_read(s, ids, n);
+    state_advance(s, ids, n);
     return 0;
 }
 
@@ -61,7 +61,7 @@ static int step_batch_gpu(Acts *a, State *const *s, const int32_t *ids, int B) {
     if (!there && batch_enter(a, s, B)) return -1;
     if (GPU->step(a->gpu, ids, B)) return gpu_failed();
     for (int b = 0; b < B; b++) {
-        state_read(s[b], ids + b, 1);
+        state_advance(s[b], ids + b, 1);
         if (GPU->get_state(a->gpu, b, NULL, NULL, s[b]->logits)) return gpu_failed();
     }
     return 0;
@@ -203,7 +203,7 @@ int mamba_prompts_read(Acts *a, State *const *s, const int32_t *const *ids, cons
     if (result == 0 && GPU->read_prompts(a->gpu, rows, lengths, B, (int)L)) result = gpu_failed();
     for (int b = 0; b < B && result == 0; b++) {
         *s[b] = (State){0};
-        state_read(s[b], ids[b], n[b]);
+        state_advance(s[b], ids[b], n[b]);
     }
     memory_free(rows);
     memory_free(lengths);

@@ -46,7 +46,7 @@ static int read_rows(const Model *m, Acts *a, State *s, const int32_t *ids, cons
         a->work.selection = a->selection ? a->selection + done : NULL;
         if (rows) memcpy(a->work.res, rows + done * D, (size_t)L * D * sizeof *rows);
         rows_pass(m, a, s, ids ? ids + done : NULL, L, hidden, visit, context);
-        for (int t = 0; t < L; t++) state_read(s, ids ? ids + done + t : &end, 1);
+        for (int t = 0; t < L; t++) state_advance(s, ids ? ids + done + t : &end, 1);
         done += (size_t)L;
     }
     return 0;

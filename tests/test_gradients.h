@@ -148,7 +148,7 @@ static void test_pass_from_states(const char *model, Model *m, int B, int L) {
     assert(d_h0->n == B * n_layer * NE && d_window0->n == B * n_layer * KE);
 #define PART(array, b, layer, size) \
     ((array) + ((size_t)(b) * n_layer + (layer)) * (size)) // of (B, n_layer, size)
-    x->steps = L;
+    x->tokens = L;
     TEAM(embed(x->work[0].res, ids, &m->embedding, B * L))
     for (int i = 0; i < 2 * n_layer; i++) { // the layers forward, then backward
         bool forward = i < n_layer;
