@@ -20,20 +20,20 @@
 
    WHERE h GOES, in the kernels that do only the scan. An arrow is a load or a store; x2: two
    buffers, of this tile and of its neighbour. Some of A_neg, D_skip and dt_bias, which every form
-   loads once, are left out. The states of all times, (B,L,N,E), never exist in
-   any of them.
+   but scan_plain loads once, are left out. The states of all times, (B,L,N,E), never exist.
      device memory                  shared memory                    registers of a lane
    ---------------------------------------------------------------------------------------------
-   scan_plain: the definition. A thread is a channel; one step after the other.
+   scan_plain: the reference; only checks run it. A thread is a channel; one step after the other.
      delta_raw, u, z, B_ssm, C_ssm  --------------------------->     decay, inject, y
      h (N)  <-------------------------------------------------->     one state at a time
    ---------------------------------------------------------------------------------------------
-   scan_step: one token. The warps of a block share the states of 32 or 128 channels. Most steps run
-   in kernels that do more than the scan, with the same recurrence: see section 7. scan_step is for
-   what fits none of them.
+   scan_step: one token. The 1 or 4 warps of a block share the states of 32 or 128 channels. Most
+   steps run in kernels that do more than the scan, with the same recurrence: see section 7.
+   scan_step is for what fits none of them.
      delta_raw, u, B_ssm, C_ssm  ------------------------------>     decay, inject
      h (N)  <-------------------------------------------------->     one state at a time
-     g  <-----------------------    y of each warp  <-----------     y, z
+     z  ------------------------------------------------------->     gate
+     g  <-----------------------    y of each warp  <-----------     y
    ---------------------------------------------------------------------------------------------
    scan_walk: texts of up to 128 tokens with N = 8, 16, 32 or 64, and longer ones of many channels
    with N = 32 or 64. A block is 32 channels and walks through time in tiles of 16 steps; its S
@@ -57,12 +57,13 @@
    ---------------------------------------------------------------------------------------------
    scan_tiles: long texts of few channels, or any other N. A block is 32 or 64 channels and one tile
    of 64 steps, a warp 16 of them. For each state, a warp runs its 16 steps from h = 0, joins the
-   results of the warps before it to get its true h, and runs the steps again. The true h passes
-   from tile to tile through a mailbox in device memory. Tiles take numbers, the tickets, as their
-   blocks start, so a tile waits only for one that already runs (exchange.cuh).
+   state before the tile and the results of the warps before it to get its true h, and runs the
+   steps again. The true h passes from tile to tile through a mailbox in device memory. Tiles take
+   numbers, the tickets, as their blocks start, so a tile waits only for one that already runs
+   (exchange.cuh).
      delta_raw, u  --------------------------------------------->    delta, delta u, y of 16 steps
      B_ssm, C_ssm, A_neg  ----->    16 states of a tile  ------->    one state at a time
-                                    (decay of 16, end)   <------     16 decays, kept for run two
+                                    (16 decays, end)     <------     16 decays, kept for run two
      h0, mail of tile i - 1  -->    h before the tile  --------->    h before the warp
      mailbox of tile i  <----------------------------------------    h after the last warp
      h_starts  <-------------------------------------------------    h at every 32nd step
@@ -72,9 +73,10 @@
    ---------------------------------------------------------------------------------------------
    scan_back: the backward. A block is 32 or 64 channels and walks backward through a segment of
    time in tiles of 32 steps, pieces of 8; its 4 warps (8 or 16 for N > 16) share the states. h is
-   computed again from the state that the forward saved every 32 steps; d_h stays in registers.
-   Where there are many channels, all time is one segment. Where there are few, scan_back_ends first
-   computes what each later segment adds to d_h, from d_h = 0, and the blocks join that.
+   computed again from the state that the forward saved every 32 steps; d_h stays in registers. For
+   N > 32 several launches do 32 or 64 states each. Where there are many channels, all time is one
+   segment. Where there are few, scan_back_ends first computes what each later segment adds to d_h,
+   from d_h = 0, and the blocks join that.
      delta_raw, u, z, d_g  ---->    delta, delta u, u, d_y,  --->    those of 8 steps
                                     slope of softplus,
                                     d_g silu'(z), of 32 steps
@@ -82,18 +84,19 @@
      h_starts  ---------------->    h before each piece (N)  <-->    8 h and 8 decays of a state
      d_h_final, d_h0  <----------------------------------------->    d_h of the warp's states
      d_delta, d_u, d_z  <-------    3 of each warp, 16 steps  <--    sums over states
-     parts of d_B, d_C  <-------    of 8 groups of lanes  <------    sums over lanes (tensor cores)
-     of each block; scan_back_sum_BC adds them in order
+     parts of d_B, d_C  <-------    of 8 groups of lanes  <------    sums over 4 lanes (by mma)
      parts of d_A, d_D, d_bias  <-  d_D, d_bias of each warp  <-     sums over steps
+   A part is one block's; scan_back_sum_BC and scan_back_sum_A add the parts in order.
    ---------------------------------------------------------------------------------------------
 
-   PRECISION. T is the type of matrices and of activations between kernels: float, bf16, or, where
-   a file has such weights, f16. The residual stream, h, delta after softplus, A, every sum and the
-   loss are float32 in all, and so are the trainer's weights and moments. An activation beyond
-   65,504 is infinite in f16, and the logits are then no numbers, which ends a text with an error.
+   PRECISION. T is the type of matrices and of activations between kernels: float, bf16, or, where a
+   file has such weights, f16. The residual stream, h, delta after softplus, A, every sum and the
+   loss are float32 in all, and so are the trainer's weights and moments; only the terms of d_B and
+   d_C are cut to TF32 where T has 16 bits. An activation beyond 65,504 is infinite in f16, and the
+   logits are then no numbers, which ends a text with an error.
 
    CONTENTS. This file:                            What it includes from cuda/, where it is needed:
-     1 the scan: arguments, arithmetic, definition   device.cuh      errors, memory, launches, sums
+     1 the scan: arguments, arithmetic, reference    device.cuh      errors, memory, launches, sums
                                                      exchange.cuh    how blocks tell each other
      2 the scan of one token
      3 the scan of a text, and which form runs       scan_relay.cuh, scan_tiles.cuh
@@ -143,20 +146,20 @@ typedef __half f16;
 #include "cuda/device.cuh"
 
 // ------------------------------------------------------------------------------------------------
-// 1 The scan: arguments, arithmetic, definition
+// 1 The scan: arguments, arithmetic, reference
 //     delta = softplus(delta_raw + dt_bias)      h_t = exp(delta A_neg) h_{t-1} + delta B_ssm u
 //     g = silu(z) (sum over n of C_ssm h_t + D_skip u)
 //
 // A form for texts reads a row of delta_raw, u and z once and writes a row of g once: 4 elements a
 // token and channel, 8 bytes in bf16. B_ssm and C_ssm come once per 32 or 64 channels, mostly from
 // L2. Bytes are not the limit. A multiprocessor has special-function units for 16 results a clock,
-// and 16 decays a token and channel take twice the time of the bytes. So do the instructions around
-// them.
+// and the 16 decays a token and channel of N = 16 take twice the time of the bytes in bf16 (H100).
+// So do the instructions around them.
 //   - A_neg is scaled by log2(e) once. A decay is one multiplication and one ex2, computed once.
 //   - softplus is one ex2 and a polynomial; two gates share one reciprocal. That makes 18.5 special
 //     functions a token and channel instead of 20.
 //   - The address of a row is one multiply-add (row_at). 64-bit indices and clamps add a third
-//     to scan_walk's time (660 us instead of 499, an H100, N = 16).
+//     to scan_walk's time (660 us instead of 499 in one shape).
 // With one channel a lane a row's loads are contiguous, so all alignments take one path. Two
 // channels a lane need aligned pairs.
 
@@ -242,7 +245,8 @@ __device__ __forceinline__ void gate_pair(float &y0, float &y1, float z0, float 
 template <typename T> __device__ __forceinline__ T *row_at_bytes(T *p, int i, int bytes) {
     return (T *)((char *)p + (long long)i * bytes);
 }
-// The same of rows ld elements apart: i sizeof(T) times ld. For a constant i, so is i sizeof(T).
+// The same of rows ld elements apart: i sizeof(T) times ld. Where i is a constant, i sizeof(T) is
+// one too.
 template <typename T> __device__ __forceinline__ T *row_at(T *p, int i, int ld) {
     return row_at_bytes(p, i * (int)sizeof(T), ld);
 }
@@ -554,18 +558,19 @@ cudaError_t scan_walk_launch(Device *d, const ScanArgs<T> &p) {
 #include "cuda/scan_relay.cuh"
 #include "cuda/scan_tiles.cuh"
 
-// Which form runs for a text; times are an H100's in bf16, N = 16, 2,048 steps. A relay takes as
-// long as the multiprocessor with most blocks: 88 us for one block, 134 for two, 187 for three.
-// Tiles spread over all multiprocessors and take 0.76 us a block of 32 channels. So for N = 8 and
-// 16 tiles take less than 0.9 blocks a multiprocessor, and 1 to 1.35; for any other N less
-// than 1.5, unless the text is short. Everything else goes to the relay for N
-// = 8 and 16 (short texts to the walk), to the walk for N = 32 and 64, to tiles for any other N.
-// With two channels a lane the relay does a block of 64 channels in 0.9 of the time of two blocks
-// of 32, but its blocks spread less evenly: 192 blocks over 132 multiprocessors are two for some.
-// Tiles gain 4 to 8% by two channels a lane, where there are 12 tiles for each multiprocessor. With
-// N = 16 and one channel a lane, a relay has 168 registers a thread up to 3 blocks a
-// multiprocessor, else 128. Shape, alignment and machine alone decide, so every run gives the same
-// bits.
+// Which form runs for a text. "Few channels" counts blocks of 32 channels for each multiprocessor.
+//     N           up to 128 steps   longer, few channels   longer, many   few channels
+//     8, 16       walk              tiles                  relay          below 0.9, or 1 to 1.35
+//     32, 64      walk              tiles                  walk           below 1.5
+//     any other   tiles             tiles                  tiles
+// Why: on an H100, bf16, N = 16, 2,048 steps, a relay takes as long as the multiprocessor with most
+// blocks: 88 us for one block, 134 for two, 187 for three. Tiles spread over all multiprocessors
+// and need 0.76 us for a block of 32 channels. With two channels a lane the relay does a block of
+// 64 channels in 0.9 of the time of two blocks of 32, but its blocks spread less evenly: 192 blocks
+// over 132 multiprocessors are two for some. Tiles gain 4 to 8% by two channels a lane, where there
+// are 12 tiles for each multiprocessor. With N = 16 and one channel a lane, a relay has 168
+// registers a thread up to 3 blocks a multiprocessor, else 128. Shape, type, alignment and machine
+// alone decide, so every run gives the same bits.
 template <typename T> static cudaError_t scan_forward(Device *d, const ScanArgs<T> &p) {
     size_t blocks = (size_t)p.B * ((p.E + 31) / 32), pairs = (size_t)p.B * ((p.E + 63) / 64),
            processors = (size_t)d->processors;
@@ -638,10 +643,11 @@ template <typename T = float> __device__ __forceinline__ float softplus(float x,
     return fmaf(e, log1p_ratio<T>(e), fmaxf(x, 0.f));
 }
 
-// The reference, for any N: a thread is a channel and takes one state after the other, one stretch
-// of SCAN_SAVE steps after the other, forward and then backward. p.d_h0, which holds d_h, must be
-// given; d_B, d_C (B*L,N) are added to. Sums over channels are atomic, so their last bits differ
-// from run to run. dev/scan_backward.cu compares it with float64, and the fast form with both.
+// The reference, for any N: a thread is a channel. It takes the stretches of SCAN_SAVE steps from
+// the last to the first, and in each one state after the other: forward, then backward. p.d_h0,
+// which holds d_h, must be given; d_B, d_C (B*L,N) are added to. Sums over channels are atomic, so
+// their last bits differ from run to run. dev/scan_backward.cu compares it with float64, and the
+// fast form with both.
 template <typename T> __global__ void scan_plain_back(ScanBackArgs<T> p, float *d_B, float *d_C) {
     const int e = blockIdx.y * blockDim.x + threadIdx.x, L = p.L, E = p.E, N = p.N;
     const size_t b = blockIdx.x, saves = (L + SCAN_SAVE - 1) / SCAN_SAVE;
@@ -908,15 +914,15 @@ static ScanArgs<T> scan_args(const Config *c, const LayerWeights *w, BlockActs<T
     return p;
 }
 
-// What block() is applied to. window and h move on. They may be given where B = 1 (a text), where
-// L = 1 (a step), in training, and with lengths.
+// What block() is applied to. window and h move on; with lengths they are only written. They may be
+// given where B = 1 (a text), where L = 1 (a step), in training, and with lengths.
 struct BlockRun {
     float *out;       // (B*L,D) = res + block(res)
     const float *res; // (B*L,D), may be out
     int B, L;         // sequences, tokens of each
     float *window;    // (B,K-1,E); NULL: zeros before the first token
     float *h;         // (B,N,E); NULL: from zero
-    bool text;        // training: B texts of L tokens from such states; L = 1 is no step
+    bool text;        // training: B texts from window and h; with L = 1 texts of one token
     // (B), on the device: tokens of each text, all from zero; the rest of L is padding. NULL: L.
     const int32_t *lengths = NULL;
 };
@@ -962,6 +968,7 @@ static void block(Device *d, const Config *c, const LayerWeights *w, BlockActs<T
         scan.h_starts = a.h_starts;
         check_cuda(d, step ? scan_step_forward(d, scan) : scan_forward(d, scan), "scan");
     }
+    // Adds to res. Between a.xz and a.g there is room to unpack out_proj.
     if (out == res)
         project(d, Rows(out, D), Rows(a.g, E), w->out_proj, rows, D, E, bits, a.xz, a.g, true);
     else matmul_onto(d, out, res, a.g, (const T *)w->out_proj, rows, D, E);
@@ -979,8 +986,8 @@ static void *gpu_take(Gpu *g, size_t bytes) {
     return p;
 }
 
-// What gpu_open() takes for the weights: the file's tensors, but another type of those matrices
-// that need it. base NULL: only counts.
+// What gpu_open() takes for the weights: room for the file's tensors, or, where a matrix needs
+// another type, for its converted copy. base NULL: only counts.
 template <class T> static size_t lay_out_weights(Gpu *g, const Model *m, char *base) {
     const Config *c = &m->config;
     const Type compute = sizeof(T) == 4 ? F32 : std::is_same<T, bf16>::value ? BF16 : F16;
@@ -1057,8 +1064,8 @@ static void texts_free(Texts *x);
 static void generation_free(Generation *n);
 
 // A dense copy of quantised matrices, where memory holds it: for more than THIN_MAX sequences,
-// where arithmetic counts and not bytes, and for what generation_open() names. The copy stays.
-// Without the memory nothing changes.
+// where arithmetic counts and not bytes, and in 8 bits for the one-kernel steps, which need bf16.
+// The copy stays. Without the memory nothing changes.
 template <class T> static void unpack_for_batches(Gpu *g, int spare) {
     size_t bytes = 0, free_bytes = 0, total = 0;
     for (const PackedPlace &p : g->packed) bytes += ((size_t)p.rows * p.cols + 128) * sizeof(T);
@@ -1204,14 +1211,17 @@ static int gpu_prefill(Gpu *g, const int32_t *ids, size_t n, void (*visit)(void 
 // graph, captured again where S or the kind of sampling changes. Its kernels:
 //   - The draw (sampling.cuh): likeliest_kernel; bins_kernel and keep_kernel for top-k, top-p and
 //     min-p, or a tiny temperature; choose_kernel, which also writes the embedding.
-// Then the token is read, by the first of these that fits (generate.cuh):
+// Then the token is read, by the first of these that fits (generate.cuh). Names call code for sm_90
+// and later "Hopper".
 //   - solo_kernel (bf16), solo_packed_kernel (Q8, Q4): one sequence, all layers; sm_90 and later.
-//   - wide_kernel: 2 to 64 sequences in bf16, all layers; sm_90a.
+//   - wide_kernel: 2 to 64 sequences in bf16, all layers; sm_90a. Then head_product().
 //   - thin_kernel (bf16, f16), packed_kernel (Q8, Q4): up to 16 sequences, any GPU. A layer is four
 //     kernels: norm and in_proj (in f16 the norm by itself); convolution and x_proj;
 //     thin_scan_kernel, which has dt_proj, scan and gate; out_proj. Then norm and head.
-//   - block(): everything else, with cuBLAS. In bf16, where it pays, dt_scan_step does dt_proj and
-//     the scan; else scan_step does the scan.
+//   - block(): float32, more sequences, or sizes that thin_fits() refuses; products by cuBLAS. In
+//     bf16, where it pays, dt_scan_step does dt_proj and the scan; else scan_step does the scan.
+//     Then norm and head_product().
+// gpu_step(), which reads given tokens, takes one of the last two, without a graph.
 
 #include "cuda/sampling.cuh"
 #include "cuda/step_one_hopper.cuh"

@@ -7,17 +7,18 @@
 //   4 numbers in a cluster       steps, Hopper    stores into another block's shared memory
 //   5 numbers of all clusters    steps, Hopper    tagged words in device memory
 //   6 all blocks meet            step of many     a flag of each block
-// One more, a kernel that starts before the kernel ahead of it has ended, is wait_for_input().
+// One more: a kernel may start before the one ahead of it has ended, see wait_for_input() in
+// device.cuh.
 
 // HOW LONG A WAIT LASTS. Only a defect, or blocks of the same kernel that get no multiprocessor,
 // can make a wait last. Time counts, not polls, since a tool or a shared GPU may make a healthy run
-// slow. After wait_limit a wait raises `stuck` and ends; so do all other waits of that kernel and
-// of the kernels behind it, soon after. All blocks then run to their end on numbers that nobody
-// uses, the host sees `stuck`, and takes another form of the kernel or tells which one it was.
-// Waits inside a block or a cluster (barriers in shared memory) depend on the copy engine and on
-// blocks that run at the same time by the rules of clusters. They outlast the others fourfold, then
-// the kernel traps: their barriers could not be used after a wait in vain. The turns of warps (1)
-// have no limit: warps of one block always run.
+// slow. After wait_limit (20 s, device.cuh) a wait raises `stuck` and ends; so do all other waits
+// of that kernel and of the kernels behind it, soon after. All blocks then run to their end on
+// numbers that nobody uses, the host sees `stuck`, and takes another form of the kernel or tells
+// which one it was. Waits inside a block or a cluster (barriers in shared memory) depend on the
+// copy engine and on blocks that run at the same time by the rules of clusters. They outlast the
+// others fourfold, then the kernel traps: their barriers could not be used after a wait in vain.
+// The turns of warps (1) have no limit: warps of one block always run.
 struct Patience {
     uint32_t polls = 0, start = 0; // start: milliseconds
     // After a poll in vain: whether waiting has lasted `times` wait_limit, or somebody gave up.
