@@ -119,7 +119,7 @@
      8 what mamba.c calls                            train.cuh       pass and AdamW
                                                      ranks.cuh       several cards (NCCL=1)
                                                      bench.cuh       times, the scan's check
-   [train]: only training needs what follows. */
+   What only training needs is headed [train]. */
 // clang-format on
 
 #define MAMBA_TYPES_ONLY
