@@ -92,8 +92,7 @@
    API. Another program includes this file with MAMBA_NO_MAIN defined, as tests/api_example.c does.
    A function that can fail returns NULL, -1 or NaN and leaves a sentence in mamba_error().
      models     mamba_load  mamba_load_memory  mamba_save  mamba_free  mamba_verify
-                mamba_set_tokenizer
-                mamba_random_model  mamba_float_copy  mamba_quantize
+                mamba_set_tokenizer  mamba_random_model  mamba_float_copy  mamba_quantize
      texts      mamba_encode  mamba_encode_pieces  mamba_prompt_bos  mamba_decode
      chat       mamba_chat  mamba_chat_encode  mamba_chat_turn  mamba_chat_end
      running    mamba_acts_new  mamba_acts_pieces  mamba_acts_gpu  mamba_acts_free
@@ -101,7 +100,10 @@
                 mamba_prefill  mamba_prefill_rows  mamba_hidden  mamba_step  mamba_step_batch
                 mamba_selection  mamba_watch
      writing    mamba_sample  mamba_sample_batch  mamba_generate
-     scoring    mamba_nll  mamba_evaluate
+     scoring    mamba_nll  mamba_evaluate  mamba_texts_fit  mamba_texts_at_once  mamba_score_texts
+     on a GPU   mamba_places  mamba_places_steps  mamba_places_sampling  mamba_places_write
+                mamba_place_begin  mamba_place_begin_prompt  mamba_place_move  mamba_prompts_read
+                mamba_state_of_text
      states     mamba_state_new  mamba_state_free  mamba_state_copy  mamba_state_reset
                 mamba_state_bytes  mamba_state_save  mamba_state_load  mamba_state_write
                 mamba_state_read
@@ -110,7 +112,8 @@
                 mamba_trainer_chunk_gpu  mamba_trainer_resize  mamba_trainer_carry
                 mamba_trainer_fetch  mamba_trainer_free  mamba_train_pass  mamba_train_pass_on
                 mamba_train_step  mamba_checkpoint_save  mamba_checkpoint_load
-                mamba_checkpoint_peek */
+                mamba_checkpoint_peek
+     ranks      mamba_trainer_ranks and what files/ranks_tcp.h has */
 // clang-format on
 
 #include "files/platform.h"
