@@ -1156,7 +1156,8 @@ def read_split(part, step):
          ["pattern", "behavior", "invert"])
     pattern = step["pattern"]
     regex = pattern.get("Regex") if isinstance(pattern, dict) and len(pattern) == 1 else None
-    code = CHARS if is_string_pattern(step, "") else REGEXES.get(regex)
+    known = REGEXES.get(regex) if isinstance(regex, str) else None
+    code = CHARS if is_string_pattern(step, "") else known
     if code is None:
         refuse(part + ".pattern", f"is {short(pattern)}, which is not supported")
     if (step["behavior"], step["invert"]) not in (("Isolated", False), ("Removed", True)):
