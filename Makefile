@@ -140,7 +140,7 @@ mamba_cuda.o: mamba_cuda.cu $(wildcard cuda/*) $(SOURCES) .flags
 	    -c mamba_cuda.cu -o $@
 
 cuda:                        ## build ./mamba with the GPU backend; without a GPU: CUDA_ARCH=sm_90
-	$(MAKE) $(if $(findstring j,$(MAKEFLAGS)),,-j2) all CUDA=1
+	$(MAKE) $(if $(filter -j% --jobserver%,$(MAKEFLAGS)),,-j2) all CUDA=1
 
 test-cuda:                   ## tests of the GPU against the CPU: kernels, training, generation
 	$(MAKE) all tests/test_all CUDA=1

@@ -39,9 +39,9 @@
    What this file is not: a framework. There is one model, one pass over it in each direction, and
    no graph.
 
-   GLOSSARY. A single capital letter is a size; next to it stands its index. Arrays are
-   row-major, with the shape in parentheses. Whatever the weights are stored as, the model computes
-   in float32. Some long sums are double: losses, the gradient's norm, the sampler's.
+   GLOSSARY. A single capital letter is a size; next to it stands its index. Arrays are row-major,
+   with the shape in parentheses. Whatever the weights are stored as, the model computes in float32.
+   Some long sums are double: losses, the gradient's norm, the sampler's.
      B  sequences of a pass           index b      D  d_model, width of the residual stream     d
      L  tokens of a sequence                t      E  d_inner, channels of the SSM              e
      T  rows of a pass, B * L               t      N  d_state, states of a channel              n
@@ -277,8 +277,8 @@ OPERATION void sum_rows(float *out, const float *x, size_t ld, int T, int D) {
 }
 
 // --- Norms: xn = x_hat weight + bias with x_hat = (x - m) r and r = 1 / sqrt(mean((x - m)^2) +
-// eps). LayerNorm takes the mean of x as m; RMSNorm takes 0 and has no bias: only
-// whether bias is NULL tells them apart.
+// eps). LayerNorm takes the mean of x as m; RMSNorm takes 0 and has no bias: only whether bias is
+// NULL tells them apart.
 OPERATION float norm_factor(const float *x, const float *bias, float eps, int D, float *m) {
     float sum = 0, squares = 0;
     for (int d = 0; d < D && bias; d++) sum += x[d];
@@ -644,8 +644,8 @@ OPERATION void gate_backward(float *d_y, float *d_xz, float *g, const float *d_g
 // 1 and inject is 0. A large delta forgets the past and takes the token in. B_t says into which of
 // the N states a token is written, C_t from which ones it is read. delta has one value per channel,
 // so its projection would be a matrix (E,E). It is factored instead: R rows of x_proj, (R,E), give
-// dt_low, and dt_proj, (E,R), gives delta. Together that is 2 E R numbers; dt_rank R is usually D
-// / 16.
+// dt_low, and dt_proj, (E,R), gives delta. Together that is 2 E R numbers; dt_rank R is usually
+// D/16.
 //
 // The state is (N,E), channels inside, because cpu/ and GPUs handle neighbouring channels side by
 // side. It begins as zeros before the first token of a text, and so does the convolution's window.
@@ -901,7 +901,7 @@ enum { SCAN_STRETCH = 32 };
 static size_t scan_backward_floats(int B, int L, int E, int N) {
     size_t tasks = ((size_t)E + SCAN_WIDTH - 1) / SCAN_WIDTH;
     size_t stretches = ((size_t)L + SCAN_STRETCH - 1) / SCAN_STRETCH;
-    size_t per_task = N * SCAN_WIDTH * (stretches + 2 * SCAN_STRETCH + 3); // 3: A, d_A, d_h
+    size_t per_task = (size_t)N * SCAN_WIDTH * (stretches + 2 * SCAN_STRETCH + 3); // 3: A, d_A, d_h
     return tasks * (per_task + (size_t)B * L * 2 * N);
 }
 
@@ -1136,8 +1136,8 @@ static const float *forward(const Model *m, Work *w, const LayerState *seq, int 
         block(m, layer, w, seq + (size_t)layer * B, B, L);
         if (w->for_each_layer) w++; // its res is this one's next
     }
-    // One Work: its next is its res, so res is the result. A Work for each layer: there are n_layer
-    // + 1, and w is now the extra one, of which only res is used.
+    // One Work: its next is its res, so res is the result. A Work for each layer: there is one more
+    // than layers, and w is now that one, of which only res is used.
     return w->res;
 }
 
@@ -1852,8 +1852,8 @@ int32_t mamba_sample(const Model *m, Acts *a, State *s, const Sampling *how) {
 }
 
 // The next token of each of B different states, at most BATCH_MAX, as mamba_sample draws it: ids
-// (B). The logits must be in the states; on a GPU only mamba_step_batch() brings them there. 0, or
-// -1 after fail().
+// (B). The logits must be in the states: on a GPU they are there after mamba_prefill() and
+// mamba_step_batch(), but not after mamba_generate(). 0, or -1 after fail().
 int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling *how, int32_t *ids,
                        int B) {
     const size_t V = (size_t)m->config.V;
@@ -1870,9 +1870,9 @@ int mamba_sample_batch(const Model *m, Acts *a, State *const *s, const Sampling 
     return 0;
 }
 
-// Encodes the pieces of a text as one text. The caller frees *ids, or takes it back with
-// mamba_release() where a mamba_arena() is in use. Where a piece is not `special`, such as what a
-// user wrote in a chat, no special token is found in it. 0, or -1 after fail().
+// Encodes the pieces of a text as one text. The caller gives *ids back by mamba_release(). Where a
+// piece is not `special`, such as what a user wrote in a chat, no special token is found in it. 0,
+// or -1 after fail().
 int mamba_encode_pieces(const Model *m, const TextPiece *pieces, size_t n_pieces, int32_t **ids,
                         size_t *n) {
     if (!m->tokenizer) return fail("this model has no tokenizer: give token ids");

@@ -72,11 +72,11 @@
      g  <--------------------------------------------------------    y
    ---------------------------------------------------------------------------------------------
    scan_back: the backward. A block is 32 or 64 channels and walks backward through a segment of
-   time in tiles of 32 steps, pieces of 8; its 4 warps (8 or 16 for N > 16) share the states. h is
-   computed again from the state that the forward saved every 32 steps; d_h stays in registers. For
-   N > 32 several launches do 32 or 64 states each. Where there are many channels, all time is one
-   segment. Where there are few, scan_back_ends first computes what each later segment adds to d_h,
-   from d_h = 0, and the blocks join that.
+   time in tiles of 32 steps, pieces of 8; its 4 warps (8 or 16 for N > 16) share the states. h
+   is computed again from the state that the forward saved every 32 steps; d_h stays in
+   registers. For N > 32 a launch does 64 states, or 32 where shared memory is short. Where there
+   are many channels, all time is one segment. Where there are few, scan_back_ends first computes
+   what each later segment adds to d_h, from d_h = 0, and the blocks join that.
      delta_raw, u, z, d_g  ---->    delta, delta u, u, d_y,  --->    those of 8 steps
                                     slope of softplus,
                                     d_g silu'(z), of 32 steps
@@ -558,7 +558,7 @@ cudaError_t scan_walk_launch(Device *d, const ScanArgs<T> &p) {
 #include "cuda/scan_relay.cuh"
 #include "cuda/scan_tiles.cuh"
 
-// Which form runs for a text. "Few channels" counts blocks of 32 channels for each multiprocessor.
+// Which form runs for a text. Few channels: so many blocks of 32 channels for each multiprocessor.
 //     N           up to 128 steps   longer, few channels   longer, many   few channels
 //     8, 16       walk              tiles                  relay          below 0.9, or 1 to 1.35
 //     32, 64      walk              tiles                  walk           below 1.5

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Two processes of some threads each use one GPU: prompts, batches, scores and training, mixed. Every
-# text must be the one that was made alone.
-#   sh tests/soak_gpu.sh [SECONDS] [THREADS]    300 and 2 by default; after: make tests/soak_gpu CUDA=1
+# Two processes of some threads each use one GPU: prompts, batches, scores and training, mixed.
+# Every text must be the one that was made alone.
+#   sh tests/soak_gpu.sh [SECONDS] [THREADS]     300 and 2 by default
+# It runs what `make tests/soak_gpu CUDA=1` built.
 cd "$(dirname "$0")/.." || exit 2
 seconds=${1:-300}
 threads=${2:-2}

@@ -20,7 +20,9 @@ check() { # check NAME [FILE]: whether the command before succeeded; FILE tells 
 }
 skip() { skipped=$((skipped + 1)); echo "skip $1: $2"; }
 # part LANGUAGE: the first program of doc/LIBRARY.md in it
-part() { awk -v from="\`\`\`$1" '$0 == from { on = 1; next } /^```/ { if (on) exit } on' doc/LIBRARY.md; }
+part() {
+    awk -v from="\`\`\`$1" '$0 == from { on = 1; next } /^```/ { if (on) exit } on' doc/LIBRARY.md
+}
 
 # --- what is visible: names that begin with mamba_ (and the locks of OpenMP, which begin with a dot)
 nm -g --defined-only libmamba.a 2> "$dir/err" | awk 'NF == 3 { print $3 }' > "$dir/a"
